@@ -1,0 +1,61 @@
+"""Latents as pictures (n, c, h, w) and as token sequences, and the positions of the tokens.
+
+Source: diffusers `FluxPipeline._pack_latents`, `_prepare_latent_image_ids`; BFL `sampling.prepare`.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from fluxjax.config import AutoencoderConfig, ConfigError
+
+PATCH = 2  # latent rows and columns per token
+
+
+def latent_size(width: int, height: int, config: AutoencoderConfig) -> tuple[int, int]:
+    """(latent rows, latent columns) of a picture of `width` x `height` pixels.
+
+    Raises ConfigError unless both are positive multiples of the pixels of one token (16 for FLUX).
+    """
+    unit = PATCH * config.scale
+    for name, size in (("width", width), ("height", height)):
+        if size < unit or size % unit:
+            near = max(unit, unit * round(size / unit))
+            raise ConfigError(f"{name} must be a multiple of {unit}, got {size}; {near} would do")
+    return height // config.scale, width // config.scale
+
+
+def pack(latents: Float[Array, "n c h w"]) -> Float[Array, "n image d"]:
+    """2 x 2 latents become one token of 4 c channels (channel outermost), row by row."""
+    return rearrange(latents, "n c (h p) (w q) -> n (h w) (c p q)", p=PATCH, q=PATCH)
+
+
+def unpack(tokens: Float[Array, "n image d"], rows: int, columns: int) -> Float[Array, "n c h w"]:
+    """The inverse of `pack`, for latents of `rows` x `columns`."""
+    return rearrange(
+        tokens, "n (h w) (c p q) -> n c (h p) (w q)", h=rows // PATCH, p=PATCH, q=PATCH
+    )
+
+
+def image_ids(rows: int, columns: int, *, index: int = 0) -> Float[Array, "image 3"]:
+    """Positions (index, row, column) of the tokens of latents of `rows` x `columns`.
+
+    Always float32: in bfloat16, as diffusers builds them, positions are exact only to 256.
+    """
+    row, column = jnp.indices((rows // PATCH, columns // PATCH), jnp.float32)
+    ids = jnp.stack([jnp.full_like(row, index), row, column], axis=-1)
+    return rearrange(ids, "h w axes -> (h w) axes")
+
+
+def text_ids(length: int) -> Float[Array, "text 3"]:
+    """Every text token stands at the origin."""
+    return jnp.zeros((length, 3), jnp.float32)
+
+
+def add_noise(
+    latents: Float[Array, "*n"], noise: Float[Array, "*n"], sigma: float
+) -> Float[Array, "*n"]:
+    """The point `sigma` of the straight line from the picture (0) to the noise (1)."""
+    return (sigma * noise + (1.0 - sigma) * latents).astype(latents.dtype)

@@ -1,0 +1,81 @@
+"""Noise levels equal diffusers' scheduler and BFL's recorded schedules."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+from fluxjax.config import DEV, SCHNELL, ConfigError
+from fluxjax.sample import schedule
+
+STATIC = replace(DEV.scheduler, use_dynamic_shifting=False, shift=3.0)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20, 28, 50])
+@pytest.mark.parametrize("tokens", [36, 256, 1024, 4096])
+@pytest.mark.parametrize("config", [DEV.scheduler, SCHNELL.scheduler, STATIC])
+def test_equal_to_diffusers(config, tokens, steps):
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=config.shift, use_dynamic_shifting=config.use_dynamic_shifting
+    )
+    retrieve_timesteps(
+        scheduler,
+        steps,
+        sigmas=np.linspace(1.0, 1 / steps, steps),  # pyright: ignore
+        mu=calculate_shift(tokens),
+    )
+    ours = schedule.sigmas(steps, tokens, config)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours, scheduler.sigmas.numpy())
+    assert schedule.dynamic_mu(tokens, config) == calculate_shift(tokens)
+
+
+def test_equal_to_bfl(shared):
+    recorded = json.loads((shared / "goldens" / "bfl_schedules.json").read_text())["schedules"]
+    assert len(recorded) > 20
+    for entry in recorded:
+        config = DEV.scheduler if entry["shift"] else SCHNELL.scheduler
+        arguments = (entry["num_steps"], entry["image_seq_len"], config)
+        expected = np.array(entry["timesteps"], np.float32)
+        got = schedule.sigmas(*arguments)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1.2e-7, err_msg=str(entry))
+
+
+def test_own_levels_are_shifted_as_diffusers_does():
+    own = [1.0, 0.7, 0.2]
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=own, mu=calculate_shift(300))
+    ours = schedule.sigmas(own, 300, DEV.scheduler)
+    np.testing.assert_array_equal(ours, scheduler.sigmas.numpy())
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(28, 1.0), (28, 0.6), (10, 0.33), (4, 0.1)])
+def test_image_to_image_starts_where_diffusers_does(steps, strength):
+    start = int(max(steps - min(steps * strength, steps), 0))
+    got = schedule.sigmas(steps, 256, DEV.scheduler, strength=strength)
+    np.testing.assert_array_equal(got, schedule.sigmas(steps, 256, DEV.scheduler)[start:])
+
+
+def test_padding_adds_only_steps_of_length_zero():
+    levels = schedule.sigmas(20, 36, DEV.scheduler)
+    padded = schedule.pad(levels)
+    assert len(padded) == 33
+    np.testing.assert_array_equal(padded[:21], levels)
+    assert not np.diff(padded[20:]).any()
+    assert [schedule.bucket(n) for n in (1, 4, 5, 8, 28, 33, 1000)] == [4, 4, 8, 8, 32, 64, 1024]
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1001])
+def test_impossible_steps_are_named(steps):
+    with pytest.raises(ConfigError, match=str(steps)):
+        schedule.sigmas(steps, 256, DEV.scheduler)
+
+
+def test_impossible_levels_and_strength_are_named():
+    with pytest.raises(ConfigError, match="sigmas must fall"):
+        schedule.sigmas([0.5, 0.9], 256, DEV.scheduler)
+    with pytest.raises(ConfigError, match=r"strength .* 1\.5"):
+        schedule.sigmas(4, 256, DEV.scheduler, strength=1.5)
