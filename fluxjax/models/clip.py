@@ -1,0 +1,329 @@
+"""CLIP's text and vision encoders.
+
+Source: Radford et al. 2021 and transformers' `models/clip/modeling_clip.py`. The parameter tree
+carries the names of the published checkpoints, with `text_model` and `vision_model` at the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from fluxjax.config import CLIPTextConfig, CLIPVisionConfig, ConfigError
+from fluxjax.models.activation import ACTIVATIONS
+from fluxjax.models.attention import dot_product_attention
+
+_PUBLISHED_EOS = 2  # what CLIP's published configs say eos_token_id is, though it is 49407
+
+
+class CLIPTextOutput(struct.PyTreeNode):
+    """What the text encoder gives.
+
+    `last_hidden_state` is final-layer-normed, `penultimate_hidden_state` (the input of the last
+    layer) is not. `pooler_output` is the last state at the end-of-text token, not projected: this
+    is what FLUX reads. `text_embeds` is its projection, None without projection.
+    """
+
+    last_hidden_state: Float[Array, "b l d"]
+    penultimate_hidden_state: Float[Array, "b l d"]
+    pooler_output: Float[Array, "b d"]
+    text_embeds: Float[Array, "b p"] | None
+
+
+class CLIPVisionOutput(struct.PyTreeNode):
+    """What the vision encoder gives: class token first, `last_hidden_state` not normed.
+
+    `pooler_output` is the normed class token, `image_embeds` its projection or None.
+    """
+
+    last_hidden_state: Float[Array, "b n d"]
+    pooler_output: Float[Array, "b d"]
+    image_embeds: Float[Array, "b p"] | None
+
+
+class CLIPAttention(nn.Module):
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        c = self.config
+        depth_scale = (2 * c.num_hidden_layers) ** -0.5
+
+        def project(y: Array, name: str, scale: float) -> Array:
+            init = nn.initializers.normal(scale * c.hidden_size**-0.5)
+            return nn.Dense(
+                c.hidden_size,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=init,
+                name=name,
+            )(y)
+
+        q, k, v = (
+            project(x, name, depth_scale).reshape(*x.shape[:2], c.num_attention_heads, -1)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        y = dot_product_attention(q, k, v, causal=self.causal)
+        return project(y.reshape(x.shape), "out_proj", 1.0)
+
+
+class CLIPMLP(nn.Module):
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        c = self.config
+
+        def linear(features: int, std: float, name: str) -> nn.Dense:
+            return nn.Dense(
+                features,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=nn.initializers.normal(std),
+                name=name,
+            )
+
+        y = linear(c.intermediate_size, (2 * c.hidden_size) ** -0.5, "fc1")(x)
+        out_std = (2 * c.num_hidden_layers * c.hidden_size) ** -0.5
+        return linear(c.hidden_size, out_std, "fc2")(ACTIVATIONS[c.hidden_act](y))
+
+
+def _layer_norm(epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
+    # The two-pass variance: E[x^2] - E[x]^2 cancels where CLIP's states have a large mean.
+    return nn.LayerNorm(epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False)
+
+
+class CLIPEncoderLayer(nn.Module):
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        dtypes = (self.dtype, self.param_dtype)
+        self.layer_norm1 = _layer_norm(self.config.layer_norm_eps, *dtypes)
+        self.self_attn = CLIPAttention(self.config, self.causal, *dtypes)
+        self.layer_norm2 = _layer_norm(self.config.layer_norm_eps, *dtypes)
+        self.mlp = CLIPMLP(self.config, *dtypes)
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nn.Module):
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+
+    def setup(self) -> None:
+        layer = nn.remat(CLIPEncoderLayer) if self.remat else CLIPEncoderLayer
+        arguments = (self.config, self.causal, self.dtype, self.param_dtype)
+        self.layers: Any = (
+            layer(*arguments)
+            if self.scan_layers
+            else [layer(*arguments) for _ in range(self.config.num_hidden_layers)]
+        )
+
+    def __call__(
+        self, x: Float[Array, "b l d"]
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
+        """Output and input of the last layer."""
+        if self.scan_layers:
+            (x, before), _ = nn.scan(
+                lambda layer, carry: ((layer(carry[0]), carry[0]), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.config.num_hidden_layers,
+            )(self.layers, (x, x))
+            return x, before
+        before = x
+        for layer in self.layers:
+            before, x = x, layer(x)
+        return x, before
+
+
+def _embedding(
+    count: int, features: int, dtype: Dtype, param_dtype: Dtype, init: Callable
+) -> nn.Embed:
+    return nn.Embed(count, features, dtype=dtype, param_dtype=param_dtype, embedding_init=init)
+
+
+class CLIPTextEmbeddings(nn.Module):
+    config: CLIPTextConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        options = (c.hidden_size, self.dtype, self.param_dtype, nn.initializers.normal(0.02))
+        self.token_embedding = _embedding(c.vocab_size, *options)
+        self.position_embedding = _embedding(c.max_position_embeddings, *options)
+
+    def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        length = input_ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ConfigError(
+                f"CLIP's text encoder reads at most max_position_embeddings="
+                f"{self.config.max_position_embeddings} tokens, got {length}"
+            )
+        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(length))[None]
+
+
+class CLIPTextTransformer(nn.Module):
+    config: CLIPTextConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+
+    def setup(self) -> None:
+        dtypes = (self.dtype, self.param_dtype)
+        self.embeddings = CLIPTextEmbeddings(self.config, *dtypes)
+        self.encoder = CLIPEncoder(self.config, True, *dtypes, self.scan_layers, self.remat)
+        self.final_layer_norm = _layer_norm(self.config.layer_norm_eps, *dtypes)
+
+    def __call__(self, input_ids: Int[Array, "b l"]) -> CLIPTextOutput:
+        last, before = self.encoder(self.embeddings(input_ids))
+        last = self.final_layer_norm(last)
+        # The published configs give a wrong eos_token_id, 2, and CLIP was trained to pool at the
+        # highest id, which is the end-of-text token. A true eos_token_id pools at its first place.
+        eos = self.config.eos_token_id
+        position = jnp.argmax(input_ids if eos == _PUBLISHED_EOS else input_ids == eos, axis=-1)
+        pooled = jnp.take_along_axis(last, position[:, None, None], axis=1)[:, 0]
+        return CLIPTextOutput(last, before, pooled, None)
+
+
+class CLIPTextModel(nn.Module):
+    """Token ids -> CLIPTextOutput, FLUX's first text encoder."""
+
+    config: CLIPTextConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+    with_projection: bool = False
+
+    def setup(self) -> None:
+        self.text_model = CLIPTextTransformer(
+            self.config, self.dtype, self.param_dtype, self.scan_layers, self.remat
+        )
+        if self.with_projection:
+            self.text_projection = _projection(self.config, self.dtype, self.param_dtype)
+
+    def __call__(self, input_ids: Int[Array, "b l"]) -> CLIPTextOutput:
+        output = self.text_model(input_ids)
+        if not self.with_projection:
+            return output
+        return output.replace(text_embeds=self.text_projection(output.pooler_output))
+
+
+def _projection(
+    config: CLIPTextConfig | CLIPVisionConfig, dtype: Dtype, param_dtype: Dtype
+) -> nn.Dense:
+    init = nn.initializers.normal(config.hidden_size**-0.5)
+    return nn.Dense(
+        config.projection_dim, False, dtype=dtype, param_dtype=param_dtype, kernel_init=init
+    )
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    config: CLIPVisionConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        self.class_embedding = self.param(
+            "class_embedding",
+            nn.initializers.normal(c.hidden_size**-0.5),
+            (c.hidden_size,),
+            self.param_dtype,
+        )
+        self.patch_embedding = nn.Conv(
+            c.hidden_size,
+            (c.patch_size, c.patch_size),
+            (c.patch_size, c.patch_size),
+            padding="VALID",
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=init,
+        )
+        positions = (c.image_size // c.patch_size) ** 2 + 1
+        self.position_embedding = _embedding(
+            positions, c.hidden_size, self.dtype, self.param_dtype, init
+        )
+
+    def __call__(self, pixel_values: Float[Array, "b height width c"]) -> Float[Array, "b n d"]:
+        size = self.config.image_size
+        if pixel_values.shape[1:3] != (size, size):
+            raise ConfigError(
+                f"CLIP's vision encoder reads pictures of image_size={size} squared, "
+                f"got {pixel_values.shape[1]} x {pixel_values.shape[2]}"
+            )
+        patches = self.patch_embedding(pixel_values)
+        patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
+        first = self.class_embedding.astype(self.dtype)[None, None]
+        first = jnp.broadcast_to(first, (patches.shape[0], 1, patches.shape[-1]))
+        states = jnp.concatenate([first, patches], axis=1)
+        return states + self.position_embedding(jnp.arange(states.shape[1]))[None]
+
+
+class CLIPVisionTransformer(nn.Module):
+    config: CLIPVisionConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+
+    def setup(self) -> None:
+        dtypes = (self.dtype, self.param_dtype)
+        epsilon = self.config.layer_norm_eps
+        self.embeddings = CLIPVisionEmbeddings(self.config, *dtypes)
+        self.pre_layrnorm = _layer_norm(epsilon, *dtypes)  # spelled so in the checkpoints
+        self.encoder = CLIPEncoder(self.config, False, *dtypes, self.scan_layers, self.remat)
+        self.post_layernorm = _layer_norm(epsilon, *dtypes)
+
+    def __call__(self, pixel_values: Float[Array, "b height width c"]) -> CLIPVisionOutput:
+        last, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+        return CLIPVisionOutput(last, self.post_layernorm(last[:, 0]), None)
+
+
+class CLIPVisionModel(nn.Module):
+    """Normalised pictures (b, height, width, channels) -> CLIPVisionOutput."""
+
+    config: CLIPVisionConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+    with_projection: bool = False
+
+    def setup(self) -> None:
+        self.vision_model = CLIPVisionTransformer(
+            self.config, self.dtype, self.param_dtype, self.scan_layers, self.remat
+        )
+        if self.with_projection:
+            self.visual_projection = _projection(self.config, self.dtype, self.param_dtype)
+
+    def __call__(self, pixel_values: Float[Array, "b height width c"]) -> CLIPVisionOutput:
+        output = self.vision_model(pixel_values)
+        if not self.with_projection:
+            return output
+        return output.replace(image_embeds=self.visual_projection(output.pooler_output))

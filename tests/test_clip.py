@@ -1,0 +1,170 @@
+"""CLIP's text and vision encoders against transformers on tiny random configurations."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch_reference import from_torch, relative_l2
+
+from fluxjax.config import (
+    CLIP_BASE_TEXT,
+    CLIP_BASE_VISION,
+    CLIP_L_TEXT,
+    CLIP_L_VISION,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ConfigError,
+)
+from fluxjax.models.clip import CLIPTextModel, CLIPVisionModel
+from fluxjax.models.stacking import stack_layers
+
+TEXT = CLIPTextConfig(
+    vocab_size=99, hidden_size=32, intermediate_size=48, projection_dim=24, num_hidden_layers=3,
+    num_attention_heads=4,
+)  # fmt: skip
+VISION = CLIPVisionConfig(
+    hidden_size=40, intermediate_size=64, projection_dim=24, num_hidden_layers=2,
+    num_attention_heads=4, image_size=24, patch_size=8, hidden_act="gelu",
+)  # fmt: skip
+IDS = np.random.default_rng(0).integers(3, 98, (3, 77))
+IDS[:, 20:] = 1
+IDS[0, 40], IDS[1, 5], IDS[2, 76] = 98, 98, 98
+PIXELS = np.random.default_rng(1).normal(size=(2, 24, 24, 3)).astype(np.float32)
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.add_(noise * (0.3 if tensor.ndim == 1 else 0.1))
+    return model.eval()
+
+
+def torch_config(config: CLIPTextConfig | CLIPVisionConfig):
+    kind = "Text" if isinstance(config, CLIPTextConfig) else "Vision"
+    return getattr(transformers, f"CLIP{kind}Config")(**vars(config))
+
+
+def run(module, params, inputs):
+    return jax.jit(module.apply)({"params": params}, inputs)
+
+
+@pytest.mark.parametrize("eos", [2, 98, 7], ids=["published", "true eos", "not the highest id"])
+def test_text_equals_transformers(eos):
+    config = replace(TEXT, eos_token_id=eos)
+    ids = IDS.copy()
+    if eos == 7:
+        ids[ids == 7] = 8
+        ids[:, [30, 60]] = 7
+    model = randomised(transformers.CLIPTextModelWithProjection(torch_config(config)))
+    with torch.no_grad():
+        expected = model(torch.tensor(ids), output_hidden_states=True)
+        pooled = model.text_model(torch.tensor(ids)).pooler_output
+    params = from_torch(model)
+    for scan in (False, True):
+        module = CLIPTextModel(config, scan_layers=scan, with_projection=True)
+        ours = run(module, stack_layers(params) if scan else params, ids)
+        assert relative_l2(ours.last_hidden_state, expected.last_hidden_state) <= 1e-5
+        assert relative_l2(ours.penultimate_hidden_state, expected.hidden_states[-2]) <= 1e-5
+        assert relative_l2(ours.pooler_output, pooled) <= 1e-5
+        assert relative_l2(ours.text_embeds, expected.text_embeds) <= 1e-5
+
+
+def test_text_without_projection():
+    model = randomised(transformers.CLIPTextModel(torch_config(TEXT)))
+    params = {"text_model": from_torch(model)}
+    ours = run(CLIPTextModel(TEXT), params, IDS)
+    with torch.no_grad():
+        assert relative_l2(ours.pooler_output, model(torch.tensor(IDS)).pooler_output) <= 1e-5
+    assert ours.text_embeds is None
+
+
+def test_vision_equals_transformers():
+    model = randomised(transformers.CLIPVisionModelWithProjection(torch_config(VISION)))
+    with torch.no_grad():
+        pixels = torch.tensor(PIXELS).permute(0, 3, 1, 2)
+        expected = model(pixels)
+        pooled = model.vision_model(pixels).pooler_output
+    params = from_torch(model)
+    for scan in (False, True):
+        module = CLIPVisionModel(VISION, scan_layers=scan, with_projection=True)
+        ours = run(module, stack_layers(params) if scan else params, PIXELS)
+        assert relative_l2(ours.last_hidden_state, expected.last_hidden_state) <= 1e-5
+        assert relative_l2(ours.pooler_output, pooled) <= 1e-5
+        assert relative_l2(ours.image_embeds, expected.image_embeds) <= 1e-5
+
+
+def test_both_towers_equal_clip_model():
+    config = transformers.CLIPConfig(
+        text_config=torch_config(TEXT).to_dict(),
+        vision_config=torch_config(VISION).to_dict(),
+        projection_dim=24,
+    )
+    model = randomised(transformers.CLIPModel(config))
+    with torch.no_grad():
+        expected = model(torch.tensor(IDS), torch.tensor(PIXELS).permute(0, 3, 1, 2))
+    params = from_torch(model)
+    text = {name: params[name] for name in ("text_model", "text_projection")}
+    vision = {name: params[name] for name in ("vision_model", "visual_projection")}
+    text = run(CLIPTextModel(TEXT, with_projection=True), text, IDS).text_embeds
+    image = run(CLIPVisionModel(VISION, with_projection=True), vision, PIXELS).image_embeds
+    text, image = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (text, image))
+    logits = np.exp(params["logit_scale"]) * np.asarray(text) @ np.asarray(image).T
+    assert relative_l2(logits, expected.logits_per_text) <= 1e-5
+
+
+def test_bfloat16_is_as_good_as_torch():
+    text = randomised(transformers.CLIPTextModelWithProjection(torch_config(TEXT)))
+    vision = randomised(transformers.CLIPVisionModelWithProjection(torch_config(VISION)))
+    pixels = torch.tensor(PIXELS).permute(0, 3, 1, 2)
+    ours = CLIPTextModel(TEXT, dtype=jnp.bfloat16, with_projection=True)
+    ours = run(ours, from_torch(text), IDS).last_hidden_state.astype(jnp.float32)
+    ours_v = CLIPVisionModel(VISION, dtype=jnp.bfloat16, with_projection=True)
+    ours_v = run(ours_v, from_torch(vision), PIXELS).last_hidden_state.astype(jnp.float32)
+    with torch.no_grad():
+        for model, inputs, mine in (
+            (text, torch.tensor(IDS), ours),
+            (vision, pixels, ours_v),
+        ):
+            expected = model(inputs).last_hidden_state.numpy()
+            half = inputs if inputs.dtype == torch.int64 else inputs.bfloat16()
+            theirs = model.bfloat16()(half).last_hidden_state.float().numpy()
+            bound = min(2e-2, 1.5 * relative_l2(theirs, expected))
+            assert relative_l2(mine, expected) <= bound
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (CLIP_L_TEXT, 123_060_480),
+        (CLIP_BASE_TEXT, 63_165_952),
+        (CLIP_L_VISION, 303_179_776),
+        (CLIP_BASE_VISION, 87_456_000),
+    ],
+    ids=["text L", "text base", "vision L", "vision base"],
+)
+def test_presets_have_the_published_size(config, count):
+    if isinstance(config, CLIPTextConfig):
+        module, shape, dtype = CLIPTextModel(config, scan_layers=True), (1, 77), jnp.int32
+    else:
+        size = config.image_size
+        module, shape, dtype = (
+            CLIPVisionModel(config, scan_layers=True),
+            (1, size, size, 3),
+            jnp.float32,
+        )
+    inputs = jax.ShapeDtypeStruct(shape, dtype)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(ConfigError, match="image_size=24"):
+        CLIPVisionModel(VISION).init(jax.random.key(0), jnp.zeros((1, 24, 32, 3)))
+    with pytest.raises(ConfigError, match="77"):
+        CLIPTextModel(TEXT).init(jax.random.key(0), jnp.zeros((1, 78), int))
