@@ -1,0 +1,139 @@
+"""Positions and scalars as vectors: rotary tables, sinusoids, and the conditioning embedder."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
+
+TimestepRounding = Literal["diffusers", "bfl", "none"]
+
+SINUSOID_DIM = 256
+
+
+class Rope(NamedTuple):
+    """Rotation per position and pair of channels, float32."""
+
+    cos: Float[Array, "l half"]
+    sin: Float[Array, "l half"]
+
+
+def rope_table(ids: Num[Array, "l axes"], axes_dims: tuple[int, ...], theta: float) -> Rope:
+    """Rotary tables of integer position ids, one group of channels per axis.
+
+    As exact as diffusers' float64 tables rounded to float32 (`FluxPosEmbed`), without float64:
+    each frequency is split into a part of 11 bits, whose product with a position below 8192 is
+    exact in float32, and a small rest; the angle-sum identity joins the two.
+    """
+    cos, sin = [], []
+    for axis, dim in enumerate(axes_dims):
+        frequencies = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+        mantissa, exponent = np.frexp(frequencies)
+        coarse = np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent)
+        position = ids[:, axis, None].astype(jnp.float32)
+        a = position * coarse.astype(np.float32)[None, :]
+        b = position * (frequencies - coarse).astype(np.float32)[None, :]
+        cos.append(jnp.cos(a) * jnp.cos(b) - jnp.sin(a) * jnp.sin(b))
+        sin.append(jnp.sin(a) * jnp.cos(b) + jnp.cos(a) * jnp.sin(b))
+    return Rope(jnp.concatenate(cos, axis=-1), jnp.concatenate(sin, axis=-1))
+
+
+def apply_rope(x: Float[Array, "b l heads k"], rope: Rope) -> Float[Array, "b l heads k"]:
+    """Rotate the interleaved pairs (2i, 2i + 1), in float32; the result has the dtype of `x`."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    cos, sin = rope.cos[None, :, None, :], rope.sin[None, :, None, :]
+    even, odd = pairs[..., 0], pairs[..., 1]
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def sinusoid(t: Float[Array, " b"], dim: int = SINUSOID_DIM) -> Float[Array, "b dim"]:
+    """Cosines, then sines, of `t` at `dim / 2` frequencies from 1 down to 1/10000, in float32."""
+    half = dim // 2
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def round_to(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """Values of `dtype` held in float32.
+
+    `reduce_precision` and not a pair of casts: XLA is free to drop the pair.
+    """
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant)
+
+
+def thousandfold(
+    t: Float[Array, " b"], dtype: DTypeLike, rounding: TimestepRounding
+) -> Float[Array, " b"]:
+    """1000 t as the references see it when they run in `dtype`.
+
+    `diffusers`: the pipeline casts 1000 t, divides by 1000, the transformer multiplies again.
+    `bfl`: t itself is cast, then multiplied. `none`: exact. In bfloat16, 7 of the 28 default
+    timesteps at 1024 x 1024 differ between the first two. In float32 all three agree closely.
+    """
+    if rounding == "none":
+        return 1000.0 * t.astype(jnp.float32)
+    if rounding == "diffusers":
+        t = round_to(round_to(1000.0 * t.astype(jnp.float32), dtype) / 1000.0, dtype)
+    return round_to(1000.0 * round_to(t, dtype), dtype)
+
+
+class TwoLayerEmbedder(nn.Module):
+    """Linear, SiLU, Linear (BFL `MLPEmbedder`, diffusers `TimestepEmbedding`)."""
+
+    dim: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "kernel_init": nn.initializers.normal(0.02),
+        }
+        self.linear_1 = nn.Dense(self.dim, **options)
+        self.linear_2 = nn.Dense(self.dim, **options)
+
+    def __call__(self, x: Float[Array, "b inputs"]) -> Float[Array, "b d"]:
+        return self.linear_2(nn.silu(self.linear_1(x)))
+
+
+class TimeTextEmbed(nn.Module):
+    """One vector from timestep, pooled text and, in distilled models, guidance."""
+
+    dim: int
+    guidance_embeds: bool
+    timestep_rounding: TimestepRounding = "diffusers"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.timestep_embedder = TwoLayerEmbedder(self.dim, **options)
+        if self.guidance_embeds:
+            self.guidance_embedder = TwoLayerEmbedder(self.dim, **options)
+        self.text_embedder = TwoLayerEmbedder(self.dim, **options)
+
+    def __call__(
+        self,
+        timestep: Float[Array, " b"],
+        pooled_projections: Float[Array, "b pooled"],
+        guidance: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b d"]:
+        t = thousandfold(timestep, self.dtype, self.timestep_rounding)
+        vector = self.timestep_embedder(sinusoid(t).astype(self.dtype))
+        if self.guidance_embeds:
+            if guidance is None:
+                raise ValueError("a model with guidance_embeds needs `guidance`, got None")
+            # Both references cast guidance before they multiply it: 3.5 becomes 3504 in bfloat16.
+            rounding = "none" if self.timestep_rounding == "none" else "bfl"
+            g = thousandfold(guidance, self.dtype, rounding)
+            vector = vector + self.guidance_embedder(sinusoid(g).astype(self.dtype))
+        return vector + self.text_embedder(pooled_projections.astype(self.dtype))

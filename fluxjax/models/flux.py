@@ -1,0 +1,192 @@
+"""The FLUX transformer (MMDiT), after BFL's `model.py` and diffusers' `transformer_flux.py`.
+
+`FluxTransformer.__call__` is one forward. A sampler that runs many steps on one prompt does the
+step-invariant work once instead, inside its one jitted program:
+
+    model = FluxTransformer(config)
+    def method(name, *args):
+        return model.apply({"params": params}, *args, method=name)
+
+    rope = method("rope", txt_ids, img_ids)                              # once
+    text = method("embed_text", encoder_hidden_states)                   # once
+    modulations = method("step_modulations", timesteps, pooled, guidance)  # all steps at once
+    def step(latents, inputs):
+        modulation, delta = inputs
+        velocity = method("denoise", latents, text, modulation, rope)
+        return latents + delta * velocity, None
+    latents, _ = jax.lax.scan(step, noise, (modulations, sigmas[1:] - sigmas[:-1]))
+
+`timesteps` are sigmas in [0, 1], shape (steps,). The result equals `__call__` at each step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
+
+from fluxjax.config import FluxConfig
+from fluxjax.models.attention import Implementation
+from fluxjax.models.embeddings import Rope, TimestepRounding, TimeTextEmbed, rope_table
+from fluxjax.models.flux_blocks import AdaLayerNorm, DoubleBlock, SingleBlock
+
+
+class Modulations(NamedTuple):
+    """Shifts, scales and gates of every block; `step_modulations` adds a leading axis of steps."""
+
+    image: Float[Array, "*steps layers b 6 d"] | None
+    text: Float[Array, "*steps layers b 6 d"] | None
+    single: Float[Array, "*steps single_layers b 3 d"] | None
+    out: Float[Array, "*steps b 2 d"]
+
+
+class FluxTransformer(nn.Module):
+    """Predicts the velocity (noise - data) of packed latents.
+
+    `scan_layers`: the blocks are scanned and their parameters stacked on a leading axis (see
+    `fluxjax.models.stacking`); otherwise one subtree per block. `remat`: recompute each block in
+    the backward pass. `timestep_rounding`: see `embeddings.thousandfold`.
+    """
+
+    config: FluxConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+    timestep_rounding: TimestepRounding = "diffusers"
+    attention: Implementation = "auto"
+
+    def setup(self) -> None:
+        config = self.config
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = nn.initializers.normal(0.02)
+        self.time_text_embed = TimeTextEmbed(
+            config.inner_dim, config.guidance_embeds, self.timestep_rounding, **types
+        )
+        self.context_embedder = nn.Dense(config.inner_dim, kernel_init=init, **types)
+        self.x_embedder = nn.Dense(config.inner_dim, kernel_init=init, **types)
+        self.transformer_blocks = self._blocks(DoubleBlock, config.num_layers)
+        self.single_transformer_blocks = self._blocks(SingleBlock, config.num_single_layers)
+        self.norm_out = AdaLayerNorm(config.inner_dim, 2, **types)
+        self.proj_out = nn.Dense(
+            config.out_channels, kernel_init=nn.initializers.zeros_init(), **types
+        )
+
+    def _blocks(self, block: type, count: int):
+        if self.remat:
+            block = nn.remat(block, prevent_cse=not self.scan_layers)
+        arguments = (self.config, self.dtype, self.param_dtype, self.attention)
+        if not self.scan_layers:
+            return [block(*arguments) for _ in range(count)]
+        if count == 0:
+            return []
+        shared = {
+            "variable_axes": {"params": 0},
+            "split_rngs": {"params": True},
+            "length": count,
+        }
+        methods = {
+            "__call__": {**shared, "in_axes": (0, nn.broadcast)},
+            "modulation": {**shared, "in_axes": nn.broadcast},
+        }
+        return nn.scan(block, methods=methods)(*arguments)
+
+    def _run(self, blocks, carry, modulation, rope: Rope):
+        if self.scan_layers:
+            return blocks(carry, modulation, rope)[0] if blocks else carry
+        for i, block in enumerate(blocks):
+            carry, _ = block(carry, jax.tree.map(lambda leaf, i=i: leaf[i], modulation), rope)
+        return carry
+
+    def _modulate(self, blocks, vector: Float[Array, "n d"]):
+        if not blocks:
+            return None
+        if self.scan_layers:
+            return blocks.modulation(None, vector)[1]
+        each = [block.modulation(None, vector)[1] for block in blocks]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+    def rope(self, txt_ids: Num[Array, "text axes"], img_ids: Num[Array, "image axes"]) -> Rope:
+        """Rotary tables of the joint sequence, text first."""
+        ids = jnp.concatenate([txt_ids, img_ids], axis=0)
+        return rope_table(ids, self.config.axes_dims_rope, self.config.rope_theta)
+
+    def embed_text(
+        self, encoder_hidden_states: Float[Array, "b text joint"]
+    ) -> Float[Array, "b text d"]:
+        """T5 states in the transformer's width."""
+        return self.context_embedder(encoder_hidden_states)
+
+    def modulations(
+        self,
+        timestep: Float[Array, " b"],
+        pooled_projections: Float[Array, "b pooled"],
+        guidance: Float[Array, " b"] | None = None,
+    ) -> Modulations:
+        """Everything the blocks take from timestep, guidance and pooled text."""
+        vector = self.time_text_embed(timestep, pooled_projections, guidance)
+        double = self._modulate(self.transformer_blocks, vector)
+        image, text = (None, None) if double is None else double
+        single = self._modulate(self.single_transformer_blocks, vector)
+        return Modulations(image, text, single, self.norm_out.modulation(vector))
+
+    def step_modulations(
+        self,
+        timesteps: Float[Array, " steps"],
+        pooled_projections: Float[Array, "b pooled"],
+        guidance: Float[Array, " b"] | None = None,
+    ) -> Modulations:
+        """`modulations` of many steps in one pass over the weights; every leaf (steps, ...)."""
+        steps, batch = timesteps.shape[0], pooled_projections.shape[0]
+        flat = self.modulations(
+            jnp.repeat(timesteps, batch),
+            jnp.tile(pooled_projections, (steps, 1)),
+            None if guidance is None else jnp.tile(guidance, steps),
+        )
+
+        def split(leaf: Array) -> Array:
+            leaf = leaf.reshape(*leaf.shape[:-3], steps, batch, *leaf.shape[-2:])
+            return jnp.moveaxis(leaf, -4, 0)
+
+        return jax.tree.map(split, flat)
+
+    def denoise(
+        self,
+        hidden_states: Float[Array, "b image in_channels"],
+        text: Float[Array, "b text d"],
+        modulations: Modulations,
+        rope: Rope,
+    ) -> Float[Array, "b image out_channels"]:
+        """One step, given what `embed_text`, `modulations` and `rope` return."""
+        image = self.x_embedder(hidden_states)
+        image, text = self._run(
+            self.transformer_blocks, (image, text), (modulations.image, modulations.text), rope
+        )
+        length = text.shape[1]
+        joint = jnp.concatenate([text, image], axis=1)
+        joint = self._run(self.single_transformer_blocks, joint, modulations.single, rope)
+        # diffusers' order, (scale, shift); BFL stores (shift, scale) and conversion swaps them.
+        scale, shift = modulations.out[:, 0], modulations.out[:, 1]
+        return self.proj_out(self.norm_out(joint[:, length:], shift, scale))
+
+    def __call__(
+        self,
+        hidden_states: Float[Array, "b image in_channels"],
+        encoder_hidden_states: Float[Array, "b text joint"],
+        pooled_projections: Float[Array, "b pooled"],
+        timestep: Float[Array, " b"],
+        img_ids: Num[Array, "image axes"],
+        txt_ids: Num[Array, "text axes"],
+        guidance: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b image out_channels"]:
+        """`timestep` is the noise level in [0, 1], 1 = pure noise; ids are unbatched."""
+        return self.denoise(
+            hidden_states,
+            self.embed_text(encoder_hidden_states),
+            self.modulations(timestep, pooled_projections, guidance),
+            self.rope(txt_ids, img_ids),
+        )

@@ -1,0 +1,249 @@
+"""The two blocks of FLUX and their parts, named as diffusers' `transformer_flux.py` names them.
+
+Modulation (adaLN) is split in two: `modulation` turns the conditioning vector into shifts, scales
+and gates, and `__call__` applies them. A sampler computes those of all its steps at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from fluxjax.config import FluxConfig
+from fluxjax.models.attention import Implementation, dot_product_attention
+from fluxjax.models.embeddings import Rope, apply_rope
+
+NORM_EPS = 1e-6
+_zeros = nn.initializers.zeros_init()
+
+
+def _dense(features: int, module: Any, **options: Any) -> nn.Dense:
+    return nn.Dense(features, dtype=module.dtype, param_dtype=module.param_dtype, **options)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm without parameters, statistics in float32."""
+
+    dtype: DTypeLike = jnp.float32
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return (x * (1.0 / jnp.sqrt(variance + NORM_EPS))).astype(self.dtype)
+
+
+class QKNorm(nn.Module):
+    """RMS norm over the head in float32, cast before the scale multiplies (BFL `RMSNorm`)."""
+
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l heads k"]) -> Float[Array, "b l heads k"]:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x * (1.0 / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + NORM_EPS))
+        return x.astype(self.dtype) * scale.astype(self.dtype)[None, None, None, :]
+
+
+class AdaLayerNorm(nn.Module):
+    """Layer norm shifted and scaled by the conditioning vector; `parts` vectors come from it.
+
+    The linear layer starts at zero, so that every block of a new model is the identity
+    (Peebles and Xie, "Scalable diffusion models with transformers", adaLN-zero).
+    """
+
+    dim: int
+    parts: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.linear = _dense(self.parts * self.dim, self, kernel_init=_zeros)
+        self.norm = LayerNorm(self.dtype)
+
+    def modulation(self, vector: Float[Array, "n d"]) -> Float[Array, "n parts d"]:
+        return self.linear(nn.silu(vector)).reshape(vector.shape[0], self.parts, self.dim)
+
+    def __call__(
+        self, x: Float[Array, "b l d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+    ) -> Float[Array, "b l d"]:
+        return _modulate(self.norm(x), shift, scale)
+
+
+def _modulate(x, shift, scale):
+    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+class GELUProjection(nn.Module):
+    dim: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.proj = _dense(self.dim, self)
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l mlp"]:
+        return nn.gelu(self.proj(x), approximate=True)
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh GELU, Linear; `net_0` and `net_2` as in diffusers' `FeedForward`."""
+
+    dim: int
+    mlp_dim: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.net_0 = GELUProjection(self.mlp_dim, self.dtype, self.param_dtype)
+        self.net_2 = _dense(self.dim, self)
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        return self.net_2(self.net_0(x))
+
+
+class SingleAttention(nn.Module):
+    """Self-attention over the joint sequence, without an output projection."""
+
+    config: FluxConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    attention: Implementation = "auto"
+
+    def setup(self) -> None:
+        dim, bias = self.config.inner_dim, self.config.qkv_bias
+        self.to_q, self.to_k, self.to_v = (_dense(dim, self, use_bias=bias) for _ in range(3))
+        self.norm_q, self.norm_k = (QKNorm(self.dtype, self.param_dtype) for _ in range(2))
+
+    def __call__(self, x: Float[Array, "b l d"], rope: Rope) -> Float[Array, "b l d"]:
+        q, k, v = (_heads(to(x), self.config) for to in (self.to_q, self.to_k, self.to_v))
+        q, k = apply_rope(self.norm_q(q), rope), apply_rope(self.norm_k(k), rope)
+        out = dot_product_attention(q, k, v, implementation=self.attention)
+        return out.reshape(x.shape)
+
+
+class JointAttention(nn.Module):
+    """Attention over [text, image], with separate projections for the two."""
+
+    config: FluxConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    attention: Implementation = "auto"
+
+    def setup(self) -> None:
+        dim, bias = self.config.inner_dim, self.config.qkv_bias
+        self.to_q, self.to_k, self.to_v = (_dense(dim, self, use_bias=bias) for _ in range(3))
+        self.norm_q, self.norm_k = (QKNorm(self.dtype, self.param_dtype) for _ in range(2))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (
+            _dense(dim, self, use_bias=bias) for _ in range(3)
+        )
+        self.norm_added_q, self.norm_added_k = (
+            QKNorm(self.dtype, self.param_dtype) for _ in range(2)
+        )
+        self.to_out_0, self.to_add_out = _dense(dim, self), _dense(dim, self)
+
+    def __call__(
+        self, image: Float[Array, "b image d"], text: Float[Array, "b text d"], rope: Rope
+    ) -> tuple[Float[Array, "b image d"], Float[Array, "b text d"]]:
+        config = self.config
+        q, k, v = (_heads(to(image), config) for to in (self.to_q, self.to_k, self.to_v))
+        text_q, text_k, text_v = (
+            _heads(to(text), config) for to in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        )
+        q = jnp.concatenate([self.norm_added_q(text_q), self.norm_q(q)], axis=1)
+        k = jnp.concatenate([self.norm_added_k(text_k), self.norm_k(k)], axis=1)
+        v = jnp.concatenate([text_v, v], axis=1)
+        out = dot_product_attention(
+            apply_rope(q, rope), apply_rope(k, rope), v, implementation=self.attention
+        ).reshape(image.shape[0], -1, config.inner_dim)
+        length = text.shape[1]
+        return self.to_out_0(out[:, length:]), self.to_add_out(out[:, :length])
+
+
+def _heads(x: Float[Array, "b l d"], config: FluxConfig) -> Float[Array, "b l heads k"]:
+    return x.reshape(*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
+
+
+class DoubleBlock(nn.Module):
+    """Text and image streams with their own weights and one joint attention."""
+
+    config: FluxConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    attention: Implementation = "auto"
+
+    def setup(self) -> None:
+        config = self.config
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.norm1 = AdaLayerNorm(config.inner_dim, 6, **types)
+        self.norm1_context = AdaLayerNorm(config.inner_dim, 6, **types)
+        self.attn = JointAttention(config, attention=self.attention, **types)
+        self.norm2, self.norm2_context = LayerNorm(self.dtype), LayerNorm(self.dtype)
+        self.ff = FeedForward(config.inner_dim, config.mlp_dim, **types)
+        self.ff_context = FeedForward(config.inner_dim, config.mlp_dim, **types)
+
+    def modulation(
+        self, carry: None, vector: Float[Array, "n d"]
+    ) -> tuple[None, tuple[Float[Array, "n 6 d"], Float[Array, "n 6 d"]]]:
+        return carry, (self.norm1.modulation(vector), self.norm1_context.modulation(vector))
+
+    def __call__(
+        self,
+        streams: tuple[Float[Array, "b image d"], Float[Array, "b text d"]],
+        modulation: tuple[Float[Array, "b 6 d"], Float[Array, "b 6 d"]],
+        rope: Rope,
+    ) -> tuple[tuple[Float[Array, "b image d"], Float[Array, "b text d"]], None]:
+        image, text = streams
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _parts(modulation[0])
+        c_shift, c_scale, c_gate, c_mlp_shift, c_mlp_scale, c_mlp_gate = _parts(modulation[1])
+        image_out, text_out = self.attn(
+            self.norm1(image, shift, scale), self.norm1_context(text, c_shift, c_scale), rope
+        )
+        image = image + gate[:, None, :] * image_out
+        image_mlp = self.ff(_modulate(self.norm2(image), mlp_shift, mlp_scale))
+        image = image + mlp_gate[:, None, :] * image_mlp
+        text = text + c_gate[:, None, :] * text_out
+        text_mlp = self.ff_context(_modulate(self.norm2_context(text), c_mlp_shift, c_mlp_scale))
+        text = text + c_mlp_gate[:, None, :] * text_mlp
+        return (image, text), None
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel over the joint sequence."""
+
+    config: FluxConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    attention: Implementation = "auto"
+
+    def setup(self) -> None:
+        config = self.config
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.norm = AdaLayerNorm(config.inner_dim, 3, **types)
+        self.proj_mlp = _dense(config.mlp_dim, self)
+        self.attn = SingleAttention(config, attention=self.attention, **types)
+        self.proj_out = _dense(config.inner_dim, self)
+
+    def modulation(
+        self, carry: None, vector: Float[Array, "n d"]
+    ) -> tuple[None, Float[Array, "n 3 d"]]:
+        return carry, self.norm.modulation(vector)
+
+    def __call__(
+        self, x: Float[Array, "b l d"], modulation: Float[Array, "b 3 d"], rope: Rope
+    ) -> tuple[Float[Array, "b l d"], None]:
+        shift, scale, gate = _parts(modulation)
+        normed = self.norm(x, shift, scale)
+        mlp = nn.gelu(self.proj_mlp(normed), approximate=True)
+        out = self.proj_out(jnp.concatenate([self.attn(normed, rope), mlp], axis=-1))
+        return x + gate[:, None, :] * out, None
+
+
+def _parts(modulation: Float[Array, "b parts d"]) -> list[Float[Array, "b d"]]:
+    return [modulation[:, i] for i in range(modulation.shape[1])]
