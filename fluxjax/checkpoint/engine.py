@@ -1,0 +1,286 @@
+"""The one conversion engine: checkpoint names <-> reference names <-> our parameter trees.
+
+Our tree mirrors the reference (diffusers, transformers) names: dots nest, a number is joined to
+the name before it (`transformer_blocks.0.attn.to_out.0.weight` is
+`transformer_blocks_0/attn/to_out_0/kernel`), and a stacked group `transformer_blocks` carries a
+leading layer axis. What a checkpoint calls otherwise is a `Table` of rules. Everything is checked
+before anything is read: unknown, missing and mis-shaped tensors are listed all in one error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from fluxjax.checkpoint import tensors
+from fluxjax.checkpoint.tables import Rule, Table
+from fluxjax.checkpoint.tensors import Tensor
+
+
+class MappingError(ValueError):
+    """Tensors that do not fit the network; the message lists every one of them."""
+
+
+# Reference names in which a number is a list index; elsewhere (linear_1, wi_0) it is the name's.
+_INDEXED = (
+    "transformer_blocks|single_transformer_blocks|block|layers|layer|to_out|net|down_blocks|"
+    "up_blocks|resnets|attentions|downsamplers|upsamplers"
+)
+_INDEX = re.compile(rf"\b({_INDEXED})_(\d+)(?=\.|$)")
+_STACKED_GROUPS = ("transformer_blocks", "single_transformer_blocks", "block", "layers")
+_AXES = {"kernel2": (1, 0), "kernel4": (3, 2, 0, 1)}  # ours -> theirs
+_INVERSE_AXES = {"kernel2": (1, 0), "kernel4": (2, 3, 1, 0)}  # theirs -> ours
+_T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Where one reference tensor lives in our tree: path, layer of a stacked leaf, layout."""
+
+    path: tuple[str, ...]
+    layer: int | None
+    layout: str
+    shape: tuple[int, ...]  # in the reference layout
+
+
+def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, value in tree.items():
+        path = (*prefix, key)
+        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def _reference_name(path: tuple[str, ...], layer: int | None) -> str:
+    module, leaf = ".".join(path[:-1]), path[-1]
+    if layer is not None:
+        group = next(key for key in path if key in _STACKED_GROUPS)
+        parts = list(path[:-1])
+        parts[path.index(group)] = f"{group}.{layer}"
+        module = ".".join(parts)
+    if module == "encoder.relative_attention_bias":
+        module = _T5_BIAS
+    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+    return ".".join(filter(None, (_INDEX.sub(r"\1.\2", module), leaf)))
+
+
+def reference_leaves(template: Mapping[str, Any]) -> dict[str, Leaf]:
+    """Every reference name of a tree (arrays or ShapeDtypeStructs, stacked or per layer)."""
+    leaves: dict[str, Leaf] = {}
+    for path, value in flatten(template).items():
+        stacked = any(key in _STACKED_GROUPS for key in path)
+        shape = tuple(value.shape[1:] if stacked else value.shape)
+        layout = f"kernel{len(shape)}" if path[-1] == "kernel" else "same"
+        if layout in _AXES:
+            shape = tuple(shape[axis] for axis in _AXES[layout])
+        for layer in range(value.shape[0]) if stacked else (None,):
+            leaves[_reference_name(path, layer)] = Leaf(path, layer, layout, shape)
+    return leaves
+
+
+@cache
+def _pattern(module: str) -> re.Pattern[str]:
+    return re.compile(re.escape(module).replace(r"\{\}", r"(\d+)"))
+
+
+def _match(table: Table, name: str) -> tuple[Rule, str, tuple[str, ...]] | None:
+    """The rule for a name of theirs, the leaf it ends in, and its numbers."""
+    module, _, leaf = name.rpartition(".")
+    for rule in table.rules:
+        found = _pattern(rule.theirs).fullmatch(module)
+        if found and leaf in ((rule.leaf,) if rule.leaf else ("weight", "bias")):
+            return rule, "weight" if rule.leaf else leaf, found.groups()
+    return None
+
+
+def to_reference(
+    source: Mapping[str, Tensor], table: Table, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """`source` under reference names; `shapes` are all reference names and shapes expected.
+
+    Raises MappingError, listing every tensor that is unknown, missing, doubled or mis-shaped.
+    """
+    found: dict[str, Tensor] = {}
+    errors: list[str] = []
+
+    def put(name: str, tensor: Tensor, theirs: str) -> None:
+        if name not in shapes:
+            errors.append(f"unknown: {theirs} {list(tensor.shape)}")
+        elif name in found and theirs != "encoder.embed_tokens.weight":
+            errors.append(f"doubled: {theirs} is {name}, which the file holds too")
+        elif tensor.shape != shapes[name]:
+            got, want = list(tensor.shape), list(shapes[name])
+            errors.append(f"shape: {theirs} is {got}, where {name} is {want}")
+            found[name] = tensor
+        else:
+            found[name] = tensor
+
+    # T5 files may hold the embedding twice; `shared` is read first and wins.
+    for theirs in sorted(source, key=lambda name: (name == "encoder.embed_tokens.weight", name)):
+        tensor = source[theirs]
+        matched = _match(table, theirs)
+        if matched is None:
+            if theirs in shapes and table.identity:
+                put(theirs, tensor, theirs)
+            elif not any(re.fullmatch(pattern, theirs) for pattern in table.ignored):
+                errors.append(f"unknown: {theirs} {list(tensor.shape)}")
+            continue
+        rule, leaf, numbers = matched
+        names = [f"{name.format(*numbers)}.{leaf}" for name in rule.ours]
+        if rule.conv1x1 and len(tensor.shape) == 4 and tensor.shape[2:] == (1, 1):
+            tensor = tensors.reshape(tensor, tensor.shape[:2])
+        if rule.swap_halves:
+            tensor = tensors.swap_halves(tensor)
+        if len(names) == 1 or any(name not in shapes for name in names):
+            put(names[0], tensor, theirs)
+            continue
+        sizes = [shapes[name][0] for name in names]
+        if not tensor.shape or tensor.shape[0] != sum(sizes):
+            want = [sum(sizes), *shapes[names[0]][1:]]
+            errors.append(f"shape: {theirs} is {list(tensor.shape)}, expected {want}")
+            found.update(dict.fromkeys(names, tensor))
+            continue
+        start = 0
+        for name, size in zip(names, sizes, strict=True):
+            put(name, tensors.slice_rows(tensor, start, start + size), theirs)
+            start += size
+    errors += [f"missing: {name} {list(shapes[name])}" for name in shapes if name not in found]
+    if errors:
+        raise MappingError(
+            f"{len(errors)} tensor(s) do not fit the {table.name}:\n  " + "\n  ".join(errors)
+        )
+    return found
+
+
+def from_reference(reference: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
+    """The tensors under the table's names; the inverse of `to_reference`.
+
+    A table with `identity` changes nothing: its rules only read older names.
+    Raises MappingError for reference names that the table cannot express.
+    """
+    if table.identity:
+        return dict(reference)
+    left = dict(reference)
+    theirs: dict[str, Tensor] = {}
+    errors: list[str] = []
+    for name in reference:
+        module, _, leaf = name.rpartition(".")
+        for rule in table.rules:
+            matched = _pattern(rule.ours[0]).fullmatch(module)
+            if matched is None or (rule.leaf and leaf != "weight"):
+                continue
+            numbers = matched.groups()
+            target = f"{rule.theirs.format(*numbers)}.{rule.leaf or leaf}"
+            parts = [left.pop(f"{ours.format(*numbers)}.{leaf}", None) for ours in rule.ours]
+            if any(part is None for part in parts):
+                errors.append(f"missing: a part of {target}")
+                break
+            try:
+                tensor = tensors.concatenate([part for part in parts if part is not None])
+            except ValueError as error:
+                errors.append(f"{target}: {error}")
+                break
+            if rule.swap_halves:
+                tensor = tensors.swap_halves(tensor)
+            if rule.conv1x1 and leaf == "weight":
+                tensor = tensors.reshape(tensor, (*tensor.shape, 1, 1))
+            theirs[target] = tensor
+            break
+    errors += [f"no name: {name}" for name in left]
+    if errors:
+        raise MappingError(
+            f"{len(errors)} tensor(s) cannot be written for the {table.name}:\n  "
+            + "\n  ".join(errors)
+        )
+    return theirs
+
+
+def to_tree(
+    reference: Mapping[str, Tensor],
+    template: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    place: Callable[[tuple[str, ...], Tensor], Any] | None = None,
+) -> dict[str, Any]:
+    """Our tree with the form (stacked or per layer) of `template`; every name must be there.
+
+    `place(path, tensor)` makes the leaf from a lazy tensor, by default a numpy array. A stacked
+    leaf is filled one layer at a time.
+    """
+    place = place or (lambda path, tensor: tensor.read())
+    layers: dict[tuple[str, ...], list[Tensor]] = {}
+    stacked: set[tuple[str, ...]] = set()
+    for name, leaf in reference_leaves(template).items():
+        tensor = reference[name]
+        if leaf.layout in _INVERSE_AXES:
+            tensor = tensors.transpose(tensor, _INVERSE_AXES[leaf.layout])
+        if dtype is not None:
+            tensor = tensors.astype(tensor, np.dtype(dtype))
+        layers.setdefault(leaf.path, []).append(tensor)
+        if leaf.layer is not None:
+            stacked.add(leaf.path)
+    return unflatten(
+        {
+            path: place(path, stack(parts) if path in stacked else parts[0])
+            for path, parts in layers.items()
+        }
+    )
+
+
+def stack(parts: list[Tensor]) -> Tensor:
+    """Layers under one new leading axis."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, *parts[0].shape), parts[0].dtype)
+        for i in range(start, stop):
+            out[i - start] = parts[i].read()
+        return out
+
+    return Tensor((len(parts), *parts[0].shape), parts[0].dtype, rows)
+
+
+def from_tree(params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Reference names -> lazy tensors in the reference layout, of a stacked or per-layer tree.
+
+    Leaves are arrays or `Tensor`s.
+    """
+    flat = flatten(params)
+    reference: dict[str, Tensor] = {}
+    for name, leaf in reference_leaves(params).items():
+        value = flat[leaf.path]
+        tensor = value if isinstance(value, Tensor) else tensors.of_array(value)
+        if leaf.layer is not None:
+            tensor = tensors.index(tensor, leaf.layer)
+        if leaf.layout in _AXES:
+            tensor = tensors.transpose(tensor, _AXES[leaf.layout])
+        reference[name] = tensor
+    return reference
+
+
+def to_ours(
+    source: Mapping[str, Any], table: Table, template: Mapping[str, Any], **options: Any
+) -> dict[str, Any]:
+    """A checkpoint's tensors (arrays or lazy) as our tree. Options are those of `to_tree`."""
+    lazy = {k: v if isinstance(v, Tensor) else tensors.of_array(v) for k, v in source.items()}
+    shapes = {name: leaf.shape for name, leaf in reference_leaves(template).items()}
+    return to_tree(to_reference(lazy, table, shapes), template, **options)
+
+
+def to_theirs(params: Mapping[str, Any], table: Table) -> dict[str, Tensor]:
+    """Our tree as the checkpoint's names and lazy tensors."""
+    return from_reference(from_tree(params), table)

@@ -1,0 +1,171 @@
+"""Reading and writing safetensors files, one tensor at a time, without torch.
+
+The format: 8 bytes little-endian header length, a JSON header, the raw tensors back to back.
+https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from fluxjax.checkpoint.tensors import Tensor
+
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+        "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+    }.items()
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_TENSORS = 100_000
+
+
+def _bad(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is no valid safetensors file: {why}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a name occurs twice in the header")
+    return keys
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise _bad(path, f"it is cut short ({size} bytes)")
+        if length > MAX_HEADER_BYTES:
+            raise _bad(path, f"its header of {length} bytes exceeds {MAX_HEADER_BYTES}")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"its header is not JSON ({error})") from None
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        raise _bad(path, f"its header is not an object of at most {MAX_TENSORS} tensors")
+    return header, 8 + length
+
+
+def _checked_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise _bad(path, f"the entry of {name!r} lacks dtype, shape or data_offsets") from None
+    if dtype not in DTYPES:
+        raise _bad(path, f"{name!r} has the unknown dtype {dtype!r}")
+    integers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if any(type(number) is not int or not 0 <= number < 2**62 for number in integers):
+        raise _bad(path, f"{name!r} has a shape or offsets that are no natural numbers")
+    count = 1
+    for length in shape:
+        count *= length
+    if count * DTYPES[dtype].itemsize != end - begin:
+        raise _bad(path, f"{name!r} has {end - begin} bytes, which is not {dtype} {shape}")
+    return DTYPES[dtype], tuple(shape), begin, end
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Lazy tensors by name, in file order, and the metadata. Checks the whole header.
+
+    Raises ValueError for anything malformed: offsets that overlap, leave gaps or leave the file,
+    sizes that contradict shapes, unknown dtypes, doubled names, oversized headers.
+    """
+    path = Path(path)
+    header, start = _read_header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _bad(path, "its metadata is not an object of strings")
+    entries = {name: _checked_entry(path, name, entry) for name, entry in header.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
+    position = 0
+    for name, (_, _, begin, end) in entries.items():
+        if begin != position:
+            raise _bad(path, f"{name!r} begins at {begin} where {position} is due")
+        position = end
+    if start + position != path.stat().st_size:
+        raise _bad(path, f"its data should end at byte {start + position}, not at its end")
+    return {
+        name: Tensor(shape, dtype, _rows_reader(path, start + begin, shape, dtype))
+        for name, (dtype, shape, begin, _) in entries.items()
+    }, metadata
+
+
+def _rows_reader(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype
+) -> Callable[[int, int], np.ndarray]:
+    row = int(np.prod(shape[1:], dtype=np.int64))
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset + start * row * dtype.itemsize)
+            view = memoryview(out.reshape(-1).view(np.uint8))
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise OSError(f"{path} ended while it was read")
+                view = view[count:]
+        return out
+
+    return rows
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    progress: Callable[[str, int], None] | None = None,
+) -> None:
+    """Write the tensors in the given order, one in memory at a time, through a temporary file.
+
+    `progress(name, bytes)` is called after each. The file appears only once it is whole.
+    """
+    path = Path(path)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{name}: safetensors cannot hold {tensor.dtype}")
+        offsets = [position, position := position + tensor.nbytes]
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets,
+        }  # fmt: skip
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            for name, tensor in tensors.items():
+                write_rows(file, name, tensor)
+                if progress:
+                    progress(name, tensor.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_rows(file: BinaryIO, name: str, tensor: Tensor) -> None:
+    data = np.ascontiguousarray(tensor.read())
+    if data.shape != tensor.shape or data.dtype != tensor.dtype:
+        raise ValueError(
+            f"{name} was read as {data.dtype} {data.shape}, not {tensor.dtype} {tensor.shape}"
+        )
+    file.write(memoryview(data.reshape(-1).view(np.uint8)))
