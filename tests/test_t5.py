@@ -22,20 +22,10 @@ V1_0 = T5Config(
 
 def reference(config: T5Config) -> transformers.T5EncoderModel:
     torch.manual_seed(0)
-    names = [
-        "vocab_size",
-        "d_model",
-        "d_kv",
-        "d_ff",
-        "num_layers",
-        "num_heads",
-        "relative_attention_num_buckets",
-        "relative_attention_max_distance",
-        "layer_norm_epsilon",
-    ]
+    fields = {k: v for k, v in vars(config).items() if k not in ("is_gated_act", "dense_act_fn")}
     model = transformers.T5EncoderModel(
         transformers.T5Config(
-            **{name: getattr(config, name) for name in names},
+            **fields,
             feed_forward_proj="gated-gelu" if config.is_gated_act else "relu",
         )
     ).eval()

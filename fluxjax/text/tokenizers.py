@@ -1,0 +1,265 @@
+"""The tokenizers of a pipeline folder: prompts -> token ids, identical to transformers'.
+
+transformers' own classes cost two seconds to import and build, so the same Rust tokenizers are put
+together here, as `models/clip/tokenization_clip.py` and `models/t5/tokenization_t5.py` do.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
+_CLIP_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+class TokenIds(NamedTuple):
+    """Ids padded to one length, 1 where a token is not padding, and what did not fit.
+
+    `removed[i]` is the end of prompt i that was cut off, "" when all of it was read.
+    """
+
+    input_ids: Int[np.ndarray, "b l"]
+    attention_mask: Int[np.ndarray, "b l"]
+    removed: tuple[str, ...]
+
+
+class PromptTokenizer:
+    """A tokenizer with the padding of its model: prompts of any length -> `max_length` ids."""
+
+    def __init__(self, backend: Tokenizer, pad_token: str, max_length: int):
+        self.backend = backend
+        self.pad_token = pad_token
+        self.max_length = max_length
+
+    def __call__(self, prompts: Sequence[str], max_length: int | None = None) -> TokenIds:
+        """Token ids of the prompts, truncated and padded to `max_length`."""
+        length = self.max_length if max_length is None else max_length
+        self.backend.enable_truncation(length)
+        pad_id = _id(self.backend, self.pad_token)
+        self.backend.enable_padding(length=length, pad_id=pad_id, pad_token=self.pad_token)
+        encodings = self.backend.encode_batch(list(prompts))
+        return TokenIds(
+            np.array([e.ids for e in encodings], np.int32).reshape(len(prompts), length),
+            np.array([e.attention_mask for e in encodings], np.int32).reshape(-1, length),
+            tuple(_removed(p, e) for p, e in zip(prompts, encodings, strict=True)),
+        )
+
+
+def _id(backend: Tokenizer, token: str) -> int:
+    index = backend.token_to_id(token)
+    if index is None:
+        raise ValueError(f"the tokenizer's vocabulary lacks its special token {token!r}")
+    return index
+
+
+def _removed(prompt: str, encoding: Any) -> str:
+    for rest in encoding.overflowing:
+        for (start, _), special in zip(rest.offsets, rest.special_tokens_mask, strict=True):
+            if not special:
+                return prompt[start:].strip()
+    return ""
+
+
+def load_clip_tokenizer(folder: Path) -> PromptTokenizer:
+    """CLIP's byte-level BPE from vocab.json and merges.txt (or tokenizer.json).
+
+    Raises FileNotFoundError when the folder holds neither, ValueError when a file is damaged.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers.models import BPE
+
+    settings = _Settings(folder)
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    model = settings.values.get("model")
+    if model is not None:
+        vocab = model["vocab"]
+        merges: Any = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    elif vocab_file.is_file() and merges_file.is_file():
+        vocab, merges = BPE.read_file(str(vocab_file), str(merges_file))
+    else:
+        raise FileNotFoundError(
+            f"{folder} is not a CLIP tokenizer: it needs vocab.json and merges.txt, "
+            "or tokenizer.json"
+        )
+    bos, eos = settings.token("bos_token", CLIP_BOS), settings.token("eos_token", CLIP_EOS)
+    unk = settings.token("unk_token", CLIP_EOS)
+    backend = Tokenizer(
+        BPE(
+            vocab=vocab,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=unk,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    pad = settings.token("pad_token", CLIP_EOS)
+    settings.add_special_tokens(backend, [bos, eos, unk, pad])
+    backend.post_processor = processors.RobertaProcessing(
+        (eos, _id(backend, eos)), (bos, _id(backend, bos)), False, False
+    )
+    return PromptTokenizer(backend, pad, settings.max_length(77))
+
+
+def load_t5_tokenizer(folder: Path) -> PromptTokenizer:
+    """T5's SentencePiece unigram model from tokenizer.json or spiece.model.
+
+    Raises FileNotFoundError when the folder holds neither, ValueError when a file is damaged.
+    """
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+
+    settings = _Settings(folder)
+    eos, pad = settings.token("eos_token", "</s>"), settings.token("pad_token", "<pad>")
+    unk = settings.token("unk_token", "<unk>")
+    extra = [f"<extra_id_{i}>" for i in range(int(settings.values.get("extra_ids", 100)))]
+    model = settings.values.get("model")
+    if model is not None:
+        vocab = [(piece, score) for piece, score in model["vocab"]]
+        charsmap = _charsmap_of(settings.values.get("normalizer"))
+    elif (folder / "spiece.model").is_file():
+        vocab, charsmap = read_sentencepiece(folder / "spiece.model")
+        vocab += [(token, 0.0) for token in reversed(extra)]
+    else:
+        raise FileNotFoundError(
+            f"{folder} is not a T5 tokenizer: it needs tokenizer.json or spiece.model"
+        )
+    backend = Tokenizer(Unigram(vocab, unk_id=2, byte_fallback=False))
+    if charsmap:
+        backend.normalizer = normalizers.Precompiled(charsmap)
+    metaspace = {"replacement": "▁", "prepend_scheme": "always", "split": True}
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)]
+    )
+    backend.decoder = decoders.Metaspace(**metaspace)
+    settings.add_special_tokens(backend, [eos, unk, pad, *extra])
+    backend.post_processor = processors.TemplateProcessing(
+        single=["$A", eos], special_tokens=[(eos, _id(backend, eos))]
+    )
+    return PromptTokenizer(backend, pad, settings.max_length(512))
+
+
+class _Settings:
+    """What a folder's JSON files say; any of them may be missing."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"the tokenizer folder {folder} does not exist")
+        self.values: dict[str, Any] = {}
+        for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                self.values.update(_read_json(folder / name))
+
+    def token(self, name: str, default: str) -> str:
+        value = self.values.get(name) or default
+        return value["content"] if isinstance(value, dict) else value
+
+    def max_length(self, default: int) -> int:
+        value = self.values.get("model_max_length", default)
+        return int(value) if value < 1e6 else default  # transformers writes 1e30 for "none"
+
+    def add_special_tokens(self, backend: Tokenizer, tokens: Sequence[str]) -> None:
+        """Make tokens special, with the matching flags of `added_tokens_decoder` where given."""
+        from tokenizers import AddedToken
+
+        entries = {int(i): e for i, e in self.values.get("added_tokens_decoder", {}).items()}
+        if not entries:
+            entries = {e["id"]: e for e in self.values.get("added_tokens") or ()}
+        listed = {}
+        for _, entry in sorted(entries.items()):
+            flags = {name: value for name, value in entry.items() if name != "id"}
+            listed[entry["content"]] = AddedToken(**flags)
+        for token in tokens:
+            listed.setdefault(token, AddedToken(token, special=True, normalized=False))
+        backend.add_tokens(list(listed.values()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def _charsmap_of(normalizer: dict[str, Any] | None) -> bytes:
+    """The precompiled table of NFKC-like replacements inside a tokenizer.json normalizer."""
+    if not normalizer:
+        return b""
+    for part in normalizer.get("normalizers", [normalizer]):
+        if part.get("type") == "Precompiled":
+            return base64.b64decode(part["precompiled_charsmap"])
+    return b""
+
+
+def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
+    """Pieces with their scores, and the precompiled character map, of a SentencePiece model.
+
+    Reads the few protobuf fields that are needed (sentencepiece_model.proto: pieces = 1 with
+    piece = 1 and score = 2; normalizer_spec = 3 with precompiled_charsmap = 2), so that protobuf
+    need not be installed.
+    """
+    pieces: list[tuple[str, float]] = []
+    charsmap = b""
+    try:
+        for number, value in _protobuf_fields(path.read_bytes()):
+            if number == 1:
+                piece = dict(_protobuf_fields(value))
+                score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
+                pieces.append((piece[1].decode("utf-8"), score))
+            elif number == 3:
+                charsmap = dict(_protobuf_fields(value)).get(2, b"")
+    except (IndexError, KeyError, TypeError, struct.error, UnicodeDecodeError):
+        pieces = []
+    if not pieces:
+        raise ValueError(f"{path} is not a SentencePiece model, or it is damaged")
+    return pieces, charsmap
+
+
+def _protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, raw value) of one protobuf message; varints as int, the rest as bytes."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(data):
+        tag = varint()
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 5: 4}[kind] if kind != 2 else varint()
+        if position + size > len(data):
+            raise IndexError
+        yield number, data[position : position + size]
+        position += size
