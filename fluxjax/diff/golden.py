@@ -1,0 +1,251 @@
+"""Our networks against a recorded file: weights, inputs and outputs of the original PyTorch code.
+
+A recorded file is a safetensors file with `weights.*` under the original names, `inputs.*`,
+`outputs.*`, and the network's configuration as JSON in its metadata under "config". The weights
+come in through the same converter as any checkpoint. torch is not needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxjax.checkpoint.engine import to_ours
+from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from fluxjax.checkpoint.tables import BFL_FLUX, bfl_autoencoder
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.tensors import of_array
+from fluxjax.config import (
+    DEV,
+    SCHNELL,
+    AutoencoderConfig,
+    ConfigError,
+    FluxConfig,
+    SchedulerConfig,
+)
+from fluxjax.diff.report import Report, Row, compare
+from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
+from fluxjax.models.flux import FluxTransformer
+from fluxjax.sample.denoise import Conditioning, Guidance, denoise
+from fluxjax.sample.latents import pack, unpack
+from fluxjax.sample.schedule import pad, sigmas
+
+FORWARD_BOUND = 1e-5
+SAMPLING_BOUND = 1e-4
+SCHEDULE_BOUND = 1e-6  # BFL and diffusers round float32 in another order
+
+Arrays = dict[str, np.ndarray]
+
+
+def check_golden(path: Path) -> tuple[Report, Arrays]:
+    """Compare ours with a recorded file; returns the report and our outputs by recorded name.
+
+    `path` may also be a JSON file of recorded schedules. Raises ConfigError for a file that is no
+    recording or records a family that is not supported.
+    """
+    if path.suffix == ".json":
+        return _check_schedules(path)
+    tensors, metadata = read_safetensors(path)
+    config = _parse(path, metadata.get("config"))
+    params = config.get("params")
+    if config.get("source") != "black-forest-labs/flux" or not isinstance(params, dict):
+        raise ConfigError(
+            f"{path} records {config.get('source', 'an unknown source')}, a family that fluxjax "
+            "does not support: it knows recordings of black-forest-labs/flux"
+        )
+    groups: dict[str, dict[str, Any]] = {"weights": {}, "inputs": {}, "outputs": {}}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        if group not in groups:
+            raise ConfigError(f"{path}: {name} is none of weights.*, inputs.* and outputs.*")
+        groups[group][rest] = tensor if group == "weights" else tensor.read()
+    inputs, recorded = _Recorded(path, groups["inputs"]), groups["outputs"]
+    # A GPU would otherwise multiply float32 in TF32.
+    with jax.default_matmul_precision("highest"):
+        if "ch_mult" in params:
+            ours = _autoencoder(autoencoder_config(params), groups["weights"], inputs)
+        else:
+            ours = _flux(flux_config(params), config, groups["weights"], inputs)
+    rows = [
+        compare(
+            f"outputs.{name}",
+            ours[name],
+            expected,
+            bound=SAMPLING_BOUND if name.startswith("latents") and "noise" in inputs
+            else FORWARD_BOUND,
+        )
+        for name, expected in recorded.items()
+    ]  # fmt: skip
+    if "schedule" in config:
+        scheduler = DEV.scheduler if params["guidance_embed"] else SCHNELL.scheduler
+        rows.append(_schedule_row("schedule", config["schedule"], _tokens(inputs), scheduler))
+    return Report(title=path.name, rows=tuple(rows)), {f"outputs.{k}": ours[k] for k in recorded}
+
+
+def save_outputs(path: Path, outputs: Arrays) -> None:
+    """Write our outputs as safetensors under their recorded names."""
+    write_safetensors(path, {name: of_array(array) for name, array in outputs.items()})
+
+
+class _Recorded(dict[str, np.ndarray]):
+    """Inputs by name; a missing one is a sentence, not a KeyError."""
+
+    def __init__(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        super().__init__(arrays)
+        self.path = path
+
+    def __missing__(self, name: str) -> np.ndarray:
+        raise ConfigError(f"{self.path} lacks the tensor inputs.{name}")
+
+
+def _parse(path: Path, text: str | None) -> dict[str, Any]:
+    try:
+        config = json.loads(text or "")
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ConfigError(f'{path} is no recording: its metadata has no JSON under "config"')
+    return config
+
+
+def flux_config(params: Mapping[str, Any]) -> FluxConfig:
+    """BFL's `FluxParams` in our terms."""
+    return FluxConfig(
+        in_channels=params["in_channels"],
+        out_channels=params["out_channels"],
+        num_layers=params["depth"],
+        num_single_layers=params["depth_single_blocks"],
+        attention_head_dim=params["hidden_size"] // params["num_heads"],
+        num_attention_heads=params["num_heads"],
+        joint_attention_dim=params["context_in_dim"],
+        pooled_projection_dim=params["vec_in_dim"],
+        guidance_embeds=params["guidance_embed"],
+        axes_dims_rope=tuple(params["axes_dim"]),
+        rope_theta=float(params["theta"]),
+        mlp_ratio=params["mlp_ratio"],
+        qkv_bias=params["qkv_bias"],
+    )
+
+
+def autoencoder_config(params: Mapping[str, Any]) -> AutoencoderConfig:
+    """BFL's `AutoEncoderParams` in our terms; its group norms always have 32 groups."""
+    return AutoencoderConfig(
+        in_channels=params["in_channels"],
+        out_channels=params["out_ch"],
+        latent_channels=params["z_channels"],
+        block_out_channels=tuple(params["ch"] * multiple for multiple in params["ch_mult"]),
+        layers_per_block=params["num_res_blocks"],
+        scaling_factor=params["scale_factor"],
+        shift_factor=params["shift_factor"],
+    )
+
+
+def _autoencoder(config: AutoencoderConfig, weights: Mapping[str, Any], inputs: _Recorded):
+    """Encode the picture, decode those latents: channels second, as recorded."""
+    table = bfl_autoencoder(len(config.block_out_channels))
+    params = to_ours(weights, table, abstract_params(config))
+
+    @jax.jit
+    def run(params: Any, image: jax.Array) -> dict[str, jax.Array]:
+        def both(module: Autoencoder, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+            latents = normalize_latents(module.encode(image).mean, config)
+            return latents, module.decode(denormalize_latents(latents, config))
+
+        pixels = jnp.moveaxis(image, 1, -1)
+        latents, decoded = Autoencoder(config).apply({"params": params}, pixels, method=both)
+        return {"latents": jnp.moveaxis(latents, -1, 1), "image": jnp.moveaxis(decoded, -1, 1)}
+
+    return {name: np.asarray(value) for name, value in run(params, inputs["image"]).items()}
+
+
+def _flux(
+    config: FluxConfig, recorded: Mapping[str, Any], weights: Mapping[str, Any], inputs: _Recorded
+) -> Arrays:
+    """One forward at the recorded timesteps, and the Euler run over the recorded schedule."""
+    model = FluxTransformer(config, timestep_rounding="bfl")
+    params = to_ours(weights, BFL_FLUX, abstract_params(config))
+    img_ids, txt_ids = _ids(inputs, "img_ids"), _ids(inputs, "txt_ids")
+    channels, sequence = inputs.get("img_cond"), inputs.get("img_cond_seq")
+    if sequence is not None:  # Kontext: the reference picture follows along the sequence
+        img_ids = np.concatenate([img_ids, _ids(inputs, "img_cond_seq_ids")])
+
+    @jax.jit
+    def forward(params: Any, latents: Any, timestep: Any, guidance: Any) -> jax.Array:
+        x = latents
+        if sequence is not None:
+            x = jnp.concatenate([x, sequence], axis=1)
+        if channels is not None:  # Fill and Control: the condition widens every token
+            x = jnp.concatenate([x, channels], axis=-1)
+        return model.apply(
+            {"params": params},
+            x,
+            inputs["txt"],
+            inputs["vec"],
+            timestep,
+            img_ids,
+            txt_ids,
+            guidance if config.guidance_embeds else None,
+        )
+
+    noise = inputs["noise"]
+    latents = pack(jnp.asarray(noise))
+    batch, length = latents.shape[:2]
+    schedule = np.asarray(recorded["schedule"], np.float32)
+    guidance = np.full((batch,), recorded["guidance"], np.float32)
+    if sequence is None and channels is None and not txt_ids.any():
+        latents = denoise(
+            model,
+            params,
+            latents,
+            pad(schedule),
+            Conditioning(jnp.asarray(inputs["txt"]), jnp.asarray(inputs["vec"])),
+            Guidance(jnp.asarray(guidance) if config.guidance_embeds else None),
+            jnp.asarray(img_ids),
+        )
+    else:  # with a condition: the plain Euler loop of BFL's `sampling.denoise`
+        for level, following in itertools.pairwise(schedule):
+            velocity = forward(params, latents, np.full((batch,), level), guidance)
+            latents = latents + (following - level) * velocity[:, :length]
+    outputs = {
+        "forward": forward(params, inputs["packed"], inputs["timesteps"], inputs["guidance"]),
+        "latents_packed": latents,
+        "latents": unpack(latents, *noise.shape[2:]),
+    }
+    return {name: np.asarray(value) for name, value in outputs.items()}
+
+
+def _ids(inputs: _Recorded, name: str) -> np.ndarray:
+    ids = inputs[name]
+    if (ids != ids[:1]).any():
+        raise ConfigError(f"{inputs.path}: inputs.{name} differs between the samples of the batch")
+    return ids[0]
+
+
+def _tokens(inputs: _Recorded) -> int:
+    return inputs["noise"][0, 0].size // 4
+
+
+def _schedule_row(name: str, expected: list[float], tokens: int, scheduler: SchedulerConfig) -> Row:
+    ours = sigmas(len(expected) - 1, tokens, scheduler)
+    return compare(name, ours, np.asarray(expected, np.float32), bound=SCHEDULE_BOUND)
+
+
+def _check_schedules(path: Path) -> tuple[Report, Arrays]:
+    recorded = _parse(path, path.read_text())
+    if recorded.get("source") != "black-forest-labs/flux" or "schedules" not in recorded:
+        raise ConfigError(f"{path} holds no schedules of black-forest-labs/flux")
+    rows, ours = [], {}
+    for entry in recorded["schedules"]:
+        steps, tokens, shift = entry["num_steps"], entry["image_seq_len"], entry["shift"]
+        name = f"{steps} steps, {tokens} tokens, {'shifted' if shift else 'not shifted'}"
+        scheduler = DEV.scheduler if shift else SCHNELL.scheduler
+        rows.append(_schedule_row(name, entry["timesteps"], tokens, scheduler))
+        ours[name] = sigmas(steps, tokens, scheduler)
+    return Report(title=path.name, rows=tuple(rows)), ours

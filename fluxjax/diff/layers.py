@@ -1,0 +1,168 @@
+"""Every layer's output by name, from PyTorch through hooks and from ours through captures.
+
+Names are PyTorch's (`transformer_blocks.0.attn.to_q`). Ours are the same with numbers joined to the
+word before, so one function turns either into the common form. torch is touched only through the
+module that the caller hands in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Outputs = tuple[np.ndarray, ...]
+
+
+class Layer(NamedTuple):
+    """What one call of one module returned; `call` counts the calls of a module used twice."""
+
+    name: str
+    call: int
+    outputs: Outputs
+
+
+def common_name(name: str) -> str:
+    """One spelling for both sides: `a.0.b` and `a_0/b` become `a_0/b`.
+
+    transformers 5 drops the outer `text_model` and `vision_model` from CLIP's module names, while
+    its files and our trees keep them; they are dropped here.
+    """
+    words: list[str] = []
+    for word in name.replace("/", ".").split("."):
+        if word.isdigit() and words:
+            words[-1] += f"_{word}"
+        else:
+            words.append(word)
+    if words[0] in ("text_model", "vision_model"):
+        words = words[1:]
+    common = "/".join(words)
+    return _RENAMED.get(common, common)
+
+
+# T5: the table of position biases lies in the first block there and serves all blocks here.
+_RENAMED = {
+    "encoder/embed_tokens": "shared",
+    "encoder/block_0/layer_0/SelfAttention/relative_attention_bias": (
+        "encoder/relative_attention_bias"
+    ),
+}
+
+
+@contextlib.contextmanager
+def recorded(network: torch.nn.Module) -> Iterator[list[Layer]]:
+    """Record every submodule's outputs, in the order in which the calls return.
+
+    A module returns after its children, so the first wrong entry is the innermost fault. In a
+    convolutional network pictures (b, c, h, w) come out as (b, h, w, c), as ours are laid out.
+    """
+    import torch
+
+    convolutional = any(isinstance(m, torch.nn.Conv2d) for m in network.modules())
+    layers: list[Layer] = []
+    calls: dict[str, int] = {}
+
+    def hook_for(name: str, group_norm: bool):
+        def hook(_module: object, _inputs: object, output: object) -> None:
+            outputs = []
+            for tensor in _tensors(output):
+                # numpy has no bfloat16; the copy guards against later in-place changes.
+                array = tensor.detach().float().cpu().numpy().copy()
+                # GroupNorm has its channels second even on the flattened (b, c, h w).
+                if convolutional and (array.ndim == 4 or (group_norm and array.ndim == 3)):
+                    array = np.moveaxis(array, 1, -1)
+                outputs.append(array)
+            layers.append(Layer(name, calls.get(name, 0), tuple(outputs)))
+            calls[name] = calls.get(name, 0) + 1
+
+        return hook
+
+    handles = [
+        child.register_forward_hook(hook_for(name, isinstance(child, torch.nn.GroupNorm)))
+        for name, child in network.named_modules()
+        if name
+    ]
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(output: object) -> list[torch.Tensor]:
+    """The tensors of whatever a module returned: a tensor, a tuple, a ModelOutput."""
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [t for value in output.values() for t in _tensors(value)]
+    if isinstance(output, tuple | list):
+        return [t for value in output for t in _tensors(value)]
+    return []
+
+
+def captured(intermediates: Mapping) -> dict[str, list[Outputs]]:
+    """Turn flax's `capture_intermediates` tree into common name -> outputs of each call."""
+    found: dict[str, list[Outputs]] = {}
+
+    def walk(node: Mapping, path: tuple[str, ...]) -> None:
+        for key, value in node.items():
+            if isinstance(value, Mapping):
+                walk(value, (*path, key))
+            elif key == "__call__" and path:
+                found[common_name("/".join(path))] = [
+                    tuple(np.asarray(leaf).astype(np.float32) for leaf in jax.tree.leaves(call))
+                    for call in value
+                ]
+
+    walk(intermediates, ())
+    return found
+
+
+class Pair(NamedTuple):
+    """Our tensor and PyTorch's, under PyTorch's name."""
+
+    name: str
+    ours: np.ndarray
+    reference: np.ndarray
+
+
+def pair_layers(reference: list[Layer], ours: dict[str, list[Outputs]]) -> list[Pair]:
+    """Pair what both sides have, in PyTorch's execution order.
+
+    Modules that only one side has (dropout, activations, containers) are left out: a fault in
+    one shows in the next module that both have.
+    """
+    pairs: list[Pair] = []
+    for layer in reference:
+        common = common_name(layer.name)
+        calls = ours.get(common, []) if common else []
+        if layer.call >= len(calls):
+            continue
+        name = layer.name if layer.call == 0 else f"{layer.name} (call {layer.call + 1})"
+        aligned = _align(calls[layer.call], layer.outputs)
+        for index, (a, b) in enumerate(aligned):
+            label = name if len(aligned) == 1 else f"{name} [{index}]"
+            # The same values with axes merged (heads, height and width) are the same tensor.
+            pairs.append(Pair(label, a.reshape(b.shape) if a.size == b.size else a, b))
+    return pairs
+
+
+def _align(ours: Outputs, reference: Outputs) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Match the outputs of one call one to one."""
+    if len(ours) == 1 and len(reference) > 1:
+        # Text and image may be one joint sequence here and two tensors there.
+        lengths = [r.shape[1] for r in reference if r.ndim == ours[0].ndim]
+        if len(lengths) == len(reference) and ours[0].shape[1] == sum(lengths):
+            return [(ours[0], np.concatenate(reference, axis=1))]
+    if len(ours) == len(reference) == 2 and ours[0].shape == reference[1].shape != ours[1].shape:
+        ours = ours[::-1]  # (image, text) here, (text, image) there
+    # What one side returns beyond the other (attention's position bias) is no layer's output.
+    return list(zip(ours, reference, strict=False))
