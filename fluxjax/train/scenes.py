@@ -272,7 +272,7 @@ _PLAIN = ("on a {0} background", "on {0}", "against a {0} background", "with a {
 _SPLIT = (
     (),
     ("on a background that is {0} above and {1} below", "with a {0} top half and a {1} bottom half"),
-    ("on a background that is {0} on the left and {1} on the right",
+    ("with the left half {0} and the right half {1}",
      "with a {0} left half and a {1} right half"),
 )  # fmt: skip
 
