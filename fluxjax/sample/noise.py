@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from fluxjax.config import ConfigError
+from fluxjax.sample.settings import SEED_LIMIT, Noise
 
-NoiseKind = Literal["torch", "jax"]
-SEED_LIMIT = 2**64
 _BLOCK = 16  # Box-Muller runs over blocks of 16: eight radii, then eight angles
 
 
 def check_seed(seed: int) -> int:
     """Returns `seed`; raises ConfigError unless 0 <= seed < 2**64."""
     if not 0 <= seed < SEED_LIMIT:
-        raise ConfigError(f"seed must be from 0 to 2**64 - 1 = {SEED_LIMIT - 1}, got {seed}")
+        raise ConfigError(f"seed must be from 0 to 2**64 - 1, got {seed}")
     return seed
 
 
@@ -91,9 +89,9 @@ def draw(
     seed: int | Sequence[int],
     shape: tuple[int, ...],
     *,
-    kind: NoiseKind = "torch",
+    kind: Noise = "torch",
     dtype: DTypeLike = np.float32,
-) -> Float[Array, "n c h w"]:
+) -> Float[np.ndarray, "n c h w"]:
     """Noise for `shape` = (pictures, channels, latent height, latent width).
 
     One seed draws the whole batch at once, a sequence draws each picture from its own seed: as
@@ -104,8 +102,8 @@ def draw(
         if len(seed) != shape[0]:
             raise ConfigError(f"{shape[0]} pictures need {shape[0]} seeds, got {len(seed)}")
         one = (1, *shape[1:])
-        return jnp.concatenate([draw(int(s), one, kind=kind, dtype=dtype) for s in seed])
+        return np.concatenate([draw(int(s), one, kind=kind, dtype=dtype) for s in seed])
     if kind == "torch":
-        return jnp.asarray(TorchGenerator(seed).randn(shape, dtype))
+        return TorchGenerator(seed).randn(shape, dtype)
     words = jnp.array([check_seed(seed) >> 32, seed & 0xFFFFFFFF], jnp.uint32)
-    return jax.random.normal(jax.random.wrap_key_data(words), shape, dtype)
+    return np.asarray(jax.random.normal(jax.random.wrap_key_data(words), shape, dtype))

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.config import ConfigError, SchedulerConfig
+from fluxjax.sample.settings import MAX_STEPS
 
-MAX_STEPS = 1000
 SMALLEST_BUCKET = 4
 
 

@@ -1,0 +1,124 @@
+"""Pictures as bytes and as PNG files that remember how they were made."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from fluxjax.config import ConfigError
+from fluxjax.sample.settings import Rounding
+
+RECORD = "fluxjax"  # the keyword of the PNG text chunk
+_ENDINGS = 9999
+
+
+def to_bytes(
+    pictures: Float[np.ndarray, "n height width c"], rounding: Rounding = "diffusers"
+) -> UInt8[np.ndarray, "n height width c"]:
+    """From [-1, 1] to 0 ... 255: diffusers rounds, BFL truncates, each in the picture's dtype."""
+    if rounding == "bfl":
+        one = pictures.dtype.type(1.0)
+        scaled = pictures.dtype.type(127.5) * (np.clip(pictures, -one, one) + one)
+        return scaled.astype(np.float32).astype(np.uint8)
+    if rounding == "none":
+        pictures = pictures.astype(np.float32)
+    half = pictures.dtype.type(0.5)
+    unit = (pictures * half + half).astype(np.float32)
+    return np.round(np.clip(unit, 0.0, 1.0) * np.float32(255.0)).astype(np.uint8)
+
+
+def grid(
+    pictures: Sequence[UInt8[np.ndarray, "height width c"]],
+) -> UInt8[np.ndarray, "rows columns c"]:
+    """All pictures on one sheet, as square as possible, in cells of the largest picture."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    height = max(picture.shape[0] for picture in pictures)
+    width = max(picture.shape[1] for picture in pictures)
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * height, i % columns * width
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return sheet
+
+
+def file_name(prompt: str, seed: int) -> str:
+    """A name that any file system takes: words of the prompt and the seed."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-")
+    return f"{words or 'picture'}-{seed}.png"
+
+
+def save(picture: UInt8[np.ndarray, "height width c"], path: Path, record: Mapping) -> Path:
+    """Write a PNG with `record` inside; returns its path.
+
+    A file that is already there is kept and the new one gets a number: `name-2.png`. The file
+    appears whole or not at all. Raises OSError when it cannot be written.
+    """
+    from PIL import Image, PngImagePlugin
+
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(RECORD, json.dumps(record, ensure_ascii=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".png.part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            Image.fromarray(picture).save(file, format="PNG", pnginfo=text)
+        os.chmod(temporary, 0o666 & ~_umask())
+        target = _claim(path)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return target
+
+
+def _claim(path: Path) -> Path:
+    """Create the first free name of path, path-2, path-3 ..., so that nobody else takes it."""
+    for number in range(1, _ENDINGS):
+        target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        try:
+            target.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return target
+    raise OSError(f"{path.parent} is full of pictures named {path.stem}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `save` wrote beside the pixels.
+
+    Raises FileNotFoundError, or ConfigError for a picture that was not made here.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture {path}")
+    try:
+        with Image.open(path) as picture:
+            text = picture.info.get(RECORD)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"{path} is not a picture that can be read ({error})") from None
+    try:
+        record = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ConfigError(f"{path} does not say how it was made: it was not written by fluxjax")
+    return record

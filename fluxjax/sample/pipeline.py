@@ -1,0 +1,239 @@
+"""A FLUX pipeline: prompts -> conditioning -> latents -> pictures, each step usable alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from fluxjax.checkpoint.pipeline_folder import Component
+from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.sample import denoise as sampler
+from fluxjax.sample import latents as layout
+from fluxjax.sample import noise, schedule
+from fluxjax.sample.denoise import Conditioning, Guidance, wait
+from fluxjax.sample.pictures import to_bytes
+from fluxjax.sample.programs import COMPONENTS, Name, Programs
+from fluxjax.sample.settings import Rounding, Settings, defaults, override
+from fluxjax.shapes import Params
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fluxjax.text.tokenizers import PromptTokenizer
+
+PHASES = ("loading", "compiling", "encoding", "denoising", "decoding")
+AnyArray = Array | np.ndarray
+
+
+class Pipeline:
+    """Networks, tokenizers and compiled programs of one model; see `fluxjax.load_pipeline`.
+
+    Weights are loaded when they are first needed, programs compiled once per shape, in the
+    background while weights load. `seconds` adds up what each of PHASES kept the caller waiting;
+    `notes` collects remarks for the user.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        load_params: Callable[[Component], Params],
+        load_tokenizers: Callable[[], tuple[PromptTokenizer, PromptTokenizer]],
+        *,
+        dtype: Any,
+        scan_layers: bool = True,
+    ):
+        self.config = config
+        self.defaults = defaults(config)
+        self.dtype = jnp.dtype(dtype)
+        self.programs = Programs(config, dtype, scan_layers)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.notes: list[str] = []
+        self._load_params, self._load_tokenizers = load_params, load_tokenizers
+        self._tokenizers: tuple[PromptTokenizer, PromptTokenizer] | None = None
+        self._params: dict[Component, Params] = {}
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        number: int = 1,
+        progress: Callable[[int], None] | None = None,
+        **settings: Any,
+    ) -> list[Image]:
+        """Draw pictures; the other arguments are those of `Settings`, by default the model's own.
+
+        `number` pictures per prompt, in the prompts' order. One seed draws the noise of all of
+        them at once, as diffusers does with one generator; a sequence gives each its own seed.
+        """
+        from PIL.Image import fromarray
+
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        first = seed if isinstance(seed, int) else 0
+        chosen = override(self.defaults, {"seed": first, **settings})
+        pictures = self.draw(chosen, prompts=prompts, seeds=seed, number=number, progress=progress)
+        return [fromarray(picture) for picture in pictures]
+
+    def draw(
+        self,
+        settings: Settings,
+        *,
+        prompts: Sequence[str] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        number: int = 1,
+        progress: Callable[[int], None] | None = None,
+    ) -> UInt8[np.ndarray, "n height width 3"]:
+        """Pictures of `settings` as bytes; `prompts` and `seeds` stand in for those in it."""
+        prompts = [settings.prompt] if prompts is None else prompts
+        count = len(prompts) * number
+        if count < 1:
+            raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
+        start = self.draw_noise(settings, settings.seed if seeds is None else seeds, count)
+        self.prepare(settings, count)
+        encode = partial(self.encode_prompt, max_sequence_length=settings.max_sequence_length)
+        each = [encode(text, settings.prompt_2) for text in prompts]
+        conditioning = jax.tree.map(lambda *c: np.repeat(np.concatenate(c), number, axis=0), *each)
+        negative = None
+        if settings.uses_true_cfg and settings.negative_prompt is not None:
+            one = encode(settings.negative_prompt)
+            negative = jax.tree.map(lambda c: np.repeat(c, count, axis=0), one)
+        latents = self.denoise(
+            conditioning,
+            start,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            negative=negative,
+            true_cfg=settings.true_cfg,
+            rounding=settings.rounding,
+            progress=progress,
+        )
+        return to_bytes(self.decode(latents), settings.rounding)
+
+    def encode_prompt(
+        self, prompt: str, prompt_2: str | None = None, *, max_sequence_length: int | None = None
+    ) -> Conditioning:
+        """Conditioning of one prompt; `prompt_2` is what T5 reads instead of `prompt`."""
+        length = max_sequence_length or self.config.max_sequence_length
+        with self._timed("loading"):
+            if self._tokenizers is None:
+                self._tokenizers = self._load_tokenizers()
+        clip, t5 = self._tokenizers
+        second = t5([prompt if prompt_2 is None else prompt_2], length)
+        if second.removed[0]:
+            self.notes.append(
+                f"the prompt is longer than {length} tokens; left out: {second.removed[0]!r}"
+            )
+        first = clip([prompt], self.config.text_encoder.max_position_embeddings)
+        states = self._run("t5", second.input_ids, phase="encoding")
+        return Conditioning(states, self._run("clip", first.input_ids, phase="encoding"))
+
+    def draw_noise(
+        self, settings: Settings, seeds: int | Sequence[int], pictures: int = 1
+    ) -> Float[np.ndarray, "n c h w"]:
+        """What a run starts from; one seed draws all pictures at once, as diffusers does."""
+        rows, columns = layout.latent_size(settings.width, settings.height, self.config.vae)
+        shape = (pictures, self.config.vae.latent_channels, rows, columns)
+        dtype = np.float32 if settings.rounding == "none" else self.dtype
+        return noise.draw(seeds, shape, kind=settings.noise, dtype=dtype)
+
+    def denoise(
+        self,
+        conditioning: Conditioning,
+        noise: Float[AnyArray, "n c h w"],
+        *,
+        steps: int | Sequence[float] | None = None,
+        guidance: float | None = None,
+        negative: Conditioning | None = None,
+        true_cfg: float = 1.0,
+        rounding: Rounding = "diffusers",
+        progress: Callable[[int], None] | None = None,
+    ) -> Float[Array, "n c h w"]:
+        """Latents from noise (see `draw_noise`), still normalised as the transformer sees them.
+
+        `steps`: their number, or sigmas before the shift. `guidance` is ignored by models without
+        a guidance embedding. `progress(steps done)` cuts the run in parts.
+        """
+        pictures, _, rows, columns = noise.shape
+        tokens = rows * columns // layout.PATCH**2
+        steps = self.config.steps if steps is None else steps
+        levels = schedule.sigmas(steps, tokens, self.config.scheduler)
+        padded = schedule.pad(levels)
+        embedded = np.full(
+            pictures, self.config.guidance if guidance is None else guidance, np.float32
+        )
+        if not self.config.transformer.guidance_embeds:
+            embedded = None
+        guides = Guidance(embedded, negative, np.float32(true_cfg))
+        inputs = (conditioning, guides)
+        program = self._program("denoise", noise, padded, *inputs, rounding=rounding)
+        params = self.params("transformer")
+        with self._timed("denoising"):
+            if progress is None:
+                return wait(program(params, noise, padded, *inputs))
+            return sampler.denoise_in_parts(
+                lambda latents, part: program(params, latents, part, *inputs),
+                noise,
+                padded,
+                len(levels) - 1,
+                progress,
+            )
+
+    def decode(self, latents: Float[AnyArray, "n c h w"]) -> Float[np.ndarray, "n height width 3"]:
+        """Pictures, nominally in [-1, 1]; `pictures.to_bytes` makes bytes of them."""
+        return self._run("decode", latents, phase="decoding")
+
+    def params(self, component: Component) -> Params:
+        """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5)."""
+        if component not in self._params:
+            with self._timed("loading"):
+                self._params[component] = self._load_params(component)
+        return self._params[component]
+
+    def prepare(self, settings: Settings, pictures: int = 1) -> None:
+        """Start to compile, in the background, every program that `draw` will need."""
+        rows, columns = layout.latent_size(settings.width, settings.height, self.config.vae)
+        text, config = settings.max_sequence_length, self.config
+        state = jnp.float32 if settings.rounding == "none" else self.dtype
+        spec: Any = jax.ShapeDtypeStruct
+        latents = spec((pictures, config.vae.latent_channels, rows, columns), state)
+        conditioning = Conditioning(
+            spec((pictures, text, config.text_encoder_2.d_model), self.dtype),
+            spec((pictures, config.text_encoder.hidden_size), self.dtype),
+        )
+        guides = Guidance(
+            spec((pictures,), jnp.float32) if config.transformer.guidance_embeds else None,
+            conditioning if settings.uses_true_cfg else None,
+            spec((), jnp.float32),
+        )
+        levels = spec((schedule.bucket(settings.steps) + 1,), jnp.float32)
+        start = self.programs.start
+        # The longest to compile first, then in the order of need.
+        start("denoise", latents, levels, conditioning, guides, rounding=settings.rounding)
+        start("t5", spec((1, text), jnp.int32))
+        start("clip", spec((1, config.text_encoder.max_position_embeddings), jnp.int32))
+        start("decode", latents)
+
+    def _run(self, name: Name, inputs: AnyArray, *, phase: str) -> np.ndarray:
+        params, program = self.params(COMPONENTS[name]), self._program(name, inputs)
+        with self._timed(phase):
+            return np.asarray(wait(program(params, inputs)))
+
+    def _program(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
+        with self._timed("compiling"):
+            return self.programs.get(name, *inputs, rounding=rounding)
+
+    @contextmanager
+    def _timed(self, phase: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start

@@ -1,0 +1,124 @@
+"""The four compiled programs of a pipeline, and compiling them in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from fluxjax.checkpoint.pipeline_folder import Component
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.config import PipelineConfig
+from fluxjax.models.autoencoder import Autoencoder, denormalize_latents
+from fluxjax.models.clip import CLIPTextModel
+from fluxjax.models.flux import FluxTransformer
+from fluxjax.models.t5 import T5Encoder
+from fluxjax.sample import denoise as sampler
+from fluxjax.sample import latents as layout
+from fluxjax.sample.denoise import Conditioning, Guidance
+from fluxjax.sample.settings import Rounding
+from fluxjax.shapes import Params
+
+Name = Literal["clip", "t5", "denoise", "decode"]
+COMPONENTS: dict[Name, Component] = {
+    "clip": "text_encoder",
+    "t5": "text_encoder_2",
+    "denoise": "transformer",
+    "decode": "vae",
+}
+
+
+@partial(jax.jit, static_argnames="model")
+def encode_clip(model: CLIPTextModel, params: Params, ids: Int[Array, "n l"]):
+    """The pooled state of each prompt, (n, pooled)."""
+    output: Any = model.apply({"params": params}, ids)
+    return output.pooler_output
+
+
+@partial(jax.jit, static_argnames="model")
+def encode_t5(model: T5Encoder, params: Params, ids: Int[Array, "n text"]):
+    """The last hidden state of each prompt, (n, text, joint); padding is not masked."""
+    return model.apply({"params": params}, ids)
+
+
+@partial(jax.jit, static_argnames="model")
+def denoise_pictures(
+    model: FluxTransformer,
+    params: Params,
+    latents: Float[Array, "n c h w"],
+    levels: Float[Array, "padded"],
+    conditioning: Conditioning,
+    guidance: Guidance,
+) -> Float[Array, "n c h w"]:
+    """`denoise` from unpacked latents to unpacked latents."""
+    rows, columns = latents.shape[2:]
+    ids = layout.image_ids(rows, columns)
+    tokens = layout.pack(latents)
+    tokens = sampler.denoise(model, params, tokens, levels, conditioning, guidance, ids)
+    return layout.unpack(tokens, rows, columns)
+
+
+@partial(jax.jit, static_argnames="model")
+def decode_latents(
+    model: Autoencoder, params: Params, latents: Float[Array, "n c h w"]
+) -> Float[Array, "n height width 3"]:
+    """Pictures, nominally in [-1, 1] and not clamped."""
+    x = denormalize_latents(rearrange(latents, "n c h w -> n h w c"), model.config)
+    picture: Any = model.apply({"params": params}, x.astype(model.dtype), method="decode")
+    return picture
+
+
+class Programs:
+    """Executables by program and shapes; two are compiled at a time, each only once."""
+
+    def __init__(self, config: PipelineConfig, dtype: Any, scan_layers: bool):
+        self.config, self.dtype, self.scan_layers = config, jnp.dtype(dtype), scan_layers
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
+        self._futures: dict[Any, Future] = {}
+
+    def start(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Future:
+        """Begin to compile `name` for inputs of these shapes (arrays or ShapeDtypeStructs)."""
+        specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+        leaves, structure = jax.tree.flatten(specs)
+        key = (name, rounding, structure, tuple(leaves))
+        if key not in self._futures:
+            self._futures[key] = self._pool.submit(self._compile, name, rounding, specs)
+        return self._futures[key]
+
+    def get(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
+        """The executable, a function of (params, *inputs)."""
+        return self.start(name, *inputs, rounding=rounding).result()
+
+    def module(self, name: Name, rounding: Rounding = "diffusers") -> Any:
+        """The network that a program runs."""
+        config = self.config
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
+        stacked = {**types, "scan_layers": self.scan_layers}
+        if name == "denoise":
+            return FluxTransformer(config.transformer, **stacked, timestep_rounding=rounding)
+        if name == "t5":
+            return T5Encoder(config.text_encoder_2, **stacked)
+        if name == "clip":
+            return CLIPTextModel(config.text_encoder, **stacked)
+        return Autoencoder(config.vae, **types)
+
+    def _compile(self, name: Name, rounding: Rounding, specs: tuple) -> Any:
+        function = {
+            "clip": encode_clip,
+            "t5": encode_t5,
+            "denoise": denoise_pictures,
+            "decode": decode_latents,
+        }[name]
+        stacked = self.scan_layers and name != "decode"
+        template = abstract_params(getattr(self.config, COMPONENTS[name]), stacked=stacked)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype), template)
+        # float32 means float32 on accelerators too, where JAX would multiply in less.
+        precision: Any = "highest" if self.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(precision):
+            return function.lower(self.module(name, rounding), params, *specs).compile()

@@ -1,0 +1,99 @@
+"""The settings of one picture: everything that decides about its pixels besides the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from fluxjax.config import ConfigError, PipelineConfig
+
+Rounding = Literal["diffusers", "bfl", "none"]
+Noise = Literal["torch", "jax"]
+MAX_STEPS = 1000
+MAX_SEQUENCE_LENGTH = 512
+SEED_LIMIT = 2**64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Raises ConfigError for values that no picture can be made with.
+
+    `guidance` feeds the guidance embedding of distilled models. True classifier-free guidance is on
+    with a `negative_prompt` and `true_cfg` above 1. `rounding` names the reference whose rounding
+    is followed: of timesteps in bfloat16, of the state between steps, and of the pixels (diffusers
+    rounds them, bfl truncates); "none" avoids rounding wherever it can.
+    """
+
+    prompt: str = ""
+    prompt_2: str | None = None
+    negative_prompt: str | None = None
+    true_cfg: float = 1.0
+    steps: int = 28
+    guidance: float = 3.5
+    width: int = 1024
+    height: int = 1024
+    seed: int = 0
+    noise: Noise = "torch"
+    rounding: Rounding = "diffusers"
+    max_sequence_length: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "width", "height", "seed", "max_sequence_length"):
+            _require(type(getattr(self, name)) is int, name, "an integer", self)
+        for name in ("guidance", "true_cfg"):
+            value = getattr(self, name)
+            finite = isinstance(value, int | float) and math.isfinite(value)
+            _require(finite and not isinstance(value, bool), name, "a number", self)
+        _require(isinstance(self.prompt, str), "prompt", "a text", self)
+        for name in ("prompt_2", "negative_prompt"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str), name, "a text", self)
+        _require(1 <= self.steps <= MAX_STEPS, "steps", f"from 1 to {MAX_STEPS}", self)
+        _require(0 <= self.seed < SEED_LIMIT, "seed", "from 0 to 2**64 - 1", self)
+        _require(
+            1 <= self.max_sequence_length <= MAX_SEQUENCE_LENGTH,
+            "max_sequence_length",
+            f"from 1 to {MAX_SEQUENCE_LENGTH}",
+            self,
+        )
+        _require(self.noise in get_args(Noise), "noise", "torch or jax", self)
+        _require(self.rounding in get_args(Rounding), "rounding", "diffusers, bfl or none", self)
+
+    @property
+    def uses_true_cfg(self) -> bool:
+        return self.true_cfg > 1 and self.negative_prompt is not None
+
+
+def _require(condition: bool, name: str, wanted: str, settings: Settings) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {wanted}, got {getattr(settings, name)!r}")
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+def defaults(config: PipelineConfig) -> Settings:
+    """What a model is sampled with when nothing else is asked."""
+    shared = ("steps", "guidance", "width", "height", "max_sequence_length")
+    return Settings(**{name: getattr(config, name) for name in shared})
+
+
+def override(settings: Settings, values: Mapping[str, Any], where: str = "") -> Settings:
+    """`settings` with some of them replaced; values that are None are left aside.
+
+    Raises ConfigError, beginning with `where`, for a name that is no setting.
+    """
+    prefix = f"{where}: " if where else ""
+    unknown = sorted(set(values) - set(FIELDS))
+    if unknown:
+        raise ConfigError(
+            f"{prefix}{', '.join(map(repr, unknown))} is no setting; there are {', '.join(FIELDS)}"
+        )
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return dataclasses.replace(settings, **given)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
