@@ -249,7 +249,7 @@ def render(scenes: Scene, *, width: int, height: int) -> Float[Array, "n height 
     return jax.vmap(one)(scenes)
 
 
-_SIZE_WORDS = (("small", "little", "tiny"), ("medium", "medium-sized"), ("large", "big", "huge"))
+_SIZE_WORDS = (("small", "little", "tiny"), ("medium", "midsized"), ("large", "big", "huge"))
 _COLOUR_WORDS = {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")}
 _SHAPE_WORDS = {"cross": ("cross", "plus sign"), "ring": ("ring", "donut")}
 _NUMBERS = {2: ("two", "2", "a pair of"), 3: ("three", "3", "a group of three")}
