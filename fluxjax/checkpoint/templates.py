@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from functools import cache
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from fluxjax.config import (
     FluxConfig,
     T5Config,
 )
+from fluxjax.models.stacking import unstack_layers
 
 Config = FluxConfig | AutoencoderConfig | CLIPTextConfig | CLIPVisionConfig | T5Config
 
@@ -28,6 +31,17 @@ def abstract_params(
     `stacked`: repeated blocks carry a leading layer axis, as the networks with scan_layers=True
     expect. `with_projection` is CLIP's.
     """
+    # Scanned networks are traced in a time that does not grow with the layers, and once.
+    with _LOCK:
+        tree = _traced(config, with_projection)
+    return jax.tree.map(lambda leaf: leaf, tree) if stacked else unstack_layers(tree)
+
+
+_LOCK = threading.Lock()
+
+
+@cache
+def _traced(config: Config, with_projection: bool) -> dict[str, Any]:
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
 
     def spec(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -36,7 +50,7 @@ def abstract_params(
     if isinstance(config, FluxConfig):
         from fluxjax.models.flux import FluxTransformer
 
-        module = FluxTransformer(config, scan_layers=stacked)
+        module = FluxTransformer(config, scan_layers=True)
         inputs = [
             spec(1, 4, config.in_channels), spec(1, 2, config.joint_attention_dim),
             spec(1, config.pooled_projection_dim), spec(1), spec(4, 3), spec(2, 3),
@@ -50,17 +64,17 @@ def abstract_params(
     elif isinstance(config, T5Config):
         from fluxjax.models.t5 import T5Encoder
 
-        module = T5Encoder(config, scan_layers=stacked)
+        module = T5Encoder(config, scan_layers=True)
         inputs = [spec(1, 4, dtype=jnp.int32)]
     elif isinstance(config, CLIPTextConfig):
         from fluxjax.models.clip import CLIPTextModel
 
-        module = CLIPTextModel(config, scan_layers=stacked, with_projection=with_projection)
+        module = CLIPTextModel(config, scan_layers=True, with_projection=with_projection)
         inputs = [spec(1, config.max_position_embeddings, dtype=jnp.int32)]
     else:
         from fluxjax.models.clip import CLIPVisionModel
 
-        module = CLIPVisionModel(config, scan_layers=stacked, with_projection=with_projection)
+        module = CLIPVisionModel(config, scan_layers=True, with_projection=with_projection)
         inputs = [spec(1, config.image_size, config.image_size, config.num_channels)]
     return jax.eval_shape(module.init, key, *inputs)["params"]
 
