@@ -6,17 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxjax.checkpoint import tables
-from fluxjax.checkpoint.pipeline_folder import load_tree
-from fluxjax.checkpoint.tables import Table
+from fluxjax.checkpoint.placement import load_tree
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.checkpoint.tensors import Tensor, of_array
+from fluxjax.checkpoint.tensors import as_tensor
 from fluxjax.config import AutoencoderConfig, FluxConfig
-
-
-def bfl_table(config: FluxConfig | AutoencoderConfig) -> Table:
-    if isinstance(config, FluxConfig):
-        return tables.BFL_FLUX
-    return tables.bfl_autoencoder(len(config.block_out_channels))
 
 
 def config_from_bfl(params: Mapping[str, Any]) -> FluxConfig | AutoencoderConfig:
@@ -60,6 +53,10 @@ def from_bfl_params(
 
     Raises engine.MappingError listing every tensor that does not fit `config`.
     """
-    lazy = {k: v if isinstance(v, Tensor) else of_array(v) for k, v in weights.items()}
+    lazy = {name: as_tensor(value) for name, value in weights.items()}
     template = abstract_params(config, stacked=stacked)
-    return load_tree(lazy, bfl_table(config), template, dtype=dtype, shardings=shardings)
+    if isinstance(config, FluxConfig):
+        table = tables.BFL_FLUX
+    else:
+        table = tables.bfl_autoencoder(len(config.block_out_channels))
+    return load_tree(lazy, table, template, dtype=dtype, shardings=shardings)

@@ -61,6 +61,16 @@ _CLASS_NAMES: dict[type, str] = {
 }
 
 
+# Classes of diffusers and transformers, and transformers' model types, that have these weights.
+_KNOWN: dict[type, tuple[str, ...]] = {
+    FluxConfig: ("FluxTransformer2DModel",),
+    AutoencoderConfig: ("AutoencoderKL",),
+    CLIPTextConfig: ("CLIPTextModel", "CLIPTextModelWithProjection", "clip_text_model"),
+    CLIPVisionConfig: ("CLIPVisionModel", "CLIPVisionModelWithProjection", "clip_vision_model"),
+    T5Config: ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "t5"),
+}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises FileNotFoundError, or ValueError if it is not a JSON object."""
     try:
@@ -77,12 +87,37 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def network_config(values: dict[str, Any], path: Path) -> Any:
+    """The configuration in a config.json of any network of ours; of a whole CLIP, the pair.
+
+    Raises ConfigError, naming `path`, if it is of another network.
+    """
+    name = values.get("_class_name") or (values.get("architectures") or [""])[0]
+    kind = values.get("model_type", "")
+    if kind == "clip" or name == "CLIPModel":
+        parts = []
+        for cls, key in ((CLIPTextConfig, "text_config"), (CLIPVisionConfig, "vision_config")):
+            part = {**(values.get(f"{key}_dict") or {}), **(values.get(key) or {})}
+            if "projection_dim" in values:
+                part["projection_dim"] = values["projection_dim"]
+            parts.append(parse_config(cls, part, path))
+        return tuple(parts)
+    for cls, names in _KNOWN.items():
+        if name in names or (not name and kind and kind in names):
+            return parse_config(cls, values, path)
+    known = ", ".join(_CLASS_NAMES[cls] for cls in _KNOWN)
+    raise ConfigError(f"{path} is of {name or kind or 'no named network'}; known are {known}")
+
+
 def read_config_json(cls: type, path: Path):
     """The dataclass `cls` of a config.json.
 
     Raises FileNotFoundError; ConfigError for values that no network of ours has.
     """
-    values = read_json(path)
+    return parse_config(cls, read_json(path), path)
+
+
+def parse_config(cls: type, values: dict[str, Any], path: Path):
     class_name = values.get("_class_name", _CLASS_NAMES[cls])
     if class_name != _CLASS_NAMES[cls]:
         raise ConfigError(f"{path} is of {class_name}, expected {_CLASS_NAMES[cls]}")
@@ -101,7 +136,7 @@ def read_config_json(cls: type, path: Path):
                           else activation)  # fmt: skip
     try:
         return from_dict(cls, values)
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
 

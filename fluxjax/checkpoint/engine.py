@@ -98,13 +98,14 @@ def _pattern(module: str) -> re.Pattern[str]:
     return re.compile(re.escape(module).replace(r"\{\}", r"(\d+)"))
 
 
-def _match(table: Table, name: str) -> tuple[Rule, str, tuple[str, ...]] | None:
-    """The rule for a name of theirs, the leaf it ends in, and its numbers."""
+def match_rule(table: Table, name: str) -> tuple[Rule, list[str]] | None:
+    """The rule for a name of theirs, and the reference names of its parts."""
     module, _, leaf = name.rpartition(".")
     for rule in table.rules:
         found = _pattern(rule.theirs).fullmatch(module)
-        if found and leaf in ((rule.leaf,) if rule.leaf else ("weight", "bias")):
-            return rule, "weight" if rule.leaf else leaf, found.groups()
+        ours = dict(rule.leaves).get(leaf)
+        if found and ours:
+            return rule, [f"{part.format(*found.groups())}.{ours}" for part in rule.ours]
     return None
 
 
@@ -133,15 +134,14 @@ def to_reference(
     # T5 files may hold the embedding twice; `shared` is read first and wins.
     for theirs in sorted(source, key=lambda name: (name == "encoder.embed_tokens.weight", name)):
         tensor = source[theirs]
-        matched = _match(table, theirs)
+        matched = match_rule(table, theirs)
         if matched is None:
             if theirs in shapes and table.identity:
                 put(theirs, tensor, theirs)
             elif not any(re.fullmatch(pattern, theirs) for pattern in table.ignored):
                 errors.append(f"unknown: {theirs} {list(tensor.shape)}")
             continue
-        rule, leaf, numbers = matched
-        names = [f"{name.format(*numbers)}.{leaf}" for name in rule.ours]
+        rule, names = matched
         if rule.conv1x1 and len(tensor.shape) == 4 and tensor.shape[2:] == (1, 1):
             tensor = tensors.reshape(tensor, tensor.shape[:2])
         if rule.swap_halves:
@@ -182,10 +182,11 @@ def from_reference(reference: Mapping[str, Tensor], table: Table) -> dict[str, T
         module, _, leaf = name.rpartition(".")
         for rule in table.rules:
             matched = _pattern(rule.ours[0]).fullmatch(module)
-            if matched is None or (rule.leaf and leaf != "weight"):
+            their_leaf = {ours: theirs for theirs, ours in rule.leaves}.get(leaf)
+            if matched is None or their_leaf is None:
                 continue
             numbers = matched.groups()
-            target = f"{rule.theirs.format(*numbers)}.{rule.leaf or leaf}"
+            target = f"{rule.theirs.format(*numbers)}.{their_leaf}"
             parts = [left.pop(f"{ours.format(*numbers)}.{leaf}", None) for ours in rule.ours]
             if any(part is None for part in parts):
                 errors.append(f"missing: a part of {target}")
@@ -251,7 +252,7 @@ def stack(parts: list[Tensor]) -> Tensor:
             out[i - start] = parts[i].read()
         return out
 
-    return Tensor((len(parts), *parts[0].shape), parts[0].dtype, rows)
+    return Tensor((len(parts), *parts[0].shape), parts[0].dtype, rows, by_rows=True)
 
 
 def from_tree(params: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -262,8 +263,7 @@ def from_tree(params: Mapping[str, Any]) -> dict[str, Tensor]:
     flat = flatten(params)
     reference: dict[str, Tensor] = {}
     for name, leaf in reference_leaves(params).items():
-        value = flat[leaf.path]
-        tensor = value if isinstance(value, Tensor) else tensors.of_array(value)
+        tensor = tensors.as_tensor(flat[leaf.path])
         if leaf.layer is not None:
             tensor = tensors.index(tensor, leaf.layer)
         if leaf.layout in _AXES:
@@ -276,7 +276,7 @@ def to_ours(
     source: Mapping[str, Any], table: Table, template: Mapping[str, Any], **options: Any
 ) -> dict[str, Any]:
     """A checkpoint's tensors (arrays or lazy) as our tree. Options are those of `to_tree`."""
-    lazy = {k: v if isinstance(v, Tensor) else tensors.of_array(v) for k, v in source.items()}
+    lazy = {name: tensors.as_tensor(value) for name, value in source.items()}
     shapes = {name: leaf.shape for name, leaf in reference_leaves(template).items()}
     return to_tree(to_reference(lazy, table, shapes), template, **options)
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from fluxjax.checkpoint import engine, tables, tensors
@@ -21,9 +20,8 @@ from fluxjax.checkpoint.component_json import (
     read_json,
     write_json,
 )
-from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.sharded import write_sharded
-from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.checkpoint.source import RECORD_FILE, open_component
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import (
     AutoencoderConfig,
@@ -41,12 +39,6 @@ COMPONENTS: dict[str, type] = {
     "vae": AutoencoderConfig,
     "text_encoder": CLIPTextConfig,
     "text_encoder_2": T5Config,
-}
-COMPONENT_TABLES = {
-    "transformer": tables.FLUX,
-    "vae": tables.VAE,
-    "text_encoder": tables.CLIP_TEXT,
-    "text_encoder_2": tables.T5,
 }
 _INDEX = {
     "_class_name": "FluxPipeline",
@@ -114,54 +106,6 @@ def _present(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Lazy tensors of one component's safetensors: an index and its shards, or the one file.
-
-    Raises FileNotFoundError for missing files, ValueError for an index that does not agree
-    with its shards or names a file outside the folder, and for pickles.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    if len(indices) > 1 or (not indices and len(files) > 1):
-        names = ", ".join(path.name for path in indices or files)
-        raise ValueError(f"{folder} holds several sets of weights, keep one of: {names}")
-    if not indices:
-        if files:
-            return read_safetensors(files[0])[0]
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
-        if pickles:
-            raise ValueError(pickle_refusal(folder / pickles[0]))
-        raise FileNotFoundError(f"{folder} holds no .safetensors file")
-    weight_map = read_json(indices[0]).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{indices[0]} has no weight_map")
-    shards: dict[str, dict[str, Tensor]] = {}
-    for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{indices[0]} names {name!r}, which is no file of its own folder")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}, which its index names")
-        shards[name] = read_safetensors(folder / name)[0]
-    held = {key: name for name, shard in shards.items() for key in shard}
-    if held != weight_map:
-        wrong = sorted(held.items() ^ weight_map.items())[0][0]
-        raise ValueError(f"{indices[0]} and its shards disagree, first about {wrong!r}")
-    return {key: shards[name][key] for key, name in weight_map.items()}
-
-
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
-
-
-def pickle_refusal(path: Path) -> str:
-    return (
-        f"{path} is a pickle, which can run any code when it is opened, so it is refused: "
-        "use the .safetensors file of the same model, or save one with safetensors.torch.save_file"
-    )
-
-
 def load_params(
     folder: Path,
     component: Component,
@@ -173,45 +117,13 @@ def load_params(
 ) -> dict[str, Any]:
     """One component's parameters as JAX arrays, read one tensor at a time.
 
+    The weights are safetensors or Orbax in the component's folder, or BFL's files beside it.
     `config` is the component's. `dtype` None keeps the stored one. `shardings`: a tree (or one
     sharding for all) into which each leaf is placed; a device then reads only what it holds.
     Raises engine.MappingError listing every tensor that does not fit.
     """
-    source = read_weights(Path(folder) / component)
-    template = abstract_params(config, stacked=stacked)
-    return load_tree(
-        source, COMPONENT_TABLES[component], template, dtype=dtype, shardings=shardings
-    )
-
-
-def load_tree(
-    source: Mapping[str, Tensor], table: tables.Table, template: Mapping[str, Any], *,
-    dtype: Any = None, shardings: Any = None,
-) -> dict[str, Any]:  # fmt: skip
-    """`engine.to_ours` onto devices. A stacked leaf is filled one layer at a time."""
-    flat = engine.flatten(shardings) if isinstance(shardings, Mapping) else None
-
-    def place(path: tuple[str, ...], tensor: Tensor) -> jax.Array:
-        sharding = flat[path] if flat is not None else shardings
-        if sharding is None:
-            return jax.numpy.asarray(np.ascontiguousarray(tensor.read()))
-        if sharding.is_fully_replicated:
-            return jax.device_put(np.ascontiguousarray(tensor.read()), sharding)
-        return jax.make_array_from_callback(
-            tensor.shape, sharding, lambda where: _read_slices(tensor, where)
-        )
-
-    return engine.to_ours(source, table, template, dtype=dtype, place=place)
-
-
-def _read_slices(tensor: Tensor, where: tuple[slice, ...]) -> np.ndarray:
-    if not where:
-        return tensor.read()
-    start, stop, _ = where[0].indices(tensor.shape[0])
-    if len(where) < 3 or stop - start <= 1:
-        return np.ascontiguousarray(tensor.rows(start, stop)[(slice(None), *where[1:])])
-    # A stacked leaf: layer by layer, so that no more than one is held beside the result.
-    return np.stack([tensor.rows(i, i + 1)[(0, *where[1:])] for i in range(start, stop)])
+    network = open_component(Path(folder), component, config)
+    return network.params(stacked=stacked, dtype=dtype, shardings=shardings)
 
 
 def save_params(
@@ -226,11 +138,12 @@ def save_params(
     reference = engine.from_tree(params)
     leaves = engine.reference_leaves(abstract_params(config))
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    table = COMPONENT_TABLES[component]
+    table = tables.REFERENCE[component]
     reference = engine.to_reference(reference, table, shapes)
     if dtype is not None:
         reference = {k: tensors.astype(v, np.dtype(dtype)) for k, v in reference.items()}
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD_FILE).unlink(missing_ok=True)  # of other weights than these
     name = None if dtype is None else np.dtype(dtype).name
     write_json(folder / "config.json", config_json(config, name))
     write_sharded(folder, weights_stem(component), dict(sorted(reference.items())))

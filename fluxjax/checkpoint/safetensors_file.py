@@ -31,6 +31,13 @@ MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 100_000
 
 
+def dtype_name(dtype: np.dtype) -> str:
+    """The format's name. Raises ValueError for a dtype that it cannot hold."""
+    if dtype not in _NAMES:
+        raise ValueError(f"safetensors cannot hold {dtype}")
+    return _NAMES[dtype]
+
+
 def _bad(path: Path, why: str) -> ValueError:
     return ValueError(f"{path} is no valid safetensors file: {why}")
 
@@ -99,7 +106,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if start + position != path.stat().st_size:
         raise _bad(path, f"its data should end at byte {start + position}, not at its end")
     return {
-        name: Tensor(shape, dtype, _rows_reader(path, start + begin, shape, dtype))
+        name: Tensor(shape, dtype, _rows_reader(path, start + begin, shape, dtype), by_rows=True)
         for name, (dtype, shape, begin, _) in entries.items()
     }, metadata
 
@@ -113,7 +120,7 @@ def _rows_reader(
         out = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
         with open(path, "rb", buffering=0) as file:
             file.seek(offset + start * row * dtype.itemsize)
-            view = memoryview(out.reshape(-1).view(np.uint8))
+            view = out.reshape(-1).view(np.uint8).data
             while view:
                 count = file.readinto(view)
                 if not count:
@@ -139,11 +146,9 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise ValueError(f"{name}: safetensors cannot hold {tensor.dtype}")
         offsets = [position, position := position + tensor.nbytes]
         header[name] = {
-            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets,
+            "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": offsets,
         }  # fmt: skip
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
@@ -152,7 +157,7 @@ def write_safetensors(
         with open(temporary, "wb") as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for name, tensor in tensors.items():
-                write_rows(file, name, tensor)
+                write_tensor(file, name, tensor)
                 if progress:
                     progress(name, tensor.nbytes)
             file.flush()
@@ -162,10 +167,11 @@ def write_safetensors(
         temporary.unlink(missing_ok=True)
 
 
-def write_rows(file: BinaryIO, name: str, tensor: Tensor) -> None:
-    data = np.ascontiguousarray(tensor.read())
-    if data.shape != tensor.shape or data.dtype != tensor.dtype:
-        raise ValueError(
-            f"{name} was read as {data.dtype} {data.shape}, not {tensor.dtype} {tensor.shape}"
-        )
-    file.write(memoryview(data.reshape(-1).view(np.uint8)))
+def write_tensor(file: BinaryIO, name: str, tensor: Tensor) -> None:
+    count = 0
+    for block in tensor.blocks():
+        if block.dtype != tensor.dtype:
+            raise ValueError(f"{name} was read as {block.dtype}, not {tensor.dtype}")
+        count += file.write(block.reshape(-1).view(np.uint8).data)
+    if count != tensor.nbytes:
+        raise ValueError(f"{name} was read as {count} bytes, not {tensor.nbytes}")

@@ -1,4 +1,4 @@
-"""Writing weights as diffusers and transformers do: one file, or shards of 10 GB with an index."""
+"""Weights as diffusers and transformers keep them: one file, or shards of 10 GB with an index."""
 
 from __future__ import annotations
 
@@ -8,11 +8,60 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxjax.checkpoint.component_json import write_json
-from fluxjax.checkpoint.safetensors_file import write_safetensors
+from fluxjax.checkpoint.component_json import read_json, write_json
+from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.tensors import Tensor
 
 SHARD_BYTES = 10 * 10**9
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+
+
+def pickle_refusal(path: Path) -> str:
+    return (
+        f"{path} is a pickle, which can run any code when it is opened, so it is refused: "
+        "use the .safetensors file of the same model, or save one with safetensors.torch.save_file"
+    )
+
+
+def read_sharded(folder: Path) -> dict[str, Tensor]:
+    """Lazy tensors of one component's safetensors: an index and its shards, or the one file.
+
+    Raises FileNotFoundError for missing files, ValueError for an index that does not agree
+    with its shards or names a file outside the folder, and for pickles.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    # A variant (model.fp16.safetensors) beside the plain file is passed over.
+    indices = [p for p in indices if p.name.count(".") == 3] or indices
+    files = [p for p in files if p.name.count(".") == 1] or files
+    if len(indices) > 1 or (not indices and len(files) > 1):
+        names = ", ".join(path.name for path in indices or files)
+        raise ValueError(f"{folder} holds several sets of weights, keep one of: {names}")
+    if not indices:
+        if files:
+            return read_safetensors(files[0])[0]
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+        if pickles:
+            raise ValueError(pickle_refusal(folder / pickles[0]))
+        raise FileNotFoundError(f"{folder} holds no .safetensors file")
+    weight_map = read_json(indices[0]).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{indices[0]} has no weight_map")
+    shards: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(set(map(str, weight_map.values()))):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{indices[0]} names {name!r}, which is no file of its own folder")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks {name}, which its index names")
+        shards[name] = read_safetensors(folder / name)[0]
+    held = {key: name for name, shard in shards.items() for key in shard}
+    if held != weight_map:
+        wrong = sorted(held.items() ^ weight_map.items())[0][0]
+        raise ValueError(f"{indices[0]} and its shards disagree, first about {wrong!r}")
+    return {key: shards[name][key] for key, name in weight_map.items()}
 
 
 def split_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:

@@ -9,7 +9,6 @@ The tables lie on this floor, below the verbs, because sampling and the diff loa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -18,14 +17,17 @@ class Rule:
 
     `swap_halves`: the two halves of the rows are exchanged. `conv1x1`: theirs is a 1 x 1
     convolution (out, in, 1, 1) where the reference has a linear layer (out, in).
-    `leaf`: the one parameter of theirs where it is not called weight or bias.
+    `leaves`: their parameters' names -> the reference's.
     """
 
     theirs: str
     ours: tuple[str, ...]
     swap_halves: bool = False
     conv1x1: bool = False
-    leaf: str = ""
+    leaves: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
+
+
+_SCALE = (("scale", "weight"),)
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,13 @@ class Table:
     ignored: tuple[str, ...] = ()
 
 
-Component = Literal[
-    "transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder"
-]  # fmt: skip
-
 FLUX = Table("diffusers FLUX transformer", identity=True)
 VAE = Table(
     "diffusers autoencoder",
     # Files older than diffusers 0.18 name the attention of the middle block this way.
     rules=tuple(
-        Rule(f"{side}.mid_block.attentions.{{}}.{old}", (f"{side}.mid_block.attentions.{{}}.{new}",))
-        for side in ("encoder", "decoder")
+        Rule(f"{attention}.{old}", (f"{attention}.{new}",))
+        for attention in ("encoder.mid_block.attentions.{}", "decoder.mid_block.attentions.{}")
         for old, new in (
             ("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"),
         )
@@ -62,30 +60,50 @@ T5 = Table(
     "T5 encoder",
     rules=(Rule("encoder.embed_tokens", ("shared",)),),
     identity=True,
-    ignored=(r"decoder\..*", r"lm_head\..*"),
+    ignored=(r"decoder\..*", r"lm_head\..*", "logit_scale"),
 )
-_CLIP_TEXT_MODULES = (
-    "embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm",
-    *(
-        f"encoder.layers.{{}}.{name}"
-        for name in (
-            "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "self_attn.q_proj",
-            "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
-        )
-    ),
+_CLIP_LAYERS = tuple(
+    f"encoder.layers.{{}}.{name}"
+    for name in (
+        "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "self_attn.q_proj",
+        "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+    )
 )  # fmt: skip
 CLIP_TEXT = Table(
     "CLIP text encoder",
     # transformers 5 writes a CLIPTextModel without the prefix that published files have.
-    rules=tuple(Rule(name, (f"text_model.{name}",)) for name in _CLIP_TEXT_MODULES),
+    rules=tuple(
+        Rule(name, (f"text_model.{name}",))
+        for name in (
+            "embeddings.token_embedding",
+            "embeddings.position_embedding",
+            "final_layer_norm",
+            *_CLIP_LAYERS,
+        )
+    ),
     identity=True,
     ignored=(r".*position_ids", r"vision_model\..*", r"visual_projection\..*", "logit_scale"),
 )
 CLIP_VISION = Table(
     "CLIP vision encoder",
     identity=True,
+    rules=tuple(
+        Rule(name, (f"vision_model.{name}",), leaves=leaves)
+        for name, leaves in (
+            ("embeddings", (("class_embedding", "class_embedding"),)),
+            *(
+                (name, (("weight", "weight"), ("bias", "bias")))
+                for name in (
+                    "embeddings.patch_embedding", "embeddings.position_embedding",
+                    "pre_layrnorm", "post_layernorm", *_CLIP_LAYERS,
+                )
+            ),
+        )
+    ),
     ignored=(r".*position_ids", r"text_model\..*", r"text_projection\..*", "logit_scale"),
-)
+)  # fmt: skip
+# A CLIPModel: both encoders, their projections and the temperature.
+CLIP = Table("CLIP", identity=True, ignored=(r".*position_ids",))
 
 
 def _bfl_flux() -> Table:
@@ -114,8 +132,8 @@ def _bfl_flux() -> Table:
         rules += [
             Rule(f"{double}_mod.lin", (f"{block}.{norm}.linear",)),
             Rule(f"{double}_attn.qkv", tuple(f"{attn}.{name}" for name in qkv)),
-            Rule(f"{double}_attn.norm.query_norm", (f"{attn}.norm_{added}q",), leaf="scale"),
-            Rule(f"{double}_attn.norm.key_norm", (f"{attn}.norm_{added}k",), leaf="scale"),
+            Rule(f"{double}_attn.norm.query_norm", (f"{attn}.norm_{added}q",), leaves=_SCALE),
+            Rule(f"{double}_attn.norm.key_norm", (f"{attn}.norm_{added}k",), leaves=_SCALE),
             Rule(f"{double}_attn.proj", (f"{attn}.{out}",)),
             Rule(f"{double}_mlp.0", (f"{block}.{ff}.net.0.proj",)),
             Rule(f"{double}_mlp.2", (f"{block}.{ff}.net.2",)),
@@ -129,8 +147,8 @@ def _bfl_flux() -> Table:
              f"{single}.proj_mlp"),
         ),
         Rule("single_blocks.{}.linear2", (f"{single}.proj_out",)),
-        Rule("single_blocks.{}.norm.query_norm", (f"{single}.attn.norm_q",), leaf="scale"),
-        Rule("single_blocks.{}.norm.key_norm", (f"{single}.attn.norm_k",), leaf="scale"),
+        Rule("single_blocks.{}.norm.query_norm", (f"{single}.attn.norm_q",), leaves=_SCALE),
+        Rule("single_blocks.{}.norm.key_norm", (f"{single}.attn.norm_k",), leaves=_SCALE),
     ]  # fmt: skip
     return Table("BFL FLUX transformer", tuple(rules))
 
@@ -172,3 +190,21 @@ def bfl_autoencoder(levels: int) -> Table:
             Rule(f"{side}.norm_out", (f"{side}.conv_norm_out",)),
         ]
     return Table("BFL autoencoder", tuple(rules))
+
+
+# component -> the table of its reference names
+REFERENCE = {
+    "transformer": FLUX,
+    "vae": VAE,
+    "text_encoder": CLIP_TEXT,
+    "text_encoder_2": T5,
+    "image_encoder": CLIP_VISION,
+    "clip": CLIP,
+}
+
+
+def bfl_table(component: str, levels: int = 4) -> Table | None:
+    """None for the text encoders, which BFL takes with the reference's names."""
+    if component == "vae":
+        return bfl_autoencoder(levels)
+    return BFL_FLUX if component == "transformer" else None

@@ -6,7 +6,7 @@ checkpoint of any size is converted with one tensor in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,27 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tensor:
-    """`rows(start, stop)` reads that range of the first axis; a scalar is read as (0, 0)."""
+    """`rows(start, stop)` reads that range of the first axis; a scalar is read as (0, 0).
+
+    `by_rows`: reading a range costs no more than its share, so a large tensor may be read in parts.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     rows: Callable[[int, int], np.ndarray]
+    by_rows: bool = False
 
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0] if self.shape else 0)
+
+    def blocks(self, max_bytes: int = 2**26) -> Iterator[np.ndarray]:
+        """The rows in order, in contiguous blocks of about `max_bytes` where they can be had."""
+        if not self.shape or not self.by_rows or self.nbytes <= max_bytes:
+            yield np.ascontiguousarray(self.read())
+            return
+        step = max(1, max_bytes * self.shape[0] // self.nbytes)
+        for start in range(0, self.shape[0], step):
+            yield np.ascontiguousarray(self.rows(start, min(start + step, self.shape[0])))
 
     @property
     def size(self) -> int:
@@ -44,14 +57,20 @@ def of_array(array: Any) -> Tensor:
             return np.asarray(array[start])[None]
         return np.asarray(array[start:stop])
 
-    return Tensor(tuple(array.shape), np.dtype(array.dtype), rows)
+    return Tensor(tuple(array.shape), np.dtype(array.dtype), rows, by_rows=True)
+
+
+def as_tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else of_array(value)
 
 
 def slice_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
     if (start, stop) == (0, tensor.shape[0]):
         return tensor
     shape = (stop - start, *tensor.shape[1:])
-    return Tensor(shape, tensor.dtype, lambda a, b: tensor.rows(start + a, start + b))
+    return Tensor(
+        shape, tensor.dtype, lambda a, b: tensor.rows(start + a, start + b), tensor.by_rows
+    )
 
 
 def concatenate(tensors: Sequence[Tensor]) -> Tensor:
@@ -71,7 +90,8 @@ def concatenate(tensors: Sequence[Tensor]) -> Tensor:
                 out[a - start : b - start] = part.rows(int(a - first), int(b - first))
         return out
 
-    return Tensor((int(starts[-1]), *tensors[0].shape[1:]), tensors[0].dtype, rows)
+    shape = (int(starts[-1]), *tensors[0].shape[1:])
+    return Tensor(shape, tensors[0].dtype, rows, all(part.by_rows for part in tensors))
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
@@ -91,13 +111,17 @@ def transpose(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return of_whole(shape, tensor.dtype, lambda: tensor.read().reshape(shape))
+    """To a shape with the same first axis."""
+    return Tensor(
+        shape, tensor.dtype, lambda a, b: tensor.rows(a, b).reshape(b - a, *shape[1:]),
+        tensor.by_rows,
+    )  # fmt: skip
 
 
 def astype(tensor: Tensor, dtype: np.dtype) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
-    return Tensor(tensor.shape, dtype, lambda a, b: tensor.rows(a, b).astype(dtype))
+    return Tensor(tensor.shape, dtype, lambda a, b: tensor.rows(a, b).astype(dtype), tensor.by_rows)
 
 
 def of_whole(shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]) -> Tensor:

@@ -1,0 +1,114 @@
+"""A parameter tree as an Orbax checkpoint (OCDBT), written and read one tensor at a time.
+
+What Orbax calls a PyTree checkpoint: `ocp.StandardCheckpointer` and `ocp.PyTreeCheckpointer`
+restore it, into any sharding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxjax.checkpoint import engine
+from fluxjax.checkpoint.manifest import check_manifest, write_manifest
+from fluxjax.checkpoint.tensors import Tensor, as_tensor
+
+_MARKER = "_METADATA"
+_CHUNK_BYTES = 2**26
+
+
+def is_orbax(folder: Path) -> bool:
+    return (Path(folder) / _MARKER).is_file()
+
+
+def write_orbax(
+    folder: Path,
+    params: Mapping[str, Any],
+    *,
+    progress: Callable[[str, int], None] | None = None,
+) -> None:
+    """Write a tree of `Tensor`s (or arrays) to `folder`, which must not exist, and its manifest."""
+    import orbax.checkpoint as ocp
+
+    class LazyHandler(ocp.type_handlers.NumpyHandler):
+        """Reads a tensor when its turn comes, and waits until it is written."""
+
+        async def _background_serialize(
+            self, values: Sequence[Tensor], infos: Sequence[Any], args: Any = None
+        ) -> None:
+            for value, info, arg in zip(values, infos, args, strict=True):
+                array = np.asarray(value.read())
+                await super()._background_serialize([array], [info], [arg])
+                if progress:
+                    progress(info.name, value.nbytes)
+
+        async def serialize(
+            self, values: Sequence[Any], infos: Sequence[Any], args: Any = None
+        ) -> Any:
+            args = args or [ocp.SaveArgs()] * len(values)
+            await self._background_serialize(values, infos, args)
+            return []
+
+    leaves = {path: as_tensor(leaf) for path, leaf in engine.flatten(params).items()}
+    args = dict.fromkeys(leaves, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
+    registry = ocp.type_handlers.create_type_handler_registry((Tensor, LazyHandler()))
+    with _quiet():
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=True, use_compression=False, type_handler_registry=registry
+        )
+        save = ocp.args.PyTreeSave(engine.unflatten(leaves), engine.unflatten(args))
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(Path(folder).absolute(), args=save)
+    write_manifest(Path(folder))
+
+
+class _quiet:
+    """Orbax logs every step of a save as a warning or info through absl."""
+
+    def __enter__(self) -> None:
+        self._level = logging.getLogger("absl").level
+        logging.getLogger("absl").setLevel(logging.ERROR)
+
+    def __exit__(self, *_: Any) -> None:
+        logging.getLogger("absl").setLevel(self._level)
+
+
+def read_orbax(folder: Path, *, verify: bool = True) -> dict[str, Any]:
+    """The tree with lazy leaves. `verify` checks the hashes, where they were written.
+
+    Raises FileNotFoundError; ValueError for a folder that is damaged or of another format.
+    """
+    import tensorstore as ts
+
+    folder = Path(folder).absolute()
+    if not is_orbax(folder):
+        raise FileNotFoundError(f"{folder} is no Orbax checkpoint: it has no {_MARKER}")
+    if verify:
+        check_manifest(folder)
+    base = {"driver": "ocdbt", "base": f"file://{folder}/"}
+    try:
+        keys = ts.KvStore.open(base).result().list().result()
+        names = sorted(
+            key[: -len(b"/.zarray")].decode() for key in keys if key.endswith(b"/.zarray")
+        )
+        flat = {tuple(name.split(".")): _lazy(base, name) for name in names}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder} cannot be read as an Orbax checkpoint: {error}") from None
+    if not flat:
+        raise ValueError(f"{folder} holds no arrays in the OCDBT form of Orbax")
+    return engine.unflatten(flat)
+
+
+def _lazy(base: dict[str, Any], name: str) -> Tensor:
+    import tensorstore as ts
+
+    store = ts.open({"driver": "zarr", "kvstore": {**base, "path": f"{name}/"}}).result()
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return (store[start:stop] if store.shape else store).read().result()
+
+    return Tensor(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), rows)

@@ -1,0 +1,272 @@
+"""Opening a checkpoint of any known form: lazy tensors under reference names, checked.
+
+Forms: diffusers and transformers folders, BFL's and ComfyUI's single files and folders of them,
+our Orbax folders. Nothing is read but headers until a tensor is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fluxjax.checkpoint import engine, tables, tensors
+from fluxjax.checkpoint.component_json import network_config, read_json
+from fluxjax.checkpoint.detect import (
+    Dialect,
+    detect_network,
+    infer_config,
+    split_prefixes,
+)
+from fluxjax.checkpoint.orbax_params import is_orbax, read_orbax
+from fluxjax.checkpoint.placement import load_tree
+from fluxjax.checkpoint.record import Record, dequantise, is_fp8_extra
+from fluxjax.checkpoint.safetensors_file import read_safetensors
+from fluxjax.checkpoint.sharded import PICKLES, pickle_refusal, read_sharded
+from fluxjax.checkpoint.templates import Config, abstract_params
+from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.config import AutoencoderConfig, CLIPTextConfig, ConfigError
+
+RECORD_FILE = "fluxjax_source.json"
+METADATA_KEY = "fluxjax"
+PARAMS = "params"
+# BFL's and ComfyUI's single files, as they lie in one folder.
+_SINGLE_FILES = {
+    "transformer": "flux1*.safetensors",
+    "vae": "ae.safetensors",
+    "text_encoder": "clip_l*.safetensors",
+    "text_encoder_2": "t5xxl*.safetensors",
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a checkpoint. `tensors` have reference names and layout.
+
+    `config` of a whole CLIP (component "clip") is the pair of its encoders'.
+    `dropped`: names of tensors that belong to no network of ours and are not carried on.
+    """
+
+    component: str
+    config: Config | tuple
+    tensors: dict[str, Tensor]
+    record: Record
+    dialect: Dialect
+    dropped: tuple[str, ...] = ()
+
+    def params(self, *, stacked: bool, dtype: Any = None, shardings: Any = None) -> dict[str, Any]:
+        """Our parameters as JAX arrays; see `pipeline_folder.load_params`."""
+        template = template_of(self.config, self.tensors, stacked=stacked)
+        table = tables.REFERENCE[self.component]
+        return load_tree(self.tensors, table, template, dtype=dtype, shardings=shardings)
+
+
+def template_of(
+    config: Config | tuple, names: Mapping[str, Any], *, stacked: bool = False
+) -> dict[str, Any]:
+    """The tree of shapes, with CLIP's projection where the checkpoint has it."""
+    if isinstance(config, tuple):
+        template: dict[str, Any] = {}
+        for part in config:
+            template |= abstract_params(part, stacked=stacked, with_projection=True)
+        return template | {"logit_scale": jax.ShapeDtypeStruct((), np.float32)}
+    projection = "text" if isinstance(config, CLIPTextConfig) else "visual"
+    with_projection = f"{projection}_projection.weight" in names
+    return abstract_params(config, stacked=stacked, with_projection=with_projection)
+
+
+def make_network(
+    raw: Mapping[str, Tensor],
+    where: Path,
+    *,
+    component: str = "",
+    config: Config | tuple | None = None,
+    record: Record | None = None,
+) -> Network:
+    """Detect, dequantise, name and check one network's tensors.
+
+    Raises ConfigError or engine.MappingError, naming `where`.
+    """
+    try:
+        found, dialect = detect_network(raw)
+        if component and found != component and (component, found) != ("text_encoder", "clip"):
+            raise ConfigError(f"expected the {component}, but these are tensors of the {found}")
+        component = component or found
+        if component == "text_encoder" and isinstance(config, tuple):
+            config = config[0]
+        plain, scaled = dequantise(raw)
+        if config is None:
+            shapes = {name: tensor.shape for name, tensor in plain.items()}
+            config = infer_config(component, dialect, shapes)
+        table = tables.REFERENCE[component]
+        if dialect == "bfl":
+            levels = len(config.block_out_channels) if isinstance(config, AutoencoderConfig) else 0
+            table = tables.bfl_table(component, levels) or table
+        leaves = engine.reference_leaves(template_of(config, plain))
+        shapes = {name: leaf.shape for name, leaf in leaves.items()}
+        reference = engine.to_reference(plain, table, shapes)
+    except ValueError as error:
+        raise type(error)(f"{where}: {error}") from None
+    ignored = [n for n in plain if any(re.fullmatch(p, n) for p in table.ignored)]
+    kept = [n for n in ignored if re.fullmatch(r".*position_ids|logit_scale", n)]
+    renamed, doubled = _other_names(plain, table, shapes)
+    extras = {name: raw[name] for name in raw if is_fp8_extra(name)}
+    extras |= {name: plain[name] for name in kept}
+    if record is None:
+        record = Record(dialect, renamed, doubled, extras, scaled)
+    dropped = tuple(sorted(set(ignored) - set(kept)))
+    return Network(component, config, reference, record, dialect, dropped)
+
+
+def _other_names(
+    plain: Mapping[str, Tensor], table: tables.Table, shapes: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    renamed: dict[str, str] = {}
+    doubled: dict[str, str] = {}
+    for name in plain if table.identity else ():
+        matched = engine.match_rule(table, name)
+        if matched and name not in shapes:
+            (reference,) = matched[1]
+            if reference in plain:
+                doubled[name] = reference
+            else:
+                renamed[reference] = name
+    return renamed, doubled
+
+
+def open_file(
+    path: Path, config: Config | tuple | None = None, component: str = ""
+) -> dict[str, Network]:
+    """The networks of one safetensors file: BFL's, ComfyUI's all-in-one, or any single network.
+
+    `config` where shapes do not tell it. Raises FileNotFoundError, ValueError.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(pickle_refusal(path))
+    if path.suffix.lower() == ".gguf":
+        raise ValueError(f"{path} is GGUF, which is not read: use the .safetensors of this model")
+    raw, metadata = read_safetensors(path)
+    saved = _saved(metadata.get(METADATA_KEY), path)
+    groups = split_prefixes(raw)
+    if len(groups) > 1 and "" in groups:
+        names = ", ".join(map(repr, sorted(groups[""])))
+        raise ConfigError(f"{path} holds tensors that belong to none of its networks: {names}")
+    networks = {}
+    for prefixed, names in groups.items():
+        network = make_network(
+            {short: raw[name] for short, name in names.items()},
+            path,
+            component=prefixed or component,
+            config=config or saved.get("config"),
+            record=saved.get("record"),
+        )
+        networks[network.component] = network
+    return networks
+
+
+def _saved(text: str | None, path: Path) -> dict[str, Any]:
+    """What our own writer left in the metadata: the configuration and the record."""
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+        saved: dict[str, Any] = {"config": network_config(values["config"], path)}
+        if values.get("record"):
+            saved["record"] = Record.from_json(values["record"])
+        return saved
+    except (KeyError, TypeError, json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{path}: the metadata under {METADATA_KEY!r} is damaged") from None
+
+
+def open_folder(folder: Path, component: str = "", config: Config | tuple | None = None) -> Network:
+    """One network's folder: config.json beside safetensors (or shards, or Orbax in params/)."""
+    folder = Path(folder)
+    if config is None and (folder / "config.json").is_file():
+        config = network_config(read_json(folder / "config.json"), folder / "config.json")
+    record = None
+    if (folder / RECORD_FILE).is_file():
+        record = Record.from_json(read_json(folder / RECORD_FILE))
+    orbax = next((f for f in (folder / PARAMS, folder, folder / "default") if is_orbax(f)), None)
+    raw = engine.from_tree(_parameters(read_orbax(orbax))) if orbax else read_sharded(folder)
+    return make_network(raw, folder, component=component, config=config, record=record)
+
+
+def _parameters(tree: dict[str, Any]) -> dict[str, Any]:
+    """Training states keep the parameters under "params"."""
+    return tree["params"] if isinstance(tree.get("params"), Mapping) else tree
+
+
+def open_component(folder: Path, component: str, config: Any = None) -> Network:
+    """One network of a pipeline folder, in its own folder or in a single file beside it.
+
+    Raises FileNotFoundError if there are no weights, and what `open_file`, `open_folder` raise.
+    """
+    folder = Path(folder)
+    own = folder / component
+    if not _has_weights(own):
+        files = sorted(folder.glob(_SINGLE_FILES.get(component, "?")))
+        if len(files) > 1:
+            names = ", ".join(path.name for path in files)
+            raise ValueError(f"{folder} holds several {component} files, keep one of: {names}")
+        if files:
+            return open_file(files[0], config, component)[component]
+    return open_folder(own, component, config)
+
+
+def _has_weights(folder: Path) -> bool:
+    return folder.is_dir() and (
+        is_orbax(folder / PARAMS) or is_orbax(folder) or any(folder.glob("*.safetensors*"))
+    )
+
+
+def open_source(path: Path, config_file: Path | None = None) -> dict[str, Network]:
+    """Every network of a checkpoint, by component.
+
+    `config_file`: the config.json of a network whose shapes do not tell everything.
+    Raises FileNotFoundError, or ValueError (ConfigError, engine.MappingError) in one sentence.
+    """
+    path = Path(path)
+    config = None
+    if config_file is not None:
+        config = network_config(read_json(Path(config_file)), Path(config_file))
+    if not path.is_dir():
+        return open_file(path, config)
+    if (path / "model_index.json").is_file():
+        index = read_json(path / "model_index.json")
+        parts = [part for part in _SINGLE_FILES if index.get(part) not in (None, [None, None])]
+        return {part: open_component(path, part) for part in parts}
+    if _has_weights(path) and not any(_flat_files(path)):
+        network = open_folder(path, config=config)
+        return {network.component: network}
+    parts = [part for part in _SINGLE_FILES if any(path.glob(_SINGLE_FILES[part]))]
+    parts += [part for part in _SINGLE_FILES if part not in parts and _has_weights(path / part)]
+    if parts:
+        return {part: open_component(path, part) for part in parts}
+    pickles = [file for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+    if pickles:
+        raise ValueError(pickle_refusal(pickles[0]))
+    raise FileNotFoundError(
+        f"{path} holds no model: a diffusers folder has model_index.json or config.json with "
+        "safetensors, BFL's has flux1-*.safetensors or ae.safetensors, ours has params/"
+    )
+
+
+def _flat_files(folder: Path) -> list[Path]:
+    return [file for pattern in _SINGLE_FILES.values() for file in folder.glob(pattern)]
+
+
+def with_dtype(network: Network, dtype: Any) -> Network:
+    """Values cast; what the record says of fp8 is then forgotten."""
+    extras = {k: v for k, v in network.record.extras.items() if not is_fp8_extra(k)}
+    record = replace(network.record, extras=extras, scaled={})
+    cast = {name: tensors.astype(t, np.dtype(dtype)) for name, t in network.tensors.items()}
+    return replace(network, tensors=cast, record=record)
