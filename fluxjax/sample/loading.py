@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
-from fluxjax.checkpoint.pipeline_folder import Component, load_params, read_config
-from fluxjax.config import PipelineConfig
+from fluxjax.checkpoint.pipeline_folder import Component, read_config
+from fluxjax.checkpoint.source import Network, open_component, open_file, open_folder
+from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig
+from fluxjax.sample.latents import PATCH
 from fluxjax.sample.pipeline import Pipeline
+from fluxjax.shapes import Params
 
 Dtype = Literal["float32", "bfloat16"]
+_TEXT_COMPONENTS: tuple[Component, ...] = ("text_encoder", "text_encoder_2")
 
 
 def tiny_folder() -> Path:
@@ -42,25 +49,95 @@ def load_pipeline(
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     path = tiny_folder() if str(model) == "tiny" else Path(model).expanduser()
-    config = read_config(path)
-    options: dict[str, Any] = {"dtype": dtype, "scan_layers": scan_layers}
+    if path.is_file():
+        open_network, config, tokenizers = _of_file(path, text_encoders, vae)
+    elif text_encoders is not None or vae is not None:
+        raise ConfigError(f"text encoders and vae are given for a BFL file, and {path} is none")
+    else:
+        open_network, config, tokenizers = _of_folder(path)
+    _require_text_to_image(config, path)
+    for name in ("tokenizer", "tokenizer_2"):
+        if not (tokenizers / name).is_dir():
+            raise FileNotFoundError(f"{tokenizers} is not a whole model: {name} is missing")
     return Pipeline(
         config,
-        partial(_load, path, config, dtype, scan_layers),
-        partial(_tokenizers, path),
-        **options,
+        partial(_load, open_network, dtype, scan_layers),
+        partial(_tokenizers, tokenizers),
+        dtype=dtype,
+        scan_layers=scan_layers,
     )
 
 
+def _of_folder(path: Path) -> tuple[Callable[[Component], Network], PipelineConfig, Path]:
+    config = read_config(path)
+
+    def open_network(component: Component) -> Network:
+        return open_component(path, component, getattr(config, component))
+
+    return open_network, config, path
+
+
+def _of_file(
+    path: Path, text_encoders: str | Path | None, vae: str | Path | None
+) -> tuple[Callable[[Component], Network], PipelineConfig, Path]:
+    """Networks, configuration and the folder of the tokenizers, of a BFL (or ComfyUI) file."""
+    if text_encoders is None:
+        raise ConfigError(f"{path} needs text encoders: a folder with text_encoder, "
+                          "text_encoder_2, tokenizer and tokenizer_2")  # fmt: skip
+    folder = Path(text_encoders).expanduser()
+    networks: dict[str, Network] = dict(open_file(path))
+    if "transformer" not in networks:
+        raise ConfigError(f"{path} holds no FLUX transformer but {', '.join(networks)}")
+    if vae is not None:
+        networks["vae"] = _open_vae(Path(vae).expanduser())
+    if "vae" not in networks:
+        raise ConfigError(f"{path} needs a vae: a diffusers autoencoder's folder or ae.safetensors")
+    for component in _TEXT_COMPONENTS:
+        networks[component] = open_component(folder, component)
+    parts: dict[str, Any] = {name: network.config for name, network in networks.items()}
+    base = DEV if parts["transformer"].guidance_embeds else SCHNELL
+    return networks.__getitem__, replace(base, **parts), folder
+
+
+def _open_vae(path: Path) -> Network:
+    if path.is_file():
+        networks = open_file(path)
+        if "vae" not in networks:
+            raise ConfigError(f"{path} holds no FLUX autoencoder but {', '.join(networks)}")
+        return networks["vae"]
+    return open_component(path, "vae") if (path / "vae").is_dir() else open_folder(path, "vae")
+
+
+def _require_text_to_image(config: PipelineConfig, path: Path) -> None:
+    transformer, channels = config.transformer, PATCH**2 * config.vae.latent_channels
+    for what, ours, wanted in (
+        ("input channels, which text to image", transformer.in_channels, channels),
+        ("text channels, which its T5", transformer.joint_attention_dim,
+         config.text_encoder_2.d_model),
+        ("pooled channels, which its CLIP", transformer.pooled_projection_dim,
+         config.text_encoder.hidden_size),
+    ):  # fmt: skip
+        if ours != wanted:
+            raise ConfigError(
+                f"{path}: the transformer has {ours} {what} does not fill ({wanted} instead)"
+            )
+
+
 def _load(
-    path: Path, config: PipelineConfig, dtype: Dtype, scan_layers: bool, component: Component
-):
+    open_network: Callable[[Component], Network],
+    dtype: Dtype,
+    scan_layers: bool,
+    component: Component,
+) -> Params:
+    device = SingleDeviceSharding(jax.devices()[0])
     stacked = scan_layers and component != "vae"
-    return load_params(path, component, getattr(config, component), stacked=stacked, dtype=dtype)
+    return open_network(component).params(stacked=stacked, dtype=dtype, shardings=device)
 
 
-def _tokenizers(path: Path):
+def _tokenizers(folder: Path):
     from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 
-    return load_clip_tokenizer(path / "tokenizer"), load_t5_tokenizer(path / "tokenizer_2")
+    return load_clip_tokenizer(folder / "tokenizer"), load_t5_tokenizer(folder / "tokenizer_2")

@@ -98,6 +98,8 @@ class Pipeline:
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
         start = self.draw_noise(settings, settings.seed if seeds is None else seeds, count)
         self.prepare(settings, count)
+        for component in COMPONENTS.values():
+            self.params(component)  # half a model must show before the long part, not after it
         encode = partial(self.encode_prompt, max_sequence_length=settings.max_sequence_length)
         each = [encode(text, settings.prompt_2) for text in prompts]
         conditioning = jax.tree.map(lambda *c: np.repeat(np.concatenate(c), number, axis=0), *each)

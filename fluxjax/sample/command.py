@@ -1,0 +1,218 @@
+"""What `python -m fluxjax.sample` does: settings from options, files and pictures; then drawing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from fluxjax import __version__
+from fluxjax.config import ConfigError
+from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, override
+
+if TYPE_CHECKING:
+    from fluxjax.sample.pipeline import Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Draw pictures from a prompt. Options that are not given are the model's own."""
+
+    prompt: tyro.conf.Positional[str | None] = None
+    """What to draw. May be empty."""
+    model: str | None = None
+    """tiny (the embedded model), a diffusers or Orbax folder, or a BFL file."""
+    text_encoders: Path | None = None
+    """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2."""
+    vae: Path | None = None
+    """For a BFL file: folder of a diffusers autoencoder, or ae.safetensors."""
+    steps: int | None = None
+    """Denoising steps."""
+    guidance: float | None = None
+    """Embedded guidance of distilled models, one pass per step."""
+    negative_prompt: str | None = None
+    """What not to draw; needs --true-cfg."""
+    true_cfg: float | None = None
+    """Classifier-free guidance above 1; needs --negative-prompt, which may be empty."""
+    prompt_2: str | None = None
+    """Another prompt for T5; CLIP reads PROMPT."""
+    width: int | None = None
+    """Pixels, a multiple of 16."""
+    height: int | None = None
+    """Pixels, a multiple of 16."""
+    number: int = 1
+    """Pictures per prompt, with seeds seed, seed + 1, ..."""
+    seed: int | None = None
+    """0 ... 2**64 - 1; a random one is drawn and printed."""
+    out: Path = Path("out")
+    """Folder, or a file name that ends in .png. Existing files are never overwritten."""
+    grid: bool = False
+    """Also save all pictures on one sheet, grid.png."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """By default float32 on a CPU, bfloat16 elsewhere."""
+    rounding: Rounding | None = None
+    """Follow the rounding of diffusers, of bfl, or avoid it (none)."""
+    noise: Noise | None = None
+    """torch: what PyTorch's CPU generator draws for the seed; jax: jax.random."""
+    max_sequence_length: int | None = None
+    """T5 tokens, at most 512."""
+    prompts: Path | None = None
+    """A file of JSON lines: texts, or settings such as {"prompt": "a star", "seed": 3}."""
+    like: Path | None = None
+    """Repeat a picture from the settings it carries; options given beside it take precedence."""
+
+
+def draw(options: Options) -> int:
+    """Draw, save and report every picture that `options` ask for."""
+    if options.number < 1:
+        raise ConfigError(f"number must be at least 1, got {options.number}")
+    if options.like is not None and options.prompts is not None:
+        raise ConfigError("give --like or --prompts, not both")
+    if options.prompt is None and options.like is None and options.prompts is None:
+        raise ConfigError("there is nothing to draw: give a PROMPT, --prompts or --like")
+    record = _record_of(options.like)
+    source: dict[str, Any] = {
+        name: _text(value) if value is not None else record.get(name)
+        for name in ("model", "text_encoders", "vae", "dtype")
+        for value in [getattr(options, name)]
+    }
+    source["model"] = source["model"] or "tiny"
+
+    from fluxjax.sample.cache import enable_cache
+    from fluxjax.sample.latents import latent_size
+    from fluxjax.sample.loading import load_pipeline
+
+    if note := enable_cache():
+        _say(note)
+    pipe = load_pipeline(
+        source["model"],
+        dtype=source["dtype"],
+        text_encoders=source["text_encoders"],
+        vae=source["vae"],
+    )
+    requests = list(_requests(options, record.get("settings", {}), pipe.defaults))
+    for settings in requests:
+        latent_size(settings.width, settings.height, pipe.config.vae)
+    folder = options.out.parent if options.out.suffix == ".png" else options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    source["dtype"] = str(pipe.dtype)
+    return _draw_all(pipe, requests, options, folder, source)
+
+
+def _draw_all(
+    pipe: Pipeline, requests: list[Settings], options: Options, folder: Path, source: dict
+) -> int:
+    from fluxjax.sample.pictures import file_name, grid, save
+    from fluxjax.sample.world import outside
+
+    made = {"fluxjax": __version__, **source}
+    drawn, told = [], set()
+    for settings in requests:
+        if source["model"] == "tiny" and settings.prompt not in told:
+            told.add(settings.prompt)
+            if note := outside(settings.prompt):
+                _say(note)
+        pipe.seconds = dict.fromkeys(pipe.seconds, 0.0)
+        with _progress(settings) as progress:
+            picture = pipe.draw(settings, progress=progress)[0]
+        for note in dict.fromkeys(pipe.notes):
+            _say(note)
+        pipe.notes.clear()
+        name = file_name(settings.prompt, settings.seed)
+        wanted = options.out if options.out.suffix == ".png" else folder / name
+        path = save(picture, wanted, {**made, "settings": dataclasses.asdict(settings)})
+        spent = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in pipe.seconds.items())
+        print(f"{path}  seed {settings.seed}  {spent}", flush=True)
+        drawn.append(picture)
+    if options.grid:
+        sheet = {**made, "pictures": [dataclasses.asdict(settings) for settings in requests]}
+        print(save(grid(drawn), folder / "grid.png", sheet))
+    return 0
+
+
+def _requests(options: Options, repeated: dict, base: Settings) -> Iterator[Settings]:
+    """Settings of every picture: the model's, then --like's, the command line's, a line's."""
+    base = override(base, repeated, str(options.like))
+    base = override(base, {name: getattr(options, name) for name in FIELDS})
+    for values, where in _lines(options.prompts):
+        settings = override(base, values, where)
+        if settings.negative_prompt is None and settings.true_cfg > 1:
+            raise ConfigError('--true-cfg needs --negative-prompt; an empty one ("") will do')
+        if settings.negative_prompt is not None and settings.true_cfg <= 1:
+            raise ConfigError("--negative-prompt needs --true-cfg above 1, such as --true-cfg 3.5")
+        if options.seed is None and "seed" not in values and "seed" not in repeated:
+            settings = dataclasses.replace(settings, seed=secrets.randbelow(2**32))
+        for i in range(options.number):
+            yield dataclasses.replace(settings, seed=settings.seed + i)
+
+
+def _lines(path: Path | None) -> Iterator[tuple[dict[str, Any], str]]:
+    if path is None:
+        yield {}, ""
+        return
+    count = 0
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where, count = f"{path}, line {number}", count + 1
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{where}: not JSON ({error})") from None
+        values = {"prompt": values} if isinstance(values, str) else values
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where}: must be a text or an object of settings, got {line[:60]}")
+        yield values, where
+    if not count:
+        raise ConfigError(f"{path} has no prompts")
+
+
+def _record_of(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    from fluxjax.sample.pictures import read_record
+
+    record = read_record(path)
+    for name in ("model", "text_encoders", "vae", "dtype"):
+        if not isinstance(record.get(name), str | None):
+            raise ConfigError(f"{path}: its {name} must be a text, got {record[name]!r}")
+    return record
+
+
+def _text(source: str | Path) -> str:
+    """A model as it is remembered: paths in full, so that --like works from any folder."""
+    if source in ("tiny", "float32", "bfloat16"):
+        return str(source)
+    return str(Path(source).expanduser().resolve())
+
+
+def _say(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress(settings: Settings) -> Iterator[Callable[[int], None] | None]:
+    """A bar of the steps on a terminal; None elsewhere, where the run is one call."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading and compiling", total=None)
+
+        def report(done: int) -> None:
+            bar.update(task, description="steps", total=settings.steps, completed=done)
+
+        yield report
