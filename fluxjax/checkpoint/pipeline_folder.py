@@ -40,7 +40,7 @@ COMPONENTS: dict[str, type] = {
     "text_encoder": CLIPTextConfig,
     "text_encoder_2": T5Config,
 }
-_INDEX = {
+INDEX = {
     "_class_name": "FluxPipeline",
     "_diffusers_version": "0.30.0",
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -58,6 +58,13 @@ _DEFAULTS = ("max_sequence_length", "steps", "guidance", "width", "height")
 def weights_stem(component: str) -> str:
     """diffusers' and transformers' names for the weights file."""
     return "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def scheduler_of(transformer: FluxConfig) -> dict[str, Any]:
+    """scheduler_config.json as published: dev shifts by the number of tokens, schnell does not."""
+    dynamic = transformer.guidance_embeds
+    scheduler = SchedulerConfig(use_dynamic_shifting=dynamic, shift=3.0 if dynamic else 1.0)
+    return config_json(scheduler)
 
 
 def read_config(folder: Path) -> PipelineConfig:
@@ -92,7 +99,7 @@ def read_config(folder: Path) -> PipelineConfig:
 def write_config(folder: Path, config: PipelineConfig) -> None:
     """Every JSON file but the tokenizers', as diffusers reads them, and fluxjax.json."""
     folder = Path(folder)
-    write_json(folder / "model_index.json", _INDEX)
+    write_json(folder / "model_index.json", INDEX)
     for component in COMPONENTS:
         write_json(folder / component / "config.json", config_json(getattr(config, component)))
     write_json(folder / "scheduler" / "scheduler_config.json", config_json(config.scheduler))

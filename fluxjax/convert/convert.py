@@ -1,0 +1,192 @@
+"""SOURCE -> DESTINATION: open, check, write one tensor at a time, and only then let it be seen."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from fluxjax.checkpoint.component_json import read_json, write_json
+from fluxjax.checkpoint.detect import describe
+from fluxjax.checkpoint.orbax_params import write_orbax
+from fluxjax.checkpoint.pipeline_folder import INDEX, scheduler_of
+from fluxjax.checkpoint.safetensors_file import write_safetensors
+from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
+from fluxjax.checkpoint.source import Network, open_source, with_dtype
+from fluxjax.config import ConfigError, FluxConfig
+from fluxjax.convert.destination import check_destination, whole_or_nothing
+from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
+
+Dtype = Literal["keep", "float32", "bfloat16", "float16"]
+Progress = Callable[[str, int], None]
+_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+# What a pipeline folder has beside weights; small files of other kinds are not copied.
+_TEXT = (".json", ".txt", ".model", ".md", ".jinja", "")
+_MAX_TEXT_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is checked and ready to run."""
+
+    source: Path
+    destination: Path
+    networks: Mapping[str, Network]
+    weights: list[Weights]
+    files: Mapping[Path, dict[str, Any]]
+    copies: Mapping[Path, Path]
+    shard_bytes: int
+    single_file: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.weights)
+
+    def summary(self) -> list[str]:
+        """One line per network: what it is, its parameters and dtypes, what is left out."""
+        lines = []
+        for network in self.networks.values():
+            count = sum(tensor.size for tensor in network.tensors.values())
+            dtypes = sorted({tensor.dtype.name for tensor in network.tensors.values()})
+            line = f"{describe(network.config)}: {count:,} parameters, {' + '.join(dtypes)}"
+            if network.record.scaled:
+                line += f" ({len(network.record.scaled)} tensors were scaled fp8)"
+            if network.dropped:
+                line += f"; left out, no part of it: {', '.join(map(repr, network.dropped[:3]))}"
+                line += f" and {len(network.dropped) - 3} more" * (len(network.dropped) > 3)
+            lines.append(line)
+        missing = [n for n in ("tokenizer", "tokenizer_2") if not self._has_copy(n)]
+        if not self.single_file and len(self.networks) == 4 and missing:
+            lines.append(f"the source has no {' and no '.join(missing)}: a pipeline needs them too")
+        return lines
+
+    def _has_copy(self, folder: str) -> bool:
+        return any(path.parts[0] == folder for path in self.copies)
+
+
+def plan(
+    source: Path,
+    destination: Path,
+    target: Target,
+    *,
+    dtype: Dtype = "keep",
+    config_file: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Conversion:
+    """Open and check everything; reads headers only.
+
+    Raises FileNotFoundError, OSError, or ValueError (ConfigError, engine.MappingError).
+    """
+    check_destination(source, destination, overwrite)
+    networks = open_source(source, config_file)
+    if dtype != "keep":
+        networks = {k: with_dtype(network, _DTYPES[dtype]) for k, network in networks.items()}
+    weights = plan_weights(networks, target)
+    single_file = destination.suffix == ".safetensors"
+    if single_file and (target != "bfl" or len(networks) > 1):
+        raise ConfigError(
+            f"{destination} is named like a single file, but {len(networks)} network(s) as "
+            f"{target} make a folder; only --to bfl of one network is a file"
+        )
+    copies = {} if single_file else _copies(source)
+    files = {} if single_file else _files(networks, target, copies, whole=_is_pipeline(source))
+    if dtype != "keep":
+        files |= _with_dtype_name(copies, dtype)
+    return Conversion(
+        source, destination, networks, weights, files, copies, shard_bytes, single_file
+    )
+
+
+def _is_pipeline(source: Path) -> bool:
+    return (source / "model_index.json").is_file()
+
+
+def _copies(source: Path) -> dict[Path, Path]:
+    """relative path -> file, of the texts beside the weights that are carried on unchanged."""
+    if not source.is_dir():
+        return {}
+    if not _is_pipeline(source):
+        names = ["config.json"] if (source / "config.json").is_file() else []
+        return {Path(name): source / name for name in names}
+    folders = [name for name, part in read_json(source / "model_index.json").items()
+               if isinstance(part, list) and part != [None, None]]  # fmt: skip
+    copies = {}
+    for folder in [".", *(name for name in folders if Path(name).name == name)]:
+        for path in sorted((source / folder).glob("*")):
+            is_text = path.is_file() and path.suffix in _TEXT and not path.name.startswith(".")
+            ours = path.name == "fluxjax_source.json" or path.name.endswith(
+                (".safetensors.index.json", ".bin.index.json", ".sha256.json")
+            )
+            if is_text and not ours and path.stat().st_size <= _MAX_TEXT_BYTES:
+                copies[Path(folder) / path.name] = path
+    return copies
+
+
+def _files(
+    networks: Mapping[str, Network], target: Target, copies: Mapping[Path, Path], whole: bool
+) -> dict[Path, dict[str, Any]]:
+    files = json_files(networks, target)
+    transformer = networks.get("transformer")
+    if len(networks) > 1 and not whole and transformer is not None:
+        assert isinstance(transformer.config, FluxConfig)
+        files[Path("model_index.json")] = INDEX
+        files[Path("scheduler/scheduler_config.json")] = scheduler_of(transformer.config)
+    return {path: values for path, values in files.items() if path not in copies}
+
+
+def _with_dtype_name(copies: dict[Path, Path], dtype: str) -> dict[Path, dict[str, Any]]:
+    """transformers casts to the dtype that config.json names: those files must name the new one."""
+    changed = {}
+    for name, path in copies.items():
+        values = read_json(path) if name.name == "config.json" else {}
+        keys = values.keys() & {"torch_dtype", "dtype"}
+        if keys:
+            changed[name] = {**values, **dict.fromkeys(keys, dtype)}
+    for name in changed:
+        del copies[name]
+    return changed
+
+
+def run(conversion: Conversion, progress: Progress | None = None) -> float:
+    """Write it all; returns seconds. The destination appears once everything is on the disk.
+
+    Raises OSError (no space, not writable); then the destination is as it was before.
+    """
+    start = time.perf_counter()
+    parent = next(p for p in conversion.destination.absolute().parents if p.exists())
+    require_space(parent, conversion.nbytes)
+    with whole_or_nothing(conversion.destination) as part:
+        if conversion.single_file:
+            (weights,) = conversion.weights
+            write_safetensors(part, weights.tensors, weights.metadata, progress=progress)
+            return time.perf_counter() - start
+        part.mkdir()
+        for name, path in conversion.copies.items():
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, part / name)
+        for name, values in conversion.files.items():
+            write_json(part / name, values)
+        for weights in conversion.weights:
+            _write(part, weights, conversion.shard_bytes, progress)
+    return time.perf_counter() - start
+
+
+def _write(part: Path, weights: Weights, shard_bytes: int, progress: Progress | None) -> None:
+    path = part / weights.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if weights.kind == "orbax":
+        write_orbax(path, weights.tree, progress=progress)
+    elif weights.kind == "file":
+        write_safetensors(path, weights.tensors, weights.metadata, progress=progress)
+    else:
+        write_sharded(
+            path.parent, path.name, weights.tensors, shard_bytes=shard_bytes,
+            metadata=weights.metadata, progress=progress,
+        )  # fmt: skip

@@ -1,0 +1,65 @@
+"""A destination that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_MODEL_FILES = ("model_index.json", "config.json", "*.safetensors", "params/_METADATA")
+
+
+def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
+    """Raises ValueError or OSError if nothing can or should be written there."""
+    there, source = destination.resolve(), source.resolve()
+    if there == source or there in source.parents:
+        raise ValueError(f"the destination {destination} is or contains the source {source}")
+    if source.is_dir() and source in there.parents:
+        raise ValueError(f"the destination {destination} lies inside the source {source}")
+    if destination.is_symlink() and not destination.exists():
+        raise FileExistsError(f"the destination {destination} is a broken link")
+    parent = next(p for p in (there.parent, *there.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing can be written to {parent}")
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{destination} exists; give --overwrite to replace it")
+    is_model = destination.is_dir() and any(any(destination.glob(name)) for name in _MODEL_FILES)
+    if not is_model and destination.suffix != ".safetensors":
+        raise FileExistsError(f"{destination} is no model, so it is not overwritten; remove it")
+
+
+@contextmanager
+def whole_or_nothing(destination: Path) -> Iterator[Path]:
+    """A path beside the destination to write to; it takes the destination's place at the end.
+
+    On any error, Ctrl-C included, it is removed and what was there before stays.
+    """
+    destination = Path(os.path.abspath(destination))
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    part = destination.with_name(f".{destination.name}.{os.getpid()}.part")
+    old = destination.with_name(f".{destination.name}.{os.getpid()}.old")
+    try:
+        yield part
+        if destination.exists():
+            os.replace(destination, old)
+        try:
+            os.replace(part, destination)
+        except OSError:
+            if old.exists():
+                os.replace(old, destination)
+            raise
+    finally:
+        _remove(part)
+        if destination.exists():
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""What each target form consists of: files and the tensors in them, still lazy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fluxjax.checkpoint import engine, tables
+from fluxjax.checkpoint.component_json import config_json
+from fluxjax.checkpoint.pipeline_folder import weights_stem
+from fluxjax.checkpoint.source import METADATA_KEY, PARAMS, RECORD_FILE, Network, template_of
+from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.config import AutoencoderConfig, CLIPTextConfig, CLIPVisionConfig, FluxConfig
+
+Target = Literal["diffusers", "bfl", "orbax"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights to write. `path` is relative to the destination.
+
+    kind "file": a single safetensors file. "sharded": `path` is the stem of one file or of shards.
+    "orbax": `path` is a folder and `tree` its parameters.
+    """
+
+    kind: Literal["file", "sharded", "orbax"]
+    path: Path
+    tensors: dict[str, Tensor]
+    tree: dict[str, Any]
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def plan_weights(networks: Mapping[str, Network], target: Target) -> list[Weights]:
+    """One network goes into the destination itself, several into one folder each.
+
+    For BFL all are single files: flux1-*.safetensors, ae.safetensors, and with the reference's
+    names, as ComfyUI has them, clip_l.safetensors and t5xxl.safetensors.
+    """
+    return [
+        _plan(network, target, Path(name if len(networks) > 1 else "."))
+        for name, network in networks.items()
+    ]
+
+
+def _plan(network: Network, target: Target, folder: Path) -> Weights:
+    if target == "orbax":
+        template = template_of(network.config, network.tensors)
+        tree = engine.to_tree(network.tensors, template, place=lambda _, tensor: tensor)
+        return Weights("orbax", folder / PARAMS, network.tensors, tree, {})
+    if target == "diffusers":
+        tensors = network.record.restore(network.tensors, "reference", fp8=False)
+        path = folder / weights_stem(network.component)
+        return Weights("sharded", path, dict(sorted(tensors.items())), {}, {})
+    config = network.config
+    levels = len(config.block_out_channels) if isinstance(config, AutoencoderConfig) else 0
+    table = tables.bfl_table(network.component, levels)
+    tensors = engine.from_reference(network.tensors, table) if table else network.tensors
+    dialect = "bfl" if table else "reference"
+    tensors = network.record.restore(tensors, dialect, fp8=True)
+    saved = {"config": source_json(network)}
+    if network.record and network.record.dialect != dialect:
+        saved["record"] = network.record.to_json()
+    metadata = {METADATA_KEY: json.dumps(saved)}
+    return Weights("file", Path(single_file_name(network)), tensors, {}, metadata)
+
+
+def single_file_name(network: Network) -> str:
+    config = network.config
+    if isinstance(config, FluxConfig):
+        variants = {384: "fill-dev", 128: "control-dev"}
+        plain = "dev" if config.guidance_embeds else "schnell"
+        return f"flux1-{variants.get(config.in_channels, plain)}.safetensors"
+    if isinstance(config, AutoencoderConfig):
+        return "ae.safetensors"
+    if isinstance(config, CLIPTextConfig | CLIPVisionConfig | tuple):
+        return {"text_encoder": "clip_l", "image_encoder": "clip_vision"}.get(
+            network.component, "clip"
+        ) + ".safetensors"  # fmt: skip
+    return "t5xxl.safetensors"
+
+
+def source_json(network: Network) -> dict[str, Any]:
+    """The network's config.json."""
+    config = network.config
+    if isinstance(config, tuple):
+        parts = {"text_config": config_json(config[0]), "vision_config": config_json(config[1])}
+        projection = {"projection_dim": config[0].projection_dim}
+        return {"architectures": ["CLIPModel"], "model_type": "clip", **parts, **projection}
+    values = config_json(config)
+    if "text_projection.weight" in network.tensors:
+        values["architectures"] = ["CLIPTextModelWithProjection"]
+    if isinstance(config, CLIPVisionConfig) and "visual_projection.weight" not in network.tensors:
+        values["architectures"] = ["CLIPVisionModel"]
+    return values
+
+
+def json_files(networks: Mapping[str, Network], target: Target) -> dict[Path, dict[str, Any]]:
+    """config.json of each network, and what going back to its source must know."""
+    files: dict[Path, dict[str, Any]] = {}
+    for name, network in networks.items():
+        folder = Path(name if len(networks) > 1 else ".")
+        if target == "bfl" and len(networks) == 1:
+            continue  # the configuration is in the file's metadata
+        files[folder / "config.json"] = source_json(network)
+        if target != "bfl" and network.record:
+            files[folder / RECORD_FILE] = network.record.to_json()
+    return files
