@@ -159,7 +159,8 @@ def _autoencoder(config: AutoencoderConfig, weights: Mapping[str, Any], inputs: 
             return latents, module.decode(denormalize_latents(latents, config))
 
         pixels = jnp.moveaxis(image, 1, -1)
-        latents, decoded = Autoencoder(config).apply({"params": params}, pixels, method=both)
+        pair: Any = Autoencoder(config).apply({"params": params}, pixels, method=both)
+        latents, decoded = pair
         return {"latents": jnp.moveaxis(latents, -1, 1), "image": jnp.moveaxis(decoded, -1, 1)}
 
     return {name: np.asarray(value) for name, value in run(params, inputs["image"]).items()}
@@ -171,13 +172,14 @@ def _flux(
     """One forward at the recorded timesteps, and the Euler run over the recorded schedule."""
     model = FluxTransformer(config, timestep_rounding="bfl")
     params = to_ours(weights, BFL_FLUX, abstract_params(config))
+    text, pooled = jnp.asarray(inputs["txt"]), jnp.asarray(inputs["vec"])
     img_ids, txt_ids = _ids(inputs, "img_ids"), _ids(inputs, "txt_ids")
     channels, sequence = inputs.get("img_cond"), inputs.get("img_cond_seq")
     if sequence is not None:  # Kontext: the reference picture follows along the sequence
-        img_ids = np.concatenate([img_ids, _ids(inputs, "img_cond_seq_ids")])
+        img_ids = jnp.concatenate([img_ids, _ids(inputs, "img_cond_seq_ids")])
 
     @jax.jit
-    def forward(params: Any, latents: Any, timestep: Any, guidance: Any) -> jax.Array:
+    def forward(params: Any, latents: Any, timestep: Any, guidance: Any) -> Any:
         x = latents
         if sequence is not None:
             x = jnp.concatenate([x, sequence], axis=1)
@@ -186,8 +188,8 @@ def _flux(
         return model.apply(
             {"params": params},
             x,
-            inputs["txt"],
-            inputs["vec"],
+            text,
+            pooled,
             timestep,
             img_ids,
             txt_ids,
@@ -198,16 +200,16 @@ def _flux(
     latents = pack(jnp.asarray(noise))
     batch, length = latents.shape[:2]
     schedule = np.asarray(recorded["schedule"], np.float32)
-    guidance = np.full((batch,), recorded["guidance"], np.float32)
+    guidance = jnp.full((batch,), recorded["guidance"], jnp.float32)
     if sequence is None and channels is None and not txt_ids.any():
         latents = denoise(
             model,
             params,
             latents,
             pad(schedule),
-            Conditioning(jnp.asarray(inputs["txt"]), jnp.asarray(inputs["vec"])),
-            Guidance(jnp.asarray(guidance) if config.guidance_embeds else None),
-            jnp.asarray(img_ids),
+            Conditioning(text, pooled),
+            Guidance(guidance if config.guidance_embeds else None),
+            img_ids,
         )
     else:  # with a condition: the plain Euler loop of BFL's `sampling.denoise`
         for level, following in itertools.pairwise(schedule):
@@ -221,11 +223,11 @@ def _flux(
     return {name: np.asarray(value) for name, value in outputs.items()}
 
 
-def _ids(inputs: _Recorded, name: str) -> np.ndarray:
+def _ids(inputs: _Recorded, name: str) -> jax.Array:
     ids = inputs[name]
     if (ids != ids[:1]).any():
         raise ConfigError(f"{inputs.path}: inputs.{name} differs between the samples of the batch")
-    return ids[0]
+    return jnp.asarray(ids[0])
 
 
 def _tokens(inputs: _Recorded) -> int:

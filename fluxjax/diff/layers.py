@@ -162,7 +162,8 @@ def _align(ours: Outputs, reference: Outputs) -> list[tuple[np.ndarray, np.ndarr
         lengths = [r.shape[1] for r in reference if r.ndim == ours[0].ndim]
         if len(lengths) == len(reference) and ours[0].shape[1] == sum(lengths):
             return [(ours[0], np.concatenate(reference, axis=1))]
-    if len(ours) == len(reference) == 2 and ours[0].shape == reference[1].shape != ours[1].shape:
+    swapped = [array.shape for array in ours[::-1]]
+    if len(ours) == 2 and swapped == [r.shape for r in reference] != swapped[::-1]:
         ours = ours[::-1]  # (image, text) here, (text, image) there
     # What one side returns beyond the other (attention's position bias) is no layer's output.
     return list(zip(ours, reference, strict=False))

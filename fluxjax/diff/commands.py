@@ -1,0 +1,136 @@
+"""What `python -m fluxjax.diff` understands: the options of each command, and what it calls.
+
+Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from fluxjax.diff.report import Report
+
+Section = Literal["model", "start", "transformer", "attention", "gpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """Compare with recorded outputs of the original PyTorch code; needs no torch.
+
+    Exit code 1 if a tensor is beyond its bound: a forward 1e-5 relative L2, a sampling run 1e-4.
+    """
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Recorded files: safetensors with weights, inputs and outputs, or JSON with schedules."""
+    save: Path | None = None
+    """Write our outputs under the recorded names; for one FILE."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def reports(self) -> list[Report]:
+        from fluxjax.diff.golden import check_golden, save_outputs
+
+        if not self.files:
+            raise ValueError("golden needs at least one recorded FILE")
+        if self.save and len(self.files) != 1:
+            raise ValueError(f"--save takes the outputs of one FILE, got {len(self.files)}")
+        reports = []
+        for path in self.files:
+            report, outputs = check_golden(path)
+            reports.append(report)
+            if self.save:
+                save_outputs(self.save, outputs)
+        return reports
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """Run the same weights and inputs through PyTorch and ours, layer by layer.
+
+    Names the first layer beyond its bound (float32 1e-5; bfloat16 2e-2 and 1.5 x PyTorch's own
+    error); exit code 1 if there is one.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional] = "tiny"
+    """A diffusers pipeline folder, or "tiny" for the embedded model."""
+    component: Literal["transformer", "vae", "text_encoder", "text_encoder_2", "pipeline"] = (
+        "transformer"
+    )
+    """Which network; "pipeline" draws one picture on both sides."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    against: Path | None = None
+    """Another pipeline folder whose weights ours reads, to find where two copies part."""
+    prompt: str = "a large red circle left of a small blue star"
+    """For the pipeline."""
+    seed: int = 7
+    """For the pipeline."""
+    steps: int | None = None
+    """For the pipeline; by default the model's own."""
+    json: bool = False
+    """Print JSON instead of the table."""
+    plot: Path | None = None
+    """Draw the error of every layer on a log axis into this picture file."""
+
+    def reports(self) -> list[Report]:
+        from fluxjax.diff.live import compare_network, require_torch
+        from fluxjax.sample.loading import tiny_folder
+
+        folder = tiny_folder() if self.folder == "tiny" else Path(self.folder)
+        require_torch()
+        if self.component == "pipeline":
+            from fluxjax.diff.pipeline import compare_pipeline
+
+            report = compare_pipeline(
+                folder,
+                prompt=self.prompt,
+                seed=self.seed,
+                steps=self.steps,
+                dtype=self.dtype,
+                against=self.against,
+            )
+        else:
+            report = compare_network(folder, self.component, dtype=self.dtype, against=self.against)
+        if self.plot:
+            from fluxjax.diff.report import plot_report
+
+            plot_report(report, self.plot)
+        return [report]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time ours beside PyTorch's diffusers: side by side, alternating, medians."""
+
+    folder: Annotated[str, tyro.conf.Positional] = "tiny"
+    """A diffusers pipeline folder, or "tiny" for the embedded model."""
+    only: tuple[Section, ...] = field(default=())
+    """Sections to run; by default all that this machine can: gpu only where there is one."""
+    rounds: int = 5
+    """Measurements of each side; the median counts."""
+    threads: int = 2
+    """PyTorch's threads."""
+    json: bool = False
+    """Print JSON instead of the table."""
+
+
+def execute(command: Golden | Live | Bench) -> int:
+    """Run the command, print what it found; 0 if all is within bounds, else 1."""
+    from rich.console import Console
+
+    if isinstance(command, Bench):
+        from fluxjax.diff.bench import run_bench
+
+        return run_bench(command)
+    from fluxjax.diff.report import print_report, to_json
+
+    reports = command.reports()
+    if command.json:
+        print(to_json(reports))
+    else:
+        for report in reports:
+            print_report(report, Console())
+    return 0 if all(report.passed for report in reports) else 1
