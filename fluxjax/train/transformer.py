@@ -1,0 +1,257 @@
+"""Trains the FLUX transformer on drawn scenes: flow matching, then guidance distillation.
+
+Autoencoder and text encoders are frozen: they only fill the pool of examples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from fluxjax.config import PipelineConfig
+from fluxjax.models.autoencoder import Autoencoder, normalize_latents
+from fluxjax.models.flux import FluxTransformer
+from fluxjax.sample.latents import image_ids, latent_size, pack, text_ids
+from fluxjax.sample.schedule import dynamic_mu
+from fluxjax.train import loop
+from fluxjax.train.objectives import guided_velocity, interpolate, sample_times, velocity_loss
+from fluxjax.train.scenes import captions, render, sample_scenes
+from fluxjax.train.step import Tree, init_state, make_step, muon_optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerStage:
+    """`buckets` are (width, height); step i uses bucket i modulo their number."""
+
+    steps: int = 5000
+    batch: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    decay_steps: int = 1500
+    caption_dropout: float = 0.1
+    ema_decay: float = 0.998
+    pool: int = 4096
+    fresh: int = 8
+    buckets: tuple[tuple[int, int], ...] = (
+        (96, 96), (112, 80), (96, 96), (80, 112), (96, 96),
+    )  # fmt: skip
+    seed: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillStage(TransformerStage):
+    """The student learns the guided velocity of its teacher for random guidance in `scales`."""
+
+    steps: int = 800
+    learning_rate: float = 1e-3
+    decay_steps: int = 600
+    ema_decay: float = 0.99
+    scales: tuple[float, float] = (1.0, 5.0)
+    seed: int = 4
+
+
+class Batch(NamedTuple):
+    """What the transformer reads and predicts, before noise."""
+
+    latents: Float[Array, "b image c"]
+    text: Float[Array, "b text d"]
+    pooled: Float[Array, "b p"]
+
+
+class Conditioner(NamedTuple):
+    """Frozen networks around the transformer, as functions with their parameters bound."""
+
+    encode_image: object  # (n, height, width, 3) -> (n, image, channels), normalised and packed
+    encode_text: object  # list of n captions -> ((n, text, d), (n, p))
+
+
+def image_encoder(config: PipelineConfig, params: Tree):
+    """Pictures to packed, normalised posterior means."""
+    model = Autoencoder(config.vae)
+
+    @jax.jit
+    def encode(images: Float[Array, "n h w 3"]) -> Float[Array, "n image c"]:
+        mean = model.apply({"params": params}, images, method=model.encode).mean
+        return pack(jnp.moveaxis(normalize_latents(mean, config.vae), -1, 1))
+
+    return encode
+
+
+class Pool:
+    """Examples of one bucket: a ring that a few fresh ones enter at each step.
+
+    Example k depends on (seed, bucket, k // chunk) alone, so a resumed run sees the same pool.
+    """
+
+    CHUNK = 64
+
+    def __init__(self, bucket: int, stage: TransformerStage, conditioner: Conditioner, step: int):
+        self.width, self.height = stage.buckets[bucket]
+        self.stage, self.conditioner, self.bucket = stage, conditioner, bucket
+        chunks = stage.pool // self.CHUNK
+        self.next = self._due(step)
+        first = [self._draw(i) for i in range(self.next - chunks, self.next)]
+        self.rows = Batch(*(np.concatenate(parts) for parts in zip(*first, strict=True)))
+
+    def _due(self, step: int) -> int:
+        """How many chunks have been drawn once `step` begins."""
+        return self.stage.pool // self.CHUNK + step * self.stage.fresh // self.CHUNK
+
+    def _draw(self, index: int) -> Batch:
+        seed = self.stage.seed * 1_000_003 + self.bucket
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        side = {"width": self.width, "height": self.height}
+        scenes = sample_scenes(key, self.CHUNK, **side)
+        texts = [c.text for c in captions(scenes, seed * 1_000_003 + index)]
+        latents = self.conditioner.encode_image(render(scenes, **side))
+        text, pooled = self.conditioner.encode_text(texts)
+        return Batch(*(np.asarray(v, np.float16) for v in (latents, text, pooled)))
+
+    def batch(self, step: int) -> Batch:
+        while self.next < self._due(step):
+            row = self.next * self.CHUNK % self.stage.pool
+            for old, new in zip(self.rows, self._draw(self.next), strict=True):
+                old[row : row + self.CHUNK] = new
+            self.next += 1
+        rng = np.random.default_rng((self.stage.seed, step))
+        rows = rng.integers(self.stage.pool, size=self.stage.batch)
+        return Batch(*(v[rows].astype(np.float32) for v in self.rows))
+
+
+class Batches:
+    """All buckets; `self(step)` gives (batch, image ids, mu)."""
+
+    def __init__(self, config: PipelineConfig, stage: TransformerStage, conditioner: Conditioner):
+        self.config, self.stage, self.conditioner = config, stage, conditioner
+        self.pools: dict[tuple[int, int], Pool] = {}
+
+    def __call__(self, step: int):
+        width, height = size = self.stage.buckets[step % len(self.stage.buckets)]
+        if size not in self.pools:
+            bucket = self.stage.buckets.index(size)
+            self.pools[size] = Pool(bucket, self.stage, self.conditioner, step)
+        ids = image_ids(*latent_size(width, height, self.config.vae))
+        scheduler = self.config.scheduler
+        shifted = scheduler.use_dynamic_shifting
+        mu = dynamic_mu(len(ids), scheduler) if shifted else math.log(scheduler.shift)
+        return self.pools[size].batch(step), ids, mu
+
+
+def _predict(model: FluxTransformer, params: Tree, x: Array, batch: Batch, t, ids, guidance):
+    if not model.config.guidance_embeds:
+        guidance = None
+    return model.apply(
+        {"params": params}, x, batch.text, batch.pooled, t, ids, text_ids(batch.text.shape[1]),
+        guidance,
+    )  # fmt: skip
+
+
+def _noised(key: jax.Array, batch: Batch, mu: float):
+    times, noises = jax.random.split(key)
+    t = sample_times(times, batch.latents.shape[0], mu)
+    noise = jax.random.normal(noises, batch.latents.shape)
+    return t, noise, interpolate(batch.latents, noise, t)
+
+
+def flow_matching_loss(model: FluxTransformer, dropout: float):
+    """`loss(params, key, batch, empty, ids, mu)`: velocity MSE with captions dropped to `empty`.
+
+    Guidance 1 is fed to the embedding, as trainers of FLUX.1-dev do.
+    """
+
+    def loss(params: Tree, key: jax.Array, batch: Batch, empty: Batch, ids, mu) -> jax.Array:
+        drop_key, key = jax.random.split(key)
+        n = batch.latents.shape[0]
+        drop = jax.random.bernoulli(drop_key, dropout, (n,))
+        text = jnp.where(drop[:, None, None], empty.text, batch.text)
+        pooled = jnp.where(drop[:, None], empty.pooled, batch.pooled)
+        batch = Batch(batch.latents, text, pooled)
+        t, noise, x = _noised(key, batch, mu)
+        velocity = _predict(model, params, x, batch, t, ids, jnp.ones(n))
+        return velocity_loss(velocity, noise - batch.latents)
+
+    return loss
+
+
+def guidance_distillation_loss(model: FluxTransformer, scales: tuple[float, float]):
+    """`loss(params, key, teacher, batch, empty, ids, mu)`: one pass learns two passes' guidance.
+
+    Source: Meng et al. 2022, On distillation of guided diffusion models, stage one.
+    """
+
+    def loss(
+        params: Tree, key: jax.Array, teacher: Tree, batch: Batch, empty: Batch, ids, mu
+    ) -> jax.Array:
+        scale_key, key = jax.random.split(key)
+        n = batch.latents.shape[0]
+        scale = jax.random.uniform(scale_key, (n,), minval=scales[0], maxval=scales[1])
+        t, _, x = _noised(key, batch, mu)
+        blank = Batch(
+            batch.latents,
+            jnp.broadcast_to(empty.text, batch.text.shape),
+            jnp.broadcast_to(empty.pooled, batch.pooled.shape),
+        )
+        both = jax.tree.map(lambda *v: jnp.concatenate(v), batch, blank)
+        twice = _predict(
+            model, teacher, jnp.tile(x, (2, 1, 1)), both, jnp.tile(t, 2), ids, jnp.ones(2 * n)
+        )
+        target = guided_velocity(*jnp.split(jax.lax.stop_gradient(twice), 2), scale)
+        return velocity_loss(_predict(model, params, x, batch, t, ids, scale), target)
+
+    return loss
+
+
+def init_transformer(config: PipelineConfig, seed: int) -> tuple[FluxTransformer, Tree]:
+    model = FluxTransformer(config.transformer, scan_layers=True)
+    c, tokens = config.transformer, image_ids(4, 4)
+    params = jax.jit(model.init)(
+        jax.random.key(seed), jnp.zeros((1, 4, c.in_channels)),
+        jnp.zeros((1, 2, c.joint_attention_dim)), jnp.zeros((1, c.pooled_projection_dim)),
+        jnp.zeros(1), tokens, text_ids(2), jnp.zeros(1),
+    )["params"]  # fmt: skip
+    return model, params
+
+
+def train_transformer(
+    config: PipelineConfig,
+    stage: TransformerStage,
+    conditioner: Conditioner,
+    folder: Path,
+    teacher: Tree | None = None,
+) -> Tree:
+    """Flow matching from nothing, or, with a `teacher` and a `DistillStage`, its distillation.
+
+    Returns the averaged (EMA) parameters, stacked; checkpoints and metrics lie in `folder`.
+    """
+    model, params = init_transformer(config, stage.seed)
+    warm = optax.linear_schedule(0.0, stage.learning_rate, 100)
+    decay = optax.linear_schedule(1.0, 0.0, stage.decay_steps, stage.steps - stage.decay_steps)
+    optimizer = muon_optimizer(
+        lambda step: warm(step) * decay(step), weight_decay=stage.weight_decay
+    )
+    batches = Batches(config, stage, conditioner)
+    empty_text, empty_pooled = conditioner.encode_text([""])
+    empty = Batch(jnp.zeros((1, 1, 1)), jnp.asarray(empty_text), jnp.asarray(empty_pooled))
+    if teacher is None:
+        loss = flow_matching_loss(model, stage.caption_dropout)
+        frozen = ()
+    else:
+        assert isinstance(stage, DistillStage)
+        loss = guidance_distillation_loss(model, stage.scales)
+        params, frozen = jax.tree.map(jnp.copy, teacher), (teacher,)
+    step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
+
+    def advance(state, index: int):
+        batch, ids, mu = batches(index)
+        return step(state, *frozen, batch, empty, ids, jnp.float32(mu))
+
+    state = loop.run(init_state(params, optimizer), advance, steps=stage.steps, folder=folder)
+    return state.ema
