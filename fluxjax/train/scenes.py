@@ -209,9 +209,7 @@ def _distances(x: Array, y: Array) -> list[Array]:
     length = jnp.hypot(ex, ey)
     star = ((px - tip) * ey - py * ex) / length
     arm = 0.34
-    cross = jnp.minimum(
-        jnp.maximum(ax - 1.0, ay - arm), jnp.maximum(ax - arm, ay - 1.0)
-    )
+    cross = jnp.minimum(jnp.maximum(ax - 1.0, ay - arm), jnp.maximum(ax - arm, ay - 1.0))
     ring = jnp.abs(r - 0.75) - 0.25
     # Heart: a square on its corner and two discs on its upper edges.
     s = 0.56
@@ -249,9 +247,9 @@ def render(scenes: Scene, *, width: int, height: int) -> Float[Array, "n height 
     return jax.vmap(one)(scenes)
 
 
-_SIZE_WORDS = (("small", "little", "tiny"), ("medium", "midsized"), ("large", "big", "huge"))
-_COLOUR_WORDS = {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")}
-_SHAPE_WORDS = {"cross": ("cross", "plus sign"), "ring": ("ring", "donut")}
+SIZE_WORDS = (("small", "little", "tiny"), ("medium", "midsized"), ("large", "big", "huge"))
+COLOUR_WORDS = {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")}
+SHAPE_WORDS = {"cross": ("cross", "plus sign"), "ring": ("ring", "donut")}
 _NUMBERS = {2: ("two", "2", "a pair of"), 3: ("three", "3", "a group of three")}
 _OPENINGS = ("", "", "", "a picture of ", "an image of ", "a drawing of ", "there is ", "we see ")
 _RELATION_TEMPLATES = (
@@ -297,12 +295,15 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     def noun(i: int, plural: bool = False) -> str:
         colour = colours[int(scene.colour[i])]
         shape = SHAPES[int(scene.shape[i])]
-        words = [pick(_COLOUR_WORDS.get(colour, (colour,))), pick(_SHAPE_WORDS.get(shape, (shape,)))]
+        words = [
+            pick(COLOUR_WORDS.get(colour, (colour,))),
+            pick(SHAPE_WORDS.get(shape, (shape,))),
+        ]
         if plural:
             words[-1] += "es" if words[-1].endswith("s") else "s"
         if kind != "row" and rng.random() < 0.6:
             stated[i] = True
-            words.insert(0, pick(_SIZE_WORDS[int(scene.size[i])]))
+            words.insert(0, pick(SIZE_WORDS[int(scene.size[i])]))
         return " ".join(words)
 
     def an(phrase: str) -> str:
