@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -86,3 +87,10 @@ def save_random_pipeline(folder: Path, tokenizers: Path, *, guidance_embeds: boo
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_pipeline(shared: Path, tmp_path_factory) -> Path:
+    """The folder; one for all modules that import this fixture."""
+    folder = tmp_path_factory.getbasetemp() / "random_pipeline"
+    return folder if folder.is_dir() else save_random_pipeline(folder, shared / "tokenizers")

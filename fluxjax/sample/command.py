@@ -6,67 +6,82 @@ import dataclasses
 import json
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from fluxjax import __version__
 from fluxjax.config import ConfigError
-from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, override
+from fluxjax.sample.settings import FIELDS, Dtype, Noise, Rounding, Settings, override
 
 if TYPE_CHECKING:
     from fluxjax.sample.pipeline import Pipeline
+
+# None stands for "not given": the model's own value, or that of --like.
+_Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+_Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+_Dtype = Annotated[Dtype | None, tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="")]
+_Rounding = Annotated[
+    Rounding | None, tyro.conf.arg(metavar="{diffusers,bfl,none}", help_behavior_hint="")
+]
+_Noise = Annotated[Noise | None, tyro.conf.arg(metavar="{torch,jax}", help_behavior_hint="")]
+_Words = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Draw pictures from a prompt. Options that are not given are the model's own."""
 
-    prompt: tyro.conf.Positional[str | None] = None
-    """What to draw. May be empty."""
-    model: str | None = None
+    prompt: _Words = ()
+    """What to draw. May be empty ("")."""
+    model: _Text = None
     """tiny (the embedded model), a diffusers or Orbax folder, or a BFL file."""
-    text_encoders: Path | None = None
+    text_encoders: _Path = None
     """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2."""
-    vae: Path | None = None
+    vae: _Path = None
     """For a BFL file: folder of a diffusers autoencoder, or ae.safetensors."""
-    steps: int | None = None
+    steps: _Int = None
     """Denoising steps."""
-    guidance: float | None = None
+    guidance: _Float = None
     """Embedded guidance of distilled models, one pass per step."""
-    negative_prompt: str | None = None
+    negative_prompt: _Text = None
     """What not to draw; needs --true-cfg."""
-    true_cfg: float | None = None
+    true_cfg: _Float = None
     """Classifier-free guidance above 1; needs --negative-prompt, which may be empty."""
-    prompt_2: str | None = None
+    prompt_2: _Text = None
     """Another prompt for T5; CLIP reads PROMPT."""
-    width: int | None = None
+    width: _Int = None
     """Pixels, a multiple of 16."""
-    height: int | None = None
+    height: _Int = None
     """Pixels, a multiple of 16."""
     number: int = 1
     """Pictures per prompt, with seeds seed, seed + 1, ..."""
-    seed: int | None = None
+    seed: _Int = None
     """0 ... 2**64 - 1; a random one is drawn and printed."""
     out: Path = Path("out")
     """Folder, or a file name that ends in .png. Existing files are never overwritten."""
     grid: bool = False
     """Also save all pictures on one sheet, grid.png."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: _Dtype = None
     """By default float32 on a CPU, bfloat16 elsewhere."""
-    rounding: Rounding | None = None
+    rounding: _Rounding = None
     """Follow the rounding of diffusers, of bfl, or avoid it (none)."""
-    noise: Noise | None = None
+    noise: _Noise = None
     """torch: what PyTorch's CPU generator draws for the seed; jax: jax.random."""
-    max_sequence_length: int | None = None
+    max_sequence_length: _Int = None
     """T5 tokens, at most 512."""
-    prompts: Path | None = None
+    prompts: _Path = None
     """A file of JSON lines: texts, or settings such as {"prompt": "a star", "seed": 3}."""
-    like: Path | None = None
+    like: _Path = None
     """Repeat a picture from the settings it carries; options given beside it take precedence."""
 
 
@@ -76,7 +91,7 @@ def draw(options: Options) -> int:
         raise ConfigError(f"number must be at least 1, got {options.number}")
     if options.like is not None and options.prompts is not None:
         raise ConfigError("give --like or --prompts, not both")
-    if options.prompt is None and options.like is None and options.prompts is None:
+    if not options.prompt and options.like is None and options.prompts is None:
         raise ConfigError("there is nothing to draw: give a PROMPT, --prompts or --like")
     record = _record_of(options.like)
     source: dict[str, Any] = {
@@ -92,12 +107,14 @@ def draw(options: Options) -> int:
 
     if note := enable_cache():
         _say(note)
+    start = time.perf_counter()
     pipe = load_pipeline(
         source["model"],
         dtype=source["dtype"],
         text_encoders=source["text_encoders"],
         vae=source["vae"],
     )
+    pipe.seconds["loading"] += time.perf_counter() - start
     requests = list(_requests(options, record.get("settings", {}), pipe.defaults))
     for settings in requests:
         latent_size(settings.width, settings.height, pipe.config.vae)
@@ -120,7 +137,6 @@ def _draw_all(
             told.add(settings.prompt)
             if note := outside(settings.prompt):
                 _say(note)
-        pipe.seconds = dict.fromkeys(pipe.seconds, 0.0)
         with _progress(settings) as progress:
             picture = pipe.draw(settings, progress=progress)[0]
         for note in dict.fromkeys(pipe.notes):
@@ -131,6 +147,7 @@ def _draw_all(
         path = save(picture, wanted, {**made, "settings": dataclasses.asdict(settings)})
         spent = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in pipe.seconds.items())
         print(f"{path}  seed {settings.seed}  {spent}", flush=True)
+        pipe.seconds = dict.fromkeys(pipe.seconds, 0.0)
         drawn.append(picture)
     if options.grid:
         sheet = {**made, "pictures": [dataclasses.asdict(settings) for settings in requests]}
@@ -141,7 +158,8 @@ def _draw_all(
 def _requests(options: Options, repeated: dict, base: Settings) -> Iterator[Settings]:
     """Settings of every picture: the model's, then --like's, the command line's, a line's."""
     base = override(base, repeated, str(options.like))
-    base = override(base, {name: getattr(options, name) for name in FIELDS})
+    given = {name: getattr(options, name) for name in FIELDS}
+    base = override(base, given | {"prompt": " ".join(options.prompt) if options.prompt else None})
     for values, where in _lines(options.prompts):
         settings = override(base, values, where)
         if settings.negative_prompt is None and settings.true_cfg > 1:

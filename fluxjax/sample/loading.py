@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from fluxjax.checkpoint.pipeline_folder import Component, read_config
+from fluxjax.checkpoint.pipeline_folder import COMPONENTS, Component, read_config
 from fluxjax.checkpoint.source import Network, open_component, open_file, open_folder
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig
 from fluxjax.sample.latents import PATCH
 from fluxjax.sample.pipeline import Pipeline
+from fluxjax.sample.settings import Dtype
 from fluxjax.shapes import Params
 
-Dtype = Literal["float32", "bfloat16"]
 _TEXT_COMPONENTS: tuple[Component, ...] = ("text_encoder", "text_encoder_2")
 
 
@@ -35,7 +34,7 @@ def load_pipeline(
     vae: str | Path | None = None,
     scan_layers: bool = True,
 ) -> Pipeline:
-    """Open a model; its weights are read when they are first needed.
+    """Open a model: all its files are checked now, its weights read when they are first needed.
 
     Args:
       model: "tiny", a diffusers folder, an Orbax folder, or a BFL file (flux1-*.safetensors), which
@@ -53,36 +52,33 @@ def load_pipeline(
         raise ConfigError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     path = tiny_folder() if str(model) == "tiny" else Path(model).expanduser()
     if path.is_file():
-        open_network, config, tokenizers = _of_file(path, text_encoders, vae)
+        networks, config, tokenizers = _of_file(path, text_encoders, vae)
     elif text_encoders is not None or vae is not None:
         raise ConfigError(f"text encoders and vae are given for a BFL file, and {path} is none")
     else:
-        open_network, config, tokenizers = _of_folder(path)
+        networks, config, tokenizers = _of_folder(path)
     _require_text_to_image(config, path)
     for name in ("tokenizer", "tokenizer_2"):
         if not (tokenizers / name).is_dir():
             raise FileNotFoundError(f"{tokenizers} is not a whole model: {name} is missing")
     return Pipeline(
         config,
-        partial(_load, open_network, dtype, scan_layers),
+        partial(_load, networks, dtype, scan_layers),
         partial(_tokenizers, tokenizers),
         dtype=dtype,
         scan_layers=scan_layers,
     )
 
 
-def _of_folder(path: Path) -> tuple[Callable[[Component], Network], PipelineConfig, Path]:
+def _of_folder(path: Path) -> tuple[dict[str, Network], PipelineConfig, Path]:
     config = read_config(path)
-
-    def open_network(component: Component) -> Network:
-        return open_component(path, component, getattr(config, component))
-
-    return open_network, config, path
+    networks = {name: open_component(path, name, getattr(config, name)) for name in COMPONENTS}
+    return networks, config, path
 
 
 def _of_file(
     path: Path, text_encoders: str | Path | None, vae: str | Path | None
-) -> tuple[Callable[[Component], Network], PipelineConfig, Path]:
+) -> tuple[dict[str, Network], PipelineConfig, Path]:
     """Networks, configuration and the folder of the tokenizers, of a BFL (or ComfyUI) file."""
     if text_encoders is None:
         raise ConfigError(f"{path} needs text encoders: a folder with text_encoder, "
@@ -97,9 +93,10 @@ def _of_file(
         raise ConfigError(f"{path} needs a vae: a diffusers autoencoder's folder or ae.safetensors")
     for component in _TEXT_COMPONENTS:
         networks[component] = open_component(folder, component)
-    parts: dict[str, Any] = {name: network.config for name, network in networks.items()}
+    parts: dict[str, Any] = {name: network.config for name, network in networks.items()
+             if name in COMPONENTS}  # fmt: skip
     base = DEV if parts["transformer"].guidance_embeds else SCHNELL
-    return networks.__getitem__, replace(base, **parts), folder
+    return networks, replace(base, **parts), folder
 
 
 def _open_vae(path: Path) -> Network:
@@ -127,14 +124,11 @@ def _require_text_to_image(config: PipelineConfig, path: Path) -> None:
 
 
 def _load(
-    open_network: Callable[[Component], Network],
-    dtype: Dtype,
-    scan_layers: bool,
-    component: Component,
+    networks: dict[str, Network], dtype: Dtype, scan_layers: bool, component: Component
 ) -> Params:
     device = SingleDeviceSharding(jax.devices()[0])
     stacked = scan_layers and component != "vae"
-    return open_network(component).params(stacked=stacked, dtype=dtype, shardings=device)
+    return networks[component].params(stacked=stacked, dtype=dtype, shardings=device)
 
 
 def _tokenizers(folder: Path):

@@ -12,6 +12,7 @@ from fluxjax.config import ConfigError, PipelineConfig
 
 Rounding = Literal["diffusers", "bfl", "none"]
 Noise = Literal["torch", "jax"]
+Dtype = Literal["float32", "bfloat16"]
 MAX_STEPS = 1000
 MAX_SEQUENCE_LENGTH = 512
 SEED_LIMIT = 2**64

@@ -1,0 +1,204 @@
+"""The pipeline draws what diffusers' FluxPipeline draws, and compiles only when shapes change."""
+
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from torch_pipeline import random_pipeline  # noqa: F401
+
+import fluxjax
+from fluxjax.config import ConfigError
+from fluxjax.sample.loading import tiny_folder
+from fluxjax.sample.noise import draw
+from fluxjax.sample.pictures import to_bytes
+
+SMALL = {"width": 96, "height": 64, "steps": 5}
+
+
+@cache
+def both(folder: Path):
+    theirs = FluxPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    return fluxjax.load_pipeline(folder), theirs
+
+
+@pytest.fixture(params=["random", "tiny"])
+def pipelines(request):
+    """(ours, diffusers') of small random weights and of the embedded model."""
+    if request.param == "random":
+        return both(request.getfixturevalue("random_pipeline"))
+    if not (tiny_folder() / "model_index.json").is_file():
+        pytest.skip("the embedded model is not there yet")
+    return both(tiny_folder())
+
+
+@pytest.fixture
+def ours(random_pipeline):  # noqa: F811
+    return both(random_pipeline)[0]
+
+
+def same_picture(got, expected) -> None:
+    got, expected = np.asarray(got, np.int32), np.asarray(expected, np.int32)
+    assert got.shape == expected.shape
+    distance = np.abs(got - expected)
+    assert distance.max() <= 4
+    assert (distance <= 1).mean() >= 0.999
+    assert expected.std() > 20, "a flat picture proves nothing"
+
+
+@pytest.mark.parametrize("prompt", ["a red circle", ""])
+def test_same_picture_as_diffusers(pipelines, prompt):
+    ours, theirs = pipelines
+    expected = theirs(
+        prompt,
+        width=96,
+        height=64,
+        num_inference_steps=5,
+        guidance_scale=3.5,
+        max_sequence_length=32,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    (got,) = ours(prompt, seed=7, guidance=3.5, max_sequence_length=32, **SMALL)
+    same_picture(got, expected)
+
+
+def test_same_pictures_with_true_cfg_second_prompt_and_two_at_once(pipelines):
+    ours, theirs = pipelines
+    expected = theirs(
+        "a red circle left of a blue star",
+        prompt_2="two small green rings",
+        negative_prompt="a yellow heart",
+        true_cfg_scale=3.0,
+        num_images_per_prompt=2,
+        width=96,
+        height=64,
+        num_inference_steps=5,
+        guidance_scale=2.0,
+        max_sequence_length=32,
+        generator=torch.Generator().manual_seed(11),
+    ).images
+    got = ours(
+        "a red circle left of a blue star",
+        prompt_2="two small green rings",
+        negative_prompt="a yellow heart",
+        true_cfg=3.0,
+        number=2,
+        seed=11,
+        guidance=2.0,
+        max_sequence_length=32,
+        **SMALL,
+    )
+    assert len(got) == 2
+    for one, other in zip(got, expected, strict=True):
+        same_picture(one, other)
+    assert np.abs(np.asarray(got[0], int) - np.asarray(got[1], int)).mean() > 2
+
+
+@contextmanager
+def compilations():
+    """The list of programs that the backend compiles inside."""
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_only_shapes_and_the_bucket_of_steps_compile(ours):
+    settings = {"max_sequence_length": 16, "width": 64, "height": 64}
+    with compilations() as seen:
+        first = ours("a red circle", steps=5, **settings)[0]
+    assert len(seen) >= 3, "the count itself must work"
+    with compilations() as seen:
+        for change in (
+            {"guidance": 1.0},
+            {"seed": 9},
+            {"prompt_2": "a star"},
+            {"steps": 8},
+            {"steps": 6},
+        ):
+            other = ours("a red circle", **{"steps": 5, **settings, **change})[0]
+            assert np.asarray(other).tobytes() != np.asarray(first).tobytes(), change
+    assert not seen
+    with compilations() as seen:
+        ours("a red circle", steps=12, **settings)
+    assert len(seen) == 1
+    conditioning = ours.encode_prompt("a red circle", max_sequence_length=16)
+    noise = np.ones((1, 16, 8, 8), np.float32)
+    with compilations() as seen:
+        ours.denoise(conditioning, noise, steps=[1.0, 0.8, 0.5, 0.45, 0.1])
+    assert not seen
+
+
+def test_steps_are_usable_alone_and_progress_changes_nothing(ours):
+    chosen = {"width": 64, "height": 64, "steps": 7, "max_sequence_length": 16}
+    whole = np.asarray(ours("a star", seed=3, **chosen)[0])
+    conditioning = ours.encode_prompt("a star", max_sequence_length=16)
+    noise = draw(3, (1, 16, 8, 8))
+    done: list[int] = []
+    latents = ours.denoise(conditioning, noise, steps=7, progress=done.append)
+    assert done[0] == 1 and done[-1] == 7 and done == sorted(done)
+    picture = ours.decode(latents)
+    assert picture.shape == (1, 64, 64, 3)
+    np.testing.assert_array_equal(to_bytes(picture)[0], whole)
+
+
+def test_seeds_per_picture_repeat_single_pictures(ours):
+    chosen = {"width": 64, "height": 64, "steps": 4, "max_sequence_length": 16}
+    pair = ours(["a star", "a ring"], seed=[5, 6], **chosen)
+    single = ours("a ring", seed=6, **chosen)[0]
+    assert np.abs(np.asarray(pair[1], int) - np.asarray(single, int)).max() <= 1
+
+
+def test_bfloat16_is_no_further_from_float32_than_diffusers_is(random_pipeline, ours):  # noqa: F811
+    chosen = {"max_sequence_length": 16, "width": 64, "height": 64}
+    exact = np.asarray(ours("a star", steps=4, **chosen)[0], int)
+    half = fluxjax.load_pipeline(random_pipeline, dtype="bfloat16")
+    theirs = FluxPipeline.from_pretrained(random_pipeline, torch_dtype=torch.bfloat16)
+    theirs.set_progress_bar_config(disable=True)
+    reference = theirs(
+        "a star", num_inference_steps=4, generator=torch.Generator().manual_seed(0), **chosen
+    ).images[0]
+    bound = 1.5 * np.abs(np.asarray(reference, int) - exact).mean()
+    for rounding in ("diffusers", "none"):
+        picture = np.asarray(half("a star", steps=4, rounding=rounding, **chosen)[0], int)
+        assert 0 < np.abs(picture - exact).mean() <= bound, rounding
+
+
+def test_bytes_round_or_truncate():
+    x = np.array([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0], np.float32).reshape(1, 1, 2, 3)
+    assert to_bytes(x).ravel().tolist() == [0, 0, 128, 255, 255, 255]
+    assert to_bytes(x, "bfl").ravel().tolist() == [0, 0, 127, 254, 255, 255]
+
+
+def test_true_cfg_needs_a_negative_prompt(ours):
+    chosen = {"width": 64, "height": 64, "steps": 4, "max_sequence_length": 16}
+    plain, ignored = (ours("a star", **chosen, **more)[0] for more in ({}, {"true_cfg": 4.0}))
+    assert plain.tobytes() == ignored.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 33}, "width must be a multiple of 16, got 33"),
+        ({"steps": 0}, "steps must be from 1 to 1000, got 0"),
+        ({"seed": 2**64}, "seed must be"),
+        ({"guidance": float("nan")}, "guidance must be a number"),
+        ({"colour": "red"}, "'colour' is no setting"),
+        ({"max_sequence_length": 513}, "from 1 to 512"),
+    ],
+)
+def test_impossible_settings_are_named(ours, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ours("a star", **settings)

@@ -1,0 +1,226 @@
+"""`python -m fluxjax.sample`: files, lines and errors; alone, without PyTorch."""
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch_pipeline import random_pipeline  # noqa: F401
+
+import fluxjax
+from fluxjax.cli import run
+from fluxjax.sample import pictures
+from fluxjax.sample.__main__ import main
+from fluxjax.sample.cache import cache_folder, enable_cache
+from fluxjax.sample.world import outside, write_world
+
+SIZE = ("--width", "64", "--height", "48", "--steps", "3", "--max-sequence-length", "16")
+one_pipeline = cache(fluxjax.load_pipeline)
+
+
+@pytest.fixture
+def sample(random_pipeline, monkeypatch, capsys, tmp_path):  # noqa: F811
+    """Run the command in this process, on one pipeline: (exit code, stdout lines, stderr)."""
+    monkeypatch.setenv("FLUXJAX_CACHE", "off")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "fluxjax.sample.loading.load_pipeline", lambda model, **options: one_pipeline(model)
+    )
+
+    def call(*arguments: str, model: Path | None = random_pipeline):
+        source = () if model is None else ("--model", str(model))
+        monkeypatch.setattr(sys, "argv", ["sample", *map(str, arguments), *source])
+        with pytest.raises(SystemExit) as ended:
+            run(main)
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out.splitlines(), printed.err
+
+    return call
+
+
+def pixels(path: Path | str) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_one_line_per_picture_and_nothing_is_overwritten(sample):
+    code, lines, _ = sample("a", "red", "circle", *SIZE, "--seed", "7", "--number", "2", "--grid")
+    assert code == 0
+    first, second, sheet = lines
+    assert first.startswith("out/a-red-circle-7.png  seed 7  loading ")
+    for phase in ("loading", "compiling", "encoding", "denoising", "decoding"):
+        assert f"  {phase} " in first
+    assert second.startswith("out/a-red-circle-8.png  seed 8  ") and sheet == "out/grid.png"
+    assert pixels("out/a-red-circle-7.png").shape == (48, 64, 3)
+    np.testing.assert_array_equal(pixels(sheet)[:, 64:128], pixels("out/a-red-circle-8.png"))
+    before = Path("out/a-red-circle-7.png").read_bytes()
+    code, lines, _ = sample("a red circle", *SIZE, "--seed", "7")
+    assert lines[0].startswith("out/a-red-circle-7-2.png")
+    assert Path("out/a-red-circle-7.png").read_bytes() == before
+    assert not list(Path("out").glob(".*")), "no temporary file is left"
+
+
+def test_like_repeats_a_picture_exactly(sample):
+    options = ("--guidance", "2", "--negative-prompt", "", "--true-cfg", "2.5", "--noise", "jax")
+    sample(
+        "a blue star", *SIZE, *options, "--prompt-2", "rings", "--rounding", "bfl", "--seed", "5"
+    )
+    original = "out/a-blue-star-5.png"
+    code, _, error = sample("--like", original, "--out", "again.png", model=None)
+    assert code == 0, error
+    np.testing.assert_array_equal(pixels("again.png"), pixels(original))
+    assert pictures.read_record(Path("again.png")) == pictures.read_record(Path(original))
+    sample("--like", original, "--seed", "6", "--out", "other.png", model=None)
+    assert (pixels("other.png") != pixels(original)).any()
+    assert pictures.read_record(Path("other.png"))["settings"]["guidance"] == 2.0
+
+
+def test_a_file_of_prompts_with_settings_per_line(sample, tmp_path):
+    lines = ['{"prompt": "a star", "seed": 3, "width": 96}', "", '"a ring"', '{"prompt": ""}']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    code, printed, error = sample("--prompts", "prompts.jsonl", *SIZE)
+    assert code == 0, error
+    assert len(printed) == 3
+    assert printed[0].startswith("out/a-star-3.png") and pixels("out/a-star-3.png").shape[1] == 96
+    assert printed[1].startswith("out/a-ring-") and printed[2].startswith("out/picture-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "there is nothing to draw"),
+        (("a", "--width", "33"), "width must be a multiple of 16, got 33; 32 would do"),
+        (("a", "--steps", "0"), "steps must be from 1 to 1000, got 0"),
+        (("a", "--seed", "-1"), "seed must be from 0"),
+        (("a", "--seed", str(2**64)), "seed must be from 0 to 2**64 - 1"),
+        (("a", "--seed", str(2**64 - 1), "--number", "2"), "seed must be from 0"),
+        (("a", "--number", "0"), "number must be at least 1, got 0"),
+        (("a", "--true-cfg", "3"), "--true-cfg needs --negative-prompt"),
+        (("a", "--negative-prompt", "b"), "--negative-prompt needs --true-cfg"),
+        (("a", "--out", "file/x"), "file"),
+        (("--prompts", "missing.jsonl"), "missing.jsonl: No such file"),
+        (("--prompts", "bad.jsonl"), "bad.jsonl, line 1: 'colour' is no setting"),
+        (("--prompts", "types.jsonl"), "types.jsonl, line 1: steps must be an integer, got 'many'"),
+        (("--prompts", "file"), "file, line 1: not JSON"),
+        (("--like", "missing.png"), "there is no picture missing.png"),
+        (("--like", "plain.png"), "plain.png does not say how it was made"),
+        (("--like", "file"), "file is not a picture"),
+    ],
+)
+def test_impossible_requests_are_one_sentence(sample, arguments, words):
+    Path("file").write_text("some text")
+    Path("bad.jsonl").write_text('{"prompt": "a", "colour": "red"}')
+    Path("types.jsonl").write_text('{"prompt": "a", "steps": "many"}')
+    Image.new("RGB", (16, 16)).save("plain.png")
+    code, lines, error = sample(*arguments)
+    assert code == 2 and not lines
+    assert words in error and error.startswith("error: ") and len(error.splitlines()) == 1
+
+
+def test_half_a_folder_is_one_sentence(random_pipeline, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("FLUXJAX_CACHE", "off")
+
+    def attempt(model: Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["sample", "a", "--model", str(model), *SIZE])
+        with pytest.raises(SystemExit) as ended:
+            run(main)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and len(error.splitlines()) == 1, error
+        return error
+
+    assert "there is no model folder" in attempt(tmp_path / "nowhere")
+    half = tmp_path / "half"
+    half.mkdir()
+    assert "model_index.json is missing" in attempt(half)
+    for entry in random_pipeline.iterdir():
+        (half / entry.name).symlink_to(entry)
+    (half / "vae").unlink()
+    assert "vae/config.json is missing" in attempt(half)
+    (half / "vae").mkdir()
+    (half / "vae" / "config.json").write_bytes((random_pipeline / "vae/config.json").read_bytes())
+    assert "vae" in attempt(half)
+    (half / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"\x08\x00\x00")
+    assert "cut short" in attempt(half)
+    shutil.rmtree(half / "vae")
+    (half / "vae").symlink_to(random_pipeline / "vae")
+    (half / "tokenizer_2").unlink()
+    assert "tokenizer_2 is missing" in attempt(half)
+
+
+def test_no_space_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        pictures.save(np.zeros((16, 16, 3), np.uint8), tmp_path / "a.png", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_cache_folder_is_private_and_can_be_moved_or_switched_off(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("FLUXJAX_CACHE", "off")
+    assert cache_folder() is None
+    monkeypatch.delenv("FLUXJAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "fluxjax" / "compiled"
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv("FLUXJAX_CACHE", str(shared))
+    assert "open to other users" in str(enable_cache())
+
+
+def test_prompts_outside_the_embedded_models_world(tmp_path):
+    write_world(tmp_path, ["a circle", "Red circle"], "drawn shapes")
+    assert outside("A red circle.", tmp_path) == ""
+    note = outside("a photo of a Cat", tmp_path)
+    assert '"photo", "of", "cat"' in note and "drawn shapes" in note and "--model" in note
+
+
+@pytest.mark.slow
+def test_alone_without_pytorch_with_a_cache_and_ctrl_c(random_pipeline, tmp_path):  # noqa: F811
+    program = (
+        "import sys\n"
+        "from fluxjax.sample.__main__ import main\n"
+        "from fluxjax.cli import run\n"
+        "def checked():\n"
+        "    code = main()\n"
+        "    foreign = {'torch', 'diffusers', 'transformers', 'orbax'} & set(sys.modules)\n"
+        "    assert not foreign, foreign\n"
+        "    return code\n"
+        "run(checked)\n"
+    )
+    cached = tmp_path / "cache"
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"FLUXJAX_CACHE": str(cached), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", program, "a star", "--model", str(random_pipeline), *SIZE]
+    ended = subprocess.run(
+        [*command, "--seed", "1"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "note:" not in ended.stderr and "Traceback" not in ended.stderr
+    assert (tmp_path / "out" / "a-star-1.png").is_file()
+    assert stat.S_IMODE(cached.stat().st_mode) == 0o700
+    compiled = {path.name for path in cached.iterdir() if path.name.endswith("-cache")}
+    assert len(compiled) >= 4
+
+    (tmp_path / "many.jsonl").write_text('"a star"\n' * 500)
+    running = subprocess.Popen(
+        [*command[:3], "--model", str(random_pipeline), *SIZE, "--prompts", "many.jsonl"],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert running.stdout is not None
+    assert "seed" in running.stdout.readline()
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=60)
+    assert running.returncode == 130 and "Traceback" not in error
+    assert {path.name for path in cached.iterdir() if path.name.endswith("-cache")} == compiled
+    assert not list((tmp_path / "out").glob(".*"))
