@@ -260,22 +260,25 @@ TINY = PipelineConfig(
         attention_head_dim=32,
         num_attention_heads=6,
         joint_attention_dim=128,
-        pooled_projection_dim=64,
+        pooled_projection_dim=128,
         axes_dims_rope=(8, 12, 12),
     ),
     vae=AutoencoderConfig(
-        block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
+        block_out_channels=(16, 24, 64, 64), layers_per_block=1, norm_num_groups=4
     ),
     text_encoder=CLIPTextConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=256,
-        projection_dim=64,
+        vocab_size=745,
+        hidden_size=128,
+        intermediate_size=384,
+        projection_dim=128,
         num_hidden_layers=3,
         num_attention_heads=4,
+        bos_token_id=743,
+        eos_token_id=744,
+        pad_token_id=744,
     ),
     text_encoder_2=T5Config(
-        vocab_size=256, d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4
+        vocab_size=220, d_model=128, d_kv=32, d_ff=320, num_layers=3, num_heads=4
     ),
     max_sequence_length=32,
     steps=20,

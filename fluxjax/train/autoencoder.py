@@ -21,8 +21,8 @@ from fluxjax.train.step import Tree, init_state, make_step, muon_optimizer
 class AutoencoderStage:
     """Whole pictures, small ones first (cheaper), then at full size while the rate decays."""
 
-    steps: int = 5000
-    small_steps: int = 3000
+    steps: int = 1750
+    small_steps: int = 1100
     small_size: int = 64
     small_batch: int = 12
     size: int = 96
@@ -30,6 +30,8 @@ class AutoencoderStage:
     learning_rate: float = 5e-3
     kl_weight: float = 1e-4
     ema_decay: float = 0.998
+    decoder_steps: int = 1500
+    decoder_learning_rate: float = 2e-3
     seed: int = 1
 
 
@@ -49,8 +51,27 @@ def latent_statistics(model: Autoencoder, params: Tree, images: jax.Array) -> tu
     return float(latents.mean()), float(1.0 / latents.std())
 
 
+def _draw(key: jax.Array, batch: int, size: int) -> jax.Array:
+    return render(sample_scenes(key, batch, width=size, height=size), width=size, height=size)
+
+
+def _run(model: Autoencoder, state, advance, join, stage: AutoencoderStage, folder: Path) -> Tree:
+    """The averaged parameters after the loop; `join` makes them whole to measure the PSNR."""
+    side = {"width": stage.size, "height": stage.size}
+    held_out = render(sample_scenes(jax.random.key(2**31 - 1), 64, held_out=True, **side), **side)
+    measure = jax.jit(lambda params: psnr(reconstruct(model, join(params), held_out), held_out))
+    state, steps = state
+    probe = lambda state: {"psnr": float(measure(state.ema))}  # noqa: E731
+    return loop.run(
+        state, advance, steps=steps, folder=folder, probe=probe, probe_every=250
+    ).ema  # fmt: skip
+
+
 def train_autoencoder(config: AutoencoderConfig, stage: AutoencoderStage, folder: Path) -> Tree:
-    """Returns the averaged (EMA) parameters; checkpoints and metrics lie in `folder`."""
+    """Encoder and decoder together; returns the averaged (EMA) parameters.
+
+    Checkpoints and metrics lie in `folder`.
+    """
     model = Autoencoder(config)
     blank = jnp.zeros((1, stage.small_size, stage.small_size, 3))
     params = jax.jit(model.init)(jax.random.key(stage.seed), blank)["params"]
@@ -60,8 +81,7 @@ def train_autoencoder(config: AutoencoderConfig, stage: AutoencoderStage, folder
 
     def loss(params: Tree, key: jax.Array, *, size: int, batch: int) -> jax.Array:
         draw, noise = jax.random.split(key)
-        scenes = sample_scenes(draw, batch, width=size, height=size)
-        images = render(scenes, width=size, height=size)
+        images = _draw(draw, batch, size)
 
         def forward(model: Autoencoder, images: jax.Array):
             posterior = model.encode(images)
@@ -80,11 +100,35 @@ def train_autoencoder(config: AutoencoderConfig, stage: AutoencoderStage, folder
         size = stage.small_size if small else stage.size
         return step(state, size=size, batch=stage.small_batch if small else stage.batch)
 
-    side = {"width": stage.size, "height": stage.size}
-    held_out = render(sample_scenes(jax.random.key(2**31 - 1), 64, held_out=True, **side), **side)
-    measure = jax.jit(lambda params: psnr(reconstruct(model, params, held_out), held_out))
-    state = loop.run(
-        init_state(params, optimizer), advance, steps=stage.steps, folder=folder,
-        probe=lambda state: {"psnr": float(measure(state.ema))}, probe_every=250,
-    )  # fmt: skip
-    return state.ema
+    state = init_state(params, optimizer), stage.steps
+    return _run(model, state, advance, lambda params: params, stage, folder)
+
+
+def finetune_decoder(
+    config: AutoencoderConfig, params: Tree, stage: AutoencoderStage, folder: Path
+) -> Tree:
+    """Improves the decoder alone: latents, and so any transformer trained on them, stay valid."""
+    model = Autoencoder(config)
+    optimizer = muon_optimizer(
+        optax.warmup_cosine_decay_schedule(
+            0.0, stage.decoder_learning_rate, 50, stage.decoder_steps
+        )
+    )
+    encoder = params["encoder"]
+
+    def loss(decoder: Tree, key: jax.Array, encoder: Tree) -> jax.Array:
+        draw, noise = jax.random.split(key)
+        images = _draw(draw, stage.batch, stage.size)
+        posterior = model.apply({"params": {"encoder": encoder}}, images, method=model.encode)
+        reconstruction = model.apply(
+            {"params": {"decoder": decoder}}, posterior.sample(noise), method=model.decode
+        )
+        return autoencoder_loss(reconstruction, images, posterior, kl_weight=0.0)
+
+    step = make_step(loss, optimizer, seed=stage.seed + 1, ema_decay=stage.ema_decay)
+    state = init_state(params["decoder"], optimizer), stage.decoder_steps
+
+    def join(decoder: Tree) -> Tree:
+        return {"encoder": encoder, "decoder": decoder}
+
+    return join(_run(model, state, lambda state, _: step(state, encoder), join, stage, folder))

@@ -1,0 +1,189 @@
+"""Trains the embedded model from nothing: text, autoencoder, transformer, distillation, export.
+
+Every stage leaves its result under the run's folder and is skipped once it is there, so the same
+command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fluxjax.checkpoint.pipeline_folder import load_params, save_params, write_config
+from fluxjax.config import TINY, ConfigError, PipelineConfig
+from fluxjax.models.autoencoder import Autoencoder
+from fluxjax.models.clip import CLIPTextModel
+from fluxjax.models.t5 import T5Encoder
+from fluxjax.text.conditioning import encode_prompts, tokenize
+from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+from fluxjax.train import text_encoders
+from fluxjax.train.autoencoder import (
+    AutoencoderStage,
+    finetune_decoder,
+    latent_statistics,
+    train_autoencoder,
+)
+from fluxjax.train.scenes import BACKGROUNDS, COLOURS, SHAPES, captions, render, sample_scenes
+from fluxjax.train.text_encoders import TextTraining, fit_vocabularies
+from fluxjax.train.transformer import (
+    Conditioner,
+    DistillStage,
+    TransformerStage,
+    image_encoder,
+    train_transformer,
+)
+
+Tree = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyRecipe:
+    """All stages of the embedded model. `folder` receives checkpoints, metrics and the pipeline."""
+
+    folder: Path = Path("runs/tiny")
+    text: TextTraining = field(default_factory=TextTraining)
+    autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
+    transformer: TransformerStage = field(default_factory=TransformerStage)
+    distill: DistillStage = field(default_factory=DistillStage)
+
+    @property
+    def pipeline(self) -> Path:
+        """The finished diffusers folder."""
+        return self.folder / "pipeline"
+
+
+def read_recipe(path: Path) -> TinyRecipe:
+    """A TOML file with one table per stage. Raises ConfigError naming an unknown key or stage."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe {path}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    return _build(TinyRecipe, values, str(path))
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    defaults = cls()
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(f"{where}: unknown key {name!r}; known are {', '.join(fields)}")
+        default = getattr(defaults, name)
+        if dataclasses.is_dataclass(default) and isinstance(value, dict):
+            value = _build(type(default), value, f"{where} [{name}]")
+        elif isinstance(default, Path):
+            value = Path(value)
+        elif isinstance(default, tuple):
+            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        elif type(value) is not type(default) and not (
+            isinstance(default, float) and isinstance(value, int)
+        ):
+            kind = type(default).__name__
+            raise ConfigError(f"{where}: {name} must be {kind}, got {value!r}")
+        values = values | {name: value}
+    return cls(**values)
+
+
+def train_tiny(recipe: TinyRecipe) -> Path:
+    """Runs what is not done yet; returns the folder of the finished pipeline."""
+    folder, pipeline = recipe.folder, recipe.pipeline
+    pipeline.mkdir(parents=True, exist_ok=True)
+    config = _text(recipe)
+    config = _autoencoder(recipe, config)
+    write_config(pipeline, config)
+    conditioner = make_conditioner(pipeline, config)
+    teacher = _once(
+        folder / "teacher",
+        config,
+        lambda: train_transformer(config, recipe.transformer, conditioner, folder / "transformer"),
+    )
+    student = _once(
+        folder / "student",
+        config,
+        lambda: train_transformer(
+            config, recipe.distill, conditioner, folder / "distill", teacher=teacher
+        ),
+    )
+    export(student, config, folder / "student", pipeline)
+    return pipeline
+
+
+def _text(recipe: TinyRecipe) -> PipelineConfig:
+    done = recipe.folder / "text_report.json"
+    if not done.is_file():
+        _, report = text_encoders.train(recipe.pipeline, recipe.folder / "text", TINY, recipe.text)
+        done.write_text(json.dumps(report, indent=1))
+    return fit_vocabularies(recipe.pipeline, TINY)
+
+
+def _autoencoder(recipe: TinyRecipe, config: PipelineConfig) -> PipelineConfig:
+    """Trains it, and sets shift and scale so that latents have mean 0 and deviation 1."""
+    statistics = recipe.folder / "latents.json"
+    if not statistics.is_file():
+        params = train_autoencoder(config.vae, recipe.autoencoder, recipe.folder / "autoencoder")
+        size = recipe.autoencoder.size
+        scenes = sample_scenes(jax.random.key(0), 256, width=size, height=size)
+        images = render(scenes, width=size, height=size)
+        shift, scale = latent_statistics(Autoencoder(config.vae), params, images)
+        params = finetune_decoder(config.vae, params, recipe.autoencoder, recipe.folder / "decoder")
+        save_params(recipe.pipeline, "vae", params, config.vae, jnp.float16)
+        values = {"shift_factor": round(shift, 4), "scaling_factor": round(scale, 4)}
+        statistics.write_text(json.dumps(values))
+    return replace(config, vae=replace(config.vae, **json.loads(statistics.read_text())))
+
+
+def _once(folder: Path, config: PipelineConfig, train) -> Tree:
+    """The stacked float32 transformer in `folder`, trained if it is not there yet."""
+    if not (folder / "transformer").is_dir():
+        save_params(folder, "transformer", train(), config.transformer, jnp.float32)
+    return load_params(folder, "transformer", config.transformer, stacked=True)
+
+
+def make_conditioner(pipeline: Path, config: PipelineConfig) -> Conditioner:
+    """The frozen networks of a pipeline folder as functions of pictures and captions."""
+    clip_tokenizer = load_clip_tokenizer(pipeline / "tokenizer")
+    t5_tokenizer = load_t5_tokenizer(pipeline / "tokenizer_2")
+    clip = CLIPTextModel(config.text_encoder, scan_layers=True)
+    t5 = T5Encoder(config.text_encoder_2, scan_layers=True)
+
+    def params(component, part) -> Tree:
+        return load_params(pipeline, component, part, stacked=True, dtype=jnp.float32)
+
+    clip_params = params("text_encoder", config.text_encoder)
+    t5_params = params("text_encoder_2", config.text_encoder_2)
+
+    def encode_text(texts: list[str]):
+        ids, _ = tokenize(
+            clip_tokenizer, t5_tokenizer, texts, max_sequence_length=config.max_sequence_length
+        )
+        return tuple(encode_prompts(clip, t5, clip_params, t5_params, ids))
+
+    return Conditioner(image_encoder(config, params("vae", config.vae)), encode_text)
+
+
+def export(student: Tree, config: PipelineConfig, folder: Path, pipeline: Path) -> None:
+    """The transformer in float16, and `world.json`: the words that the model has read."""
+    save_params(pipeline, "transformer", student, config.transformer, jnp.float16)
+    write_config(pipeline, config)
+    write_world(pipeline)
+
+
+def write_world(pipeline: Path) -> None:
+    """Lists the words of 20,000 captions, so that sampling can say what lies outside."""
+    scenes = sample_scenes(jax.random.key(5), 20_000, width=96, height=96)
+    words = {word for c in captions(scenes, 5) for word in c.text.replace(",", " ").lower().split()}
+    knows = (
+        f"one to three shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)}, small, medium or "
+        "large, beside, above or below each other, on "
+        f"{', '.join(BACKGROUNDS)} or two-coloured backgrounds"
+    )
+    text = json.dumps({"knows": knows, "words": sorted(words)}, indent=1)
+    (pipeline / "world.json").write_text(text + "\n")
