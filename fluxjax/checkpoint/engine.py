@@ -161,10 +161,14 @@ def to_reference(
             start += size
     errors += [f"missing: {name} {list(shapes[name])}" for name in shapes if name not in found]
     if errors:
-        raise MappingError(
-            f"{len(errors)} tensor(s) do not fit the {table.name}:\n  " + "\n  ".join(errors)
-        )
+        raise MappingError(_listed(f"do not fit the {table.name}", errors))
     return found
+
+
+def _listed(what: str, errors: list[str]) -> str:
+    """Names come from files of strangers: control characters are shown, not obeyed."""
+    lines = [line if line.isprintable() else repr(line)[1:-1] for line in errors]
+    return "\n  ".join([f"{len(lines)} tensor(s) {what}:", *lines])
 
 
 def from_reference(reference: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
@@ -204,10 +208,7 @@ def from_reference(reference: Mapping[str, Tensor], table: Table) -> dict[str, T
             break
     errors += [f"no name: {name}" for name in left]
     if errors:
-        raise MappingError(
-            f"{len(errors)} tensor(s) cannot be written for the {table.name}:\n  "
-            + "\n  ".join(errors)
-        )
+        raise MappingError(_listed(f"cannot be written for the {table.name}", errors))
     return theirs
 
 

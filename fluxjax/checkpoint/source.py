@@ -162,11 +162,12 @@ def open_file(
         raise ConfigError(f"{path} holds tensors that belong to none of its networks: {names}")
     networks = {}
     for prefixed, names in groups.items():
+        wanted = not prefixed or prefixed == (component or "transformer")
         network = make_network(
             {short: raw[name] for short, name in names.items()},
             path,
             component=prefixed or component,
-            config=config or saved.get("config"),
+            config=(config or saved.get("config")) if wanted else None,
             record=saved.get("record"),
         )
         networks[network.component] = network

@@ -1,0 +1,180 @@
+"""Malformed files are refused before anything in them is believed."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import random_checkpoints as make
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import SafetensorError, safe_open
+
+from fluxjax.checkpoint import engine, safetensors_file
+from fluxjax.checkpoint.component_json import network_config
+from fluxjax.checkpoint.pipeline_folder import load_params, read_config, save_params, write_config
+from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from fluxjax.checkpoint.sharded import read_sharded
+from fluxjax.checkpoint.tensors import Tensor, of_array
+from fluxjax.config import ConfigError
+
+GOOD = {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+
+
+def entry(**changes):
+    return {"x": {**GOOD["x"], **changes}}
+
+
+def raw_file(header, data=b"\0" * 8, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+MALFORMED = {
+    "empty": b"",
+    "only a length": (2**40).to_bytes(8, "little"),
+    "header longer than the file": raw_file(GOOD, length=10**6),
+    "not JSON": raw_file(b"{'x': 1}"),
+    "not UTF-8": raw_file(b'{"\xff": 1}'),
+    "a list": raw_file([1]),
+    "deeply nested": raw_file(b"[" * 100_000),
+    "no offsets": raw_file({"x": {"dtype": "F32", "shape": [2]}}),
+    "unknown dtype": raw_file(entry(dtype="Q4_K")),
+    "size against shape": raw_file(entry(shape=[3])),
+    "negative length": raw_file(entry(shape=[-2])),
+    "overflowing shape": raw_file(entry(shape=[2**63, 2**63])),
+    "a float as length": raw_file(entry(shape=[2.0])),
+    "offsets backwards": raw_file(entry(data_offsets=[8, 0])),
+    "beyond the file": raw_file(entry(shape=[4], data_offsets=[0, 16])),
+    "data left over": raw_file(GOOD, b"\0" * 9),
+    "a gap": raw_file(entry(data_offsets=[4, 12]), b"\0" * 12),
+    "overlap": raw_file({**GOOD, "y": GOOD["x"]}),
+    "doubled name": raw_file(
+        json.dumps(GOOD)[:-1].encode() + b", " + json.dumps(GOOD)[1:].encode()
+    ),
+    "metadata no strings": raw_file({"__metadata__": {"a": 1}, **GOOD}),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_safetensors(tmp_path, name):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(MALFORMED[name])
+    with pytest.raises(ValueError, match="is no valid safetensors file"):
+        read_safetensors(path)
+    if name not in ("metadata no strings", "doubled name", "a float as length"):
+        with pytest.raises(SafetensorError):
+            safe_open(path, "np")
+
+
+def test_huge_headers_and_many_tensors(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw_file(GOOD))
+    assert read_safetensors(path)[0]["x"].read().tolist() == [0, 0]
+    for limit in ("MAX_HEADER_BYTES", "MAX_TENSORS"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="header"):
+            patch.setattr(safetensors_file, limit, 0)
+            read_safetensors(path)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def broken(start, stop):
+        raise OSError("disk on fire")
+
+    tensors = {"x": Tensor((2,), np.dtype(np.float32), broken)}
+    with pytest.raises(OSError, match="fire"):
+        write_safetensors(tmp_path / "x.safetensors", tensors)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors"])
+def test_an_index_stays_in_its_folder(tmp_path, name):
+    index = {"weight_map": {"x": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="no file of its own folder"):
+        read_sharded(tmp_path)
+
+
+def test_only_pickles(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ValueError, match="is a pickle.*safetensors"):
+        read_sharded(tmp_path)
+
+
+def test_config_folder_round_trip(tmp_path):
+    write_config(tmp_path, make.SMALL)
+    assert read_config(tmp_path) == make.SMALL
+    (tmp_path / "vae" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="vae/config.json is missing"):
+        read_config(tmp_path)
+
+
+def test_published_configs(shared):
+    from fluxjax.config import DEV, SCHNELL
+
+    assert read_config(shared / "checkpoints/FLUX.1-dev") == DEV
+    assert read_config(shared / "checkpoints/FLUX.1-schnell") == SCHNELL
+    with pytest.raises(ConfigError, match="StableDiffusionPipeline"):
+        read_config(shared / "checkpoints/stable-diffusion-v1-5")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, (False, "relu")),
+        ({"feed_forward_proj": "gated-gelu"}, (True, "gelu_new")),
+        ({"is_gated_act": True, "dense_act_fn": "gelu_pytorch_tanh"}, (True, "gelu_pytorch_tanh")),
+    ],
+)
+def test_t5_activation_as_transformers_reads_it(tmp_path, values, expected):
+    from transformers import T5Config
+
+    config = network_config({"model_type": "t5", **values}, tmp_path)
+    assert (config.is_gated_act, config.dense_act_fn) == expected
+    theirs = T5Config(**values)
+    assert (theirs.is_gated_act, theirs.dense_act_fn) == expected
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make.pipeline_folder(tmp_path_factory.mktemp("model") / "model", dtype=np.float32)
+
+
+def test_load_stacked_and_per_layer_and_save(tmp_path, folder):
+    config = make.SMALL.transformer
+    layers = load_params(folder, "transformer", config, stacked=False)
+    stacked = load_params(folder, "transformer", config, stacked=True)
+    kernel = stacked["single_transformer_blocks"]["attn"]["to_q"]["kernel"]
+    one = layers["single_transformer_blocks_2"]["attn"]["to_q"]["kernel"]
+    assert (kernel[2] == one).all()
+    file = make.read_arrays(folder / "transformer")
+    assert (np.asarray(one).T == file["single_transformer_blocks.2.attn.to_q.weight"]).all()
+    save_params(tmp_path, "transformer", stacked, config, None)
+    make.assert_same_bits(make.read_arrays(tmp_path / "transformer"), file)
+
+
+def test_weights_load_into_their_sharding(folder):
+    """Sharded over a layer axis and a matrix axis: each device reads its part, layer by layer."""
+    config = make.SMALL.text_encoder_2
+    plain = load_params(folder, "text_encoder_2", config, stacked=True)
+    mesh = jax.make_mesh((2, 4), ("layers", "wide"))
+
+    def sharding(leaf):
+        sharded = PartitionSpec("layers", None, "wide") if leaf.ndim == 3 else PartitionSpec()
+        return NamedSharding(mesh, sharded)
+
+    shardings = jax.tree.map(sharding, plain)
+    loaded = load_params(
+        folder, "text_encoder_2", config, stacked=True, dtype="bfloat16", shardings=shardings
+    )
+    for path, leaf in engine.flatten(loaded).items():
+        expected = engine.flatten(plain)[path]
+        assert leaf.sharding == sharding(expected)
+        assert leaf.dtype == "bfloat16"
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(expected.astype("bfloat16")))
+
+
+def test_blocks_cover_a_tensor_in_order():
+    array = np.arange(70, dtype=np.int32).reshape(7, 10)
+    blocks = list(of_array(array).blocks(max_bytes=90))
+    assert [len(block) for block in blocks] == [2, 2, 2, 1]
+    assert (np.concatenate(blocks) == array).all()

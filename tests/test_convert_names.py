@@ -1,0 +1,118 @@
+"""Every name and shape of the published checkpoints maps onto our trees, each exactly once."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fluxjax.checkpoint import engine, tables
+from fluxjax.checkpoint.detect import detect_network, infer_config
+from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.config import DEV, PRESETS, T5_XXL, AutoencoderConfig
+
+BFL = {"dev": "dev", "schnell": "schnell", "canny-dev": "control", "fill-dev": "fill"}
+
+
+def lazy(shapes):
+    def never(start, stop):
+        raise AssertionError("names and shapes alone must do")
+
+    return {name: Tensor(tuple(s), np.dtype(np.float32), never) for name, s in shapes.items()}
+
+
+def reference_shapes(config, stacked):
+    template = abstract_params(config, stacked=stacked)
+    return template, {n: leaf.shape for n, leaf in engine.reference_leaves(template).items()}
+
+
+def assert_maps_once(published, config, table, stacked):
+    template, shapes = reference_shapes(config, stacked)
+    reference = engine.to_reference(lazy(published["tensors"]), table, shapes)
+    assert reference.keys() == shapes.keys()
+    tree = engine.to_tree(reference, template, place=lambda _, tensor: tensor)
+    assert engine.flatten(tree).keys() == engine.flatten(template).keys()
+    assert parameter_count(tree) == parameter_count(template) == published["parameters"]
+    back = engine.to_theirs(tree, table)
+    assert {name: list(t.shape) for name, t in back.items()} == published["tensors"]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", BFL)
+def test_bfl_transformer(shared, name, stacked):
+    published = json.loads((shared / f"checkpoints/bfl_flux1-{name}.json").read_text())
+    config = PRESETS[BFL[name]].transformer
+    assert_maps_once(published, config, tables.BFL_FLUX, stacked)
+    shapes = {k: tuple(v) for k, v in published["tensors"].items()}
+    assert detect_network(shapes) == ("transformer", "bfl")
+    assert infer_config("transformer", "bfl", shapes) == config
+
+
+@pytest.mark.parametrize("name", ["dev", "schnell"])
+def test_diffusers_transformer(shared, name):
+    folder = shared / f"checkpoints/FLUX.1-{name}/transformer"
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    config = PRESETS[name].transformer
+    for stacked in (False, True):
+        _, shapes = reference_shapes(config, stacked)
+        assert shapes.keys() == index["weight_map"].keys()
+        size = sum(int(np.prod(shape)) for shape in shapes.values())
+        assert 2 * size == index["metadata"]["total_size"]
+    assert detect_network(shapes) == ("transformer", "reference")
+    assert infer_config("transformer", "reference", shapes) == config
+
+
+def test_bfl_autoencoder(shared):
+    published = json.loads((shared / "checkpoints/bfl_ae.json").read_text())
+    assert_maps_once(published, DEV.vae, tables.bfl_autoencoder(4), False)
+    shapes = {k: tuple(v) for k, v in published["tensors"].items()}
+    assert detect_network(shapes) == ("vae", "bfl")
+    assert infer_config("vae", "bfl", shapes) == AutoencoderConfig()
+
+
+def test_t5_index(shared):
+    path = shared / "checkpoints/FLUX.1-dev/text_encoder_2/model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for stacked in (False, True):
+        template, shapes = reference_shapes(T5_XXL, stacked)
+        assert shapes.keys() == index["weight_map"].keys()
+        assert 2 * parameter_count(template) == index["metadata"]["total_size"]
+    assert detect_network(shapes) == ("text_encoder_2", "reference")
+    assert infer_config("text_encoder_2", "reference", shapes) == T5_XXL
+
+
+def test_every_misfit_is_listed(shared):
+    published = json.loads((shared / "checkpoints/bfl_flux1-dev.json").read_text())["tensors"]
+    published["img_in.weight"] = [3072, 65]
+    published["double_blocks.3.img_attn.qkv.weight"] = [9000, 3072]
+    published["surprise\x1b.weight"] = [1]
+    del published["single_blocks.7.linear1.bias"]
+    _, shapes = reference_shapes(DEV.transformer, False)
+    with pytest.raises(engine.MappingError) as error:
+        engine.to_reference(lazy(published), tables.BFL_FLUX, shapes)
+    text = str(error.value)
+    assert "7 tensor(s) do not fit" in text
+    assert "shape: img_in.weight is [3072, 65]" in text
+    assert "shape: double_blocks.3.img_attn.qkv.weight is [9000, 3072]" in text
+    assert "unknown: surprise\\x1b.weight [1]" in text
+    for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
+        assert f"missing: single_transformer_blocks.7.{part}.bias" in text
+
+
+def test_open_sora_is_named(shared):
+    names = json.loads((shared / "checkpoints/opensora_v2.json").read_text())["tensors"]
+    with pytest.raises(ValueError, match="Open-Sora"):
+        detect_network(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"}, "LoRA"),
+        ({"model.diffusion_model.input_blocks.0.0.weight"}, "Stable Diffusion"),
+        ({"a", "b"}, "names like 'a', 'b'"),
+    ],
+)
+def test_foreign_checkpoints_are_named(names, what):
+    with pytest.raises(ValueError, match=what):
+        detect_network(names)
