@@ -1,0 +1,95 @@
+"""Prompts -> conditioning, beside diffusers' FluxPipeline."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch_reference import from_torch, relative_l2
+
+from fluxjax.config import TINY
+from fluxjax.models.clip import CLIPTextModel
+from fluxjax.models.t5 import T5Encoder
+from fluxjax.text.conditioning import encode_prompts, tokenize
+from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+from fluxjax.train.vocabulary import train_clip_tokenizer, train_t5_tokenizer
+
+PROMPTS = ["a red circle left of a blue square", "a green star on white"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    train_clip_tokenizer(PROMPTS, folder / "tokenizer", vocab_size=600)
+    train_t5_tokenizer(PROMPTS * 20, folder / "tokenizer_2", vocab_size=200, max_length=16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folder):
+    return load_clip_tokenizer(folder / "tokenizer"), load_t5_tokenizer(folder / "tokenizer_2")
+
+
+def test_equals_diffusers(folder, tokenizers):
+    from diffusers import FluxPipeline
+
+    clip_size, t5_size = (t.backend.get_vocab_size() for t in tokenizers)
+    clip_config = replace(TINY.text_encoder, vocab_size=clip_size)
+    t5_config = replace(TINY.text_encoder_2, vocab_size=t5_size)
+    torch.manual_seed(0)
+    clip_torch = transformers.CLIPTextModel(transformers.CLIPTextConfig(**vars(clip_config)))
+    t5_fields = {
+        k: v for k, v in vars(t5_config).items() if k not in ("is_gated_act", "dense_act_fn")
+    }
+    t5_torch = transformers.T5EncoderModel(
+        transformers.T5Config(**t5_fields, feed_forward_proj="gated-gelu")
+    )
+    reference = FluxPipeline(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        text_encoder=clip_torch.eval(),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder_2=t5_torch.eval(),
+        tokenizer_2=transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
+    )
+    second = PROMPTS[::-1]
+    with torch.no_grad():
+        states, pooled, _ = reference.encode_prompt(PROMPTS, second, max_sequence_length=16)
+    ids, notes = tokenize(*tokenizers, PROMPTS, second, max_sequence_length=16)
+    ours = encode_prompts(
+        CLIPTextModel(clip_config),
+        T5Encoder(t5_config),
+        {"text_model": from_torch(clip_torch)},
+        from_torch(t5_torch),
+        ids,
+    )
+    assert notes == []
+    assert relative_l2(ours.prompt_embeds, states) <= 1e-5
+    assert relative_l2(ours.pooled, pooled) <= 1e-5
+
+
+def test_masked_padding_is_silent(tokenizers):
+    """What stands at padding must change nothing, and masked states are zero."""
+    clip_size, t5_size = (t.backend.get_vocab_size() for t in tokenizers)
+    clip = CLIPTextModel(replace(TINY.text_encoder, vocab_size=clip_size))
+    t5 = T5Encoder(replace(TINY.text_encoder_2, vocab_size=t5_size))
+    ids, _ = tokenize(*tokenizers, PROMPTS, max_sequence_length=16)
+    params = (clip.init(jax.random.key(0), ids.clip), t5.init(jax.random.key(1), ids.t5))
+    params = [p["params"] for p in params]
+    other = ids._replace(t5=np.where(ids.t5_mask == 1, ids.t5, 5))
+    masked = [encode_prompts(clip, t5, *params, i, mask_padding=True) for i in (ids, other)]
+    np.testing.assert_array_equal(masked[0].prompt_embeds, masked[1].prompt_embeds)
+    assert not np.asarray(masked[0].prompt_embeds)[ids.t5_mask == 0].any()
+    read = [encode_prompts(clip, t5, *params, i).prompt_embeds for i in (ids, other)]
+    assert relative_l2(*read) > 1e-3
+
+
+def test_notes_show_what_is_left_out(tokenizers):
+    ids, notes = tokenize(*tokenizers, PROMPTS, max_sequence_length=6)
+    assert ids.t5.shape == (2, 6) and ids.clip.shape == (2, 77)
+    assert notes == ["the prompt is longer than 6 tokens; left out: 'a blue square'"]
+    with pytest.raises(ValueError, match="2 prompts, but 1"):
+        tokenize(*tokenizers, PROMPTS, PROMPTS[:1], max_sequence_length=6)

@@ -1,0 +1,207 @@
+"""Training of tokenizers, T5 and CLIP: vocabularies, objectives, and both stages run short."""
+
+import json
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from fluxjax.config import TINY
+from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+from fluxjax.train import text_encoders as stages
+from fluxjax.train import text_objectives as objectives
+from fluxjax.train.scenes import COLOURS, KINDS, SHAPES, Caption, Scene
+from fluxjax.train.vocabulary import train_clip_tokenizer
+
+SETTINGS = stages.TextTraining(
+    tokenizer_captions=4000,
+    t5_steps=3,
+    t5_batch=8,
+    clip_steps=3,
+    clip_batch=8,
+    held_out_captions=64,
+    vision=replace(stages.TINY_VISION, num_hidden_layers=1),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Both tokenizers, trained on a few thousand captions, and the fitting configuration."""
+    folder = tmp_path_factory.mktemp("text")
+    stages.train_tokenizers(folder, TINY, SETTINGS)
+    config = stages.fit_vocabularies(folder, TINY)
+    return folder, replace(
+        config,
+        text_encoder=replace(config.text_encoder, num_hidden_layers=1),
+        text_encoder_2=replace(config.text_encoder_2, num_layers=1),
+    )
+
+
+def test_every_caption_of_the_world_is_read_whole(trained):
+    folder, config = trained
+    texts = stages.draw(SETTINGS, 5, 4000).texts
+    texts += stages.draw(SETTINGS, 6, 4000, held_out=True).texts
+    t5 = load_t5_tokenizer(folder / "tokenizer_2")
+    assert not any(t5(texts, config.max_sequence_length).removed)
+    unknown = t5.backend.token_to_id("<unk>")
+    assert unknown not in t5(["A photo of a cat, 3 dogs & (two) Birds!"], 64).input_ids
+    clip = load_clip_tokenizer(folder / "tokenizer")
+    assert not any(clip(texts, SETTINGS.clip_text_length).removed)
+
+
+def test_transformers_reads_the_tokenizers(trained):
+    folder, config = trained
+    texts = [*stages.draw(SETTINGS, 7, 100).texts, "", "A cat 猫 😀\n<extra_id_0>", "é " * 60]
+    for kind, load, name, length in (
+        (transformers.CLIPTokenizer, load_clip_tokenizer, "tokenizer", 77),
+        (transformers.T5TokenizerFast, load_t5_tokenizer, "tokenizer_2", 32),
+    ):
+        theirs = kind.from_pretrained(folder / name)
+        assert theirs.model_max_length == length
+        expected = theirs(texts, padding="max_length", truncation=True, return_tensors="np")
+        np.testing.assert_array_equal(load(folder / name)(texts).input_ids, expected.input_ids)
+    clip = config.text_encoder
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    assert vocabulary["<|startoftext|>"] == clip.bos_token_id == clip.vocab_size - 2
+    assert vocabulary["<|endoftext|>"] == clip.eos_token_id == clip.vocab_size - 1
+    t5 = load_t5_tokenizer(folder / "tokenizer_2").backend
+    assert [t5.token_to_id(t) for t in ("<pad>", "</s>", "<unk>")] == [0, 1, 2]
+    assert t5.token_to_id("<extra_id_0>") == config.text_encoder_2.vocab_size - 1
+
+
+def test_merges_are_the_most_frequent_pairs(tmp_path):
+    train_clip_tokenizer(["aab aab ab"], tmp_path, vocab_size=516)
+    assert (tmp_path / "merges.txt").read_text().split("\n")[1:3] == ["a b</w>", "a ab</w>"]
+    with pytest.raises(ValueError, match="514"):
+        train_clip_tokenizer(["a"], tmp_path, vocab_size=500)
+
+
+def test_contrastive_loss_equals_transformers():
+    rng = np.random.default_rng(0)
+    text, image = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    ours = objectives.contrastive_loss(jnp.array(text), jnp.array(image), jnp.array(1.3))
+    a, b = (torch.nn.functional.normalize(torch.tensor(v), dim=-1) for v in (text, image))
+    expected = transformers.models.clip.modeling_clip.image_text_contrastive_loss(
+        a @ b.T * torch.tensor(1.3).exp()
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    hot = objectives.contrastive_logits(jnp.array(text), jnp.array(text), jnp.array(50.0))
+    np.testing.assert_allclose(jnp.diagonal(hot), objectives.MAX_LOGIT_SCALE, rtol=1e-4)
+
+
+def test_masks_leave_padding_and_end_alone():
+    ids = jnp.array([[7, 8, 9, 1, 0, 0]] * 400)
+    mask = (ids != 0).astype(jnp.int32)
+    read, hidden = objectives.mask_tokens(
+        jax.random.key(0), ids, mask, mask_id=99, eos_id=1, rate=0.3
+    )
+    np.testing.assert_array_equal(read == 99, hidden)
+    np.testing.assert_array_equal(read[:, 3:], ids[:, 3:])
+    np.testing.assert_allclose(hidden[:, :3].mean(), 0.3, atol=0.05)
+    logits = 30.0 * jax.nn.one_hot(jnp.where(hidden, ids, 5), 10)  # right exactly where hidden
+    assert objectives.masked_token_loss(logits, ids, hidden) < 1e-6
+    assert objectives.masked_token_loss(logits, ids, ~hidden) > 1
+
+
+def scene(kind, count, relation, shapes, colours):
+    one = np.ones(3)
+    fields = Scene(
+        KINDS.index(kind), count, shapes, colours, [0, 1, 2], relation, np.zeros((3, 2)), one, one,
+        [2, 4], 1,
+    )  # fmt: skip
+    return Scene(*(np.asarray(f)[None] for f in fields))
+
+
+def test_labels_follow_the_picture_not_the_wording():
+    said = [Caption("", (True, False, False), True)]
+    other = [Caption("", (False, True, False), True)]
+    under = scene("pair", 2, 3, [1, 4, 0], [5, 6, 0])._replace(size=np.array([[2, 0, 0]]))
+    over = scene("pair", 2, 2, [4, 1, 0], [6, 5, 0])._replace(size=np.array([[0, 2, 0]]))
+    labels = objectives.scene_labels(under, said)
+    np.testing.assert_array_equal(labels, objectives.scene_labels(over, other))
+    answers = dict(zip(objectives.QUESTIONS, labels[0].tolist(), strict=True))
+    assert (answers["shape 0"], answers["shape 1"], answers["shape 2"]) == (4, 1, len(SHAPES))
+    assert (answers["size 0"], answers["size 1"]) == (3, 2)  # not said, large
+    assert answers["orientation"] == 1
+    counted = objectives.scene_labels(scene("count", 3, 0, [3] * 3, [2] * 3), said)[0]
+    answers = dict(zip(objectives.QUESTIONS, counted.tolist(), strict=True))
+    assert (answers["count"], answers["shape 0"], answers["shape 1"]) == (2, 3, len(SHAPES))
+    silent = objectives.scene_labels(under, [Caption("", (False,) * 3, False)])[0]
+    assert silent[-3:].tolist() == [5, 5, 3]
+
+
+def test_tokens_are_asked_about_the_object_they_name(trained):
+    folder, _ = trained
+    drawn = stages.draw(SETTINGS, 3, 400)
+    encodings = load_t5_tokenizer(folder / "tokenizer_2").backend.encode_batch(drawn.texts)
+    answers = objectives.scene_labels(drawn.scenes, drawn.captions)
+    labels = objectives.token_labels(
+        drawn.scenes, drawn.texts, answers, [e.offsets for e in encodings]
+    )
+    asked = 0
+    for encoding, row in zip(encodings, labels, strict=True):
+        for token, (_, shape, colour, _) in zip(encoding.tokens, row, strict=True):
+            word = token.strip("▁").lower()
+            if word in SHAPES:
+                asked += 1
+                assert shape == SHAPES.index(word)
+            if word in COLOURS:
+                asked += 1
+                assert colour == list(COLOURS).index(word)
+    assert asked > 800
+
+
+@pytest.mark.parametrize(
+    ("text", "relation", "places"),
+    [
+        ("a red ring above a blue star", 2, [0, 1]),
+        ("a red ring below a blue star", 3, [1, 0]),
+        ("a red ring with a blue star on its left", 0, [1, 0]),
+        ("a red ring with a blue star on its right.", 1, [0, 1]),
+        ("On the right a red ring, on the left a blue star", 1, [1, 0]),
+    ],
+)
+def test_places_are_in_reading_order(text, relation, places):
+    words = [(m.start(), m.end()) for m in re.finditer(r"\w+", text)]
+    drawn = scene("pair", 2, relation, [0, 1, 2], [0, 1, 2])
+    answers = objectives.scene_labels(drawn, [Caption("", (False,) * 3, False)])
+    labels = objectives.token_labels(drawn, [text], answers, [words])[0, :, 0]
+    spoken = [text[a:b] for a, b in words]
+    assert [labels[spoken.index(w)] for w in ("red", "blue")] == places
+    assert [labels[spoken.index(w)] for w in ("ring", "star")] == places
+    assert labels[spoken.index("a")] == -1
+
+
+def test_readout_gives_only_answers_that_exist():
+    readout = objectives.SceneReadout()
+    states = jax.random.normal(jax.random.key(0), (64, 32, 32)) * 50
+    params = readout.init(jax.random.key(1), states)
+    answers = readout.apply(params, states)
+    assert (answers.argmax(-1) < np.array(list(objectives.QUESTIONS.values()))[None]).all()
+    assert float(objectives.readout_loss(answers, answers.argmax(-1))) < 0.7
+
+
+@pytest.mark.slow
+def test_stages_write_what_transformers_opens_and_repeat_by_seed(trained, tmp_path):
+    folder, config = trained
+    report = stages.train_t5(folder, tmp_path / "a", config, SETTINGS)
+    assert set(objectives.QUESTIONS) < set(report) and report["truncated"] == 0
+    first = load_file(folder / "text_encoder_2" / "model.safetensors")
+    stages.train_t5(folder, tmp_path / "b", config, SETTINGS)
+    again = load_file(folder / "text_encoder_2" / "model.safetensors")
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+    report = stages.train_clip(folder, tmp_path / "a", config, SETTINGS)
+    assert 0 <= report["text to picture (held out)"] <= 1
+    for kind, name in (
+        (transformers.T5EncoderModel, "text_encoder_2"),
+        (transformers.CLIPTextModel, "text_encoder"),
+    ):
+        _, info = kind.from_pretrained(folder / name, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
