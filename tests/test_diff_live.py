@@ -26,7 +26,10 @@ def folder(random_pipeline, tmp_path_factory):  # noqa: F811
     for path in copy.glob("*/*.safetensors"):
         tensors = load_file(path)
         for name, value in tensors.items():
-            if value.ndim == 1:
+            if path.parent.name == "text_encoder_2":
+                # Drawn so wide that PyTorch's own bfloat16 is 4 % off.
+                tensors[name] = value * np.float32(0.3 if value.ndim == 2 else 1.0)
+            elif value.ndim == 1:
                 tensors[name] = value + random.normal(0, 0.1, value.shape).astype(np.float32)
         save_file(tensors, path, {"format": "pt"})
     small = {"max_sequence_length": 32, "steps": 2, "guidance": 3.5, "width": 64, "height": 48}

@@ -14,6 +14,8 @@ import tyro
 if TYPE_CHECKING:
     from fluxjax.diff.report import Report
 
+Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Section = Literal["model", "start", "transformer", "attention", "gpu"]
 
 
@@ -24,11 +26,11 @@ class Golden:
     Exit code 1 if a tensor is beyond its bound: a forward 1e-5 relative L2, a sampling run 1e-4.
     """
 
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
     """Recorded files: safetensors with weights, inputs and outputs, or JSON with schedules."""
     save: Path | None = None
     """Write our outputs under the recorded names; for one FILE."""
-    json: bool = False
+    json: Flag = False
     """Print JSON instead of tables."""
 
     def reports(self) -> list[Report]:
@@ -55,7 +57,7 @@ class Live:
     error); exit code 1 if there is one.
     """
 
-    folder: Annotated[str, tyro.conf.Positional] = "tiny"
+    folder: Folder = "tiny"
     """A diffusers pipeline folder, or "tiny" for the embedded model."""
     component: Literal["transformer", "vae", "text_encoder", "text_encoder_2", "pipeline"] = (
         "transformer"
@@ -70,7 +72,7 @@ class Live:
     """For the pipeline."""
     steps: int | None = None
     """For the pipeline; by default the model's own."""
-    json: bool = False
+    json: Flag = False
     """Print JSON instead of the table."""
     plot: Path | None = None
     """Draw the error of every layer on a log axis into this picture file."""
@@ -105,15 +107,15 @@ class Live:
 class Bench:
     """Time ours beside PyTorch's diffusers: side by side, alternating, medians."""
 
-    folder: Annotated[str, tyro.conf.Positional] = "tiny"
+    folder: Folder = "tiny"
     """A diffusers pipeline folder, or "tiny" for the embedded model."""
     only: tuple[Section, ...] = field(default=())
-    """Sections to run; by default all that this machine can: gpu only where there is one."""
+    """Sections to run (several after one --only); by default all, gpu only where there is one."""
     rounds: int = 5
     """Measurements of each side; the median counts."""
     threads: int = 2
     """PyTorch's threads."""
-    json: bool = False
+    json: Flag = False
     """Print JSON instead of the table."""
 
 

@@ -17,10 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.checkpoint.engine import to_ours
+from fluxjax.checkpoint.bfl import config_from_bfl, from_bfl_params
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
-from fluxjax.checkpoint.tables import BFL_FLUX, bfl_autoencoder
-from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import (
     DEV,
@@ -36,6 +34,7 @@ from fluxjax.models.flux import FluxTransformer
 from fluxjax.sample.denoise import Conditioning, Guidance, denoise
 from fluxjax.sample.latents import pack, unpack
 from fluxjax.sample.schedule import pad, sigmas
+from fluxjax.shapes import Params
 
 FORWARD_BOUND = 1e-5
 SAMPLING_BOUND = 1e-4
@@ -67,12 +66,17 @@ def check_golden(path: Path) -> tuple[Report, Arrays]:
             raise ConfigError(f"{path}: {name} is none of weights.*, inputs.* and outputs.*")
         groups[group][rest] = tensor if group == "weights" else tensor.read()
     inputs, recorded = _Recorded(path, groups["inputs"]), groups["outputs"]
+    try:
+        network = config_from_bfl(params)
+    except KeyError as missing:
+        raise ConfigError(f"{path}: the recorded configuration lacks {missing}") from None
+    weights = from_bfl_params(groups["weights"], network)
     # A GPU would otherwise multiply float32 in TF32.
     with jax.default_matmul_precision("highest"):
-        if "ch_mult" in params:
-            ours = _autoencoder(autoencoder_config(params), groups["weights"], inputs)
+        if isinstance(network, AutoencoderConfig):
+            ours = _autoencoder(network, weights, inputs)
         else:
-            ours = _flux(flux_config(params), config, groups["weights"], inputs)
+            ours = _flux(network, config, weights, inputs)
     rows = [
         compare(
             f"outputs.{name}",
@@ -115,42 +119,8 @@ def _parse(path: Path, text: str | None) -> dict[str, Any]:
     return config
 
 
-def flux_config(params: Mapping[str, Any]) -> FluxConfig:
-    """BFL's `FluxParams` in our terms."""
-    return FluxConfig(
-        in_channels=params["in_channels"],
-        out_channels=params["out_channels"],
-        num_layers=params["depth"],
-        num_single_layers=params["depth_single_blocks"],
-        attention_head_dim=params["hidden_size"] // params["num_heads"],
-        num_attention_heads=params["num_heads"],
-        joint_attention_dim=params["context_in_dim"],
-        pooled_projection_dim=params["vec_in_dim"],
-        guidance_embeds=params["guidance_embed"],
-        axes_dims_rope=tuple(params["axes_dim"]),
-        rope_theta=float(params["theta"]),
-        mlp_ratio=params["mlp_ratio"],
-        qkv_bias=params["qkv_bias"],
-    )
-
-
-def autoencoder_config(params: Mapping[str, Any]) -> AutoencoderConfig:
-    """BFL's `AutoEncoderParams` in our terms; its group norms always have 32 groups."""
-    return AutoencoderConfig(
-        in_channels=params["in_channels"],
-        out_channels=params["out_ch"],
-        latent_channels=params["z_channels"],
-        block_out_channels=tuple(params["ch"] * multiple for multiple in params["ch_mult"]),
-        layers_per_block=params["num_res_blocks"],
-        scaling_factor=params["scale_factor"],
-        shift_factor=params["shift_factor"],
-    )
-
-
-def _autoencoder(config: AutoencoderConfig, weights: Mapping[str, Any], inputs: _Recorded):
+def _autoencoder(config: AutoencoderConfig, params: Params, inputs: _Recorded) -> Arrays:
     """Encode the picture, decode those latents: channels second, as recorded."""
-    table = bfl_autoencoder(len(config.block_out_channels))
-    params = to_ours(weights, table, abstract_params(config))
 
     @jax.jit
     def run(params: Any, image: jax.Array) -> dict[str, jax.Array]:
@@ -167,11 +137,10 @@ def _autoencoder(config: AutoencoderConfig, weights: Mapping[str, Any], inputs: 
 
 
 def _flux(
-    config: FluxConfig, recorded: Mapping[str, Any], weights: Mapping[str, Any], inputs: _Recorded
+    config: FluxConfig, recorded: Mapping[str, Any], params: Params, inputs: _Recorded
 ) -> Arrays:
     """One forward at the recorded timesteps, and the Euler run over the recorded schedule."""
     model = FluxTransformer(config, timestep_rounding="bfl")
-    params = to_ours(weights, BFL_FLUX, abstract_params(config))
     text, pooled = jnp.asarray(inputs["txt"]), jnp.asarray(inputs["vec"])
     img_ids, txt_ids = _ids(inputs, "img_ids"), _ids(inputs, "txt_ids")
     channels, sequence = inputs.get("img_cond"), inputs.get("img_cond_seq")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
+from fluxjax.checkpoint.sharded import read_sharded
 from fluxjax.config import PipelineConfig
 from fluxjax.diff.layers import Layer, Outputs, captured, common_name, pair_layers, recorded
 from fluxjax.diff.report import Report, compare, relative_l2
@@ -193,6 +194,7 @@ def run_theirs(folder: Path, network: Network, inputs: Arrays, dtype: Dtype) -> 
     """Every layer of PyTorch's network and, last, its outputs, as float32 arrays."""
     torch = require_torch()
     comparison = COMPARISONS[network]
+    read_sharded(folder / network)  # says in one sentence which file is missing or broken
     cls = getattr(importlib.import_module(comparison.library), comparison.class_name)
     model = cls.from_pretrained(
         str(folder / network), local_files_only=True, dtype=getattr(torch, dtype)
