@@ -152,6 +152,7 @@ def test_steps_are_usable_alone_and_progress_changes_nothing(ours):
     picture = ours.decode(latents)
     assert picture.shape == (1, 64, 64, 3)
     np.testing.assert_array_equal(to_bytes(picture)[0], whole)
+    assert np.abs(ours.decode(latents, tile=8) - picture).max() < 1e-4, "one tile is the picture"
 
 
 def test_seeds_per_picture_repeat_single_pictures(ours):
@@ -165,7 +166,7 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers_is(random_pipeline, 
     chosen = {"max_sequence_length": 16, "width": 64, "height": 64}
     exact = np.asarray(ours("a star", steps=4, **chosen)[0], int)
     half = fluxjax.load_pipeline(random_pipeline, dtype="bfloat16")
-    theirs = FluxPipeline.from_pretrained(random_pipeline, torch_dtype=torch.bfloat16)
+    theirs = FluxPipeline.from_pretrained(random_pipeline, dtype=torch.bfloat16)
     theirs.set_progress_bar_config(disable=True)
     reference = theirs(
         "a star", num_inference_steps=4, generator=torch.Generator().manual_seed(0), **chosen

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from fluxjax.checkpoint.pipeline_folder import Component
 from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.models.autoencoder import denormalize_latents
 from fluxjax.sample import denoise as sampler
 from fluxjax.sample import latents as layout
 from fluxjax.sample import noise, schedule
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from fluxjax.text.tokenizers import PromptTokenizer
 
 PHASES = ("loading", "compiling", "encoding", "denoising", "decoding")
+UNTILED_LATENTS = 256 * 256
+TILE = 64
 AnyArray = Array | np.ndarray
 
 
@@ -188,9 +191,25 @@ class Pipeline:
                 progress,
             )
 
-    def decode(self, latents: Float[AnyArray, "n c h w"]) -> Float[np.ndarray, "n height width 3"]:
-        """Pictures, nominally in [-1, 1]; `pictures.to_bytes` makes bytes of them."""
-        return self._run("decode", latents, phase="decoding")
+    def decode(
+        self, latents: Float[AnyArray, "n c h w"], *, tile: int | None = None
+    ) -> Float[np.ndarray, "n height width 3"]:
+        """Pictures, nominally in [-1, 1]; `pictures.to_bytes` makes bytes of them.
+
+        Beyond 2048 x 2048 pixels, or with `tile` latents given, they are decoded in tiles: slower,
+        with the memory of one tile.
+        """
+        if tile is None and not self._tiled(latents):
+            return self._run("decode", latents, phase="decoding")
+        from fluxjax.models.tiled_decode import decode_tiled
+
+        params, model = self.params("vae"), self.programs.module("decode")
+        with self._timed("decoding"):
+            x = denormalize_latents(jnp.moveaxis(jnp.asarray(latents), 1, -1), model.config)
+            return decode_tiled(model, params, x, tile=tile or TILE)
+
+    def _tiled(self, latents: Any) -> bool:
+        return latents.shape[2] * latents.shape[3] > UNTILED_LATENTS
 
     def params(self, component: Component) -> Params:
         """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5)."""
@@ -221,7 +240,8 @@ class Pipeline:
         start("denoise", latents, levels, conditioning, guides, rounding=settings.rounding)
         start("t5", spec((1, text), jnp.int32))
         start("clip", spec((1, config.text_encoder.max_position_embeddings), jnp.int32))
-        start("decode", latents)
+        if not self._tiled(latents):
+            start("decode", latents)
 
     def _run(self, name: Name, inputs: AnyArray, *, phase: str) -> np.ndarray:
         params, program = self.params(COMPONENTS[name]), self._program(name, inputs)

@@ -42,16 +42,8 @@ class Settings:
     max_sequence_length: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("steps", "width", "height", "seed", "max_sequence_length"):
-            _require(type(getattr(self, name)) is int, name, "an integer", self)
         for name in ("guidance", "true_cfg"):
-            value = getattr(self, name)
-            finite = isinstance(value, int | float) and math.isfinite(value)
-            _require(finite and not isinstance(value, bool), name, "a number", self)
-        _require(isinstance(self.prompt, str), "prompt", "a text", self)
-        for name in ("prompt_2", "negative_prompt"):
-            value = getattr(self, name)
-            _require(value is None or isinstance(value, str), name, "a text", self)
+            _require(math.isfinite(getattr(self, name)), name, "a number", self)
         _require(1 <= self.steps <= MAX_STEPS, "steps", f"from 1 to {MAX_STEPS}", self)
         _require(0 <= self.seed < SEED_LIMIT, "seed", "from 0 to 2**64 - 1", self)
         _require(
@@ -60,8 +52,6 @@ class Settings:
             f"from 1 to {MAX_SEQUENCE_LENGTH}",
             self,
         )
-        _require(self.noise in get_args(Noise), "noise", "torch or jax", self)
-        _require(self.rounding in get_args(Rounding), "rounding", "diffusers, bfl or none", self)
 
     @property
     def uses_true_cfg(self) -> bool:
@@ -71,6 +61,27 @@ class Settings:
 def _require(condition: bool, name: str, wanted: str, settings: Settings) -> None:
     if not condition:
         raise ConfigError(f"{name} must be {wanted}, got {getattr(settings, name)!r}")
+
+
+_KINDS = {
+    **dict.fromkeys(("steps", "width", "height", "seed", "max_sequence_length"), "an integer"),
+    **dict.fromkeys(("guidance", "true_cfg"), "a number"),
+    **dict.fromkeys(("prompt", "prompt_2", "negative_prompt"), "a text"),
+    "noise": " or ".join(get_args(Noise)),
+    "rounding": " or ".join(get_args(Rounding)),
+}
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A value from outside (JSON, a keyword) as its field wants it, or ConfigError."""
+    kind = _KINDS[name]
+    if kind == "an integer" and type(value) is int:
+        return value
+    if kind == "a number" and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and (kind == "a text" or value in kind.split(" or ")):
+        return value
+    raise ConfigError(f"{name} must be {kind}, got {value!r}")
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
@@ -93,8 +104,8 @@ def override(settings: Settings, values: Mapping[str, Any], where: str = "") -> 
         raise ConfigError(
             f"{prefix}{', '.join(map(repr, unknown))} is no setting; there are {', '.join(FIELDS)}"
         )
-    given = {name: value for name, value in values.items() if value is not None}
     try:
+        given = {name: _typed(name, value) for name, value in values.items() if value is not None}
         return dataclasses.replace(settings, **given)
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from None
