@@ -139,9 +139,8 @@ def _place(key: PRNGKeyArray, draw: tuple[Array, ...], lengths: Array) -> tuple[
     kind, count, _, _, size, relation = draw[:6]
     keys = jax.random.split(key, 4)
     used = jnp.arange(3) < count
-    radius = jnp.where(
-        used, jnp.asarray(_RADII)[size] * jax.random.uniform(keys[0], (3,), minval=0.96, maxval=1.04), 0
-    )  # fmt: skip
+    jitter = jax.random.uniform(keys[0], (3,), minval=0.96, maxval=1.04)
+    radius = jnp.where(used, jnp.asarray(_RADII)[size] * jitter, 0)
     extents = radius * EXTENT
     random_axis = jax.random.randint(keys[1], (), 0, 2)
     # Pairs follow their relation, rows go from left to right, the others as they like.
@@ -190,7 +189,7 @@ def sample_scenes(
     return jax.vmap(one)(jax.random.split(key, n))
 
 
-def _distances(x: Array, y: Array) -> list[Array]:
+def unit_distances(x: Array, y: Array) -> list[Array]:
     """Signed distances of the unit shapes at (x, y), in the order of SHAPES; negative inside."""
     r = jnp.hypot(x, y)
     ax, ay = jnp.abs(x), jnp.abs(y)
@@ -238,10 +237,11 @@ def render(scenes: Scene, *, width: int, height: int) -> Float[Array, "n height 
             radius = jnp.maximum(scene.radius[i], 1e-6)
             dx, dy = (x - scene.centre[i, 0]) / radius, (y - scene.centre[i, 1]) / radius
             c, s = jnp.cos(scene.angle[i]), jnp.sin(scene.angle[i])
-            distances = jnp.stack(_distances(c * dx + s * dy, c * dy - s * dx))
+            distances = jnp.stack(unit_distances(c * dx + s * dy, c * dy - s * dx))
             distance = distances[scene.shape[i]] * radius * side
             alpha = jnp.where(i < scene.count, jnp.clip(0.5 - distance, 0.0, 1.0), 0.0)[..., None]
-            picture = picture * (1 - alpha) + jnp.asarray(_PALETTE)[scene.colour[i]] * alpha
+            colour = jnp.asarray(_PALETTE)[scene.colour[i]][None, None]
+            picture = picture * (1 - alpha) + colour * alpha
         return picture
 
     return jax.vmap(one)(scenes)
@@ -269,7 +269,8 @@ _ROW_TEMPLATES = (
 _PLAIN = ("on a {0} background", "on {0}", "against a {0} background", "with a {0} background")
 _SPLIT = (
     (),
-    ("on a background that is {0} above and {1} below", "with a {0} top half and a {1} bottom half"),
+    ("on a background that is {0} above and {1} below",
+     "with a {0} top half and a {1} bottom half"),
     ("with the left half {0} and the right half {1}",
      "with a {0} left half and a {1} right half"),
 )  # fmt: skip

@@ -1,0 +1,333 @@
+"""Measures prompt following: draw from captions, read the pictures back, count what is right.
+
+Half of the prompts describe scenes that training holds out, half are ordinary ones that it never
+saw. Beside the model stands the reader's own score on true renders of the same scenes passed
+through the autoencoder: no model can be measured better than that.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from jaxtyping import Float, UInt8
+
+from fluxjax.config import ConfigError
+from fluxjax.sample.loading import load_pipeline
+from fluxjax.sample.pipeline import Pipeline
+from fluxjax.sample.settings import Settings, override
+from fluxjax.train.reader import ATTRIBUTES, Tally, read, score
+from fluxjax.train.scenes import Caption, Scene, captions, render, sample_scenes
+
+SHEET_PICTURES = 24
+SHEET_COLUMNS = 6
+GROUPS = ("held-out", "ordinary", "reader")
+CHUNK = 256  # scenes drawn at once: one compilation whatever the number of prompts
+# Apart from every seed that a training stage draws its scenes with.
+_STREAM = 0x0DD5EED
+
+Counts = dict[str, Tally]
+Bytes = UInt8[np.ndarray, "n height width 3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Draw prompts that training never saw and read back what the pictures show."""
+
+    model: str = "tiny"
+    """tiny (the embedded model) or a pipeline folder."""
+    prompts: int = 240
+    """Half held out of training, half ordinary."""
+    guidance: float | None = None
+    """Embedded guidance; the model's own by default."""
+    steps: int | None = None
+    """Denoising steps; the model's own by default."""
+    true_cfg_scale: float = 1.0
+    """Above 1: classifier-free guidance against the empty prompt, two passes per step."""
+    seed: int = 0
+    """Of scenes, captions and noise."""
+    batch: int = 24
+    """Pictures drawn at once."""
+    sheet: Path | None = None
+    """Write a contact sheet of 24 held-out prompts to this PNG."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the numbers as JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        if self.prompts < 2 or self.batch < 1:
+            raise ConfigError(
+                "prompts must be at least 2 and batch at least 1, "
+                f"got {self.prompts} and {self.batch}"
+            )
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}")
+
+
+class Prompts(NamedTuple):
+    """Scenes (numpy fields with a leading axis) and a caption for each; no caption twice."""
+
+    scenes: Scene
+    captions: list[Caption]
+
+    def scene(self, index: int) -> Scene:
+        return Scene(*(field[index] for field in self.scenes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Counts by group (GROUPS) and attribute (ATTRIBUTES), and the autoencoder's PSNR in dB."""
+
+    counts: dict[str, Counts]
+    prompts: dict[str, int]
+    psnr: float
+    settings: dict[str, float | int | str]
+
+    def rate(self, group: str, attribute: str) -> float:
+        """Share of right ones; NaN where nothing was asked."""
+        tally = self.counts[group][attribute]
+        return tally.right / tally.asked if tally.asked else float("nan")
+
+    def to_json(self) -> str:
+        counts = {
+            group: {name: tally._asdict() for name, tally in of.items()}
+            for group, of in self.counts.items()
+        }
+        content = {"settings": self.settings, "prompts": self.prompts, "counts": counts}
+        return json.dumps({**content, "autoencoder_psnr": self.psnr}, indent=2)
+
+
+def draw_prompts(n: int, *, width: int, height: int, seed: int, held_out: bool) -> Prompts:
+    """`n` scenes with different captions, from a stream of their own."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(_STREAM), seed), int(held_out))
+    options = {"width": width, "height": height, "held_out": held_out}
+    chosen: dict[str, tuple[Scene, Caption]] = {}
+    for chunk in range(n):  # each brings new captions, nearly always all of them
+        drawn = sample_scenes(jax.random.fold_in(key, chunk), CHUNK, **options)
+        scenes = Scene(*(np.asarray(field) for field in drawn))
+        texts = captions(scenes, seed=_STREAM + 4096 * (2 * seed + held_out) + chunk)
+        for i, caption in enumerate(texts):
+            chosen.setdefault(caption.text, (Scene(*(field[i] for field in scenes)), caption))
+        if len(chosen) >= n:
+            break
+    kept = list(chosen.values())[:n]
+    return Prompts(Scene(*map(np.stack, zip(*(scene for scene, _ in kept), strict=True))),
+                   [caption for _, caption in kept])  # fmt: skip
+
+
+def count_right(prompts: Prompts, pictures: Float[np.ndarray, "n height width 3"]) -> Counts:
+    """Sum of `reader.score` over pictures in [-1, 1], one for each prompt."""
+    total = {name: Tally(0, 0) for name in ATTRIBUTES}
+    for i, (caption, picture) in enumerate(zip(prompts.captions, pictures, strict=True)):
+        for name, tally in score(prompts.scene(i), caption, read(picture)).items():
+            total[name] = Tally(*(a + b for a, b in zip(total[name], tally, strict=True)))
+    return total
+
+
+def from_bytes(pictures: Bytes) -> Float[np.ndarray, "n height width 3"]:
+    """0 ... 255 to [-1, 1]."""
+    return pictures.astype(np.float32) / 127.5 - 1
+
+
+def draw_pictures(
+    pipeline: Pipeline,
+    texts: Sequence[str],
+    settings: Settings,
+    *,
+    batch: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Bytes:
+    """One picture per text, `batch` at a time (the last batch is filled up: one compilation).
+
+    Picture i has seed `settings.seed` + i; `progress` hears how many are done.
+    """
+    pictures = []
+    for start in range(0, len(texts), batch):
+        indices = [min(i, len(texts) - 1) for i in range(start, start + batch)]
+        drawn = pipeline.draw(
+            settings,
+            prompts=[texts[i] for i in indices],
+            seeds=[settings.seed + i for i in indices],
+        )
+        pictures.append(drawn[: len(texts) - start])
+        progress(min(start + batch, len(texts)))
+    return np.concatenate(pictures)
+
+
+def reconstruct_pictures(
+    pipeline: Pipeline, pictures: Float[np.ndarray, "n height width 3"], *, batch: int
+) -> Float[np.ndarray, "n height width 3"]:
+    """Through the pipeline's autoencoder (posterior mean) and back, rounded to bytes."""
+    from fluxjax.sample.pictures import to_bytes
+
+    params = pipeline.params("vae")
+    run = jax.jit(pipeline.programs.module("decode").apply)
+    parts = []
+    for start in range(0, len(pictures), batch):
+        part = pictures[start : start + batch]
+        filled = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
+        out = np.asarray(run({"params": params}, filled), np.float32)[: len(part)]
+        parts.append(from_bytes(to_bytes(out)))
+    return np.concatenate(parts)
+
+
+def evaluate_pipeline(
+    pipeline: Pipeline,
+    settings: EvaluateSettings,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Measure an open pipeline; writes the contact sheet if one is asked for."""
+    chosen = override(
+        pipeline.defaults,
+        {
+            "guidance": settings.guidance,
+            "steps": settings.steps,
+            "seed": settings.seed,
+            "true_cfg": settings.true_cfg_scale,
+            "negative_prompt": "" if settings.true_cfg_scale > 1 else None,
+        },
+    )
+    side = {"width": chosen.width, "height": chosen.height}
+    sizes = {"held-out": (settings.prompts + 1) // 2, "ordinary": settings.prompts // 2}
+    prompts = {
+        group: draw_prompts(n, seed=settings.seed, held_out=group == "held-out", **side)
+        for group, n in sizes.items()
+    }
+    texts = [caption.text for group in prompts.values() for caption in group.captions]
+    batch = min(settings.batch, len(texts))
+    drawn = draw_pictures(pipeline, texts, chosen, batch=batch, progress=progress)
+    cut = sizes["held-out"]
+    if settings.sheet is not None:
+        shown = min(SHEET_PICTURES, cut)
+        save_sheet(drawn[:shown], texts[:shown], settings.sheet)
+    parts = {"held-out": drawn[:cut], "ordinary": drawn[cut:]}
+    counts = {name: count_right(prompts[name], from_bytes(part)) for name, part in parts.items()}
+
+    both = Prompts(
+        Scene(*(np.concatenate(pair) for pair in zip(*(p.scenes for p in prompts.values()),
+                                                      strict=True))),
+        [caption for group in prompts.values() for caption in group.captions],
+    )  # fmt: skip
+    true = np.asarray(render(both.scenes, **side))
+    rebuilt = reconstruct_pictures(pipeline, true, batch=batch)
+    counts["reader"] = count_right(both, rebuilt)
+    error = np.square(rebuilt - true).mean((1, 2, 3))
+    return Evaluation(
+        counts=counts,
+        prompts={**sizes, "reader": settings.prompts},
+        psnr=float((10 * np.log10(4.0 / error)).mean()),
+        settings={
+            "model": settings.model,
+            "steps": chosen.steps,
+            "guidance": chosen.guidance,
+            "true_cfg": chosen.true_cfg,
+            "seed": chosen.seed,
+            **side,
+        },
+    )
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """The table that answers: how often does the model draw what it was asked for?"""
+    from rich.console import Console
+    from rich.table import Table
+
+    s = evaluation.settings
+    table = Table(
+        title=f"{s['model']}, {s['width']} x {s['height']}, {s['steps']} steps, "
+        f"guidance {s['guidance']:g}, true CFG {s['true_cfg']:g}, seed {s['seed']}",
+        caption="colour, shape and size by object, the rest by picture. The last column is what "
+        "the reader makes of true pictures after the autoencoder "
+        f"(PSNR {evaluation.psnr:.1f} dB).",
+    )
+    table.add_column("right")
+    heads = {"held-out": "held out", "ordinary": "ordinary", "reader": "reader"}
+    for group in GROUPS:
+        table.add_column(f"{heads[group]} ({evaluation.prompts[group]})", justify="right")
+    for name in ATTRIBUTES:
+        cells = []
+        for group in GROUPS:
+            tally = evaluation.counts[group][name]
+            shown = f"{evaluation.rate(group, name):.3f} of {tally.asked}"
+            cells.append(shown if tally.asked else "-")
+        table.add_row(name, *cells, style="bold" if name == "all" else None)
+    Console(soft_wrap=False).print(table)
+
+
+def evaluate(settings: EvaluateSettings) -> Evaluation:
+    """What `python -m fluxjax.train evaluate` does: measure, print, return.
+
+    Raises FileNotFoundError, ConfigError or OSError with one sentence for a model that cannot be
+    opened or a sheet that cannot be written.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fluxjax.sample.cache import enable_cache
+
+    if settings.sheet is not None and not settings.sheet.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {settings.sheet.absolute().parent}")
+    if note := enable_cache():
+        print(f"note: {note}", file=sys.stderr)
+    pipeline = load_pipeline(settings.model)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("drawing", total=settings.prompts)
+        result = evaluate_pipeline(
+            pipeline, settings, lambda done: bar.update(task, completed=done)
+        )
+    if settings.json:
+        print(result.to_json())
+    else:
+        print_evaluation(result)
+    return result
+
+
+def save_sheet(pictures: Bytes, texts: Sequence[str], path: Path, *, zoom: int = 2) -> None:
+    """Write pictures with their captions below, SHEET_COLUMNS abreast, as one PNG."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    n, height, width, _ = pictures.shape
+    margin, spacing = 10, 3
+    cell_width, picture_height = zoom * width, zoom * height
+    font = ImageFont.load_default(13)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    wrapped = [_wrap(text, lambda t: pen.textlength(t, font), cell_width) for text in texts]
+    block = [pen.multiline_textbbox((0, 0), text, font, spacing=spacing)[3] for text in wrapped]
+    step_x = cell_width + margin
+    step_y = picture_height + int(max(block)) + 2 * margin
+    columns = min(SHEET_COLUMNS, n)
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * step_x + margin, rows * step_y + margin), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (picture, text) in enumerate(zip(pictures, wrapped, strict=True)):
+        left, top = margin + i % columns * step_x, margin + i // columns * step_y
+        large = Image.fromarray(picture).resize(
+            (cell_width, picture_height), Image.Resampling.BICUBIC
+        )
+        sheet.paste(large, (left, top))
+        # White backgrounds end somewhere too.
+        pen.rectangle(
+            (left - 1, top - 1, left + cell_width, top + picture_height), outline=(210, 210, 210)
+        )
+        pen.multiline_text(
+            (left, top + picture_height + 4), text, fill=(40, 40, 40), font=font, spacing=spacing
+        )
+    sheet.save(path, format="PNG")
+
+
+def _wrap(text: str, length: Callable[[str], float], width: float) -> str:
+    """Break a text into lines that are not longer than `width`."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and length(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

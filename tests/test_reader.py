@@ -1,0 +1,199 @@
+"""The reader of drawn scenes, and the measurement of prompt following that rests on it."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from fluxjax.config import ConfigError
+from fluxjax.sample.pipeline import Pipeline
+from fluxjax.sample.settings import Settings
+from fluxjax.train import evaluate as measure
+from fluxjax.train.evaluate import EvaluateSettings, count_right, draw_prompts
+from fluxjax.train.reader import ATTRIBUTES, Reading, ReadObject, read, read_relation, score
+from fluxjax.train.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, Caption, Scene, render
+
+SIDE = {"width": 96, "height": 96}
+
+
+def pictures_of(scenes: Scene, **side) -> np.ndarray:
+    return np.asarray(render(scenes, **(SIDE | side)))
+
+
+def rates(prompts, pictures) -> dict[str, float]:
+    """Share of right ones, with everything asked."""
+    asked = [Caption(c.text, (True,) * 3, True) for c in prompts.captions]
+    counts = count_right(prompts._replace(captions=asked), pictures)
+    return {name: right / total for name, (right, total) in counts.items()}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return draw_prompts(120, seed=1, held_out=True, **SIDE)
+
+
+@pytest.fixture(scope="module")
+def drawn(prompts):
+    return pictures_of(prompts.scenes)
+
+
+def test_true_pictures_are_read_exactly(prompts, drawn):
+    assert min(rates(prompts, drawn).values()) >= 0.99
+
+
+def test_blurred_and_noisy_pictures_are_read(prompts, drawn):
+    noise = np.random.default_rng(0).normal(0, 0.06, drawn.shape)
+    blurred = ndimage.gaussian_filter(drawn, (0, 0.7, 0.7, 0)) + noise
+    read_back = rates(prompts, np.clip(blurred, -1, 1).astype(np.float32))
+    assert min(read_back.values()) >= 0.97, read_back
+
+
+@pytest.mark.parametrize(("width", "height"), [(112, 80), (256, 208)])
+def test_other_sizes_are_read(width, height):
+    prompts = draw_prompts(24, seed=2, held_out=False, width=width, height=height)
+    pictures = pictures_of(prompts.scenes, width=width, height=height)
+    assert min(rates(prompts, pictures).values()) >= 0.95
+
+
+def test_objects_of_one_colour_that_touch_are_told_apart(prompts):
+    scenes = Scene(*(field[:1] for field in prompts.scenes))._replace(
+        count=np.array([2]), shape=np.array([[2, 2, 0]]), colour=np.array([[3, 3, 0]]),
+        size=np.array([[2, 2, 0]]), centre=np.array([[[0.27, 0.5], [0.735, 0.5], [0, 0]]]),
+        radius=np.array([[0.23, 0.23, 0]]), angle=np.zeros((1, 3)),
+    )  # fmt: skip
+    found = read(pictures_of(scenes)[0]).objects
+    assert [SHAPES[o.shape] for o in found] == ["triangle", "triangle"]
+
+
+def test_an_empty_picture_and_a_blob_are_no_shapes():
+    blank = np.full((96, 96, 3), 0.95, np.float32)
+    assert read(blank).objects == () and read(blank).kind == "none"
+    blank[44:52, 5:91] = np.array(COLOURS["blue"]) / 127.5 - 1  # a bar
+    assert [o.shape for o in read(blank).objects] == [-1]
+
+
+def red(shape: str, centre=(0.3, 0.5), size: int = 0, colour: str = "red") -> ReadObject:
+    return ReadObject(SHAPES.index(shape), list(COLOURS).index(colour), size, centre, 0.12, 0.9)
+
+
+WANTED = Scene(
+    kind=KINDS.index("pair"), count=2, shape=np.array([0, 3, 0]), colour=np.array([0, 5, 0]),
+    size=np.array([0, 2, 0]), relation=0, centre=np.zeros((3, 2)), radius=np.zeros(3),
+    angle=np.zeros(3), background=np.array([1, 2]), split=0,
+)  # fmt: skip
+CIRCLE = red("circle")
+STAR = red("star", (0.7, 0.5), 2, "blue")
+
+
+def marks(objects, background=(1, 1), split=0, stated=(True, True, False), back=True):
+    reading = Reading(tuple(objects), background, split)
+    return score(WANTED, Caption("", stated, back), reading)
+
+
+@pytest.mark.parametrize(
+    ("objects", "options", "wrong"),
+    [
+        ([CIRCLE, STAR], {}, {}),
+        ([STAR, CIRCLE], {}, {}),
+        ([CIRCLE._replace(centre=(0.9, 0.5)), STAR], {}, {"relation": (0, 1)}),
+        ([CIRCLE._replace(colour=3), STAR], {}, {"colour": (1, 2)}),
+        ([CIRCLE._replace(shape=-1), STAR], {}, {"shape": (1, 2)}),
+        ([CIRCLE._replace(size=1), STAR], {}, {"size": (1, 2)}),
+        ([CIRCLE._replace(size=1), STAR], {"stated": (False, True, False)}, {"size": (1, 1)}),
+        ([CIRCLE, STAR], {"background": (0, 0)}, {"background": (0, 1)}),
+        ([CIRCLE, STAR], {"background": (1, 2), "split": 1}, {"background": (0, 1)}),
+        ([CIRCLE, STAR], {"background": (0, 0), "back": False}, {"background": (0, 0)}),
+        ([CIRCLE, STAR, red("ring")], {}, {"count": (0, 1)}),
+        ([STAR], {}, {"colour": (1, 2), "shape": (1, 2), "size": (1, 2), "count": (0, 1),
+                      "relation": (0, 1)}),
+    ],
+)  # fmt: skip
+def test_score_marks_what_is_wrong_and_only_what_the_caption_states(objects, options, wrong):
+    found = marks(objects, **options)
+    assert tuple(found) == ATTRIBUTES
+    expected = {"colour": (2, 2), "shape": (2, 2), "size": (2, 2), "count": (1, 1),
+                "relation": (1, 1), "background": (1, 1)} | wrong  # fmt: skip
+    everything = all(right == asked for right, asked in expected.values())
+    assert found == expected | {"all": (int(everything), 1)}
+
+
+@pytest.mark.parametrize(
+    ("centre", "expected"), [((0.1, 0.6), 0), ((0.9, 0.4), 1), ((0.6, 0.1), 2), ((0.4, 0.9), 3)]
+)
+def test_a_relation_follows_the_longer_distance(centre, expected):
+    assert read_relation(red("circle", centre), red("star", (0.5, 0.5))) == expected
+
+
+def test_prompts_are_different_and_follow_the_seed():
+    first = draw_prompts(8, seed=1, held_out=False, **SIDE)
+    again = draw_prompts(8, seed=1, held_out=False, **SIDE)
+    other = draw_prompts(8, seed=2, held_out=False, **SIDE)
+    texts = [caption.text for caption in first.captions]
+    assert len(set(texts)) == 8 and first.captions == again.captions
+    assert len(set(texts) & {caption.text for caption in other.captions}) < 3
+
+
+class Painter(Pipeline):
+    """Stands in for a pipeline: it draws the scenes, but some of them in the wrong colour."""
+
+    def __init__(self, wrong: int):
+        self.defaults = Settings(width=96, height=96, steps=2)
+        self.wrong, self.batches, self.seeds, self.settings = wrong, [], [], None
+        # The autoencoder of this pipeline gives back what it gets.
+        decoder = SimpleNamespace(apply=lambda variables, pictures: pictures)
+        self.programs = SimpleNamespace(module=lambda name: decoder)
+        self.known = {}
+        for held_out in (True, False):
+            prompts = draw_prompts(8, seed=5, held_out=held_out, **SIDE)
+            for i, caption in enumerate(prompts.captions):
+                self.known[caption.text] = prompts.scene(i)
+
+    def params(self, component):
+        assert component == "vae"
+        return {}
+
+    def draw(self, settings, *, prompts, seeds):
+        self.settings = settings
+        self.batches.append(len(prompts))
+        self.seeds += seeds
+        scenes = Scene(*map(np.stack, zip(*(self.known[text] for text in prompts), strict=True)))
+        # Seeds count pictures: the first `wrong` are drawn in the next colour of the list.
+        shift = (np.array(seeds) - settings.seed < self.wrong)[:, None]
+        scenes = scenes._replace(colour=(scenes.colour + shift) % len(COLOURS))
+        return np.round((pictures_of(scenes) + 1) * 127.5).astype(np.uint8)
+
+
+def test_evaluation_counts_by_group_writes_a_sheet_and_prints(tmp_path, capsys):
+    pipeline = Painter(wrong=3)
+    settings = EvaluateSettings(
+        prompts=16, batch=6, seed=5, true_cfg_scale=2.0, sheet=tmp_path / "sheet.png"
+    )
+    found = measure.evaluate_pipeline(pipeline, settings)
+    assert pipeline.batches == [6, 6, 6] and pipeline.seeds[:16] == list(range(5, 21))
+    assert pipeline.settings.true_cfg == 2.0 and pipeline.settings.uses_true_cfg
+    assert found.rate("held-out", "all") == 5 / 8 and found.rate("ordinary", "all") == 1
+    assert found.rate("held-out", "colour") < 1 and found.rate("held-out", "shape") == 1
+    assert found.rate("reader", "all") == 1 and found.psnr > 45
+    measure.print_evaluation(found)
+    assert "0.625 of 8" in capsys.readouterr().out
+    content = json.loads(found.to_json())
+    assert content["counts"]["held-out"]["all"] == {"right": 5, "asked": 8}
+
+    from PIL import Image
+
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width == 6 * 202 + 10
+        pixels = np.asarray(sheet)
+    first = pipeline.known[next(iter(pipeline.known))]
+    if not first.split:
+        corner = list(BACKGROUNDS.values())[first.background[0]]
+        assert np.abs(pixels[12, 12].astype(int) - corner).max() <= 2
+    assert (pixels[10 + 196 : 10 + 230] < 100).any(), "no captions"
+
+
+@pytest.mark.parametrize("options", [{"prompts": 1}, {"batch": 0}, {"seed": -1}])
+def test_settings_that_mean_nothing_are_refused(options):
+    with pytest.raises(ConfigError, match="must"):
+        EvaluateSettings(**options)
