@@ -20,13 +20,7 @@ from fluxjax.models.embeddings import round_to
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.sample.latents import text_ids
 from fluxjax.shapes import Params
-
-
-class Conditioning(NamedTuple):
-    """What the transformer hears of a prompt."""
-
-    prompt_embeds: Float[Array | np.ndarray, "n text joint"]
-    pooled: Float[Array | np.ndarray, "n pooled"]
+from fluxjax.text.conditioning import Conditioning
 
 
 class Guidance(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ from fluxjax.models.autoencoder import denormalize_latents
 from fluxjax.sample import denoise as sampler
 from fluxjax.sample import latents as layout
 from fluxjax.sample import noise, schedule
-from fluxjax.sample.denoise import Conditioning, Guidance, wait
+from fluxjax.sample.denoise import Guidance, wait
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.programs import COMPONENTS, Name, Programs
 from fluxjax.sample.settings import Rounding, Settings, defaults, override
 from fluxjax.shapes import Params
+from fluxjax.text.conditioning import Conditioning, PromptIds, tokenize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,8 +103,8 @@ class Pipeline:
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
         start = self.draw_noise(settings, settings.seed if seeds is None else seeds, count)
         self.prepare(settings, count)
-        for component in COMPONENTS.values():
-            self.params(component)  # half a model must show before the long part, not after it
+        for component in itertools.chain(*COMPONENTS.values()):
+            self.params(component)  # while the programs compile
         encode = partial(self.encode_prompt, max_sequence_length=settings.max_sequence_length)
         each = [encode(text, settings.prompt_2) for text in prompts]
         conditioning = jax.tree.map(lambda *c: np.repeat(np.concatenate(c), number, axis=0), *each)
@@ -130,15 +132,10 @@ class Pipeline:
         with self._timed("loading"):
             if self._tokenizers is None:
                 self._tokenizers = self._load_tokenizers()
-        clip, t5 = self._tokenizers
-        second = t5([prompt if prompt_2 is None else prompt_2], length)
-        if second.removed[0]:
-            self.notes.append(
-                f"the prompt is longer than {length} tokens; left out: {second.removed[0]!r}"
-            )
-        first = clip([prompt], self.config.text_encoder.max_position_embeddings)
-        states = self._run("t5", second.input_ids, phase="encoding")
-        return Conditioning(states, self._run("clip", first.input_ids, phase="encoding"))
+        second = None if prompt_2 is None else [prompt_2]
+        ids, notes = tokenize(*self._tokenizers, [prompt], second, max_sequence_length=length)
+        self.notes += notes
+        return self._run("encode", ids, phase="encoding")
 
     def draw_noise(
         self, settings: Settings, seeds: int | Sequence[int], pictures: int = 1
@@ -203,7 +200,7 @@ class Pipeline:
             return self._run("decode", latents, phase="decoding")
         from fluxjax.models.tiled_decode import decode_tiled
 
-        params, model = self.params("vae"), self.programs.module("decode")
+        params, (model,) = self.params("vae"), self.programs.modules("decode")
         with self._timed("decoding"):
             x = denormalize_latents(jnp.moveaxis(jnp.asarray(latents), 1, -1), model.config)
             return decode_tiled(model, params, x, tile=tile or TILE)
@@ -238,15 +235,17 @@ class Pipeline:
         start = self.programs.start
         # The longest to compile first, then in the order of need.
         start("denoise", latents, levels, conditioning, guides, rounding=settings.rounding)
-        start("t5", spec((1, text), jnp.int32))
-        start("clip", spec((1, config.text_encoder.max_position_embeddings), jnp.int32))
+        clip = spec((1, config.text_encoder.max_position_embeddings), jnp.int32)
+        t5 = spec((1, text), jnp.int32)
+        start("encode", PromptIds(clip, t5, t5))
         if not self._tiled(latents):
             start("decode", latents)
 
-    def _run(self, name: Name, inputs: AnyArray, *, phase: str) -> np.ndarray:
-        params, program = self.params(COMPONENTS[name]), self._program(name, inputs)
+    def _run(self, name: Name, inputs: Any, *, phase: str) -> Any:
+        params = [self.params(component) for component in COMPONENTS[name]]
+        program = self._program(name, inputs)
         with self._timed(phase):
-            return np.asarray(wait(program(params, inputs)))
+            return jax.tree.map(lambda x: np.asarray(wait(x)), program(*params, inputs))
 
     def _program(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
         with self._timed("compiling"):

@@ -1,4 +1,4 @@
-"""The four compiled programs of a pipeline, and compiling them in the background."""
+"""The three compiled programs of a pipeline, and compiling them in the background."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from fluxjax.checkpoint.pipeline_folder import Component
 from fluxjax.checkpoint.templates import abstract_params
@@ -24,27 +24,14 @@ from fluxjax.sample import latents as layout
 from fluxjax.sample.denoise import Conditioning, Guidance
 from fluxjax.sample.settings import Rounding
 from fluxjax.shapes import Params
+from fluxjax.text.conditioning import encode_prompts
 
-Name = Literal["clip", "t5", "denoise", "decode"]
-COMPONENTS: dict[Name, Component] = {
-    "clip": "text_encoder",
-    "t5": "text_encoder_2",
-    "denoise": "transformer",
-    "decode": "vae",
+Name = Literal["encode", "denoise", "decode"]
+COMPONENTS: dict[Name, tuple[Component, ...]] = {
+    "encode": ("text_encoder", "text_encoder_2"),
+    "denoise": ("transformer",),
+    "decode": ("vae",),
 }
-
-
-@partial(jax.jit, static_argnames="model")
-def encode_clip(model: CLIPTextModel, params: Params, ids: Int[Array, "n l"]):
-    """The pooled state of each prompt, (n, pooled)."""
-    output: Any = model.apply({"params": params}, ids)
-    return output.pooler_output
-
-
-@partial(jax.jit, static_argnames="model")
-def encode_t5(model: T5Encoder, params: Params, ids: Int[Array, "n text"]):
-    """The last hidden state of each prompt, (n, text, joint); padding is not masked."""
-    return model.apply({"params": params}, ids)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -92,33 +79,35 @@ class Programs:
         return self._futures[key]
 
     def get(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
-        """The executable, a function of (params, *inputs)."""
+        """The executable, a function of (params of each of COMPONENTS, *inputs)."""
         return self.start(name, *inputs, rounding=rounding).result()
 
-    def module(self, name: Name, rounding: Rounding = "diffusers") -> Any:
-        """The network that a program runs."""
+    def modules(self, name: Name, rounding: Rounding = "diffusers") -> tuple[Any, ...]:
+        """The networks that a program runs, in the order of COMPONENTS."""
         config = self.config
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
         stacked = {**types, "scan_layers": self.scan_layers}
+        if name == "encode":
+            clip = CLIPTextModel(config.text_encoder, **stacked)
+            return clip, T5Encoder(config.text_encoder_2, **stacked)
         if name == "denoise":
-            return FluxTransformer(config.transformer, **stacked, timestep_rounding=rounding)
-        if name == "t5":
-            return T5Encoder(config.text_encoder_2, **stacked)
-        if name == "clip":
-            return CLIPTextModel(config.text_encoder, **stacked)
-        return Autoencoder(config.vae, **types)
+            return (FluxTransformer(config.transformer, **stacked, timestep_rounding=rounding),)
+        return (Autoencoder(config.vae, **types),)
 
     def _compile(self, name: Name, rounding: Rounding, specs: tuple) -> Any:
-        function = {
-            "clip": encode_clip,
-            "t5": encode_t5,
+        functions: dict[Name, Any] = {
+            "encode": encode_prompts,
             "denoise": denoise_pictures,
             "decode": decode_latents,
-        }[name]
-        stacked = self.scan_layers and name != "decode"
-        template = abstract_params(getattr(self.config, COMPONENTS[name]), stacked=stacked)
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype), template)
+        }
+        params = [self._shapes(component) for component in COMPONENTS[name]]
         # float32 means float32 on accelerators too, where JAX would multiply in less.
         precision: Any = "highest" if self.dtype == jnp.float32 else None
         with jax.default_matmul_precision(precision):
-            return function.lower(self.module(name, rounding), params, *specs).compile()
+            lowered = functions[name].lower(*self.modules(name, rounding), *params, *specs)
+            return lowered.compile()
+
+    def _shapes(self, component: Component) -> Params:
+        stacked = self.scan_layers and component != "vae"
+        template = abstract_params(getattr(self.config, component), stacked=stacked)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), template)

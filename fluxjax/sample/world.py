@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -16,13 +15,6 @@ FILE = "world.json"
 def words_of(text: str) -> set[str]:
     """The words of a sentence in small letters."""
     return set(re.findall(r"[^\W_]+(?:-[^\W_]+)*", text.lower()))
-
-
-def write_world(folder: Path, captions: Iterable[str], knows: str) -> None:
-    """Remember beside a model the words of its `captions`; `knows` says in words what it draws."""
-    words = sorted(set().union(*map(words_of, captions)))
-    text = json.dumps({"knows": knows, "words": words}, indent=2)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
 @cache
