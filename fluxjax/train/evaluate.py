@@ -321,7 +321,7 @@ def save_sheet(pictures: Bytes, texts: Sequence[str], path: Path, *, zoom: int =
     sheet.save(path, format="PNG")
 
 
-def _wrap(text: str, length: Callable[[str], float], width: float) -> str:
+def _wrap(text: str, length: Callable[[str], float], width: int) -> str:
     """Break a text into lines that are not longer than `width`."""
     lines = [""]
     for word in text.split():
