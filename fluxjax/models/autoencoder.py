@@ -81,7 +81,7 @@ class _Layer(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def conv(
-        self, features: int, size: int, name: str, *, stride: int = 1, padding=None
+        self, features: int, size: int, name: str | None, *, stride: int = 1, padding=None
     ) -> nn.Conv:
         edge = size // 2
         return nn.Conv(
@@ -89,7 +89,7 @@ class _Layer(nn.Module):
             dtype=self.dtype, param_dtype=self.param_dtype, name=name,
         )  # fmt: skip
 
-    def norm(self, name: str) -> GroupNorm:
+    def norm(self, name: str | None) -> GroupNorm:
         return GroupNorm(self.config.norm_num_groups, self.dtype, self.param_dtype, name=name)
 
     def linear(self, features: int, name: str) -> nn.Dense:
@@ -182,15 +182,29 @@ class Encoder(_Layer):
 
 
 class Decoder(_Layer):
-    @nn.compact
-    def __call__(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b height width 3"]:
+    """`middle` works at the size of the latents, `up` from there to the picture."""
+
+    def setup(self) -> None:
         widths = self.config.block_out_channels[::-1]
-        x = self.conv(widths[0], 3, "conv_in")(latents)
-        x = self.part(MidBlock, name="mid_block")(x)
-        for i, width in enumerate(widths):
-            x = self.part(UpBlock, width, i < len(widths) - 1, name=f"up_blocks_{i}")(x)
-        x = nn.silu(self.norm("conv_norm_out")(x))
-        return self.conv(self.config.out_channels, 3, "conv_out")(x)
+        part = (self.config, self.dtype, self.param_dtype)
+        self.conv_in = self.conv(widths[0], 3, None)
+        self.mid_block = MidBlock(*part)
+        self.up_blocks = [
+            UpBlock(*part, width, i < len(widths) - 1) for i, width in enumerate(widths)
+        ]
+        self.conv_norm_out = self.norm(None)
+        self.conv_out = self.conv(self.config.out_channels, 3, None)
+
+    def middle(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        return self.mid_block(self.conv_in(latents))
+
+    def up(self, x: Float[Array, "b h w d"]) -> Float[Array, "b height width 3"]:
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+
+    def __call__(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b height width 3"]:
+        return self.up(self.middle(latents))
 
 
 class Autoencoder(nn.Module):
@@ -226,10 +240,19 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b height width 3"]:
         """Latents to pictures, nominally in [-1, 1] and not clamped."""
+        return self.decoder(self._post_quant(latents))
+
+    def decode_middle(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """The part of `decode` that works at the size of the latents."""
+        return self.decoder.middle(self._post_quant(latents))
+
+    def decode_up(self, features: Float[Array, "b h w d"]) -> Float[Array, "b height width 3"]:
+        """The rest of `decode`."""
+        return self.decoder.up(features)
+
+    def _post_quant(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         latents = latents.astype(self.dtype)
-        if self.config.use_post_quant_conv:
-            latents = self.post_quant_conv(latents)
-        return self.decoder(latents)
+        return self.post_quant_conv(latents) if self.config.use_post_quant_conv else latents
 
     def __call__(self, image: Float[Array, "b height width 3"]) -> Float[Array, "b height width 3"]:
         """The reconstruction from the posterior mean; touches every parameter."""

@@ -83,7 +83,7 @@ def make_step(
     def step(state: TrainState, *args, **static):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         value, grads = jax.value_and_grad(loss)(state.params, key, *args, **static)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

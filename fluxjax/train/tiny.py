@@ -99,6 +99,7 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     config = _text(recipe)
     config = _autoencoder(recipe, config)
     write_config(pipeline, config)
+    write_world(pipeline)
     conditioner = make_conditioner(pipeline, config)
     teacher = _once(
         folder / "teacher",
@@ -112,7 +113,8 @@ def train_tiny(recipe: TinyRecipe) -> Path:
             config, recipe.distill, conditioner, folder / "distill", teacher=teacher
         ),
     )
-    export(student, config, folder / "student", pipeline)
+    save_params(pipeline, "transformer", student, config.transformer, jnp.float16)
+    _decoder(recipe, config)
     return pipeline
 
 
@@ -133,11 +135,20 @@ def _autoencoder(recipe: TinyRecipe, config: PipelineConfig) -> PipelineConfig:
         scenes = sample_scenes(jax.random.key(0), 256, width=size, height=size)
         images = render(scenes, width=size, height=size)
         shift, scale = latent_statistics(Autoencoder(config.vae), params, images)
-        params = finetune_decoder(config.vae, params, recipe.autoencoder, recipe.folder / "decoder")
         save_params(recipe.pipeline, "vae", params, config.vae, jnp.float16)
         values = {"shift_factor": round(shift, 4), "scaling_factor": round(scale, 4)}
         statistics.write_text(json.dumps(values))
     return replace(config, vae=replace(config.vae, **json.loads(statistics.read_text())))
+
+
+def _decoder(recipe: TinyRecipe, config: PipelineConfig) -> None:
+    """More training for the decoder, which changes no latent, and so can come last."""
+    done = recipe.folder / "decoder_done.json"
+    if not done.is_file():
+        params = load_params(recipe.pipeline, "vae", config.vae, stacked=False, dtype=jnp.float32)
+        params = finetune_decoder(config.vae, params, recipe.autoencoder, recipe.folder / "decoder")
+        save_params(recipe.pipeline, "vae", params, config.vae, jnp.float16)
+        done.write_text(json.dumps({"steps": recipe.autoencoder.decoder_steps}))
 
 
 def _once(folder: Path, config: PipelineConfig, train) -> Tree:
@@ -169,15 +180,8 @@ def make_conditioner(pipeline: Path, config: PipelineConfig) -> Conditioner:
     return Conditioner(image_encoder(config, params("vae", config.vae)), encode_text)
 
 
-def export(student: Tree, config: PipelineConfig, folder: Path, pipeline: Path) -> None:
-    """The transformer in float16, and `world.json`: the words that the model has read."""
-    save_params(pipeline, "transformer", student, config.transformer, jnp.float16)
-    write_config(pipeline, config)
-    write_world(pipeline)
-
-
 def write_world(pipeline: Path) -> None:
-    """Lists the words of 20,000 captions, so that sampling can say what lies outside."""
+    """world.json: the words of 20,000 captions, so that sampling can say what lies outside."""
     scenes = sample_scenes(jax.random.key(5), 20_000, width=96, height=96)
     words = {word for c in captions(scenes, 5) for word in c.text.replace(",", " ").lower().split()}
     knows = (

@@ -25,6 +25,7 @@ from fluxjax.train import loop
 from fluxjax.train.objectives import guided_velocity, interpolate, sample_times, velocity_loss
 from fluxjax.train.scenes import captions, render, sample_scenes
 from fluxjax.train.step import Tree, init_state, make_step, muon_optimizer
+from fluxjax.train.text_encoders import vary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,8 @@ class Pool:
         key = jax.random.fold_in(jax.random.key(seed), index)
         side = {"width": self.width, "height": self.height}
         scenes = sample_scenes(key, self.CHUNK, **side)
-        texts = [c.text for c in captions(scenes, seed * 1_000_003 + index)]
+        rng = np.random.default_rng((seed, index))
+        texts = [vary(c.text, rng) for c in captions(scenes, seed * 1_000_003 + index)]
         latents = self.conditioner.encode_image(render(scenes, **side))
         text, pooled = self.conditioner.encode_text(texts)
         return Batch(*(np.asarray(v, np.float16) for v in (latents, text, pooled)))
@@ -154,7 +156,7 @@ def _predict(model: FluxTransformer, params: Tree, x: Array, batch: Batch, t, id
     )  # fmt: skip
 
 
-def _noised(key: jax.Array, batch: Batch, mu: float):
+def _noised(key: jax.Array, batch: Batch, mu: float | Array):
     times, noises = jax.random.split(key)
     t = sample_times(times, batch.latents.shape[0], mu)
     noise = jax.random.normal(noises, batch.latents.shape)

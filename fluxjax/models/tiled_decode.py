@@ -1,0 +1,155 @@
+"""Decoding large pictures tile by tile, with no seams.
+
+Tiles decoded on their own differ at their borders for two reasons: convolutions do not see past the
+edge, and every GroupNorm takes its statistics from the tile. Here tiles overlap, and all tiles
+share one set of statistics, those of the whole picture, found in a few passes: each pass measures
+every layer with the statistics of the pass before, so layer after layer becomes exact. The middle
+block, whose attention sees all latents, runs untiled: it works at the size of the latents.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fluxjax.config import ConfigError
+from fluxjax.models.autoencoder import Autoencoder, GroupNorm
+
+Statistics = dict[str, tuple[Array, Array]]  # layer -> (mean, variance), each (b, groups)
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles of `tile` begin so that neighbours share at least `overlap`."""
+    if length <= tile:
+        return [0]
+    count = -(-(length - overlap) // (tile - overlap))
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def _weights(starts: list[int], tile: int, length: int) -> Float[np.ndarray, "tiles tile"]:
+    """What each tile contributes along one side; over all tiles it adds up to 1 at every place.
+
+    One tile gives way to the next in the middle quarter of their overlap: the rest of it is what
+    the convolutions see past the edge.
+    """
+    weights = np.ones((len(starts), tile), np.float32)
+    for i, (left, right) in enumerate(itertools.pairwise(starts)):
+        shared = left + tile - right
+        ramp = np.clip((np.arange(shared, dtype=np.float32) + 0.5) / shared * 4 - 1.5, 0, 1)
+        weights[i, tile - shared :] *= 1 - ramp
+        weights[i + 1, :shared] *= ramp
+    return weights
+
+
+def _moments(x: Array, weight: tuple[Array, Array], groups: int) -> tuple[Array, Array]:
+    """Weighted sums over pixels of x and x^2, per group: (b, groups) each."""
+    b, h, w, c = x.shape
+    # The weights are given per latent; features may be finer.
+    rows = jnp.repeat(weight[0], h // weight[0].shape[0])
+    columns = jnp.repeat(weight[1], w // weight[1].shape[0])
+    area = (rows[:, None] * columns[None, :])[None, :, :, None]
+    x = x.astype(jnp.float32)
+
+    def total(values: Array) -> Array:
+        return (values * area).sum((1, 2)).reshape(b, groups, c // groups).mean(-1)
+
+    # Scaled to the whole tile's pixels per latent, so that sums over tiles are means.
+    return total(x) / (h * w), total(jnp.square(x)) / (h * w)
+
+
+def _sharing(
+    statistics: Statistics | None, weight: tuple[Array, Array], seen: Statistics
+) -> Callable[..., Any]:
+    """An interceptor for GroupNorm: measures into `seen`, normalises with `statistics`."""
+
+    def intercept(call, args, kwargs, context):
+        norm = context.module
+        if not isinstance(norm, GroupNorm) or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        x, name = args[0], "/".join(norm.path)
+        seen[name] = _moments(x, weight, norm.groups)
+        if statistics is None:
+            return call(*args, **kwargs)
+        each = x.shape[-1] // norm.groups
+        mean, var = (jnp.repeat(v, each, axis=1)[:, None, None] for v in statistics[name])
+        scale, bias = (
+            norm.get_variable("params", k).astype(jnp.float32) for k in ("scale", "bias")
+        )
+        gain = jax.lax.rsqrt(var + 1e-6) * scale[None, None, None]
+        shift = bias[None, None, None] - mean * gain
+        return (x.astype(jnp.float32) * gain + shift).astype(norm.dtype)
+
+    return intercept
+
+
+@partial(jax.jit, static_argnames="model")
+def _middle(model: Autoencoder, params: Any, latents: Array) -> Array:
+    return model.apply({"params": params}, latents, method=model.decode_middle)
+
+
+@partial(jax.jit, static_argnames="model")
+def _tile(
+    model: Autoencoder, params: Any, features: Array, weight: Any, statistics: Statistics | None
+) -> tuple[Array, Statistics]:
+    seen: Statistics = {}
+    with nn.intercept_methods(_sharing(statistics, weight, seen)):
+        picture = model.apply({"params": params}, features, method=model.decode_up)
+    return picture, seen
+
+
+def decode_tiled(
+    model: Autoencoder,
+    params: Any,
+    latents: Float[Array | np.ndarray, "b h w c"],
+    *,
+    tile: int = 64,
+    overlap: float = 0.25,
+    passes: int = 4,
+) -> Float[np.ndarray, "b height width 3"]:
+    """`Autoencoder.decode` of latents of any size, holding one tile's features at a time.
+
+    `tile` is a tile's side in latents, `overlap` the least part of it shared with a neighbour,
+    `passes` how often the statistics are measured. Raises ConfigError for an overlap outside
+    [0, 0.5] or a tile below 8.
+    """
+    if not 0.0 <= overlap <= 0.5 or tile < 8:
+        raise ConfigError(f"tiles need overlap in [0, 0.5] and 8 latents, got {overlap}, {tile}")
+    b, h, w, _ = latents.shape
+    shared = round(tile * overlap)
+    sides = min(tile, h), min(tile, w)
+    tops, lefts = _starts(h, sides[0], shared), _starts(w, sides[1], shared)
+    rows, columns = _weights(tops, sides[0], h), _weights(lefts, sides[1], w)
+    features = _middle(model, params, latents)
+    places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
+
+    def decode(i: int, j: int, statistics: Statistics | None) -> tuple[Array, Statistics]:
+        cut = features[:, tops[i] : tops[i] + sides[0], lefts[j] : lefts[j] + sides[1]]
+        return _tile(model, params, cut, (rows[i], columns[j]), statistics)
+
+    statistics: Statistics | None = None
+    part = sides[0] * sides[1] / (h * w)  # one tile's area in the picture's
+    for _ in range(passes if len(places) > 1 else 0):
+        sums: Any = None
+        for i, j in places:
+            seen = decode(i, j, statistics)[1]
+            sums = seen if sums is None else jax.tree.map(jnp.add, sums, seen)
+        statistics = {
+            name: (mean * part, square * part - jnp.square(mean * part))
+            for name, (mean, square) in sums.items()
+        }
+    scale = model.config.scale
+    picture = np.zeros((b, h * scale, w * scale, model.config.out_channels), np.float32)
+    for i, j in places:
+        area = np.outer(np.repeat(rows[i], scale), np.repeat(columns[j], scale))[None, :, :, None]
+        top, left = tops[i] * scale, lefts[j] * scale
+        piece = np.asarray(decode(i, j, statistics)[0], np.float32) * area
+        picture[:, top : top + piece.shape[1], left : left + piece.shape[2]] += piece
+    return picture

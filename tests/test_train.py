@@ -1,0 +1,229 @@
+"""Objectives, the update, the loop, and the recipe of the embedded model from end to end."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fluxjax.config import TINY, AutoencoderConfig, ConfigError
+from fluxjax.models.autoencoder import Posterior
+from fluxjax.train import loop, objectives, tiny, transformer
+from fluxjax.train.step import TrainState, init_state, make_step, muon_dimensions, muon_optimizer
+
+SMALL = replace(
+    TINY,
+    transformer=replace(
+        TINY.transformer, num_layers=1, num_single_layers=1, num_attention_heads=1,
+        joint_attention_dim=16, pooled_projection_dim=8,
+    ),
+)  # fmt: skip
+
+
+def test_autoencoder_loss_is_zero_only_for_a_perfect_copy_at_the_prior():
+    image = jnp.ones((1, 2, 2, 3))
+    prior = Posterior(jnp.zeros((1, 1, 1, 4)), jnp.zeros((1, 1, 1, 4)))
+    assert float(objectives.autoencoder_loss(image, image, prior)) == 0.0
+    assert float(objectives.autoencoder_loss(image + 0.5, image, prior)) == pytest.approx(1.0)
+    # KL of N(2, 1) against N(0, 1) is 2 per latent.
+    moved = prior._replace(mean=prior.mean + 2)
+    loss = objectives.autoencoder_loss(image, image, moved, kl_weight=0.1)
+    assert float(loss) == pytest.approx(0.2)
+
+
+def test_times_have_the_shifted_logit_normal_density():
+    t = objectives.sample_times(jax.random.key(0), 20_000, 1.15)
+    # The median of sigmoid(N(0, 1)) is 1/2, which the shift moves to e^mu / (e^mu + 1).
+    assert float(jnp.median(t)) == pytest.approx(math.e**1.15 / (math.e**1.15 + 1), abs=0.01)
+    assert float(t.min()) > 0 and float(t.max()) < 1
+    np.testing.assert_allclose(objectives.shift_times(jnp.array([0.25]), 0.0), [0.25], rtol=1e-6)
+
+
+def test_path_from_data_to_noise_and_its_velocity():
+    data, noise = jnp.full((2, 3), 2.0), jnp.full((2, 3), -1.0)
+    path = objectives.interpolate(data, noise, jnp.array([0.0, 1.0]))
+    np.testing.assert_array_equal(path, jnp.stack([data[0], noise[1]]))
+    assert float(objectives.velocity_loss(noise - data, noise - data)) == 0.0
+    half = objectives.velocity_loss(jnp.full((1,), 3.0, jnp.bfloat16), jnp.array([3.001]))
+    assert half.dtype == jnp.float32 and float(half) > 0
+
+
+def test_guidance_extrapolates_from_the_unconditional():
+    guided = objectives.guided_velocity(
+        jnp.array([[2.0], [2.0]]), jnp.array([[1.0], [1.0]]), jnp.array([1.0, 3.0])
+    )
+    np.testing.assert_array_equal(guided, [[2.0], [4.0]])
+
+
+def _quadratic(params, key, target):
+    return jnp.square(params["w"] - target).sum()
+
+
+def test_update_that_is_not_finite_is_skipped_and_counted():
+    step = make_step(_quadratic, optax.sgd(0.1), seed=0, ema_decay=0.5)
+    state = init_state({"w": jnp.ones(2)}, optax.sgd(0.1))
+    state, metrics = step(state, jnp.nan)
+    assert int(metrics["skipped"]) == 1 and int(state.step) == 1
+    np.testing.assert_array_equal(state.params["w"], jnp.ones(2))
+    state, metrics = step(state, 0.0)
+    np.testing.assert_allclose(state.params["w"], 0.8 * jnp.ones(2), rtol=1e-6)
+    assert int(metrics["skipped"]) == 1
+
+
+def test_muon_takes_hidden_kernels_alone():
+    params = {
+        "x_embedder": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)},
+        "blocks": {"to_q": {"kernel": jnp.ones((3, 8, 6))}, "norm": {"scale": jnp.ones(8)}},
+        "decoder": {"conv_in": {"kernel": jnp.ones((3, 3, 2, 8))}},
+        "resnet": {"conv1": {"kernel": jnp.ones((3, 3, 8, 8))}},
+    }
+    chosen = muon_dimensions(params)
+    assert chosen["x_embedder"] == {"kernel": None, "bias": None}
+    assert chosen["decoder"]["conv_in"]["kernel"] is None
+    assert chosen["blocks"]["to_q"]["kernel"].output_axis == 2  # the leading axis is layers
+    assert chosen["resnet"]["conv1"]["kernel"].reduction_axis == (0, 1, 2)
+    gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    optimizer = muon_optimizer(1.0)
+    update, _ = optimizer.update(gradient, optimizer.init(params), params)
+    # Orthogonalised: all singular values of a hidden kernel's update are about equal.
+    values = jnp.linalg.svd(update["blocks"]["to_q"]["kernel"][0], compute_uv=False)
+    assert float(values.max() / values.min()) < 2.5
+
+
+def _loop(folder: Path, steps: int) -> TrainState:
+    def loss(params, key):
+        return jnp.square(params["w"] - jax.random.normal(key, (3,))).sum()
+
+    optimizer = optax.adam(0.1)
+    step = make_step(loss, optimizer, seed=1, ema_decay=0.9)
+    state = init_state({"w": jnp.zeros(3)}, optimizer)
+    return loop.run(state, lambda s, i: step(s), steps=steps, folder=folder, log_every=5)
+
+
+def test_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path):
+    straight = _loop(tmp_path / "a", 20)
+    _loop(tmp_path / "b", 10)
+    resumed = _loop(tmp_path / "b", 20)
+    for one, other in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+    rows = map(json.loads, (tmp_path / "b" / "metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+
+
+def _conditioner() -> transformer.Conditioner:
+    """Stands in for the frozen networks, whose own tests lie elsewhere."""
+
+    def encode_image(images):
+        n, h, w, _ = images.shape
+        return images.reshape(n, h // 16, 16, w // 16, 16, 3).mean((2, 4)).reshape(n, -1, 3) @ (
+            np.ones((3, 64), np.float32)
+        )
+
+    def encode_text(texts):
+        rows = np.array([[len(t), t.count("red")] for t in texts], np.float32)
+        return np.tile(rows[:, None, :1], (1, 4, 16)), np.tile(rows[:, 1:], (1, 8))
+
+    return transformer.Conditioner(encode_image, encode_text)
+
+
+def test_pool_is_the_same_after_a_resume():
+    stage = transformer.TransformerStage(batch=4, pool=128, fresh=32, buckets=((32, 48),))
+    pool = transformer.Pool(0, stage, _conditioner(), 0)
+    straight = [pool.batch(step) for step in range(6)][-1]
+    resumed = transformer.Pool(0, stage, _conditioner(), 5).batch(5)
+    for one, other in zip(straight, resumed, strict=True):
+        assert sorted(one.sum((-1,)).ravel().tolist()) == sorted(other.sum((-1,)).ravel().tolist())
+    assert straight.latents.shape == (4, 6, 64)
+
+
+@pytest.fixture(scope="module")
+def network():
+    model, params = transformer.init_transformer(SMALL, 0)
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    leaves, tree = jax.tree.flatten(params)
+    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    batch = transformer.Batch(
+        jax.random.normal(keys[0], (4, 4, 64)), jax.random.normal(keys[1], (4, 3, 16)),
+        jax.random.normal(keys[2], (4, 8)),
+    )  # fmt: skip
+    empty = transformer.Batch(jnp.zeros((1, 1, 1)), jnp.zeros((1, 3, 16)), jnp.zeros((1, 8)))
+    ids = transformer.image_ids(4, 4)
+    return model, jax.tree.unflatten(tree, noisy), batch, empty, ids
+
+
+def test_flow_matching_depends_on_the_caption_unless_it_is_dropped(network):
+    model, params, batch, empty, ids = network
+    other = batch._replace(text=batch.text + 1.0)
+    key = jax.random.key(3)
+
+    def losses(dropout):
+        loss = jax.jit(transformer.flow_matching_loss(model, dropout))
+        return [float(loss(params, key, b, empty, ids, jnp.float32(0.5))) for b in (batch, other)]
+
+    heard, dropped = losses(0.0), losses(1.0)
+    assert heard[0] != heard[1] and dropped[0] == dropped[1]
+
+
+def test_teacher_is_its_own_student_at_guidance_one(network):
+    model, params, batch, empty, ids = network
+    mu = jnp.float32(0.5)
+    values = []
+    for scales in ((1.0, 1.0), (3.0, 3.0)):
+        loss = jax.jit(transformer.guidance_distillation_loss(model, scales))
+        values.append(float(loss(params, jax.random.key(3), params, batch, empty, ids, mu)))
+    assert values[0] < 1e-9 < 1e-3 < values[1]
+
+
+def test_recipe_names_what_it_does_not_know(tmp_path):
+    for text, words in (
+        ("[transformer]\nstep = 3", "unknown key 'step'"),
+        ("[transformer]\nsteps = 'many'", "steps must be int"),
+        ("[transformer", "is not TOML"),
+    ):
+        (tmp_path / "r.toml").write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            tiny.read_recipe(tmp_path / "r.toml")
+    with pytest.raises(ConfigError, match="no recipe"):
+        tiny.read_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch):
+    from fluxjax.sample.pipeline import load_pipeline
+
+    recipe = tiny.read_recipe(Path(__file__).parents[1] / "train" / "tiny.toml")
+    few = replace(
+        recipe,
+        folder=tmp_path,
+        text=replace(
+            recipe.text, tokenizer_captions=4000, t5_steps=2, clip_steps=2, held_out_captions=128
+        ),
+        autoencoder=replace(
+            recipe.autoencoder, steps=3, small_steps=1, small_size=32, size=48, batch=2,
+            small_batch=2, decoder_steps=2,
+        ),
+        transformer=replace(
+            recipe.transformer, steps=2, decay_steps=1, batch=4, pool=64, buckets=((48, 32),)
+        ),
+        distill=replace(
+            recipe.distill, steps=2, decay_steps=1, batch=4, pool=64, buckets=((48, 32),)
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(tiny, "TINY", replace(TINY, vae=AutoencoderConfig(**_small_vae())))
+    folder = tiny.train_tiny(few)
+    pipe = load_pipeline(str(folder))
+    (image,) = pipe("a red circle", seed=1, width=48, height=32, steps=2)
+    assert image.size == (48, 32)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    assert tiny.train_tiny(few) == folder  # nothing is left to do
+    unchanged = {p: t for p, t in before.items() if p.parent.name != "transformer"}
+    assert all(p.stat().st_mtime_ns == t for p, t in unchanged.items())
+
+
+def _small_vae() -> dict:
+    return {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
