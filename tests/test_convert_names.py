@@ -1,6 +1,7 @@
 """Every name and shape of the published checkpoints maps onto our trees, each exactly once."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from fluxjax.checkpoint import engine, tables
 from fluxjax.checkpoint.detect import detect_network, infer_config
 from fluxjax.checkpoint.templates import abstract_params, parameter_count
-from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import DEV, PRESETS, T5_XXL, AutoencoderConfig
 
 BFL = {"dev": "dev", "schnell": "schnell", "canny-dev": "control", "fill-dev": "fill"}
@@ -97,6 +98,40 @@ def test_every_misfit_is_listed(shared):
     assert "unknown: surprise\\x1b.weight [1]" in text
     for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
         assert f"missing: single_transformer_blocks.7.{part}.bias" in text
+
+
+def test_bfl_values_land_where_diffusers_puts_them():
+    """Against diffusers' own converters: fused rows, swapped halves, reversed levels."""
+    import torch
+    from diffusers.loaders import single_file_utils as theirs
+
+    rng = np.random.default_rng(0)
+
+    def arrays_of(reference, table):
+        lazy = {n: of_array(rng.standard_normal(s, np.float32)) for n, s in reference.items()}
+        bfl = engine.from_reference(lazy, table)
+        arrays = {name: torch.from_numpy(tensor.read()) for name, tensor in bfl.items()}
+        return arrays, {
+            name: t.read() for name, t in engine.to_reference(bfl, table, reference).items()
+        }
+
+    def assert_equal(converted, ours):
+        assert converted.keys() == ours.keys()
+        for name, tensor in converted.items():
+            np.testing.assert_array_equal(tensor.numpy(), ours[name], name)
+
+    # diffusers counts on FLUX's width; two columns are enough, since only rows are rearranged.
+    config = replace(DEV.transformer, num_layers=1, num_single_layers=1)
+    _, shapes = reference_shapes(config, False)
+    narrow = {name: (s[0], *(2 for _ in s[1:])) for name, s in shapes.items()}
+    bfl, ours = arrays_of(narrow, tables.BFL_FLUX)
+    assert_equal(theirs.convert_flux_transformer_checkpoint_to_diffusers(bfl), ours)
+
+    config = AutoencoderConfig(block_out_channels=(32, 32, 64), norm_num_groups=32)
+    _, shapes = reference_shapes(config, False)
+    bfl, ours = arrays_of(shapes, tables.bfl_autoencoder(3))
+    vae = {"down_block_types": [0] * 3, "up_block_types": [0] * 3, "layers_per_block": 2}
+    assert_equal(theirs.convert_ldm_vae_checkpoint(bfl, vae), ours)
 
 
 def test_open_sora_is_named(shared):

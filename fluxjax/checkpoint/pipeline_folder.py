@@ -57,7 +57,7 @@ _DEFAULTS = ("max_sequence_length", "steps", "guidance", "width", "height")
 
 def weights_stem(component: str) -> str:
     """diffusers' and transformers' names for the weights file."""
-    return "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+    return "diffusion_pytorch_model" if component in ("transformer", "vae") else "model"
 
 
 def scheduler_of(transformer: FluxConfig) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from rich.progress import (
 
 @contextmanager
 def byte_progress(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
-    """Gives `advance(name of the tensor, bytes)`."""
+    """Gives `advance(name of the tensor, bytes)`. Nothing is drawn where no terminal looks on."""
     columns = (
         BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
         task = bars.add_task("", total=total)
         yield lambda name, count: bars.update(task, advance=count, description=name[-40:])

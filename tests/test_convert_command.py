@@ -1,0 +1,215 @@
+"""The command: what it prints, what it refuses, what it leaves behind, its memory."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+import random_checkpoints as make
+
+from fluxjax.checkpoint import engine, tables
+from fluxjax.checkpoint.safetensors_file import write_safetensors
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.tensors import Tensor, of_array
+from fluxjax.config import DEV
+from fluxjax.convert import convert
+from fluxjax.convert.destination import whole_or_nothing
+
+COMMAND = [sys.executable, "-m", "fluxjax.convert"]
+
+
+def command(*arguments):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def vae_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "ae.safetensors"
+    arrays = make.bfl_arrays(make.SMALL.vae)
+    write_safetensors(path, {name: of_array(array) for name, array in arrays.items()})
+    return path
+
+
+def plan(source, destination, to="diffusers", **options):
+    return convert.plan(source, destination, to, **options)
+
+
+def test_command_converts_and_refuses_in_one_sentence(tmp_path, vae_file):
+    done = command(vae_file, tmp_path / "vae")
+    assert done.returncode == 0, done.stderr
+    assert "FLUX autoencoder, 16 latent channels: 679,043 parameters, bfloat16" in done.stderr
+    assert "MB/s" in done.stdout
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").is_file()
+    again = command(vae_file, tmp_path / "vae")
+    assert again.returncode == 2
+    assert again.stderr == f"error: {tmp_path / 'vae'} exists; give --overwrite to replace it\n"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin", ".pth"])
+def test_pickles_are_refused(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match=r"is a pickle, which can run any code.*safetensors"):
+        plan(path, tmp_path / "out")
+
+
+def test_sources_that_are_none(tmp_path, vae_file):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        plan(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        plan(tmp_path, tmp_path.parent / "out")
+    with pytest.raises(ValueError, match="GGUF"):
+        (tmp_path / "flux.gguf").touch()
+        plan(tmp_path / "flux.gguf", tmp_path / "out")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(vae_file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"cut.safetensors is no valid safetensors file"):
+        plan(cut, tmp_path / "out")
+
+
+def test_destinations_that_must_not_be_touched(tmp_path, vae_file):
+    own = tmp_path / "letters"
+    own.mkdir()
+    (own / "letter.txt").write_text("dear")
+    with pytest.raises(FileExistsError, match="is no model, so it is not overwritten"):
+        plan(vae_file, own, overwrite=True)
+    with pytest.raises(ValueError, match="is or contains the source"):
+        plan(vae_file, vae_file.parent, overwrite=True)
+    with pytest.raises(ValueError, match="is or contains the source"):
+        plan(vae_file, vae_file, "bfl", overwrite=True)
+    folder = tmp_path / "folder"
+    convert.run(plan(vae_file, folder))
+    with pytest.raises(ValueError, match="lies inside the source"):
+        plan(folder, folder / "inner", "orbax")
+    with pytest.raises(ValueError, match="named like a single file"):
+        plan(folder, tmp_path / "x.safetensors", "diffusers")
+
+
+def test_overwrite_replaces_the_whole(tmp_path, vae_file):
+    folder = tmp_path / "folder"
+    convert.run(plan(vae_file, folder))
+    (folder / "stale.json").write_text("{}")
+    convert.run(plan(vae_file, folder, "orbax", overwrite=True))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "params", "params.sha256.json",
+    ]  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("failure", [OSError("disk on fire"), KeyboardInterrupt()])
+def test_a_failure_leaves_what_was_there(tmp_path, failure):
+    destination = tmp_path / "model"
+    destination.mkdir()
+    (destination / "old").touch()
+    with pytest.raises(type(failure)), whole_or_nothing(destination) as part:
+        part.mkdir()
+        (part / "new").touch()
+        raise failure
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
+        "model", "model/old",
+    ]  # fmt: skip
+
+
+def test_no_space(tmp_path, vae_file, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(OSError, match="not enough space"):
+        convert.run(plan(vae_file, tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_with_paths_are_only_names(tmp_path):
+    arrays = {"../../outside": np.zeros(2, np.float32), **make.bfl_arrays(make.SMALL.vae)}
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {name: of_array(array) for name, array in arrays.items()})
+    with pytest.raises(engine.MappingError, match=r"unknown: \.\./\.\./outside"):
+        plan(path, tmp_path / "out")
+
+
+def test_torch_is_not_imported(tmp_path, vae_file):
+    code = (
+        "import sys, pathlib; from fluxjax.convert import convert\n"
+        f"convert.run(convert.plan(pathlib.Path({str(vae_file)!r}), "
+        f"pathlib.Path({str(tmp_path / 'out')!r}), 'orbax'))\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def big_file(path, blocks):
+    """Random bits of a transformer of FLUX.1's width with `blocks` single blocks of 283 MB."""
+    config = replace(DEV.transformer, num_layers=0, num_single_layers=blocks)
+    rng = np.random.default_rng(0)
+
+    def random(shape):
+        def rows(start, stop):
+            count = int(np.prod((stop - start, *shape[1:]), dtype=np.int64))
+            data = np.frombuffer(rng.bytes(2 * count), ml_dtypes.bfloat16)
+            return data.reshape(stop - start, *shape[1:])
+
+        return Tensor(shape, np.dtype(ml_dtypes.bfloat16), rows, by_rows=True)
+
+    leaves = engine.reference_leaves(abstract_params(config))
+    reference = {name: random(leaf.shape) for name, leaf in leaves.items()}
+    write_safetensors(path, engine.from_reference(reference, tables.BFL_FLUX))
+    return path
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """A file of 1 GB is converted in well under 1 GB, imports and all."""
+    source = big_file(tmp_path / "big.safetensors", 3)
+    assert source.stat().st_size > 0.9e9
+    for to in ("diffusers", "orbax"):
+        code = (
+            "import resource, sys; from fluxjax.convert.__main__ import main; main()\n"
+            "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "assert peak < 700_000, peak"
+        )
+        arguments = [str(source), str(tmp_path / "out"), "--to", to, "--overwrite"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            # Allocators that never give memory back would count it all.
+            env={key: v for key, v in os.environ.items() if not key.startswith("MALLOC_")},
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_recipe_round_trip(tmp_path):
+    """convert/round_trip.sh and convert/tensors.py, on a small random pipeline."""
+    recipe = Path(__file__).resolve().parents[1] / "convert" / "round_trip.sh"
+    model = make.pipeline_folder(tmp_path / "model")
+    done = subprocess.run(
+        ["bash", recipe, model, tmp_path / "work"], capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("the same bits\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c(tmp_path):
+    source = big_file(tmp_path / "big.safetensors", 2)
+    process = subprocess.Popen(
+        [*COMMAND, str(source), str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(6000):
+        time.sleep(0.01)
+        if list(tmp_path.glob(".out*")):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert [p.name for p in tmp_path.iterdir()] == ["big.safetensors"]
