@@ -1,0 +1,61 @@
+"""One model in every form that is read draws the same picture; half a model is named."""
+
+import numpy as np
+import pytest
+from torch_pipeline import random_pipeline  # noqa: F401
+
+import fluxjax
+from fluxjax.config import ConfigError
+from fluxjax.convert import convert
+
+CHOSEN = {"width": 64, "height": 64, "steps": 3, "max_sequence_length": 16, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def forms(random_pipeline, tmp_path_factory):  # noqa: F811
+    """The folders of the same model: diffusers', BFL's files, Orbax."""
+    folders = {"diffusers": random_pipeline}
+    for form in ("bfl", "orbax"):
+        folders[form] = tmp_path_factory.mktemp("forms") / form
+        convert.run(convert.plan(random_pipeline, folders[form], form))
+    return folders
+
+
+def test_every_form_draws_the_same_picture(forms):
+    bfl = forms["bfl"]
+    first = fluxjax.load_pipeline(forms["diffusers"])
+    expected = np.asarray(first("a red circle", **CHOSEN)[0])
+    for arguments in (
+        {"model": forms["orbax"]},
+        {"model": bfl},
+        {
+            "model": bfl / "flux1-dev.safetensors",
+            "text_encoders": bfl,
+            "vae": bfl / "ae.safetensors",
+        },
+        {
+            "model": bfl / "flux1-dev.safetensors",
+            "text_encoders": forms["diffusers"],
+            "vae": forms["diffusers"] / "vae",
+        },
+    ):
+        pipe = fluxjax.load_pipeline(**arguments)
+        pipe.programs = first.programs  # the same networks: nothing to compile again
+        got = np.asarray(pipe("a red circle", **CHOSEN)[0])
+        np.testing.assert_array_equal(got, expected, err_msg=str(arguments))
+
+
+def test_what_a_single_file_lacks_is_named(forms, tmp_path):
+    bfl = forms["bfl"]
+    flux, vae = bfl / "flux1-dev.safetensors", bfl / "ae.safetensors"
+    for arguments, words in (
+        ((flux, None, None), "needs text encoders"),
+        ((flux, bfl, None), "needs a vae"),
+        ((vae, bfl, vae), "holds no FLUX transformer but vae"),
+        ((flux, bfl, flux), "holds no FLUX autoencoder but transformer"),
+        ((flux, tmp_path, vae), "text_encoder"),
+        ((bfl, None, vae), "is none"),
+    ):
+        model, text_encoders, autoencoder = arguments
+        with pytest.raises((ConfigError, FileNotFoundError), match=words):
+            fluxjax.load_pipeline(model, text_encoders=text_encoders, vae=autoencoder)
