@@ -23,7 +23,7 @@ def folder(random_pipeline, tmp_path_factory):  # noqa: F811
     copy = tmp_path_factory.mktemp("live") / "pipeline"
     shutil.copytree(random_pipeline, copy)
     random = np.random.default_rng(0)
-    for path in copy.glob("*/*.safetensors"):
+    for path in sorted(copy.glob("*/*.safetensors")):
         tensors = load_file(path)
         for name, value in tensors.items():
             if path.parent.name == "text_encoder_2":
@@ -31,6 +31,9 @@ def folder(random_pipeline, tmp_path_factory):  # noqa: F811
                 tensors[name] = value * np.float32(0.3 if value.ndim == 2 else 1.0)
             elif value.ndim == 1:
                 tensors[name] = value + random.normal(0, 0.1, value.shape).astype(np.float32)
+            elif name.endswith("conv2.weight"):
+                # Residual branches of full strength are 2 % off in either's bfloat16.
+                tensors[name] = value * np.float32(0.3)
         save_file(tensors, path, {"format": "pt"})
     small = {"max_sequence_length": 32, "steps": 2, "guidance": 3.5, "width": 64, "height": 48}
     (copy / "fluxjax.json").write_text(json.dumps(small))

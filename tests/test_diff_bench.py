@@ -1,0 +1,49 @@
+"""`python -m fluxjax.diff bench`: turns, medians, and that both sides do the same work."""
+
+import json
+
+import jax
+import pytest
+import torch
+from rich.console import Console
+
+from fluxjax.diff import bench
+from fluxjax.diff.bench import Measure, medians, print_measures, wide_transformer
+from fluxjax.diff.commands import Bench, execute
+
+
+def test_sides_take_turns():
+    calls = []
+    sides = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = medians(sides, rounds=3)
+    assert "".join(calls) == "abc" + "abc" + "cba" + "abc"
+    assert seconds.keys() == set("abc") and all(value >= 0 for value in seconds.values())
+
+
+def test_ratio_above_one_is_faster(capsys):
+    measure = Measure(what="work", ours=2.0, theirs=3.0, beside="other", wanted="1.3")
+    assert measure.ratio == 1.5 and Measure(what="alone", ours=1.0).ratio is None
+    print_measures([measure], Console(width=120))
+    out = capsys.readouterr().out
+    assert "1.50" in out and "2 s" in out and "other" in out
+
+
+def test_both_transformers_compute_the_same():
+    (measure,) = wide_transformer(1, heads=1)
+    assert "width 128" in measure.what
+    apart = float(measure.what.split("apart by ")[1].rstrip(")"))
+    assert 0 < apart < 1e-5
+
+
+def test_json_and_refusals(monkeypatch, capsys, tmp_path):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(bench, "attention", lambda rounds: [Measure(what=str(rounds), ours=1.0)])
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    assert execute(Bench(only=("attention",), rounds=7, threads=threads, json=True)) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["what"] == "7" and row["ratio"] is None
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match="needs a GPU"):
+            execute(Bench(only=("gpu",)))
+    with pytest.raises(ValueError, match="at least 1"):
+        execute(Bench(rounds=0))
