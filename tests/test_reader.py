@@ -141,9 +141,7 @@ class Painter(Pipeline):
     def __init__(self, wrong: int):
         self.defaults = Settings(width=96, height=96, steps=2)
         self.wrong, self.batches, self.seeds, self.settings = wrong, [], [], None
-        # The autoencoder of this pipeline gives back what it gets.
-        decoder = SimpleNamespace(apply=lambda variables, pictures: pictures)
-        self.programs = SimpleNamespace(module=lambda name: decoder)
+        self.config, self.dtype = SimpleNamespace(vae=None), np.dtype(np.float32)
         self.known = {}
         for held_out in (True, False):
             prompts = draw_prompts(8, seed=5, held_out=held_out, **SIDE)
@@ -165,7 +163,10 @@ class Painter(Pipeline):
         return np.round((pictures_of(scenes) + 1) * 127.5).astype(np.uint8)
 
 
-def test_evaluation_counts_by_group_writes_a_sheet_and_prints(tmp_path, capsys):
+def test_evaluation_counts_by_group_writes_a_sheet_and_prints(tmp_path, capsys, monkeypatch):
+    # An autoencoder that gives back what it gets.
+    same = SimpleNamespace(apply=lambda variables, pictures: pictures)
+    monkeypatch.setattr(measure, "Autoencoder", lambda *sizes: same)
     pipeline = Painter(wrong=3)
     settings = EvaluateSettings(
         prompts=16, batch=6, seed=5, true_cfg_scale=2.0, sheet=tmp_path / "sheet.png"

@@ -20,6 +20,7 @@ import tyro
 from jaxtyping import Float, UInt8
 
 from fluxjax.config import ConfigError
+from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings, override
@@ -167,7 +168,8 @@ def reconstruct_pictures(
     from fluxjax.sample.pictures import to_bytes
 
     params = pipeline.params("vae")
-    run = jax.jit(pipeline.programs.module("decode").apply)
+    model = Autoencoder(pipeline.config.vae, pipeline.dtype, pipeline.dtype)
+    run = jax.jit(model.apply)
     parts = []
     for start in range(0, len(pictures), batch):
         part = pictures[start : start + batch]

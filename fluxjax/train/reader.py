@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import permutations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,9 +184,10 @@ def _fit(opacity: Float[np.ndarray, "height width"], side: int, colour: int) -> 
 
 def _parts(mask: Mask, smallest: float) -> list[Mask]:
     """Components of at least `smallest` pixels."""
-    labels, n = ndimage.label(mask)
-    sizes = np.bincount(labels.ravel(), minlength=n + 1)
-    return [labels == i for i in range(1, n + 1) if sizes[i] >= smallest]
+    labels: Any = np.empty(mask.shape, np.int32)
+    ndimage.label(mask, output=labels)
+    sizes = np.bincount(labels.ravel())
+    return [labels == i for i in range(1, len(sizes)) if sizes[i] >= smallest]
 
 
 def _cut(mask: Mask, smallest: float) -> list[Mask]:
@@ -196,8 +197,9 @@ def _cut(mask: Mask, smallest: float) -> list[Mask]:
         eroded = ndimage.binary_erosion(eroded)
         seeds = _parts(eroded, smallest / 4)
         if len(seeds) > 1:
-            away = np.stack([ndimage.distance_transform_edt(~seed) for seed in seeds])
-            return [mask & (away.argmin(0) == i) for i in range(len(seeds))]
+            away: list[Any] = [ndimage.distance_transform_edt(~seed) for seed in seeds]
+            nearest = np.stack(away).argmin(0)
+            return [mask & (nearest == i) for i in range(len(seeds))]
     return [mask]
 
 

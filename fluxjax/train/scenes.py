@@ -69,6 +69,7 @@ def _held_out_tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 _OBJECT_HELD_OUT, _PAIR_HELD_OUT = _held_out_tables()
+Field = Array | np.ndarray
 
 
 class Scene(NamedTuple):
@@ -77,17 +78,17 @@ class Scene(NamedTuple):
     `kind` indexes KINDS, `relation` RELATIONS (object 0 stands so to object 1), `split` SPLITS.
     """
 
-    kind: Array  # int
-    count: Array  # int, 1 to 3
-    shape: Array  # int (3,)
-    colour: Array  # int (3,)
-    size: Array  # int (3,)
-    relation: Array  # int
-    centre: Array  # float (3, 2), x and y
-    radius: Array  # float (3,)
-    angle: Array  # float (3,), radians
-    background: Array  # int (2,)
-    split: Array  # int
+    kind: Field  # int
+    count: Field  # int, 1 to 3
+    shape: Field  # int (3,)
+    colour: Field  # int (3,)
+    size: Field  # int (3,)
+    relation: Field  # int
+    centre: Field  # float (3, 2), x and y
+    radius: Field  # float (3,)
+    angle: Field  # float (3,), radians
+    background: Field  # int (2,)
+    split: Field  # int
 
 
 def _attributes(key: PRNGKeyArray) -> tuple[Array, ...]:
