@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from fluxjax.checkpoint import engine, safetensors_file
 from fluxjax.checkpoint.component_json import network_config
+from fluxjax.checkpoint.orbax_params import read_orbax, write_orbax
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config, save_params, write_config
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.sharded import read_sharded
@@ -178,3 +179,18 @@ def test_blocks_cover_a_tensor_in_order():
     blocks = list(of_array(array).blocks(max_bytes=90))
     assert [len(block) for block in blocks] == [2, 2, 2, 1]
     assert (np.concatenate(blocks) == array).all()
+
+
+def test_orbax_itself_restores_what_we_stream(tmp_path):
+    import orbax.checkpoint as ocp
+
+    tree = make.random_tree(make.SMALL.text_encoder, np.float16)
+    write_orbax(tmp_path / "params", jax.tree.map(of_array, tree))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree
+    )
+    restored = ocp.StandardCheckpointer().restore(tmp_path / "params", target)
+    jax.tree.map(np.testing.assert_array_equal, restored, tree)
+    lazy = read_orbax(tmp_path / "params")
+    jax.tree.map(lambda t, a: np.testing.assert_array_equal(t.read(), a), lazy, tree)

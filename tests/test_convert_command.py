@@ -1,5 +1,6 @@
 """The command: what it prints, what it refuses, what it leaves behind, its memory."""
 
+import json
 import os
 import signal
 import subprocess
@@ -132,6 +133,16 @@ def test_names_with_paths_are_only_names(tmp_path):
     write_safetensors(path, {name: of_array(array) for name, array in arrays.items()})
     with pytest.raises(engine.MappingError, match=r"unknown: \.\./\.\./outside"):
         plan(path, tmp_path / "out")
+
+
+def test_a_model_index_cannot_reach_outside(tmp_path):
+    model = make.pipeline_folder(tmp_path / "models" / "model")
+    (tmp_path / "models" / "secret.json").write_text("{}")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "..": ["a", "b"]}))
+    copies = plan(model, tmp_path / "out").copies
+    assert copies
+    assert not any(".." in path.parts for path in copies)
 
 
 def test_torch_is_not_imported(tmp_path, vae_file):

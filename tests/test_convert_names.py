@@ -145,6 +145,10 @@ def test_open_sora_is_named(shared):
     [
         ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"}, "LoRA"),
         ({"model.diffusion_model.input_blocks.0.0.weight"}, "Stable Diffusion"),
+        (
+            {"pos_embed.proj.weight", "time_text_embed.timestep_embedder.linear_1.weight"},
+            "Stable Diffusion 3",
+        ),
         ({"a", "b"}, "names like 'a', 'b'"),
     ],
 )

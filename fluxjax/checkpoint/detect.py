@@ -62,11 +62,19 @@ def split_prefixes(names: Collection[str]) -> dict[str, dict[str, str]]:
     return groups
 
 
+def refuse_foreign(names: Collection[str]) -> None:
+    """Raises ConfigError for checkpoints of other families, which share some names with ours."""
+    for pattern, what in _FOREIGN:
+        if any(re.fullmatch(pattern, name) for name in names):
+            raise ConfigError(f"these are the tensors of {what}; FLUX, T5 and CLIP are converted")
+
+
 def detect_network(names: Collection[str]) -> tuple[str, Dialect]:
     """The component ("clip" for text and vision in one) and whose names these are.
 
     Raises ConfigError saying what it looks like instead.
     """
+    refuse_foreign(names)
     found: dict[str, Dialect] = {}
     for component, dialect, signature in _SIGNATURES:
         if any(re.fullmatch(signature, name) for name in names):
@@ -77,9 +85,6 @@ def detect_network(names: Collection[str]) -> tuple[str, Dialect]:
         return next(iter(found.items()))
     if found:
         raise ConfigError(f"the names fit several networks: {', '.join(found)}")
-    for pattern, what in _FOREIGN:
-        if any(re.fullmatch(pattern, name) for name in names):
-            raise ConfigError(f"these are the tensors of {what}; FLUX, T5 and CLIP are converted")
     some = ", ".join(repr(name) for name in sorted(names)[:3])
     raise ConfigError(
         f"no FLUX transformer, FLUX autoencoder, T5 encoder or CLIP is known by names like {some}"

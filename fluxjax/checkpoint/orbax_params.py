@@ -6,6 +6,7 @@ restore it, into any sharding.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,33 +41,32 @@ def write_orbax(
         Small ones go together: each commit to the disk costs tens of milliseconds.
         """
 
-        async def _background_serialize(
-            self, values: Sequence[Tensor], infos: Sequence[Any], args: Any = None
-        ) -> None:
-            for batch in _batches([value.nbytes for value in values]):
-                arrays = [np.asarray(values[i].read()) for i in batch]
-                await super()._background_serialize(
-                    arrays, [infos[i] for i in batch], [args[i] for i in batch]
-                )
-                for i in batch if progress else ():
-                    progress(infos[i].name, values[i].nbytes)
-
         async def serialize(
             self, values: Sequence[Any], infos: Sequence[Any], args: Any = None
         ) -> Any:
             args = args or [ocp.SaveArgs()] * len(values)
-            await self._background_serialize(values, infos, args)
+            for batch in _batches([value.nbytes for value in values]):
+                arrays = [np.asarray(values[i].read()) for i in batch]
+                written = await super().serialize(
+                    arrays, [infos[i] for i in batch], [args[i] for i in batch]
+                )
+                for future in written:
+                    await asyncio.to_thread(future.result)
+                if progress:
+                    for i in batch:
+                        progress(infos[i].name, values[i].nbytes)
             return []
 
     leaves = {path: as_tensor(leaf) for path, leaf in engine.flatten(params).items()}
     args = dict.fromkeys(leaves, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
-    registry = ocp.type_handlers.create_type_handler_registry((Tensor, LazyHandler()))
+    handler = LazyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((Tensor, handler))
     with _quiet():
-        handler = ocp.PyTreeCheckpointHandler(
+        trees = ocp.PyTreeCheckpointHandler(
             use_ocdbt=True, use_compression=False, type_handler_registry=registry
         )
         save = ocp.args.PyTreeSave(engine.unflatten(leaves), engine.unflatten(args))
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(trees) as checkpointer:
             checkpointer.save(Path(folder).absolute(), args=save)
     write_manifest(Path(folder))
 

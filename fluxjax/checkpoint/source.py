@@ -22,6 +22,7 @@ from fluxjax.checkpoint.detect import (
     Dialect,
     detect_network,
     infer_config,
+    refuse_foreign,
     split_prefixes,
 )
 from fluxjax.checkpoint.orbax_params import is_orbax, read_orbax
@@ -156,6 +157,10 @@ def open_file(
         raise ValueError(f"{path} is GGUF, which is not read: use the .safetensors of this model")
     raw, metadata = read_safetensors(path)
     saved = _saved(metadata.get(METADATA_KEY), path)
+    try:
+        refuse_foreign(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     groups = split_prefixes(raw)
     if len(groups) > 1 and "" in groups:
         names = ", ".join(map(repr, sorted(groups[""])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -118,7 +119,8 @@ def _copies(source: Path) -> dict[Path, Path]:
     folders = [name for name, part in read_json(source / "model_index.json").items()
                if isinstance(part, list) and part != [None, None]]  # fmt: skip
     copies = {}
-    for folder in [".", *(name for name in folders if Path(name).name == name)]:
+    # Names from a stranger's file: plain words only, never a path.
+    for folder in [".", *(name for name in folders if re.fullmatch(r"\w+", name))]:
         for path in sorted((source / folder).glob("*")):
             is_text = path.is_file() and path.suffix in _TEXT and not path.name.startswith(".")
             ours = path.name == "fluxjax_source.json" or path.name.endswith(
