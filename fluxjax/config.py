@@ -74,7 +74,7 @@ class FluxConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """The KL autoencoder. Defaults are FLUX.1's: 16 channels, 8 x smaller, no quant convolutions."""
+    """The KL autoencoder. Defaults are FLUX.1's: 16 channels, 8 x smaller, no quant layers."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -247,9 +247,7 @@ SCHNELL = replace(
     guidance=0.0,
 )
 KONTEXT = DEV
-FILL = replace(
-    DEV, transformer=replace(DEV.transformer, in_channels=384), steps=50, guidance=30.0
-)
+FILL = replace(DEV, transformer=replace(DEV.transformer, in_channels=384), steps=50, guidance=30.0)
 CONTROL = replace(DEV, transformer=replace(DEV.transformer, in_channels=128))
 
 # The embedded model: every part of the published architecture, small, trained on drawn scenes.

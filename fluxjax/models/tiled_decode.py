@@ -91,14 +91,14 @@ def _sharing(
 
 
 @partial(jax.jit, static_argnames="model")
-def _middle(model: Autoencoder, params: Any, latents: Array) -> Array:
+def _middle(model: Autoencoder, params: Any, latents: Array) -> Any:
     return model.apply({"params": params}, latents, method=model.decode_middle)
 
 
 @partial(jax.jit, static_argnames="model")
 def _tile(
     model: Autoencoder, params: Any, features: Array, weight: Any, statistics: Statistics | None
-) -> tuple[Array, Statistics]:
+) -> tuple[Any, Statistics]:
     seen: Statistics = {}
     with nn.intercept_methods(_sharing(statistics, weight, seen)):
         picture = model.apply({"params": params}, features, method=model.decode_up)

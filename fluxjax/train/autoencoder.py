@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ class AutoencoderStage:
 
 def reconstruct(model: Autoencoder, params: Tree, images: jax.Array) -> jax.Array:
     """Through the posterior mean and back, clamped to [-1, 1]."""
-    return jnp.clip(model.apply({"params": params}, images), -1.0, 1.0)
+    reconstruction: Any = model.apply({"params": params}, images)
+    return jnp.clip(reconstruction, -1.0, 1.0)
 
 
 def psnr(reconstruction: jax.Array, images: jax.Array) -> jax.Array:
@@ -47,7 +49,8 @@ def psnr(reconstruction: jax.Array, images: jax.Array) -> jax.Array:
 
 def latent_statistics(model: Autoencoder, params: Tree, images: jax.Array) -> tuple[float, float]:
     """(shift, scale) that give the latents of `images` mean 0 and standard deviation 1."""
-    latents = model.apply({"params": params}, images, method=model.encode).mean
+    posterior: Any = model.apply({"params": params}, images, method=model.encode)
+    latents = posterior.mean
     return float(latents.mean()), float(1.0 / latents.std())
 
 
@@ -87,7 +90,8 @@ def train_autoencoder(config: AutoencoderConfig, stage: AutoencoderStage, folder
             posterior = model.encode(images)
             return model.decode(posterior.sample(noise)), posterior
 
-        reconstruction, posterior = model.apply({"params": params}, images, method=forward)
+        both: Any = model.apply({"params": params}, images, method=forward)
+        reconstruction, posterior = both
         return autoencoder_loss(reconstruction, images, posterior, kl_weight=stage.kl_weight)
 
     step = make_step(
@@ -119,8 +123,8 @@ def finetune_decoder(
     def loss(decoder: Tree, key: jax.Array, encoder: Tree) -> jax.Array:
         draw, noise = jax.random.split(key)
         images = _draw(draw, stage.batch, stage.size)
-        posterior = model.apply({"params": {"encoder": encoder}}, images, method=model.encode)
-        reconstruction = model.apply(
+        posterior: Any = model.apply({"params": {"encoder": encoder}}, images, method=model.encode)
+        reconstruction: Any = model.apply(
             {"params": {"decoder": decoder}}, posterior.sample(noise), method=model.decode
         )
         return autoencoder_loss(reconstruction, images, posterior, kl_weight=0.0)

@@ -6,9 +6,10 @@ Autoencoder and text encoders are frozen: they only fill the pool of examples.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,16 +63,20 @@ class DistillStage(TransformerStage):
 class Batch(NamedTuple):
     """What the transformer reads and predicts, before noise."""
 
-    latents: Float[Array, "b image c"]
-    text: Float[Array, "b text d"]
-    pooled: Float[Array, "b p"]
+    latents: Float[Array | np.ndarray, "b image c"]
+    text: Float[Array | np.ndarray, "b text d"]
+    pooled: Float[Array | np.ndarray, "b p"]
 
 
 class Conditioner(NamedTuple):
     """Frozen networks around the transformer, as functions with their parameters bound."""
 
-    encode_image: object  # (n, height, width, 3) -> (n, image, channels), normalised and packed
-    encode_text: object  # list of n captions -> ((n, text, d), (n, p))
+    encode_image: Callable[
+        [Any], Any
+    ]  # (n, height, width, 3) -> (n, image, channels), normalised and packed
+    encode_text: Callable[
+        [list[str]], tuple[Any, Any]
+    ]  # list of n captions -> ((n, text, d), (n, p))
 
 
 def image_encoder(config: PipelineConfig, params: Tree):
@@ -80,8 +85,8 @@ def image_encoder(config: PipelineConfig, params: Tree):
 
     @jax.jit
     def encode(images: Float[Array, "n h w 3"]) -> Float[Array, "n image c"]:
-        mean = model.apply({"params": params}, images, method=model.encode).mean
-        return pack(jnp.moveaxis(normalize_latents(mean, config.vae), -1, 1))
+        posterior: Any = model.apply({"params": params}, images, method=model.encode)
+        return pack(jnp.moveaxis(normalize_latents(posterior.mean, config.vae), -1, 1))
 
     return encode
 
@@ -147,7 +152,7 @@ class Batches:
         return self.pools[size].batch(step), ids, mu
 
 
-def _predict(model: FluxTransformer, params: Tree, x: Array, batch: Batch, t, ids, guidance):
+def _predict(model: FluxTransformer, params: Tree, x: Array, batch: Batch, t, ids, guidance) -> Any:
     if not model.config.guidance_embeds:
         guidance = None
     return model.apply(
@@ -160,7 +165,7 @@ def _noised(key: jax.Array, batch: Batch, mu: float | Array):
     times, noises = jax.random.split(key)
     t = sample_times(times, batch.latents.shape[0], mu)
     noise = jax.random.normal(noises, batch.latents.shape)
-    return t, noise, interpolate(batch.latents, noise, t)
+    return t, noise, interpolate(jnp.asarray(batch.latents), noise, t)
 
 
 def flow_matching_loss(model: FluxTransformer, dropout: float):
@@ -178,7 +183,7 @@ def flow_matching_loss(model: FluxTransformer, dropout: float):
         batch = Batch(batch.latents, text, pooled)
         t, noise, x = _noised(key, batch, mu)
         velocity = _predict(model, params, x, batch, t, ids, jnp.ones(n))
-        return velocity_loss(velocity, noise - batch.latents)
+        return velocity_loss(velocity, noise - jnp.asarray(batch.latents))
 
     return loss
 
@@ -205,7 +210,8 @@ def guidance_distillation_loss(model: FluxTransformer, scales: tuple[float, floa
         twice = _predict(
             model, teacher, jnp.tile(x, (2, 1, 1)), both, jnp.tile(t, 2), ids, jnp.ones(2 * n)
         )
-        target = guided_velocity(*jnp.split(jax.lax.stop_gradient(twice), 2), scale)
+        conditional, unconditional = jnp.split(jax.lax.stop_gradient(twice), 2)
+        target = guided_velocity(conditional, unconditional, scale)
         return velocity_loss(_predict(model, params, x, batch, t, ids, scale), target)
 
     return loss
