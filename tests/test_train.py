@@ -194,7 +194,7 @@ def test_recipe_names_what_it_does_not_know(tmp_path):
 
 @pytest.mark.slow
 def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch):
-    from fluxjax.sample.pipeline import load_pipeline
+    from fluxjax.sample.loading import load_pipeline
 
     recipe = tiny.read_recipe(Path(__file__).parents[1] / "train" / "tiny.toml")
     few = replace(

