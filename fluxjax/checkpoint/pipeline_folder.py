@@ -101,7 +101,10 @@ def write_config(folder: Path, config: PipelineConfig) -> None:
     folder = Path(folder)
     write_json(folder / "model_index.json", INDEX)
     for component in COMPONENTS:
-        write_json(folder / component / "config.json", config_json(getattr(config, component)))
+        # diffusers computes in float32 unless told, transformers in the stored type: a pipeline
+        # opened without a dtype would mix the two.
+        values = config_json(getattr(config, component), "float32")
+        write_json(folder / component / "config.json", values)
     write_json(folder / "scheduler" / "scheduler_config.json", config_json(config.scheduler))
     defaults = dataclasses.asdict(config)
     write_json(folder / _DEFAULTS_FILE, {key: defaults[key] for key in _DEFAULTS})
