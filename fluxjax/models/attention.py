@@ -33,15 +33,15 @@ def dot_product_attention(
     and `bias` or, except for cuDNN, `causal`.
     Raises ValueError if a named implementation cannot do what is asked.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     plain = not causal and bias is None
     if implementation == "auto":
         implementation = _fastest(q, k, causal=causal, plain=plain)
     if implementation == "xla":
-        return plain_attention(q, k, v, causal=causal, bias=bias, scale=scale)
+        return plain_attention(q, k, v, causal=causal, bias=bias, scale=factor)
     if implementation == "cudnn" and bias is None:
         return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=causal, implementation="cudnn"
+            q, k, v, scale=factor, is_causal=causal, implementation="cudnn"
         )
     if not plain:
         raise ValueError(f"{implementation} attention takes no bias and no causal mask here")
@@ -49,8 +49,8 @@ def dot_product_attention(
         # Pallas is slow to import, and only TPUs need it.
         from fluxjax.models.splash_attention import splash_attention
 
-        return splash_attention(q, k, v, scale)
-    return chunked_attention(q, k, v, scale)
+        return splash_attention(q, k, v, factor)
+    return chunked_attention(q, k, v, factor)
 
 
 def plain_attention(

@@ -31,7 +31,21 @@ def chunked_attention(
 
 
 def _forward(q, k, v, scale):
-    """The output, and per query the log2 of its softmax's denominator (b, l, heads)."""
+    """The output, and per query the log2 of its softmax's denominator (b, heads, l padded)."""
+    # Bounds every |logit| (Cauchy-Schwarz), in powers of two. Normalised heads stay far below 64,
+    # where exp2 neither overflows nor underflows: the pass that finds the maximum falls away.
+    # Chosen here and not in the loop, where a branch would copy the logits.
+    bound = scale * _LOG2_E * _largest_norm(q) * _largest_norm(k)
+    return lax.cond(
+        bound < 64.0, partial(_loop, _exp2, scale), partial(_loop, _shifted, scale), q, k, v
+    )
+
+
+def _largest_norm(x: Float[Array, "b l heads k"]) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)))
+
+
+def _loop(exponentiate, scale, q, k, v):
     batch, length, heads, _ = q.shape
     chunk, chunks = _chunking(length, k.shape[1])
     padded = _pad_length(q, chunk * chunks)
@@ -41,17 +55,13 @@ def _forward(q, k, v, scale):
     def one_head(index, carry):
         b, h = index // heads, index % heads
         keys, values = (_head(x, b, h, 0, x.shape[1]) for x in (k, v))
-        # Bounds every |logit| of this head (Cauchy-Schwarz), in powers of two. Normalised heads
-        # stay far below 64, where exp2 neither overflows nor underflows: no maximum is needed.
-        key_norm = jnp.sqrt(jnp.max(jnp.sum(jnp.square(keys), axis=-1)))
         # Transposed once per head; the barrier keeps XLA from putting that into each product.
         keys_t = lax.optimization_barrier(keys.T)
 
         def one_chunk(i, carry):
             out, logsum = carry
             queries = _head(padded, b, h, i * chunk, chunk) * (scale * _LOG2_E)
-            bound = key_norm * jnp.sqrt(jnp.max(jnp.sum(jnp.square(queries), axis=-1)))
-            weights, shift = lax.cond(bound < 64.0, _exp2, _shifted_exp2, queries @ keys_t)
+            weights, shift = exponentiate(queries @ keys_t)
             total = jnp.sum(weights, axis=-1, keepdims=True)
             rows = (weights @ values) / total
             out = lax.dynamic_update_slice(
@@ -136,6 +146,6 @@ def _exp2(x: Float[Array, "l m"]) -> tuple[Float[Array, "l m"], Float[Array, "l 
     return jnp.exp2(x), jnp.zeros((x.shape[0], 1), x.dtype)
 
 
-def _shifted_exp2(x: Float[Array, "l m"]) -> tuple[Float[Array, "l m"], Float[Array, "l 1"]]:
+def _shifted(x: Float[Array, "l m"]) -> tuple[Float[Array, "l m"], Float[Array, "l 1"]]:
     shift = jnp.max(x, axis=-1, keepdims=True)
     return jnp.exp2(x - shift), shift

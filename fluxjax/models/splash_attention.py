@@ -59,7 +59,7 @@ def splash_attention(
     out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(
         *heads_first, _heads_first(v, padded_keys), segments
     )
-    return out.swapaxes(1, 2)[:, :length]
+    return jnp.swapaxes(out, 1, 2)[:, :length]  # pyright: ignore[reportArgumentType]
 
 
 def _heads_first(x: Array, length: int) -> Array:
