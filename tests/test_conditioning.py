@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -77,7 +78,8 @@ def test_masked_padding_is_silent(tokenizers):
     clip = CLIPTextModel(replace(TINY.text_encoder, vocab_size=clip_size))
     t5 = T5Encoder(replace(TINY.text_encoder_2, vocab_size=t5_size))
     ids, _ = tokenize(*tokenizers, PROMPTS, max_sequence_length=16)
-    params = (clip.init(jax.random.key(0), ids.clip), t5.init(jax.random.key(1), ids.t5))
+    clip_ids, t5_ids = jnp.asarray(ids.clip), jnp.asarray(ids.t5)
+    params = (clip.init(jax.random.key(0), clip_ids), t5.init(jax.random.key(1), t5_ids))
     params = [p["params"] for p in params]
     other = ids._replace(t5=np.where(ids.t5_mask == 1, ids.t5, 5))
     masked = [encode_prompts(clip, t5, *params, i, mask_padding=True) for i in (ids, other)]

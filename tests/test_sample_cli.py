@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ctrl_c import heeding_ctrl_c
 from PIL import Image
 from torch_pipeline import random_pipeline  # noqa: F401
 
@@ -216,7 +217,9 @@ def test_alone_without_pytorch_with_a_cache_and_ctrl_c(random_pipeline, tmp_path
 
     (tmp_path / "many.jsonl").write_text('"a star"\n' * 500)
     running = subprocess.Popen(
-        [*command[:3], "--model", str(random_pipeline), *SIZE, "--prompts", "many.jsonl"],
+        heeding_ctrl_c(
+            [*command[:3], "--model", str(random_pipeline), *SIZE, "--prompts", "many.jsonl"]
+        ),
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert running.stdout is not None

@@ -115,7 +115,7 @@ def finetune_decoder(
     model = Autoencoder(config)
     optimizer = muon_optimizer(
         optax.warmup_cosine_decay_schedule(
-            0.0, stage.decoder_learning_rate, 50, stage.decoder_steps
+            0.0, stage.decoder_learning_rate, min(50, stage.decoder_steps // 4), stage.decoder_steps
         )
     )
     encoder = params["encoder"]

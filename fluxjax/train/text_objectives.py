@@ -142,7 +142,8 @@ def token_labels(
     """
     kind, relation = np.asarray(scenes.kind), np.asarray(scenes.relation)
     first_column = list(QUESTIONS).index("shape 0")
-    result = np.full((len(texts), len(offsets[0]), len(TOKEN_QUESTIONS)), -1, np.int32)
+    length = max(map(len, offsets))
+    result = np.full((len(texts), length, len(TOKEN_QUESTIONS)), -1, np.int32)
     for i, text in enumerate(texts):
         pair = kind[i] == KINDS.index("pair")
         lower = text.lower()
