@@ -17,6 +17,7 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import PipelineConfig
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents
 from fluxjax.models.clip import CLIPTextModel
+from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.sample import denoise as sampler
@@ -105,7 +106,7 @@ class Programs:
         precision: Any = "highest" if self.dtype == jnp.float32 else None
         with jax.default_matmul_precision(precision):
             lowered = functions[name].lower(*self.modules(name, rounding), *params, *specs)
-            return lowered.compile()
+            return lowered.compile(compiler_options=compiler_options())
 
     def _shapes(self, component: Component) -> Params:
         stacked = self.scan_layers and component != "vae"

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from fluxjax.models.compilation import compiler_options
+
 Tree = Any
 
 
@@ -96,4 +98,9 @@ def make_step(
         state = TrainState(state.step + 1, params, ema, opt_state, state.skipped + ~good)
         return state, {"loss": value, "gradient_norm": norm, "skipped": state.skipped}
 
-    return jax.jit(step, donate_argnums=0, static_argnames=static_argnames)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        static_argnames=static_argnames,
+        compiler_options=compiler_options(),
+    )
