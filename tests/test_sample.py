@@ -32,8 +32,6 @@ def pipelines(request):
     """(ours, diffusers') of small random weights and of the embedded model."""
     if request.param == "random":
         return both(request.getfixturevalue("random_pipeline"))
-    if not (tiny_folder() / "model_index.json").is_file():
-        pytest.skip("the embedded model is not there yet")
     return both(tiny_folder())
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fluxjax.sample.loading import tiny_folder
-
 FOLDER = Path(__file__).resolve().parent.parent / "sample"
 RECIPES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".py", ".sh"))
 
@@ -21,8 +19,6 @@ def cache(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_runs(recipe, tmp_path, cache):
-    if not (tiny_folder() / "model_index.json").is_file():
-        pytest.skip("the embedded model is not there yet")
     # The recipes say `python`: the one that runs this test.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "FLUXJAX_CACHE": str(cache), "XLA_FLAGS": ""}
