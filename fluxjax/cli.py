@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 TRACEBACK_VARIABLE = "FLUXJAX_TRACEBACK"
+
+# Called with the exit code when a command has failed and said so, before the interpreter ends.
+on_failure: list[Callable[[int], None]] = []
 
 
 def sentence(error: BaseException) -> str:
@@ -29,8 +33,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and exit with its code (None is 0).
 
     A mistake of the user (ValueError, which ConfigError is, OSError, MemoryError, or a device out
-    of memory) is printed as `error: ...` on stderr with exit code 2; Ctrl-C exits with 130. With
-    FLUXJAX_TRACEBACK=1 the traceback is shown instead. Any other exception is a bug and is raised.
+    of memory) is printed as `error: ...` on stderr with exit code 2, or the error's `exit_code`;
+    Ctrl-C exits with 130. With FLUXJAX_TRACEBACK=1 the traceback is shown instead. Any other
+    exception is a bug and is raised.
     """
     try:
         code = main() or 0
@@ -47,7 +52,20 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         known = not isinstance(error, RuntimeError) or "RESOURCE_EXHAUSTED" in str(error)
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0") or not known:
+            _fail(1, traceback.format_exc())
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
-        code = 2
+        code = getattr(error, "exit_code", 2)
+        _fail(code)
+    except Exception:
+        _fail(1, traceback.format_exc())
+        raise
     sys.exit(code)
+
+
+def _fail(code: int, text: str = "") -> None:
+    """For those who end the process themselves, after printing what Python would have printed."""
+    if on_failure:
+        print(text, file=sys.stderr, end="", flush=True)
+    for action in on_failure:
+        action(code)

@@ -7,6 +7,7 @@ writing a configuration is the identity on names. No arrays, keys, devices or en
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -215,6 +216,18 @@ class SchedulerConfig:
             f"SchedulerConfig.max_image_seq_len={self.max_image_seq_len} must exceed "
             f"base_image_seq_len={self.base_image_seq_len}",
         )
+
+    def mu(self, image_tokens: int) -> float:
+        """Log of the shift of a picture of `image_tokens`, for times and sigmas alike.
+
+        With dynamic shifting it lies on the line through the two published lengths.
+        """
+        if not self.use_dynamic_shifting:
+            return math.log(self.shift)
+        slope = (self.max_shift - self.base_shift) / (
+            self.max_image_seq_len - self.base_image_seq_len
+        )
+        return image_tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)

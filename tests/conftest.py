@@ -4,7 +4,10 @@ import os
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # On a busy machine the eight take turns, and one may wait long for the others.
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -53,7 +53,8 @@ def test_chunked(monkeypatch, length, keys, size):
 def test_chunked_at_the_sizes_it_is_for():
     q, k, v = qkv(1, 600, 600, 2, 128)
     assert chunked._chunking(600, 600) == (600, 1)
-    assert chunked._chunking(1536, 1536) == (384, 4)
+    assert chunked._chunking(1536, 1536) == (1536, 1)
+    assert chunked._chunking(4608, 4608) == (512, 9)
     text = str(jax.make_jaxpr(dot_product_attention)(q, k, v))
     assert "custom_vjp" in text
     np.testing.assert_allclose(

@@ -65,7 +65,7 @@ def test_text_equals_transformers(eos):
     with torch.no_grad():
         expected = model(torch.tensor(ids), output_hidden_states=True)
         pooled = model.text_model(torch.tensor(ids)).pooler_output
-    params = from_torch(model)
+    params = from_torch(model, config, with_projection=True)
     for scan in (False, True):
         module = CLIPTextModel(config, scan_layers=scan, with_projection=True)
         ours = run(module, stack_layers(params) if scan else params, ids)
@@ -77,7 +77,7 @@ def test_text_equals_transformers(eos):
 
 def test_text_without_projection():
     model = randomised(transformers.CLIPTextModel(torch_config(TEXT)))
-    params = {"text_model": from_torch(model)}
+    params = from_torch(model, TEXT)
     ours = run(CLIPTextModel(TEXT), params, IDS)
     with torch.no_grad():
         assert relative_l2(ours.pooler_output, model(torch.tensor(IDS)).pooler_output) <= 1e-5
@@ -90,7 +90,7 @@ def test_vision_equals_transformers():
         pixels = torch.tensor(PIXELS).permute(0, 3, 1, 2)
         expected = model(pixels)
         pooled = model.vision_model(pixels).pooler_output
-    params = from_torch(model)
+    params = from_torch(model, VISION, with_projection=True)
     for scan in (False, True):
         module = CLIPVisionModel(VISION, scan_layers=scan, with_projection=True)
         ours = run(module, stack_layers(params) if scan else params, PIXELS)
@@ -108,13 +108,11 @@ def test_both_towers_equal_clip_model():
     model = randomised(transformers.CLIPModel(config))
     with torch.no_grad():
         expected = model(torch.tensor(IDS), torch.tensor(PIXELS).permute(0, 3, 1, 2))
-    params = from_torch(model)
-    text = {name: params[name] for name in ("text_model", "text_projection")}
-    vision = {name: params[name] for name in ("vision_model", "visual_projection")}
+    text, vision = (from_torch(model, config, with_projection=True) for config in (TEXT, VISION))
     text = run(CLIPTextModel(TEXT, with_projection=True), text, IDS).text_embeds
     image = run(CLIPVisionModel(VISION, with_projection=True), vision, PIXELS).image_embeds
     text, image = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (text, image))
-    logits = np.exp(params["logit_scale"]) * np.asarray(text) @ np.asarray(image).T
+    logits = np.exp(model.logit_scale.item()) * np.asarray(text) @ np.asarray(image).T
     assert relative_l2(logits, expected.logits_per_text) <= 1e-5
 
 
@@ -123,9 +121,13 @@ def test_bfloat16_is_as_good_as_torch():
     vision = randomised(transformers.CLIPVisionModelWithProjection(torch_config(VISION)))
     pixels = torch.tensor(PIXELS).permute(0, 3, 1, 2)
     ours = CLIPTextModel(TEXT, dtype=jnp.bfloat16, with_projection=True)
-    ours = run(ours, from_torch(text), IDS).last_hidden_state.astype(jnp.float32)
+    ours = run(ours, from_torch(text, TEXT, with_projection=True), IDS).last_hidden_state.astype(
+        jnp.float32
+    )
     ours_v = CLIPVisionModel(VISION, dtype=jnp.bfloat16, with_projection=True)
-    ours_v = run(ours_v, from_torch(vision), PIXELS).last_hidden_state.astype(jnp.float32)
+    ours_v = run(
+        ours_v, from_torch(vision, VISION, with_projection=True), PIXELS
+    ).last_hidden_state.astype(jnp.float32)
     with torch.no_grad():
         for model, inputs, mine in (
             (text, torch.tensor(IDS), ours),

@@ -63,8 +63,8 @@ def test_equals_diffusers(folder, tokenizers):
     ours = encode_prompts(
         CLIPTextModel(clip_config),
         T5Encoder(t5_config),
-        {"text_model": from_torch(clip_torch)},
-        from_torch(t5_torch),
+        from_torch(clip_torch, clip_config),
+        from_torch(t5_torch, t5_config),
         ids,
     )
     assert notes == []

@@ -121,10 +121,11 @@ def test_gradients_do_not_depend_on_scan_and_remat():
 
         return jax.jit(jax.grad(loss))(params)
 
-    expected = gradient(parameters(CONFIG), False, False)
+    expected = gradient(parameters(CONFIG), False, "none")
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
-    scanned = unstack_layers(gradient(stack_layers(parameters(CONFIG)), True, True))
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), scanned, expected)
+    for remat in ("dots", "full"):
+        scanned = unstack_layers(gradient(stack_layers(parameters(CONFIG)), True, remat))
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), scanned, expected)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])

@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxPipeline
 
 from fluxjax.config import DEV, ConfigError
-from fluxjax.sample import latents as L
+from fluxjax.models import latents as L
 
 
 def test_pack_equals_diffusers_and_unpack_inverts():

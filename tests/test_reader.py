@@ -61,7 +61,7 @@ def test_objects_of_one_colour_that_touch_are_told_apart(prompts):
     scenes = Scene(*(field[:1] for field in prompts.scenes))._replace(
         count=np.array([2]), shape=np.array([[2, 2, 0]]), colour=np.array([[3, 3, 0]]),
         size=np.array([[2, 2, 0]]), centre=np.array([[[0.27, 0.5], [0.735, 0.5], [0, 0]]]),
-        radius=np.array([[0.23, 0.23, 0]]), angle=np.zeros((1, 3)),
+        radius=np.array([[0.23, 0.23, 0]]),
     )  # fmt: skip
     found = read(pictures_of(scenes)[0]).objects
     assert [SHAPES[o.shape] for o in found] == ["triangle", "triangle"]
@@ -81,7 +81,7 @@ def red(shape: str, centre=(0.3, 0.5), size: int = 0, colour: str = "red") -> Re
 WANTED = Scene(
     kind=KINDS.index("pair"), count=2, shape=np.array([0, 3, 0]), colour=np.array([0, 5, 0]),
     size=np.array([0, 2, 0]), relation=0, centre=np.zeros((3, 2)), radius=np.zeros(3),
-    angle=np.zeros(3), background=np.array([1, 2]), split=0,
+    background=np.array([1, 2]), split=0,
 )  # fmt: skip
 CIRCLE = red("circle")
 STAR = red("star", (0.7, 0.5), 2, "blue")

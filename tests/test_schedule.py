@@ -1,6 +1,7 @@
 """Noise levels equal diffusers' scheduler and BFL's recorded schedules."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +31,10 @@ def test_equal_to_diffusers(config, tokens, steps):
     ours = schedule.sigmas(steps, tokens, config)
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours, scheduler.sigmas.numpy())
-    assert schedule.dynamic_mu(tokens, config) == calculate_shift(tokens)
+    if config.use_dynamic_shifting:
+        assert config.mu(tokens) == calculate_shift(tokens)
+    else:
+        assert config.mu(tokens) == math.log(config.shift)
 
 
 def test_equal_to_bfl(shared):

@@ -39,7 +39,7 @@ def reference(config: T5Config) -> transformers.T5EncoderModel:
 @pytest.mark.parametrize("config", [V1_1, V1_0], ids=["v1.1", "v1.0"])
 def test_equals_transformers(config):
     model = reference(config)
-    params = from_torch(model)
+    params = from_torch(model, config)
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 99, (2, 45))
     mask = np.ones_like(ids)
@@ -57,7 +57,7 @@ def test_equals_transformers(config):
 
 def test_bfloat16_is_as_good_as_torch():
     model = reference(V1_1)
-    params = from_torch(model)
+    params = from_torch(model, V1_1)
     ids = np.random.default_rng(0).integers(3, 99, (4, 32))
     with torch.no_grad():
         expected = model(torch.tensor(ids)).last_hidden_state.numpy()
@@ -90,7 +90,7 @@ def test_presets_have_the_published_size(config, count):
 
 
 def test_intermediates_carry_torch_module_names():
-    params = from_torch(reference(V1_1))
+    params = from_torch(reference(V1_1), V1_1)
     _, state = T5Encoder(V1_1).apply(
         {"params": params},
         jnp.ones((1, 4), int),

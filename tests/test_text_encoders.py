@@ -112,7 +112,7 @@ def test_masks_leave_padding_and_end_alone():
 def scene(kind, count, relation, shapes, colours):
     one = np.ones(3)
     fields = Scene(
-        KINDS.index(kind), count, shapes, colours, [0, 1, 2], relation, np.zeros((3, 2)), one, one,
+        KINDS.index(kind), count, shapes, colours, [0, 1, 2], relation, np.zeros((3, 2)), one,
         [2, 4], 1,
     )  # fmt: skip
     return Scene(*(np.asarray(f)[None] for f in fields))

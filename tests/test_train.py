@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from fluxjax.config import TINY, AutoencoderConfig, ConfigError
+from fluxjax.config import TINY, ConfigError
 from fluxjax.models.autoencoder import Posterior
 from fluxjax.train import loop, objectives, tiny, transformer
-from fluxjax.train.step import TrainState, init_state, make_step, muon_dimensions, muon_optimizer
+from fluxjax.train.optimizers import muon_dimensions, muon_optimizer
+from fluxjax.train.step import TrainState, init_state, make_step
 
 SMALL = replace(
     TINY,
@@ -194,15 +196,12 @@ def test_recipe_names_what_it_does_not_know(tmp_path):
 
 @pytest.mark.slow
 def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch):
-    from fluxjax.sample.loading import load_pipeline
+    from fluxjax.sample.loading import load_pipeline, tiny_folder
 
     recipe = tiny.read_recipe(Path(__file__).parents[1] / "train" / "tiny.toml")
     few = replace(
         recipe,
         folder=tmp_path,
-        text=replace(
-            recipe.text, tokenizer_captions=4000, t5_steps=2, clip_steps=2, held_out_captions=128
-        ),
         autoencoder=replace(
             recipe.autoencoder, steps=3, small_steps=1, small_size=32, size=48, batch=2,
             small_batch=2, decoder_steps=2,
@@ -210,11 +209,21 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
         transformer=replace(
             recipe.transformer, steps=2, decay_steps=1, batch=4, pool=64, buckets=((48, 32),)
         ),
+        refine=replace(
+            recipe.refine, steps=2, decay_steps=1, batch=4, pool=64, buckets=((48, 32),)
+        ),
         distill=replace(
             recipe.distill, steps=2, decay_steps=1, batch=4, pool=64, buckets=((48, 32),)
         ),
     )  # fmt: skip
-    monkeypatch.setattr(tiny, "TINY", replace(TINY, vae=AutoencoderConfig(**_small_vae())))
+    small = replace(TINY, transformer=replace(TINY.transformer, num_layers=1, num_single_layers=1))
+    monkeypatch.setattr(tiny, "TINY", small)
+    # Text encoders and autoencoder are there already, as after a stop: compiling takes minutes.
+    shutil.copytree(tiny_folder(), tmp_path / "pipeline")
+    vae = json.loads((tmp_path / "pipeline/vae/config.json").read_text())
+    statistics = {name: vae[name] for name in ("shift_factor", "scaling_factor")}
+    (tmp_path / "latents.json").write_text(json.dumps(statistics))
+    (tmp_path / "text_report.json").write_text("{}")
     folder = tiny.train_tiny(few)
     pipe = load_pipeline(str(folder))
     (image,) = pipe("a red circle", seed=1, width=48, height=32, steps=2)
@@ -223,7 +232,3 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
     assert tiny.train_tiny(few) == folder  # nothing is left to do
     unchanged = {p: t for p, t in before.items() if p.parent.name != "transformer"}
     assert all(p.stat().st_mtime_ns == t for p, t in unchanged.items())
-
-
-def _small_vae() -> dict:
-    return {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}

@@ -1,9 +1,12 @@
-"""Carrying a torch module's weights into our trees, and measuring the distance."""
-
-import re
+"""A torch module's weights as our trees, and how far two arrays are apart."""
 
 import numpy as np
 import torch
+
+from fluxjax.checkpoint.engine import to_ours
+from fluxjax.checkpoint.tables import CLIP_TEXT, CLIP_VISION, T5
+from fluxjax.checkpoint.templates import Config, abstract_params
+from fluxjax.config import CLIPTextConfig, CLIPVisionConfig, T5Config
 
 
 def relative_l2(ours, expected) -> float:
@@ -12,27 +15,9 @@ def relative_l2(ours, expected) -> float:
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
-def from_torch(model: torch.nn.Module) -> dict:
-    tree: dict = {}
-    modules = dict(model.named_modules())
-    for name, tensor in model.state_dict().items():
-        parent, _, leaf = name.rpartition(".")
-        module = modules[parent]
-        value = tensor.float().numpy()
-        if leaf == "weight":
-            if isinstance(module, torch.nn.Embedding):
-                leaf = "embedding"
-            elif value.ndim == 1:
-                leaf = "scale"
-            else:
-                leaf = "kernel"
-                value = value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
-        path = re.sub(r"\.(\d+)", r"_\1", parent)
-        path = path.replace("encoder.block_0.layer_0.SelfAttention.relative", "encoder.relative")
-        if "embed_tokens" in path:
-            continue
-        node = tree
-        for part in filter(None, path.split(".")):
-            node = node.setdefault(part, {})
-        node[leaf] = value
-    return tree
+def from_torch(model: torch.nn.Module, config: Config, *, with_projection: bool = False) -> dict:
+    """A transformers model's weights as our tree, through the converter that ships."""
+    tables = {T5Config: T5, CLIPTextConfig: CLIP_TEXT, CLIPVisionConfig: CLIP_VISION}
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    template = abstract_params(config, with_projection=with_projection)
+    return to_ours(weights, tables[type(config)], template)

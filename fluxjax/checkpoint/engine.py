@@ -20,22 +20,15 @@ import numpy as np
 from fluxjax.checkpoint import tensors
 from fluxjax.checkpoint.tables import Rule, Table
 from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.models.names import flatten, is_stacked, reference_name, unflatten
 
 
 class MappingError(ValueError):
     """Tensors that do not fit the network; the message lists every one of them."""
 
 
-# Reference names in which a number is a list index; elsewhere (linear_1, wi_0) it is the name's.
-_INDEXED = (
-    "transformer_blocks|single_transformer_blocks|block|layers|layer|to_out|net|down_blocks|"
-    "up_blocks|resnets|attentions|downsamplers|upsamplers"
-)
-_INDEX = re.compile(rf"\b({_INDEXED})_(\d+)(?=\.|$)")
-_STACKED_GROUPS = ("transformer_blocks", "single_transformer_blocks", "block", "layers")
 _AXES = {"kernel2": (1, 0), "kernel4": (3, 2, 0, 1)}  # ours -> theirs
 _INVERSE_AXES = {"kernel2": (1, 0), "kernel4": (2, 3, 1, 0)}  # theirs -> ours
-_T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
 
 
 @dataclass(frozen=True)
@@ -48,48 +41,17 @@ class Leaf:
     shape: tuple[int, ...]  # in the reference layout
 
 
-def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    flat: dict[tuple[str, ...], Any] = {}
-    for key, value in tree.items():
-        path = (*prefix, key)
-        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
-    return flat
-
-
-def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
-
-
-def _reference_name(path: tuple[str, ...], layer: int | None) -> str:
-    module, leaf = ".".join(path[:-1]), path[-1]
-    if layer is not None:
-        group = next(key for key in path if key in _STACKED_GROUPS)
-        parts = list(path[:-1])
-        parts[path.index(group)] = f"{group}.{layer}"
-        module = ".".join(parts)
-    if module == "encoder.relative_attention_bias":
-        module = _T5_BIAS
-    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-    return ".".join(filter(None, (_INDEX.sub(r"\1.\2", module), leaf)))
-
-
 def reference_leaves(template: Mapping[str, Any]) -> dict[str, Leaf]:
     """Every reference name of a tree (arrays or ShapeDtypeStructs, stacked or per layer)."""
     leaves: dict[str, Leaf] = {}
     for path, value in flatten(template).items():
-        stacked = any(key in _STACKED_GROUPS for key in path)
+        stacked = is_stacked(path)
         shape = tuple(value.shape[1:] if stacked else value.shape)
         layout = f"kernel{len(shape)}" if path[-1] == "kernel" else "same"
         if layout in _AXES:
             shape = tuple(shape[axis] for axis in _AXES[layout])
         for layer in range(value.shape[0]) if stacked else (None,):
-            leaves[_reference_name(path, layer)] = Leaf(path, layer, layout, shape)
+            leaves[reference_name(path, layer)] = Leaf(path, layer, layout, shape)
     return leaves
 
 
@@ -161,11 +123,11 @@ def to_reference(
             start += size
     errors += [f"missing: {name} {list(shapes[name])}" for name in shapes if name not in found]
     if errors:
-        raise MappingError(_listed(f"do not fit the {table.name}", errors))
+        raise MappingError(listed(f"do not fit the {table.name}", errors))
     return found
 
 
-def _listed(what: str, errors: list[str]) -> str:
+def listed(what: str, errors: list[str]) -> str:
     """Names come from files of strangers: control characters are shown, not obeyed."""
     lines = [line if line.isprintable() else repr(line)[1:-1] for line in errors]
     return "\n  ".join([f"{len(lines)} tensor(s) {what}:", *lines])
@@ -208,7 +170,7 @@ def from_reference(reference: Mapping[str, Tensor], table: Table) -> dict[str, T
             break
     errors += [f"no name: {name}" for name in left]
     if errors:
-        raise MappingError(_listed(f"cannot be written for the {table.name}", errors))
+        raise MappingError(listed(f"cannot be written for the {table.name}", errors))
     return theirs
 
 
@@ -248,6 +210,8 @@ def stack(parts: list[Tensor]) -> Tensor:
     """Layers under one new leading axis."""
 
     def rows(start: int, stop: int) -> np.ndarray:
+        if stop - start == 1:  # not copied
+            return parts[start].read()[None]
         out = np.empty((stop - start, *parts[0].shape), parts[0].dtype)
         for i in range(start, stop):
             out[i - start] = parts[i].read()

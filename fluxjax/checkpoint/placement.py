@@ -3,40 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from fluxjax.checkpoint import engine, tables
 from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.models.stacking import GROUPS
+
+_AT_ONCE = 2**24  # bytes of a stacked leaf below which layer by layer is not worth it
 
 
 def load_tree(
     source: Mapping[str, Tensor], table: tables.Table, template: Mapping[str, Any], *,
     dtype: Any = None, shardings: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """`engine.to_ours` onto devices. A stacked leaf is filled one layer at a time."""
+    """`engine.to_ours` onto devices. A stacked leaf that is split is filled layer by layer.
+
+    The host then holds no more than one layer, or one leaf that is not stacked, and its parts.
+    """
     flat = engine.flatten(shardings) if isinstance(shardings, Mapping) else None
 
     def place(path: tuple[str, ...], tensor: Tensor) -> jax.Array:
         sharding: Any = flat[path] if flat is not None else shardings
         if sharding is None:
             return jax.numpy.asarray(np.ascontiguousarray(tensor.read()))
-        if sharding.is_fully_replicated:
-            return jax.device_put(np.ascontiguousarray(tensor.read()), sharding)
-        return jax.make_array_from_callback(
-            tensor.shape, sharding, lambda where: _read_slices(tensor, where)
-        )
+        stacked = any(key in GROUPS for key in path)
+        if stacked and tensor.nbytes > _AT_ONCE and _layers_are_whole(sharding):
+            return _fill(tensor, sharding)
+        return _put(tensor.read(), sharding)
 
     return engine.to_ours(source, table, template, dtype=dtype, place=place)
 
 
-def _read_slices(tensor: Tensor, where: Any) -> np.ndarray:
-    if not where:
-        return tensor.read()
-    start, stop, _ = where[0].indices(tensor.shape[0])
-    if len(where) < 3 or stop - start <= 1:
-        return np.ascontiguousarray(tensor.rows(start, stop)[(slice(None), *where[1:])])
-    # A stacked leaf: layer by layer, so that no more than one is held beside the result.
-    return np.stack([tensor.rows(i, i + 1)[(0, *where[1:])] for i in range(start, stop)])
+def _layers_are_whole(sharding: Sharding) -> bool:
+    """Several devices, none of which splits the first axis."""
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return False
+    return not sharding.spec or sharding.spec[0] is None
+
+
+def _put(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    if len(sharding.device_set) == 1:
+        return jax.device_put(np.ascontiguousarray(array), sharding)
+    # One device after the other: their parts do not all lie on the host at once.
+    parts = [
+        jax.device_put(np.ascontiguousarray(array[where]), device).block_until_ready()
+        for device, where in sharding.addressable_devices_indices_map(array.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
+def _fill(tensor: Tensor, sharding: NamedSharding) -> jax.Array:
+    """Row by row of the first axis: each is read once and goes to the devices before the next."""
+    row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    leaf = _zeros(tensor.shape, tensor.dtype, sharding)()
+    for i in range(tensor.shape[0]):
+        part = _put(tensor.rows(i, i + 1)[0], row)
+        # Waited for, or the parts of many rows would pile up.
+        leaf = _write(leaf, part, np.int32(i)).block_until_ready()
+    return leaf
+
+
+@cache
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@jax.jit(donate_argnums=0)
+def _write(leaf: jax.Array, row: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(leaf, row, i, 0)

@@ -87,6 +87,7 @@ def run_bench(command: Bench) -> int:
         "start": lambda: cold_start(folder, command.rounds),
         "transformer": lambda: wide_transformer(command.rounds),
         "attention": lambda: attention(command.rounds),
+        "training": lambda: _training(folder, command.rounds),
         "gpu": lambda: _gpu(command.rounds),
     }
     if "gpu" in command.only and not on_gpu:
@@ -121,6 +122,12 @@ def _gpu(rounds: int) -> list[Measure]:
     from fluxjax.diff.bench_gpu import full_depth
 
     return full_depth(rounds)
+
+
+def _training(folder: Path, rounds: int) -> list[Measure]:
+    from fluxjax.diff.bench_training import training
+
+    return training(folder, rounds)
 
 
 def denoising(folder: Path, rounds: int) -> list[Measure]:
@@ -221,8 +228,9 @@ def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
     from fluxjax.checkpoint.tensors import of_array
     from fluxjax.config import DEV
     from fluxjax.diff.report import relative_l2
+    from fluxjax.models.compilation import compiler_options
     from fluxjax.models.flux import FluxTransformer
-    from fluxjax.sample.latents import image_ids, text_ids
+    from fluxjax.models.latents import image_ids, text_ids
 
     config = dataclasses.replace(
         DEV.transformer, num_layers=2, num_single_layers=4, num_attention_heads=heads
@@ -255,7 +263,10 @@ def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
         "guidance": np.array([1.0], np.float32),
     }
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-    forward = jax.jit(lambda params, inputs: model.apply({"params": params}, **inputs))
+    forward = jax.jit(
+        lambda params, inputs: model.apply({"params": params}, **inputs),
+        compiler_options=compiler_options(),
+    )
     results: dict[str, np.ndarray] = {}
 
     def run_ours() -> None:
@@ -284,12 +295,13 @@ def attention(rounds: int) -> list[Measure]:
     import torch
 
     from fluxjax.models.attention import dot_product_attention
+    from fluxjax.models.compilation import compiler_options
 
     random = np.random.default_rng(0)
     arrays = [random.standard_normal((1, 1536, 24, 128), np.float32) for _ in range(3)]
     operands = [jax.device_put(array) for array in arrays]
     tensors = [torch.from_numpy(array).transpose(1, 2).contiguous() for array in arrays]
-    run = jax.jit(dot_product_attention)
+    run = jax.jit(dot_product_attention, compiler_options=compiler_options())
     sdpa: Any = torch.nn.functional.scaled_dot_product_attention
     # Tens of milliseconds each, so more turns cost nothing and steady the medians.
     seconds = medians(

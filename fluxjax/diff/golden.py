@@ -31,8 +31,8 @@ from fluxjax.config import (
 from fluxjax.diff.report import Report, Row, compare
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.flux import FluxTransformer
+from fluxjax.models.latents import pack, unpack
 from fluxjax.sample.denoise import Conditioning, Guidance, denoise
-from fluxjax.sample.latents import pack, unpack
 from fluxjax.sample.schedule import pad, sigmas
 from fluxjax.shapes import Params
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import jax
@@ -11,9 +14,23 @@ from jaxtyping import Array, Float
 from fluxjax.models.chunked_attention import chunked_attention
 
 Implementation = Literal["auto", "xla", "cudnn", "splash", "chunked"]
+Attention = Implementation | Callable[..., Array]
 
 # Below this many logits per head one batched matmul beats the loop over heads on a CPU.
 _CHUNKED_FROM = 256 * 256
+
+
+_STAND_IN: ContextVar[Callable[..., Array] | None] = ContextVar("stand_in", default=None)
+
+
+@contextmanager
+def auto_attention(function: Callable[..., Array]) -> Iterator[None]:
+    """Programs traced inside call `function(q, k, v)` where `auto` would choose, without a mask."""
+    token = _STAND_IN.set(function)
+    try:
+        yield
+    finally:
+        _STAND_IN.reset(token)
 
 
 def dot_product_attention(
@@ -24,17 +41,22 @@ def dot_product_attention(
     causal: bool = False,
     bias: Float[Array, "#b #heads l m"] | None = None,
     scale: float | None = None,
-    implementation: Implementation = "auto",
+    implementation: Attention = "auto",
 ) -> Float[Array, "b l heads k"]:
     """softmax(q k^T scale + bias) v with a float32 softmax; `scale` defaults to 1 / sqrt(k).
 
     `auto` takes cuDNN flash attention on NVIDIA GPUs (16-bit types), splash attention on TPUs, our
     chunked loop on CPUs and plain matmuls for all that these do not do: short sequences on a CPU,
     and `bias` or, except for cuDNN, `causal`.
-    Raises ValueError if a named implementation cannot do what is asked.
+    Raises ValueError if a named implementation cannot do what is asked. An `implementation` that is
+    a function is called with (q, k, v).
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     plain = not causal and bias is None
+    if implementation == "auto" and plain:
+        implementation = _STAND_IN.get() or implementation
+    if callable(implementation):
+        return implementation(q, k, v)
     if implementation == "auto":
         implementation = _fastest(q, k, causal=causal, plain=plain)
     if implementation == "xla":

@@ -6,17 +6,24 @@ from functools import cache
 
 import jax
 
+from fluxjax.models.bfloat16_products import bfloat16_products
 
-@cache
+
 def compiler_options() -> dict[str, str]:
     """For `jax.jit(..., compiler_options=compiler_options())` of whole programs; {} off the CPU.
 
     On CPUs XLA hands matrix products to YNNPACK by default. Its kernels are slower than Eigen's
     here: 1.7 times for (1536, 3072) x (3072, 3072) in float32 on AVX-512, 1.4 times for
-    (68, 192) x (192, 768). No library fusion means Eigen.
+    (68, 192) x (192, 768). No library fusion means Eigen. Products of bfloat16 operands are left to
+    YNNPACK, which has the processor's instructions for them.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or bfloat16_products():
         return {}
+    return _eigen()
+
+
+@cache
+def _eigen() -> dict[str, str]:
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()

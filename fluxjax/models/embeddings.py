@@ -11,6 +11,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
+from fluxjax.models.dense import Dense
+
 TimestepRounding = Literal["diffusers", "bfl", "none"]
 
 SINUSOID_DIM = 256
@@ -104,8 +106,8 @@ class TwoLayerEmbedder(nn.Module):
             "param_dtype": self.param_dtype,
             "kernel_init": nn.initializers.normal(0.02),
         }
-        self.linear_1 = nn.Dense(self.dim, **options)
-        self.linear_2 = nn.Dense(self.dim, **options)
+        self.linear_1 = Dense(self.dim, **options)
+        self.linear_2 = Dense(self.dim, **options)
 
     def __call__(self, x: Float[Array, "b inputs"]) -> Float[Array, "b d"]:
         return self.linear_2(nn.silu(self.linear_1(x)))

@@ -21,7 +21,7 @@ step-invariant work once instead, inside its one jitted program:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,9 +30,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from fluxjax.config import FluxConfig
-from fluxjax.models.attention import Implementation
+from fluxjax.models.attention import Attention
+from fluxjax.models.dense import COLLECTION, Dense
 from fluxjax.models.embeddings import Rope, TimestepRounding, TimeTextEmbed, rope_table
 from fluxjax.models.flux_blocks import AdaLayerNorm, DoubleBlock, SingleBlock
+
+Remat = Literal["none", "dots", "full"]
 
 
 class Modulations(NamedTuple):
@@ -48,17 +51,18 @@ class FluxTransformer(nn.Module):
     """Predicts the velocity (noise - data) of packed latents.
 
     `scan_layers`: the blocks are scanned and their parameters stacked on a leading axis (see
-    `fluxjax.models.stacking`); otherwise one subtree per block. `remat`: recompute each block in
-    the backward pass. `timestep_rounding`: see `embeddings.thousandfold`.
+    `fluxjax.models.stacking`); otherwise one subtree per block. `remat`: what the backward pass
+    computes again of each block: nothing, all but the dense layers' outputs (dots), or all (full).
+    `timestep_rounding`: see `embeddings.thousandfold`.
     """
 
     config: FluxConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: Remat = "none"
     timestep_rounding: TimestepRounding = "diffusers"
-    attention: Implementation = "auto"
+    attention: Attention = "auto"
 
     def setup(self) -> None:
         config = self.config
@@ -67,25 +71,28 @@ class FluxTransformer(nn.Module):
         self.time_text_embed = TimeTextEmbed(
             config.inner_dim, config.guidance_embeds, self.timestep_rounding, **types
         )
-        self.context_embedder = nn.Dense(config.inner_dim, kernel_init=init, **types)
-        self.x_embedder = nn.Dense(config.inner_dim, kernel_init=init, **types)
+        self.context_embedder = Dense(config.inner_dim, kernel_init=init, **types)
+        self.x_embedder = Dense(config.inner_dim, kernel_init=init, **types)
         self.transformer_blocks = self._blocks(DoubleBlock, config.num_layers)
         self.single_transformer_blocks = self._blocks(SingleBlock, config.num_single_layers)
         self.norm_out = AdaLayerNorm(config.inner_dim, 2, **types)
-        self.proj_out = nn.Dense(
+        self.proj_out = Dense(
             config.out_channels, kernel_init=nn.initializers.zeros_init(), **types
         )
 
     def _blocks(self, block: type, count: int):
-        if self.remat:
-            block = nn.remat(block, prevent_cse=not self.scan_layers)
+        if self.remat != "none":
+            # Products of weights have no batch axes, those of attention do.
+            saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = saved if self.remat == "dots" else None
+            block = nn.remat(block, prevent_cse=not self.scan_layers, policy=policy)
         arguments = (self.config, self.dtype, self.param_dtype, self.attention)
         if not self.scan_layers:
             return [block(*arguments) for _ in range(count)]
         if count == 0:
             return []
         shared = {
-            "variable_axes": {"params": 0},
+            "variable_axes": {"params": 0, COLLECTION: 0},
             "split_rngs": {"params": True},
             "length": count,
         }
@@ -142,15 +149,16 @@ class FluxTransformer(nn.Module):
     ) -> Modulations:
         """`modulations` of many steps in one pass over the weights; every leaf (steps, ...)."""
         steps, batch = timesteps.shape[0], pooled_projections.shape[0]
+        # Pictures outside steps: a batch that is split over devices stays where it is.
         flat = self.modulations(
-            jnp.repeat(timesteps, batch),
-            jnp.tile(pooled_projections, (steps, 1)),
-            None if guidance is None else jnp.tile(guidance, steps),
+            jnp.tile(timesteps, batch),
+            jnp.repeat(pooled_projections, steps, axis=0),
+            None if guidance is None else jnp.repeat(guidance, steps),
         )
 
         def split(leaf: Array) -> Array:
-            leaf = leaf.reshape(*leaf.shape[:-3], steps, batch, *leaf.shape[-2:])
-            return jnp.moveaxis(leaf, -4, 0)
+            leaf = leaf.reshape(*leaf.shape[:-3], batch, steps, *leaf.shape[-2:])
+            return jnp.moveaxis(leaf, -3, 0)
 
         return jax.tree.map(split, flat)
 

@@ -14,15 +14,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fluxjax.config import FluxConfig
-from fluxjax.models.attention import Implementation, dot_product_attention
+from fluxjax.models.attention import Attention, dot_product_attention
+from fluxjax.models.dense import Dense
 from fluxjax.models.embeddings import Rope, apply_rope
 
 NORM_EPS = 1e-6
 _zeros = nn.initializers.zeros_init()
 
 
-def _dense(features: int, module: Any, **options: Any) -> nn.Dense:
-    return nn.Dense(features, dtype=module.dtype, param_dtype=module.param_dtype, **options)
+def _dense(features: int, module: Any, **options: Any) -> Dense:
+    return Dense(features, dtype=module.dtype, param_dtype=module.param_dtype, **options)
 
 
 class LayerNorm(nn.Module):
@@ -114,7 +115,7 @@ class SingleAttention(nn.Module):
     config: FluxConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    attention: Implementation = "auto"
+    attention: Attention = "auto"
 
     def setup(self) -> None:
         dim, bias = self.config.inner_dim, self.config.qkv_bias
@@ -134,7 +135,7 @@ class JointAttention(nn.Module):
     config: FluxConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    attention: Implementation = "auto"
+    attention: Attention = "auto"
 
     def setup(self) -> None:
         dim, bias = self.config.inner_dim, self.config.qkv_bias
@@ -176,7 +177,7 @@ class DoubleBlock(nn.Module):
     config: FluxConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    attention: Implementation = "auto"
+    attention: Attention = "auto"
 
     def setup(self) -> None:
         config = self.config
@@ -220,7 +221,7 @@ class SingleBlock(nn.Module):
     config: FluxConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    attention: Implementation = "auto"
+    attention: Attention = "auto"
 
     def setup(self) -> None:
         config = self.config

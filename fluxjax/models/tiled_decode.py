@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from fluxjax.config import ConfigError
 from fluxjax.models.autoencoder import Autoencoder, GroupNorm
 
-Statistics = dict[str, tuple[Array, Array]]  # layer -> (mean, variance), each (b, groups)
+Statistics = dict[str, tuple[Any, Any]]  # layer -> (mean, variance), each (b, groups)
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -96,13 +96,19 @@ def _middle(model: Autoencoder, params: Any, latents: Array) -> Any:
 
 
 @partial(jax.jit, static_argnames="model")
-def _tile(
+def _tiles(
     model: Autoencoder, params: Any, features: Array, weight: Any, statistics: Statistics | None
 ) -> tuple[Any, Statistics]:
-    seen: Statistics = {}
-    with nn.intercept_methods(_sharing(statistics, weight, seen)):
-        picture = model.apply({"params": params}, features, method=model.decode_up)
-    return picture, seen
+    """Pictures of several tiles, each with its weights, and the sum of their moments."""
+
+    def one(features, weight):
+        seen: Statistics = {}
+        with nn.intercept_methods(_sharing(statistics, weight, seen)):
+            picture = model.apply({"params": params}, features, method=model.decode_up)
+        return picture, seen
+
+    pictures, seen = jax.vmap(one)(features, weight)
+    return pictures, jax.tree.map(lambda moment: moment.sum(0), seen)
 
 
 def decode_tiled(
@@ -113,6 +119,8 @@ def decode_tiled(
     tile: int = 64,
     overlap: float = 0.25,
     passes: int = 4,
+    together: int = 1,
+    spread: Callable[[Array], Array] = lambda tiles: tiles,
 ) -> Float[np.ndarray, "b height width 3"]:
     """`Autoencoder.decode` of latents of any size, holding one tile's features at a time.
 
@@ -130,27 +138,39 @@ def decode_tiled(
     rows, columns = _weights(tops, sides[0], h), _weights(lefts, sides[1], w)
     features = _middle(model, params, latents)
     places = [(i, j) for i in range(len(tops)) for j in range(len(lefts))]
+    groups = [places[i : i + together] for i in range(0, len(places), together)]
 
-    def decode(i: int, j: int, statistics: Statistics | None) -> tuple[Array, Statistics]:
-        cut = features[:, tops[i] : tops[i] + sides[0], lefts[j] : lefts[j] + sides[1]]
-        return _tile(model, params, cut, (rows[i], columns[j]), statistics)
+    def decode(group: list, statistics: Statistics | None) -> tuple[Array, Statistics]:
+        missing = together - len(group)
+        full = group + group[-1:] * missing
+        cut = jnp.stack(
+            [
+                features[:, tops[i] : tops[i] + sides[0], lefts[j] : lefts[j] + sides[1]]
+                for i, j in full
+            ]
+        )
+        weight = np.stack([rows[i] for i, _ in full]), np.stack([columns[j] for _, j in full])
+        weight[0][len(group) :] = 0  # what fills up the last group is not measured
+        return _tiles(model, params, spread(cut), weight, statistics)
 
     statistics: Statistics | None = None
     part = sides[0] * sides[1] / (h * w)  # one tile's area in the picture's
     for _ in range(passes if len(places) > 1 else 0):
         sums: Any = None
-        for i, j in places:
-            seen = decode(i, j, statistics)[1]
-            sums = seen if sums is None else jax.tree.map(jnp.add, sums, seen)
+        for group in groups:
+            seen = jax.device_get(decode(group, statistics)[1])
+            sums = seen if sums is None else jax.tree.map(np.add, sums, seen)
         statistics = {
-            name: (mean * part, square * part - jnp.square(mean * part))
+            name: (mean * part, square * part - np.square(mean * part))
             for name, (mean, square) in sums.items()
         }
     scale = model.config.scale
     picture = np.zeros((b, h * scale, w * scale, model.config.out_channels), np.float32)
-    for i, j in places:
-        area = np.outer(np.repeat(rows[i], scale), np.repeat(columns[j], scale))[None, :, :, None]
-        top, left = tops[i] * scale, lefts[j] * scale
-        piece = np.asarray(decode(i, j, statistics)[0], np.float32) * area
-        picture[:, top : top + piece.shape[1], left : left + piece.shape[2]] += piece
+    for group in groups:
+        pieces = np.asarray(decode(group, statistics)[0], np.float32)
+        for (i, j), piece in zip(group, pieces, strict=False):
+            area = np.outer(np.repeat(rows[i], scale), np.repeat(columns[j], scale))
+            top, left = tops[i] * scale, lefts[j] * scale
+            height, width = area.shape
+            picture[:, top : top + height, left : left + width] += piece * area[None, :, :, None]
     return picture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import secrets
 import sys
@@ -32,6 +33,11 @@ _Rounding = Annotated[
     Rounding | None, tyro.conf.arg(metavar="{diffusers,bfl,none}", help_behavior_hint="")
 ]
 _Noise = Annotated[Noise | None, tyro.conf.arg(metavar="{torch,jax}", help_behavior_hint="")]
+_Loras = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="FILE[:SCALE]", help_behavior_hint=""),
+]
 _Words = Annotated[
     tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")
 ]
@@ -49,6 +55,8 @@ class Options:
     """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2."""
     vae: _Path = None
     """For a BFL file: folder of a diffusers autoencoder, or ae.safetensors."""
+    lora: _Loras = ()
+    """A LoRA for the transformer, or several: --lora A.safetensors --lora B.safetensors:0.5."""
     steps: _Int = None
     """Denoising steps."""
     guidance: _Float = None
@@ -73,6 +81,8 @@ class Options:
     """Also save all pictures on one sheet, grid.png."""
     dtype: _Dtype = None
     """By default float32 on a CPU, bfloat16 elsewhere."""
+    mesh: _Text = None
+    """Devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2; the rest is data."""
     rounding: _Rounding = None
     """Follow the rounding of diffusers, of bfl, or avoid it (none)."""
     noise: _Noise = None
@@ -100,9 +110,10 @@ def draw(options: Options) -> int:
         for value in [getattr(options, name)]
     }
     source["model"] = source["model"] or "tiny"
+    source["lora"] = _lora_texts(options.lora) or record.get("lora", [])
 
+    from fluxjax.models.latents import latent_size
     from fluxjax.sample.cache import enable_cache
-    from fluxjax.sample.latents import latent_size
     from fluxjax.sample.loading import load_pipeline
 
     if note := enable_cache():
@@ -113,6 +124,8 @@ def draw(options: Options) -> int:
         dtype=source["dtype"],
         text_encoders=source["text_encoders"],
         vae=source["vae"],
+        loras=source["lora"],
+        mesh=options.mesh,
     )
     pipe.seconds["loading"] += time.perf_counter() - start
     requests = list(_requests(options, record.get("settings", {}), pipe.defaults))
@@ -132,27 +145,41 @@ def _draw_all(
 
     made = {"fluxjax": __version__, **source}
     drawn, told = [], set()
-    for settings in requests:
-        if source["model"] == "tiny" and settings.prompt not in told:
-            told.add(settings.prompt)
-            if note := outside(settings.prompt):
-                _say(note)
+    for group in _together(requests, pipe.programs.rows("denoise", 1)):
+        settings = group[0]
+        prompts = [one.prompt for one in group]
+        if source["model"] == "tiny":
+            for prompt in dict.fromkeys(prompts):
+                if prompt not in told and (note := outside(prompt)):
+                    _say(note)
+                told.add(prompt)
         with _progress(settings) as progress:
-            picture = pipe.draw(settings, progress=progress)[0]
+            seeds = [one.seed for one in group]
+            pictures = pipe.draw(settings, prompts=prompts, seeds=seeds, progress=progress)
         for note in dict.fromkeys(pipe.notes):
             _say(note)
         pipe.notes.clear()
-        name = file_name(settings.prompt, settings.seed)
-        wanted = options.out if options.out.suffix == ".png" else folder / name
-        path = save(picture, wanted, {**made, "settings": dataclasses.asdict(settings)})
-        spent = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in pipe.seconds.items())
-        print(f"{path}  seed {settings.seed}  {spent}", flush=True)
+        for settings, picture in zip(group, pictures, strict=True):
+            name = file_name(settings.prompt, settings.seed)
+            wanted = options.out if options.out.suffix == ".png" else folder / name
+            path = save(picture, wanted, {**made, "settings": dataclasses.asdict(settings)})
+            spent = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in pipe.seconds.items())
+            print(f"{path}  seed {settings.seed}  {spent}", flush=True)
+            drawn.append(picture)
         pipe.seconds = dict.fromkeys(pipe.seconds, 0.0)
-        drawn.append(picture)
     if options.grid:
         sheet = {**made, "pictures": [dataclasses.asdict(settings) for settings in requests]}
         print(save(grid(drawn), folder / "grid.png", sheet))
     return 0
+
+
+def _together(requests: list[Settings], size: int) -> Iterator[list[Settings]]:
+    """Runs of at most `size` requests that differ in prompt and seed alone: one batch each."""
+    for _, run in itertools.groupby(
+        requests, key=lambda one: dataclasses.replace(one, prompt="", seed=0)
+    ):
+        alike = list(run)
+        yield from (alike[i : i + size] for i in range(0, len(alike), size))
 
 
 def _requests(options: Options, repeated: dict, base: Settings) -> Iterator[Settings]:
@@ -202,6 +229,9 @@ def _record_of(path: Path | None) -> dict[str, Any]:
     for name in ("model", "text_encoders", "vae", "dtype"):
         if not isinstance(record.get(name), str | None):
             raise ConfigError(f"{path}: its {name} must be a text, got {record[name]!r}")
+    loras = record.get("lora", [])
+    if not isinstance(loras, list) or not all(isinstance(lora, str) for lora in loras):
+        raise ConfigError(f"{path}: its lora must be a list of texts, got {loras!r}")
     return record
 
 
@@ -210,6 +240,12 @@ def _text(source: str | Path) -> str:
     if source in ("tiny", "float32", "bfloat16"):
         return str(source)
     return str(Path(source).expanduser().resolve())
+
+
+def _lora_texts(loras: tuple[str, ...]) -> list[str]:
+    from fluxjax.sample.loading import split_scale
+
+    return [f"{_text(file)}:{scale:g}" for file, scale in map(split_scale, loras)]
 
 
 def _say(note: str) -> None:

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from fluxjax.models.embeddings import round_to
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.sample.latents import text_ids
+from fluxjax.models.latents import text_ids
+from fluxjax.models.lora import variables
 from fluxjax.shapes import Params
 from fluxjax.text.conditioning import Conditioning
 
@@ -47,6 +48,7 @@ def denoise(
 ) -> Float[Array, "n image d"]:
     """Run every step of `levels`, the sigmas from noise to picture; equal neighbours are skipped.
 
+    `params` may come with a LoRA (`fluxjax.models.lora.adapt`).
     The state has the dtype of `latents`. As in diffusers' scheduler, the step is added in float32
     and rounded to that dtype; float32 latents keep a bfloat16 model's run unrounded.
     """
@@ -84,7 +86,7 @@ def denoise(
 
 
 def _apply(model: FluxTransformer, params: Params, name: str, *args) -> Any:
-    return model.apply({"params": params}, *args, method=name)
+    return model.apply(variables(params), *args, method=name)
 
 
 def part_of(levels: Float[np.ndarray, "padded"], first: int, last: int) -> np.ndarray:

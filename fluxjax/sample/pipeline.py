@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
 from fluxjax.checkpoint.pipeline_folder import Component
 from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.models import latents as layout
 from fluxjax.models.autoencoder import denormalize_latents
+from fluxjax.parallel.mesh import AXES, pad_rows, replicated
 from fluxjax.sample import denoise as sampler
-from fluxjax.sample import latents as layout
 from fluxjax.sample import noise, schedule
 from fluxjax.sample.denoise import Guidance, wait
 from fluxjax.sample.pictures import to_bytes
@@ -54,11 +57,14 @@ class Pipeline:
         *,
         dtype: Any,
         scan_layers: bool = True,
+        lora: Params | None = None,
+        mesh: Mesh | None = None,
     ):
         self.config = config
         self.defaults = defaults(config)
         self.dtype = jnp.dtype(dtype)
-        self.programs = Programs(config, dtype, scan_layers)
+        self.mesh = mesh
+        self.programs = Programs(config, dtype, scan_layers, lora, mesh)
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
         self._load_params, self._load_tokenizers = load_params, load_tokenizers
@@ -106,7 +112,9 @@ class Pipeline:
         for component in itertools.chain(*COMPONENTS.values()):
             self.params(component)  # while the programs compile
         encode = partial(self.encode_prompt, max_sequence_length=settings.max_sequence_length)
-        each = [encode(text, settings.prompt_2) for text in prompts]
+        together = self.programs.rows("encode", 1)
+        groups = [prompts[i : i + together] for i in range(0, len(prompts), together)]
+        each = [encode(group, settings.prompt_2) for group in groups]
         conditioning = jax.tree.map(lambda *c: np.repeat(np.concatenate(c), number, axis=0), *each)
         negative = None
         if settings.uses_true_cfg and settings.negative_prompt is not None:
@@ -125,17 +133,22 @@ class Pipeline:
         return to_bytes(self.decode(latents), settings.rounding)
 
     def encode_prompt(
-        self, prompt: str, prompt_2: str | None = None, *, max_sequence_length: int | None = None
+        self,
+        prompt: str | Sequence[str],
+        prompt_2: str | None = None,
+        *,
+        max_sequence_length: int | None = None,
     ) -> Conditioning:
-        """Conditioning of one prompt; `prompt_2` is what T5 reads instead of `prompt`."""
+        """Conditioning of one prompt or several; `prompt_2` is what T5 reads instead of them."""
         length = max_sequence_length or self.config.max_sequence_length
         with self._timed("loading"):
             if self._tokenizers is None:
                 self._tokenizers = self._load_tokenizers()
-        second = None if prompt_2 is None else [prompt_2]
-        ids, notes = tokenize(*self._tokenizers, [prompt], second, max_sequence_length=length)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        second = None if prompt_2 is None else [prompt_2] * len(prompts)
+        ids, notes = tokenize(*self._tokenizers, prompts, second, max_sequence_length=length)
         self.notes += notes
-        return self._run("encode", ids, phase="encoding")
+        return self._run("encode", ids, len(prompts), phase="encoding")
 
     def draw_noise(
         self, settings: Settings, seeds: int | Sequence[int], pictures: int = 1
@@ -157,7 +170,7 @@ class Pipeline:
         true_cfg: float = 1.0,
         rounding: Rounding = "diffusers",
         progress: Callable[[int], None] | None = None,
-    ) -> Float[Array, "n c h w"]:
+    ) -> Float[AnyArray, "n c h w"]:
         """Latents from noise (see `draw_noise`), still normalised as the transformer sees them.
 
         `steps`: their number, or sigmas before the shift. `guidance` is ignored by models without
@@ -175,18 +188,22 @@ class Pipeline:
             embedded = None
         guides = Guidance(embedded, negative, np.float32(true_cfg))
         inputs = (conditioning, guides)
+        if self.mesh is not None:
+            noise, *inputs = pad_rows((noise, *inputs), self.programs.rows("denoise", pictures))
         program = self._program("denoise", noise, padded, *inputs, rounding=rounding)
         params = self.params("transformer")
         with self._timed("denoising"):
             if progress is None:
-                return wait(program(params, noise, padded, *inputs))
-            return sampler.denoise_in_parts(
-                lambda latents, part: program(params, latents, part, *inputs),
-                noise,
-                padded,
-                len(levels) - 1,
-                progress,
-            )
+                latents = wait(program(params, noise, padded, *inputs))
+            else:
+                latents = sampler.denoise_in_parts(
+                    lambda latents, part: program(params, latents, part, *inputs),
+                    noise,
+                    padded,
+                    len(levels) - 1,
+                    progress,
+                )
+            return latents if self.mesh is None else np.asarray(latents)[:pictures]
 
     def decode(
         self, latents: Float[AnyArray, "n c h w"], *, tile: int | None = None
@@ -194,22 +211,36 @@ class Pipeline:
         """Pictures, nominally in [-1, 1]; `pictures.to_bytes` makes bytes of them.
 
         Beyond 2048 x 2048 pixels, or with `tile` latents given, they are decoded in tiles: slower,
-        with the memory of one tile.
+        with the memory of one tile; on a mesh every device decodes tiles.
         """
         if tile is None and not self._tiled(latents):
-            return self._run("decode", latents, phase="decoding")
+            return self._run("decode", latents, len(latents), phase="decoding")
         from fluxjax.models.tiled_decode import decode_tiled
 
         params, (model,) = self.params("vae"), self.programs.modules("decode")
         with self._timed("decoding"):
             x = denormalize_latents(jnp.moveaxis(jnp.asarray(latents), 1, -1), model.config)
-            return decode_tiled(model, params, x, tile=tile or TILE)
+            if self.mesh is None:
+                return decode_tiled(model, params, x, tile=tile or TILE)
+            params = jax.device_put(params, replicated(self.mesh))
+            place = NamedSharding(self.mesh, P(AXES))
+            return decode_tiled(
+                model,
+                params,
+                x,
+                tile=tile or TILE,
+                together=self.mesh.size,
+                spread=lambda tiles: jax.device_put(tiles, place),
+            )
 
     def _tiled(self, latents: Any) -> bool:
         return latents.shape[2] * latents.shape[3] > UNTILED_LATENTS
 
     def params(self, component: Component) -> Params:
-        """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5)."""
+        """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5).
+
+        With a LoRA the transformer's are those of `fluxjax.models.lora.adapt`.
+        """
         if component not in self._params:
             with self._timed("loading"):
                 self._params[component] = self._load_params(component)
@@ -221,6 +252,7 @@ class Pipeline:
         text, config = settings.max_sequence_length, self.config
         state = jnp.float32 if settings.rounding == "none" else self.dtype
         spec: Any = jax.ShapeDtypeStruct
+        pictures, drawn = self.programs.rows("denoise", pictures), pictures
         latents = spec((pictures, config.vae.latent_channels, rows, columns), state)
         conditioning = Conditioning(
             spec((pictures, text, config.text_encoder_2.d_model), self.dtype),
@@ -235,17 +267,20 @@ class Pipeline:
         start = self.programs.start
         # The longest to compile first, then in the order of need.
         start("denoise", latents, levels, conditioning, guides, rounding=settings.rounding)
-        clip = spec((1, config.text_encoder.max_position_embeddings), jnp.int32)
-        t5 = spec((1, text), jnp.int32)
+        prompts = self.programs.rows("encode", 1)
+        clip = spec((prompts, config.text_encoder.max_position_embeddings), jnp.int32)
+        t5 = spec((prompts, text), jnp.int32)
         start("encode", PromptIds(clip, t5, t5))
         if not self._tiled(latents):
-            start("decode", latents)
+            start("decode", spec((self.programs.rows("decode", drawn), *latents.shape[1:]), state))
 
-    def _run(self, name: Name, inputs: Any, *, phase: str) -> Any:
+    def _run(self, name: Name, inputs: Any, rows: int, *, phase: str) -> Any:
         params = [self.params(component) for component in COMPONENTS[name]]
+        if self.mesh is not None:
+            inputs = pad_rows(inputs, self.programs.rows(name, rows))
         program = self._program(name, inputs)
         with self._timed(phase):
-            return jax.tree.map(lambda x: np.asarray(wait(x)), program(*params, inputs))
+            return jax.tree.map(lambda x: np.asarray(wait(x))[:rows], program(*params, inputs))
 
     def _program(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
         with self._timed("compiling"):

@@ -10,18 +10,23 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from fluxjax.checkpoint.pipeline_folder import Component
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import PipelineConfig
+from fluxjax.models import latents as layout
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flux import FluxTransformer
+from fluxjax.models.lora import adapt
 from fluxjax.models.t5 import T5Encoder
+from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, replicated
+from fluxjax.parallel.rules import state_shardings
 from fluxjax.sample import denoise as sampler
-from fluxjax.sample import latents as layout
 from fluxjax.sample.denoise import Conditioning, Guidance
 from fluxjax.sample.settings import Rounding
 from fluxjax.shapes import Params
@@ -63,10 +68,22 @@ def decode_latents(
 
 
 class Programs:
-    """Executables by program and shapes; two are compiled at a time, each only once."""
+    """Executables by program and shapes; two are compiled at a time, each only once.
 
-    def __init__(self, config: PipelineConfig, dtype: Any, scan_layers: bool):
+    On a mesh the transformer and the text encoders are split as the table of rules has it, and the
+    autoencoder's pictures over all devices.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        dtype: Any,
+        scan_layers: bool,
+        lora: Params | None = None,
+        mesh: Mesh | None = None,
+    ):
         self.config, self.dtype, self.scan_layers = config, jnp.dtype(dtype), scan_layers
+        self.lora, self.mesh = lora, mesh
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
         self._futures: dict[Any, Future] = {}
 
@@ -83,17 +100,31 @@ class Programs:
         """The executable, a function of (params of each of COMPONENTS, *inputs)."""
         return self.start(name, *inputs, rounding=rounding).result()
 
+    def rows(self, name: Name, rows: int) -> int:
+        """The batch that `name` runs for so many pictures or prompts: up to what can be split."""
+        if self.mesh is None:
+            return rows
+        parts = self.mesh.size if name == "decode" else batch_parts(self.mesh)
+        return -(-rows // parts) * parts
+
     def modules(self, name: Name, rounding: Rounding = "diffusers") -> tuple[Any, ...]:
         """The networks that a program runs, in the order of COMPONENTS."""
         config = self.config
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
         stacked = {**types, "scan_layers": self.scan_layers}
+        if name == "decode":
+            return (Autoencoder(config.vae, **types),)
         if name == "encode":
             clip = CLIPTextModel(config.text_encoder, **stacked)
-            return clip, T5Encoder(config.text_encoder_2, **stacked)
-        if name == "denoise":
-            return (FluxTransformer(config.transformer, **stacked, timestep_rounding=rounding),)
-        return (Autoencoder(config.vae, **types),)
+            modules = clip, T5Encoder(config.text_encoder_2, **stacked)
+        else:
+            flux = FluxTransformer(config.transformer, **stacked, timestep_rounding=rounding)
+            modules = (flux,)
+        if self.mesh is None:
+            return modules
+        from fluxjax.parallel.networks import on_mesh
+
+        return tuple(on_mesh(module, self.mesh) for module in modules)
 
     def _compile(self, name: Name, rounding: Rounding, specs: tuple) -> Any:
         functions: dict[Name, Any] = {
@@ -101,14 +132,48 @@ class Programs:
             "denoise": denoise_pictures,
             "decode": decode_latents,
         }
+        function, modules = functions[name], self.modules(name, rounding)
         params = [self._shapes(component) for component in COMPONENTS[name]]
+        if self.mesh is not None:
+            function, specs = _split(function, name, len(modules), specs, self.mesh)
         # float32 means float32 on accelerators too, where JAX would multiply in less.
         precision: Any = "highest" if self.dtype == jnp.float32 else None
         with jax.default_matmul_precision(precision):
-            lowered = functions[name].lower(*self.modules(name, rounding), *params, *specs)
+            lowered = function.lower(*modules, *params, *specs)
             return lowered.compile(compiler_options=compiler_options())
 
     def _shapes(self, component: Component) -> Params:
         stacked = self.scan_layers and component != "vae"
         template = abstract_params(getattr(self.config, component), stacked=stacked)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), template)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), template)
+        spec: Any = jax.ShapeDtypeStruct
+        if component == "transformer" and self.lora is not None:
+            lora = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), self.lora)
+            shapes = adapt(shapes, lora)
+        if self.mesh is None:
+            return shapes
+        return jax.tree.map(
+            lambda leaf, place: spec(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            state_shardings(shapes, self.mesh),
+        )
+
+
+def _split(function: Any, name: Name, modules: int, specs: tuple, mesh: Mesh) -> tuple[Any, tuple]:
+    """`function`, jitted for `mesh`, and `specs` with shardings: batches split, the rest whole."""
+    whole = replicated(mesh)
+    batch = NamedSharding(mesh, P(AXES if name == "decode" else BATCH))
+
+    def place(leaf: Any) -> Any:
+        sharding = batch if leaf.ndim > 1 else whole
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    body = function.__wrapped__
+    if name == "decode":
+
+        def body(model, params, latents):
+            # Gathered once: the pictures are large, the network is small.
+            return decode_latents(model, jax.lax.with_sharding_constraint(params, whole), latents)
+
+    jitted = jax.jit(body, static_argnums=tuple(range(modules)), out_shardings=batch)
+    return jitted, jax.tree.map(place, specs)

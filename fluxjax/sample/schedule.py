@@ -17,14 +17,6 @@ from fluxjax.sample.settings import MAX_STEPS
 SMALLEST_BUCKET = 4
 
 
-def dynamic_mu(image_tokens: int, config: SchedulerConfig) -> float:
-    """The shift for a picture of `image_tokens`: the line through the two published lengths."""
-    slope = (config.max_shift - config.base_shift) / (
-        config.max_image_seq_len - config.base_image_seq_len
-    )
-    return image_tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
-
-
 def sigmas(
     steps: int | Sequence[float],
     image_tokens: int,
@@ -52,7 +44,7 @@ def sigmas(
     else:
         levels = np.linspace(1.0, 1.0 / count, count).astype(np.float32)
     if config.use_dynamic_shifting:
-        power = np.float32(math.exp(dynamic_mu(image_tokens, config)))
+        power = np.float32(math.exp(config.mu(image_tokens)))
         levels = power / (power + (one / levels - one))
     else:
         shift = np.float32(config.shift)

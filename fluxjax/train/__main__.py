@@ -1,41 +1,26 @@
-"""python -m fluxjax.train RECIPE | evaluate"""
+"""python -m fluxjax.train RECIPE | precompute RECIPE | evaluate"""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-
-import tyro
 
 from fluxjax import cli
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """Train by a recipe: a TOML file with one table per stage."""
+def main() -> int | None:
+    verb, *rest = sys.argv[1:] or [""]
+    if verb == "evaluate":
+        import tyro
 
-    recipe: tyro.conf.Positional[Path]
-    folder: Path | None = None
-    """Where checkpoints and the finished pipeline go; the recipe's by default."""
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["evaluate"]:
         from fluxjax.train.evaluate import EvaluateSettings, evaluate
 
-        settings = tyro.cli(EvaluateSettings, args=sys.argv[2:], prog="fluxjax.train evaluate")
-        evaluate(settings)
-        return
-    settings = tyro.cli(TrainSettings, prog="python -m fluxjax.train")
-    from dataclasses import replace
+        evaluate(tyro.cli(EvaluateSettings, args=rest, prog="fluxjax.train evaluate"))
+        return None
+    from fluxjax.train import command
 
-    from fluxjax.train.tiny import read_recipe, train_tiny
-
-    recipe = read_recipe(settings.recipe)
-    if settings.folder is not None:
-        recipe = replace(recipe, folder=settings.folder)
-    print(train_tiny(recipe))
+    if verb == "precompute":
+        return command.precompute(rest)
+    return command.train([verb, *rest] if verb else [])
 
 
 if __name__ == "__main__":

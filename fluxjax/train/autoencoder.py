@@ -14,8 +14,9 @@ from fluxjax.config import AutoencoderConfig
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.train import loop
 from fluxjax.train.objectives import autoencoder_loss
+from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.scenes import render, sample_scenes
-from fluxjax.train.step import Tree, init_state, make_step, muon_optimizer
+from fluxjax.train.step import Tree, init_state, make_step
 
 
 @dataclass(frozen=True, kw_only=True)

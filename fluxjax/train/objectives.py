@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from fluxjax.config import ConfigError
 from fluxjax.models.autoencoder import Posterior
+
+Density = Literal["flux_shift", "uniform", "logit_normal", "sigmoid", "shift", "mode"]
+Weight = Literal["none", "sigma_sqrt", "cosmap"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Flow matching: which timesteps are drawn, how their errors weigh, what is left out."""
+
+    density: Density = "flux_shift"
+    """flux_shift: sigmoid of a normal, shifted by the picture's size as in sampling."""
+    mean: float = 0.0
+    """Of logit_normal."""
+    std: float = 1.0
+    """Of logit_normal."""
+    shift: float = 3.1582
+    """Of the density shift."""
+    mode_scale: float = 1.29
+    """Of the density mode."""
+    weight: Weight = "none"
+    """Of each row's squared error: none, 1 / t^2 (sigma_sqrt) or 2 / (pi (1 - 2t + 2t^2))."""
+    guidance: float = 1.0
+    """Fed to the guidance embedding; models without one ignore it."""
+    caption_dropout: float = 0.1
+    """Share of the captions that are replaced by the empty one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise ConfigError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
+        for name in ("std", "shift"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 def autoencoder_loss(
@@ -37,6 +74,39 @@ def sample_times(key: PRNGKeyArray, batch: int, mu: float | Array) -> Float[Arra
     return shift_times(jax.nn.sigmoid(jax.random.normal(key, (batch,))), mu)
 
 
+def density_times(
+    objective: Objective, uniform: Float[Array, "*b"], mu: float | Array
+) -> Float[Array, "*b"]:
+    """Timesteps of the objective's density at the quantiles `uniform`, in (0, 1).
+
+    Source: Esser et al. 2024 (SD3), section 3.1 for logit_normal and mode; kohya's sd-scripts for
+    the names sigmoid, shift and flux_shift.
+    """
+    # 2^-24: the smallest step of a float32 uniform, so that no quantile is 0 or 1.
+    u = jnp.clip(uniform, 2.0**-24, 1.0 - 2.0**-24)
+    if objective.density == "uniform":
+        return u
+    if objective.density == "mode":
+        t = 1.0 - u - objective.mode_scale * (jnp.square(jnp.cos(math.pi / 2 * u)) - 1.0 + u)
+        return jnp.clip(t, 2.0**-24, 1.0 - 2.0**-24)
+    normal = jax.scipy.special.ndtri(u)
+    if objective.density == "logit_normal":
+        return jax.nn.sigmoid(objective.mean + objective.std * normal)
+    t = jax.nn.sigmoid(normal)
+    if objective.density == "flux_shift":
+        return shift_times(t, mu)
+    return shift_times(t, math.log(objective.shift)) if objective.density == "shift" else t
+
+
+def time_weights(weight: Weight, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """What each row's squared error is multiplied with. Source: as `density_times`."""
+    if weight == "sigma_sqrt":
+        return t**-2.0
+    if weight == "cosmap":
+        return 2.0 / (math.pi * (1.0 - 2.0 * t + 2.0 * jnp.square(t)))
+    return jnp.ones_like(t)
+
+
 def interpolate(
     latents: Float[Array, "b *shape"], noise: Float[Array, "b *shape"], t: Float[Array, "b"]
 ) -> Float[Array, "b *shape"]:
@@ -46,10 +116,15 @@ def interpolate(
 
 
 def velocity_loss(
-    velocity: Float[Array, "b *shape"], target: Float[Array, "b *shape"]
+    velocity: Float[Array, "b *shape"],
+    target: Float[Array, "b *shape"],
+    weights: Float[Array, "b"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean squared error in float32, unweighted; the target of flow matching is noise - x_0."""
-    return jnp.square(velocity.astype(jnp.float32) - target.astype(jnp.float32)).mean()
+    """Mean squared error in float32; the target of flow matching is noise - x_0."""
+    error = jnp.square(velocity.astype(jnp.float32) - target.astype(jnp.float32))
+    if weights is None:
+        return error.mean()
+    return (weights * error.reshape(error.shape[0], -1).mean(1)).mean()
 
 
 def guided_velocity(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
+from fluxjax.models.bfloat16_products import BFLOAT16
 from fluxjax.models.compilation import compiler_options
 
 Tree = Any
+Products = Literal["float32", "bfloat16"]
 
 
 class TrainState(NamedTuple):
@@ -20,52 +22,18 @@ class TrainState(NamedTuple):
 
     step: jax.Array
     params: Tree
-    ema: Tree
+    ema: Tree  # None where no average is kept
     opt_state: Tree
     skipped: jax.Array  # updates left out because loss or gradient was not finite
 
 
-def muon_dimensions(params: Tree) -> Tree:
-    """Which leaves Muon orthogonalises: hidden kernels, as (inputs, outputs) matrices.
-
-    Embeddings, input and output layers, norms and biases go to AdamW. A stacked leaf's leading axis
-    (layer) is a batch axis.
-    """
-    first_and_last = ("conv_in", "conv_out", "x_embedder", "context_embedder", "proj_out")
-
-    def spec(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
-        names = [str(getattr(p, "key", p)) for p in path]
-        outer = names[0] in first_and_last or (len(names) > 1 and names[-2].startswith("conv_in"))
-        outer = outer or names[-2] == "conv_out"
-        if names[-1] != "kernel" or outer or leaf.ndim not in (2, 3, 4):
-            return None
-        inputs = tuple(range(leaf.ndim - 1)) if leaf.ndim == 4 else leaf.ndim - 2
-        return MuonDimensionNumbers(reduction_axis=inputs, output_axis=leaf.ndim - 1)
-
-    return jax.tree.map_with_path(spec, params)
-
-
-def muon_optimizer(
-    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, clip: float = 1.0
-) -> optax.GradientTransformation:
-    """Muon on hidden matrices, AdamW elsewhere, one learning rate for both (RMS-matched, 0.2)."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip),
-        muon(
-            learning_rate,
-            weight_decay=weight_decay,
-            adam_b2=0.99,
-            muon_weight_dimension_numbers=muon_dimensions,
-            consistent_rms=0.2,
-        ),
-    )
-
-
-def init_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Tree, optimizer: optax.GradientTransformation, *, ema: bool = True
+) -> TrainState:
     # A copy: the step donates its state, and donating one buffer twice is an error.
-    ema = jax.tree.map(jnp.copy, params)
+    average = jax.tree.map(jnp.copy, params) if ema else None
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, ema, optimizer.init(params), jnp.copy(zero))
+    return TrainState(zero, params, average, optimizer.init(params), jnp.copy(zero))
 
 
 def make_step(
@@ -75,32 +43,67 @@ def make_step(
     seed: int,
     ema_decay: float,
     static_argnames: tuple[str, ...] = (),
+    products: Products = "float32",
+    accumulate: int = 1,
+    out_shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `step(state, *args, **static) -> (state, metrics)`.
 
     `loss(params, key, *args, **static)` gives the scalar to minimise; its key depends on the seed
     and the step alone. An update whose loss or gradient is not finite is skipped and counted.
+    `products`: the operands of the dense layers' products, see `models/bfloat16_products.py`.
+    `accumulate`: the batch, then the first of `args`, is computed in so many parts one after the
+    other; a loss that is a mean over rows gives the update of the whole. `out_shardings`: those of
+    state and metrics.
     """
+
+    gradient = jax.value_and_grad(loss)
+    if accumulate > 1:
+        gradient = _accumulated(gradient, accumulate)
+
+    def precision():
+        return jax.default_matmul_precision(BFLOAT16) if products == "bfloat16" else nullcontext()
 
     def step(state: TrainState, *args, **static):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        value, grads = jax.value_and_grad(loss)(state.params, key, *args, **static)
+        with precision():
+            value, grads = gradient(state.params, key, *args, **static)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # Early on the average would remember the initial noise: warm the decay up.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
         new = (params, ema, opt_state)
         old = (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         state = TrainState(state.step + 1, params, ema, opt_state, state.skipped + ~good)
         return state, {"loss": value, "gradient_norm": norm, "skipped": state.skipped}
 
+    with precision():
+        options = compiler_options()
     return jax.jit(
-        step,
-        donate_argnums=0,
-        static_argnames=static_argnames,
-        compiler_options=compiler_options(),
-    )
+        step, donate_argnums=0, static_argnames=static_argnames, compiler_options=options,
+        out_shardings=out_shardings,
+    )  # fmt: skip
+
+
+def _accumulated(gradient: Callable, parts: int) -> Callable:
+    """The same mean value and gradient, `parts` of the batch at a time."""
+
+    def split(x: jax.Array) -> jax.Array:
+        # Every parts-th row: rows that lie on one device stay there.
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    def accumulated(params: Tree, key: jax.Array, batch: Tree, *rest, **static):
+        def add(total: Tree, part: Tree):
+            return jax.tree.map(jnp.add, total, gradient(params, key, part, *rest, **static)), None
+
+        start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(add, start, jax.tree.map(split, batch))
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return accumulated

@@ -24,8 +24,9 @@ from fluxjax.models.clip import CLIPTextModel, CLIPVisionModel
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train import loop
+from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.scenes import Caption, Scene, captions, render, sample_scenes
-from fluxjax.train.step import init_state, make_step, muon_optimizer
+from fluxjax.train.step import init_state, make_step
 from fluxjax.train.text_objectives import (
     LOGIT_SCALE_INIT,
     QUESTIONS,

@@ -6,9 +6,7 @@ command goes on where it was stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.checkpoint.pipeline_folder import load_params, save_params, write_config
-from fluxjax.config import TINY, ConfigError, PipelineConfig
+from fluxjax.config import TINY, PipelineConfig
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
@@ -32,6 +30,7 @@ from fluxjax.train.autoencoder import (
 )
 from fluxjax.train.scenes import BACKGROUNDS, COLOURS, SHAPES, captions, render, sample_scenes
 from fluxjax.train.text_encoders import TextTraining, fit_vocabularies
+from fluxjax.train.toml_file import build, read_toml
 from fluxjax.train.transformer import (
     Conditioner,
     DistillStage,
@@ -51,6 +50,7 @@ class TinyRecipe:
     text: TextTraining = field(default_factory=TextTraining)
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     transformer: TransformerStage = field(default_factory=TransformerStage)
+    refine: TransformerStage = field(default_factory=TransformerStage)
     distill: DistillStage = field(default_factory=DistillStage)
 
     @property
@@ -61,35 +61,9 @@ class TinyRecipe:
 
 def read_recipe(path: Path) -> TinyRecipe:
     """A TOML file with one table per stage. Raises ConfigError naming an unknown key or stage."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no recipe {path}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
-    return _build(TinyRecipe, values, str(path))
-
-
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    defaults = cls()
-    for name, value in values.items():
-        if name not in fields:
-            raise ConfigError(f"{where}: unknown key {name!r}; known are {', '.join(fields)}")
-        default = getattr(defaults, name)
-        if dataclasses.is_dataclass(default) and isinstance(value, dict):
-            value = _build(type(default), value, f"{where} [{name}]")
-        elif isinstance(default, Path):
-            value = Path(value)
-        elif isinstance(default, tuple):
-            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        elif type(value) is not type(default) and not (
-            isinstance(default, float) and isinstance(value, int)
-        ):
-            kind = type(default).__name__
-            raise ConfigError(f"{where}: {name} must be {kind}, got {value!r}")
-        values = values | {name: value}
-    return cls(**values)
+    values = read_toml(path)
+    values.pop("task", None)
+    return build(TinyRecipe, values, str(path))
 
 
 def train_tiny(recipe: TinyRecipe) -> Path:
@@ -106,12 +80,15 @@ def train_tiny(recipe: TinyRecipe) -> Path:
         config,
         lambda: train_transformer(config, recipe.transformer, conditioner, folder / "transformer"),
     )
+    teacher = _once(
+        folder / "refined",
+        config,
+        lambda: train_transformer(config, recipe.refine, conditioner, folder / "refine", teacher),
+    )
     student = _once(
         folder / "student",
         config,
-        lambda: train_transformer(
-            config, recipe.distill, conditioner, folder / "distill", teacher=teacher
-        ),
+        lambda: train_transformer(config, recipe.distill, conditioner, folder / "distill", teacher),
     )
     save_params(pipeline, "transformer", student, config.transformer, jnp.float16)
     _decoder(recipe, config)
@@ -152,10 +129,10 @@ def _decoder(recipe: TinyRecipe, config: PipelineConfig) -> None:
 
 
 def _once(folder: Path, config: PipelineConfig, train) -> Tree:
-    """The stacked float32 transformer in `folder`, trained if it is not there yet."""
+    """The float32 transformer in `folder`, trained if it is not there yet."""
     if not (folder / "transformer").is_dir():
         save_params(folder, "transformer", train(), config.transformer, jnp.float32)
-    return load_params(folder, "transformer", config.transformer, stacked=True)
+    return load_params(folder, "transformer", config.transformer, stacked=False)
 
 
 def make_conditioner(pipeline: Path, config: PipelineConfig) -> Conditioner:
@@ -181,8 +158,8 @@ def make_conditioner(pipeline: Path, config: PipelineConfig) -> Conditioner:
 
 
 def write_world(pipeline: Path) -> None:
-    """world.json: the words of 20,000 captions, so that sampling can say what lies outside."""
-    scenes = sample_scenes(jax.random.key(5), 20_000, width=96, height=96)
+    """world.json: the words of 8192 captions, so that sampling can say what lies outside."""
+    scenes = sample_scenes(jax.random.key(5), 8192, width=96, height=96)
     words = {word for c in captions(scenes, 5) for word in c.text.replace(",", " ").lower().split()}
     knows = (
         f"one to three shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)}, small, medium or "

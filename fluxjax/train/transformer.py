@@ -5,7 +5,6 @@ Autoencoder and text encoders are frozen: they only fill the pool of examples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,22 @@ from jaxtyping import Array, Float
 from fluxjax.config import PipelineConfig
 from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.sample.latents import image_ids, latent_size, pack, text_ids
-from fluxjax.sample.schedule import dynamic_mu
+from fluxjax.models.latents import image_ids, latent_size, pack, text_ids
 from fluxjax.train import loop
 from fluxjax.train.objectives import guided_velocity, interpolate, sample_times, velocity_loss
+from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.scenes import captions, render, sample_scenes
-from fluxjax.train.step import Tree, init_state, make_step, muon_optimizer
+from fluxjax.train.step import Products, Tree, init_state, make_step
 from fluxjax.train.text_encoders import vary
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerStage:
-    """`buckets` are (width, height); step i uses bucket i modulo their number."""
+    """`buckets` are (width, height); step i uses bucket i modulo their number.
+
+    `products` rounds the operands of matrix products, see `models/bfloat16_products.py`.
+    `time_shift` is added to the mu of sampling: above 0, more of the times are noisy ones.
+    """
 
     steps: int = 5000
     batch: int = 64
@@ -45,6 +48,8 @@ class TransformerStage:
     buckets: tuple[tuple[int, int], ...] = (
         (96, 96), (112, 80), (96, 96), (80, 112), (96, 96),
     )  # fmt: skip
+    products: Products = "float32"
+    time_shift: float = 0.0
     seed: int = 3
 
 
@@ -146,9 +151,7 @@ class Batches:
             bucket = self.stage.buckets.index(size)
             self.pools[size] = Pool(bucket, self.stage, self.conditioner, step)
         ids = image_ids(*latent_size(width, height, self.config.vae))
-        scheduler = self.config.scheduler
-        shifted = scheduler.use_dynamic_shifting
-        mu = dynamic_mu(len(ids), scheduler) if shifted else math.log(scheduler.shift)
+        mu = self.config.scheduler.mu(len(ids)) + self.stage.time_shift
         return self.pools[size].batch(step), ids, mu
 
 
@@ -218,7 +221,7 @@ def guidance_distillation_loss(model: FluxTransformer, scales: tuple[float, floa
 
 
 def init_transformer(config: PipelineConfig, seed: int) -> tuple[FluxTransformer, Tree]:
-    model = FluxTransformer(config.transformer, scan_layers=True)
+    model = FluxTransformer(config.transformer, scan_layers=False)
     c, tokens = config.transformer, image_ids(4, 4)
     params = jax.jit(model.init)(
         jax.random.key(seed), jnp.zeros((1, 4, c.in_channels)),
@@ -233,13 +236,16 @@ def train_transformer(
     stage: TransformerStage,
     conditioner: Conditioner,
     folder: Path,
-    teacher: Tree | None = None,
+    start: Tree | None = None,
 ) -> Tree:
-    """Flow matching from nothing, or, with a `teacher` and a `DistillStage`, its distillation.
+    """Flow matching, from nothing or from `start`; with a `DistillStage` `start` is the teacher.
 
-    Returns the averaged (EMA) parameters, stacked; checkpoints and metrics lie in `folder`.
+    Returns the averaged (EMA) parameters, one subtree per block (on CPUs a scan would copy what
+    each block saves for its derivative); checkpoints and metrics lie in `folder`.
     """
     model, params = init_transformer(config, stage.seed)
+    if start is not None:
+        params = jax.tree.map(jnp.copy, start)
     warm = optax.linear_schedule(0.0, stage.learning_rate, 100)
     decay = optax.linear_schedule(1.0, 0.0, stage.decay_steps, stage.steps - stage.decay_steps)
     optimizer = muon_optimizer(
@@ -248,14 +254,13 @@ def train_transformer(
     batches = Batches(config, stage, conditioner)
     empty_text, empty_pooled = conditioner.encode_text([""])
     empty = Batch(jnp.zeros((1, 1, 1)), jnp.asarray(empty_text), jnp.asarray(empty_pooled))
-    if teacher is None:
-        loss = flow_matching_loss(model, stage.caption_dropout)
-        frozen = ()
+    if isinstance(stage, DistillStage):
+        loss, frozen = guidance_distillation_loss(model, stage.scales), (start,)
     else:
-        assert isinstance(stage, DistillStage)
-        loss = guidance_distillation_loss(model, stage.scales)
-        params, frozen = jax.tree.map(jnp.copy, teacher), (teacher,)
-    step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
+        loss, frozen = flow_matching_loss(model, stage.caption_dropout), ()
+    step = make_step(
+        loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay, products=stage.products
+    )
 
     def advance(state, index: int):
         batch, ids, mu = batches(index)

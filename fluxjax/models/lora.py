@@ -1,0 +1,166 @@
+"""Low-rank adapters (LoRA): trees beside the parameter tree, read by `fluxjax.models.dense.Dense`.
+
+A LoRA tree has the form (stacked or per block) of the parameters it adapts; where those have a
+`kernel` (in, out) it may have `a` (in, rank), `b` (rank, out) and a scalar `scale`, all with the
+leading layer axis of a stacked kernel. Layers that are not adapted have scale 0.
+
+    model.apply({"params": params, "lora": lora}, ...)
+
+Source: Hu et al. 2021, LoRA; names, defaults and initial values are PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fluxjax.config import ConfigError
+from fluxjax.models.dense import COLLECTION
+from fluxjax.models.names import flatten, is_stacked, module_name, unflatten
+from fluxjax.shapes import Params
+
+# What diffusers' FLUX scripts adapt: attention and feed-forward of the double blocks, and queries,
+# keys and values of the single blocks.
+TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+    "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj",
+    "ff_context.net.2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """`targets` are reference module names, their last parts, or regular expressions of them.
+
+    The adapter's output is multiplied by `alpha / rank`.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"the LoRA's rank must be at least 1, got {self.rank}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"the LoRA's alpha must be a positive number, got {self.alpha}")
+        if not self.targets:
+            raise ConfigError("the LoRA's targets are empty: name at least one module")
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ConfigError(f"the LoRA's target {target!r} is no pattern: {error}") from None
+
+
+class Site(NamedTuple):
+    """A dense kernel: where it is, the reference name of each of its layers, (in, out)."""
+
+    module: tuple[str, ...]
+    names: tuple[str, ...]
+    stacked: bool
+    shape: tuple[int, int]
+
+
+def dense_sites(params: Params) -> Iterator[Site]:
+    """Every dense kernel of a tree of arrays or ShapeDtypeStructs."""
+    for path, leaf in flatten(params).items():
+        stacked = is_stacked(path)
+        shape = tuple(leaf.shape[stacked:])
+        if path[-1] != "kernel" or len(shape) != 2:
+            continue
+        layers = range(leaf.shape[0]) if stacked else (None,)
+        names = tuple(module_name(path[:-1], layer) for layer in layers)
+        yield Site(path[:-1], names, stacked, (shape[0], shape[1]))
+
+
+def matches(target: str, name: str) -> bool:
+    """Whether a module is meant by one of `LoraConfig.targets`, as PEFT matches them."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{target})", name) is not None
+
+
+def init_lora(key: jax.Array, params: Params, config: LoraConfig) -> dict[str, Any]:
+    """A float32 LoRA that changes nothing yet: `a` is Kaiming-uniform as in PEFT, `b` is zero.
+
+    Only the shapes of `params` are read. Each module's values depend on the key and its name alone.
+    Raises ConfigError naming the targets that are no modules of `params`.
+    """
+    flat: dict[tuple[str, ...], Any] = {}
+    unused = set(config.targets)
+    for site in dense_sites(params):
+        hits = [{t for t in config.targets if matches(t, name)} for name in site.names]
+        if not any(hits):
+            continue
+        unused = unused.difference(*hits)
+        fan_in, features = site.shape
+        keys = jnp.stack(
+            [jax.random.fold_in(key, zlib.crc32(name.encode())) for name in site.names]
+        )
+        bound = 1 / math.sqrt(fan_in)
+        a = _uniform(keys, bound, (fan_in, config.rank))
+        scale = jnp.asarray([config.alpha / config.rank if hit else 0.0 for hit in hits])
+        b = jnp.zeros((len(hits), config.rank, features))
+        for name, leaf in (("a", a), ("b", b), ("scale", scale)):
+            flat[*site.module, name] = leaf if site.stacked else leaf[0]
+    if unused:
+        names = ", ".join(map(repr, sorted(unused)))
+        raise ConfigError(f"no dense layer of the model is meant by the LoRA's target(s) {names}")
+    return unflatten(flat)
+
+
+def _uniform(keys: jax.Array, bound: float, shape: tuple[int, int]) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.uniform(key, shape, minval=-bound, maxval=bound))(keys)
+
+
+def combine_loras(loras: Sequence[tuple[Params, float]]) -> dict[str, Any]:
+    """One LoRA with the effect of several, each times its factor: their ranks are concatenated.
+
+    They may adapt different modules; all have the form (stacked or per block) of one model.
+    """
+    if len(loras) == 1:
+        tree, factor = loras[0]
+        flat = flatten(tree)
+        return unflatten({p: v * factor if p[-1] == "scale" else v for p, v in flat.items()})
+    parts: dict[tuple[str, ...], list[tuple[Mapping[str, Any], float]]] = {}
+    for tree, factor in loras:
+        flat = flatten(tree)
+        for module in dict.fromkeys(path[:-1] for path in flat):
+            leaves = {name: flat[*module, name] for name in ("a", "b", "scale")}
+            parts.setdefault(module, []).append((leaves, factor))
+    joined: dict[tuple[str, ...], Any] = {}
+    for module, members in parts.items():
+        scaled = [m["b"] * jnp.asarray(m["scale"] * f)[..., None, None] for m, f in members]
+        joined[*module, "a"] = jnp.concatenate([m["a"] for m, _ in members], axis=-1)
+        joined[*module, "b"] = jnp.concatenate(scaled, axis=-2)
+        joined[*module, "scale"] = jnp.ones_like(jnp.asarray(members[0][0]["scale"]))
+    return unflatten(joined)
+
+
+def split_scales(lora: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is trained (`a` and `b`), and the scales, which no optimiser should see."""
+    flat = flatten(lora)
+    trained = {path: leaf for path, leaf in flat.items() if path[-1] != "scale"}
+    scales = {path: leaf for path, leaf in flat.items() if path[-1] == "scale"}
+    return unflatten(trained), unflatten(scales)
+
+
+def join_scales(trained: Params, scales: Params) -> dict[str, Any]:
+    """The inverse of `split_scales`."""
+    return unflatten(flatten(trained) | flatten(scales))
+
+
+def adapt(params: Params, lora: Params | None) -> Params:
+    """Parameters together with a LoRA, for functions that pass them on to `variables`."""
+    return params if lora is None else {"params": params, COLLECTION: lora}
+
+
+def variables(params: Params) -> Params:
+    """What `Module.apply` takes, of parameters with or without a LoRA (see `adapt`)."""
+    return params if COLLECTION in params else {"params": params}

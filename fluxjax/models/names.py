@@ -1,0 +1,56 @@
+"""Paths in our parameter trees and the reference (diffusers, transformers) names they stand for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fluxjax.models.stacking import GROUPS
+
+# Reference names in which a number is a list index; elsewhere (linear_1, wi_0) it is the name's.
+_INDEXED = (
+    "transformer_blocks|single_transformer_blocks|block|layers|layer|to_out|net|down_blocks|"
+    "up_blocks|resnets|attentions|downsamplers|upsamplers"
+)
+_INDEX = re.compile(rf"\b({_INDEXED})_(\d+)(?=\.|$)")
+_T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+
+
+def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, value in tree.items():
+        path = (*prefix, key)
+        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def is_stacked(path: tuple[str, ...]) -> bool:
+    """Whether the leaf at `path` carries a leading layer axis."""
+    return any(key in GROUPS for key in path)
+
+
+def module_name(module: tuple[str, ...], layer: int | None) -> str:
+    """Reference name of a module; `layer` is the index on the layer axis of a stacked one."""
+    parts = list(module)
+    if layer is not None:
+        group = next(key for key in module if key in GROUPS)
+        parts[module.index(group)] = f"{group}.{layer}"
+    name = ".".join(parts)
+    return _T5_BIAS if name == "encoder.relative_attention_bias" else _INDEX.sub(r"\1.\2", name)
+
+
+def reference_name(path: tuple[str, ...], layer: int | None) -> str:
+    """Reference name of a parameter."""
+    leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
+    return ".".join(filter(None, (module_name(path[:-1], layer), leaf)))

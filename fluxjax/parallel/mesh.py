@@ -1,0 +1,100 @@
+"""The one mesh of devices: `data`, `fsdp`, `tensor` and `sequence`.
+
+A batch is split over `data` and `fsdp`. Weights are split over `fsdp` (and gathered layer by layer
+where they are used) and over `tensor` (and used in parts); the tokens of one picture are split over
+`sequence`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fluxjax.config import ConfigError
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH = ("data", "fsdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Devices along each axis; `data` 0 stands for all that the other axes leave."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        for name in AXES:
+            size, least = getattr(self, name), 0 if name == "data" else 1
+            if size < least:
+                raise ConfigError(f"the mesh's {name} must be at least {least}, got {size}")
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
+
+
+def parse_mesh(text: str) -> MeshShape:
+    """Of `fsdp=4,tensor=2`; axes that are not named are 1, and the rest of the devices is data.
+
+    Raises ConfigError.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in AXES or name in sizes or not size.isdecimal():
+            raise ConfigError(
+                f"a mesh is written as axis=number, separated by commas, each of {', '.join(AXES)} "
+                f"at most once, such as fsdp=4,tensor=2; got {text!r}"
+            )
+        sizes[name] = int(size)
+    return MeshShape(**sizes)
+
+
+def make_mesh(shape: MeshShape | str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices`, by default all. Raises ConfigError if they do not fit."""
+    shape = parse_mesh(shape) if isinstance(shape, str) else shape
+    devices = list(jax.devices() if devices is None else devices)
+    rest = shape.fsdp * shape.tensor * shape.sequence
+    data = shape.data or len(devices) // rest
+    if data * rest != len(devices):
+        raise ConfigError(
+            f"the mesh {shape} does not fit {len(devices)} devices: fsdp x tensor x sequence is "
+            f"{rest}, which " + ("data must make up to" if shape.data else "must divide")
+            + f" {len(devices)}"
+        )  # fmt: skip
+    sizes = (data, shape.fsdp, shape.tensor, shape.sequence)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """What a batch's size must divide by to be split over `data` and `fsdp`."""
+    return math.prod(mesh.shape[name] for name in BATCH)
+
+
+def pad_rows(tree: Any, rows: int) -> Any:
+    """Every array of `tree` made `rows` long by repeating its last row; scalars as they are."""
+
+    def pad(x: Any) -> Any:
+        missing = rows - np.shape(x)[0] if np.ndim(x) else 0
+        return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else x
+
+    return jax.tree.map(pad, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())

@@ -1,0 +1,40 @@
+"""What `python -m fluxjax.plan` does, once there are devices to compile for."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from fluxjax.plan.options import Options, device_count, find_chips, read_model
+
+
+def plan(options: Options) -> int:
+    """Compile, and print tables or JSON."""
+    from fluxjax.plan.estimate import as_json
+    from fluxjax.plan.programs import compile_plan
+    from fluxjax.plan.tables import print_tables
+
+    chips, config = find_chips(options.chips), read_model(options)
+    made = {
+        "model": options.model, "task": options.task, "mesh": options.mesh or "data",
+        "devices": device_count(options), "batch": options.batch, "dtype": options.dtype,
+        "width": config.width, "height": config.height,
+        "max_sequence_length": config.max_sequence_length,
+    }  # fmt: skip
+    if options.task == "sample":
+        made["steps"] = config.steps
+    else:
+        made |= {"remat": options.remat, "optimizer": options.optimizer}
+        made |= {"accumulate": options.accumulate, "ema": options.ema}
+    if options.task == "lora":
+        made["rank"] = options.rank
+    placed = compile_plan(options, config, lambda name: _say(f"compiling {name} ..."))
+    if options.json:
+        print(json.dumps(as_json(placed, chips, made), indent=1))
+    else:
+        print_tables(placed, chips, made)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

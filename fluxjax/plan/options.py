@@ -1,0 +1,132 @@
+"""What `python -m fluxjax.plan` is asked: a model, what is done with it, on which devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fluxjax.checkpoint.pipeline_folder import read_config
+from fluxjax.chips import CHIPS, Chip
+from fluxjax.config import PRESETS, ConfigError, PipelineConfig
+from fluxjax.models.flux import Remat
+from fluxjax.models.latents import PATCH, latent_size
+from fluxjax.parallel.mesh import MeshShape, parse_mesh
+from fluxjax.parallel.sequence import SequenceAttention
+from fluxjax.train.optimizers import Optimizer
+
+Task = Literal["sample", "lora", "full"]
+_Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+_Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+_Chips = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Does it fit, and how fast can it be? Needs neither weights nor an accelerator."""
+
+    model: _Model = "dev"
+    """A preset (dev, schnell, tiny, ...) or a folder with a model's config files."""
+    task: Task = "sample"
+    """Draw pictures, train a LoRA, or train all of the transformer."""
+    mesh: str = ""
+    """Such as fsdp=4,tensor=2; the rest of the devices shares out the batch."""
+    devices: _Int = None
+    """How many; by default as many as the mesh names."""
+    batch: int = 1
+    """Pictures at once, on all devices together."""
+    width: _Int = None
+    """Pixels; by default the model's own, as height, steps and text length."""
+    height: _Int = None
+    """Pixels."""
+    steps: _Int = None
+    """Denoising steps of a picture."""
+    max_sequence_length: _Int = None
+    """T5 tokens."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and computation; what is trained is float32."""
+    sequence: SequenceAttention = "auto"
+    """Training: how attention works where the mesh splits the tokens of a picture."""
+    remat: Remat = "full"
+    """Training: the backward pass computes again nothing, all but dense layers, or every block."""
+    accumulate: int = 1
+    """Training: the batch is computed in so many parts."""
+    optimizer: Optimizer = "adamw"
+    """Training."""
+    rank: int = 16
+    """Training: of the LoRA."""
+    ema: bool = False
+    """Training: keep an average of the weights."""
+    chips: _Chips = ()
+    """By default all that are known, such as H100, A100, v5p."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+def device_count(options: Options) -> int:
+    """Devices of the mesh. Raises ConfigError if `--devices` contradicts it."""
+    shape = parse_mesh(options.mesh)
+    named = shape.fsdp * shape.tensor * shape.sequence
+    count = options.devices or named * (shape.data or 1)
+    if count < 1 or count % named or (shape.data and count != named * shape.data):
+        raise ConfigError(f"the mesh {options.mesh!r} does not fit {count} devices")
+    return count
+
+
+def mesh_shape(options: Options) -> MeshShape:
+    return parse_mesh(options.mesh)
+
+
+def read_model(options: Options) -> PipelineConfig:
+    """The model's configuration, with sizes and steps as asked. Raises ConfigError, OSError."""
+    if options.model in PRESETS:
+        config = PRESETS[options.model]
+    else:
+        folder = Path(options.model).expanduser()
+        if not folder.is_dir():
+            names = ", ".join(PRESETS)
+            raise ConfigError(f"{options.model!r} is neither a preset ({names}) nor a folder")
+        config = read_config(folder)
+    names = ("width", "height", "steps", "max_sequence_length")
+    given = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in (
+        *given.items(),
+        ("batch", options.batch),
+        ("accumulate", options.accumulate),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    config = dataclasses.replace(config, **given)
+    latent_size(config.width, config.height, config.vae)
+    channels = PATCH**2 * config.vae.latent_channels
+    if config.transformer.in_channels != channels:
+        raise ConfigError(
+            f"{options.model} takes {config.transformer.in_channels} channels: only text to image, "
+            f"with {channels}, is planned"
+        )
+    return config
+
+
+def find_chips(names: tuple[str, ...]) -> tuple[Chip, ...]:
+    """Chips by parts of their names. Raises ConfigError for a name that is none."""
+    known = tuple(dict.fromkeys(CHIPS.values()))
+    if not names:
+        return known
+    found: dict[Chip, None] = {}
+    for name in names:
+        hits = [chip for chip in known if name.lower() in chip.name.lower()]
+        if not hits:
+            listed = ", ".join(chip.name for chip in known)
+            raise ConfigError(f"no chip is called {name!r}; there are {listed}")
+        found |= dict.fromkeys(hits)
+    return tuple(found)
+
+
+def tokens(config: PipelineConfig) -> int:
+    """Image tokens of one picture."""
+    return math.prod(latent_size(config.width, config.height, config.vae)) // PATCH**2

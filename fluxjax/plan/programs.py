@@ -1,0 +1,193 @@
+"""The programs of a plan, compiled from shapes alone: what is placed, and what each one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from fluxjax.checkpoint.pipeline_folder import COMPONENTS
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.models import latents as layout
+from fluxjax.models.attention import auto_attention
+from fluxjax.models.compilation import compiler_options
+from fluxjax.models.flux import FluxTransformer
+from fluxjax.models.lora import LoraConfig, init_lora, split_scales
+from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
+from fluxjax.parallel.networks import shard_transformer
+from fluxjax.parallel.rules import bytes_per_device, param_shardings, state_shardings
+from fluxjax.parallel.structure import Structure, measure
+from fluxjax.plan.attention import flash_like
+from fluxjax.plan.options import Options, device_count, mesh_shape, tokens
+from fluxjax.sample.denoise import Guidance
+from fluxjax.sample.pipeline import UNTILED_LATENTS
+from fluxjax.sample.programs import Name, Programs
+from fluxjax.sample.settings import Rounding
+from fluxjax.text.conditioning import Conditioning, PromptIds
+from fluxjax.train.flow_matching import Rows, finetune_loss
+from fluxjax.train.objectives import Objective
+from fluxjax.train.optimizers import OptimizerSettings, learning_rates, make_optimizer
+from fluxjax.train.step import init_state, make_step
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program; `reads` are the bytes of weights and state that it must read or write
+    on each device, however well everything else is fused."""
+
+    name: str
+    structure: Structure
+    reads: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Bytes on the fullest device, by what they are, and the programs that run."""
+
+    weights: dict[str, int]
+    optimizer: int
+    programs: tuple[Program, ...]
+    notes: tuple[str, ...] = ()
+
+
+def compile_plan(options: Options, config: PipelineConfig, say: Say) -> Placed:
+    """Compiles for this process's devices; raises ConfigError for what cannot be placed."""
+    count = device_count(options)
+    if jax.device_count() < count:
+        raise ConfigError(f"the plan needs {count} simulated devices, got {jax.device_count()}")
+    mesh = make_mesh(mesh_shape(options), jax.devices()[:count])
+    parts = batch_parts(mesh) * (1 if options.task == "sample" else options.accumulate)
+    if options.batch % parts:
+        raise ConfigError(
+            f"batch {options.batch} must be a multiple of {parts}, which share it out"
+        )
+    if options.task == "sample":
+        return _sampling(options, config, mesh, say)
+    return _training(options, config, mesh, say)
+
+
+def _spec(mesh: Mesh, shape: tuple[int, ...], dtype: Any, rows: bool = True) -> Any:
+    where = batch_sharding(mesh) if rows else replicated(mesh)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def _placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+    def place(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where)
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def _size(tree: Any) -> int:
+    return bytes_per_device(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
+
+
+class _Planned(Programs):
+    """The sampler's programs, with attention as accelerators have it."""
+
+    def _compile(self, name: Name, rounding: Rounding, specs: tuple) -> Any:
+        with auto_attention(flash_like):
+            return super()._compile(name, rounding, specs)
+
+
+def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:
+    dtype = jnp.dtype(options.dtype)
+    spec: Any = jax.ShapeDtypeStruct
+    weights: dict[str, int] = {}
+    for name in COMPONENTS:
+        template = abstract_params(getattr(config, name), stacked=name != "vae")
+        weights[name] = _size(_placed(template, param_shardings(template, mesh), dtype))
+    programs = _Planned(config, dtype, True, None, mesh if mesh.size > 1 else None)
+    text, clip, n = config.max_sequence_length, config.text_encoder, options.batch
+    rows, columns = layout.latent_size(config.width, config.height, config.vae)
+    latents = (config.vae.latent_channels, rows, columns)
+    prompts = spec((n, text), jnp.int32)
+    conditioning = Conditioning(
+        spec((n, text, config.text_encoder_2.d_model), dtype), spec((n, clip.hidden_size), dtype)
+    )
+    embedded = spec((n,), jnp.float32) if config.transformer.guidance_embeds else None
+    inputs: dict[Name, tuple] = {
+        "encode": (
+            PromptIds(spec((n, clip.max_position_embeddings), jnp.int32), prompts, prompts),
+        ),
+        "denoise": (
+            spec((n, *latents), dtype), spec((config.steps + 1,), jnp.float32), conditioning,
+            Guidance(embedded, None, spec((), jnp.float32)),
+        ),
+        "decode": (spec((programs.rows("decode", n), *latents), dtype),),
+    }  # fmt: skip
+    reads = {
+        "encode": weights["text_encoder"] + weights["text_encoder_2"],
+        "denoise": weights["transformer"] * config.steps,
+        "decode": weights["vae"],
+    }
+    notes: tuple[str, ...] = ()
+    if rows * columns > UNTILED_LATENTS:
+        del inputs["decode"]
+        notes = ("a picture of this size is decoded in tiles, which is not counted",)
+    done: list[Program] = []
+    for name, arguments in inputs.items():
+        say(name)
+        done.append(Program(name, measure(programs.get(name, *arguments)), reads[name]))
+    return Placed(weights, 0, tuple(done), notes)
+
+
+def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:
+    lora, dtype, n = options.task == "lora", jnp.dtype(options.dtype), options.batch
+    model = FluxTransformer(
+        config.transformer, dtype=dtype, param_dtype=dtype if lora else jnp.float32,
+        scan_layers=True, remat=options.remat,
+    )  # fmt: skip
+    if mesh.size > 1:
+        model = shard_transformer(model, mesh, options.sequence)
+    base = abstract_params(config.transformer, stacked=True)
+    shardings = param_shardings(base, mesh)
+    frozen: dict[str, Any] = {}
+    trained = _placed(base, shardings)
+    if lora:
+        made = jax.eval_shape(
+            lambda: split_scales(init_lora(jax.random.key(0), base, LoraConfig(rank=options.rank)))
+        )
+        trained, scales = _placed(made, state_shardings(made, mesh))
+        frozen = {"params": _placed(base, shardings, dtype), "scales": scales}
+    settings = OptimizerSettings(name=options.optimizer)
+    optimizer = make_optimizer(settings, learning_rates(settings, 1000, 1e-4))
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, ema=options.ema), trained)
+    where = state_shardings(state, mesh)
+    state = _placed(state, where)
+    step = make_step(
+        finetune_loss(model, Objective()), optimizer, seed=0, ema_decay=0.999,
+        accumulate=options.accumulate, out_shardings=(where, replicated(mesh)),
+    )  # fmt: skip
+    text, image, clip = config.max_sequence_length, tokens(config), config.text_encoder.hidden_size
+    width = config.text_encoder_2.d_model
+    rows = Rows(
+        _spec(mesh, (n, image, config.transformer.in_channels), jnp.float32),
+        _spec(mesh, (n, text, width), jnp.float32),
+        _spec(mesh, (n, clip), jnp.float32),
+        _spec(mesh, (n,), jnp.int32),
+    )
+    empty = Conditioning(
+        _spec(mesh, (1, text, width), jnp.float32, rows=False),
+        _spec(mesh, (1, clip), jnp.float32, rows=False),
+    )
+    ids = _spec(mesh, (image, 3), jnp.float32, rows=False)
+    mu = _spec(mesh, (), jnp.float32, rows=False)
+    weights = {"transformer": _size(frozen.get("params", state.params))}
+    if lora:
+        weights["LoRA"] = _size(state.params)
+    held = _size(state.opt_state) + (_size(state.ema) if options.ema else 0)
+    # The state is read and written, the frozen weights are read forwards and backwards.
+    moved = 2 * (held + _size(state.params)) + (2 * weights["transformer"] if lora else 0)
+    arguments = (state, rows, frozen, empty, ids, mu)
+    say("step")
+    with auto_attention(flash_like):
+        compiled = step.lower(*arguments).compile(compiler_options=compiler_options())  # pyright: ignore[reportFunctionMemberAccess]
+    return Placed(weights, held, (Program("step", measure(compiled), moved),))

@@ -1,0 +1,56 @@
+"""The plan as tables for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fluxjax.chips import Chip
+from fluxjax.plan.estimate import activation_bytes, fits, floor, needed_bytes
+from fluxjax.plan.programs import Placed
+
+
+def gigabytes(count: int | float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
+
+
+def print_tables(placed: Placed, chips: tuple[Chip, ...], made: dict[str, Any]) -> None:
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in made.items()), highlight=False)
+    memory = Table("on each device", "bytes", title_justify="left")
+    for name, size in placed.weights.items():
+        memory.add_row(f"weights: {name}", gigabytes(size))
+    if placed.optimizer:
+        memory.add_row("optimizer", gigabytes(placed.optimizer))
+    memory.add_row("activations, gradients", gigabytes(activation_bytes(placed)))
+    memory.add_row("together", gigabytes(needed_bytes(placed)), style="bold")
+    console.print(memory)
+    work = Table("program", "TFLOP on each device", "sent by each device")
+    for program in placed.programs:
+        sent = program.structure.collective_bytes
+        listed = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in sorted(sent.items()))
+        work.add_row(
+            program.name, f"{program.structure.matmul_flops / 1e12:.3f}", listed or "nothing"
+        )
+    console.print(work)
+    names = [program.name for program in placed.programs]
+    speed = Table("chip", "memory", "fits", *names, "no faster than")
+    for chip in chips:
+        floors = [floor(program, chip) for program in placed.programs]
+        total = sum(one.seconds for one in floors)
+        speed.add_row(
+            chip.name,
+            f"{chip.gigabytes:g} GB",
+            "yes" if fits(placed, chip) else "no",
+            *(f"{seconds(one.seconds)} ({one.bound})" for one in floors),
+            seconds(total),
+        )
+    console.print(speed)
+    for note in placed.notes:
+        console.print(note, highlight=False)

@@ -1,0 +1,188 @@
+"""The pictures of a source that can be trained on, and those that cannot with the reason.
+
+Every picture is decoded once before training: which ones are left out must be known ahead for
+batches to be a function of the step. What was found is remembered by name, size and time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Float
+
+from fluxjax.config import ConfigError
+from fluxjax.train.disk_cache import write_whole
+from fluxjax.train.items import Item
+from fluxjax.train.picture_files import BadPicture, bucket, decode, fit, quiet
+from fluxjax.train.sources import list_items
+
+if TYPE_CHECKING:
+    from fluxjax.train.data import DataSettings
+
+Report = Callable[[int, int], None]
+_NAMED = 5  # bad pictures in an error message
+_T, _R = TypeVar("_T"), TypeVar("_R")
+
+
+class Entry(NamedTuple):
+    """A good picture: what it is made of, and the size that it is cut to."""
+
+    item: Item
+    digest: str
+    width: int
+    height: int
+
+
+class Catalogue(NamedTuple):
+    """`quarantined` holds (name, reason)."""
+
+    entries: list[Entry]
+    quarantined: list[tuple[str, str]]
+
+
+def import_grain() -> Any:
+    try:
+        import grain
+    except ImportError:
+        raise ConfigError("training data needs grain: pip install -e '.[train]'") from None
+    return grain
+
+
+def in_threads(function: Callable[[_T], _R], values: Sequence[_T], ahead: int = 16) -> Iterator[_R]:
+    """`function` of each value in order, computed ahead of the reader. Results are never None."""
+    grain = import_grain()
+    options = grain.ReadOptions(num_threads=min(8, os.cpu_count() or 1), prefetch_buffer_size=ahead)
+    iterator = iter(grain.MapDataset.source(values).map(function).to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def read_catalogue(settings: DataSettings, folder: Path, report: Report | None = None) -> Catalogue:
+    """Lists the source, decodes what is new to `folder`, and assigns sizes.
+
+    Raises ValueError above the share of bad pictures, naming the first of them.
+    """
+    items = list_items(settings)
+    found = _inspect_all(items, settings, folder, report)
+    entries, quarantined = [], []
+    for item, (digest, size, problem) in zip(items, found, strict=True):
+        if not problem:
+            try:
+                width, height = bucket(
+                    *size,
+                    resolution=settings.resolution,
+                    step=settings.bucket_step,
+                    max_aspect=settings.max_aspect,
+                )
+                entries.append(Entry(item, digest, width, height))
+                continue
+            except BadPicture as error:
+                problem = str(error)
+        quarantined.append((item.name, problem))
+    if not entries or len(quarantined) > settings.max_bad_share * len(items):
+        named = "; ".join(f"{name}: {reason}" for name, reason in quarantined[:_NAMED])
+        rest = len(quarantined) - _NAMED
+        raise ValueError(
+            f"{len(quarantined)} of {len(items)} pictures of {settings.source} are bad, and at "
+            f"most {settings.max_bad_share:.0%} may be: {named}"
+            + (f"; and {rest} more" if rest > 0 else "")
+        )
+    return Catalogue(entries, quarantined)
+
+
+class _Found(NamedTuple):
+    digest: str
+    size: tuple[int, int]
+    problem: str
+
+
+def _inspect_all(
+    items: list[Item], settings: DataSettings, folder: Path, report: Report | None
+) -> list[_Found]:
+    import PIL
+
+    where = Path(settings.source).expanduser().absolute()
+    key = f"{where} {settings.max_megapixels} {PIL.__version__}"
+    memory = folder / "catalogues" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()}.json"
+    known = _read_memory(memory)
+    todo = [
+        i for i in items if not i.problem and i.size is None and f"{i.name} {i.stamp}" not in known
+    ]
+    new: dict[str, _Found] = {}
+    try:
+        with quiet():
+            results = in_threads(lambda i: _inspect(i, settings.max_megapixels), todo)
+            for item, result in zip(todo, results, strict=True):
+                new[f"{item.name} {item.stamp}"] = result
+                if report:
+                    report(len(new), len(todo))
+    finally:
+        # A file that could not be opened may open next time; what decoding found stays true.
+        known |= {name: result for name, result in new.items() if result.digest}
+        if new:
+            names = {f"{item.name} {item.stamp}" for item in items}
+            kept = {name: result for name, result in known.items() if name in names}
+            write_whole(memory, json.dumps(kept).encode())
+    known |= new
+    return [
+        _Found("", (0, 0), item.problem)
+        if item.problem
+        else _Found(item.digest, item.size, "")
+        if item.size is not None
+        else known[f"{item.name} {item.stamp}"]
+        for item in items
+    ]
+
+
+def _read_memory(path: Path) -> dict[str, _Found]:
+    try:
+        rows = json.loads(path.read_bytes())
+        return {
+            str(name): _Found(str(digest), (int(size[0]), int(size[1])), str(problem))
+            for name, (digest, size, problem) in rows.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError, IndexError):
+        return {}
+
+
+def _inspect(item: Item, max_megapixels: float) -> _Found:
+    """Never raises: whatever is wrong is this picture's problem."""
+    digest = ""
+    try:
+        data = item.read()
+        assert isinstance(data, bytes)
+        digest = hashlib.sha256(data).hexdigest()
+        picture = decode(data, max_megapixels)
+        return _Found(digest, picture.size, "")
+    except BadPicture as error:
+        return _Found(digest, (0, 0), str(error))
+    except OSError as error:
+        return _Found("", (0, 0), f"it cannot be read ({error.strerror or error})")
+
+
+def pixels(entry: Entry, max_megapixels: float) -> Float[np.ndarray, "height width 3"]:
+    """The picture at its size, values in [-1, 1].
+
+    Raises ValueError where it is no longer what it was when it was listed.
+    """
+    from PIL import Image
+
+    try:
+        data = entry.item.read()
+        if isinstance(data, np.ndarray):
+            picture = Image.fromarray(data)
+        elif hashlib.sha256(data).hexdigest() != entry.digest:
+            raise BadPicture("its bytes are others than when it was listed")
+        else:
+            picture = decode(data, max_megapixels)
+    except (BadPicture, OSError) as error:
+        raise ValueError(f"{entry.item.name} has changed while it was used: {error}") from None
+    return fit(picture, entry.width, entry.height)

@@ -1,0 +1,94 @@
+"""What `python -m fluxjax.train` does: a recipe, changed by options, run or printed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+
+from fluxjax.config import ConfigError
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Generic[R]):
+    """Train by a recipe. Options that are not given are the recipe's, or the defaults."""
+
+    recipe: Annotated[R, tyro.conf.arg(name="")]
+    print_config: bool = False
+    """Print the recipe with all defaults and options as TOML, and stop."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for several processes started by hand."""
+    process_id: int | None = None
+    """This process's number, from 0."""
+    num_processes: int | None = None
+    """How many processes there are."""
+
+
+def read_options(arguments: Sequence[str], verb: str = "") -> Options[Any]:
+    """The recipe named first, changed by the options behind it.
+
+    Raises ConfigError for a recipe that is not valid; tyro ends the process for an option.
+    """
+    from fluxjax.train.recipe import read_recipe
+
+    name = " ".join(filter(None, ("python -m fluxjax.train", verb)))
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(
+            f"name a recipe first: {name} RECIPE [OPTIONS]; recipes to copy are in train/, and "
+            f"{name} RECIPE --help lists the options"
+        )
+    recipe = read_recipe(Path(arguments[0]))
+    return tyro.cli(
+        Options[type(recipe)],
+        default=Options(recipe=recipe),
+        args=list(arguments[1:]),
+        prog=f"{name} {arguments[0]}",
+    )
+
+
+def train(arguments: Sequence[str]) -> int | None:
+    """Run a recipe to its end and print where the result is."""
+    options = read_options(arguments)
+    if options.print_config:
+        from fluxjax.train.recipe import recipe_toml
+
+        print(recipe_toml(options.recipe), end="")
+        return None
+    from fluxjax.parallel.hosts import agree, join_hosts
+    from fluxjax.sample.cache import enable_cache
+    from fluxjax.train.recipe import FinetuneRecipe, recipe_toml
+
+    join_hosts(options.coordinator, options.process_id, options.num_processes)
+    enable_cache()
+    agree({"recipe": hashlib.sha256(recipe_toml(options.recipe).encode()).hexdigest()[:16]})
+    if isinstance(options.recipe, FinetuneRecipe):
+        from fluxjax.train.finetune import finetune
+
+        result = finetune(options.recipe)
+    else:
+        from fluxjax.train.tiny import train_tiny
+
+        result = train_tiny(options.recipe)
+    import jax
+
+    if jax.process_index() == 0:
+        print(result)
+    return None
+
+
+def precompute(arguments: Sequence[str]) -> None:
+    """Encode all pictures and captions of a recipe's data, and print what was done."""
+    recipe = read_options(arguments, "precompute").recipe
+    from fluxjax.train.recipe import FinetuneRecipe
+
+    if not isinstance(recipe, FinetuneRecipe):
+        raise ConfigError("the embedded model's recipe draws its own data: nothing to precompute")
+    from fluxjax.train import data
+
+    print(data.precompute(recipe.data, recipe.model_folder))

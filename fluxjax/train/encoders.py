@@ -1,0 +1,117 @@
+"""The frozen networks that turn pictures and captions into what the transformer reads."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from fluxjax.train.disk_cache import data_folder, write_whole
+
+Dtype = Literal["float32", "bfloat16"]
+_VERSION = "1"  # raised when the same weights would give other latents or text states
+
+
+class Encoders(NamedTuple):
+    """The frozen networks as functions, and hashes that change when they do.
+
+    They must run on this process alone: which entries a cache lacks differs between processes.
+    """
+
+    encode_image: Callable[[Any], Any]  # (n, height, width, 3) in [-1, 1] -> (n, image, channels)
+    encode_text: Callable[[list[str]], tuple[Any, Any]]  # n captions -> ((n, text, d), (n, p))
+    image_hash: str
+    text_hash: str
+    release: Callable[[], None] = lambda: None
+    """Drops the weights; a later call loads them again."""
+
+
+def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
+    """A pipeline folder's encoders, whose weights are read when something is first encoded.
+
+    Weights are stored as `dtype`; text is computed in it, pictures in float32. Raises
+    FileNotFoundError and ConfigError for a folder that is no FLUX pipeline.
+    """
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from fluxjax.checkpoint.pipeline_folder import read_config
+    from fluxjax.checkpoint.source import open_component
+
+    config = read_config(model)
+
+    def params(component: Any, *, stacked: bool) -> Any:
+        network = open_component(model, component, getattr(config, component))
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        return network.params(stacked=stacked, dtype=dtype, shardings=place)
+
+    @functools.cache
+    def image() -> Callable[[Any], Any]:
+        from fluxjax.train.transformer import image_encoder
+
+        return image_encoder(config, params("vae", stacked=False))
+
+    @functools.cache
+    def text() -> Callable[[list[str]], tuple[Any, Any]]:
+        import jax.numpy as jnp
+
+        from fluxjax.models.clip import CLIPTextModel
+        from fluxjax.models.t5 import T5Encoder
+        from fluxjax.text.conditioning import encode_prompts, tokenize
+        from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+
+        tokenizers = (
+            load_clip_tokenizer(model / "tokenizer"),
+            load_t5_tokenizer(model / "tokenizer_2"),
+        )
+        kind = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype), "scan_layers": True}
+        clip = CLIPTextModel(config.text_encoder, **kind)
+        t5 = T5Encoder(config.text_encoder_2, **kind)
+        weights = params("text_encoder", stacked=True), params("text_encoder_2", stacked=True)
+
+        def encode(texts: list[str]) -> tuple[Any, Any]:
+            length = config.max_sequence_length
+            ids, _ = tokenize(*tokenizers, texts, max_sequence_length=length)
+            return tuple(encode_prompts(clip, t5, *weights, ids))
+
+        return encode
+
+    def release() -> None:
+        image.cache_clear()
+        text.cache_clear()
+
+    texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    return Encoders(
+        lambda pictures: image()(pictures),
+        lambda captions: text()(captions),
+        _hash(model, ("vae", "ae.safetensors"), dtype),
+        _hash(model, texts, dtype, str(config.max_sequence_length)),
+        release,
+    )
+
+
+def _hash(model: Path, names: tuple[str, ...], *settings: str) -> str:
+    """Of the content of all files of some components."""
+    total = hashlib.sha256("\0".join((_VERSION, *settings)).encode())
+    for name in names:
+        path = model / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in (f for f in files if f.is_file()):
+            total.update(f"{file.relative_to(model).as_posix()} {_digest(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _digest(file: Path) -> str:
+    """SHA-256, remembered by the file's place, size and time: T5-XXL has ten gigabytes."""
+    status = file.stat()
+    key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+    memory = data_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
+    if status.st_size > 2**26 and memory.is_file():
+        return memory.read_text()
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if status.st_size > 2**26:
+        write_whole(memory, digest.encode())
+    return digest

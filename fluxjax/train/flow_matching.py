@@ -1,0 +1,115 @@
+"""The objective of fine-tuning: what a batch of latents and captions costs a FLUX transformer.
+
+Source: Liu et al. 2022 (rectified flow); Esser et al. 2024 (SD3).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fluxjax.models.flux import FluxTransformer
+from fluxjax.models.latents import text_ids
+from fluxjax.models.lora import adapt, join_scales, variables
+from fluxjax.text.conditioning import Conditioning
+from fluxjax.train.objectives import (
+    Objective,
+    density_times,
+    interpolate,
+    time_weights,
+    velocity_loss,
+)
+from fluxjax.train.step import Tree
+
+_VALIDATION = 2**31 - 1  # folded into the seed: far from every step
+
+
+class Rows(NamedTuple):
+    """A batch as the step takes it; `index` numbers the samples of the whole run."""
+
+    latents: Float[Array, "b image c"]
+    text: Float[Array, "b text d"]
+    pooled: Float[Array, "b p"]
+    index: Int[Array, "b"]
+
+
+def velocity(
+    model: FluxTransformer,
+    variables: Tree,
+    x: Float[Array, "b image c"],
+    rows: Rows,
+    t: Float[Array, "b"],
+    ids: Float[Array, "image 3"],
+    guidance: float,
+) -> Float[Array, "b image c"]:
+    """The model's prediction; `guidance` reaches only models that have an embedding for it."""
+    embeds = model.config.guidance_embeds
+    predicted: Any = model.apply(
+        variables, x, rows.text, rows.pooled, t, ids, text_ids(rows.text.shape[1]),
+        jnp.full(t.shape, guidance) if embeds else None,
+    )  # fmt: skip
+    return predicted
+
+
+@partial(jax.jit, static_argnames=("model", "objective"))
+def fixed_loss(
+    model: FluxTransformer,
+    objective: Objective,
+    variables: Tree,
+    rows: Rows,
+    quantiles: Float[Array, "b"],
+    seed: Int[Array, ""],
+    ids: Float[Array, "image 3"],
+    mu: Float[Array, ""],
+) -> Float[Array, ""]:
+    """The training loss at given quantiles of the timestep density, with noise by sample."""
+    key = jax.random.fold_in(jax.random.key(seed), _VALIDATION)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows.index)
+    drawn = jax.vmap(lambda k: jax.random.normal(k, rows.latents.shape[1:]))(keys)
+    t = density_times(objective, quantiles, mu)
+    x = interpolate(rows.latents, drawn, t)
+    predicted = velocity(model, variables, x, rows, t, ids, objective.guidance)
+    return velocity_loss(predicted, drawn - rows.latents, time_weights(objective.weight, t))
+
+
+def assemble(model: FluxTransformer, trained: Tree, frozen: dict[str, Tree]) -> Tree:
+    """Parameters for `lora.variables`: a LoRA over its frozen base, or all in the compute dtype."""
+    if "params" in frozen:
+        return adapt(frozen["params"], join_scales(trained, frozen["scales"]))
+    # Before layers are gathered, so that half the bytes travel.
+    return jax.tree.map(lambda leaf: leaf.astype(model.dtype), trained)
+
+
+def finetune_loss(model: FluxTransformer, objective: Objective):
+    """`loss(trained, key, rows, frozen, empty, ids, mu)`: a scalar, and a mean over rows.
+
+    A row's timestep, noise and dropped caption depend on the key and its `index` alone, so that
+    they are the same in any split of the batch over devices, processes and accumulation.
+    """
+
+    def draw(key: Array, index: Array, shape: tuple[int, ...]):
+        time_key, noise_key, drop_key = jax.random.split(jax.random.fold_in(key, index), 3)
+        noise = jax.random.normal(noise_key, shape)
+        return jax.random.uniform(time_key), noise, jax.random.uniform(drop_key)
+
+    def loss(
+        trained: Tree, key: Array, rows: Rows, frozen: dict[str, Tree], empty: Conditioning,
+        ids: Float[Array, "image 3"], mu: Float[Array, ""],
+    ) -> Float[Array, ""]:  # fmt: skip
+        shape = rows.latents.shape[1:]
+        quantiles, noise, chance = jax.vmap(lambda i: draw(key, i, shape))(rows.index)
+        drop = chance < objective.caption_dropout
+        text = jnp.where(drop[:, None, None], empty.prompt_embeds, rows.text)
+        pooled = jnp.where(drop[:, None], empty.pooled, rows.pooled)
+        t = density_times(objective, quantiles, mu)
+        x = interpolate(rows.latents, noise, t)
+        heard = rows._replace(text=text, pooled=pooled)
+        leaves = variables(assemble(model, trained, frozen))
+        predicted = velocity(model, leaves, x, heard, t, ids, objective.guidance)
+        return velocity_loss(predicted, noise - rows.latents, time_weights(objective.weight, t))
+
+    return loss  # fmt: skip

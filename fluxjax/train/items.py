@@ -1,0 +1,78 @@
+"""One picture of a source, and the checks that all kinds of sources share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fluxjax.train.picture_files import BadPicture
+
+if TYPE_CHECKING:
+    from fluxjax.train.data import DataSettings
+
+MAX_BYTES = 2**30  # of a picture's file
+MAX_CAPTION_BYTES = 2**20
+
+
+class Item(NamedTuple):
+    """One picture. `problem` is empty, or why it cannot be used, seen without decoding it.
+
+    `stamp` changes when the picture may have. `read` gives the file's bytes, or pixels (h, w, 3)
+    of a drawn picture; it raises BadPicture or OSError. `digest` stands for content known ahead.
+    """
+
+    name: str
+    stamp: str
+    caption: str
+    problem: str
+    read: Callable[[], bytes | np.ndarray]
+    digest: str = ""
+    size: tuple[int, int] | None = None
+
+
+def shown(name: str) -> str:
+    """A name that can be printed: file names need not be UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def bad_item(name: str, problem: str) -> Item:
+    return Item(shown(name), "", "", problem, _nothing)
+
+
+def _nothing() -> bytes:
+    raise BadPicture("there is nothing to read")
+
+
+def file_stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+class Caption(NamedTuple):
+    text: str
+    problem: str
+
+
+def read_caption(value: Any, settings: DataSettings) -> Caption:
+    """A caption as text; bytes are decoded. None stands for an absent one."""
+    if value is None and settings.default_caption is None:
+        return Caption("", "it has no caption")
+    if value is None:
+        return Caption(settings.default_caption or "", "")
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            return Caption("", f"its caption is not UTF-8 (byte {error.start + 1})")
+    if not isinstance(value, str):
+        return Caption("", f"its caption is no text but {value!r:.40}")
+    if len(value) > MAX_CAPTION_BYTES:
+        return Caption("", f"its caption has {len(value)} characters")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return Caption("", "its caption holds half of a character (a lone surrogate)")
+    return Caption(value.strip(), "")

@@ -1,0 +1,149 @@
+"""Optimisers, learning rates over time and clipping, chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon, prodigy
+
+from fluxjax.config import ConfigError
+
+Tree = Any
+Rates = Callable[[Any], Any]  # step -> learning rate
+Optimizer = Literal["adamw", "adafactor", "lion", "prodigy", "muon"]
+Schedule = Literal["constant", "cosine", "linear"]
+
+# Of AdamW's learning rate: Lion takes steps of unit size (Chen et al. 2023 advise 3 to 10 times
+# less); Prodigy finds its own, which is multiplied by this.
+_RELATIVE = {"lion": 1 / 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """How gradients become updates."""
+
+    name: Optimizer = "adamw"
+    learning_rate: float | None = None
+    """By default that of the method: LoRA 1e-4, full 1e-5; Lion a third of it, Prodigy 1."""
+    schedule: Schedule = "constant"
+    """After the warm-up: constant, or down to `final` of the learning rate at the last step."""
+    warmup: int = 100
+    """Steps in which the learning rate rises from 0, at most a tenth of the run."""
+    final: float = 0.0
+    """Share of the learning rate at the last step of cosine and linear."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Decoupled, on matrices alone."""
+    clip: float = 1.0
+    """Global norm to which gradients are clipped; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "warmup", "final", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} must not be negative, got {value}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+def learning_rates(settings: OptimizerSettings, steps: int, default: float) -> Rates:
+    """The learning rate of each step; `default` is AdamW's for the method."""
+    peak = settings.learning_rate
+    if peak is None:
+        peak = 1.0 if settings.name == "prodigy" else default * _RELATIVE.get(settings.name, 1.0)
+    warmup = min(settings.warmup, steps // 10)
+    if settings.schedule == "constant":
+        rest = optax.constant_schedule(peak)
+    elif settings.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(peak, max(1, steps - warmup), settings.final)
+    else:
+        rest = optax.linear_schedule(peak, settings.final * peak, max(1, steps - warmup))
+    # The first update has a learning rate above 0: it would be lost otherwise.
+    warm = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
+    return optax.join_schedules([warm, rest], [warmup]) if warmup else rest
+
+
+def make_optimizer(settings: OptimizerSettings, rates: Rates) -> optax.GradientTransformation:
+    """Clipping, then the optimiser of that name; any tree of parameters or of LoRA factors."""
+    decay: dict[str, Any] = {"weight_decay": settings.weight_decay}
+    b1, b2 = settings.b1, settings.b2
+    if settings.name == "adamw":
+        inner = optax.adamw(rates, b1, b2, settings.eps, mask=matrices, **decay)
+    elif settings.name == "lion":
+        # Its own b2, 0.99, unless another than AdamW's default is asked for.
+        inner = optax.lion(rates, b1, 0.99 if b2 == 0.999 else b2, mask=matrices, **decay)
+    elif settings.name == "adafactor":
+        # An absolute learning rate as AdamW's, and decay scaled by it as there.
+        inner = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(mask=matrices, **decay),
+            optax.scale_by_learning_rate(rates),
+        )
+    elif settings.name == "prodigy":
+        inner = prodigy(rates, (b1, b2), eps=settings.eps, safeguard_warmup=True, **decay)
+    else:
+        # RMS-matched to AdamW's updates (0.2, Liu et al. 2025), so one learning rate serves both.
+        inner = muon(
+            rates, weight_decay_mask=matrices, adam_b1=b1, adam_b2=b2, consistent_rms=0.2,
+            muon_weight_dimension_numbers=muon_dimensions, **decay,
+        )  # fmt: skip
+    if not settings.clip:
+        return optax.with_extra_args_support(inner)
+    return optax.chain(optax.clip_by_global_norm(settings.clip), inner)
+
+
+def muon_optimizer(
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, clip: float = 1.0
+) -> optax.GradientTransformation:
+    """Muon on hidden matrices, AdamW elsewhere, one learning rate for both (RMS-matched, 0.2)."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        muon(
+            learning_rate,
+            weight_decay=weight_decay,
+            adam_b2=0.99,
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=0.2,
+        ),
+    )
+
+
+def _names(path: tuple) -> list[str]:
+    return [str(getattr(p, "key", p)) for p in path]
+
+
+def matrices(params: Tree) -> Tree:
+    """True for kernels, embeddings and LoRA factors, which are decayed; not norms and biases."""
+    names = ("kernel", "embedding", "a", "b")
+    return jax.tree.map_with_path(lambda path, _: _names(path)[-1] in names, params)
+
+
+def muon_dimensions(params: Tree) -> Tree:
+    """Which leaves Muon orthogonalises: hidden matrices, as (inputs, outputs).
+
+    Embeddings, input and output layers, norms and biases go to AdamW. A stacked leaf's leading axis
+    (layer) is a batch axis.
+    """
+    first_and_last = ("conv_in", "conv_out", "x_embedder", "context_embedder", "proj_out")
+
+    def spec(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
+        names = _names(path)
+        factor = names[-1] in ("a", "b")
+        outer = names[0] in first_and_last or (len(names) > 1 and names[-2].startswith("conv_in"))
+        outer = outer or names[-2] == "conv_out"
+        if (names[-1] != "kernel" and not factor) or (outer and not factor):
+            return None
+        if leaf.ndim not in (2, 3, 4):
+            return None
+        inputs = tuple(range(leaf.ndim - 1)) if leaf.ndim == 4 else leaf.ndim - 2
+        return MuonDimensionNumbers(reduction_axis=inputs, output_axis=leaf.ndim - 1)
+
+    return jax.tree.map_with_path(spec, params)

@@ -1,0 +1,143 @@
+"""Recipes: what a run of `python -m fluxjax.train` is told, in a TOML file and by options."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from fluxjax.config import ConfigError
+from fluxjax.models.attention import Implementation
+from fluxjax.models.flux import Remat
+from fluxjax.models.lora import LoraConfig
+from fluxjax.parallel.sequence import SequenceAttention
+from fluxjax.sample.loading import tiny_folder
+from fluxjax.train.data import DataSettings
+from fluxjax.train.objectives import Objective
+from fluxjax.train.optimizers import OptimizerSettings
+from fluxjax.train.toml_file import build, nearest, read_toml, to_toml
+from fluxjax.train.validation import ValidationSettings
+
+Method = Literal["lora", "full"]
+# What does not decide about the weights; the data have a fingerprint of their own.
+_NOT_HASHED = (
+    "folder", "mesh", "sequence", "log_every", "save_minutes", "keep", "patience", "hang_minutes",
+    "tensorboard", "validation", "save_dtype", "data",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe:
+    """A fine-tuning run; `folder` receives checkpoints, metrics, pictures and the result."""
+
+    model: str = "tiny"
+    """tiny (the embedded model), or a diffusers folder."""
+    folder: Path = Path("runs/finetune")
+    method: Method = "lora"
+    """Train a LoRA over the frozen model, or all of the transformer."""
+    steps: int = 1000
+    batch: int = 4
+    """Pictures per update, on all devices together."""
+    accumulate: int = 1
+    """The batch is computed in so many parts, one after the other, in so much less memory."""
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation, and of a LoRA's frozen model; auto: float32 on CPUs, else bfloat16."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the finished transformer (a LoRA is always float32)."""
+    remat: Remat = "none"
+    """Compute again in the backward pass: nothing, all but the dense layers, or every block."""
+    attention: Implementation = "auto"
+    ema_decay: float | None = None
+    """Averages the weights; 0 does not. By default 0.999 for full, 0 for a LoRA."""
+    mesh: str = ""
+    """Such as fsdp=4,tensor=2; the rest of the devices shares out the batch."""
+    sequence: SequenceAttention = "auto"
+    """How attention works where the mesh splits the tokens of a picture."""
+    log_every: int = 10
+    save_minutes: float = 10.0
+    """Between checkpoints."""
+    keep: int = 2
+    """The newest so many checkpoints stay."""
+    patience: int = 50
+    """The run ends after so many updates in a row that were not finite, with exit code 3."""
+    hang_minutes: float = 30.0
+    """The run ends when a step takes longer, with exit code 4."""
+    tensorboard: bool = False
+    """Also write TensorBoard's event files."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    objective: Objective = field(default_factory=Objective)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ConfigError(
+                f"batch {self.batch} cannot be computed in accumulate {self.accumulate} equal parts"
+            )
+        if self.validation.every % self.log_every:
+            raise ConfigError(
+                f"validation.every {self.validation.every} must be a multiple of log_every "
+                f"{self.log_every}"
+            )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+    @property
+    def model_folder(self) -> Path:
+        return tiny_folder() if self.model == "tiny" else Path(self.model).expanduser()
+
+    @property
+    def compute_dtype(self) -> Any:
+        if self.dtype != "auto":
+            return jnp.dtype(self.dtype)
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+    @property
+    def decay(self) -> float:
+        default = 0.999 if self.method == "full" else 0.0
+        return default if self.ema_decay is None else self.ema_decay
+
+
+def read_recipe(path: Path) -> Any:
+    """The recipe in a TOML file: a `FinetuneRecipe`, or with task = "embedded" a `TinyRecipe`.
+
+    Raises ConfigError naming an unknown key and the nearest valid one, or a value of a wrong type.
+    """
+    values = read_toml(path)
+    task = values.pop("task", "finetune")
+    if task == "embedded":
+        from fluxjax.train.tiny import TinyRecipe as Recipe
+    elif task == "finetune":
+        Recipe = FinetuneRecipe
+    else:
+        near = nearest(str(task), ("finetune", "embedded"))
+        raise ConfigError(f"{path}: task must be finetune or embedded, got {task!r}{near}")
+    return build(Recipe, values, str(path))
+
+
+def recipe_toml(recipe: Any) -> str:
+    """All of a recipe, as `read_recipe` reads it."""
+    task = "finetune" if isinstance(recipe, FinetuneRecipe) else "embedded"
+    return f'task = "{task}"\n{to_toml(recipe)}'
+
+
+def recipe_hash(recipe: FinetuneRecipe) -> str:
+    """A hash of all that decides about the weights; a resume needs the same."""
+    values = dataclasses.asdict(recipe)
+    for name in _NOT_HASHED:
+        del values[name]
+    if recipe.optimizer.schedule == "constant":
+        del values["steps"]  # the same run, only longer
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

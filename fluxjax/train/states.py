@@ -1,0 +1,93 @@
+"""Latents of pictures and states of captions, from the disk or, the first time, from the encoders.
+
+A key hashes content, encoder, size and crop, never a position or a step: whatever the order of the
+data, a picture's latents and its caption's states are its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from fluxjax.train.catalogue import Entry, pixels
+from fluxjax.train.disk_cache import compact, read_arrays, write_arrays
+from fluxjax.train.encoders import Encoders
+
+_CROP = "middle"
+
+
+class TextStates(NamedTuple):
+    """What the transformer hears of captions."""
+
+    text: Float[np.ndarray, "b text d"]
+    pooled: Float[np.ndarray, "b p"]
+
+
+class States:
+    """Each is encoded alone, so that it does not depend on what it was asked for together with."""
+
+    def __init__(self, folder: Path, encoders: Encoders, max_megapixels: float):
+        self.folder, self.encoders, self.max_megapixels = folder, encoders, max_megapixels
+        self._lock = threading.Lock()
+
+    def latents_path(self, entry: Entry) -> Path:
+        size = f"{entry.width}x{entry.height}"
+        return self._path("latents", entry.digest, self.encoders.image_hash, size, _CROP)
+
+    def text_path(self, caption: str) -> Path:
+        return self._path("text", caption, self.encoders.text_hash)
+
+    def _path(self, kind: str, *parts: str) -> Path:
+        key = hashlib.sha256("\0".join((kind, *parts)).encode()).hexdigest()
+        return self.folder / kind / key[:2] / f"{key}.safetensors"
+
+    def latents(
+        self, entry: Entry, picture: Float[np.ndarray, "h w 3"] | None = None
+    ) -> Float[np.ndarray, "image c"]:
+        """Packed, normalised posterior means. `picture` is given where it is decoded already.
+
+        Raises ValueError where the picture is no longer what it was when it was listed.
+        """
+
+        def make() -> dict[str, np.ndarray]:
+            image = pixels(entry, self.max_megapixels) if picture is None else picture
+            return {"latents": np.asarray(self.encoders.encode_image(image[None]))[0]}
+
+        return self._find(self.latents_path(entry), make, entry.item.name)["latents"]
+
+    def text(self, captions: list[str]) -> TextStates:
+        """States of each caption."""
+
+        def one(caption: str) -> dict[str, np.ndarray]:
+            def make() -> dict[str, np.ndarray]:
+                text, pooled = self.encoders.encode_text([caption])
+                return {"text": np.asarray(text)[0], "pooled": np.asarray(pooled)[0]}
+
+            return self._find(self.text_path(caption), make, f"the caption {caption!r:.60}")
+
+        rows = {caption: one(caption) for caption in dict.fromkeys(captions)}
+        return TextStates(
+            np.stack([rows[caption]["text"] for caption in captions]),
+            np.stack([rows[caption]["pooled"] for caption in captions]),
+        )
+
+    def _find(
+        self, path: Path, make: Callable[[], dict[str, np.ndarray]], what: str
+    ) -> dict[str, np.ndarray]:
+        if (found := read_arrays(path)) is not None:
+            return found
+        with self._lock:  # one encoder at a time, and each entry once
+            if (found := read_arrays(path)) is not None:
+                return found
+            made = {name: np.asarray(v, np.float32) for name, v in make().items()}
+            if not all(np.isfinite(value).all() for value in made.values()):
+                raise ValueError(f"{what} is encoded to values that are not finite")
+            write_arrays(path, made)
+        # As it will be read from the disk, so that the first epoch is like the others.
+        return {name: compact(value).astype(np.float32) for name, value in made.items()}

@@ -1,0 +1,126 @@
+"""TOML files read into frozen dataclasses, checked key by key, and written back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fluxjax.config import ConfigError
+
+T = TypeVar("T")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file. Raises ConfigError if there is none or it is not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """An instance of the dataclass `cls` from plain values; what is not given is the default."""
+    hints = get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    converted = {}
+    for name, value in values.items():
+        if name not in names:
+            near = nearest(name, names) or f"; known are {', '.join(names)}"
+            raise ConfigError(f"{where}: unknown key {name!r}{near}")
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+            converted[name] = build(hints[name], value, f"{where} [{name}]")  # pyright: ignore[reportArgumentType]
+            continue
+        try:
+            converted[name] = _convert(hints[name], value)
+        except TypeError:
+            near = nearest(str(value), [str(v) for v in _literals(hints[name])])
+            wanted = _describe(hints[name])
+            raise ConfigError(f"{where}: {name} must be {wanted}, got {value!r}{near}") from None
+    try:
+        return cls(**converted)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def nearest(name: str, known: Any) -> str:
+    """`; did you mean 'steps'?`, or nothing where no known name is near."""
+    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`. Raises TypeError."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for option in args:
+            try:
+                return _convert(option, value)
+            except TypeError:
+                pass
+    elif origin is Literal:
+        if any(value == legal and type(value) is type(legal) for legal in args):
+            return value
+    elif origin is tuple and isinstance(value, list):
+        kinds = args[:1] * len(value) if args[1:] == (...,) else args
+        if len(kinds) == len(value):
+            return tuple(_convert(kind, v) for kind, v in zip(kinds, value, strict=True))
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif type(value) is hint:
+        return value
+    raise TypeError
+
+
+def _literals(hint: Any) -> tuple:
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return tuple(v for o in options if get_origin(o) is Literal for v in get_args(o))
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_describe(option) for option in args if option is not NoneType)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin is tuple:
+        if args[1:] == (...,):
+            return f"a list of {_describe(args[0])}"
+        return f"a list [{', '.join(_describe(a) for a in args)}]"
+    if dataclasses.is_dataclass(hint):
+        return "a table"
+    words: dict[type, str] = {Path: "a path", str: "a string", bool: "true or false"}
+    return words.get(hint) or str(hint.__name__)
+
+
+def to_toml(recipe: Any, prefix: str = "") -> str:
+    """The recipe as TOML that `build` reads back; values not given stand as comments."""
+    lines, tables = [], []
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if dataclasses.is_dataclass(value):
+            name = f"{prefix}{field.name}"
+            tables.append(f"\n[{name}]\n{to_toml(value, f'{name}.')}")
+        elif value is None:
+            lines.append(f"# {field.name} = (by default)\n")
+        else:
+            lines.append(f"{field.name} = {_toml_value(value)}\n")
+    return "".join(lines + tables)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    return json.dumps(str(value), ensure_ascii=False)

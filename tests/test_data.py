@@ -1,0 +1,272 @@
+"""Training data: pairing, order, sizes, the cache, processes, resume, precomputing."""
+
+import hashlib
+import shutil
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn_files import ENCODERS, encode_text, number_of, picture_bytes, write_folder
+
+from fluxjax.config import ConfigError
+from fluxjax.train.data import DataSettings, open_data, precompute
+from fluxjax.train.disk_cache import read_arrays, write_arrays
+from fluxjax.train.encoders import Encoders, folder_encoders
+
+COUNT = 37
+TINY = Path(__file__).parents[1] / "fluxjax" / "assets" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> DataSettings:
+    root = tmp_path_factory.mktemp("data")
+    source = write_folder(root / "pictures", COUNT)
+    return DataSettings(
+        source=str(source), resolution=48, bucket_step=8, cache=str(root / "cache")
+    )  # fmt: skip
+
+
+def _refuse(_):
+    raise AssertionError("everything should have been in the cache")
+
+
+def _assert_pairs(batch) -> list[int]:
+    """Every latent meets its own caption; returns which pictures they are."""
+    numbers = [number_of(latents) for latents in batch.latents]
+    text, pooled = encode_text([f"picture {number}" for number in numbers])
+    np.testing.assert_array_equal(batch.text, text)
+    np.testing.assert_array_equal(batch.pooled, pooled)
+    assert batch.latents.shape[1] == batch.width * batch.height // 16
+    return numbers
+
+
+def test_every_latent_meets_its_own_caption_in_three_shuffled_epochs_of_buckets(settings, tmp_path):
+    cold = replace(settings, cache=str(tmp_path / "cache"))
+    steps = -(-3 * COUNT // 4)
+    orders = []
+    for encoders in (ENCODERS, ENCODERS._replace(encode_image=_refuse, encode_text=_refuse)):
+        data = open_data(cold, encoders, batch=4, seed=5)
+        batches = list(islice(data.iterate(), steps))
+        seen = [_assert_pairs(batch) for batch in batches]
+        assert len(data.sizes) >= 4 and len({(b.width, b.height) for b in batches}) >= 4
+        assert [b.index.tolist() for b in batches] == [
+            list(range(4 * step, 4 * step + 4)) for step in range(steps)
+        ]
+        counts = Counter(number for numbers in seen for number in numbers)
+        assert set(counts) == set(range(COUNT))
+        orders.append(seen)
+    assert orders[0] == orders[1]
+
+
+def test_over_a_cycle_every_picture_comes_equally_often(settings):
+    data = open_data(settings, ENCODERS, batch=4, seed=5)
+    cycle = [[number_of(row) for row in data(step).latents] for step in range(2 * COUNT)]
+    for part in (cycle[:COUNT], cycle[COUNT:]):
+        assert Counter(n for numbers in part for n in numbers) == dict.fromkeys(range(COUNT), 4)
+    assert cycle[:COUNT] != cycle[COUNT:]  # shuffled anew
+    other = open_data(settings, ENCODERS, batch=4, seed=6)
+    assert [number_of(row) for row in other(0).latents] != cycle[0]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_same_global_batches(settings, processes):
+    whole = open_data(settings, ENCODERS, batch=8, seed=1)
+    parts = [
+        open_data(settings, ENCODERS, batch=8, seed=1, process_index=i, process_count=processes)
+        for i in range(processes)
+    ]
+    assert {part.fingerprint for part in parts} == {whole.fingerprint}
+    for step in (0, 1, 17, 1000):
+        one = whole(step)
+        several = [part(step) for part in parts]
+        for name in ("latents", "text", "pooled", "index"):
+            joined = np.concatenate([getattr(batch, name) for batch in several])
+            np.testing.assert_array_equal(joined, getattr(one, name))
+        assert {(b.width, b.height) for b in several} == {(one.width, one.height)}
+
+
+def test_reading_goes_on_at_any_step(settings):
+    straight = list(islice(open_data(settings, ENCODERS, batch=4, seed=2).iterate(), 14))
+    resumed = open_data(settings, ENCODERS, batch=4, seed=2)
+    for before, after in zip(straight[9:], resumed.iterate(9), strict=False):
+        for a, b in zip(before, after, strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(resumed(3).latents, straight[3].latents)
+
+
+def test_fingerprint_follows_pictures_captions_sizes_and_encoders(settings, tmp_path):
+    source = Path(shutil.copytree(settings.source, tmp_path / "pictures"))
+
+    def fingerprint(encoders: Encoders = ENCODERS, **changes) -> str:
+        changed = replace(settings, source=str(source), **changes)
+        return open_data(changed, encoders, batch=4, seed=0).fingerprint
+
+    first = fingerprint()
+    assert first == open_data(settings, ENCODERS, batch=2, seed=1).fingerprint  # not of the place
+    seen = {first, fingerprint(resolution=32), fingerprint(ENCODERS._replace(text_hash="other"))}
+    seen.add(fingerprint(ENCODERS._replace(image_hash="other")))
+    (source / "004.txt").write_text("another caption")
+    seen.add(fingerprint())
+    (source / "004.png").write_bytes(picture_bytes(150))
+    seen.add(fingerprint())
+    assert len(seen) == 6
+
+
+def test_changed_pictures_and_encoders_are_encoded_anew(settings, tmp_path):
+    source = Path(shutil.copytree(settings.source, tmp_path / "pictures"))
+    changed = replace(settings, source=str(source))
+    open_data(changed, ENCODERS, batch=4, seed=0).fill()
+    (source / "007.png").write_bytes(picture_bytes(152))  # of the same size
+    data = open_data(changed, ENCODERS, batch=4, seed=0)
+    numbers = {number_of(row) for step in range(COUNT) for row in data(step).latents}
+    assert numbers == set(range(COUNT)) - {7} | {152}
+    smaller = open_data(replace(changed, resolution=32), ENCODERS, batch=4, seed=0)(0)
+    assert smaller.latents.shape[1] == smaller.width * smaller.height // 16 <= 64
+    darker = ENCODERS._replace(encode_image=lambda x: ENCODERS.encode_image(x) * 0, image_hash="2")
+    assert not open_data(changed, darker, batch=4, seed=0)(0).latents.any()
+
+
+def test_picture_that_changes_while_it_is_used_is_an_error(settings, tmp_path):
+    source = Path(shutil.copytree(settings.source, tmp_path / "pictures"))
+    fresh = replace(settings, source=str(source), cache=str(tmp_path / "cache"))
+    data = open_data(fresh, ENCODERS, batch=4, seed=0)
+    for number in range(COUNT):
+        (source / f"{number:03}.png").write_bytes(picture_bytes(number + 100))
+    with pytest.raises(ValueError, match=r"\d{3}\.png has changed while it was used"):
+        data(0)
+
+
+def test_damaged_cache_files_are_made_again(settings, tmp_path):
+    own = replace(settings, cache=str(tmp_path / "cache"))
+    data = open_data(own, ENCODERS, batch=4, seed=0)
+    data.fill()
+    good = data(0)
+    files = sorted((tmp_path / "cache").glob("*/*/*.safetensors"))
+    assert len(files) == 2 * COUNT + 1  # the empty caption too
+    for i, file in enumerate(files):
+        content = bytearray(file.read_bytes())
+        content[len(content) * (i + 1) // (len(files) + 1)] ^= 16
+        file.write_bytes(content if i % 3 else content[: len(content) // 2])
+    again = data(0)
+    for a, b in zip(good, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("one_disk", [True, False])
+def test_processes_fill_one_cache_together_and_caches_of_their_own_wholly(
+    settings, tmp_path, one_disk
+):
+    made: list[list[str]] = [[], []]
+
+    def process(index: int):
+        def encode(texts: list[str]):
+            made[index] += texts
+            return encode_text(texts)
+
+        cache = tmp_path / ("one" if one_disk else str(index))
+        return open_data(
+            replace(settings, cache=str(cache)), ENCODERS._replace(encode_text=encode),
+            batch=2, seed=0, process_index=index, process_count=2,
+        )  # fmt: skip
+
+    for index in (0, 1):
+        # What the second one finds is as if the first had been faster.
+        process(index).fill()
+        files = list(tmp_path.glob("*/latents/*/*"))
+        assert len(files) == (COUNT if one_disk or index == 0 else 2 * COUNT)
+    assert sorted(made[0]) == sorted({"", *(f"picture {n}" for n in range(COUNT))})
+    assert set(made[0][: len(made[0]) // 2]).isdisjoint(made[1][: len(made[1]) // 2])
+    assert len(made[1]) == (0 if one_disk else COUNT + 1)
+
+
+def test_values_that_float16_cannot_hold_are_kept(tmp_path):
+    large = np.array([[1e6, -2.0]], np.float32)
+    write_arrays(tmp_path / "a", {"large": large, "small": large[:, 1:] / 3})
+    arrays = read_arrays(tmp_path / "a")
+    assert arrays is not None
+    np.testing.assert_array_equal(arrays["large"], large)
+    np.testing.assert_allclose(arrays["small"], [[-2 / 3]], rtol=5e-4)
+
+
+def test_encoder_that_gives_nan_is_named(settings, tmp_path):
+    broken = ENCODERS._replace(encode_text=lambda t: (np.full((1, 4, 8), np.nan), np.zeros((1, 8))))
+    data = open_data(replace(settings, cache=str(tmp_path)), broken, batch=4, seed=0)
+    with pytest.raises(ValueError, match="the caption 'a dog' is encoded to values"):
+        data.captions(["a dog"])
+
+
+def test_impossible_shares_are_refused(settings):
+    for words, values in {
+        "batch of 6 does not divide by 4": {"batch": 6, "process_count": 4},
+        "no process 2 of 2": {"batch": 4, "process_index": 2, "process_count": 2},
+        "seed=-1": {"batch": 4, "seed": -1},
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            open_data(settings, ENCODERS, **{"seed": 0} | values)
+    for words, values in {
+        "resolution=0": {"resolution": 0},
+        "smaller than bucket_step": {"resolution": 32},
+        "max_bad_share=5": {"max_bad_share": 5.0},
+        "max_aspect=0.5": {"max_aspect": 0.5},
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            DataSettings(**values)
+
+
+def _snapshot(root: Path) -> dict[str, tuple[int, str]]:
+    return {
+        path.relative_to(root).as_posix(): (
+            path.lstat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+        )
+        for path in [root, *root.rglob("*")]
+    }
+
+
+@pytest.mark.slow
+def test_embedded_model_precomputes_and_the_files_of_the_user_stay_as_they_are(tmp_path):
+    """Latents are the autoencoder's, text the encoders'; the second time nothing is loaded."""
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for number in range(4):
+        (source / f"{number}.png").write_bytes(picture_bytes(number, (36, 40)))
+        (source / f"{number}.txt").write_text("a red circle")
+    (source / "bad.png").write_bytes(b"")
+    (source / "bad.txt").write_text("nothing")
+    before = _snapshot(source)
+    settings = DataSettings(
+        source=str(source), resolution=32, bucket_step=16, cache=str(tmp_path / "cache"),
+        max_bad_share=0.2,
+    )  # fmt: skip
+    seen = []
+    text = precompute(settings, TINY, dtype="float32", report=lambda *done: seen.append(done))
+    assert "4 pictures" in text and "4 of 32x32" in text and "bad.png: the file is empty" in text
+    assert seen[-1] == (6, 6)  # four pictures, their one caption and the empty one
+    assert _snapshot(source) == before
+
+    encoders = folder_encoders(TINY, "float32")
+    stored = encoders._replace(encode_image=_refuse, encode_text=_refuse)
+    batch = open_data(settings, stored, batch=2, seed=0)(0)
+    text, pooled = encoders.encode_text(["a red circle"])
+    np.testing.assert_allclose(batch.text[1], text[0], rtol=5e-4, atol=1e-6)
+    np.testing.assert_allclose(batch.pooled[1], pooled[0], rtol=5e-4, atol=1e-6)
+    assert batch.latents.shape == (2, 4, 64) and 0.1 < batch.latents.std() < 10
+    assert encoders.image_hash != encoders.text_hash != folder_encoders(TINY).text_hash
+
+
+def test_scenes_have_the_sizes_and_captions_that_were_drawn(tmp_path):
+    settings = DataSettings(
+        resolution=96, bucket_step=16, scenes=100, scene_sizes=((96, 96), (112, 80)),
+        cache=str(tmp_path),
+    )  # fmt: skip
+    data = open_data(settings, ENCODERS, batch=4, seed=0)
+    assert data.sizes == {(96, 96): 64, (112, 80): 36} and not data.quarantined
+    batch = data(0)
+    assert batch.latents.shape == (4, batch.width * batch.height // 16, 3)
+    again = open_data(replace(settings, scenes=80), ENCODERS, batch=4, seed=0)
+    assert [e.item.caption for e in again.entries] == [e.item.caption for e in data.entries[:80]]
+    with pytest.raises(ConfigError, match="100 x 90"):
+        open_data(replace(settings, scene_sizes=((100, 90),)), ENCODERS, batch=4, seed=0)

@@ -1,0 +1,124 @@
+"""Networks across eight devices give what one device gives."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fluxjax.checkpoint.engine import flatten, unflatten
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.config import FluxConfig
+from fluxjax.models.flux import FluxTransformer
+from fluxjax.parallel.mesh import batch_sharding, make_mesh, replicated
+from fluxjax.parallel.networks import (
+    shard_transformer,
+)
+from fluxjax.parallel.rules import param_shardings
+
+MESHES = ("data=8", "fsdp=8", "tensor=4,fsdp=2", "sequence=4,data=2", "fsdp=2,tensor=2,sequence=2")
+CONFIG = FluxConfig(
+    in_channels=16,
+    out_channels=16,
+    num_layers=2,
+    num_single_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=4,
+    joint_attention_dim=32,
+    pooled_projection_dim=24,
+    axes_dims_rope=(4, 6, 6),
+)
+BATCH, TEXT, ROWS, COLUMNS = 8, 7, 3, 6  # 7 and 18 tokens: padded over 2 and over 4 devices
+
+
+def random_params(config, seed: int = 0, *, stacked: bool = True) -> dict:
+    """Every leaf away from its neutral value: scales near 1, the rest small."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        spread = 0.1 if path[-1] in ("scale", "bias") else leaf.shape[-2] ** -0.5
+        return (spread * rng.standard_normal(leaf.shape) + (path[-1] == "scale")).astype(np.float32)
+
+    flat = flatten(abstract_params(config, stacked=stacked))
+    return unflatten({path: draw(path, leaf) for path, leaf in flat.items()})
+
+
+@cache
+def transformer_inputs() -> tuple:
+    rng = np.random.default_rng(1)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    row, column = np.indices((ROWS, COLUMNS)).reshape(2, -1)
+    return (
+        normal(BATCH, ROWS * COLUMNS, CONFIG.in_channels),
+        normal(BATCH, TEXT, CONFIG.joint_attention_dim),
+        normal(BATCH, CONFIG.pooled_projection_dim),
+        rng.uniform(0.1, 0.9, BATCH).astype(np.float32),
+        np.stack([0 * row, row, column], -1).astype(np.float32),
+        np.zeros((TEXT, 3), np.float32),
+        np.full(BATCH, 3.5, np.float32),
+    )
+
+
+def training_step(model, params, *inputs):
+    """The output, and parameters after one step of gradient descent on its squares."""
+
+    def loss(params):
+        out = model.apply({"params": params}, *inputs)
+        return jnp.mean(jnp.square(out - inputs[0])), out
+
+    (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    optimizer = optax.sgd(0.1)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    return out, updates
+
+
+@cache
+def expected():
+    model = FluxTransformer(CONFIG, scan_layers=True)
+    step = jax.jit(partial(training_step, model))
+    return jax.device_get(step(random_params(CONFIG), *transformer_inputs()))
+
+
+def relative(ours, theirs) -> float:
+    ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def on_mesh(mesh, inputs: tuple) -> tuple:
+    """Batches over data and fsdp, position ids everywhere."""
+    batch = [x.shape[0] == BATCH for x in inputs]
+    places = (batch_sharding(mesh) if b else replicated(mesh) for b in batch)
+    return tuple(jax.device_put(x, place) for x, place in zip(inputs, places, strict=True))
+
+
+def sharded_step(text: str, kind: str):
+    mesh = make_mesh(text)
+    params = random_params(CONFIG)
+    places = param_shardings(params, mesh)
+    model = FluxTransformer(CONFIG, scan_layers=True)
+    model = shard_transformer(model, mesh, kind)  # pyright: ignore[reportArgumentType]
+    step = jax.jit(partial(training_step, model), out_shardings=(batch_sharding(mesh), places))
+    return step(jax.device_put(params, places), *on_mesh(mesh, transformer_inputs()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "kind"),
+    [
+        *((mesh, "auto") for mesh in MESHES),
+        ("sequence=4,data=2", "ring"),
+    ],
+)
+def test_the_transformer_and_a_training_step(mesh, kind):
+    out, updates = sharded_step(mesh, kind)
+    want, want_updates = expected()
+    assert relative(out, want) <= 1e-5
+    errors = jax.tree.map(relative, updates, want_updates)
+    worst = max(jax.tree_util.tree_leaves_with_path(errors), key=lambda item: item[1])
+    print(mesh, kind, f"output {relative(out, want):.1e}, worst update {worst}")
+    assert worst[1] <= 1e-5

@@ -1,0 +1,177 @@
+"""`python -m fluxjax.plan`: counts against arithmetic, at the real size too; errors; the report."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.chips import CHIPS
+from fluxjax.config import TINY, ConfigError
+from fluxjax.models.attention import dot_product_attention
+from fluxjax.models.flops import flux_flops
+from fluxjax.parallel.mesh import make_mesh
+from fluxjax.parallel.structure import Structure, measure
+from fluxjax.plan.attention import flash_like
+from fluxjax.plan.estimate import as_json, fits, floor, needed_bytes
+from fluxjax.plan.options import Options, device_count, find_chips, read_model, tokens
+from fluxjax.plan.programs import Placed, Program, compile_plan
+from fluxjax.plan.tables import print_tables
+
+H100 = CHIPS["h100"]
+
+
+def quiet(name: str) -> None:
+    pass
+
+
+@pytest.mark.slow
+def test_a_lora_step_is_counted_and_shared_out():
+    options = Options(model="tiny", task="lora", mesh="fsdp=4,tensor=2", batch=4, rank=4)
+    config = read_model(options)
+    placed = compile_plan(options, config, quiet)
+    total = parameter_count(abstract_params(config.transformer))
+    assert 2 * total / 8 <= placed.weights["transformer"] <= 1.1 * 2 * total / 8
+    assert placed.weights["LoRA"] < 0.2 * placed.weights["transformer"]
+    # AdamW: two moments of the LoRA, in its own sharding, and a counter.
+    moments = 2 * placed.weights["LoRA"]
+    assert moments * 0.95 <= placed.optimizer <= moments + 16
+    (step,) = placed.programs
+    # Forwards, once more, and backwards to the inputs; the batch is split over fsdp, the width over
+    # tensor. The modulations' share of a small model, and its ends, are not split as evenly.
+    each = flux_flops(config.transformer, tokens(config), config.max_sequence_length)
+    assert 2.5 * each / 2 <= step.structure.matmul_flops <= 3.5 * each / 2
+    assert step.structure.collective_bytes["all-gather"] > 0
+
+
+@pytest.mark.slow
+def test_counts_of_sampling_on_one_device():
+    options = Options(model="tiny", steps=3, batch=2, width=64, height=96, dtype="float32")
+    config = read_model(options)
+    placed = compile_plan(options, config, quiet)
+    for name, held in placed.weights.items():
+        assert held == 4 * parameter_count(abstract_params(getattr(config, name)))
+    denoise = {program.name: program for program in placed.programs}["denoise"]
+    each = flux_flops(config.transformer, tokens(config), config.max_sequence_length)
+    assert abs(denoise.structure.matmul_flops / (2 * 3 * each) - 1) < 0.03
+    assert denoise.reads == 3 * placed.weights["transformer"]
+    assert not denoise.structure.collectives and placed.optimizer == 0
+
+
+@pytest.mark.slow
+def test_the_real_size_by_command_without_weights(tmp_path):
+    """FLUX.1-dev on 8 simulated devices: the published counts, in a process of its own."""
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": ""}
+    command = [sys.executable, "-m", "fluxjax.plan", "dev", "--mesh", "fsdp=8", "--batch", "8"]
+    ended = subprocess.run(
+        [*command, "--json", "--chips", "H100", "v5e"], cwd=tmp_path, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    plan = json.loads(ended.stdout)
+    programs = {program["name"]: program for program in plan["programs"]}
+    assert abs(programs["denoise"]["flops"] / (28 * 74.385e12) - 1) < 0.01
+    assert abs(programs["decode"]["flops"] / 10.47e12 - 1) < 0.01
+    assert abs(programs["encode"]["flops"] / 4.86e12 - 1) < 0.01
+    weights = plan["bytes_per_device"]["weights"]
+    assert weights["transformer"] <= 1.02 * 2 * 11_901_408_320 / 8
+    # Every step gathers the weights of its blocks, seven eighths of which lie elsewhere; the
+    # modulations, 27 % of all, only once.
+    blocks = 2 * (11_901_408_320 - 3.229e9) * 7 / 8
+    assert 1 < programs["denoise"]["collective_bytes"]["all-gather"] / (28 * blocks) < 1.1
+    assert [chip["name"] for chip in plan["chips"]] == ["H100 PCIe", "H100 SXM", "TPU v5e"]
+    h100 = plan["chips"][1]
+    assert h100["fits"] and h100["bound"]["denoise"] == "compute"
+    assert abs(h100["floor_seconds"]["denoise"] - 28 * 0.0752) < 0.02
+
+
+def test_collectives_of_bfloat16_count_two_bytes():
+    mesh = make_mesh("fsdp=8")
+    spec = jax.ShapeDtypeStruct
+    for dtype, size in ((jnp.bfloat16, 2), (jnp.float32, 4)):
+        x = spec((8, 64), dtype, sharding=NamedSharding(mesh, P()))
+        kernel = spec((64, 128), dtype, sharding=NamedSharding(mesh, P("fsdp")))
+
+        def product(x, kernel):
+            whole = jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, P()))
+            return x @ whole
+
+        found = measure(jax.jit(product).lower(x, kernel).compile())
+        assert found.collective_bytes == {"all-gather": 64 * 128 * size * 7 / 8}
+
+
+@pytest.mark.parametrize("length", [100, 300])
+def test_the_stand_in_is_attention(length):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, length, 3, 8)) for key in keys)
+    expected = dot_product_attention(q, k, v, implementation="xla")
+    assert jnp.abs(flash_like(q, k, v) - expected).max() < 1e-6
+
+
+def test_floors_and_what_fits():
+    structure = Structure(
+        argument_bytes=0, output_bytes=3, temporary_bytes=10, donated_bytes=1,
+        matmul_flops=989e12, collectives=(),
+    )  # fmt: skip
+    step = Program("step", structure, int(2 * 3350e9))
+    limits = floor(step, H100)
+    assert (limits.compute, limits.memory, limits.links) == (1.0, 2.0, 0.0)
+    assert limits.seconds == 2.0 and limits.bound == "memory"
+    small = replace(structure, temporary_bytes=4)
+    placed = Placed({"a": 100, "b": 20}, 7, (step, Program("other", small, 0)))
+    assert needed_bytes(placed) == 100 + 20 + 7 + 10 + 3 - 1
+    assert fits(placed, H100)
+    assert not fits(replace(placed, optimizer=int(75e9)), H100), "some memory is the runtime's"
+
+
+def test_report(capsys):
+    structure = Structure(0, 0, 10**9, 0, 1e12, ())
+    placed = Placed({"transformer": 10**9}, 0, (Program("step", structure, 0),), ("a remark",))
+    made = {"model": "dev"}
+    print_tables(placed, (H100,), made)
+    printed = capsys.readouterr().out
+    for words in ("transformer", "2.00 GB", "H100 SXM", "1.01 ms (compute)", "nothing", "a remark"):
+        assert words in printed, words
+    values = as_json(placed, (H100,), made)
+    assert values["bytes_per_device"]["total"] == 2 * 10**9
+    assert json.loads(json.dumps(values)) == values
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mesh": "fsdp=3", "devices": 8}, "does not fit 8 devices"),
+        ({"mesh": "fsdp=2,pipe=2"}, "a mesh is written as"),
+        ({"mesh": "fsdp=16"}, "needs 16 simulated devices"),
+        ({"mesh": "fsdp=8", "batch": 4}, "batch 4 must be a multiple of 8"),
+        ({"task": "full", "batch": 2, "accumulate": 4}, "batch 2 must be a multiple of 4"),
+        ({"model": "devil"}, "neither a preset"),
+        ({"model": "fill"}, "only text to image"),
+        ({"width": 100}, "width must be"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"chips": ("H100", "Z80")}, "no chip is called 'Z80'"),
+    ],
+)
+def test_impossible_plans_are_one_sentence(options, words):
+    chosen = Options(**{"model": "tiny", **options})
+    with pytest.raises(ConfigError, match=words) as error:
+        find_chips(chosen.chips)
+        device_count(chosen)
+        compile_plan(chosen, read_model(chosen), quiet)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_devices_of_a_mesh_and_chips_by_part_of_their_name():
+    assert device_count(Options(mesh="fsdp=4,tensor=2")) == 8
+    assert device_count(Options(mesh="fsdp=4,tensor=2", devices=32)) == 32
+    assert device_count(Options()) == 1
+    assert [chip.name for chip in find_chips(("v5",))] == ["TPU v5e", "TPU v5p"]
+    assert len(find_chips(())) == 10
+    assert read_model(Options(model="tiny")) == TINY

@@ -1,0 +1,122 @@
+"""A picture does not depend on the mesh that it is drawn on."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_parallel import MESHES, relative
+
+import fluxjax
+from fluxjax.checkpoint.lora_file import write_lora
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.config import ConfigError
+from fluxjax.models.lora import LoraConfig, init_lora
+from fluxjax.parallel.mesh import pad_rows
+from fluxjax.sample.pictures import to_bytes
+from fluxjax.text.conditioning import Conditioning
+
+PROMPTS = ["a red circle", "two small green rings", "a large blue star left of a heart"]
+SIZE = {"width": 80, "height": 64}
+
+
+def draw_in_steps(pipe) -> dict[str, np.ndarray]:
+    """Every network's output on the way to three pictures."""
+    settings = {"max_sequence_length": 18}
+    conditioning = pipe.encode_prompt(PROMPTS, **settings)
+    noise = np.random.default_rng(0).standard_normal((3, 16, 8, 10)).astype(np.float32)
+    latents = pipe.denoise(conditioning, noise, steps=3)
+    return {
+        "noise": noise,
+        "T5": conditioning.prompt_embeds,
+        "CLIP": conditioning.pooled,
+        "latents": latents,
+        "picture": pipe.decode(latents),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return draw_in_steps(fluxjax.load_pipeline(scan_layers=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_draws_the_picture_of_one_device(mesh, expected):
+    pipe = fluxjax.load_pipeline(scan_layers=True, mesh=mesh)
+    got = draw_in_steps(pipe)
+    errors = {name: relative(got[name], expected[name]) for name in expected}
+    print(mesh, {name: f"{error:.1e}" for name, error in errors.items()})
+    assert all(got[name].shape == expected[name].shape for name in expected)
+    assert max(errors.values()) <= 1e-5
+    distance = np.abs(to_bytes(got["picture"]).astype(int) - to_bytes(expected["picture"]))
+    assert distance.max() <= 1 and (distance > 0).mean() < 1e-3
+    # The weights are spread, not copied.
+    kernel = pipe.params("transformer")["transformer_blocks"]["ff"]["net_2"]["kernel"]
+    parts = pipe.mesh.shape["fsdp"] * pipe.mesh.shape["tensor"]
+    assert kernel.addressable_shards[0].data.size * parts == kernel.size
+
+
+def test_tiles_are_decoded_on_all_devices():
+    """Five tiles on eight devices."""
+    latents = np.random.default_rng(0).standard_normal((1, 16, 8, 28)).astype(np.float32)
+    one = fluxjax.load_pipeline(scan_layers=True).decode(latents, tile=8)
+    many = fluxjax.load_pipeline(scan_layers=True, mesh="").decode(latents, tile=8)
+    assert many.shape == one.shape
+    assert relative(many, one) <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_lora_over_split_weights(tmp_path, expected):
+    config = LoraConfig(rank=4, targets=("attn.to_q", "attn.to_out.0", "proj_mlp", "proj_out"))
+    params = abstract_params(fluxjax.load_pipeline().config.transformer, stacked=True)
+    lora = init_lora(jax.random.key(0), params, config)
+    lora = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), lora
+    )
+    write_lora(tmp_path / "lora.safetensors", lora, config, {})
+    given = {"scan_layers": True, "loras": [tmp_path / "lora.safetensors"]}
+    conditioning = Conditioning(expected["T5"], expected["CLIP"])
+
+    def latents(pipe):
+        return pipe.denoise(conditioning, expected["noise"], steps=3)
+
+    one = latents(fluxjax.load_pipeline(**given))
+    many = latents(fluxjax.load_pipeline(**given, mesh="fsdp=2,tensor=2,sequence=2"))
+    assert relative(many, one) <= 1e-5 and relative(expected["latents"], one) > 1e-2
+
+
+def test_batches_are_padded_by_their_last_row():
+    tree = (np.arange(6).reshape(3, 2), np.float32(7), None)
+    padded = pad_rows(tree, 4)
+    assert padded[0].tolist() == [[0, 1], [2, 3], [4, 5], [4, 5]] and padded[1:] == tree[1:]
+
+
+def test_a_mesh_that_does_not_fit_is_named():
+    with pytest.raises(ConfigError, match="does not fit 8 devices"):
+        fluxjax.load_pipeline(mesh="fsdp=3")
+
+
+@pytest.mark.slow
+def test_a_file_of_prompts_is_drawn_in_batches(tmp_path, capsys):
+    """Three pictures on eight devices are one batch; each is what it is alone."""
+    from fluxjax.sample.command import Options, draw
+
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text, "seed": 5 + i}) for i, text in enumerate(PROMPTS)]
+    prompts.write_text("\n".join(lines))
+    options = {"steps": 2, "max_sequence_length": 18, "prompts": prompts, **SIZE}
+    assert draw(Options(**options, mesh="fsdp=8", out=tmp_path / "mesh")) == 0
+    assert draw(Options(**options, out=tmp_path / "one")) == 0
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 3 and names == sorted(p.name for p in (tmp_path / "mesh").iterdir())
+    from PIL import Image
+
+    for name in names:
+        one, many = (
+            np.asarray(Image.open(tmp_path / folder / name), int) for folder in ("one", "mesh")
+        )
+        assert np.abs(one - many).max() <= 1 and (one != many).mean() < 1e-3
+        assert one.std() > 5
+    assert len({line.split("seed")[1][:3] for line in capsys.readouterr().out.splitlines()}) == 3
+    jax.clear_caches()
