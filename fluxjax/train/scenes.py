@@ -10,6 +10,7 @@ Some colour-shape pairs and some pairs of shapes are held out: training never sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -295,50 +296,54 @@ class Caption(NamedTuple):
     states_background: bool
 
 
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _noun(scene: Scene, i: int, rng: np.random.Generator) -> tuple[str, bool]:
+    """Object i in words (`large green star`), and whether they state its size."""
+    kind, colour = KINDS[int(scene.kind)], list(COLOURS)[int(scene.colour[i])]
+    shape = SHAPES[int(scene.shape[i])]
+    colour = _pick(rng, COLOUR_WORDS.get(colour, (colour,)))
+    words = f"{colour} {_pick(rng, SHAPE_WORDS.get(shape, (shape,)))}"
+    if kind == "count":
+        words += "es" if words.endswith("s") else "s"
+    if kind != "row" and rng.random() < 0.6:
+        return f"{_pick(rng, SIZE_WORDS[int(scene.size[i])])} {words}", True
+    return words, False
+
+
+def _an(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     """Describe one scene (fields as numpy, no leading axis), with a template drawn from `rng`."""
-
-    def pick(options):
-        return options[int(rng.integers(len(options)))]
-
-    colours, kind = list(COLOURS), KINDS[int(scene.kind)]
+    kind = KINDS[int(scene.kind)]
     stated = [False, False, False]
-
-    def noun(i: int, plural: bool = False) -> str:
-        colour = colours[int(scene.colour[i])]
-        shape = SHAPES[int(scene.shape[i])]
-        words = [
-            pick(COLOUR_WORDS.get(colour, (colour,))),
-            pick(SHAPE_WORDS.get(shape, (shape,))),
-        ]
-        if plural:
-            words[-1] += "es" if words[-1].endswith("s") else "s"
-        if kind != "row" and rng.random() < 0.6:
-            stated[i] = True
-            words.insert(0, pick(SIZE_WORDS[int(scene.size[i])]))
-        return " ".join(words)
-
-    def an(phrase: str) -> str:
-        return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
-    if kind == "single":
-        text = an(noun(0))
-    elif kind == "pair":
-        text = pick(_RELATION_TEMPLATES[int(scene.relation)]).format(a=an(noun(0)), b=an(noun(1)))
+    template = "{a}"
+    if kind == "pair":
+        template = _pick(rng, _RELATION_TEMPLATES[int(scene.relation)])
+    elif kind == "row":
+        template = _pick(rng, _ROW_TEMPLATES)
     elif kind == "count":
-        text = f"{pick(_NUMBERS[int(scene.count)])} {noun(0, plural=True)}"
+        template = f"{_pick(rng, _NUMBERS[int(scene.count)])} {{a}}"
+    names = {}
+    for i, letter in enumerate("abc"[: {"pair": 2, "row": 3}.get(kind, 1)]):
+        noun, stated[i] = _noun(scene, i, rng)
+        names[letter] = noun if kind == "count" else _an(noun)
+    text = template.format(**names)
+    if kind == "count":
         stated = [stated[0]] * 3
-    else:
-        text = pick(_ROW_TEMPLATES).format(a=an(noun(0)), b=an(noun(1)), c=an(noun(2)))
-    opening = pick(_OPENINGS)
+    opening = _pick(rng, _OPENINGS)
     if kind == "count":
         opening = opening.replace("there is", "there are")
     if not text.startswith(("on ", "from ")):
         text = opening + text
     if states_background := bool(rng.random() < 0.55):
-        names = [list(BACKGROUNDS)[int(i)] for i in scene.background]
+        colours = [list(BACKGROUNDS)[int(i)] for i in scene.background]
         split = int(scene.split)
-        text += " " + pick(_SPLIT[split] if split else _PLAIN).format(*names)
+        text += " " + _pick(rng, _SPLIT[split] if split else _PLAIN).format(*colours)
     sizes = (stated[0], stated[1], stated[2])
     return Caption(text, sizes, states_background)
 
