@@ -10,6 +10,7 @@ from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
 )
+from optax.contrib import prodigy
 
 from fluxjax.train.objectives import Objective, density_times, time_weights, velocity_loss
 from fluxjax.train.optimizers import (
@@ -81,6 +82,24 @@ def test_decay_shrinks_matrices_alone(name):
     decayed = jax.tree.map(lambda p: -0.05 * p, params)
     decayed["to_q"]["bias"] = jnp.zeros(6)
     jax.tree.map(lambda u, d: np.testing.assert_allclose(u, d, atol=1e-6), updates, decayed)
+
+
+def test_prodigy_decays_as_optax_does_but_matrices_alone():
+    params, grads = _tree(0), _tree(1)
+    settings = OptimizerSettings(name="prodigy", warmup=0, weight_decay=0.5, clip=0.0)
+    rates = learning_rates(settings, 10, 1e-4)
+    theirs = prodigy(rates, (0.9, 0.999), weight_decay=0.5, safeguard_warmup=True)
+    still = prodigy(rates, (0.9, 0.999), safeguard_warmup=True)
+    ours = make_optimizer(settings, rates)
+    # Far from where it started, so that the estimated learning rate has risen.
+    state = ours.init(jax.tree.map(jnp.zeros_like, params))
+    state = state._replace(estim_lr=jnp.float32(0.3), count=jnp.int32(4))
+    found, after = ours.update(grads, state, params)
+    wanted, expected = theirs.update(grads, state, params)
+    wanted["to_q"]["bias"] = still.update(grads, state, params)[0]["to_q"]["bias"]
+    assert np.abs(wanted["to_q"]["kernel"]).max() > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)
+    jax.tree.map(np.testing.assert_array_equal, after, expected)
 
 
 def test_gradients_are_clipped_by_their_common_norm():

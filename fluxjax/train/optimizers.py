@@ -88,7 +88,7 @@ def make_optimizer(settings: OptimizerSettings, rates: Rates) -> optax.GradientT
             optax.scale_by_learning_rate(rates),
         )
     elif settings.name == "prodigy":
-        inner = prodigy(rates, (b1, b2), eps=settings.eps, safeguard_warmup=True, **decay)
+        inner = _prodigy(settings, rates)
     else:
         # RMS-matched to AdamW's updates (0.2, Liu et al. 2025), so one learning rate serves both.
         inner = muon(
@@ -98,6 +98,24 @@ def make_optimizer(settings: OptimizerSettings, rates: Rates) -> optax.GradientT
     if not settings.clip:
         return optax.with_extra_args_support(inner)
     return optax.chain(optax.clip_by_global_norm(settings.clip), inner)
+
+
+def _prodigy(settings: OptimizerSettings, rates: Rates) -> optax.GradientTransformation:
+    """optax's, which decays every leaf, with its decay on matrices alone."""
+    b1, b2 = settings.b1, settings.b2
+    inner = prodigy(rates, (b1, b2), eps=settings.eps, safeguard_warmup=True)
+
+    def update(grads: Tree, state: Any, params: Tree = None, **extra: Any) -> tuple[Tree, Any]:
+        updates, after = inner.update(grads, state, params)
+        bias = (1 - b2**after.count) ** 0.5 / (1 - b1**after.count)
+        rate = settings.weight_decay * state.estim_lr * rates(state.count) * bias
+
+        def decayed(update: jax.Array, leaf: jax.Array, matrix: bool) -> jax.Array:
+            return update - rate * leaf if matrix else update
+
+        return jax.tree.map(decayed, updates, params, matrices(params)), after
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def muon_optimizer(
