@@ -242,9 +242,13 @@ def test_embedded_model_precomputes_and_the_files_of_the_user_stay_as_they_are(t
         max_bad_share=0.2,
     )  # fmt: skip
     seen = []
-    text = precompute(settings, TINY, dtype="float32", report=lambda *done: seen.append(done))
+    text = precompute(settings, TINY, dtype="float32", report=lambda *told: seen.append(told))
     assert "4 pictures" in text and "4 of 32x32" in text and "bad.png: the file is empty" in text
-    assert seen[-1] == (6, 6)  # four pictures, their one caption and the empty one
+    assert seen == [
+        *(("pictures checked", done, 5) for done in (1, 2, 3, 4, 5)),
+        *(("captions encoded", done, 2) for done in (1, 2)),  # their one and the empty one
+        *(("pictures encoded", done, 4) for done in (1, 2, 3, 4)),
+    ]
     assert _snapshot(source) == before
 
     encoders = folder_encoders(TINY, "float32")

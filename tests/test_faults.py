@@ -239,6 +239,12 @@ def test_another_recipe_does_not_go_on_in_the_same_folder(tmp_path):
     assert int(state.step) == 30
 
 
+def test_validation_and_metrics_keep_their_own_intervals(tmp_path):
+    _small(tmp_path, log_every=4, probe=lambda state: {"seen": int(state.step)}, probe_every=6)
+    seen = {row["step"]: row.get("seen") for row in rows(tmp_path)}
+    assert seen == {4: None, 6: 6, 8: None, 12: 12, 16: None, 18: 18, 20: 20}
+
+
 def test_metrics_after_the_step_that_is_resumed_are_dropped(tmp_path):
     _small(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:

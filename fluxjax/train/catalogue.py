@@ -25,7 +25,7 @@ from fluxjax.train.sources import list_items
 if TYPE_CHECKING:
     from fluxjax.train.data import DataSettings
 
-Report = Callable[[int, int], None]
+Report = Callable[[str, int, int], None]  # what is counted, how many are done, and of how many
 _NAMED = 5  # bad pictures in an error message
 _T, _R = TypeVar("_T"), TypeVar("_R")
 
@@ -123,7 +123,7 @@ def _inspect_all(
             for item, result in zip(todo, results, strict=True):
                 new[f"{item.name} {item.stamp}"] = result
                 if report:
-                    report(len(new), len(todo))
+                    report("pictures checked", len(new), len(todo))
     finally:
         # A file that could not be opened may open next time; what decoding found stays true.
         known |= {name: result for name, result in new.items() if result.digest}

@@ -90,5 +90,8 @@ def precompute(arguments: Sequence[str]) -> None:
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError("the embedded model's recipe draws its own data: nothing to precompute")
     from fluxjax.train import data
+    from fluxjax.train.progress import Filling
 
-    print(data.precompute(recipe.data, recipe.model_folder))
+    with Filling() as report:
+        done = data.precompute(recipe.data, recipe.model_folder, report=report)
+    print(done)

@@ -167,7 +167,7 @@ class Data:
         return self._states.text(texts)
 
     def fill(self, report: Report | None = None) -> None:
-        """Encode what the cache lacks; `report(done, due)` as it goes.
+        """Encode what the cache lacks; `report(what, done, due)` as it goes.
 
         Captions come before pictures, so that their encoders need not be held at once. Of several
         processes each begins with its own share and then goes backwards through the others': on a
@@ -177,24 +177,21 @@ class Data:
         paths = {states.latents_path(entry): entry for entry in self.entries}
         texts = [c for c in self._own_first(captions) if not states.text_path(c).exists()]
         todo = [p for p in self._own_first(sorted(paths)) if not p.exists()]
-        due, done = len(texts) + len(todo), 0
 
         def ready(path: Path) -> tuple[Path, np.ndarray | None]:
             megapixels = self._settings.max_megapixels
             return path, None if path.exists() else pixels(paths[path], megapixels)
 
         with quiet():
-            for caption in texts:
+            for done, caption in enumerate(texts, 1):
                 states.text([caption])
-                done += 1
                 if report:
-                    report(done, due)
-            for path, picture in in_threads(ready, todo, ahead=4):
+                    report("captions encoded", done, len(texts))
+            for done, (path, picture) in enumerate(in_threads(ready, todo, ahead=4), 1):
                 if picture is not None:
                     states.latents(paths[path], picture)
-                done += 1
                 if report:
-                    report(done, due)
+                    report("pictures encoded", done, len(todo))
 
     def _own_first(self, values: list[Any]) -> list[Any]:
         count, own = self.process_count, self.process_index
@@ -246,7 +243,7 @@ def open_data(
 ) -> Data:
     """Lists and checks the source; `batch` is the global one, of which this process gets a share.
 
-    `report(done, due)` is called while pictures that are new to the cache are checked. Raises
+    `report(what, done, due)` is called while pictures that are new to the cache are checked. Raises
     ConfigError, FileNotFoundError, and ValueError above the share of bad pictures.
     """
     if batch < 1 or batch % process_count:

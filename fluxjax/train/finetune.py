@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,20 +29,22 @@ from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.sample.loading import UNROLLED
 from fluxjax.text.conditioning import Conditioning
 from fluxjax.train import loop
+from fluxjax.train.catalogue import Report
 from fluxjax.train.curve import draw_curve
 from fluxjax.train.data import Data, DataBatch, DataSettings, open_data
 from fluxjax.train.encoders import Encoders, folder_encoders
 from fluxjax.train.export import export_lora, export_pipeline
 from fluxjax.train.flow_matching import Rows, assemble, finetune_loss
 from fluxjax.train.optimizers import Rates, learning_rates, make_optimizer
-from fluxjax.train.progress import Progress
+from fluxjax.train.progress import Filling, Progress
 from fluxjax.train.recipe import FinetuneRecipe, recipe_hash, recipe_toml
 from fluxjax.train.step import TrainState, Tree, init_state, make_step
 from fluxjax.train.validation import Validation
 
 
 class Job(NamedTuple):
-    """Everything a run needs. `frozen` is never trained; `state` holds what is."""
+    """Everything a run needs. `frozen` is never trained; `state` holds what is, and `step` is one
+    update of it, compiled when it is first called."""
 
     config: PipelineConfig
     mesh: Mesh
@@ -50,7 +52,7 @@ class Job(NamedTuple):
     data: Data
     frozen: dict[str, Tree]
     state: TrainState
-    optimizer: optax.GradientTransformation
+    step: Callable[..., tuple[TrainState, dict[str, Array]]]
     rates: Rates
     empty: Conditioning
     validation: Validation | None
@@ -75,8 +77,9 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
             f"share it out, in accumulate {recipe.accumulate} parts"
         )
     encoders = encoders or folder_encoders(recipe.model_folder)
-    data = _open_data(recipe, recipe.data, encoders, mesh)
-    data.fill()
+    with Filling() as report:
+        data = _open_data(recipe, recipe.data, encoders, mesh, report)
+        data.fill(report)
     prompts = data.captions([*recipe.validation.prompts]) if recipe.validation.prompts else None
     held = _held_out(recipe, data, encoders, mesh)
     # The encoders have done their work: their memory is the transformer's.
@@ -85,6 +88,11 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     rates = learning_rates(recipe.optimizer, recipe.steps, 1e-4 if "params" in frozen else 1e-5)
     optimizer = make_optimizer(recipe.optimizer, rates)
     state = _initial_state(trained, optimizer, mesh, ema=recipe.decay > 0)
+    step = make_step(
+        finetune_loss(model, recipe.objective), optimizer, seed=recipe.seed,
+        ema_decay=recipe.decay, accumulate=recipe.accumulate,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
+    )  # fmt: skip
     empty = Conditioning(*(_replicate(x, mesh) for x in data.captions([""])))
     validation = None
     if recipe.validation.every:
@@ -92,7 +100,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         validation = _validation(recipe, config, model, mesh, held, states)
         frozen["vae"] = validation.vae
     return Job(
-        config, mesh, model, data, frozen, state, optimizer, rates, empty, validation,
+        config, mesh, model, data, frozen, state, step, rates, empty, validation,
         _notes(recipe, config, data),
     )  # fmt: skip
 
@@ -109,12 +117,13 @@ def _notes(recipe: FinetuneRecipe, config: PipelineConfig, data: Data) -> list[s
 
 
 def _open_data(
-    recipe: FinetuneRecipe, settings: DataSettings, encoders: Encoders, mesh: Mesh
-) -> Data:
+    recipe: FinetuneRecipe, settings: DataSettings, encoders: Encoders, mesh: Mesh,
+    report: Report | None = None,
+) -> Data:  # fmt: skip
     index, count = share_of_process(mesh, recipe.batch)
     return open_data(
         settings, encoders, batch=recipe.batch, seed=recipe.seed,
-        process_index=index, process_count=count,
+        process_index=index, process_count=count, report=report,
     )  # fmt: skip
 
 
@@ -254,12 +263,6 @@ def _flops(recipe: FinetuneRecipe, config: PipelineConfig, rows: Rows) -> float:
 
 
 def _run(recipe: FinetuneRecipe, job: Job, progress: Progress) -> TrainState:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, job.state)
-    step = make_step(
-        finetune_loss(job.model, recipe.objective), job.optimizer, seed=recipe.seed,
-        ema_decay=recipe.decay, accumulate=recipe.accumulate,
-        out_shardings=(shardings, replicated(job.mesh)),
-    )  # fmt: skip
     frozen = {name: job.frozen[name] for name in ("params", "scales") if name in job.frozen}
     batches: Iterator[DataBatch] | None = None
 
@@ -273,7 +276,7 @@ def _run(recipe: FinetuneRecipe, job: Job, progress: Progress) -> TrainState:
             progress.waited += time.perf_counter() - start
         rows, ids, mu = place_rows(batch, job.mesh, job.config)
         progress.flops += _flops(recipe, job.config, rows)
-        return step(state, rows, frozen, job.empty, ids, mu)
+        return job.step(state, rows, frozen, job.empty, ids, mu)
 
     def report(row: dict[str, Any]) -> None:
         row["learning_rate"] = float(job.rates(row["step"] - 1))

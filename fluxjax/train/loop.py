@@ -128,6 +128,8 @@ def run(
     `folder/checkpoints/<step>`: every `save_seconds`, every `save_every` steps (0: never), and at
     the end. On several processes all call this alike and share `folder`.
 
+    A row of metrics is written every `log_every` steps and with what `probe` found, which is called
+    every `probe_every` steps and at the end.
     `identity`: what must not change over a resume (hashes of recipe, data ...). `report` gets each
     row of metrics on every process, may add to it before it is written, and replaces the printed
     line. `hang_seconds` without a step end the process with code 4 (ten times that for the first).
@@ -143,10 +145,10 @@ def run(
         with suppress(OSError):  # a disk that is full of logs does not end the run
             console.print(text, markup=False, highlight=False)
 
-    def row(step: int, metrics: Mapping[str, jax.Array]) -> Row:
+    def row(step: int, metrics: Mapping[str, jax.Array], probed: bool) -> Row:
         made = window.row(step, metrics)
         made["steps_per_second"] = (step - start) / (time.monotonic() - begun)
-        if probe is not None and (step % probe_every == 0 or step == steps):
+        if probe is not None and probed:
             watchdog.beat(10 * hang_seconds)
             made |= probe(state)
         if report is not None:
@@ -193,7 +195,8 @@ def run(
                 state, metrics = advance(state, step)
                 step += 1
                 window.add(metrics)
-                logged = step % log_every == 0 or step == steps
+                probed = probe is not None and (step % probe_every == 0 or step == steps)
+                logged = probed or step % log_every == 0 or step == steps
                 if (logged or step % patience == 0) and window.count() >= patience:
                     store.close()
                     say(
@@ -202,7 +205,7 @@ def run(
                     )
                     raise Diverged
                 if logged:
-                    log.write(row(step, metrics))
+                    log.write(row(step, metrics, probed))
                 watchdog.beat()
                 if asked(step):
                     save(step, last=True)

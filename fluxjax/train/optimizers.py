@@ -105,15 +105,16 @@ def _prodigy(settings: OptimizerSettings, rates: Rates) -> optax.GradientTransfo
     b1, b2 = settings.b1, settings.b2
     inner = prodigy(rates, (b1, b2), eps=settings.eps, safeguard_warmup=True)
 
-    def update(grads: Tree, state: Any, params: Tree = None, **extra: Any) -> tuple[Tree, Any]:
-        updates, after = inner.update(grads, state, params)
+    def update(updates: Tree, state: Any, params: Tree = None, **extra: Any) -> tuple[Tree, Any]:
+        after: Any
+        moved, after = inner.update(updates, state, params)
         bias = (1 - b2**after.count) ** 0.5 / (1 - b1**after.count)
         rate = settings.weight_decay * state.estim_lr * rates(state.count) * bias
 
         def decayed(update: jax.Array, leaf: jax.Array, matrix: bool) -> jax.Array:
             return update - rate * leaf if matrix else update
 
-        return jax.tree.map(decayed, updates, params, matrices(params)), after
+        return jax.tree.map(decayed, moved, params, matrices(params)), after
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

@@ -79,6 +79,50 @@ class Progress:
             self._bar.update(self._task, description="training", completed=step, shown=shown)
 
 
+class Filling:
+    """Says how far pictures are checked, and captions and pictures encoded, and how fast.
+
+    Called as `report(what, done, due)` with `what` such as `pictures encoded`; a new `what` begins
+    a new count. A bar on a terminal; elsewhere a line at the end of each count and every `seconds`.
+    Only process 0 speaks. Use as a context, which ends the bar.
+    """
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+        self._what = ""
+        self._bar: Any = None
+
+    def __enter__(self) -> Filling:
+        from rich.console import Console
+
+        speaks = jax.process_index() == 0
+        self._console = Console(stderr=True, soft_wrap=True, quiet=not speaks)
+        if speaks and self._console.is_terminal:
+            self._bar = _bar(self._console)
+            self._bar.start()
+        self._begun = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, what: str, done: int, due: int) -> None:
+        now = time.perf_counter()
+        if what != self._what:
+            # What came before this count is no part of it, but the first of it was worked on.
+            self._what, self._said, self._start = what, now, self._begun
+            if self._bar is not None:
+                self._task = self._bar.add_task(what, total=due, shown="")
+        self._begun = now
+        speed = f"{done / max(now - self._start, 1e-9):.3g} {what.split()[0]}/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=due, shown=speed)
+        elif done == due or now - self._said >= self.seconds:
+            self._said = now
+            self._console.print(f"{what}: {done} of {due}  {speed}", markup=False, highlight=False)
+
+
 def describe(row: dict[str, Any]) -> str:
     """The row in words and short numbers."""
     parts = [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in SHOWN if row.get(name)]

@@ -85,11 +85,6 @@ class FinetuneRecipe:
             raise ConfigError(
                 f"batch {self.batch} cannot be computed in accumulate {self.accumulate} equal parts"
             )
-        if self.validation.every % self.log_every:
-            raise ConfigError(
-                f"validation.every {self.validation.every} must be a multiple of log_every "
-                f"{self.log_every}"
-            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
