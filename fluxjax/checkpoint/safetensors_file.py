@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,29 +107,27 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if start + position != path.stat().st_size:
         raise _bad(path, f"its data should end at byte {start + position}, not at its end")
     return {
-        name: Tensor(shape, dtype, _rows_reader(path, start + begin, shape, dtype), by_rows=True)
+        name: Tensor(
+            shape, dtype, partial(_read_rows, path, start + begin, shape, dtype), by_rows=True
+        )
         for name, (dtype, shape, begin, _) in entries.items()
     }, metadata
 
 
-def _rows_reader(
-    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[int, int], np.ndarray]:
+def _read_rows(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, start: int, stop: int
+) -> np.ndarray:
     row = int(np.prod(shape[1:], dtype=np.int64))
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset + start * row * dtype.itemsize)
-            view = out.reshape(-1).view(np.uint8).data
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise OSError(f"{path} ended while it was read")
-                view = view[count:]
-        return out
-
-    return rows
+    out = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset + start * row * dtype.itemsize)
+        view = out.reshape(-1).view(np.uint8).data
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise OSError(f"{path} ended while it was read")
+            view = view[count:]
+    return out
 
 
 def write_safetensors(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -49,15 +50,16 @@ class Tensor:
 
 def of_array(array: Any) -> Tensor:
     """View of a numpy or JAX array; a JAX array is copied to the host one range at a time."""
-
-    def rows(start: int, stop: int) -> np.ndarray:
-        if not array.ndim or (start, stop) == (0, array.shape[0]):
-            return np.asarray(array)
-        if isinstance(array, jax.Array) and stop == start + 1:
-            return np.asarray(array[start])[None]
-        return np.asarray(array[start:stop])
-
+    rows = partial(_rows_of_array, array)
     return Tensor(tuple(array.shape), np.dtype(array.dtype), rows, by_rows=True)
+
+
+def _rows_of_array(array: Any, start: int, stop: int) -> np.ndarray:
+    if not array.ndim or (start, stop) == (0, array.shape[0]):
+        return np.asarray(array)
+    if isinstance(array, jax.Array) and stop == start + 1:
+        return np.asarray(array[start])[None]
+    return np.asarray(array[start:stop])
 
 
 def as_tensor(value: Any) -> Tensor:
@@ -125,8 +127,9 @@ def astype(tensor: Tensor, dtype: np.dtype) -> Tensor:
 
 
 def of_whole(shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]) -> Tensor:
-    def rows(start: int, stop: int) -> np.ndarray:
-        whole = read()
-        return whole[start:stop] if shape else whole
+    return Tensor(tuple(shape), np.dtype(dtype), partial(_rows_of_whole, read))
 
-    return Tensor(tuple(shape), np.dtype(dtype), rows)
+
+def _rows_of_whole(read: Callable[[], np.ndarray], start: int, stop: int) -> np.ndarray:
+    whole = read()
+    return whole[start:stop] if whole.ndim else whole

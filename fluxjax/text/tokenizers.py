@@ -240,26 +240,29 @@ def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
 def _protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """(field number, raw value) of one protobuf message; varints as int, the rest as bytes."""
     position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
     while position < len(data):
-        tag = varint()
+        tag, position = _varint(data, position)
         number, kind = tag >> 3, tag & 7
         if kind == 0:
-            yield number, varint()
+            value, position = _varint(data, position)
+            yield number, value
             continue
-        size = {1: 8, 5: 4}[kind] if kind != 2 else varint()
-        if position + size > len(data):
+        size = {1: 8, 5: 4}.get(kind)
+        if kind == 2:
+            size, position = _varint(data, position)
+        if size is None or position + size > len(data):
             raise IndexError
         yield number, data[position : position + size]
         position += size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number at `position`, and where the next field begins."""
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, position
