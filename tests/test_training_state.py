@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from fluxjax.checkpoint.manifest import check_manifest, manifest_path
 from fluxjax.checkpoint.training_state import Saved, StateStore
 from fluxjax.train.step import init_state
 
@@ -66,6 +69,52 @@ def test_a_state_comes_back_as_it_was_and_the_newest_are_kept(tmp_path):
         np.testing.assert_array_equal(one, other)
     assert isinstance(raw[1]["params"]["a"]["kernel"], np.ndarray)
     np.testing.assert_array_equal(raw[1]["params"]["b"]["bias"], np.arange(4.0))
+
+
+class Witness:
+    """Looks, before every change to files that Python makes, at what a kill there would leave."""
+
+    CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.looks = 0
+        self.wrong: list[str] = []
+        self._lock = threading.RLock()
+        sys.addaudithook(self)  # for the life of the process: without a folder it does nothing
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        if self.folder is None or event not in self.CHANGES:
+            return
+        if event == "open" and not (
+            isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
+        ):
+            return
+        with self._lock:
+            folder, self.folder = self.folder, None  # looking opens files too
+            for path in (path for path in folder.iterdir() if path.name.isdecimal()):
+                self.looks += 1
+                try:
+                    check_manifest(path / "state")
+                    whole = manifest_path(path / "state").is_file()
+                except (ValueError, OSError):
+                    whole = False
+                if not whole:
+                    self.wrong.append(f"{path.name} is not whole before {event} {arguments[0]}")
+            self.folder = folder
+
+
+def test_whatever_is_listed_is_whole_at_every_change_of_a_file(tmp_path):
+    witness = Witness()
+    with StateStore(tmp_path, keep=1) as store:
+        witness.folder = tmp_path
+        for step in (1, 2, 2):  # step 2 again: as of a run that took the same steps before
+            store.save(step, state_of(step), IDENTITY)
+            store.wait()
+        witness.folder = None
+        assert store.steps() == [2]
+    assert not witness.wrong, witness.wrong[0]
+    assert witness.looks > 20, witness.looks
 
 
 def _flip(path: Path) -> None:
