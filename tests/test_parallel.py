@@ -7,16 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fluxjax.checkpoint.engine import flatten, unflatten
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import FluxConfig
+from fluxjax.models.attention import dot_product_attention
 from fluxjax.models.flux import FluxTransformer
+from fluxjax.parallel.activations import attend_in_parts, attention_on
 from fluxjax.parallel.mesh import batch_sharding, make_mesh, replicated
-from fluxjax.parallel.networks import (
-    shard_transformer,
-)
+from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import param_shardings
+from fluxjax.parallel.sequence import AXIS, Layout, attention_over
+from fluxjax.parallel.structure import measure
 
 MESHES = ("data=8", "fsdp=8", "tensor=4,fsdp=2", "sequence=4,data=2", "fsdp=2,tensor=2,sequence=2")
 CONFIG = FluxConfig(
@@ -122,3 +126,57 @@ def test_the_transformer_and_a_training_step(mesh, kind):
     worst = max(jax.tree_util.tree_leaves_with_path(errors), key=lambda item: item[1])
     print(mesh, kind, f"output {relative(out, want):.1e}, worst update {worst}")
     assert worst[1] <= 1e-5
+
+
+def attention_program(mesh, implementation: str):
+    """Attention of 8 x 64 tokens and 4 heads, its gradients, and their arguments' places."""
+    if mesh.shape[AXIS] > 1:
+        layout = Layout(16, 48, mesh.shape[AXIS])
+        each = attention_over(layout, 4, "ulysses", implementation)  # pyright: ignore
+        each = partial(attend_in_parts, mesh, ("data", "fsdp"), "tensor", each)
+        tokens = P(None, AXIS)
+        attend = jax.shard_map(
+            each, mesh=mesh, axis_names={AXIS}, in_specs=(tokens,) * 3, out_specs=tokens,
+            check_vma=False,
+        )  # fmt: skip
+    else:
+        attend = partial(dot_product_attention, implementation=implementation)
+
+    def loss(q, k, v):
+        with attention_on(mesh):
+            out = attend(q, k, v)
+        return jnp.sum(jnp.sin(out)), out
+
+    place = NamedSharding(mesh, P(("data", "fsdp"), AXIS, "tensor"))
+    program = jax.jit(
+        jax.value_and_grad(loss, (0, 1, 2), has_aux=True),
+        out_shardings=((None, place), (place, place, place)),
+    )
+    return program, place
+
+
+@pytest.mark.parametrize("text", ["fsdp=8", "tensor=4,fsdp=2", "fsdp=2,tensor=2,sequence=2"])
+def test_attention_kernels_run_on_each_devices_pictures_and_heads(text):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 8, 64, 4, 16)).astype(np.float32)
+    program, place = attention_program(make_mesh(text), "chunked")
+    arguments = [jax.device_put(x, place) for x in (q, k, v)]
+    compiled = program.lower(*arguments).compile()
+    found = measure(compiled)
+    assert "all-gather" not in found.collective_bytes
+    # q k^T and p v, and five such products backward; sums and norms are products with ones too.
+    products = 7 * 2 * 8 * 4 * 64 * 64 * 16
+    assert found.matmul_flops < 2.2 * products / 8
+    (_, out), gradients = compiled(*arguments)
+
+    def plain(q, k, v):
+        out = dot_product_attention(q, k, v, implementation="xla")
+        return jnp.sum(jnp.sin(out)), out
+
+    (_, want), wanted = jax.jit(jax.value_and_grad(plain, (0, 1, 2), has_aux=True))(q, k, v)
+    errors = jax.tree.map(relative, (out, gradients), (want, wanted))
+    assert max(jax.tree.leaves(errors)) <= 1e-6
+    # TPUs refuse a program whose kernel is not told how it is split.
+    program, place = attention_program(make_mesh(text), "splash")
+    arguments = [jax.ShapeDtypeStruct((8, 64, 4, 64), jnp.float32, sharding=place)] * 3
+    lowered = program.trace(*arguments).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("tpu_custom_call") == 3

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,23 @@ def auto_attention(function: Callable[..., Array]) -> Iterator[None]:
         yield
     finally:
         _STAND_IN.reset(token)
+
+
+_SPREAD: ContextVar[Callable[..., Array] | None] = ContextVar("spread", default=None)
+
+
+@contextmanager
+def spread_kernels(spread: Callable[..., Array]) -> Iterator[None]:
+    """Programs traced inside call `spread(kernel, q, k, v)` for kernels that no compiler splits.
+
+    Those are chunked and splash attention; plain matmuls and cuDNN are split over devices as their
+    inputs are.
+    """
+    token = _SPREAD.set(spread)
+    try:
+        yield
+    finally:
+        _SPREAD.reset(token)
 
 
 def dot_product_attention(
@@ -69,10 +87,19 @@ def dot_product_attention(
         raise ValueError(f"{implementation} attention takes no bias and no causal mask here")
     if implementation == "splash":
         # Pallas is slow to import, and only TPUs need it.
-        from fluxjax.models.splash_attention import splash_attention
+        from fluxjax.models.splash_attention import splash_attention as kernel
+    else:
+        kernel = chunked_attention
+    attend: Any = kernel
+    spread = _SPREAD.get()
+    if spread is None:
+        return attend(q, k, v, factor)
+    return spread(partial(_scaled, attend, factor), q, k, v)
 
-        return splash_attention(q, k, v, factor)
-    return chunked_attention(q, k, v, factor)
+
+def _scaled(attend: Callable[..., Array], scale: float, q: Array, k: Array, v: Array) -> Array:
+    # custom_vjp takes its arguments by position.
+    return attend(q, k, v, scale)
 
 
 def plain_attention(

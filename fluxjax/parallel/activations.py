@@ -3,12 +3,16 @@
 Where a kernel is split over `fsdp`, so is the batch it meets, and one of the two must be gathered;
 between `tensor` and `fsdp` the compiler, left to itself, gathers activations in some layers, which
 moves half as much again. Inputs and outputs of dense layers are therefore told how they lie;
-modules know nothing of it.
+modules know nothing of it. Attention kernels, into which the compiler does not look, run on each
+device's own pictures and heads.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +20,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fluxjax.models.attention import spread_kernels
 from fluxjax.parallel.mesh import BATCH, batch_parts
 from fluxjax.parallel.rules import matching_rules
 
@@ -33,7 +38,59 @@ def pin(x: jax.Array, mesh: Mesh, features: Any = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def activations_on(mesh: Mesh) -> AbstractContextManager:
+@contextmanager
+def activations_on(mesh: Mesh) -> Iterator[None]:
+    """While networks are traced inside, dense layers' inputs and outputs and attention's q, k and v
+    are told how they lie."""
+    with pinned_layers(mesh), attention_on(mesh):
+        yield
+
+
+def attention_on(
+    mesh: Mesh, batch: tuple[str, ...] = BATCH, heads: str | None = "tensor"
+) -> AbstractContextManager:
+    """While networks are traced inside, attention kernels run on parts of batch and heads.
+
+    What does not divide by the axes is whole on every device.
+    """
+    return spread_kernels(partial(attend_in_parts, mesh, batch, heads))
+
+
+def attend_in_parts(
+    mesh: Mesh,
+    batch: tuple[str, ...],
+    heads: str | None,
+    attend: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> jax.Array:
+    """`attend(q, k, v)` of each device's part of the batch and the heads, outside the partitioner.
+
+    Inside a shard_map over some axes this is one over the others, and over all of them nothing.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    taken = set() if context.empty else set(context.manual_axes)  # by a shard_map around this one
+    if taken == set(mesh.axis_names):
+        return attend(q, k, v)
+    parts = math.prod(mesh.shape[axis] for axis in batch)
+    spec = P(
+        batch if q.shape[0] % parts == 0 else None,
+        None,
+        heads if heads and q.shape[2] % mesh.shape[heads] == 0 else None,
+    )
+    spread: Any = jax.shard_map(
+        attend,
+        mesh=mesh if context.empty else context,
+        axis_names=set(mesh.axis_names) - taken,
+        in_specs=(spec, spec, spec),
+        out_specs=spec,
+        check_vma=False,  # kernels say nothing of what differs between devices
+    )
+    return spread(q, k, v)
+
+
+def pinned_layers(mesh: Mesh) -> AbstractContextManager:
     """While networks are traced inside, every dense layer's inputs and outputs are pinned."""
 
     def intercept(call, args, kwargs, context):

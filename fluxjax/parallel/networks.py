@@ -8,6 +8,7 @@ different meshes are compiled apart.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,8 @@ from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.embeddings import Rope
 from fluxjax.models.flux import FluxTransformer, Modulations
 from fluxjax.models.t5 import T5Encoder
-from fluxjax.parallel.activations import activations_on, pin
+from fluxjax.parallel.activations import activations_on, attend_in_parts, pin
+from fluxjax.parallel.mesh import BATCH
 from fluxjax.parallel.sequence import AXIS, Layout, SequenceAttention, attention_over
 
 
@@ -109,7 +111,9 @@ def _denoise(
     mesh, heads = model.mesh, model.config.num_attention_heads
     layout = Layout(text.shape[1], hidden_states.shape[1], mesh.shape[AXIS])
     attention = attention_over(layout, heads, model.sequence, model.attention)
-    inner = model.clone(attention=attention)
+    # The partitioner gathers batch and heads around a collective that it did not make itself.
+    split = "tensor" if heads % (mesh.shape["tensor"] * layout.devices) == 0 else None
+    inner = model.clone(attention=partial(attend_in_parts, mesh, BATCH, split, attention))
 
     def part(variables, image, text, modulations, text_rope, image_rope):
         joint = jax.tree.map(lambda *parts: jnp.concatenate(parts), text_rope, image_rope)
@@ -127,6 +131,7 @@ def _denoise(
         axis_names={AXIS},
         in_specs=(P(), tokens, tokens, P(), P(AXIS), P(AXIS)),
         out_specs=tokens,
+        check_vma=False,  # as inside, where attention kernels are spread
     )(
         variables,
         pin(_pad(hidden_states, layout, 1), mesh),

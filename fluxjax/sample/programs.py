@@ -24,6 +24,7 @@ from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import adapt
 from fluxjax.models.t5 import T5Encoder
+from fluxjax.parallel.activations import attention_on
 from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, replicated
 from fluxjax.parallel.rules import state_shardings
 from fluxjax.sample import denoise as sampler
@@ -173,7 +174,9 @@ def _split(function: Any, name: Name, modules: int, specs: tuple, mesh: Mesh) ->
 
         def body(model, params, latents):
             # Gathered once: the pictures are large, the network is small.
-            return decode_latents(model, jax.lax.with_sharding_constraint(params, whole), latents)
+            params = jax.lax.with_sharding_constraint(params, whole)
+            with attention_on(mesh, AXES, None):
+                return decode_latents(model, params, latents)
 
     jitted = jax.jit(body, static_argnums=tuple(range(modules)), out_shardings=batch)
     return jitted, jax.tree.map(place, specs)
