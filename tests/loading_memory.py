@@ -62,7 +62,7 @@ def load(folder: Path) -> None:
     template = template_of(network.config, network.tensors, stacked=True)
     places = param_shardings(template, make_mesh("fsdp=4,tensor=2"))
     jax.device_put(np.ones(8)).block_until_ready()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     params = network.params(stacked=True, shardings=places)
     jax.block_until_ready(params)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
@@ -78,7 +78,8 @@ def load(folder: Path) -> None:
     print(f"{weights:.0f} {peak - before - weights:.0f} {largest:.0f}")
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
+    """MB, of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return float(next(line for line in lines if line.startswith(field)).split()[1]) / 1e3
 
@@ -95,10 +96,7 @@ if __name__ == "__main__":
         write(chosen.folder, chosen.gigabytes)
         # A process of its own, whose peak is that of loading.
         flags = "--xla_force_host_platform_device_count=8"
-        # What is freed goes back to the system at once: the allocator's own reserve is not counted.
-        allocator = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "GLIBC_TUNABLES": ""}
-        platform = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        environment = {**os.environ, **allocator, **platform}
+        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         subprocess.run(
             [sys.executable, __file__, chosen.folder, "--load"], check=True, env=environment
         )

@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from loading_memory import resident
+
+from fluxjax.checkpoint import memory
 
 SCRIPT = Path(__file__).with_name("loading_memory.py")
 
@@ -19,3 +23,16 @@ def test_loading_onto_eight_devices_needs_little_more_than_the_weights(tmp_path)
     assert weights > 450
     # MB: two of the largest tensors that are read at once, and what JAX itself takes.
     assert above < 2 * largest + 140
+
+
+def test_buffers_leave_nothing_with_the_allocator():
+    """Small things that stay lie between large ones that go, as when a checkpoint is read."""
+    memory.empty((2**23,), np.uint8)  # once freed, malloc keeps this size for itself
+    before, large, small = resident("VmRSS"), [], []
+    for _ in range(16):
+        large.append(memory.empty((2**21,), np.float32))
+        large[-1].fill(1)
+        small.append(bytearray(100_000))
+    assert resident("VmRSS") > before + 120
+    large.clear()
+    assert resident("VmRSS") < before + 20

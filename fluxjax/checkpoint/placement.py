@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from fluxjax.checkpoint import engine, tables
+from fluxjax.checkpoint.memory import contiguous
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.models.stacking import GROUPS
 
@@ -31,7 +32,7 @@ def load_tree(
     def place(path: tuple[str, ...], tensor: Tensor) -> jax.Array:
         sharding: Any = flat[path] if flat is not None else shardings
         if sharding is None:
-            return jax.numpy.asarray(np.ascontiguousarray(tensor.read()))
+            return jax.numpy.asarray(contiguous(tensor.read()))
         stacked = any(key in GROUPS for key in path)
         if stacked and tensor.nbytes > _AT_ONCE and _layers_are_whole(sharding):
             return _fill(tensor, sharding)
@@ -49,10 +50,10 @@ def _layers_are_whole(sharding: Sharding) -> bool:
 
 def _put(array: np.ndarray, sharding: Sharding) -> jax.Array:
     if len(sharding.device_set) == 1:
-        return jax.device_put(np.ascontiguousarray(array), sharding)
+        return jax.device_put(contiguous(array), sharding)
     # One device after the other: their parts do not all lie on the host at once.
     parts = [
-        jax.device_put(np.ascontiguousarray(array[where]), device).block_until_ready()
+        jax.device_put(contiguous(array[where]), device).block_until_ready()
         for device, where in sharding.addressable_devices_indices_map(array.shape).items()
     ]
     return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from fluxjax.checkpoint import memory
 from fluxjax.checkpoint.tensors import Tensor
 
 DTYPES: dict[str, np.dtype] = {
@@ -118,7 +119,7 @@ def _read_rows(
     path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, start: int, stop: int
 ) -> np.ndarray:
     row = int(np.prod(shape[1:], dtype=np.int64))
-    out = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
+    out = memory.empty((stop - start, *shape[1:]) if shape else (), dtype)
     with open(path, "rb", buffering=0) as file:
         file.seek(offset + start * row * dtype.itemsize)
         view = out.reshape(-1).view(np.uint8).data

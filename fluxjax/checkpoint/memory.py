@@ -1,0 +1,33 @@
+"""Arrays whose memory returns to the system as soon as they are gone.
+
+An allocator keeps what is freed for the next request: reading a checkpoint of many gigabytes
+through buffers of a few megabytes would leave hundreds of them behind.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+
+_OWN_MAPPING = 2**20  # bytes from which on an array has a mapping of its own
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """As np.empty."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size < _OWN_MAPPING:
+        return np.empty(shape, dtype)
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+    return np.frombuffer(mapping, np.uint8).view(dtype).reshape(shape)
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """As np.ascontiguousarray, which also does not copy what is contiguous."""
+    if array.flags.c_contiguous:
+        return array
+    out = empty(array.shape, array.dtype)
+    np.copyto(out, array)
+    return out
