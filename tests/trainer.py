@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint  # noqa: F401  (by the server, once)
+from drawn_files import ENCODERS
 
 from fluxjax import cli
 from fluxjax.checkpoint.templates import abstract_params
@@ -35,6 +36,7 @@ from fluxjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import state_shardings
 from fluxjax.text.conditioning import Conditioning
 from fluxjax.train import loop
+from fluxjax.train.data import DataSettings, open_data
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.objectives import Objective
 from fluxjax.train.step import init_state, make_step
@@ -59,6 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--patience", type=int, default=50)
     parser.add_argument("--hang", type=float, default=60.0)
     parser.add_argument("--recipe", default="one")
+    parser.add_argument("--source", help="pictures whose fingerprint the run has")
     parser.add_argument("--quick", action="store_true", help="few leaves, and no network")
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int)
@@ -80,6 +83,12 @@ def rows_of(step: int, bad: bool) -> Rows:
     return Rows(latents * np.float32(np.nan if bad else 1), text, pooled, index)
 
 
+def fingerprint(source: str) -> str:
+    """Of a folder of pictures, as a run's identity has it."""
+    settings = DataSettings(source=source, resolution=32, bucket_step=16, cache=f"{source}.cache")
+    return open_data(settings, ENCODERS, batch=BATCH, seed=0).fingerprint
+
+
 def distance(params: Any, key: jax.Array, rows: Rows, *rest: Any) -> jax.Array:
     """Traced in no time; depends on all that the real loss depends on."""
     goal = jax.random.normal(key, ()) + rows.latents.mean()
@@ -93,8 +102,10 @@ def train(arguments: list[str]) -> None:
         options.coordinator, options.process_id, options.num_processes,
         timeout=options.timeout,
     )  # fmt: skip
-    identity = {"recipe": options.recipe, "data": "drawn"}
-    hosts.agree(identity)
+    # As `python -m fluxjax.train`: the recipe first, the data when they are read.
+    hosts.agree({"recipe": options.recipe})
+    data = fingerprint(options.source) if options.source else "drawn"
+    identity = {"recipe": options.recipe, "data": data}
     mesh = make_mesh(f"fsdp={jax.device_count()}")
     model = FluxTransformer(CONFIG, scan_layers=False)
     optimizer = optax.adamw(1e-3)
@@ -104,15 +115,14 @@ def train(arguments: list[str]) -> None:
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
-    def start():
-        shapes = QUICK if options.quick else abstract_params(CONFIG, stacked=False)
-        leaves, tree = jax.tree.flatten(shapes)
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        drawn = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-        return init_state(jax.tree.unflatten(tree, drawn), optimizer)
-
-    where = state_shardings(jax.eval_shape(start), mesh)
-    state = jax.jit(start, out_shardings=where)()
+    # Drawn by numpy: a program that draws so many leaves takes long to compile.
+    rng = np.random.default_rng(0)
+    shapes = QUICK if options.quick else abstract_params(CONFIG, stacked=False)
+    drawn = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
+    start = partial(init_state, optimizer=optimizer)
+    where = state_shardings(jax.eval_shape(start, drawn), mesh)
+    params = jax.tree.map(place, drawn, where.params)
+    state = jax.jit(start, out_shardings=where)(params)
     loss = distance if options.quick else finetune_loss(model, Objective())
     step = make_step(
         loss, optimizer, seed=3, ema_decay=0.9,
