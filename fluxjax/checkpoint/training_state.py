@@ -61,7 +61,7 @@ class StateStore:
         self._check_shared()
         # Orbax reports each phase of a save, and of a failed one every thread's traceback.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(_handler())
 
     def steps(self) -> list[int]:
         """Announced checkpoints, oldest first. Whether the disk kept them, `newest` finds out."""
@@ -97,8 +97,8 @@ class StateStore:
                 return saved.step, reader.restore(path, restore_args=args)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
         try:
-            args = ocp.args.StandardRestore(abstract)
-            return saved.step, self._checkpointer.restore(path, args=args)
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+                return saved.step, reader.restore(path, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError) as error:
             words = " ".join(str(error).split())
             raise ValueError(f"{path} is not the state of this run: {words[:400]}") from error
@@ -115,7 +115,7 @@ class StateStore:
         hosts.from_first(lambda: self._prepare(step, state))
         path = self._path(step, ".saving") / "state"
         try:
-            self._checkpointer.save(path, args=ocp.args.StandardSave(state), force=True)
+            self._checkpointer.save(path, args=ocp.args.PyTreeSave(state), force=True)
         except (OSError, ValueError) as error:
             raise _unwritten(step, error) from error
         self._thread = threading.Thread(
@@ -232,6 +232,18 @@ class StateStore:
         gone = path.with_suffix(".deleting")
         path.rename(gone)
         shutil.rmtree(gone)
+
+
+def _handler() -> Any:
+    """Orbax's writer of trees of arrays."""
+    import orbax.checkpoint as ocp
+
+    # Replicas that each write a slice help several hosts; on one they cost a program per leaf and
+    # device, compiled at the first save, and memory for the slices.
+    split = None if jax.process_count() > 1 else False
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=split)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _unwritten(step: int, error: Exception) -> OSError:
