@@ -199,6 +199,9 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
     from fluxjax.sample.loading import load_pipeline, tiny_folder
 
     recipe = tiny.read_recipe(Path(__file__).parents[1] / "train" / "tiny.toml")
+    first = replace(
+        recipe.transformer, steps=2, decay_steps=1, batch=4, pool=64, buckets=((48, 32),)
+    )
     few = replace(
         recipe,
         folder=tmp_path,
@@ -206,14 +209,11 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
             recipe.autoencoder, steps=3, small_steps=1, small_size=32, size=32, batch=2,
             small_batch=2, decoder_steps=2,
         ),
-        transformer=replace(
-            recipe.transformer, steps=2, decay_steps=1, batch=4, pool=64, buckets=((48, 32),)
-        ),
-        refine=replace(
-            recipe.refine, steps=2, decay_steps=1, batch=4, pool=64, buckets=((48, 32),)
-        ),
+        transformer=first,
+        refine=first,  # the same program: compiled once
         distill=replace(
-            recipe.distill, steps=2, decay_steps=1, batch=4, pool=64, buckets=((48, 32),)
+            recipe.distill, products="float32", steps=2, decay_steps=1, batch=4, pool=64,
+            buckets=((48, 32),),
         ),
     )  # fmt: skip
     # Compiling takes minutes: few blocks, two levels, and text encoders that are there already.

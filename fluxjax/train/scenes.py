@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
 COLOURS = {
@@ -72,6 +72,7 @@ def _held_out_tables() -> tuple[np.ndarray, np.ndarray]:
 
 _OBJECT_HELD_OUT, _PAIR_HELD_OUT = _held_out_tables()
 Field = Array | np.ndarray
+_CHUNKS = (64, 512)
 
 
 class Scene(NamedTuple):
@@ -175,7 +176,6 @@ def _snap(centre: Array, extents: Array, lengths: Array, grid: Array) -> Array:
     return jnp.clip(jnp.round(centre / grid) * grid, least, jnp.maximum(most, least))
 
 
-@partial(jax.jit, static_argnames="n")
 def sample_scenes(
     key: PRNGKeyArray,
     n: int,
@@ -184,7 +184,20 @@ def sample_scenes(
     height: int | Array,
     held_out: bool | Array = False,
 ) -> Scene:
-    """Draw `n` scenes for pictures of `width` x `height` pixels (leading axis n on every field)."""
+    """Draw `n` scenes for pictures of `width` x `height` pixels (leading axis n on every field).
+
+    Scene i depends on `key` and i alone: they are drawn in chunks, of which two sizes compile.
+    """
+    chunk = next((size for size in _CHUNKS if n <= size), _CHUNKS[-1])
+    keys = jax.random.split(key, (-(-n // chunk), chunk))
+    parts = [_scenes(row, width, height, held_out) for row in keys]
+    return Scene(*(jnp.concatenate(values)[:n] for values in zip(*parts, strict=True)))
+
+
+@jax.jit
+def _scenes(
+    keys: Key[Array, "n"], width: int | Array, height: int | Array, held_out: bool | Array
+) -> Scene:
     side = jnp.minimum(width, height)
     lengths, grid = jnp.stack([width, height]) / side, GRID / side
 
@@ -199,7 +212,7 @@ def sample_scenes(
         centre, radius = _place(place, draw, lengths, grid)
         return Scene(kind, count, shape, colour, size, relation, centre, radius, background, split)
 
-    return jax.vmap(one)(jax.random.split(key, n))
+    return jax.vmap(one)(keys)
 
 
 def unit_distances(x: Array, y: Array) -> list[Array]:
