@@ -1,6 +1,10 @@
 """A picture does not depend on the mesh that it is drawn on."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -17,7 +21,7 @@ from fluxjax.sample.pictures import to_bytes
 from fluxjax.text.conditioning import Conditioning
 
 PROMPTS = ["a red circle", "two small green rings", "a large blue star left of a heart"]
-SIZE = {"width": 80, "height": 64}
+QUICK = {"steps": 2, "max_sequence_length": 18, "width": 80, "height": 64}
 
 
 def draw_in_steps(pipe) -> dict[str, np.ndarray]:
@@ -97,26 +101,76 @@ def test_a_mesh_that_does_not_fit_is_named():
         fluxjax.load_pipeline(mesh="fsdp=3")
 
 
+def test_attention_over_split_tokens_is_chosen():
+    from fluxjax.sample.command import Options, draw
+
+    pipe = fluxjax.load_pipeline(mesh="sequence=8", sequence="ring")
+    assert pipe.programs.modules("denoise")[0].sequence == "ring"
+    with pytest.raises(ConfigError, match="ulysses cannot split 6 heads over sequence=8"):
+        draw(Options(prompt=("a star",), mesh="sequence=8", sequence="ulysses"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """A file of three prompts, and beside it their pictures drawn by one device."""
+    from fluxjax.sample.command import Options, draw
+
+    folder = tmp_path_factory.mktemp("prompts")
+    lines = [json.dumps({"prompt": text, "seed": 5 + i}) for i, text in enumerate(PROMPTS)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    assert draw(Options(prompts=folder / "prompts.jsonl", out=folder / "one", **QUICK)) == 0
+    return folder / "prompts.jsonl"
+
+
+def equal_to_those_of_one(prompts, folder) -> None:
+    from PIL import Image
+
+    alone = prompts.parent / "one"
+    names = sorted(path.name for path in alone.iterdir())
+    assert len(names) == 3 and names == sorted(path.name for path in folder.iterdir())
+    for name in names:
+        one, many = (np.asarray(Image.open(f / name), int) for f in (alone, folder))
+        assert np.abs(one - many).max() <= 1 and (one != many).mean() < 1e-3
+        assert one.std() > 5
+
+
 @pytest.mark.slow
-def test_a_file_of_prompts_is_drawn_in_batches(tmp_path, capsys):
+def test_a_file_of_prompts_is_drawn_in_batches(prompts, tmp_path, capsys):
     """Three pictures on eight devices are one batch; each is what it is alone."""
     from fluxjax.sample.command import Options, draw
 
-    prompts = tmp_path / "prompts.jsonl"
-    lines = [json.dumps({"prompt": text, "seed": 5 + i}) for i, text in enumerate(PROMPTS)]
-    prompts.write_text("\n".join(lines))
-    options = {"steps": 2, "max_sequence_length": 18, "prompts": prompts, **SIZE}
-    assert draw(Options(**options, mesh="fsdp=8", out=tmp_path / "mesh")) == 0
-    assert draw(Options(**options, out=tmp_path / "one")) == 0
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert len(names) == 3 and names == sorted(p.name for p in (tmp_path / "mesh").iterdir())
-    from PIL import Image
-
-    for name in names:
-        one, many = (
-            np.asarray(Image.open(tmp_path / folder / name), int) for folder in ("one", "mesh")
-        )
-        assert np.abs(one - many).max() <= 1 and (one != many).mean() < 1e-3
-        assert one.std() > 5
+    assert draw(Options(prompts=prompts, mesh="fsdp=8", out=tmp_path, **QUICK)) == 0
+    equal_to_those_of_one(prompts, tmp_path)
     assert len({line.split("seed")[1][:3] for line in capsys.readouterr().out.splitlines()}) == 3
     jax.clear_caches()
+
+
+@pytest.mark.slow
+def test_two_processes_draw_together_and_one_of_them_saves(prompts, tmp_path):
+    """Four devices each; weights, heads and pictures lie across both."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    options = QUICK | {"prompts": prompts, "out": tmp_path / "two", "mesh": "tensor=2,fsdp=4"}
+    options |= {"coordinator": f"localhost:{port}", "num_processes": 2}
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    flags = "--xla_force_host_platform_device_count=4"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fluxjax.sample", *given, f"--process-id={i}"],
+            env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert said[0][0].count("seed") == 3
+    # Gloo prints on stdout.
+    assert [line for line in said[1][0].splitlines() if not line.startswith("[Gloo]")] == []
+    assert said[1][1] == ""
+    equal_to_those_of_one(prompts, tmp_path / "two")

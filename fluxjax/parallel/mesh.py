@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from fluxjax.config import ConfigError
@@ -94,6 +94,27 @@ def pad_rows(tree: Any, rows: int) -> Any:
         return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else x
 
     return jax.tree.map(pad, tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, on devices of all processes; each fills its own."""
+
+    def put(x: Any, sharding: Sharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def gathered(array: jax.Array) -> np.ndarray:
+    """The whole array on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

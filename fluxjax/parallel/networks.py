@@ -82,10 +82,10 @@ def shard_transformer(
     return ShardedTransformer(**_fields(model), mesh=mesh, sequence=sequence)
 
 
-def on_mesh(module: Any, mesh: Mesh) -> Any:
+def on_mesh(module: Any, mesh: Mesh, sequence: SequenceAttention = "auto") -> Any:
     """A FluxTransformer, T5Encoder or CLIPTextModel on `mesh`."""
     if isinstance(module, FluxTransformer):
-        return shard_transformer(module, mesh)
+        return shard_transformer(module, mesh, sequence)
     cls = ShardedT5Encoder if isinstance(module, T5Encoder) else ShardedCLIPTextModel
     return cls(**_fields(module), mesh=mesh)
 

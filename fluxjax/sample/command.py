@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import secrets
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -31,6 +32,10 @@ _Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hi
 _Dtype = Annotated[Dtype | None, tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="")]
 _Rounding = Annotated[
     Rounding | None, tyro.conf.arg(metavar="{diffusers,bfl,none}", help_behavior_hint="")
+]
+_Sequence = Annotated[
+    Literal["auto", "ulysses", "ring"] | None,
+    tyro.conf.arg(metavar="{auto,ulysses,ring}", help_behavior_hint=""),
 ]
 _Noise = Annotated[Noise | None, tyro.conf.arg(metavar="{torch,jax}", help_behavior_hint="")]
 _Loras = Annotated[
@@ -83,6 +88,14 @@ class Options:
     """By default float32 on a CPU, bfloat16 elsewhere."""
     mesh: _Text = None
     """Devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2; the rest is data."""
+    sequence: _Sequence = None
+    """How attention works where the mesh splits the tokens of a picture."""
+    coordinator: _Text = None
+    """HOST:PORT of process 0, for several processes started by hand."""
+    process_id: _Int = None
+    """This process's number, from 0."""
+    num_processes: _Int = None
+    """How many processes there are."""
     rounding: _Rounding = None
     """Follow the rounding of diffusers, of bfl, or avoid it (none)."""
     noise: _Noise = None
@@ -103,6 +116,9 @@ def draw(options: Options) -> int:
         raise ConfigError("give --like or --prompts, not both")
     if not options.prompt and options.like is None and options.prompts is None:
         raise ConfigError("there is nothing to draw: give a PROMPT, --prompts or --like")
+    from fluxjax.parallel import hosts
+
+    hosts.join_hosts(options.coordinator, options.process_id, options.num_processes)
     record = _record_of(options.like)
     source: dict[str, Any] = {
         name: _text(value) if value is not None else record.get(name)
@@ -126,36 +142,58 @@ def draw(options: Options) -> int:
         vae=source["vae"],
         loras=source["lora"],
         mesh=options.mesh,
+        sequence=options.sequence or "auto",
     )
     pipe.seconds["loading"] += time.perf_counter() - start
-    requests = list(_requests(options, record.get("settings", {}), pipe.defaults))
+    asked = repr(dataclasses.replace(options, process_id=None))
+    hosts.agree({"options": hashlib.sha256(asked.encode()).hexdigest()[:16]})
+    # Process 0 draws seeds and reads files for all.
+    requests = [
+        Settings(**values)
+        for values in hosts.from_first(
+            lambda: [
+                dataclasses.asdict(settings)
+                for settings in _requests(options, record.get("settings", {}), pipe.defaults)
+            ]
+        )
+    ]
     for settings in requests:
         latent_size(settings.width, settings.height, pipe.config.vae)
     folder = options.out.parent if options.out.suffix == ".png" else options.out
-    folder.mkdir(parents=True, exist_ok=True)
     source["dtype"] = str(pipe.dtype)
-    return _draw_all(pipe, requests, options, folder, source)
+    with hosts.others_may_end():
+        _draw_all(pipe, requests, options, folder, source)
+        hosts.barrier("drawn")  # who leaves earlier would be missed
+    return 0
 
 
 def _draw_all(
     pipe: Pipeline, requests: list[Settings], options: Options, folder: Path, source: dict
-) -> int:
+) -> None:
+    """Every process draws; process 0 speaks and saves."""
+    import jax
+
     from fluxjax.sample.pictures import file_name, grid, save
     from fluxjax.sample.world import outside
 
     made = {"fluxjax": __version__, **source}
+    first = jax.process_index() == 0
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
     drawn, told = [], set()
     for group in _together(requests, pipe.programs.rows("denoise", 1)):
         settings = group[0]
         prompts = [one.prompt for one in group]
         if source["model"] == "tiny":
             for prompt in dict.fromkeys(prompts):
-                if prompt not in told and (note := outside(prompt)):
+                if first and prompt not in told and (note := outside(prompt)):
                     _say(note)
                 told.add(prompt)
         with _progress(settings) as progress:
             seeds = [one.seed for one in group]
             pictures = pipe.draw(settings, prompts=prompts, seeds=seeds, progress=progress)
+        if not first:
+            continue
         for note in dict.fromkeys(pipe.notes):
             _say(note)
         pipe.notes.clear()
@@ -167,10 +205,9 @@ def _draw_all(
             print(f"{path}  seed {settings.seed}  {spent}", flush=True)
             drawn.append(picture)
         pipe.seconds = dict.fromkeys(pipe.seconds, 0.0)
-    if options.grid:
+    if options.grid and first:
         sheet = {**made, "pictures": [dataclasses.asdict(settings) for settings in requests]}
         print(save(grid(drawn), folder / "grid.png", sheet))
-    return 0
 
 
 def _together(requests: list[Settings], size: int) -> Iterator[list[Settings]]:
@@ -254,8 +291,13 @@ def _say(note: str) -> None:
 
 @contextmanager
 def _progress(settings: Settings) -> Iterator[Callable[[int], None] | None]:
-    """A bar of the steps on a terminal; None elsewhere, where the run is one call."""
-    if not sys.stderr.isatty():
+    """A bar of the steps on a terminal; None elsewhere, where the run is one call.
+
+    Several processes make one call too: a bar's parts depend on one process's clock.
+    """
+    import jax
+
+    if not sys.stderr.isatty() or jax.process_count() > 1:
         yield None
         return
     from rich.console import Console

@@ -25,8 +25,9 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig
 from fluxjax.models.latents import PATCH
 from fluxjax.models.lora import adapt, combine_loras
-from fluxjax.parallel.mesh import MeshShape, make_mesh
+from fluxjax.parallel.mesh import MeshShape, make_mesh, place
 from fluxjax.parallel.rules import param_shardings, state_shardings
+from fluxjax.parallel.sequence import AXIS, Layout, SequenceAttention, attention_over
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Dtype
 from fluxjax.shapes import Params
@@ -49,6 +50,7 @@ def load_pipeline(
     scan_layers: bool | None = None,
     loras: Sequence[str | Path | tuple[str | Path, float]] = (),
     mesh: Mesh | MeshShape | str | None = None,
+    sequence: SequenceAttention = "auto",
 ) -> Pipeline:
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
@@ -63,7 +65,10 @@ def load_pipeline(
       loras: files of low-rank adapters for the transformer, "FILE", "FILE:scale" or (FILE, scale);
         all of them are in effect.
       mesh: spread weights and work over devices, such as "fsdp=4,tensor=2" (see
-        `fluxjax.parallel.mesh`); by default all is on the first device.
+        `fluxjax.parallel.mesh`); by default all is on the first device. Where several processes
+        have joined (`fluxjax.parallel.hosts`) the mesh is of all their devices, by default "", all
+        of them are called alike, and all of them get the pictures.
+      sequence: how attention works where the mesh splits the tokens of a picture.
 
     Raises FileNotFoundError, ConfigError or ValueError with one sentence naming what is wrong.
     """
@@ -85,8 +90,13 @@ def load_pipeline(
     for name in ("tokenizer", "tokenizer_2"):
         if not (tokenizers / name).is_dir():
             raise FileNotFoundError(f"{tokenizers} is not a whole model: {name} is missing")
+    if mesh is None and jax.process_count() > 1:
+        mesh = ""
     if isinstance(mesh, str | MeshShape):
         mesh = make_mesh(mesh)
+    if mesh is not None:  # heads that ulysses cannot split are a mistake now
+        heads = config.transformer.num_attention_heads
+        attention_over(Layout(1, 1, mesh.shape[AXIS]), heads, sequence, "auto")
     lora = _read_loras(loras, config, scan_layers)
     return Pipeline(
         config,
@@ -96,6 +106,7 @@ def load_pipeline(
         scan_layers=scan_layers,
         lora=lora,
         mesh=mesh,
+        sequence=sequence,
     )
 
 
@@ -162,12 +173,12 @@ def _load(
 ) -> Params:
     network, stacked = networks[component], scan_layers and component != "vae"
     places: Any = SingleDeviceSharding(jax.devices()[0])
-    lora_places = places
+    lora_places = jax.tree.map(lambda _: places, lora)
     if mesh is not None:
         template = template_of(network.config, network.tensors, stacked=stacked)
         places, lora_places = param_shardings(template, mesh), state_shardings(lora, mesh)
     params = network.params(stacked=stacked, dtype=dtype, shardings=places)
-    return adapt(params, jax.device_put(lora, lora_places) if component == "transformer" else None)
+    return adapt(params, place(lora, lora_places) if component == "transformer" else None)
 
 
 def _read_loras(

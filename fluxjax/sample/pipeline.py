@@ -20,7 +20,8 @@ from fluxjax.checkpoint.pipeline_folder import Component
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.models import latents as layout
 from fluxjax.models.autoencoder import denormalize_latents
-from fluxjax.parallel.mesh import AXES, pad_rows, replicated
+from fluxjax.parallel.mesh import AXES, gathered, make_mesh, pad_rows, replicated
+from fluxjax.parallel.sequence import SequenceAttention
 from fluxjax.sample import denoise as sampler
 from fluxjax.sample import noise, schedule
 from fluxjax.sample.denoise import Guidance, wait
@@ -59,12 +60,13 @@ class Pipeline:
         scan_layers: bool = True,
         lora: Params | None = None,
         mesh: Mesh | None = None,
+        sequence: SequenceAttention = "auto",
     ):
         self.config = config
         self.defaults = defaults(config)
         self.dtype = jnp.dtype(dtype)
         self.mesh = mesh
-        self.programs = Programs(config, dtype, scan_layers, lora, mesh)
+        self.programs = Programs(config, dtype, scan_layers, lora, mesh, sequence)
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
         self._load_params, self._load_tokenizers = load_params, load_tokenizers
@@ -203,7 +205,7 @@ class Pipeline:
                     len(levels) - 1,
                     progress,
                 )
-            return latents if self.mesh is None else np.asarray(latents)[:pictures]
+            return latents if self.mesh is None else gathered(latents)[:pictures]
 
     def decode(
         self, latents: Float[AnyArray, "n c h w"], *, tile: int | None = None
@@ -222,14 +224,18 @@ class Pipeline:
             x = denormalize_latents(jnp.moveaxis(jnp.asarray(latents), 1, -1), model.config)
             if self.mesh is None:
                 return decode_tiled(model, params, x, tile=tile or TILE)
-            params = jax.device_put(params, replicated(self.mesh))
-            place = NamedSharding(self.mesh, P(AXES))
+            mesh = self.mesh
+            if jax.process_count() > 1:  # each process decodes for itself
+                params = jax.tree.map(gathered, params)
+                mesh = make_mesh("", jax.local_devices())
+            params = jax.device_put(params, replicated(mesh))
+            place = NamedSharding(mesh, P(AXES))
             return decode_tiled(
                 model,
                 params,
                 x,
                 tile=tile or TILE,
-                together=self.mesh.size,
+                together=mesh.size,
                 spread=lambda tiles: jax.device_put(tiles, place),
             )
 
@@ -280,7 +286,7 @@ class Pipeline:
             inputs = pad_rows(inputs, self.programs.rows(name, rows))
         program = self._program(name, inputs)
         with self._timed(phase):
-            return jax.tree.map(lambda x: np.asarray(wait(x))[:rows], program(*params, inputs))
+            return jax.tree.map(lambda x: gathered(wait(x))[:rows], program(*params, inputs))
 
     def _program(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
         with self._timed("compiling"):

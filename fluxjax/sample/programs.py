@@ -25,8 +25,9 @@ from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import adapt
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.parallel.activations import attention_on
-from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, replicated
+from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, place, replicated
 from fluxjax.parallel.rules import state_shardings
+from fluxjax.parallel.sequence import SequenceAttention
 from fluxjax.sample import denoise as sampler
 from fluxjax.sample.denoise import Conditioning, Guidance
 from fluxjax.sample.settings import Rounding
@@ -82,9 +83,11 @@ class Programs:
         scan_layers: bool,
         lora: Params | None = None,
         mesh: Mesh | None = None,
+        sequence: SequenceAttention = "auto",
     ):
         self.config, self.dtype, self.scan_layers = config, jnp.dtype(dtype), scan_layers
         self.lora, self.mesh = lora, mesh
+        self.sequence: SequenceAttention = sequence
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
         self._futures: dict[Any, Future] = {}
 
@@ -125,7 +128,7 @@ class Programs:
             return modules
         from fluxjax.parallel.networks import on_mesh
 
-        return tuple(on_mesh(module, self.mesh) for module in modules)
+        return tuple(on_mesh(module, self.mesh, self.sequence) for module in modules)
 
     def _compile(self, name: Name, rounding: Rounding, specs: tuple) -> Any:
         functions: dict[Name, Any] = {
@@ -141,7 +144,8 @@ class Programs:
         precision: Any = "highest" if self.dtype == jnp.float32 else None
         with jax.default_matmul_precision(precision):
             lowered = function.lower(*modules, *params, *specs)
-            return lowered.compile(compiler_options=compiler_options())
+            compiled = lowered.compile(compiler_options=compiler_options())
+        return compiled if jax.process_count() == 1 else partial(_placed, compiled, specs)
 
     def _shapes(self, component: Component) -> Params:
         stacked = self.scan_layers and component != "vae"
@@ -160,12 +164,19 @@ class Programs:
         )
 
 
+def _placed(compiled: Any, specs: tuple, *arguments: Any) -> Any:
+    """A program over several processes; it takes no arrays that only one of them holds."""
+    count = len(arguments) - len(specs)
+    places = jax.tree.map(lambda spec: spec.sharding, specs)
+    return compiled(*arguments[:count], *place(arguments[count:], places))
+
+
 def _split(function: Any, name: Name, modules: int, specs: tuple, mesh: Mesh) -> tuple[Any, tuple]:
     """`function`, jitted for `mesh`, and `specs` with shardings: batches split, the rest whole."""
     whole = replicated(mesh)
     batch = NamedSharding(mesh, P(AXES if name == "decode" else BATCH))
 
-    def place(leaf: Any) -> Any:
+    def spec(leaf: Any) -> Any:
         sharding = batch if leaf.ndim > 1 else whole
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -179,4 +190,4 @@ def _split(function: Any, name: Name, modules: int, specs: tuple, mesh: Mesh) ->
                 return decode_latents(model, params, latents)
 
     jitted = jax.jit(body, static_argnums=tuple(range(modules)), out_shardings=batch)
-    return jitted, jax.tree.map(place, specs)
+    return jitted, jax.tree.map(spec, specs)
