@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from torch_pipeline import random_pipeline  # noqa: F401
 
+from fluxjax.config import ConfigError
 from fluxjax.diff import live
-from fluxjax.diff.commands import Live, execute
+from fluxjax.diff.commands import Golden, Live, execute
 from fluxjax.diff.live import compare_network
 from fluxjax.diff.pipeline import compare_pipeline
 
@@ -64,6 +65,24 @@ def test_bfloat16(folder, network):
     output = report.rows[-1]
     assert output.tensor.startswith("output ")
     assert output.bound == min(2e-2, 1.5 * output.own_error) and output.own_error > 1e-4
+
+
+def test_on_a_mesh(folder, shared, monkeypatch):
+    loaded, load = [], live.load_params
+    monkeypatch.setattr(
+        live, "load_params", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1]
+    )
+    report = compare_network(folder, "transformer", mesh="fsdp=2,tensor=4")
+    assert report.passed, report.first_failure
+    kernel = loaded[0]["transformer_blocks_0"]["ff"]["net_2"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    recording = shared / "goldens" / "bfl_autoencoder.safetensors"
+    assert execute(Golden(files=(recording,), mesh="fsdp=8")) == 0
+    for command in (Golden(files=(recording,), mesh="fsdp=3"), Live(mesh="fsdp=3")):
+        with pytest.raises(ConfigError, match="does not fit 8 devices"):
+            execute(command)
+    with pytest.raises(ConfigError, match="--component pipeline"):
+        execute(Live(mesh="sequence=2"))
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ class Golden:
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE...")]
     """Recorded files: safetensors with weights, inputs and outputs, or JSON with schedules."""
+    mesh: str | None = None
+    """Run ours on devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2."""
     save: Path | None = None
     """Write our outputs under the recorded names; for one FILE."""
     json: Flag = False
@@ -42,7 +44,7 @@ class Golden:
             raise ValueError(f"--save takes the outputs of one FILE, got {len(self.files)}")
         reports = []
         for path in self.files:
-            report, outputs = check_golden(path)
+            report, outputs = check_golden(path, self.mesh)
             reports.append(report)
             if self.save:
                 save_outputs(self.save, outputs)
@@ -66,6 +68,8 @@ class Live:
     dtype: Literal["float32", "bfloat16"] = "float32"
     against: Path | None = None
     """Another pipeline folder whose weights ours reads, to find where two copies part."""
+    mesh: str | None = None
+    """Run ours on devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2."""
     prompt: str = "a large red circle left of a small blue star"
     """For the pipeline."""
     seed: int = 7
@@ -93,9 +97,12 @@ class Live:
                 steps=self.steps,
                 dtype=self.dtype,
                 against=self.against,
+                mesh=self.mesh,
             )
         else:
-            report = compare_network(folder, self.component, dtype=self.dtype, against=self.against)
+            report = compare_network(
+                folder, self.component, dtype=self.dtype, against=self.against, mesh=self.mesh
+            )
         if self.plot:
             from fluxjax.diff.report import plot_report
 

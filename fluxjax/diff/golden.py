@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fluxjax.checkpoint.bfl import config_from_bfl, from_bfl_params
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import (
     DEV,
@@ -32,6 +34,9 @@ from fluxjax.diff.report import Report, Row, compare
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import pack, unpack
+from fluxjax.parallel.mesh import make_mesh
+from fluxjax.parallel.networks import on_mesh
+from fluxjax.parallel.rules import param_shardings
 from fluxjax.sample.denoise import Conditioning, Guidance, denoise
 from fluxjax.sample.schedule import pad, sigmas
 from fluxjax.shapes import Params
@@ -43,11 +48,12 @@ SCHEDULE_BOUND = 1e-6  # BFL and diffusers round float32 in another order
 Arrays = dict[str, np.ndarray]
 
 
-def check_golden(path: Path) -> tuple[Report, Arrays]:
+def check_golden(path: Path, mesh: str | None = None) -> tuple[Report, Arrays]:
     """Compare ours with a recorded file; returns the report and our outputs by recorded name.
 
     `path` may also be a JSON file of recorded schedules. Raises ConfigError for a file that is no
-    recording or records a family that is not supported.
+    recording or records a family that is not supported. `mesh`: devices that ours runs on, as
+    `parallel.mesh.parse_mesh` reads them; a batch that they do not divide is whole on each.
     """
     if path.suffix == ".json":
         return _check_schedules(path)
@@ -70,13 +76,15 @@ def check_golden(path: Path) -> tuple[Report, Arrays]:
         network = config_from_bfl(params)
     except KeyError as missing:
         raise ConfigError(f"{path}: the recorded configuration lacks {missing}") from None
-    weights = from_bfl_params(groups["weights"], network)
+    devices = None if mesh is None else make_mesh(mesh)
+    places = None if devices is None else param_shardings(abstract_params(network), devices)
+    weights = from_bfl_params(groups["weights"], network, shardings=places)
     # A GPU would otherwise multiply float32 in TF32.
     with jax.default_matmul_precision("highest"):
         if isinstance(network, AutoencoderConfig):
             ours = _autoencoder(network, weights, inputs)
         else:
-            ours = _flux(network, config, weights, inputs)
+            ours = _flux(network, config, weights, inputs, devices)
     rows = [
         compare(
             f"outputs.{name}",
@@ -137,10 +145,12 @@ def _autoencoder(config: AutoencoderConfig, params: Params, inputs: _Recorded) -
 
 
 def _flux(
-    config: FluxConfig, recorded: Mapping[str, Any], params: Params, inputs: _Recorded
-) -> Arrays:
+    config: FluxConfig, recorded: Mapping[str, Any], params: Params, inputs: _Recorded,
+    devices: Mesh | None,
+) -> Arrays:  # fmt: skip
     """One forward at the recorded timesteps, and the Euler run over the recorded schedule."""
     model = FluxTransformer(config, timestep_rounding="bfl")
+    model = model if devices is None else on_mesh(model, devices)
     text, pooled = jnp.asarray(inputs["txt"]), jnp.asarray(inputs["vec"])
     img_ids, txt_ids = _ids(inputs, "img_ids"), _ids(inputs, "txt_ids")
     channels, sequence = inputs.get("img_cond"), inputs.get("img_cond_seq")

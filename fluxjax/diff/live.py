@@ -16,13 +16,17 @@ import numpy as np
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.sharded import read_sharded
-from fluxjax.config import PipelineConfig
+from fluxjax.checkpoint.source import open_component, template_of
+from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.diff.layers import Layer, Outputs, captured, common_name, pair_layers, recorded
 from fluxjax.diff.report import Report, compare, relative_l2
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.t5 import T5Encoder
+from fluxjax.parallel.mesh import make_mesh
+from fluxjax.parallel.networks import on_mesh
+from fluxjax.parallel.rules import param_shardings
 
 Network = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
 Dtype = Literal["float32", "bfloat16"]
@@ -215,14 +219,29 @@ def run_theirs(folder: Path, network: Network, inputs: Arrays, dtype: Dtype) -> 
 
 
 def run_ours(
-    folder: Path, network: Network, inputs: Arrays, dtype: Dtype
+    folder: Path, network: Network, inputs: Arrays, dtype: Dtype, mesh: str | None = None
 ) -> dict[str, list[Outputs]]:
-    """Every captured layer and the outputs of our network by common name, as float32 arrays."""
+    """Every captured layer and the outputs of our network by common name, as float32 arrays.
+
+    On a mesh weights are split as the table of rules has it, and the batch of two where it divides.
+    """
     comparison, config = COMPARISONS[network], read_config(folder)
     types = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
     module = comparison.ours(config, **types)
     part = getattr(config, network)
-    params = load_params(folder, network, part, stacked=False, dtype=jnp.dtype(dtype))
+    types, places = {"stacked": False, "dtype": jnp.dtype(dtype)}, None
+    if mesh is not None:
+        devices = make_mesh(mesh)
+        if devices.shape["sequence"] > 1:
+            raise ConfigError(
+                "layers are compared whole: a mesh that splits tokens over sequence needs "
+                "--component pipeline"
+            )
+        loaded = open_component(folder, network, part)
+        places = param_shardings(template_of(part, loaded.tensors), devices)
+        if not isinstance(module, Autoencoder):
+            module = on_mesh(module, devices)
+    params = load_params(folder, network, part, shardings=places, **types)
     arrays = {k: jnp.asarray(v) for k, v in inputs.items()}
 
     @jax.jit
@@ -244,9 +263,12 @@ def run_ours(
 
 
 def compare_network(
-    folder: Path, network: Network, *, dtype: Dtype = "float32", against: Path | None = None
-) -> Report:
+    folder: Path, network: Network, *, dtype: Dtype = "float32", against: Path | None = None,
+    mesh: str | None = None,
+) -> Report:  # fmt: skip
     """Compare one network of the pipeline folder; `against` gives ours its weights instead.
+
+    `mesh`: devices that ours runs on, as `parallel.mesh.parse_mesh` reads them; by default one.
 
     float32: every layer within 1e-5. bfloat16: PyTorch's float32 is the reference of both; the
     outputs must be within 2e-2 and within 1.5 x PyTorch's own bfloat16 error, a layer inside
@@ -254,7 +276,7 @@ def compare_network(
     """
     inputs = COMPARISONS[network].inputs(read_config(folder))
     layers = run_theirs(folder, network, inputs, "float32")
-    ours = run_ours(against or folder, network, inputs, dtype)
+    ours = run_ours(against or folder, network, inputs, dtype, mesh)
     pairs = pair_layers(layers, ours)
     own: dict[str, float] = {}
     if dtype == "bfloat16":

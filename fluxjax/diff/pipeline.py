@@ -42,6 +42,7 @@ def compare_pipeline(
     steps: int | None = None,
     dtype: Dtype = "float32",
     against: Path | None = None,
+    mesh: str | None = None,
 ) -> Report:
     """Compare every stage of one picture; each side goes on with its own results.
 
@@ -54,7 +55,7 @@ def compare_pipeline(
     )
     reference = run_theirs(folder, settings, "float32")
     low = run_theirs(folder, settings, "bfloat16") if dtype == "bfloat16" else None
-    ours = run_ours(against or folder, settings, dtype)
+    ours = run_ours(against or folder, settings, dtype, mesh)
     rows: list[Row] = []
     for name, expected in reference.items():
         bound = SAMPLING_BOUND if name.startswith(SAMPLED) else FLOAT32_BOUND
@@ -129,9 +130,9 @@ def run_theirs(folder: Path, settings: Settings, dtype: Dtype) -> Arrays:
     return arrays | {"picture (bytes)": np.stack([np.asarray(pixel) for pixel in pixels])}
 
 
-def run_ours(folder: Path, settings: Settings, dtype: Dtype) -> Arrays:
+def run_ours(folder: Path, settings: Settings, dtype: Dtype, mesh: str | None = None) -> Arrays:
     """The same stages through our pipeline."""
-    pipe = load_pipeline(folder, dtype=dtype)
+    pipe = load_pipeline(folder, dtype=dtype, mesh=mesh)
     # A GPU would otherwise multiply float32 in TF32.
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         conditioning = pipe.encode_prompt(
