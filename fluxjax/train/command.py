@@ -13,6 +13,7 @@ import tyro
 from fluxjax.config import ConfigError
 
 R = TypeVar("R")
+_DAY = 86400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +84,28 @@ def train(arguments: Sequence[str]) -> int | None:
 
 
 def precompute(arguments: Sequence[str]) -> None:
-    """Encode all pictures and captions of a recipe's data, and print what was done."""
-    recipe = read_options(arguments, "precompute").recipe
+    """Encode all pictures and captions of a recipe's data, and print what they are.
+
+    Several processes share the work; on disks of their own each does all of it.
+    """
+    options = read_options(arguments, "precompute")
+    recipe = options.recipe
     from fluxjax.train.recipe import FinetuneRecipe
 
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError("the embedded model's recipe draws its own data: nothing to precompute")
+    from fluxjax.parallel.hosts import barrier, join_hosts
     from fluxjax.train import data
     from fluxjax.train.progress import Filling
 
+    join_hosts(options.coordinator, options.process_id, options.num_processes)
+    import jax
+
     with Filling() as report:
-        done = data.precompute(recipe.data, recipe.model_folder, report=report)
-    print(done)
+        done = data.precompute(
+            recipe.data, recipe.model_folder, report=report,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+    barrier("precomputed", _DAY)  # a process that ends early would be taken for lost
+    if jax.process_index() == 0:
+        print(done)

@@ -62,7 +62,7 @@ class FinetuneRecipe:
     """How attention works where the mesh splits the tokens of a picture."""
     log_every: int = 10
     save_minutes: float = 10.0
-    """Between checkpoints."""
+    """Between checkpoints; several hosts save with the row of metrics that follows."""
     keep: int = 2
     """The newest so many checkpoints stay."""
     patience: int = 50
