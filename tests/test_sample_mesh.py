@@ -17,6 +17,7 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError
 from fluxjax.models.lora import LoraConfig, init_lora
 from fluxjax.parallel.mesh import pad_rows
+from fluxjax.parallel.structure import measure
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.text.conditioning import Conditioning
 
@@ -68,6 +69,15 @@ def test_tiles_are_decoded_on_all_devices():
     many = fluxjax.load_pipeline(scan_layers=True, mesh="").decode(latents, tile=8)
     assert many.shape == one.shape
     assert relative(many, one) <= 1e-5
+
+
+def test_decoding_gathers_weights_and_no_picture():
+    """1024 tokens, which CPUs take through a kernel of our own."""
+    latents = jax.ShapeDtypeStruct((8, 16, 32, 32), np.float32)
+    pipe = fluxjax.load_pipeline(mesh="fsdp=4,tensor=2")
+    found = measure(pipe.programs.get("decode", latents))
+    gathers = [call for call in found.collectives if call.kind == "all-gather"]
+    assert gathers and not any("1024" in call.shape for call in gathers)
 
 
 @pytest.mark.slow

@@ -180,14 +180,15 @@ def _split(function: Any, name: Name, modules: int, specs: tuple, mesh: Mesh) ->
         sharding = batch if leaf.ndim > 1 else whole
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    body = function.__wrapped__
+    # Unwrapped: a trace made for one mesh must serve no other.
+    body = whole_batch = function.__wrapped__
     if name == "decode":
 
         def body(model, params, latents):
             # Gathered once: the pictures are large, the network is small.
             params = jax.lax.with_sharding_constraint(params, whole)
             with attention_on(mesh, AXES, None):
-                return decode_latents(model, params, latents)
+                return whole_batch(model, params, latents)
 
     jitted = jax.jit(body, static_argnums=tuple(range(modules)), out_shardings=batch)
     return jitted, jax.tree.map(spec, specs)
