@@ -33,6 +33,7 @@ from fluxjax.config import (
 from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flops import flux_flops
 from fluxjax.models.lora import LoraConfig
+from fluxjax.sample import programs
 from fluxjax.sample.loading import load_pipeline, tiny_folder
 from fluxjax.train import command, finetune, progress, step
 from fluxjax.train.curve import draw_curve, read_metrics
@@ -72,7 +73,8 @@ def quick_compiler():
     """Programs that run a few small steps: compiling them well takes longer than it saves."""
     options = {**compiler_options(), "xla_backend_optimization_level": "0"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "compiler_options", lambda: options)
+        for module in (step, programs):
+            patch.setattr(module, "compiler_options", lambda: options)
         yield
 
 
