@@ -289,6 +289,18 @@ def test_progress_measures_training_alone(capsys):
     assert progress.describe({"minutes_left": 130.0, "mfu": 0.455}) == "MFU 45.5%  2 h 10 min left"
 
 
+def test_filling_measures_each_count_by_itself(capsys):
+    with progress.Filling(seconds=0.0) as report:
+        report("captions encoded", 1, 1)
+        report._begun -= 10.0  # as if the next had taken 10 seconds
+        for done in (1, 2):
+            report("pictures encoded", done, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == [
+        f"pictures encoded: {done} of 2  {done / 10} pictures/s" for done in (1, 2)
+    ]  # fmt: skip
+
+
 def test_curve_passes_over_what_a_crash_left(tmp_path):
     lines = [{"step": 1, "loss": 2.0}, {"step": 2}, {"step": 1, "loss": 1.0}]
     text = "\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo'
