@@ -40,7 +40,8 @@ class MeshShape:
                 raise ConfigError(f"the mesh's {name} must be at least {least}, got {size}")
 
     def __str__(self) -> str:
-        return ",".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
+        sizes = dataclasses.asdict(self).items()
+        return ",".join(f"{name}={size}" for name, size in sizes if size > 1) or "of one device"
 
 
 def parse_mesh(text: str) -> MeshShape:
@@ -67,11 +68,12 @@ def make_mesh(shape: MeshShape | str, devices: Sequence[jax.Device] | None = Non
     rest = shape.fsdp * shape.tensor * shape.sequence
     data = shape.data or len(devices) // rest
     if data * rest != len(devices):
+        wish = "data must make up to" if shape.data else "must divide"
+        many = f"{len(devices)} device" + "s" * (len(devices) > 1)
         raise ConfigError(
-            f"the mesh {shape} does not fit {len(devices)} devices: fsdp x tensor x sequence is "
-            f"{rest}, which " + ("data must make up to" if shape.data else "must divide")
-            + f" {len(devices)}"
-        )  # fmt: skip
+            f"the mesh {shape} does not fit {many}: fsdp x tensor x sequence is {rest}, "
+            f"which {wish} {len(devices)}"
+        )
     sizes = (data, shape.fsdp, shape.tensor, shape.sequence)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
