@@ -119,11 +119,12 @@ class Pool:
     def _draw(self, index: int) -> Batch:
         seed = self.stage.seed * 1_000_003 + self.bucket
         key = jax.random.fold_in(jax.random.key(seed), index)
-        side = {"width": self.width, "height": self.height}
-        scenes = sample_scenes(key, self.CHUNK, **side)
+        scenes = sample_scenes(key, self.CHUNK, width=self.width, height=self.height)
         rng = np.random.default_rng((seed, index))
         texts = [vary(c.text, rng) for c in captions(scenes, seed * 1_000_003 + index)]
-        latents = self.conditioner.encode_image(render(scenes, **side))
+        latents = self.conditioner.encode_image(
+            render(scenes, width=self.width, height=self.height)
+        )
         text, pooled = self.conditioner.encode_text(texts)
         return Batch(*(np.asarray(v, np.float16) for v in (latents, text, pooled)))
 
