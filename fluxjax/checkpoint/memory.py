@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 _OWN_MAPPING = 2**20  # bytes from which on an array has a mapping of its own
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON} if hasattr(mmap, "MAP_ANON") else {}
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -20,7 +21,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size < _OWN_MAPPING:
         return np.empty(shape, dtype)
-    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+    mapping = mmap.mmap(-1, size, **_PRIVATE)
     return np.frombuffer(mapping, np.uint8).view(dtype).reshape(shape)
 
 
