@@ -27,10 +27,14 @@ def bfloat16_products() -> bool:
 
 def dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **options: Any):
     """`lax.dot_general` for `nn.Dense`: the last axis of `x` with the first of `kernel`."""
-    wanted = bfloat16_products() and jax.default_backend() == "cpu" and precision is None
-    if wanted and x.dtype == kernel.dtype == jnp.float32:
+    if jax.default_backend() != "cpu":
+        return lax.dot_general(x, kernel, dimensions, precision=precision, **options)
+    if bfloat16_products() and precision is None and x.dtype == kernel.dtype == jnp.float32:
         return _product(x, kernel)
-    return lax.dot_general(x, kernel, dimensions, precision=precision, **options)
+    # As one matrix: the kernel's derivative of several axes would copy its operands transposed.
+    rows = x.reshape(-1, x.shape[-1])
+    y = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision, **options)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
