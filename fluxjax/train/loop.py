@@ -2,7 +2,7 @@
 
 Exit codes: 0 finished, or stopped by SIGTERM or Ctrl-C with all saved; 2 a mistake of the user, or
 no room for the last checkpoint; 3 `Diverged`; 4 the watchdog's; 5 `hosts.ProcessLost`, or 134 where
-JAX itself ends a process that has lost process 0.
+JAX itself ends a process that has lost another.
 """
 
 from __future__ import annotations
