@@ -10,6 +10,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from fluxjax.models.bfloat16_products import dot_general
+from fluxjax.models.sums import add_bias
 
 COLLECTION = "lora"
 
@@ -25,8 +26,17 @@ class Dense(nn.Dense):
     dot_general: Any = dot_general
     promote_dtype: Any = promote_dtype  # flax's own type cannot be checked at run time
 
+    @nn.compact
     def __call__(self, inputs: Float[Array, "*rows k"]) -> Float[Array, "*rows features"]:
-        y = super().__call__(inputs)
+        shape = inputs.shape[-1], self.features
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
+        x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        y = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
+        if bias is not None:
+            y = add_bias(y, bias)
         if not self.has_variable(COLLECTION, "a"):
             return y
         a, b, scale = (self.get_variable(COLLECTION, name) for name in ("a", "b", "scale"))

@@ -17,6 +17,7 @@ from fluxjax.config import FluxConfig
 from fluxjax.models.attention import Attention, dot_product_attention
 from fluxjax.models.dense import Dense
 from fluxjax.models.embeddings import Rope, apply_rope
+from fluxjax.models.sums import multiply_scale, normalize
 
 NORM_EPS = 1e-6
 _zeros = nn.initializers.zeros_init()
@@ -32,10 +33,7 @@ class LayerNorm(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return (x * (1.0 / jnp.sqrt(variance + NORM_EPS))).astype(self.dtype)
+        return normalize(x, NORM_EPS, centred=True).astype(self.dtype)
 
 
 class QKNorm(nn.Module):
@@ -47,9 +45,8 @@ class QKNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l heads k"]) -> Float[Array, "b l heads k"]:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x * (1.0 / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + NORM_EPS))
-        return x.astype(self.dtype) * scale.astype(self.dtype)[None, None, None, :]
+        x = normalize(x, NORM_EPS).astype(self.dtype)
+        return multiply_scale(x, scale.astype(self.dtype))
 
 
 class AdaLayerNorm(nn.Module):

@@ -164,7 +164,7 @@ def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     state = _placed(state, where)
     step = make_step(
         finetune_loss(model, Objective()), optimizer, seed=0, ema_decay=0.999,
-        accumulate=options.accumulate, out_shardings=(where, replicated(mesh)),
+        accumulate=options.accumulate, out_shardings=(where, replicated(mesh)), donate=True,
     )  # fmt: skip
     text, image, clip = config.max_sequence_length, tokens(config), config.text_encoder.hidden_size
     width = config.text_encoder_2.d_model
