@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from fluxjax.models.bfloat16_products import bfloat16_products
+
 _ONES = 8  # rows or columns of them: for one alone XLA would not call its matrix product
 
 
@@ -72,29 +74,30 @@ multiply_scale.defvjp(
 )
 
 
+def _slow_sums() -> bool:
+    """On CPUs, except where YNNPACK computes: it sums as quickly as it multiplies."""
+    return jax.default_backend() == "cpu" and not bfloat16_products()
+
+
 def _row(vector: Array, x: Array) -> Array:
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _mean(x: Array) -> Array:
     """Of each row, as a column."""
-    if jax.default_backend() != "cpu":
+    if not _slow_sums():
         return jnp.mean(x, axis=-1, keepdims=True)
     ones = jnp.ones((x.shape[-1], _ONES), x.dtype)
     return _product(x, ones)[..., :1] / x.shape[-1]
 
 
 def _column_sums(x: Array) -> Array:
-    if jax.default_backend() != "cpu":
+    if not _slow_sums():
         return jnp.sum(x, axis=range(x.ndim - 1))
     x = x.reshape(-1, x.shape[-1])
     return _product(jnp.ones((_ONES, x.shape[0]), x.dtype), x)[0]
 
 
 def _product(a: Array, b: Array) -> Array:
-    # In full precision also where dense layers round their operands.
-    sums = lax.dot_general(
-        a, b, (((a.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return sums.astype(a.dtype)
+    dimensions = ((a.ndim - 1,), (0,)), ((), ())
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32).astype(a.dtype)
