@@ -10,7 +10,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from fluxjax.models.bfloat16_products import dot_general
-from fluxjax.models.sums import add_bias
+from fluxjax.models.bias_and_scale import add_bias
 
 COLLECTION = "lora"
 

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 
 from fluxjax.config import FluxConfig
 from fluxjax.models.attention import Attention, dot_product_attention
+from fluxjax.models.bias_and_scale import multiply_scale
 from fluxjax.models.dense import Dense
 from fluxjax.models.embeddings import Rope, apply_rope
-from fluxjax.models.sums import multiply_scale, normalize
 
 NORM_EPS = 1e-6
 _zeros = nn.initializers.zeros_init()
@@ -33,7 +33,10 @@ class LayerNorm(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        return normalize(x, NORM_EPS, centred=True).astype(self.dtype)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return (x * (1.0 / jnp.sqrt(variance + NORM_EPS))).astype(self.dtype)
 
 
 class QKNorm(nn.Module):
@@ -45,8 +48,9 @@ class QKNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l heads k"]) -> Float[Array, "b l heads k"]:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
-        x = normalize(x, NORM_EPS).astype(self.dtype)
-        return multiply_scale(x, scale.astype(self.dtype))
+        x = x.astype(jnp.float32)
+        x = x * (1.0 / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + NORM_EPS))
+        return multiply_scale(x.astype(self.dtype), scale.astype(self.dtype))
 
 
 class AdaLayerNorm(nn.Module):

@@ -1,20 +1,11 @@
-"""Sums as products: the same values and derivatives as the plain formulas."""
+"""The same values and derivatives as the plain formulas."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxjax.models.bfloat16_products import BFLOAT16
-from fluxjax.models.sums import add_bias, multiply_scale, normalize
-
-EPS = 1e-6
-
-
-def plain_norm(x, centred):
-    if centred:
-        x = x - x.mean(-1, keepdims=True)
-    return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + EPS)
+from fluxjax.models.bias_and_scale import add_bias, multiply_scale
 
 
 def value_and_derivatives(function, *arguments):
@@ -34,29 +25,14 @@ def x():
     return jnp.asarray(2 + np.random.default_rng(0).standard_normal((3, 68, 192)), jnp.float32)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_norms(x, centred):
-    found = value_and_derivatives(lambda x: normalize(x, EPS, centred=centred), x)
-    with jax.enable_x64(True):
-        exact = jnp.asarray(np.asarray(x, np.float64))
-        wanted = value_and_derivatives(lambda x: plain_norm(x, centred), exact)
-    # Measured: 9e-8 to 2e-7.
-    close(found, wanted, 1e-6)
-
-
 @pytest.mark.parametrize(("ours", "plain"), [(add_bias, jnp.add), (multiply_scale, jnp.multiply)])
 def test_bias_and_scale(x, ours, plain):
     vector = jnp.linspace(-1, 1, x.shape[-1])
     with jax.enable_x64(True):
         exact = (jnp.asarray(np.asarray(v, np.float64)) for v in (x, vector))
         wanted = value_and_derivatives(lambda x, v: plain(x, v[None, None]), *exact)
+    # Measured: at most 2e-7.
     close(value_and_derivatives(ours, x, vector), wanted, 1e-6)
-
-
-def test_full_precision_where_dense_layers_round(x):
-    with jax.default_matmul_precision(BFLOAT16):
-        found = jax.jit(lambda x: normalize(x, EPS, centred=True))(x)
-    close([found], [plain_norm(x, True)], 1e-6)
 
 
 def test_sums_of_bfloat16_are_rounded_once(x):
