@@ -31,7 +31,7 @@ def test_bias_and_scale(x, ours, plain):
     with jax.enable_x64(True):
         exact = (jnp.asarray(np.asarray(v, np.float64)) for v in (x, vector))
         wanted = value_and_derivatives(lambda x, v: plain(x, v[None, None]), *exact)
-    # Measured: at most 2e-7.
+    # Measured: at most 2.6e-7 (the sums).
     close(value_and_derivatives(ours, x, vector), wanted, 1e-6)
 
 
