@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from threading import Lock
 
 import jax
 
 from fluxjax.models.bfloat16_products import bfloat16_products
+
+_LOCK = Lock()
 
 
 def compiler_options() -> dict[str, str]:
@@ -19,7 +22,9 @@ def compiler_options() -> dict[str, str]:
     """
     if jax.default_backend() != "cpu" or bfloat16_products():
         return {}
-    return _eigen()
+    # Of two threads one would read the trial's entry in the cache while the other writes it.
+    with _LOCK:
+        return _eigen()
 
 
 @cache
