@@ -1,10 +1,12 @@
 """A picture does not depend on the mesh that it is drawn on."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -165,22 +167,36 @@ def test_two_processes_draw_together_and_one_of_them_saves(prompts, tmp_path):
     options |= {"coordinator": f"localhost:{port}", "num_processes": 2}
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     flags = "--xla_force_host_platform_device_count=4"
+    terminal, end = os.openpty()
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "fluxjax.sample", *given, f"--process-id={i}"],
-            env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
+            env={**os.environ, "XLA_FLAGS": flags, "TERM": "xterm"}, stdout=subprocess.PIPE,
+            stderr=stderr, text=True,
         )
-        for i in range(2)
+        for i, stderr in enumerate((end, subprocess.PIPE))
     ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    os.close(end)
+    with ThreadPoolExecutor(1) as pool:
+        shown = pool.submit(_all_of, terminal)
+        try:
+            said = [process.communicate(timeout=400) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    assert "steps" in shown.result() and "2/2" in shown.result(), "no bar on the terminal"
     assert [process.returncode for process in processes] == [0, 0], said
     assert said[0][0].count("seed") == 3
     # Gloo prints on stdout, with several threads at once: its lines are torn.
     assert not any(word in said[1][0] for word in ("seed", ".png")), said[1][0]
     assert said[1][1] == ""
     equal_to_those_of_one(prompts, tmp_path / "two")
+
+
+def _all_of(terminal: int) -> str:
+    """What is written to a terminal until its last writer closes it."""
+    parts = []
+    with contextlib.suppress(OSError):
+        while part := os.read(terminal, 4096):
+            parts.append(part)
+    return b"".join(parts).decode()

@@ -99,9 +99,14 @@ def pad_rows(tree: Any, rows: int) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole, on devices of all processes; each fills its own."""
+    """Arrays that every process has whole, on devices of all processes; each fills its own.
+
+    What lies there already stays.
+    """
 
     def put(x: Any, sharding: Sharding) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
         if sharding.is_fully_addressable:
             return jax.device_put(x, sharding)
         x = np.asarray(x)

@@ -291,14 +291,16 @@ def _say(note: str) -> None:
 
 @contextmanager
 def _progress(settings: Settings) -> Iterator[Callable[[int], None] | None]:
-    """A bar of the steps on a terminal; None elsewhere, where the run is one call.
-
-    Several processes make one call too: a bar's parts depend on one process's clock.
-    """
+    """A bar of the steps on the first process's terminal; None elsewhere: the run is one call."""
     import jax
 
-    if not sys.stderr.isatty() or jax.process_count() > 1:
+    from fluxjax.parallel import hosts
+
+    if not hosts.from_first(sys.stderr.isatty):
         yield None
+        return
+    if jax.process_index() > 0:  # runs the same parts
+        yield lambda done: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

@@ -20,6 +20,7 @@ from fluxjax.models.embeddings import round_to
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import text_ids
 from fluxjax.models.lora import variables
+from fluxjax.parallel.hosts import from_first
 from fluxjax.shapes import Params
 from fluxjax.text.conditioning import Conditioning
 
@@ -109,14 +110,16 @@ def denoise_in_parts(
 ) -> Any:
     """`run(latents, levels)` in parts of about `seconds` each; `progress(steps done)` after each.
 
-    Parts, because a program that calls back to the host is kept out of the compilation cache.
+    Parts, because a program that calls back to the host is kept out of the compilation cache. On
+    several processes the clock of the first counts: all run the same parts.
     """
     first, size = 0, 1
     while first < steps:
         last, start = min(first + size, steps), time.perf_counter()
         latents = wait(run(latents, part_of(levels, first, last)))
         progress(last)
-        size = max(1, round(seconds * (last - first) / (time.perf_counter() - start)))
+        rate = (last - first) / (time.perf_counter() - start)
+        size = from_first(partial(max, 1, round(seconds * rate)))
         first = last
     return latents
 
