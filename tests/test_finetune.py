@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,8 +337,55 @@ def test_precompute_says_how_far_it_is(recipe, tmp_path, capsys):
 
 def test_no_recipe_is_left_untried():
     tried = {"lora_dev", "tiny_lora", "tiny_full", "full_8_chips"}
-    # The embedded model's recipe has its own test, many hosts run full_8_chips'.
+    # The embedded model's recipe has its own test.
     assert {path.stem for path in RECIPES.glob("*.toml")} == tried | {"tiny", "many_hosts"}
+
+
+@pytest.mark.slow
+def test_two_hosts_train_all_weights_and_leave_one_pipeline(recipe, tmp_path):
+    """many_hosts.toml on two processes of four devices: every weight lies across both."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    more = (
+        "--steps 3 --save-minutes 0 --log-every 2 --save-dtype float32 --dtype float32 "
+        "--validation.every 3 --validation.width 24 --validation.height 32 --validation.steps 1 "
+        "--validation.batches 1 --optimizer.warmup 0 --optimizer.learning-rate 0.01 "
+        f"--coordinator :{port} --num-processes 2 --validation.prompts"
+    )
+    options = [*_options(recipe, tmp_path), *more.split(), "a red circle"]
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    program = [sys.executable, "-m", "fluxjax.train", str(RECIPES / "many_hosts.toml")]
+    runs = [
+        subprocess.Popen(
+            [*program, "--process-id", str(i), *options], env={**os.environ, "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        said = [run.communicate(timeout=400) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert said[1][1] == "", "only process 0 speaks"
+    # The time to save had come at every step; it is looked at with the metrics alone.
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 3] and rows[1]["validation_loss"] > 0
+    with StateStore(tmp_path / "checkpoints") as store:
+        assert store.steps() == [2, 3]
+        state = store.restore()[1]
+    save_params(tmp_path / "average", "transformer", state["ema"], SMALL.transformer, None)
+    files = [
+        tmp_path / folder / "transformer/diffusion_pytorch_model.safetensors"
+        for folder in ("average", "pipeline", recipe.model)
+    ]
+    average, written, start = (file.read_bytes() for file in files)
+    assert written == average != start
+    assert not list(tmp_path.glob(".*")), "nothing half-written is left"
+    with Image.open(tmp_path / "validation/0000003.png") as grid:
+        assert grid.size == (4 * 26 - 2, 32)
 
 
 @pytest.mark.slow
@@ -359,10 +410,14 @@ def test_full_training_writes_a_whole_pipeline(recipe, tmp_path, capsys):
 
 def _run_recipe(name: str, recipe: FinetuneRecipe, folder: Path, capsys, more: str) -> Path:
     """What `python -m fluxjax.train` prints last: one step of a recipe of train/, made small."""
-    options = (
-        f"--model {recipe.model} --folder {folder} --steps 1 --batch 16 --log-every 1 {more} "
-        f"--data.source {recipe.data.source} --data.resolution 32 --data.bucket-step 16 "
-        f"--data.cache {recipe.data.cache} --validation.prompts"
-    ).split()
-    command.train([str(RECIPES / f"{name}.toml"), *options])
+    options = _options(recipe, folder) + f"--steps 1 --log-every 1 {more}".split()
+    command.train([str(RECIPES / f"{name}.toml"), *options, "--validation.prompts"])
     return Path(capsys.readouterr().out.splitlines()[-1])
+
+
+def _options(recipe: FinetuneRecipe, folder: Path) -> list[str]:
+    """What makes any recipe small."""
+    return (
+        f"--model {recipe.model} --folder {folder} --batch 16 --data.source {recipe.data.source} "
+        f"--data.resolution 32 --data.bucket-step 16 --data.cache {recipe.data.cache}"
+    ).split()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fluxjax.checkpoint.lora_file import write_lora
 from fluxjax.checkpoint.pipeline_folder import save_params, write_config
+from fluxjax.checkpoint.whole import whole_or_nothing
 from fluxjax.config import PipelineConfig
 from fluxjax.models.lora import join_scales
+from fluxjax.parallel.mesh import gathered
 from fluxjax.train.recipe import FinetuneRecipe, recipe_toml
 from fluxjax.train.step import Tree
 
@@ -21,31 +25,39 @@ COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 def export_lora(recipe: FinetuneRecipe, trained: Tree, scales: Tree) -> Path:
     """lora.safetensors with the recipe in its metadata; process 0 writes it."""
     path = recipe.folder / "lora.safetensors"
-    tree = join_scales(_on_host(trained), _on_host(scales))
+    tree = join_scales(_on_first_host(trained), _on_first_host(scales))
     if jax.process_index() == 0:
         write_lora(path, tree, recipe.lora, {"recipe": recipe_toml(recipe)})
     return path
 
 
 def export_pipeline(recipe: FinetuneRecipe, config: PipelineConfig, params: Tree) -> Path:
-    """A diffusers folder: the trained transformer beside copies of the frozen networks."""
+    """A diffusers folder: the trained transformer beside copies of the frozen networks.
+
+    Process 0 writes it; it appears whole or not at all.
+    """
     path, source = recipe.folder / "pipeline", recipe.model_folder
-    params = _on_host(params)
+    params = _on_first_host(params, jnp.dtype(recipe.save_dtype))
     if jax.process_index() == 0:
-        for name in COPIED:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, path / name, dirs_exist_ok=True)
-        write_config(path, config)
-        for file in source.glob("*.json"):
-            shutil.copyfile(file, path / file.name)
-        save_params(path, "transformer", params, config.transformer, jnp.dtype(recipe.save_dtype))
+        with whole_or_nothing(path) as part:
+            for name in COPIED:
+                if (source / name).is_dir():
+                    shutil.copytree(source / name, part / name)
+            write_config(part, config)
+            for file in source.glob("*.json"):
+                shutil.copyfile(file, part / file.name)
+            save_params(part, "transformer", params, config.transformer, None)
     return path
 
 
-def _on_host(tree: Tree) -> Tree:
-    """numpy arrays of a tree that may lie on several hosts; all of them call this."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
+def _on_first_host(tree: Tree, dtype: Any = None) -> Tree:
+    """numpy arrays on process 0 of a tree that may lie on several; all of them call this.
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    One leaf after the other, in `dtype` already: no other host needs room for more than one.
+    """
+
+    def fetch(leaf: Any) -> np.ndarray | None:
+        array = gathered(leaf if dtype is None else leaf.astype(dtype))
+        return array if jax.process_index() == 0 else None
+
+    return jax.tree.map(fetch, tree)
