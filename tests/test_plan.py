@@ -52,6 +52,27 @@ def test_a_lora_step_is_counted_and_shared_out():
 
 
 @pytest.mark.slow
+def test_a_step_of_all_weights_is_counted_and_shared_out():
+    options = Options(model="tiny", task="full", mesh="fsdp=8", batch=8, accumulate=1, ema=True)
+    config = read_model(options)
+    placed = compile_plan(options, config, quiet)
+    total = parameter_count(abstract_params(config.transformer))
+    # Float32; biases and norms lie on every device.
+    assert 4 * total / 8 <= placed.weights["transformer"] <= 1.1 * 4 * total / 8
+    # AdamW's two moments and the average lie as the weights do.
+    state = 3 * placed.weights["transformer"]
+    assert state <= placed.optimizer <= state + 64
+    (step,) = placed.programs
+    # Forwards, once more, and backwards to inputs and weights.
+    each = flux_flops(config.transformer, tokens(config), config.max_sequence_length)
+    assert 3.8 * each <= step.structure.matmul_flops <= 4.2 * each
+    # Weights are gathered forwards and backwards; gradients are summed over all devices.
+    moved = step.structure.collective_bytes
+    assert moved["all-gather"] > 1.8 * 2 * total * 7 / 8
+    assert moved["all-reduce"] > 0.9 * 4 * total
+
+
+@pytest.mark.slow
 def test_counts_of_sampling_on_one_device():
     options = Options(model="tiny", steps=3, batch=2, width=64, height=96, dtype="float32")
     config = read_model(options)
