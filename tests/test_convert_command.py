@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import random_checkpoints as make
+import tensorstore
 from ctrl_c import heeding_ctrl_c
 
 from fluxjax.checkpoint import engine, tables
@@ -54,6 +55,24 @@ def test_command_converts_and_refuses_in_one_sentence(tmp_path, vae_file):
     again = command(vae_file, tmp_path / "vae")
     assert again.returncode == 2
     assert again.stderr == f"error: {tmp_path / 'vae'} exists; give --overwrite to replace it\n"
+
+
+def test_a_mesh_is_for_orbax(tmp_path, vae_file):
+    """It needs no devices: the command's own platform is one CPU."""
+    folder = tmp_path / "orbax"
+    done = command(vae_file, folder, "--to", "orbax", "--mesh", "fsdp=4")
+    assert done.returncode == 0, done.stderr
+    kvstore = {
+        "driver": "ocdbt",
+        "base": f"file://{folder}/params/",
+        "path": "decoder.conv_in.kernel/",
+    }
+    stored = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
+    assert stored.shape == (3, 3, 16, 64)
+    assert stored.chunk_layout.read_chunk.shape == (3, 3, 16, 64 // 4)
+    refused = command(vae_file, tmp_path / "bfl", "--to", "bfl", "--mesh", "fsdp=4")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: --mesh lays out an Orbax folder; bfl files have none\n"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin", ".pth"])
@@ -181,14 +200,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     """A file of 1 GB is converted in well under 1 GB, imports and all."""
     source = big_file(tmp_path / "big.safetensors", 3)
     assert source.stat().st_size > 0.9e9
-    for to in ("diffusers", "orbax"):
+    for to in (["diffusers"], ["orbax"], ["orbax", "--mesh", "fsdp=4,tensor=2"]):
         code = (
             # Not ru_maxrss, which a new process takes over from the large one that started it.
             "import re; from fluxjax.convert.__main__ import main; main()\n"
             "peak = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
             "assert peak < 700_000, peak"
         )
-        arguments = [str(source), str(tmp_path / "out"), "--to", to, "--overwrite"]
+        arguments = [str(source), str(tmp_path / "out"), "--overwrite", "--to", *to]
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             capture_output=True,

@@ -1,19 +1,27 @@
 """SOURCE -> anything -> SOURCE gives the same names, dtypes, shapes and bits."""
 
 import json
+import math
 import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import random_checkpoints as make
+import tensorstore
+from jax.sharding import SingleDeviceSharding
 
+from fluxjax.checkpoint import engine, orbax_params
 from fluxjax.checkpoint.component_json import config_json
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
-from fluxjax.checkpoint.source import open_source
+from fluxjax.checkpoint.source import open_source, template_of
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import TINY
 from fluxjax.convert import convert
+from fluxjax.parallel.mesh import make_mesh, parse_mesh
+from fluxjax.parallel.rules import param_shardings
 
 FP8 = ml_dtypes.float8_e4m3fn
 
@@ -182,6 +190,63 @@ def test_one_flipped_bit_in_orbax_is_found(tmp_path, pipeline):
         open_source(folder)
 
 
+def chunks_of(folder):
+    """Path -> the shape in which an array of an Orbax folder is stored."""
+    kvstore = {"driver": "ocdbt", "base": f"file://{folder}/"}
+    store = tensorstore.KvStore.open(kvstore).result()
+    names = [key.decode() for key in store.list().result() if key.endswith(b"/.zarray")]
+    return {
+        tuple(name.removesuffix("/.zarray").split(".")): tuple(json.loads(store[name])["chunks"])
+        for name in names
+    }
+
+
+def test_an_orbax_folder_laid_out_for_a_mesh(tmp_path, pipeline):
+    """Each device's part is stored by itself; any other devices restore the same bits."""
+    folder = run(pipeline, tmp_path / "orbax", "orbax", mesh=parse_mesh("fsdp=4,tensor=2"))
+    mesh = make_mesh("fsdp=4,tensor=2")
+    for name, network in open_source(pipeline).items():
+        template = template_of(network.config, network.tensors)
+        wanted = engine.to_tree(network.tensors, template)
+        shardings = param_shardings(template, mesh)
+        flat, found = engine.flatten(wanted), chunks_of(folder / name / "params")
+        assert found.keys() == flat.keys()
+        for path, sharding in engine.flatten(shardings).items():
+            assert found[path] == sharding.shard_shape(flat[path].shape), path
+        one = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), template)
+        for places in (shardings, one):
+            target = jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, places
+            )
+            restored = ocp.StandardCheckpointer().restore(folder / name / "params", target)
+            make.assert_same_bits(
+                {k: np.asarray(v) for k, v in engine.flatten(restored).items()}, flat
+            )
+    block = "single_transformer_blocks_0"
+    found = chunks_of(folder / "transformer" / "params")
+    assert found[block, "attn", "to_q", "kernel"] == (128 // 4, 128 // 2)
+    assert found[block, "proj_out", "kernel"] == (384 // 8, 128)
+    back = run(folder, tmp_path / "back", "diffusers")
+    make.assert_same_bits(make.read_arrays(back), make.read_arrays(pipeline))
+
+
+def test_large_parts_are_stored_in_several(tmp_path, pipeline, monkeypatch):
+    monkeypatch.setattr(orbax_params, "_CHUNK_BYTES", 4096)
+    (network,) = open_source(pipeline / "text_encoder").values()
+    folder = run(pipeline / "text_encoder", tmp_path / "orbax", "orbax", mesh=parse_mesh("fsdp=2"))
+    template = template_of(network.config, network.tensors)
+    shardings = engine.flatten(param_shardings(template, make_mesh("fsdp=2,data=4")))
+    found, divided = chunks_of(folder / "params"), 0
+    for path, leaf in engine.flatten(template).items():
+        shard, chunk = shardings[path].shard_shape(leaf.shape), found[path]
+        assert not any(np.remainder(shard, chunk)), path
+        assert 2 * math.prod(chunk) <= 4096, path
+        divided += chunk != shard
+    assert divided > 2
+    back = run(folder, tmp_path / "back", "diffusers")
+    make.assert_same_bits(make.read_arrays(back), make.read_arrays(pipeline / "text_encoder"))
+
+
 def test_diffusers_and_transformers_open_what_we_write(tmp_path):
     import torch
     from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -220,7 +285,8 @@ def test_what_diffusers_writes_is_read(tmp_path):
     ).save_pretrained(tmp_path / "clip")
     network = open_source(tmp_path / "clip")["clip"]
     assert [c.num_attention_heads for c in network.config] == [2, 2]
-    back = run(run(tmp_path / "clip", tmp_path / "orbax", "orbax"), tmp_path / "back", "diffusers")
+    folder = run(tmp_path / "clip", tmp_path / "orbax", "orbax", mesh=parse_mesh("fsdp=2"))
+    back = run(folder, tmp_path / "back", "diffusers")
     make.assert_same_bits(make.read_arrays(back), make.read_arrays(tmp_path / "clip"))
     assert not any(CLIPModel.from_pretrained(back, output_loading_info=True)[1].values())
 

@@ -30,10 +30,18 @@ def write_orbax(
     folder: Path,
     params: Mapping[str, Any],
     *,
+    chunks: Mapping[str, Any] | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> None:
-    """Write a tree of `Tensor`s (or arrays) to `folder`, which must not exist, and its manifest."""
+    """Write a tree of `Tensor`s (or arrays) to `folder`, which must not exist, and its manifest.
+
+    `chunks`: a tree like `params` of the shapes in which each leaf is stored, and can be read in
+    part; those of more than `_CHUNK_BYTES` are divided further.
+    """
     import orbax.checkpoint as ocp
+    from orbax.checkpoint._src.arrays.subchunking import choose_chunk_shape
+
+    shapes = {".".join(path): shape for path, shape in engine.flatten(chunks or {}).items()}
 
     class LazyHandler(ocp.type_handlers.NumpyHandler):
         """Reads tensors when their turn comes, and waits until they are written.
@@ -56,6 +64,14 @@ def write_orbax(
                     for i in batch:
                         progress(infos[i].name, values[i].nbytes)
             return []
+
+        async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
+            # Orbax itself stores a numpy array whole, or divided as it sees fit.
+            if shape := shapes.get(tspec["kvstore"]["path"].rstrip("/")):
+                tspec["metadata"]["chunks"] = choose_chunk_shape(
+                    value.shape, shape, value.dtype, _CHUNK_BYTES
+                )
+            await super()._open_and_write(value, tspec, ts_context)
 
     leaves = {path: as_tensor(leaf) for path, leaf in engine.flatten(params).items()}
     args = dict.fromkeys(leaves, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))

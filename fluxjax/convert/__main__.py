@@ -1,4 +1,4 @@
-"""python -m fluxjax.convert SOURCE DESTINATION [--to diffusers|bfl|orbax]"""
+"""python -m fluxjax.convert SOURCE DESTINATION [--to diffusers|bfl|orbax] [--mesh AXIS=N,...]"""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class Arguments:
     """The form to write."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Cast all tensors; keep changes no value (scaled fp8 becomes bfloat16, and fp8 again)."""
+    mesh: str | None = None
+    """With --to orbax: store each device's part by itself, for devices such as fsdp=4,tensor=2."""
     config: Path | None = None
     """config.json of a network whose shapes do not tell everything (heads other than 128)."""
     shard_gb: float = 10.0
@@ -42,11 +44,13 @@ def main() -> int:
 
     from fluxjax.convert import convert
     from fluxjax.convert.progress import byte_progress
+    from fluxjax.parallel.mesh import parse_mesh
 
     if not arguments.shard_gb > 0:
         raise ValueError(f"--shard-gb must be positive, got {arguments.shard_gb}")
     conversion = convert.plan(
         arguments.source, arguments.destination, arguments.to, dtype=arguments.dtype,
+        mesh=None if arguments.mesh is None else parse_mesh(arguments.mesh),
         config_file=arguments.config, shard_bytes=int(arguments.shard_gb * 1e9),
         overwrite=arguments.overwrite,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from fluxjax.checkpoint.source import Network, open_source, with_dtype
 from fluxjax.config import ConfigError, FluxConfig
 from fluxjax.convert.destination import check_destination, whole_or_nothing
 from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
+from fluxjax.parallel.mesh import MeshShape
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 Progress = Callable[[str, int], None]
@@ -77,19 +78,23 @@ def plan(
     target: Target,
     *,
     dtype: Dtype = "keep",
+    mesh: MeshShape | None = None,
     config_file: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> Conversion:
     """Open and check everything; reads headers only.
 
+    `mesh`: the devices whose parts of the weights an Orbax folder stores one by one.
     Raises FileNotFoundError, OSError, or ValueError (ConfigError, engine.MappingError).
     """
+    if mesh is not None and target != "orbax":
+        raise ConfigError(f"--mesh lays out an Orbax folder; {target} files have none")
     check_destination(source, destination, overwrite)
     networks = open_source(source, config_file)
     if dtype != "keep":
         networks = {k: with_dtype(network, _DTYPES[dtype]) for k, network in networks.items()}
-    weights = plan_weights(networks, target)
+    weights = plan_weights(networks, target, mesh)
     single_file = destination.suffix == ".safetensors"
     if single_file and (target != "bfl" or len(networks) > 1):
         raise ConfigError(
@@ -184,7 +189,7 @@ def _write(part: Path, weights: Weights, shard_bytes: int, progress: Progress | 
     path = part / weights.path
     path.parent.mkdir(parents=True, exist_ok=True)
     if weights.kind == "orbax":
-        write_orbax(path, weights.tree, progress=progress)
+        write_orbax(path, weights.tree, chunks=weights.chunks, progress=progress)
     elif weights.kind == "file":
         write_safetensors(path, weights.tensors, weights.metadata, progress=progress)
     else:

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+from jax.sharding import AbstractMesh
+
 from fluxjax.checkpoint import engine, tables
 from fluxjax.checkpoint.component_json import config_json
 from fluxjax.checkpoint.pipeline_folder import weights_stem
 from fluxjax.checkpoint.source import METADATA_KEY, PARAMS, RECORD_FILE, Network, template_of
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.config import AutoencoderConfig, CLIPTextConfig, CLIPVisionConfig, FluxConfig
+from fluxjax.parallel.mesh import AXES, MeshShape
+from fluxjax.parallel.rules import state_shardings
 
 Target = Literal["diffusers", "bfl", "orbax"]
 
@@ -23,7 +28,7 @@ class Weights:
     """One set of weights to write. `path` is relative to the destination.
 
     kind "file": a single safetensors file. "sharded": `path` is the stem of one file or of shards.
-    "orbax": `path` is a folder and `tree` its parameters.
+    "orbax": `path` is a folder and `tree` its parameters, `chunks` the shapes they are stored in.
     """
 
     kind: Literal["file", "sharded", "orbax"]
@@ -31,29 +36,33 @@ class Weights:
     tensors: dict[str, Tensor]
     tree: dict[str, Any]
     metadata: dict[str, str]
+    chunks: dict[str, Any] | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def plan_weights(networks: Mapping[str, Network], target: Target) -> list[Weights]:
+def plan_weights(
+    networks: Mapping[str, Network], target: Target, mesh: MeshShape | None = None
+) -> list[Weights]:
     """One network goes into the destination itself, several into one folder each.
 
     For BFL all are single files: flux1-*.safetensors, ae.safetensors, and with the reference's
-    names, as ComfyUI has them, clip_l.safetensors and t5xxl.safetensors.
+    names, as ComfyUI has them, clip_l.safetensors and t5xxl.safetensors. `mesh` is for Orbax.
     """
     return [
-        _plan(network, target, Path(name if len(networks) > 1 else "."))
+        _plan(network, target, mesh, Path(name if len(networks) > 1 else "."))
         for name, network in networks.items()
     ]
 
 
-def _plan(network: Network, target: Target, folder: Path) -> Weights:
+def _plan(network: Network, target: Target, mesh: MeshShape | None, folder: Path) -> Weights:
     if target == "orbax":
         template = template_of(network.config, network.tensors)
         tree = engine.to_tree(network.tensors, template, place=lambda _, tensor: tensor)
-        return Weights("orbax", folder / PARAMS, network.tensors, tree, {})
+        chunks = _shard_shapes(template, mesh) if mesh is not None else None
+        return Weights("orbax", folder / PARAMS, network.tensors, tree, {}, chunks)
     if target == "diffusers":
         tensors = network.record.restore(network.tensors, "reference", fp8=False)
         path = folder / weights_stem(network.component)
@@ -69,6 +78,15 @@ def _plan(network: Network, target: Target, folder: Path) -> Weights:
         saved["record"] = network.record.to_json()
     metadata = {METADATA_KEY: json.dumps(saved)}
     return Weights("file", Path(single_file_name(network)), tensors, {}, metadata)
+
+
+def _shard_shapes(template: Mapping[str, Any], mesh: MeshShape) -> dict[str, Any]:
+    """The shape of each leaf's part on a device of `mesh`, of which none is needed here."""
+    sizes = (mesh.data or 1, mesh.fsdp, mesh.tensor, mesh.sequence)
+    shardings = state_shardings(template, AbstractMesh(sizes, AXES))  # no rule for logit_scale
+    return jax.tree.map(
+        lambda leaf, sharding: sharding.shard_shape(leaf.shape), template, shardings
+    )
 
 
 def single_file_name(network: Network) -> str:

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fluxjax.models.stacking import GROUPS
@@ -82,7 +82,7 @@ def _matching(path: str) -> tuple[tuple[str, P], ...]:
     )
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P | None:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P | None:
     """A leaf's spec; None if no rule has its path and rank.
 
     An axis that does not divide the leaf's dimension is left out, and so are axes of one device.
@@ -98,7 +98,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P | None:
     return None
 
 
-def _dividing(axes: str | tuple[str, ...] | None, length: int, mesh: Mesh) -> Any:
+def _dividing(axes: str | tuple[str, ...] | None, length: int, mesh: Mesh | AbstractMesh) -> Any:
     """Those of `axes` by which `length` can be divided, one after the other."""
     kept: list[str] = []
     for axis in (axes,) if isinstance(axes, str) else axes or ():
@@ -128,7 +128,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     return shardings
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """NamedShardings of a tree that holds trees of parameters: averages, moments, LoRA.
 
     What no rule is for (counters, factored moments) is held by every device.
