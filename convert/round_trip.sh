@@ -7,6 +7,7 @@ model=${1:-$here/../fluxjax/assets/tiny}
 work=${2:-$(mktemp -d)}
 
 python -m fluxjax.convert "$model" "$work/bfl" --to bfl
-python -m fluxjax.convert "$work/bfl" "$work/orbax" --to orbax
+# Laid out for eight devices, and read here without any of them.
+python -m fluxjax.convert "$work/bfl" "$work/orbax" --to orbax --mesh fsdp=4,tensor=2
 python -m fluxjax.convert "$work/orbax" "$work/diffusers" --to diffusers
 python "$here/tensors.py" "$model" "$work/diffusers"
