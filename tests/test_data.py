@@ -7,11 +7,23 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn_files import ENCODERS, encode_text, number_of, picture_bytes, write_folder
+from drawn_files import (
+    ENCODERS,
+    SIZES,
+    colour,
+    encode_text,
+    encoded,
+    number_of,
+    picture_bytes,
+    write_folder,
+)
+from PIL import Image
 
 from fluxjax.config import ConfigError
+from fluxjax.models.latents import unpack
 from fluxjax.train.data import DataSettings, open_data, precompute
 from fluxjax.train.disk_cache import read_arrays, write_arrays
 from fluxjax.train.encoders import Encoders, folder_encoders
@@ -113,6 +125,61 @@ def test_fingerprint_follows_pictures_captions_sizes_and_encoders(settings, tmp_
     (source / "004.png").write_bytes(picture_bytes(150))
     seen.add(fingerprint())
     assert len(seen) == 6
+
+
+def test_companions_are_found_by_name_and_cut_as_their_pictures(settings, tmp_path):
+    for folder in ("before", "masks"):
+        (tmp_path / folder).mkdir()
+    for number in range(COUNT):
+        before = encoded(Image.new("RGB", (50, 70), colour(number + 100)), "BMP")
+        (tmp_path / f"before/{number:03}.bmp").write_bytes(before)
+        width, height = SIZES[number % len(SIZES)]
+        mask = Image.new("L", (width, height))
+        mask.paste(255, (0, 0, width // 2, height))
+        (tmp_path / f"masks/{number:03}.PNG").write_bytes(encoded(mask))
+    beside = {"references": str(tmp_path / "before"), "masks": str(tmp_path / "masks")}
+    cold = replace(settings, cache=str(tmp_path / "cache"), **beside)
+    data = open_data(cold, ENCODERS, batch=4, seed=0)
+    assert data.fingerprint != open_data(settings, ENCODERS, batch=4, seed=0).fingerprint
+    data.fill()
+    data = open_data(cold, ENCODERS._replace(encode_image=_refuse), batch=4, seed=0)
+    for batch in islice(data.iterate(), COUNT):
+        numbers = _assert_pairs(batch)
+        assert [number_of(row) - 100 for row in batch.reference] == numbers
+        assert batch.reference.shape == batch.latents.shape
+        # Latents of 2 x 2 pixels; the left half counts, up to what scaling blurs at its edge.
+        columns = batch.width // 2
+        for counted in unpack(jnp.asarray(batch.mask), batch.height // 2, columns)[:, 0]:
+            assert counted[:, : columns // 2 - 2].min() > 0.97
+            assert counted[:, columns // 2 + 2 :].max() < 0.03
+
+
+def test_companions_that_do_not_fit_are_named(settings, tmp_path):
+    before = Path(shutil.copytree(settings.source, tmp_path / "before"))
+    lax = replace(settings, max_bad_share=1.0)
+    (before / "000.png").unlink()
+    (before / "001.png").write_text("<html>")
+    shutil.copy(before / "002.png", before / "002.jpg")
+    (before / "003.png").write_bytes(picture_bytes(3, (20, 20)))
+    said = {
+        name: dict(
+            open_data(replace(lax, **{name: str(before)}), ENCODERS, batch=4, seed=0).quarantined
+        )
+        for name in ("references", "masks")
+    }
+    for name, kind in (("references", "reference"), ("masks", "mask")):
+        assert (
+            said[name].pop("000.png")
+            == f"it needs one {kind} of its name in {before}: there is none"
+        )
+        assert said[name].pop("001.png") == f"its {kind}: it is an HTML page, not a picture"
+        assert said[name].pop("002.png").endswith("there are 002.jpg and 002.png")
+    assert said["masks"].pop("003.png") == "its mask has 20 x 20 pixels, and the picture 90 x 30"
+    assert not said["masks"] and not said["references"]
+    with pytest.raises(FileNotFoundError, match="there is no folder of masks"):
+        open_data(replace(lax, masks=str(tmp_path / "none")), ENCODERS, batch=4, seed=0)
+    with pytest.raises(ConfigError, match="the source scenes is no folder"):
+        open_data(replace(lax, source="scenes", masks=str(before)), ENCODERS, batch=4, seed=0)
 
 
 def test_changed_pictures_and_encoders_are_encoded_anew(settings, tmp_path):

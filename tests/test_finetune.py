@@ -20,7 +20,12 @@ from PIL import Image
 from random_checkpoints import random_tree
 
 from fluxjax.checkpoint.lora_file import read_lora
-from fluxjax.checkpoint.pipeline_folder import COMPONENTS, save_params, write_config
+from fluxjax.checkpoint.pipeline_folder import (
+    COMPONENTS,
+    load_params,
+    save_params,
+    write_config,
+)
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.training_state import StateStore
@@ -36,6 +41,8 @@ from fluxjax.config import (
 )
 from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flops import flux_flops
+from fluxjax.models.flux import FluxTransformer
+from fluxjax.models.latents import image_ids, unpack
 from fluxjax.models.lora import LoraConfig
 from fluxjax.sample import programs
 from fluxjax.sample.loading import load_pipeline, tiny_folder
@@ -43,7 +50,8 @@ from fluxjax.train import command, finetune, progress, step
 from fluxjax.train.curve import draw_curve, read_metrics
 from fluxjax.train.data import DataSettings
 from fluxjax.train.encoders import folder_encoders
-from fluxjax.train.objectives import Objective
+from fluxjax.train.flow_matching import Rows, fixed_loss
+from fluxjax.train.objectives import Objective, density_times
 from fluxjax.train.optimizers import OptimizerSettings
 from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.validation import ValidationSettings
@@ -336,7 +344,7 @@ def test_precompute_says_how_far_it_is(recipe, tmp_path, capsys):
 
 
 def test_no_recipe_is_left_untried():
-    tried = {"lora_dev", "tiny_lora", "tiny_full", "full_8_chips"}
+    tried = {"lora_dev", "lora_kontext", "tiny_lora", "tiny_full", "full_8_chips"}
     # The embedded model's recipe has its own test.
     assert {path.stem for path in RECIPES.glob("*.toml")} == tried | {"tiny", "many_hosts"}
 
@@ -386,6 +394,54 @@ def test_two_hosts_train_all_weights_and_leave_one_pipeline(recipe, tmp_path):
     assert not list(tmp_path.glob(".*")), "nothing half-written is left"
     with Image.open(tmp_path / "validation/0000003.png") as grid:
         assert grid.size == (4 * 26 - 2, 32)
+
+
+@pytest.mark.slow
+def test_a_lora_of_an_edit_learns_within_the_mask(recipe, pictures, tmp_path, capsys):
+    """lora_kontext.toml: references beside the pictures, and masks that leave nothing to learn."""
+    black = tmp_path / "black"
+    black.mkdir()
+    for number in range(8):
+        (black / f"{number}.png").write_bytes(encoded(Image.new("L", (32, 32))))
+    more = f"--validation.every 0 --data.references {pictures} --data.masks {black}"
+    _run_recipe("lora_kontext", recipe, tmp_path / "run", capsys, more)
+    (row,) = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert row["loss"] == row["gradient_norm"] == 0
+    with pytest.raises(ConfigError, match="another run, which differs in recipe"):
+        more = f"--objective.unmasked-weight 0.25 {more}"
+        _run_recipe("lora_kontext", recipe, tmp_path / "run", capsys, more)
+
+
+def test_references_follow_the_picture_and_masks_weigh_its_errors(model):
+    config = SMALL.transformer
+    network = FluxTransformer(config, scan_layers=False)
+    params = load_params(model, "transformer", config, stacked=False, dtype=jnp.float32)
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    shapes = (2, 6, 16), (2, 3, 32), (2, 32)
+    latents, text, pooled = (jax.random.normal(next(keys), shape) for shape in shapes)
+    reference = jax.random.normal(next(keys), latents.shape)
+    mask = jax.random.uniform(next(keys), (2, 6, 4))
+    rows = Rows(latents, text, pooled, jnp.arange(2), reference, mask)
+    ids, quantiles, mu = image_ids(4, 6), jnp.array([0.3, 0.8]), jnp.float32(0.5)
+    objective = Objective(unmasked_weight=0.25, guidance=1.0)
+    given = network, objective, {"params": params}
+    loss = fixed_loss(*given, rows, quantiles, jnp.int32(3), ids, mu)
+
+    key = jax.random.fold_in(jax.random.key(3), 2**31 - 1)
+    noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), (6, 16)) for i in range(2)])
+    t = density_times(objective, quantiles, mu)
+    x = (1 - t)[:, None, None] * latents + t[:, None, None] * noise
+    both = jnp.concatenate([ids, image_ids(4, 6, index=1)])
+    drawn = network.apply(
+        {"params": params}, jnp.concatenate([x, reference], 1), text, pooled, t, both,
+        jnp.zeros((3, 3)), jnp.ones(2),
+    )[:, :6]  # fmt: skip
+    # As latents, where a mask is one plane over all channels.
+    error = unpack(jnp.square(drawn - (noise - latents)), 4, 6)
+    weights = 0.25 + 0.75 * unpack(mask, 4, 6)
+    np.testing.assert_allclose(loss, (weights * error).mean(), rtol=1e-5)
+    plain = fixed_loss(*given, rows._replace(mask=None), quantiles, jnp.int32(3), ids, mu)
+    np.testing.assert_allclose(plain, error.mean(), rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -165,7 +165,8 @@ def test_weights_are_those_of_diffusers(weight):
 
 def test_weights_multiply_rows():
     velocity, target = jnp.ones((2, 3, 2)), jnp.zeros((2, 3, 2))
-    assert float(velocity_loss(velocity, target, jnp.array([1.0, 3.0]))) == pytest.approx(2.0)
+    loss = velocity_loss(velocity, target, jnp.array([[[1.0]], [[3.0]]]))
+    assert float(loss) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("parts", [2, 8])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.config import ConfigError
+from fluxjax.train.companions import KINDS, Kind, companion_items, folder_of
 from fluxjax.train.disk_cache import write_whole
 from fluxjax.train.items import Item
 from fluxjax.train.picture_files import BadPicture, bucket, decode, fit, quiet
@@ -31,12 +32,14 @@ _T, _R = TypeVar("_T"), TypeVar("_R")
 
 
 class Entry(NamedTuple):
-    """A good picture: what it is made of, and the size that it is cut to."""
+    """A good picture: what it is made of, and the size that it and its companions are cut to."""
 
     item: Item
     digest: str
     width: int
     height: int
+    reference: Entry | None = None
+    mask: Entry | None = None
 
 
 class Catalogue(NamedTuple):
@@ -71,9 +74,16 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
     Raises ValueError above the share of bad pictures, naming the first of them.
     """
     items = list_items(settings)
-    found = _inspect_all(items, settings, folder, report)
+    found = _inspect_all(items, settings.source, settings, folder, report)
+    beside = {
+        kind: _companions(kind, items, settings, folder, report)
+        for kind in KINDS
+        if folder_of(kind, settings)
+    }
     entries, quarantined = [], []
-    for item, (digest, size, problem) in zip(items, found, strict=True):
+    for i, (item, (digest, size, problem)) in enumerate(zip(items, found, strict=True)):
+        companions = {kind: pairs[i] for kind, pairs in beside.items()}
+        problem = problem or _problem(size, companions)
         if not problem:
             try:
                 width, height = bucket(
@@ -82,7 +92,11 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
                     step=settings.bucket_step,
                     max_aspect=settings.max_aspect,
                 )
-                entries.append(Entry(item, digest, width, height))
+                each = {
+                    kind: Entry(other, found.digest, width, height)
+                    for kind, (other, found) in companions.items()
+                }
+                entries.append(Entry(item, digest, width, height, **each))
                 continue
             except BadPicture as error:
                 problem = str(error)
@@ -104,12 +118,31 @@ class _Found(NamedTuple):
     problem: str
 
 
+def _companions(
+    kind: Kind, items: list[Item], settings: DataSettings, folder: Path, report: Report | None
+) -> list[tuple[Item, _Found]]:
+    others = companion_items(kind, items, settings)
+    found = _inspect_all(others, folder_of(kind, settings), settings, folder, report)
+    return list(zip(others, found, strict=True))
+
+
+def _problem(size: tuple[int, int], companions: Mapping[Kind, tuple[Item, _Found]]) -> str:
+    """Why a good picture cannot be used with its companions."""
+    for kind, (item, found) in companions.items():
+        if found.problem:
+            return found.problem if item.problem else f"its {kind}: {found.problem}"
+        if kind == "mask" and found.size != size:
+            shown = ["{} x {}".format(*one) for one in (found.size, size)]
+            return f"its mask has {shown[0]} pixels, and the picture {shown[1]}"
+    return ""
+
+
 def _inspect_all(
-    items: list[Item], settings: DataSettings, folder: Path, report: Report | None
+    items: list[Item], source: str, settings: DataSettings, folder: Path, report: Report | None
 ) -> list[_Found]:
     import PIL
 
-    where = Path(settings.source).expanduser().absolute()
+    where = Path(source).expanduser().absolute()
     key = f"{where} {settings.max_megapixels} {PIL.__version__}"
     memory = folder / "catalogues" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()}.json"
     known = _read_memory(memory)

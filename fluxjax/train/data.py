@@ -57,6 +57,11 @@ class DataSettings:
     """The pictures' parquet column."""
     default_caption: str | None = None
     """For pictures without a caption; None counts them as bad."""
+    references: str = ""
+    """Training to edit (FLUX.1-Kontext): a folder of pictures, of the source's names, from which
+    the source's are made. Scaled and cut as these are, those of validation pictures too."""
+    masks: str = ""
+    """A folder of grey pictures, of the source's names and sizes: white is learnt, black is not."""
     follow_links: bool = False
     """Read what links point to outside of the source."""
     max_megapixels: float = 80.0
@@ -95,6 +100,8 @@ class DataBatch(NamedTuple):
     index: Int[np.ndarray, "b"]
     width: int
     height: int
+    reference: Float[np.ndarray, "b image c"] | None = None
+    mask: Float[np.ndarray, "b image 4"] | None = None
 
 
 class Data:
@@ -119,10 +126,13 @@ class Data:
         self.batch, self.process_index, self.process_count = batch, process_index, process_count
         self._settings, self._states = settings, states
         self._order = _Order(self.entries, batch, seed)
-        listing = [(e.digest, e.item.caption, e.width, e.height) for e in self.entries]
+        listing = [
+            (e.digest, e.item.caption, e.width, e.height, *(c.digest for c in _companions(e)))
+            for e in self.entries
+        ]
         made_by = (states.encoders.image_hash, states.encoders.text_hash)
         self.fingerprint = hashlib.sha256(json.dumps([made_by, listing]).encode()).hexdigest()
-        """Changes with any picture, caption, size or encoder."""
+        """Changes with any picture, companion, caption, size or encoder."""
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -149,7 +159,13 @@ class Data:
         latents = np.stack([self._states.latents(entry) for entry in chosen])
         text, pooled = self.captions([entry.item.caption for entry in chosen])
         index = np.arange(first, first + rows, dtype=np.int32) + np.int32(step * self.batch)
-        return DataBatch(latents, text, pooled, index, chosen[0].width, chosen[0].height)
+        reference = mask = None
+        if chosen[0].reference is not None:
+            reference = np.stack([self._states.latents(e.reference) for e in chosen])
+        if chosen[0].mask is not None:
+            mask = np.stack([self._states.mask(e, latents.shape[1]) for e in chosen])
+        size = chosen[0].width, chosen[0].height
+        return DataBatch(latents, text, pooled, index, *size, reference, mask)
 
     def iterate(self, start_step: int = 0) -> Iterator[DataBatch]:
         """Endless batches from `start_step` on, read ahead by threads. Close it when done."""
@@ -174,7 +190,8 @@ class Data:
         disk they have in common they meet, on disks of their own each makes everything.
         """
         states, captions = self._states, sorted({e.item.caption for e in self.entries} | {""})
-        paths = {states.latents_path(entry): entry for entry in self.entries}
+        entries = [e for one in self.entries for e in (one, one.reference) if e is not None]
+        paths = {states.latents_path(entry): entry for entry in entries}
         texts = [c for c in self._own_first(captions) if not states.text_path(c).exists()]
         todo = [p for p in self._own_first(sorted(paths)) if not p.exists()]
 
@@ -197,6 +214,10 @@ class Data:
         count, own = self.process_count, self.process_index
         others = [values[(own + i) % count :: count] for i in range(1, count)]
         return [*values[own::count], *(v for share in others for v in reversed(share))]
+
+
+def _companions(entry: Entry) -> list[Entry]:
+    return [other for other in (entry.reference, entry.mask) if other is not None]
 
 
 class _Order:

@@ -179,11 +179,13 @@ def _initial_state(
 def place_rows(batch: DataBatch, mesh: Mesh, config: PipelineConfig) -> tuple[Rows, Array, Array]:
     """A batch of this process's rows as (global rows on the devices, image ids, mu)."""
     where = batch_sharding(mesh)
+    leaves = {name: getattr(batch, name) for name in Rows._fields}
     rows = Rows(
-        *(
-            jax.make_array_from_process_local_data(where, np.asarray(leaf))
-            for leaf in (batch.latents, batch.text, batch.pooled, batch.index)
-        )
+        **{
+            name: jax.make_array_from_process_local_data(where, np.asarray(leaf))
+            for name, leaf in leaves.items()
+            if leaf is not None
+        }
     )
     return rows, *_of_size(batch.width, batch.height, mesh, config)
 
@@ -258,7 +260,8 @@ def train(recipe: FinetuneRecipe, job: Job) -> Path:
 def _flops(recipe: FinetuneRecipe, config: PipelineConfig, rows: Rows) -> float:
     """Of one step without what is computed twice; a LoRA needs no gradient of its base."""
     passes = 2 if recipe.method == "lora" else 3
-    image, text = rows.latents.shape[1], rows.text.shape[1]
+    pictures = (rows.latents, rows.reference)
+    image, text = sum(x.shape[1] for x in pictures if x is not None), rows.text.shape[1]
     return recipe.batch * passes * flux_flops(config.transformer, image, text)
 
 

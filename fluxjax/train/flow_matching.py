@@ -29,12 +29,18 @@ _VALIDATION = 2**31 - 1  # folded into the seed: far from every step
 
 
 class Rows(NamedTuple):
-    """A batch as the step takes it; `index` numbers the samples of the whole run."""
+    """A batch as the step takes it; `index` numbers the samples of the whole run.
+
+    `reference`: latents of the pictures that these are made from. `mask`: what each of a token's
+    2 x 2 latents counts, 0 to 1.
+    """
 
     latents: Float[Array, "b image c"]
     text: Float[Array, "b text d"]
     pooled: Float[Array, "b p"]
     index: Int[Array, "b"]
+    reference: Float[Array, "b image c"] | None = None
+    mask: Float[Array, "b image 4"] | None = None
 
 
 def velocity(
@@ -46,13 +52,33 @@ def velocity(
     ids: Float[Array, "image 3"],
     guidance: float,
 ) -> Float[Array, "b image c"]:
-    """The model's prediction; `guidance` reaches only models that have an embedding for it."""
-    embeds = model.config.guidance_embeds
+    """The model's prediction; `guidance` reaches only models that have an embedding for it.
+
+    A reference follows the picture's tokens, free of noise, with 1 as the first of its ids.
+    Source: FLUX.1 Kontext (Black Forest Labs 2025), section 3.
+    """
+    embeds, tokens = model.config.guidance_embeds, x.shape[1]
+    if rows.reference is not None:
+        x = jnp.concatenate([x, rows.reference.astype(x.dtype)], axis=1)
+        ids = jnp.concatenate([ids, ids.at[:, 0].set(1.0)])
     predicted: Any = model.apply(
         variables, x, rows.text, rows.pooled, t, ids, text_ids(rows.text.shape[1]),
         jnp.full(t.shape, guidance) if embeds else None,
     )  # fmt: skip
-    return predicted
+    return predicted[:, :tokens]
+
+
+def error_weights(
+    objective: Objective, rows: Rows, t: Float[Array, "b"]
+) -> Float[Array, "b #image #c"]:
+    """What each squared error is multiplied with, by its timestep and by its row's mask."""
+    weights = time_weights(objective.weight, t)[:, None, None]
+    if rows.mask is None:
+        return weights
+    floor = objective.unmasked_weight
+    counted = floor + (1.0 - floor) * rows.mask.astype(jnp.float32)
+    # A token's channels are the outer axis, its latents the inner one (`latents.pack`).
+    return weights * jnp.tile(counted, rows.latents.shape[-1] // counted.shape[-1])
 
 
 @partial(jax.jit, static_argnames=("model", "objective"))
@@ -73,7 +99,7 @@ def fixed_loss(
     t = density_times(objective, quantiles, mu)
     x = interpolate(rows.latents, drawn, t)
     predicted = velocity(model, variables, x, rows, t, ids, objective.guidance)
-    return velocity_loss(predicted, drawn - rows.latents, time_weights(objective.weight, t))
+    return velocity_loss(predicted, drawn - rows.latents, error_weights(objective, rows, t))
 
 
 def assemble(model: FluxTransformer, trained: Tree, frozen: dict[str, Tree]) -> Tree:
@@ -110,6 +136,6 @@ def finetune_loss(model: FluxTransformer, objective: Objective):
         heard = rows._replace(text=text, pooled=pooled)
         leaves = variables(assemble(model, trained, frozen))
         predicted = velocity(model, leaves, x, heard, t, ids, objective.guidance)
-        return velocity_loss(predicted, noise - rows.latents, time_weights(objective.weight, t))
+        return velocity_loss(predicted, noise - rows.latents, error_weights(objective, rows, t))
 
     return loss  # fmt: skip

@@ -33,6 +33,8 @@ class Objective:
     """Of the density mode."""
     weight: Weight = "none"
     """Of each row's squared error: none, 1 / t^2 (sigma_sqrt) or 2 / (pi (1 - 2t + 2t^2))."""
+    unmasked_weight: float = 0.0
+    """Of the error where a mask is black; where it is white the weight is 1."""
     guidance: float = 1.0
     """Fed to the guidance embedding; models without one ignore it."""
     caption_dropout: float = 0.1
@@ -41,6 +43,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise ConfigError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
+        if not 0 <= self.unmasked_weight <= 1:
+            raise ConfigError(f"unmasked_weight must be in [0, 1], got {self.unmasked_weight}")
         for name in ("std", "shift"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
@@ -118,13 +122,12 @@ def interpolate(
 def velocity_loss(
     velocity: Float[Array, "b *shape"],
     target: Float[Array, "b *shape"],
-    weights: Float[Array, "b"] | None = None,
+    weights: Float[Array, "b *#shape"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean squared error in float32; the target of flow matching is noise - x_0."""
+    """Mean squared error in float32, each times its weight; the target of flow matching is
+    noise - x_0."""
     error = jnp.square(velocity.astype(jnp.float32) - target.astype(jnp.float32))
-    if weights is None:
-        return error.mean()
-    return (weights * error.reshape(error.shape[0], -1).mean(1)).mean()
+    return (error if weights is None else weights * error).mean()
 
 
 def guided_velocity(

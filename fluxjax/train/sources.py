@@ -64,7 +64,7 @@ def list_items(settings: DataSettings) -> list[Item]:
 def _folder_items(root: Path, settings: DataSettings) -> list[Item]:
     if (root / METADATA).is_file():
         return list(_jsonl_items(root, settings))
-    names = sorted(_walk(root, settings.follow_links))
+    names = sorted(walk(root, settings.follow_links))
     kinds: dict[str, list[str]] = {"pictures": [], ".parquet": [], ".tar": []}
     links = []
     for name in names:
@@ -80,7 +80,7 @@ def _folder_items(root: Path, settings: DataSettings) -> list[Item]:
         raise ConfigError(f"{root} holds {' and '.join(found)}: name a folder of one kind")
     items = [bad_item(name, "it is a link to a folder, see follow_links") for name in links]
     for name in kinds["pictures"]:
-        items.append(_picture_item(root, name, _caption_beside(root, name, settings), settings))
+        items.append(picture_item(root, name, _caption_beside(root, name, settings), settings))
     readers = {".parquet": parquet_items, ".tar": tar_items}
     for kind, reader in readers.items():
         for name in kinds[kind]:
@@ -91,7 +91,7 @@ def _folder_items(root: Path, settings: DataSettings) -> list[Item]:
     return items
 
 
-def _walk(root: Path, follow_links: bool) -> Iterator[str]:
+def walk(root: Path, follow_links: bool) -> Iterator[str]:
     """Names below `root`, hidden ones left out; a link to a folder that is not followed ends in /.
 
     Each real folder is entered once, so that links in a circle end.
@@ -154,7 +154,8 @@ def _caption_beside(root: Path, name: str, settings: DataSettings) -> Caption:
         return Caption("", f"its caption cannot be read ({error.strerror})")
 
 
-def _picture_item(root: Path, name: str, caption: Caption, settings: DataSettings) -> Item:
+def picture_item(root: Path, name: str, caption: Caption, settings: DataSettings) -> Item:
+    """The file `name` below `root`, or why it cannot be used."""
     problem = _file_problem(root, name, settings.follow_links) or caption.problem
     if problem:
         return bad_item(name, problem)
@@ -178,4 +179,4 @@ def _jsonl_items(root: Path, settings: DataSettings) -> Iterator[Item]:
             yield bad_item(where, "it has no file_name")
             continue
         caption = read_caption(row.get(settings.caption_key), settings)
-        yield _picture_item(root, name, caption, settings)
+        yield picture_item(root, name, caption, settings)

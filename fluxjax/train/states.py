@@ -7,14 +7,17 @@ data, a picture's latents and its caption's states are its own.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from fluxjax.models.latents import PATCH, pack
 from fluxjax.train.catalogue import Entry, pixels
 from fluxjax.train.disk_cache import compact, read_arrays, write_arrays
 from fluxjax.train.encoders import Encoders
@@ -60,6 +63,21 @@ class States:
             return {"latents": np.asarray(self.encoders.encode_image(image[None]))[0]}
 
         return self._find(self.latents_path(entry), make, entry.item.name)["latents"]
+
+    def mask(self, entry: Entry, tokens: int) -> Float[np.ndarray, "image 4"]:
+        """How much each latent of the tokens counts: 1 where the mask is white, 0 where black."""
+        mask, size = entry.mask, (entry.width, entry.height)
+        assert mask is not None
+
+        def make() -> dict[str, np.ndarray]:
+            grey = (pixels(mask, self.max_megapixels).mean(-1) + 1) / 2
+            side = math.isqrt(math.prod(size) // tokens) // PATCH  # of a latent, in pixels
+            rows, columns = (length // side for length in grey.shape)
+            each = grey.reshape(rows, side, columns, side).mean((1, 3))
+            return {"mask": np.asarray(pack(jnp.asarray(each)[None, None]))[0]}
+
+        path = self._path("mask", mask.digest, "{}x{}".format(*size), str(tokens), _CROP)
+        return self._find(path, make, mask.item.name)["mask"]
 
     def text(self, captions: list[str]) -> TextStates:
         """States of each caption."""
