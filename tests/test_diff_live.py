@@ -81,8 +81,6 @@ def test_on_a_mesh(folder, shared, monkeypatch):
     for command in (Golden(files=(recording,), mesh="fsdp=3"), Live(mesh="fsdp=3")):
         with pytest.raises(ConfigError, match="does not fit 8 devices"):
             execute(command)
-    with pytest.raises(ConfigError, match="--component pipeline"):
-        execute(Live(mesh="sequence=2"))
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +104,16 @@ def test_planted_fault_is_named(folder, faulty, tmp_path, capsys):
     failed = [row["tensor"] for row in parsed["rows"] if not row["passed"]]
     assert failed == ["norm_out.linear", "norm_out", "proj_out", "output sample"]
     assert (tmp_path / "errors.png").stat().st_size > 10_000
+
+
+def test_fault_is_named_where_tokens_are_split(folder, faulty):
+    """12 text and 30 image tokens on eight devices: both are padded, and every layer is whole."""
+    report = compare_network(folder, "transformer", against=faulty, mesh="sequence=8")
+    names = [row.tensor for row in report.rows]
+    assert "transformer_blocks.0.ff_context" in names
+    assert "single_transformer_blocks.0.attn.norm_q" in names
+    failed = [row.tensor for row in report.rows if not row.passed]
+    assert failed == ["norm_out.linear", "norm_out", "proj_out", "output sample"]
 
 
 def test_fault_shows_in_the_picture(folder, faulty):

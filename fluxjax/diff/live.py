@@ -17,14 +17,14 @@ import numpy as np
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.sharded import read_sharded
 from fluxjax.checkpoint.source import open_component, template_of
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import PipelineConfig
 from fluxjax.diff.layers import Layer, Outputs, captured, common_name, pair_layers, recorded
 from fluxjax.diff.report import Report, compare, relative_l2
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.t5 import T5Encoder
-from fluxjax.parallel.mesh import make_mesh
+from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh
 from fluxjax.parallel.networks import on_mesh
 from fluxjax.parallel.rules import param_shardings
 
@@ -62,7 +62,7 @@ class Comparison:
     """How one network is built, fed and called on both sides.
 
     `inputs(config)`: numpy inputs by name. `theirs(model, tensors)`: PyTorch's outputs by name.
-    `ours(dtype)` builds the linen module; `call(module, arrays)` gives its outputs, same names.
+    `ours(dtype)` builds the linen module; `outputs(returned)` names what its `method` returns.
     """
 
     library: str
@@ -70,7 +70,8 @@ class Comparison:
     inputs: Callable[[PipelineConfig], Arrays]
     theirs: Callable[[Any, dict[str, Any]], dict[str, Any]]
     ours: Callable[..., Any]
-    call: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+    outputs: Callable[[Any], dict[str, jax.Array]]
+    method: Callable[..., Any] | None = None
 
 
 def _transformer_inputs(config: PipelineConfig, rows: int = 6, columns: int = 5) -> Arrays:
@@ -113,13 +114,11 @@ def _vae_theirs(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: value.movedim(1, -1) for name, value in outputs.items()}
 
 
-def _vae_ours(module: Autoencoder, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    posterior = module.encode(arrays["image"])
-    return {
-        "mean": posterior.mean,
-        "logvar": posterior.logvar,
-        "decoded": module.decode(arrays["latents"]),
-    }
+def _vae_ours(
+    module: Autoencoder, image: jax.Array, latents: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    posterior = module.encode(image)
+    return posterior.mean, posterior.logvar, module.decode(latents)
 
 
 def _clip_inputs(config: PipelineConfig) -> Arrays:
@@ -135,14 +134,6 @@ def _clip_inputs(config: PipelineConfig) -> Arrays:
 
 def _clip_theirs(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     output = model(tensors["input_ids"].long())
-    return {
-        "last_hidden_state": output.last_hidden_state,
-        "pooler_output": output.pooler_output,
-    }
-
-
-def _clip_ours(module: CLIPTextModel, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    output = module(arrays["input_ids"])
     return {
         "last_hidden_state": output.last_hidden_state,
         "pooler_output": output.pooler_output,
@@ -165,7 +156,7 @@ COMPARISONS: dict[Network, Comparison] = {
         _transformer_inputs,
         lambda model, x: {"sample": model(**x).sample},
         lambda config, **types: FluxTransformer(config.transformer, **types),
-        lambda module, x: {"sample": module(**x)},
+        lambda sample: {"sample": sample},
     ),
     "vae": Comparison(
         "diffusers",
@@ -173,6 +164,7 @@ COMPARISONS: dict[Network, Comparison] = {
         _vae_inputs,
         _vae_theirs,
         lambda config, **types: Autoencoder(config.vae, **types),
+        lambda returned: dict(zip(("mean", "logvar", "decoded"), returned, strict=True)),
         _vae_ours,
     ),
     "text_encoder": Comparison(
@@ -181,7 +173,10 @@ COMPARISONS: dict[Network, Comparison] = {
         _clip_inputs,
         _clip_theirs,
         lambda config, **types: CLIPTextModel(config.text_encoder, **types),
-        _clip_ours,
+        lambda output: {
+            "last_hidden_state": output.last_hidden_state,
+            "pooler_output": output.pooler_output,
+        },
     ),
     "text_encoder_2": Comparison(
         "transformers",
@@ -189,7 +184,7 @@ COMPARISONS: dict[Network, Comparison] = {
         _t5_inputs,
         lambda model, x: {"last_hidden_state": model(x["input_ids"].long()).last_hidden_state},
         lambda config, **types: T5Encoder(config.text_encoder_2, **types),
-        lambda module, x: {"last_hidden_state": module(**x)},
+        lambda hidden: {"last_hidden_state": hidden},
     ),
 }
 
@@ -223,37 +218,35 @@ def run_ours(
 ) -> dict[str, list[Outputs]]:
     """Every captured layer and the outputs of our network by common name, as float32 arrays.
 
-    On a mesh weights are split as the table of rules has it, and the batch of two where it divides.
+    On a mesh weights are split as the table of rules has it, the batch of two where it divides, and
+    the transformer's tokens over `sequence`; its layers come back whole and in PyTorch's order.
     """
     comparison, config = COMPARISONS[network], read_config(folder)
     types = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
     module = comparison.ours(config, **types)
     part = getattr(config, network)
+    arrays = {k: jnp.asarray(v) for k, v in inputs.items()}
     types, places = {"stacked": False, "dtype": jnp.dtype(dtype)}, None
     if mesh is not None:
         devices = make_mesh(mesh)
-        if devices.shape["sequence"] > 1:
-            raise ConfigError(
-                "layers are compared whole: a mesh that splits tokens over sequence needs "
-                "--component pipeline"
-            )
         loaded = open_component(folder, network, part)
         places = param_shardings(template_of(part, loaded.tensors), devices)
         if not isinstance(module, Autoencoder):
             module = on_mesh(module, devices)
+        elif len(arrays["image"]) % batch_parts(devices) == 0:
+            arrays = jax.device_put(arrays, batch_sharding(devices))
     params = load_params(folder, network, part, shardings=places, **types)
-    arrays = {k: jnp.asarray(v) for k, v in inputs.items()}
 
     @jax.jit
     def run(params: Any, arrays: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], Any]:
-        outputs, state = module.apply(
+        returned, state = module.apply(
             {"params": params},
-            arrays,
-            method=comparison.call,
+            **arrays,
+            method=comparison.method,
             capture_intermediates=True,
             mutable=["intermediates"],
         )
-        return outputs, state["intermediates"]
+        return comparison.outputs(returned), state["intermediates"]
 
     # A GPU would otherwise multiply float32 in TF32.
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):

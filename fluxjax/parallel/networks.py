@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -46,33 +47,53 @@ class ShardedCLIPTextModel(CLIPTextModel):
 
 
 class ShardedTransformer(FluxTransformer):
-    """`sequence`: how attention works where the mesh splits the tokens, see `parallel.sequence`."""
+    """`sequence`: how attention works where the mesh splits the tokens, see `parallel.sequence`.
+
+    Captured intermediates are whole and in the order of tokens on every mesh.
+    """
 
     mesh: Any = None
     sequence: SequenceAttention = "auto"
 
     @nn.nowrap
-    def apply(self, variables: Any, *args: Any, method: Any = None, **options: Any) -> Any:
+    def apply(
+        self,
+        variables: Any,
+        *args: Any,
+        method: Any = None,
+        mutable: Any = False,
+        capture_intermediates: Any = False,
+        **options: Any,
+    ) -> Any:
+        kept = {"mutable": mutable, "capture_intermediates": capture_intermediates}
         if self.mesh.shape[AXIS] == 1 or method not in (None, "__call__", "denoise"):
             with activations_on(self.mesh):
-                return super().apply(variables, *args, method=method, **options)
+                return super().apply(variables, *args, method=method, **kept, **options)
         if method == "denoise":
-            return _denoise(self, variables, *args, **options)
+            return _denoise(self, variables, *args, kept=kept, **options)
+        states: dict[Any, Any] = {}
+
+        def run(method: str, *inputs: Any) -> Any:
+            returned = self.apply(variables, *inputs, method=method, **kept)
+            if mutable is False:
+                return returned
+            states.update(flatten_dict(returned[1]))
+            return returned[0]
 
         def whole(
             hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids,
             guidance=None,
         ):  # fmt: skip
-            return _denoise(
-                self,
-                variables,
+            return run(
+                "denoise",
                 hidden_states,
-                self.apply(variables, encoder_hidden_states, method="embed_text"),
-                self.apply(variables, timestep, pooled_projections, guidance, method="modulations"),
-                self.apply(variables, txt_ids, img_ids, method="rope"),
+                run("embed_text", encoder_hidden_states),
+                run("modulations", timestep, pooled_projections, guidance),
+                run("rope", txt_ids, img_ids),
             )
 
-        return whole(*args, **options)
+        out = whole(*args, **options)
+        return out if mutable is False else (out, unflatten_dict(states))
 
 
 def shard_transformer(
@@ -106,21 +127,25 @@ def _denoise(
     text: Float[Array, "b text d"],
     modulations: Modulations,
     rope: Rope,
-) -> Float[Array, "b image out_channels"]:
-    """`FluxTransformer.denoise` with text and image tokens split over `sequence`."""
+    *,
+    kept: dict[str, Any],
+) -> Any:
+    """`FluxTransformer.denoise` with text and image tokens split over `sequence`.
+
+    `kept`: flax's `mutable` and `capture_intermediates`; with `mutable` the result is (out, state).
+    """
     mesh, heads = model.mesh, model.config.num_attention_heads
     layout = Layout(text.shape[1], hidden_states.shape[1], mesh.shape[AXIS])
     attention = attention_over(layout, heads, model.sequence, model.attention)
     # The partitioner gathers batch and heads around a collective that it did not make itself.
     split = "tensor" if heads % (mesh.shape["tensor"] * layout.devices) == 0 else None
+    apply = partial(FluxTransformer.apply, method="denoise", **kept)
     inner = model.clone(attention=partial(attend_in_parts, mesh, BATCH, split, attention))
 
     def part(variables, image, text, modulations, text_rope, image_rope):
         joint = jax.tree.map(lambda *parts: jnp.concatenate(parts), text_rope, image_rope)
         with activations_on(mesh):
-            return FluxTransformer.apply(
-                inner, variables, image, text, modulations, joint, method="denoise"
-            )
+            return apply(inner, variables, image, text, modulations, joint)
 
     text_rope = Rope(*(_pad(table[: layout.text], layout, 0) for table in rope))
     image_rope = Rope(*(_pad(table[layout.text :], layout, 0) for table in rope))
@@ -140,7 +165,10 @@ def _denoise(
         text_rope,
         image_rope,
     )
-    return out[:, : layout.image]
+    if kept["mutable"] is False:
+        return layout.in_order(out, layout.image)
+    whole = jax.eval_shape(partial(apply, model), variables, hidden_states, text, modulations, rope)
+    return jax.tree.map(lambda x, like: layout.in_order(x, like.shape[1]), out, whole)
 
 
 def _pad(x: Array, layout: Layout, axis: int) -> Array:

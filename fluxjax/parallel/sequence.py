@@ -54,6 +54,19 @@ class Layout(NamedTuple):
             axis=1,
         )
 
+    def in_order(self, x: Array, tokens: int) -> Array:
+        """`x` (b, devices times tokens on each, ...) with its `tokens` alone, as without a mesh.
+
+        `tokens` is `text`, `image` or, of the joint sequence, their sum: text first again.
+        """
+        if tokens != self.text + self.image:
+            return x[:, :tokens]
+        text, _ = self.parts
+        real = self.real()
+        places = np.arange(real.size).reshape(real.shape)
+        order = [places[:, part][real[:, part]] for part in (slice(text), slice(text, None))]
+        return jnp.take(x, np.concatenate(order), axis=1)
+
 
 def attention_over(
     layout: Layout, heads: int, kind: SequenceAttention, implementation: Attention
