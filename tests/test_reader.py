@@ -1,13 +1,17 @@
 """The reader of drawn scenes, and the measurement of prompt following that rests on it."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from fluxjax.config import ConfigError
+from fluxjax.config import TINY, ConfigError
+from fluxjax.models.autoencoder import Posterior, denormalize_latents
+from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings
 from fluxjax.train import evaluate as measure
@@ -141,7 +145,7 @@ class Painter(Pipeline):
     def __init__(self, wrong: int):
         self.defaults = Settings(width=96, height=96, steps=2)
         self.wrong, self.batches, self.seeds, self.settings = wrong, [], [], None
-        self.config, self.dtype = SimpleNamespace(vae=None), np.dtype(np.float32)
+        self.config, self.dtype, self.mesh = TINY, np.dtype(np.float32), None
         self.known = {}
         for held_out in (True, False):
             prompts = draw_prompts(8, seed=5, held_out=held_out, **SIDE)
@@ -151,6 +155,9 @@ class Painter(Pipeline):
     def params(self, component):
         assert component == "vae"
         return {}
+
+    def decode(self, latents):
+        return np.asarray(denormalize_latents(jnp.moveaxis(latents, 1, -1), TINY.vae))
 
     def draw(self, settings, *, prompts, seeds):
         self.settings = settings
@@ -165,7 +172,7 @@ class Painter(Pipeline):
 
 def test_evaluation_counts_by_group_writes_a_sheet_and_prints(tmp_path, capsys, monkeypatch):
     # An autoencoder that gives back what it gets.
-    same = SimpleNamespace(apply=lambda variables, pictures: pictures)
+    same = SimpleNamespace(apply=lambda variables, pictures, method: Posterior(pictures, pictures))
     monkeypatch.setattr(measure, "Autoencoder", lambda *sizes: same)
     pipeline = Painter(wrong=3)
     settings = EvaluateSettings(
@@ -192,6 +199,32 @@ def test_evaluation_counts_by_group_writes_a_sheet_and_prints(tmp_path, capsys, 
         corner = list(BACKGROUNDS.values())[first.background[0]]
         assert np.abs(pixels[12, 12].astype(int) - corner).max() <= 2
     assert (pixels[10 + 196 : 10 + 230] < 100).any(), "no captions"
+
+
+@pytest.mark.slow
+def test_a_mesh_measures_the_same(tmp_path, monkeypatch):
+    """Five prompts, three at once: on eight devices eight at once."""
+    from PIL import Image
+
+    opened = []
+
+    def scanned(model, **options):
+        opened.append(load_pipeline(model, scan_layers=True, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(measure, "load_pipeline", scanned)
+    settings = EvaluateSettings(prompts=5, batch=3, steps=1, json=True, sheet=tmp_path / "one.png")
+    one = measure.evaluate(settings)
+    mesh = {"mesh": "fsdp=4,tensor=2", "sheet": tmp_path / "many.png"}
+    many = measure.evaluate(replace(settings, **mesh))
+    kernel = opened[1].params("transformer")["transformer_blocks"]["ff"]["net_2"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    assert many.counts == one.counts and many.psnr == pytest.approx(one.psnr, rel=1e-5)
+    assert one.rate("reader", "all") == 1
+    sheets = [np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("one", "many")]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 1 and sheets[0].std() > 5
+    with pytest.raises(ConfigError, match="does not fit 8 devices"):
+        measure.evaluate(replace(settings, mesh="fsdp=3"))
 
 
 @pytest.mark.parametrize("options", [{"prompts": 1}, {"batch": 0}, {"seed": -1}])

@@ -12,15 +12,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, UInt8
 
 from fluxjax.config import ConfigError
-from fluxjax.models.autoencoder import Autoencoder
+from fluxjax.models.autoencoder import Autoencoder, normalize_latents
+from fluxjax.parallel.mesh import AXES, pad_rows, replicated
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings, override
@@ -55,7 +59,9 @@ class EvaluateSettings:
     seed: int = 0
     """Of scenes, captions and noise."""
     batch: int = 24
-    """Pictures drawn at once."""
+    """Pictures drawn at once; on a mesh made up to what it splits them by."""
+    mesh: str | None = None
+    """Devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2; the rest is data."""
     sheet: Path | None = None
     """Write a contact sheet of 24 held-out prompts to this PNG."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -164,18 +170,29 @@ def draw_pictures(
 def reconstruct_pictures(
     pipeline: Pipeline, pictures: Float[np.ndarray, "n height width 3"], *, batch: int
 ) -> Float[np.ndarray, "n height width 3"]:
-    """Through the pipeline's autoencoder (posterior mean) and back, rounded to bytes."""
+    """Through the pipeline's autoencoder (posterior mean) and back, rounded to bytes.
+
+    `batch` at a time, on a mesh over all its devices; the way back is `Pipeline.decode`.
+    """
     from fluxjax.sample.pictures import to_bytes
 
-    params = pipeline.params("vae")
-    model = Autoencoder(pipeline.config.vae, pipeline.dtype, pipeline.dtype)
-    run = jax.jit(model.apply)
+    params, mesh, config = pipeline.params("vae"), pipeline.mesh, pipeline.config.vae
+    model: Any = Autoencoder(config, pipeline.dtype, pipeline.dtype)
+    rows, place = batch, None
+    if mesh is not None:
+        rows, place = pipeline.programs.rows("decode", batch), NamedSharding(mesh, P(AXES))
+        params = jax.device_put(params, replicated(mesh))
+
+    @jax.jit
+    def encode(params: Any, pictures: jax.Array) -> jax.Array:
+        mean = model.apply({"params": params}, pictures, method="encode").mean
+        return jnp.moveaxis(normalize_latents(mean, config), -1, 1)
+
     parts = []
     for start in range(0, len(pictures), batch):
         part = pictures[start : start + batch]
-        filled = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        out = np.asarray(run({"params": params}, filled), np.float32)[: len(part)]
-        parts.append(from_bytes(to_bytes(out)))
+        latents = np.asarray(encode(params, jax.device_put(pad_rows(part, rows), place)))
+        parts.append(from_bytes(to_bytes(pipeline.decode(latents[:batch])))[: len(part)])
     return np.concatenate(parts)
 
 
@@ -203,6 +220,8 @@ def evaluate_pipeline(
     }
     texts = [caption.text for group in prompts.values() for caption in group.captions]
     batch = min(settings.batch, len(texts))
+    if pipeline.mesh is not None:
+        batch = pipeline.programs.rows("denoise", batch)
     drawn = draw_pictures(pipeline, texts, chosen, batch=batch, progress=progress)
     cut = sizes["held-out"]
     if settings.sheet is not None:
@@ -277,7 +296,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         raise FileNotFoundError(f"there is no folder {settings.sheet.absolute().parent}")
     if note := enable_cache():
         print(f"note: {note}", file=sys.stderr)
-    pipeline = load_pipeline(settings.model)
+    pipeline = load_pipeline(settings.model, mesh=settings.mesh)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("drawing", total=settings.prompts)
         result = evaluate_pipeline(
