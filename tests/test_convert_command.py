@@ -21,9 +21,9 @@ from fluxjax.checkpoint import engine, tables
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_array
+from fluxjax.checkpoint.whole import whole_or_nothing
 from fluxjax.config import DEV
 from fluxjax.convert import convert
-from fluxjax.convert.destination import whole_or_nothing
 
 COMMAND = [sys.executable, "-m", "fluxjax.convert"]
 

@@ -20,8 +20,9 @@ from fluxjax.checkpoint.pipeline_folder import INDEX, scheduler_of
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
 from fluxjax.checkpoint.source import Network, open_source, with_dtype
+from fluxjax.checkpoint.whole import whole_or_nothing
 from fluxjax.config import ConfigError, FluxConfig
-from fluxjax.convert.destination import check_destination, whole_or_nothing
+from fluxjax.convert.destination import check_destination
 from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
 from fluxjax.parallel.mesh import MeshShape
 

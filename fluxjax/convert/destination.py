@@ -1,11 +1,8 @@
-"""A destination that appears whole or not at all."""
+"""Where a conversion may write, and where it refuses to."""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 _MODEL_FILES = ("model_index.json", "config.json", "*.safetensors", "params/_METADATA")
@@ -30,36 +27,3 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
     is_model = destination.is_dir() and any(any(destination.glob(name)) for name in _MODEL_FILES)
     if not is_model and destination.suffix != ".safetensors":
         raise FileExistsError(f"{destination} is no model, so it is not overwritten; remove it")
-
-
-@contextmanager
-def whole_or_nothing(destination: Path) -> Iterator[Path]:
-    """A path beside the destination to write to; it takes the destination's place at the end.
-
-    On any error, Ctrl-C included, it is removed and what was there before stays.
-    """
-    destination = Path(os.path.abspath(destination))
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    part = destination.with_name(f".{destination.name}.{os.getpid()}.part")
-    old = destination.with_name(f".{destination.name}.{os.getpid()}.old")
-    try:
-        yield part
-        if destination.exists():
-            os.replace(destination, old)
-        try:
-            os.replace(part, destination)
-        except OSError:
-            if old.exists():
-                os.replace(old, destination)
-            raise
-    finally:
-        _remove(part)
-        if destination.exists():
-            _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
