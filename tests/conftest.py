@@ -22,6 +22,20 @@ jax.config.update("jax_default_matmul_precision", "highest")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(scope="module")
+def quick_compiler():
+    """For programs that run a few small steps: compiling them well takes longer than it saves."""
+    from fluxjax.models.compilation import compiler_options
+    from fluxjax.sample import programs
+    from fluxjax.train import step
+
+    options = {**compiler_options(), "xla_backend_optimization_level": "0"}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (step, programs):
+            patch.setattr(module, "compiler_options", lambda: options)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of recorded references that lies beside the checkout."""

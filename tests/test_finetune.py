@@ -39,14 +39,12 @@ from fluxjax.config import (
     PipelineConfig,
     T5Config,
 )
-from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flops import flux_flops
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, unpack
 from fluxjax.models.lora import LoraConfig
-from fluxjax.sample import programs
 from fluxjax.sample.loading import load_pipeline, tiny_folder
-from fluxjax.train import command, finetune, progress, step
+from fluxjax.train import command, finetune, progress
 from fluxjax.train.curve import draw_curve, read_metrics
 from fluxjax.train.data import DataSettings
 from fluxjax.train.encoders import folder_encoders
@@ -57,6 +55,7 @@ from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.validation import ValidationSettings
 
 RECIPES = Path(__file__).parents[1] / "train"
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 # Tokenizers of the embedded model around small networks with random weights.
@@ -78,16 +77,6 @@ SMALL = PipelineConfig(
     ),
     max_sequence_length=16, steps=2, width=32, height=32,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Programs that run a few small steps: compiling them well takes longer than it saves."""
-    options = {**compiler_options(), "xla_backend_optimization_level": "0"}
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (step, programs):
-            patch.setattr(module, "compiler_options", lambda: options)
-        yield
 
 
 @pytest.fixture(scope="module")

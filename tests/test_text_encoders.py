@@ -190,6 +190,7 @@ def test_readout_gives_only_answers_that_exist():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiler")
 def test_stages_write_what_transformers_opens_and_repeat_by_seed(trained, tmp_path):
     folder, config = trained
     report = stages.train_t5(folder, tmp_path / "a", config, SETTINGS)

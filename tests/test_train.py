@@ -195,6 +195,7 @@ def test_recipe_names_what_it_does_not_know(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiler")
 def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch):
     from fluxjax.sample.loading import load_pipeline, tiny_folder
 
