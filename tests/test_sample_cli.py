@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -94,6 +95,44 @@ def test_a_file_of_prompts_with_settings_per_line(sample, tmp_path):
     assert printed[1].startswith("out/a-ring-") and printed[2].startswith("out/picture-")
 
 
+def test_an_edit_repeats_while_its_reference_is_the_same_file(
+    sample,
+    tmp_path,
+    random_pipeline,  # noqa: F811
+    monkeypatch,
+):
+    pipe = fluxjax.load_pipeline(random_pipeline)
+    pipe.defaults = replace(pipe.defaults, width=96, height=96)
+    monkeypatch.setattr("fluxjax.sample.loading.load_pipeline", lambda *_, **__: pipe)
+    few = ("--steps", "3", "--max-sequence-length", "16", "--seed", "5")
+    (tmp_path / "in").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (2, 80, 112, 3), np.uint8)
+    for name, picture in zip(("in/one.png", "in/other.png"), noise, strict=True):
+        Image.fromarray(picture).save(name)
+    lines = [{"prompt": "a ring", "reference": name} for name in ("one.png", "../in/other.png")]
+    (tmp_path / "in" / "edits.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, printed, error = sample("--prompts", "in/edits.jsonl", *few, model=None)
+    assert code == 0 and error.count("has not learnt to edit") == 1
+    one, other = (line.split()[0] for line in printed)
+    assert pixels(one).shape == (80, 112, 3), "the reference's shape, not the model's"
+    assert (pixels(one) != pixels(other)).any()
+    settings = pictures.read_record(Path(one))["settings"]
+    assert settings["reference"] == str(tmp_path / "in" / "one.png")
+
+    code, _, error = sample("--like", one, "--out", "same.png", model=None)
+    assert code == 0, error
+    np.testing.assert_array_equal(pixels("same.png"), pixels(one))
+    assert pictures.read_record(Path("same.png")) == pictures.read_record(Path(one))
+    sample("--like", one, "--reference", "in/other.png", "--out", "new.png", model=None)
+    np.testing.assert_array_equal(pixels("new.png"), pixels(other))
+    Path("in/one.png").write_bytes(Path("in/other.png").read_bytes())
+    code, _, error = sample("--like", one, model=None)
+    assert code == 2 and "in/one.png has changed since it was the reference" in error
+    Path("in/one.png").unlink()
+    code, _, error = sample("--like", one, model=None)
+    assert code == 2 and "there is no reference picture" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -111,6 +150,10 @@ def test_a_file_of_prompts_with_settings_per_line(sample, tmp_path):
         (("--prompts", "bad.jsonl"), "bad.jsonl, line 1: 'colour' is no setting"),
         (("--prompts", "types.jsonl"), "types.jsonl, line 1: steps must be an integer, got 'many'"),
         (("--prompts", "file"), "file, line 1: not JSON"),
+        (("a", "--reference", "missing.png"), "there is no reference picture"),
+        (("a", "--reference", "file"), "file cannot be the reference: it is no picture in a known"),
+        (("a", "--reference", "tiny.png"), "at least 16 pixels on each side, got 8 x 20"),
+        (("--prompts", "reference.jsonl"), "line 1: reference must be a text, got 3"),
         (("--like", "missing.png"), "there is no picture missing.png"),
         (("--like", "plain.png"), "plain.png does not say how it was made"),
         (("--like", "file"), "file is not a picture"),
@@ -120,7 +163,9 @@ def test_impossible_requests_are_one_sentence(sample, arguments, words):
     Path("file").write_text("some text")
     Path("bad.jsonl").write_text('{"prompt": "a", "colour": "red"}')
     Path("types.jsonl").write_text('{"prompt": "a", "steps": "many"}')
+    Path("reference.jsonl").write_text('{"prompt": "a", "reference": 3}')
     Image.new("RGB", (16, 16)).save("plain.png")
+    Image.new("RGB", (8, 20)).save("tiny.png")
     code, lines, error = sample(*arguments)
     assert code == 2 and not lines
     assert words in error and error.startswith("error: ") and len(error.splitlines()) == 1

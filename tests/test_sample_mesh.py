@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from test_parallel import MESHES, relative
 
 import fluxjax
@@ -102,6 +103,24 @@ def test_a_lora_over_split_weights(tmp_path, expected):
     assert relative(many, one) <= 1e-5 and relative(expected["latents"], one) > 1e-2
 
 
+@pytest.mark.slow
+def test_a_reference_on_a_mesh(expected):
+    """Its 35 tokens follow the 20 of the picture: 55, padded over four devices."""
+    conditioning = Conditioning(expected["T5"], expected["CLIP"])
+    row = np.arange(3 * 80 * 112).astype(np.uint8).reshape(80, 112, 3)
+    one, many = (
+        fluxjax.load_pipeline(scan_layers=True, mesh=mesh) for mesh in (None, "sequence=4,data=2")
+    )
+    seen, seen_there = (pipe.encode_reference(Image.fromarray(row)) for pipe in (one, many))
+    assert seen.shape == (1, 16, 10, 14) and relative(seen_there, seen) <= 1e-5
+    latents, latents_there = (
+        pipe.denoise(conditioning, expected["noise"], steps=3, reference=seen)
+        for pipe in (one, many)
+    )
+    assert relative(latents_there, latents) <= 1e-5
+    assert relative(latents, expected["latents"]) > 1e-2
+
+
 def test_batches_are_padded_by_their_last_row():
     tree = (np.arange(6).reshape(3, 2), np.float32(7), None)
     padded = pad_rows(tree, 4)
@@ -135,8 +154,6 @@ def prompts(tmp_path_factory):
 
 
 def equal_to_those_of_one(prompts, folder) -> None:
-    from PIL import Image
-
     alone = prompts.parent / "one"
     names = sorted(path.name for path in alone.iterdir())
     assert len(names) == 3 and names == sorted(path.name for path in folder.iterdir())

@@ -9,7 +9,7 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,8 @@ class Options:
     """Classifier-free guidance above 1; needs --negative-prompt, which may be empty."""
     prompt_2: _Text = None
     """Another prompt for T5; CLIP reads PROMPT."""
+    reference: _Path = None
+    """A picture to edit (FLUX.1 Kontext); the new one takes its shape unless a size is given."""
     width: _Int = None
     """Pixels, a multiple of 16."""
     height: _Int = None
@@ -153,7 +155,7 @@ def draw(options: Options) -> int:
         for values in hosts.from_first(
             lambda: [
                 dataclasses.asdict(settings)
-                for settings in _requests(options, record.get("settings", {}), pipe.defaults)
+                for settings in _requests(options, record.get("settings", {}), pipe)
             ]
         )
     ]
@@ -174,7 +176,7 @@ def _draw_all(
     import jax
 
     from fluxjax.sample.pictures import file_name, grid, save
-    from fluxjax.sample.world import outside
+    from fluxjax.sample.world import EDITS, outside
 
     made = {"fluxjax": __version__, **source}
     first = jax.process_index() == 0
@@ -185,10 +187,11 @@ def _draw_all(
         settings = group[0]
         prompts = [one.prompt for one in group]
         if source["model"] == "tiny":
-            for prompt in dict.fromkeys(prompts):
-                if first and prompt not in told and (note := outside(prompt)):
+            remarks = [outside(prompt) for prompt in prompts] + [EDITS] * bool(settings.reference)
+            for note in dict.fromkeys(filter(None, remarks)):
+                if first and note not in told:
                     _say(note)
-                told.add(prompt)
+                told.add(note)
         with _progress(settings) as progress:
             seeds = [one.seed for one in group]
             pictures = pipe.draw(settings, prompts=prompts, seeds=seeds, progress=progress)
@@ -219,13 +222,17 @@ def _together(requests: list[Settings], size: int) -> Iterator[list[Settings]]:
         yield from (alike[i : i + size] for i in range(0, len(alike), size))
 
 
-def _requests(options: Options, repeated: dict, base: Settings) -> Iterator[Settings]:
+def _requests(options: Options, repeated: dict, pipe: Pipeline) -> Iterator[Settings]:
     """Settings of every picture: the model's, then --like's, the command line's, a line's."""
-    base = override(base, repeated, str(options.like))
-    given = {name: getattr(options, name) for name in FIELDS}
-    base = override(base, given | {"prompt": " ".join(options.prompt) if options.prompt else None})
+    base = override(pipe.defaults, repeated, str(options.like))
+    given = {name: getattr(options, name, None) for name in FIELDS}
+    given["prompt"] = " ".join(options.prompt) if options.prompt else None
+    given["reference"] = None if options.reference is None else _text(options.reference)
+    base = override(base, given)
     for values, where in _lines(options.prompts):
         settings = override(base, values, where)
+        if settings.reference is not None:
+            settings = _sized(settings, (repeated, given, values), pipe)
         if settings.negative_prompt is None and settings.true_cfg > 1:
             raise ConfigError('--true-cfg needs --negative-prompt; an empty one ("") will do')
         if settings.negative_prompt is not None and settings.true_cfg <= 1:
@@ -234,6 +241,17 @@ def _requests(options: Options, repeated: dict, base: Settings) -> Iterator[Sett
             settings = dataclasses.replace(settings, seed=secrets.randbelow(2**32))
         for i in range(options.number):
             yield dataclasses.replace(settings, seed=settings.seed + i)
+
+
+def _sized(settings: Settings, given: Iterable[dict], pipe: Pipeline) -> Settings:
+    """With the hash of the reference, and with its shape where no width or height is given."""
+    from fluxjax.sample.reference import read_reference
+
+    assert settings.reference is not None
+    picture, found = read_reference(settings.reference, settings.reference_sha256)
+    size = dict(zip(("width", "height"), pipe.reference_size(picture), strict=True))
+    free = {name: size[name] for name in size if all(one.get(name) is None for one in given)}
+    return dataclasses.replace(settings, reference_sha256=found, **free)
 
 
 def _lines(path: Path | None) -> Iterator[tuple[dict[str, Any], str]]:
@@ -252,6 +270,8 @@ def _lines(path: Path | None) -> Iterator[tuple[dict[str, Any], str]]:
         values = {"prompt": values} if isinstance(values, str) else values
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: must be a text or an object of settings, got {line[:60]}")
+        if isinstance(values.get("reference"), str):  # beside the file, if its path is relative
+            values["reference"] = _text(path.parent / Path(values["reference"]).expanduser())
         yield values, where
     if not count:
         raise ConfigError(f"{path} has no prompts")

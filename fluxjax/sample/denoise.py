@@ -45,10 +45,13 @@ def denoise(
     levels: Float[Array, "padded"],
     conditioning: Conditioning,
     guidance: Guidance,
-    img_ids: Float[Array, "image 3"],
+    img_ids: Float[Array, "all_image 3"],
+    reference: Float[Array, "n reference d"] | None = None,
 ) -> Float[Array, "n image d"]:
     """Run every step of `levels`, the sigmas from noise to picture; equal neighbours are skipped.
 
+    The tokens of a `reference` (FLUX.1 Kontext) follow those of the picture, as their ids do in
+    `img_ids`; they get no noise and what is predicted for them is left out.
     `params` may come with a LoRA (`fluxjax.models.lora.adapt`).
     The state has the dtype of `latents`. As in diffusers' scheduler, the step is added in float32
     and rounded to that dtype; float32 latents keep a bfloat16 model's run unrounded.
@@ -65,11 +68,15 @@ def denoise(
     modulations = method("step_modulations", levels[:-1], conditioning.pooled, embedded)
 
     def velocity(x, modulation):
-        x = x.astype(model.dtype)
+        x, tokens = x.astype(model.dtype), x.shape[1]
+        if reference is not None:
+            x = jnp.concatenate([x, reference.astype(model.dtype)], axis=1)
+        if negative is not None:
+            x = jnp.concatenate([x, x])
+        v = method("denoise", x, text, modulation, rope)[:, :tokens].astype(jnp.float32)
         if negative is None:
-            return method("denoise", x, text, modulation, rope).astype(jnp.float32)
-        both = method("denoise", jnp.concatenate([x, x]), text, modulation, rope)
-        positive, negated = jnp.split(both.astype(jnp.float32), 2)
+            return v
+        positive, negated = jnp.split(v, 2)
         return negated + guidance.true_cfg * (positive - negated)
 
     def step(x, inputs):

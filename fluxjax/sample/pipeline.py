@@ -6,7 +6,9 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,11 +24,13 @@ from fluxjax.models import latents as layout
 from fluxjax.models.autoencoder import denormalize_latents
 from fluxjax.parallel.mesh import AXES, gathered, make_mesh, pad_rows, replicated
 from fluxjax.parallel.sequence import SequenceAttention
+from fluxjax.picture_files import upright_rgb
 from fluxjax.sample import denoise as sampler
 from fluxjax.sample import noise, schedule
 from fluxjax.sample.denoise import Guidance, wait
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.programs import COMPONENTS, Name, Programs
+from fluxjax.sample.reference import pixels, preferred_size, read_reference
 from fluxjax.sample.settings import Rounding, Settings, defaults, override
 from fluxjax.shapes import Params
 from fluxjax.text.conditioning import Conditioning, PromptIds, tokenize
@@ -79,20 +83,32 @@ class Pipeline:
         *,
         seed: int | Sequence[int] = 0,
         number: int = 1,
+        reference: Image | str | Path | None = None,
         progress: Callable[[int], None] | None = None,
         **settings: Any,
     ) -> list[Image]:
         """Draw pictures; the other arguments are those of `Settings`, by default the model's own.
 
+        `reference` (FLUX.1 Kontext) is a picture to edit; without a width or height the new ones
+        take its shape, see `reference_size`.
         `number` pictures per prompt, in the prompts' order. One seed draws the noise of all of
         them at once, as diffusers does with one generator; a sequence gives each its own seed.
         """
         from PIL.Image import fromarray
 
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        first = seed if isinstance(seed, int) else 0
-        chosen = override(self.defaults, {"seed": first, **settings})
-        pictures = self.draw(chosen, prompts=prompts, seeds=seed, number=number, progress=progress)
+        first, chosen = seed if isinstance(seed, int) else 0, self.defaults
+        if isinstance(reference, str | Path):
+            reference, _ = read_reference(reference)
+        if reference is not None:
+            reference = upright_rgb(reference)
+            width, height = self.reference_size(reference)
+            chosen = replace(chosen, width=width, height=height)
+        chosen = override(chosen, {"seed": first, **settings})
+        pictures = self.draw(
+            chosen, prompts=prompts, seeds=seed, number=number, reference=reference,
+            progress=progress,
+        )  # fmt: skip
         return [fromarray(picture) for picture in pictures]
 
     def draw(
@@ -102,15 +118,19 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         seeds: int | Sequence[int] | None = None,
         number: int = 1,
+        reference: Image | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> UInt8[np.ndarray, "n height width 3"]:
-        """Pictures of `settings` as bytes; `prompts` and `seeds` stand in for those in it."""
+        """Pictures of `settings` as bytes; what else is given stands in for what is in it."""
         prompts = [settings.prompt] if prompts is None else prompts
         count = len(prompts) * number
         if count < 1:
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
         start = self.draw_noise(settings, settings.seed if seeds is None else seeds, count)
-        self.prepare(settings, count)
+        if reference is None and settings.reference is not None:
+            reference, _ = read_reference(settings.reference, settings.reference_sha256)
+        seen = None if reference is None else self.reference_size(reference)
+        self.prepare(settings, count, seen)
         for component in itertools.chain(*COMPONENTS.values()):
             self.params(component)  # while the programs compile
         encode = partial(self.encode_prompt, max_sequence_length=settings.max_sequence_length)
@@ -129,6 +149,7 @@ class Pipeline:
             guidance=settings.guidance,
             negative=negative,
             true_cfg=settings.true_cfg,
+            reference=None if reference is None else self.encode_reference(reference),
             rounding=settings.rounding,
             progress=progress,
         )
@@ -152,6 +173,20 @@ class Pipeline:
         self.notes += notes
         return self._run("encode", ids, len(prompts), phase="encoding")
 
+    def reference_size(self, picture: Image) -> tuple[int, int]:
+        """(width, height) at which a reference is seen, about as large as the model's pictures."""
+        return preferred_size(
+            picture.width,
+            picture.height,
+            area=self.defaults.width * self.defaults.height,
+            unit=layout.PATCH * self.config.vae.scale,
+        )
+
+    def encode_reference(self, picture: Image) -> Float[np.ndarray, "1 c h w"]:
+        """Latents of an RGB picture to edit, for `denoise`."""
+        image = pixels(picture, *self.reference_size(picture))
+        return self._run("reference", image, 1, phase="encoding")
+
     def draw_noise(
         self, settings: Settings, seeds: int | Sequence[int], pictures: int = 1
     ) -> Float[np.ndarray, "n c h w"]:
@@ -170,13 +205,15 @@ class Pipeline:
         guidance: float | None = None,
         negative: Conditioning | None = None,
         true_cfg: float = 1.0,
+        reference: Float[AnyArray, "_ c _ _"] | None = None,
         rounding: Rounding = "diffusers",
         progress: Callable[[int], None] | None = None,
     ) -> Float[AnyArray, "n c h w"]:
         """Latents from noise (see `draw_noise`), still normalised as the transformer sees them.
 
         `steps`: their number, or sigmas before the shift. `guidance` is ignored by models without
-        a guidance embedding. `progress(steps done)` cuts the run in parts.
+        a guidance embedding. `reference`: latents of one picture to edit, or of one for each.
+        `progress(steps done)` cuts the run in parts.
         """
         pictures, _, rows, columns = noise.shape
         tokens = rows * columns // layout.PATCH**2
@@ -189,7 +226,9 @@ class Pipeline:
         if not self.config.transformer.guidance_embeds:
             embedded = None
         guides = Guidance(embedded, negative, np.float32(true_cfg))
-        inputs = (conditioning, guides)
+        if reference is not None:
+            reference = np.broadcast_to(reference, (pictures, *reference.shape[1:]))
+        inputs = (conditioning, guides, reference)
         if self.mesh is not None:
             noise, *inputs = pad_rows((noise, *inputs), self.programs.rows("denoise", pictures))
         program = self._program("denoise", noise, padded, *inputs, rounding=rounding)
@@ -252,8 +291,13 @@ class Pipeline:
                 self._params[component] = self._load_params(component)
         return self._params[component]
 
-    def prepare(self, settings: Settings, pictures: int = 1) -> None:
-        """Start to compile, in the background, every program that `draw` will need."""
+    def prepare(
+        self, settings: Settings, pictures: int = 1, reference: tuple[int, int] | None = None
+    ) -> None:
+        """Start to compile, in the background, every program that `draw` will need.
+
+        `reference`: the (width, height) at which one is seen.
+        """
         rows, columns = layout.latent_size(settings.width, settings.height, self.config.vae)
         text, config = settings.max_sequence_length, self.config
         state = jnp.float32 if settings.rounding == "none" else self.dtype
@@ -271,12 +315,19 @@ class Pipeline:
         )
         levels = spec((schedule.bucket(settings.steps) + 1,), jnp.float32)
         start = self.programs.start
+        seen = None
+        if reference is not None:
+            size = layout.latent_size(*reference, config.vae)
+            seen = spec((pictures, config.vae.latent_channels, *size), self.dtype)
         # The longest to compile first, then in the order of need.
-        start("denoise", latents, levels, conditioning, guides, rounding=settings.rounding)
+        start("denoise", latents, levels, conditioning, guides, seen, rounding=settings.rounding)
         prompts = self.programs.rows("encode", 1)
         clip = spec((prompts, config.text_encoder.max_position_embeddings), jnp.int32)
         t5 = spec((prompts, text), jnp.int32)
         start("encode", PromptIds(clip, t5, t5))
+        if reference is not None:
+            rows = self.programs.rows("reference", 1)
+            start("reference", spec((rows, *reference[::-1], 3), jnp.float32))
         if not self._tiled(latents):
             start("decode", spec((self.programs.rows("decode", drawn), *latents.shape[1:]), state))
 

@@ -1,4 +1,4 @@
-"""The three compiled programs of a pipeline, and compiling them in the background."""
+"""The compiled programs of a pipeline, and compiling them in the background."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fluxjax.checkpoint.pipeline_folder import Component
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import PipelineConfig
 from fluxjax.models import latents as layout
-from fluxjax.models.autoencoder import Autoencoder, denormalize_latents
+from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flux import FluxTransformer
@@ -34,12 +34,14 @@ from fluxjax.sample.settings import Rounding
 from fluxjax.shapes import Params
 from fluxjax.text.conditioning import encode_prompts
 
-Name = Literal["encode", "denoise", "decode"]
+Name = Literal["encode", "reference", "denoise", "decode"]
 COMPONENTS: dict[Name, tuple[Component, ...]] = {
     "encode": ("text_encoder", "text_encoder_2"),
+    "reference": ("vae",),
     "denoise": ("transformer",),
     "decode": ("vae",),
 }
+_OF_PICTURES = ("reference", "decode")
 
 
 @partial(jax.jit, static_argnames="model")
@@ -50,12 +52,16 @@ def denoise_pictures(
     levels: Float[Array, "padded"],
     conditioning: Conditioning,
     guidance: Guidance,
+    reference: Float[Array, "n c rows columns"] | None = None,
 ) -> Float[Array, "n c h w"]:
-    """`denoise` from unpacked latents to unpacked latents."""
+    """`denoise` from unpacked latents to unpacked latents; `reference` may have another size."""
     rows, columns = latents.shape[2:]
     ids = layout.image_ids(rows, columns)
     tokens = layout.pack(latents)
-    tokens = sampler.denoise(model, params, tokens, levels, conditioning, guidance, ids)
+    if reference is not None:
+        ids = jnp.concatenate([ids, layout.image_ids(*reference.shape[2:], index=1)])
+        reference = layout.pack(reference)
+    tokens = sampler.denoise(model, params, tokens, levels, conditioning, guidance, ids, reference)
     return layout.unpack(tokens, rows, columns)
 
 
@@ -67,6 +73,15 @@ def decode_latents(
     x = denormalize_latents(rearrange(latents, "n c h w -> n h w c"), model.config)
     picture: Any = model.apply({"params": params}, x.astype(model.dtype), method="decode")
     return picture
+
+
+@partial(jax.jit, static_argnames="model")
+def encode_pictures(
+    model: Autoencoder, params: Params, pictures: Float[Array, "n height width 3"]
+) -> Float[Array, "n c h w"]:
+    """Of pictures in [-1, 1] the posterior mean, normalised as the transformer sees it."""
+    posterior: Any = model.apply({"params": params}, pictures, method="encode")
+    return rearrange(normalize_latents(posterior.mean, model.config), "n h w c -> n c h w")
 
 
 class Programs:
@@ -108,7 +123,7 @@ class Programs:
         """The batch that `name` runs for so many pictures or prompts: up to what can be split."""
         if self.mesh is None:
             return rows
-        parts = self.mesh.size if name == "decode" else batch_parts(self.mesh)
+        parts = self.mesh.size if name in _OF_PICTURES else batch_parts(self.mesh)
         return -(-rows // parts) * parts
 
     def modules(self, name: Name, rounding: Rounding = "diffusers") -> tuple[Any, ...]:
@@ -116,7 +131,7 @@ class Programs:
         config = self.config
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
         stacked = {**types, "scan_layers": self.scan_layers}
-        if name == "decode":
+        if name in _OF_PICTURES:
             return (Autoencoder(config.vae, **types),)
         if name == "encode":
             clip = CLIPTextModel(config.text_encoder, **stacked)
@@ -133,6 +148,7 @@ class Programs:
     def _compile(self, name: Name, rounding: Rounding, specs: tuple) -> Any:
         functions: dict[Name, Any] = {
             "encode": encode_prompts,
+            "reference": encode_pictures,
             "denoise": denoise_pictures,
             "decode": decode_latents,
         }
@@ -174,7 +190,7 @@ def _placed(compiled: Any, specs: tuple, *arguments: Any) -> Any:
 def _split(function: Any, name: Name, modules: int, specs: tuple, mesh: Mesh) -> tuple[Any, tuple]:
     """`function`, jitted for `mesh`, and `specs` with shardings: batches split, the rest whole."""
     whole = replicated(mesh)
-    batch = NamedSharding(mesh, P(AXES if name == "decode" else BATCH))
+    batch = NamedSharding(mesh, P(AXES if name in _OF_PICTURES else BATCH))
 
     def spec(leaf: Any) -> Any:
         sharding = batch if leaf.ndim > 1 else whole
@@ -182,13 +198,13 @@ def _split(function: Any, name: Name, modules: int, specs: tuple, mesh: Mesh) ->
 
     # Unwrapped: a trace made for one mesh must serve no other.
     body = whole_batch = function.__wrapped__
-    if name == "decode":
+    if name in _OF_PICTURES:
 
-        def body(model, params, latents):
+        def body(model, params, inputs):
             # Gathered once: the pictures are large, the network is small.
             params = jax.lax.with_sharding_constraint(params, whole)
             with attention_on(mesh, AXES, None):
-                return whole_batch(model, params, latents)
+                return whole_batch(model, params, inputs)
 
     jitted = jax.jit(body, static_argnums=tuple(range(modules)), out_shardings=batch)
     return jitted, jax.tree.map(spec, specs)

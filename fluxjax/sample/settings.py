@@ -25,7 +25,8 @@ class Settings:
     `guidance` feeds the guidance embedding of distilled models. True classifier-free guidance is on
     with a `negative_prompt` and `true_cfg` above 1. `rounding` names the reference whose rounding
     is followed: of timesteps in bfloat16, of the state between steps, and of the pixels (diffusers
-    rounds them, bfl truncates); "none" avoids rounding wherever it can.
+    rounds them, bfl truncates); "none" avoids rounding wherever it can. `reference` is the file of
+    a picture to edit; with `reference_sha256` it must still be the file with that hash.
     """
 
     prompt: str = ""
@@ -40,6 +41,8 @@ class Settings:
     noise: Noise = "torch"
     rounding: Rounding = "diffusers"
     max_sequence_length: int = 512
+    reference: str | None = None
+    reference_sha256: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("guidance", "true_cfg"):
@@ -67,6 +70,7 @@ _KINDS = {
     **dict.fromkeys(("steps", "width", "height", "seed", "max_sequence_length"), "an integer"),
     **dict.fromkeys(("guidance", "true_cfg"), "a number"),
     **dict.fromkeys(("prompt", "prompt_2", "negative_prompt"), "a text"),
+    **dict.fromkeys(("reference", "reference_sha256"), "a text"),
     "noise": " or ".join(get_args(Noise)),
     "rounding": " or ".join(get_args(Rounding)),
 }
@@ -96,6 +100,8 @@ def defaults(config: PipelineConfig) -> Settings:
 def override(settings: Settings, values: Mapping[str, Any], where: str = "") -> Settings:
     """`settings` with some of them replaced; values that are None are left aside.
 
+    A new reference makes the hash of the old one void.
+
     Raises ConfigError, beginning with `where`, for a name that is no setting.
     """
     prefix = f"{where}: " if where else ""
@@ -106,6 +112,8 @@ def override(settings: Settings, values: Mapping[str, Any], where: str = "") -> 
         )
     try:
         given = {name: _typed(name, value) for name, value in values.items() if value is not None}
+        if "reference" in given:
+            given.setdefault("reference_sha256", None)
         return dataclasses.replace(settings, **given)
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from None

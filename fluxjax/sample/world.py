@@ -10,6 +10,7 @@ from pathlib import Path
 from fluxjax.sample.loading import tiny_folder
 
 FILE = "world.json"
+EDITS = "the embedded model has not learnt to edit: a reference only disturbs what it draws"
 
 
 def words_of(text: str) -> set[str]:

@@ -1,0 +1,76 @@
+"""The picture that FLUX.1 Kontext edits: read, sized and made pixels as diffusers does.
+
+Source: diffusers `FluxKontextPipeline`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from fluxjax.config import ConfigError
+from fluxjax.picture_files import BadPicture, decode, quiet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+# Width and height of the pictures that Kontext was trained on, and their area, more or less.
+PREFERRED = (
+    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184),
+    (944, 1104), (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752),
+    (1456, 720), (1504, 688), (1568, 672),
+)  # fmt: skip
+AREA = 1024**2
+MEGAPIXELS = 200.0  # more is refused before it is decoded
+
+
+def read_reference(path: str | Path, sha256: str | None = None) -> tuple[Picture, str]:
+    """The picture in a file, upright sRGB, and the file's hash.
+
+    Raises FileNotFoundError, or ConfigError for what is no picture or, if `sha256` is given,
+    another file than that.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no reference picture {path}")
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 not in (None, found):
+        raise ConfigError(
+            f"{path} has changed since it was the reference: its SHA-256 is {found}, not {sha256}"
+        )
+    try:
+        with quiet():
+            return decode(data, MEGAPIXELS), found
+    except BadPicture as error:
+        raise ConfigError(f"{path} cannot be the reference: {error}") from None
+
+
+def preferred_size(width: int, height: int, *, area: int, unit: int) -> tuple[int, int]:
+    """The (width, height) of PREFERRED that is nearest in aspect.
+
+    For a model whose pictures have another `area` it is scaled, in multiples of `unit` pixels.
+    Raises ConfigError for a picture smaller than `unit`.
+    """
+    if min(width, height) < unit:
+        raise ConfigError(
+            f"a reference has at least {unit} pixels on each side, got {width} x {height}"
+        )
+    aspect = (width // unit * unit) / (height // unit * unit)
+    _, *sides = min((abs(aspect - w / h), w, h) for w, h in PREFERRED)
+    scale = math.sqrt(area / AREA) / unit
+    width, height = (max(1, round(side * scale)) * unit for side in sides)
+    return width, height
+
+
+def pixels(picture: Picture, width: int, height: int) -> Float[np.ndarray, "1 height width 3"]:
+    """Stretched to the size; values in [-1, 1]."""
+    from PIL import Image
+
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return 2 * (np.asarray(resized, np.float32)[None] / 255) - 1
