@@ -72,10 +72,17 @@ def make_mesh(shape: MeshShape | str, devices: Sequence[jax.Device] | None = Non
         many = f"{len(devices)} device" + "s" * (len(devices) > 1)
         raise ConfigError(
             f"the mesh {shape} does not fit {many}: fsdp x tensor x sequence is {rest}, "
-            f"which {wish} {len(devices)}"
+            f"which {wish} {len(devices)}{_simulate(rest * max(data, 1))}"
         )
     sizes = (data, shape.fsdp, shape.tensor, shape.sequence)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _simulate(count: int) -> str:
+    """What gives a CPU so many devices."""
+    if jax.default_backend() != "cpu":
+        return ""
+    return f" (XLA_FLAGS=--xla_force_host_platform_device_count={count} simulates {count} on a CPU)"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
