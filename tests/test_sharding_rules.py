@@ -127,7 +127,7 @@ def test_meshes_are_read_and_made():
     ("text", "words"),
     [
         ("fsdp=3", "does not fit 8 devices.*3, which must divide 8"),
-        ("data=2,fsdp=2", "does not fit 8 devices.*2, which data must make up to 8.* simulates 4 on"),
+        ("data=2,fsdp=2", "does not fit 8 devices.*2, which data must make up to 8.*simulates 4"),
         ("model=2", "axis=number.*got 'model=2'"),
         ("fsdp", "such as fsdp=4,tensor=2"),
         ("fsdp=two", "got 'fsdp=two'"),
