@@ -99,7 +99,7 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         first, chosen = seed if isinstance(seed, int) else 0, self.defaults
         if isinstance(reference, str | Path):
-            reference, _ = read_reference(reference)
+            reference, _ = read_reference(reference, settings.get("reference_sha256"))
         if reference is not None:
             reference = upright_rgb(reference)
             width, height = self.reference_size(reference)
