@@ -14,6 +14,10 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
+    ".heic", ".heif", ".jxl",
+)  # fmt: skip
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
 

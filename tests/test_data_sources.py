@@ -16,9 +16,10 @@ from drawn_files import ENCODERS, colour, encoded, picture_bytes, write_folder
 from PIL import Image, ImageCms
 
 from fluxjax.config import ConfigError
+from fluxjax.picture_files import BadPicture, decode
+from fluxjax.train.buckets import bucket, fit
 from fluxjax.train.catalogue import pixels, read_catalogue
 from fluxjax.train.data import DataSettings, open_data
-from fluxjax.train.picture_files import BadPicture, bucket, decode, fit
 
 GOOD = 6
 

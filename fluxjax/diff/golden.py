@@ -180,7 +180,7 @@ def _flux(
     batch, length = latents.shape[:2]
     schedule = np.asarray(recorded["schedule"], np.float32)
     guidance = jnp.full((batch,), recorded["guidance"], jnp.float32)
-    if sequence is None and channels is None and not txt_ids.any():
+    if channels is None and not txt_ids.any():
         latents = denoise(
             model,
             params,
@@ -189,6 +189,7 @@ def _flux(
             Conditioning(text, pooled),
             Guidance(guidance if config.guidance_embeds else None),
             img_ids,
+            None if sequence is None else jnp.asarray(sequence),
         )
     else:  # with a condition: the plain Euler loop of BFL's `sampling.denoise`
         for level, following in itertools.pairwise(schedule):

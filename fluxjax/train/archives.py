@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxjax.config import ConfigError
+from fluxjax.picture_files import EXTENSIONS, BadPicture
 from fluxjax.train.items import (
     MAX_BYTES,
     MAX_CAPTION_BYTES,
@@ -21,7 +22,6 @@ from fluxjax.train.items import (
     read_caption,
     shown,
 )
-from fluxjax.train.picture_files import EXTENSIONS, BadPicture
 
 if TYPE_CHECKING:
     from fluxjax.train.data import DataSettings

@@ -17,10 +17,11 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.config import ConfigError
+from fluxjax.picture_files import BadPicture, decode, quiet
+from fluxjax.train.buckets import bucket, fit
 from fluxjax.train.companions import KINDS, Kind, companion_items, folder_of
 from fluxjax.train.disk_cache import write_whole
 from fluxjax.train.items import Item
-from fluxjax.train.picture_files import BadPicture, bucket, decode, fit, quiet
 from fluxjax.train.sources import list_items
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fluxjax.config import ConfigError
+from fluxjax.picture_files import EXTENSIONS
 from fluxjax.train.items import Caption, Item, bad_item
-from fluxjax.train.picture_files import EXTENSIONS
 from fluxjax.train.sources import picture_item, walk
 
 if TYPE_CHECKING:

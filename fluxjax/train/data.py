@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from fluxjax.config import ConfigError
+from fluxjax.picture_files import quiet
 from fluxjax.train.catalogue import (
     Catalogue,
     Entry,
@@ -29,7 +30,6 @@ from fluxjax.train.catalogue import (
 )
 from fluxjax.train.disk_cache import data_folder
 from fluxjax.train.encoders import Dtype, Encoders, folder_encoders
-from fluxjax.train.picture_files import quiet
 from fluxjax.train.states import States, TextStates
 
 _ENDLESS = 2**31

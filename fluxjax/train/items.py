@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fluxjax.train.picture_files import BadPicture
+from fluxjax.picture_files import BadPicture
 
 if TYPE_CHECKING:
     from fluxjax.train.data import DataSettings

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from fluxjax.config import ConfigError
+from fluxjax.train.buckets import bucket
 from fluxjax.train.items import Item
-from fluxjax.train.picture_files import bucket
 from fluxjax.train.scenes import Scene, captions, render, sample_scenes
 from fluxjax.train.text_encoders import vary
 

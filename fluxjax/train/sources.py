@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxjax.config import ConfigError
+from fluxjax.picture_files import EXTENSIONS
 from fluxjax.train.archives import parquet_items, tar_items
 from fluxjax.train.items import (
     MAX_BYTES,
@@ -27,7 +28,6 @@ from fluxjax.train.items import (
     read_caption,
     shown,
 )
-from fluxjax.train.picture_files import EXTENSIONS
 
 if TYPE_CHECKING:
     from fluxjax.train.data import DataSettings

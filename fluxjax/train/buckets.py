@@ -1,4 +1,4 @@
-"""Picture files for training: which names they have, and what size they are fitted to."""
+"""The sizes that pictures of any size are trained at, and how they are cut to them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from fluxjax.picture_files import BadPicture, decode, quiet
+from fluxjax.picture_files import BadPicture
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
-
-__all__ = ["EXTENSIONS", "BadPicture", "bucket", "decode", "fit", "quiet"]
-
-EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
-    ".heic", ".heif", ".jxl",
-)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=65536)
