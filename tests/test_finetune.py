@@ -392,10 +392,19 @@ def test_a_lora_of_an_edit_learns_within_the_mask(recipe, pictures, tmp_path, ca
     black.mkdir()
     for number in range(8):
         (black / f"{number}.png").write_bytes(encoded(Image.new("L", (32, 32))))
-    more = f"--validation.every 0 --data.references {pictures} --data.masks {black}"
+    more = (
+        f"--data.references {pictures} --data.masks {black} --validation.every 1 "
+        "--validation.batches 0 --validation.width 24 --validation.height 32 --validation.steps 1 "
+        "--validation.seeds 3 --validation.prompts star star "
+        f"--validation.references {pictures / '0.png'} {pictures / '1.png'}"
+    )
     _run_recipe("lora_kontext", recipe, tmp_path / "run", capsys, more)
     (row,) = read_metrics(tmp_path / "run/metrics.jsonl")
     assert row["loss"] == row["gradient_norm"] == 0
+    with Image.open(tmp_path / "run/validation/0000001.png") as grid:
+        pixels = np.asarray(grid)
+    assert pixels.shape == (2 * 34 - 2, 24, 3)
+    assert (pixels[:32] != pixels[34:]).any(), "prompt and noise are the same, the references not"
     with pytest.raises(ConfigError, match="another run, which differs in recipe"):
         more = f"--objective.unmasked-weight 0.25 {more}"
         _run_recipe("lora_kontext", recipe, tmp_path / "run", capsys, more)
@@ -456,7 +465,9 @@ def test_full_training_writes_a_whole_pipeline(recipe, tmp_path, capsys):
 def _run_recipe(name: str, recipe: FinetuneRecipe, folder: Path, capsys, more: str) -> Path:
     """What `python -m fluxjax.train` prints last: one step of a recipe of train/, made small."""
     options = _options(recipe, folder) + f"--steps 1 --log-every 1 {more}".split()
-    command.train([str(RECIPES / f"{name}.toml"), *options, "--validation.prompts"])
+    if "--validation.prompts" not in options:
+        options += ["--validation.prompts", "--validation.references"]
+    command.train([str(RECIPES / f"{name}.toml"), *options])
     return Path(capsys.readouterr().out.splitlines()[-1])
 
 

@@ -21,14 +21,16 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.models.flops import flux_flops
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import PATCH, image_ids, latent_size
+from fluxjax.models.latents import PATCH, image_ids, latent_size, unpack
 from fluxjax.models.lora import init_lora, split_scales, variables
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.sample.loading import UNROLLED
+from fluxjax.sample.reference import read_reference
 from fluxjax.text.conditioning import Conditioning
 from fluxjax.train import loop
+from fluxjax.train.buckets import fit
 from fluxjax.train.catalogue import Report
 from fluxjax.train.curve import draw_curve
 from fluxjax.train.data import Data, DataBatch, DataSettings, open_data
@@ -81,6 +83,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         data = _open_data(recipe, recipe.data, encoders, mesh, report)
         data.fill(report)
     prompts = data.captions([*recipe.validation.prompts]) if recipe.validation.prompts else None
+    references = _references(recipe, config, encoders)
     held = _held_out(recipe, data, encoders, mesh)
     # The encoders have done their work: their memory is the transformer's.
     encoders.release()
@@ -97,7 +100,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     validation = None
     if recipe.validation.every:
         states = None if prompts is None else Conditioning(*map(jnp.asarray, prompts))
-        validation = _validation(recipe, config, model, mesh, held, states)
+        validation = _validation(recipe, config, model, mesh, held, states, references)
         frozen["vae"] = validation.vae
     return Job(
         config, mesh, model, data, frozen, state, step, rates, empty, validation,
@@ -214,9 +217,23 @@ def _held_out(
     return [data(step) for step in range(settings.batches if settings.every else 0)]
 
 
+def _references(
+    recipe: FinetuneRecipe, config: PipelineConfig, encoders: Encoders
+) -> np.ndarray | None:
+    """Latents of the pictures that validation edits, (prompts, c, rows, columns)."""
+    settings = recipe.validation
+    if not (settings.every and settings.references):
+        return None
+    width, height = settings.width or config.width, settings.height or config.height
+    pictures = [fit(read_reference(path)[0], width, height) for path in settings.references]
+    tokens = [np.asarray(encoders.encode_image(picture[None])) for picture in pictures]
+    latents = unpack(jnp.asarray(np.concatenate(tokens)), *latent_size(width, height, config.vae))
+    return np.asarray(latents)
+
+
 def _validation(
     recipe: FinetuneRecipe, config: PipelineConfig, model: FluxTransformer, mesh: Mesh,
-    held: list[DataBatch], states: Conditioning | None,
+    held: list[DataBatch], states: Conditioning | None, references: np.ndarray | None,
 ) -> Validation:  # fmt: skip
     vae = None
     if states is not None:
@@ -226,8 +243,8 @@ def _validation(
         )  # fmt: skip
     return Validation(
         config, model, recipe.validation, recipe.objective, mesh,
-        batches=[place_rows(batch, mesh, config) for batch in held], states=states, vae=vae,
-        seed=recipe.seed,
+        batches=[place_rows(batch, mesh, config) for batch in held], states=states,
+        references=references, vae=vae, seed=recipe.seed,
     )  # fmt: skip
 
 

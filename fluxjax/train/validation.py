@@ -34,6 +34,8 @@ class ValidationSettings:
     """Steps between validations; 0 validates never."""
     prompts: tuple[str, ...] = ()
     """A row of pictures each; without prompts only the loss is measured."""
+    references: tuple[str, ...] = ()
+    """Training to edit: for each prompt the file of the picture that it edits, cut to the size."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A column of pictures each."""
     width: int | None = None
@@ -54,6 +56,11 @@ class ValidationSettings:
             )
         if self.prompts and not self.seeds:
             raise ConfigError("prompts need at least one seed")
+        if self.references and len(self.references) != len(self.prompts):
+            raise ConfigError(
+                f"there are {len(self.prompts)} prompts and {len(self.references)} references: "
+                "each prompt edits one"
+            )
 
 
 class Validation:
@@ -69,15 +76,16 @@ class Validation:
         *,
         batches: Sequence[tuple[Rows, Float[Array, "image 3"], Float[Array, ""]]],
         states: Conditioning | None,
+        references: Float[np.ndarray, "prompts c rows columns"] | None,
         vae: Tree,
         seed: int,
     ) -> None:
-        """`batches` are (rows, image ids, mu); `states` those of the prompts."""
+        """`batches` are (rows, image ids, mu); `states` and `references` those of the prompts."""
         self.config, self.model, self.settings, self.objective = config, model, settings, objective
         self.mesh, self.batches, self.vae, self.seed = mesh, batches, vae, jnp.int32(seed)
         width, height = settings.width or config.width, settings.height or config.height
         self.rows, self.columns = latent_size(width, height, config.vae)
-        self._states = states
+        self._states, self._references = states, references
         dtype = jnp.dtype(model.dtype)
         self._decoder = Autoencoder(config.vae, dtype=dtype, param_dtype=jnp.bfloat16)
 
@@ -108,10 +116,13 @@ class Validation:
         latents = noise.draw(
             [*seeds] * prompts, (count, self.config.vae.latent_channels, self.rows, self.columns)
         )
-        each = jax.tree.map(lambda x: np.repeat(np.asarray(x), len(seeds), axis=0), self._states)
+        each, seen = jax.tree.map(
+            lambda x: np.repeat(np.asarray(x), len(seeds), axis=0),
+            (self._states, self._references),
+        )
         padded = -count % batch_parts(self.mesh)
         fill = lambda x: np.concatenate([x, x[:1].repeat(padded, 0)])  # noqa: E731
-        latents, each = jax.tree.map(lambda x: self._place(fill(x)), (latents, each))
+        latents, each, seen = jax.tree.map(lambda x: self._place(fill(x)), (latents, each, seen))
         tokens = self.rows * self.columns // PATCH**2
         levels = schedule.pad(
             schedule.sigmas(self.settings.steps or self.config.steps, tokens, self.config.scheduler)
@@ -122,7 +133,7 @@ class Validation:
         if self.config.transformer.guidance_embeds:
             embedded = self._place(np.full(count + padded, strength, np.float32))
         drawn = denoise_pictures(
-            self.model, params, latents, jnp.asarray(levels), each, Guidance(embedded)
+            self.model, params, latents, jnp.asarray(levels), each, Guidance(embedded), seen
         )
         decoded = decode_latents(self._decoder, self.vae, drawn)
         whole = jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(decoded)
