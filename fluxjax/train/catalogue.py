@@ -83,7 +83,7 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
     }
     entries, quarantined = [], []
     for i, (item, (digest, size, problem)) in enumerate(zip(items, found, strict=True)):
-        companions = {kind: pairs[i] for kind, pairs in beside.items()}
+        companions: dict[Kind, tuple[Item, _Found]] = {k: pairs[i] for k, pairs in beside.items()}
         problem = problem or _problem(size, companions)
         if not problem:
             try:

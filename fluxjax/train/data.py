@@ -160,8 +160,8 @@ class Data:
         text, pooled = self.captions([entry.item.caption for entry in chosen])
         index = np.arange(first, first + rows, dtype=np.int32) + np.int32(step * self.batch)
         reference = mask = None
-        if chosen[0].reference is not None:
-            reference = np.stack([self._states.latents(e.reference) for e in chosen])
+        if references := [e.reference for e in chosen if e.reference is not None]:
+            reference = np.stack([self._states.latents(other) for other in references])
         if chosen[0].mask is not None:
             mask = np.stack([self._states.mask(e, latents.shape[1]) for e in chosen])
         size = chosen[0].width, chosen[0].height
