@@ -83,7 +83,7 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
     }
     entries, quarantined = [], []
     for i, (item, (digest, size, problem)) in enumerate(zip(items, found, strict=True)):
-        companions: dict[Kind, tuple[Item, _Found]] = {k: pairs[i] for k, pairs in beside.items()}
+        companions = {kind: pairs[i] for kind, pairs in beside.items()}
         problem = problem or _problem(size, companions)
         if not problem:
             try:
@@ -127,7 +127,7 @@ def _companions(
     return list(zip(others, found, strict=True))
 
 
-def _problem(size: tuple[int, int], companions: Mapping[Kind, tuple[Item, _Found]]) -> str:
+def _problem(size: tuple[int, int], companions: Mapping[str, tuple[Item, _Found]]) -> str:
     """Why a good picture cannot be used with its companions."""
     for kind, (item, found) in companions.items():
         if found.problem:
