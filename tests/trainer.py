@@ -135,7 +135,7 @@ def train(arguments: list[str]) -> None:
     def batch(index: int) -> Rows:
         first, count = options.nan
         rows = rows_of(index, first <= index < first + count)
-        return Rows(*(place(x, batch_sharding(mesh)) for x in rows))
+        return jax.tree.map(lambda x: place(x, batch_sharding(mesh)), rows)
 
     compiled = step.lower(state, batch(0), *fixed).compile()
     hosts.barrier("compiled")
