@@ -184,8 +184,13 @@ class Pipeline:
 
     def encode_reference(self, picture: Image) -> Float[np.ndarray, "1 c h w"]:
         """Latents of an RGB picture to edit, for `denoise`."""
-        image = pixels(picture, *self.reference_size(picture))
-        return self._run("reference", image, 1, phase="encoding")
+        return self.encode_pictures(pixels(picture, *self.reference_size(picture)))
+
+    def encode_pictures(
+        self, pictures: Float[np.ndarray, "n height width 3"]
+    ) -> Float[np.ndarray, "n c h w"]:
+        """Normalised posterior means of pictures in [-1, 1]; `decode` leads back."""
+        return self._run("reference", pictures, len(pictures), phase="encoding")
 
     def draw_noise(
         self, settings: Settings, seeds: int | Sequence[int], pictures: int = 1

@@ -12,19 +12,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, UInt8
 
 from fluxjax.config import ConfigError
-from fluxjax.models.autoencoder import Autoencoder, normalize_latents
-from fluxjax.parallel.mesh import AXES, pad_rows, replicated
+from fluxjax.parallel.mesh import pad_rows
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings, override
@@ -172,27 +168,15 @@ def reconstruct_pictures(
 ) -> Float[np.ndarray, "n height width 3"]:
     """Through the pipeline's autoencoder (posterior mean) and back, rounded to bytes.
 
-    `batch` at a time, on a mesh over all its devices; the way back is `Pipeline.decode`.
+    `batch` at a time, on a mesh over all its devices.
     """
     from fluxjax.sample.pictures import to_bytes
-
-    params, mesh, config = pipeline.params("vae"), pipeline.mesh, pipeline.config.vae
-    model: Any = Autoencoder(config, pipeline.dtype, pipeline.dtype)
-    rows, place = batch, None
-    if mesh is not None:
-        rows, place = pipeline.programs.rows("decode", batch), NamedSharding(mesh, P(AXES))
-        params = jax.device_put(params, replicated(mesh))
-
-    @jax.jit
-    def encode(params: Any, pictures: jax.Array) -> jax.Array:
-        mean = model.apply({"params": params}, pictures, method="encode").mean
-        return jnp.moveaxis(normalize_latents(mean, config), -1, 1)
 
     parts = []
     for start in range(0, len(pictures), batch):
         part = pictures[start : start + batch]
-        latents = np.asarray(encode(params, jax.device_put(pad_rows(part, rows), place)))
-        parts.append(from_bytes(to_bytes(pipeline.decode(latents[:batch])))[: len(part)])
+        latents = pipeline.encode_pictures(pad_rows(part, batch))
+        parts.append(from_bytes(to_bytes(pipeline.decode(latents)))[: len(part)])
     return np.concatenate(parts)
 
 

@@ -79,11 +79,12 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
             f"share it out, in accumulate {recipe.accumulate} parts"
         )
     encoders = encoders or folder_encoders(recipe.model_folder)
+    seen = _references(recipe, config)  # what is missing shows before hours of encoding
     with Filling() as report:
         data = _open_data(recipe, recipe.data, encoders, mesh, report)
         data.fill(report)
     prompts = data.captions([*recipe.validation.prompts]) if recipe.validation.prompts else None
-    references = _references(recipe, config, encoders)
+    references = None if seen is None else _encode(seen, encoders, config)
     held = _held_out(recipe, data, encoders, mesh)
     # The encoders have done their work: their memory is the transformer's.
     encoders.release()
@@ -217,18 +218,20 @@ def _held_out(
     return [data(step) for step in range(settings.batches if settings.every else 0)]
 
 
-def _references(
-    recipe: FinetuneRecipe, config: PipelineConfig, encoders: Encoders
-) -> np.ndarray | None:
-    """Latents of the pictures that validation edits, (prompts, c, rows, columns)."""
+def _references(recipe: FinetuneRecipe, config: PipelineConfig) -> np.ndarray | None:
+    """The pictures that validation edits, (prompts, height, width, 3)."""
     settings = recipe.validation
     if not (settings.every and settings.references):
         return None
     width, height = settings.width or config.width, settings.height or config.height
-    pictures = [fit(read_reference(path)[0], width, height) for path in settings.references]
+    return np.stack([fit(read_reference(path)[0], width, height) for path in settings.references])
+
+
+def _encode(pictures: np.ndarray, encoders: Encoders, config: PipelineConfig) -> np.ndarray:
+    """Latents (n, c, rows, columns), one picture after the other."""
     tokens = [np.asarray(encoders.encode_image(picture[None])) for picture in pictures]
-    latents = unpack(jnp.asarray(np.concatenate(tokens)), *latent_size(width, height, config.vae))
-    return np.asarray(latents)
+    size = latent_size(pictures.shape[2], pictures.shape[1], config.vae)
+    return np.asarray(unpack(jnp.asarray(np.concatenate(tokens)), *size))
 
 
 def _validation(

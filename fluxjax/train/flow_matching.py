@@ -55,7 +55,7 @@ def velocity(
     """The model's prediction; `guidance` reaches only models that have an embedding for it.
 
     A reference follows the picture's tokens, free of noise, with 1 as the first of its ids.
-    Source: FLUX.1 Kontext (Black Forest Labs 2025), section 3.
+    Source: FLUX.1 Kontext (Black Forest Labs 2025).
     """
     embeds, tokens = model.config.guidance_embeds, x.shape[1]
     if rows.reference is not None:
