@@ -16,7 +16,7 @@ from fluxjax.config import DEV, AutoencoderConfig, ConfigError
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.tiled_decode import decode_tiled
 from fluxjax.sample.loading import tiny_folder
-from fluxjax.train.scenes import render, sample_scenes
+from fluxjax.train.embedded.scenes import render, sample_scenes
 
 CONFIG = AutoencoderConfig(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
 

@@ -15,7 +15,7 @@ from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.text.conditioning import encode_prompts, tokenize
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from fluxjax.train.vocabulary import train_clip_tokenizer, train_t5_tokenizer
+from fluxjax.train.embedded.vocabulary import train_clip_tokenizer, train_t5_tokenizer
 
 PROMPTS = ["a red circle left of a blue square", "a green star on white"]
 

@@ -17,11 +17,11 @@ import random_checkpoints as make
 import tensorstore
 from ctrl_c import heeding_ctrl_c
 
+from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint import engine, tables
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_array
-from fluxjax.checkpoint.whole import whole_or_nothing
 from fluxjax.config import DEV
 from fluxjax.convert import convert
 

@@ -24,8 +24,8 @@ from PIL import Image
 
 from fluxjax.config import ConfigError
 from fluxjax.models.latents import unpack
-from fluxjax.train.data import DataSettings, open_data, precompute
-from fluxjax.train.disk_cache import read_arrays, write_arrays
+from fluxjax.train.data.batches import DataSettings, open_data, precompute
+from fluxjax.train.data.disk_cache import read_arrays, write_arrays
 from fluxjax.train.encoders import Encoders, folder_encoders
 
 COUNT = 37

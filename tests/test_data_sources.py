@@ -17,9 +17,9 @@ from PIL import Image, ImageCms
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import BadPicture, decode
-from fluxjax.train.buckets import bucket, fit
-from fluxjax.train.catalogue import pixels, read_catalogue
-from fluxjax.train.data import DataSettings, open_data
+from fluxjax.train.data.batches import DataSettings, open_data
+from fluxjax.train.data.buckets import bucket, fit
+from fluxjax.train.data.catalogue import pixels, read_catalogue
 
 GOOD = 6
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from fluxjax.diff import bench
-from fluxjax.diff.bench import Measure, medians, print_measures, wide_transformer
+from fluxjax.diff.benchmarks import bench
+from fluxjax.diff.benchmarks.bench import Measure, medians, print_measures, wide_transformer
 from fluxjax.diff.commands import Bench, execute
 
 

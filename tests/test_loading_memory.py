@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from loading_memory import resident
 
-from fluxjax.checkpoint import memory
+from fluxjax.checkpoint import mapped_memory as memory
 
 SCRIPT = Path(__file__).with_name("loading_memory.py")
 

@@ -16,11 +16,11 @@ from fluxjax.config import FluxConfig
 from fluxjax.models.attention import dot_product_attention
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.parallel.activations import attend_in_parts, attention_on
+from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import param_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
-from fluxjax.parallel.structure import measure
 
 MESHES = ("data=8", "fsdp=8", "tensor=4,fsdp=2", "sequence=4,data=2", "fsdp=2,tensor=2,sequence=2")
 CONFIG = FluxConfig(

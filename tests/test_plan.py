@@ -17,8 +17,8 @@ from fluxjax.chips import CHIPS
 from fluxjax.config import TINY, ConfigError
 from fluxjax.models.attention import dot_product_attention
 from fluxjax.models.flops import flux_flops
+from fluxjax.parallel.compiled_program import Structure, measure
 from fluxjax.parallel.mesh import make_mesh
-from fluxjax.parallel.structure import Structure, measure
 from fluxjax.plan.attention import flash_like
 from fluxjax.plan.estimate import as_json, fits, floor, needed_bytes
 from fluxjax.plan.options import Options, device_count, find_chips, read_model, tokens

@@ -11,10 +11,25 @@ from fluxjax.config import TINY, ConfigError
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings
-from fluxjax.train import evaluate as measure
-from fluxjax.train.evaluate import EvaluateSettings, count_right, draw_prompts
-from fluxjax.train.reader import ATTRIBUTES, Reading, ReadObject, read, read_relation, score
-from fluxjax.train.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, Caption, Scene, render
+from fluxjax.train.embedded import evaluate as measure
+from fluxjax.train.embedded.evaluate import EvaluateSettings, count_right, draw_prompts
+from fluxjax.train.embedded.reader import (
+    ATTRIBUTES,
+    Reading,
+    ReadObject,
+    read,
+    read_relation,
+    score,
+)
+from fluxjax.train.embedded.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    SHAPES,
+    Caption,
+    Scene,
+    render,
+)
 
 SIDE = {"width": 96, "height": 96}
 

@@ -7,8 +7,8 @@ import pytest
 
 from fluxjax.config import ConfigError
 from fluxjax.train import command
+from fluxjax.train.embedded.tiny import TinyRecipe
 from fluxjax.train.recipe import FinetuneRecipe, read_recipe, recipe_hash, recipe_toml
-from fluxjax.train.tiny import TinyRecipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "train").glob("*.toml"))
 

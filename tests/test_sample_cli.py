@@ -22,7 +22,7 @@ from fluxjax.cli import run
 from fluxjax.sample import pictures
 from fluxjax.sample.__main__ import main
 from fluxjax.sample.cache import cache_folder, enable_cache
-from fluxjax.sample.world import outside
+from fluxjax.sample.known_words import outside
 
 SIZE = ("--width", "64", "--height", "48", "--steps", "3", "--max-sequence-length", "16")
 one_pipeline = cache(fluxjax.load_pipeline)

@@ -19,8 +19,8 @@ from fluxjax.checkpoint.lora_file import write_lora
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError
 from fluxjax.models.lora import LoraConfig, init_lora
+from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import pad_rows
-from fluxjax.parallel.structure import measure
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.text.conditioning import Conditioning
 

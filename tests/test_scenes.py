@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from fluxjax.train import scenes as world
-from fluxjax.train.scenes import Caption, Scene, caption, captions, render, sample_scenes
+from fluxjax.train.embedded import scenes as world
+from fluxjax.train.embedded.scenes import Caption, Scene, caption, captions, render, sample_scenes
 
 SIDE = {"width": 96, "height": 96}
 N = 256

@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV
 from fluxjax.models.flux import FluxTransformer
+from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import param_shardings, state_shardings
-from fluxjax.parallel.structure import measure
 
 TEXT, FLOAT = 512, 4
 

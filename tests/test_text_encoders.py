@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 
 from fluxjax.config import TINY
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from fluxjax.train import text_encoders as stages
-from fluxjax.train import text_objectives as objectives
-from fluxjax.train.scenes import COLOURS, KINDS, SHAPES, Caption, Scene
-from fluxjax.train.vocabulary import train_clip_tokenizer
+from fluxjax.train.embedded import text_encoders as stages
+from fluxjax.train.embedded import text_objectives as objectives
+from fluxjax.train.embedded.scenes import COLOURS, KINDS, SHAPES, Caption, Scene
+from fluxjax.train.embedded.vocabulary import train_clip_tokenizer
 
 SETTINGS = stages.TextTraining(
     tokenizer_captions=4000,

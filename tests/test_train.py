@@ -14,7 +14,8 @@ import pytest
 
 from fluxjax.config import TINY, ConfigError
 from fluxjax.models.autoencoder import Posterior
-from fluxjax.train import loop, objectives, tiny, transformer
+from fluxjax.train import loop, objectives
+from fluxjax.train.embedded import tiny, transformer
 from fluxjax.train.optimizers import muon_dimensions, muon_optimizer
 from fluxjax.train.step import TrainState, init_state, make_step
 

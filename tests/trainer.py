@@ -36,7 +36,7 @@ from fluxjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import state_shardings
 from fluxjax.text.conditioning import Conditioning
 from fluxjax.train import loop
-from fluxjax.train.data import DataSettings, open_data
+from fluxjax.train.data.batches import DataSettings, open_data
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.objectives import Objective
 from fluxjax.train.step import init_state, make_step

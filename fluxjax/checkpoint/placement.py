@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from fluxjax.checkpoint import engine, tables
-from fluxjax.checkpoint.memory import contiguous
+from fluxjax.checkpoint.mapped_memory import contiguous
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.models.stacking import GROUPS
 

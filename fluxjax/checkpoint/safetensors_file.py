@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from fluxjax.checkpoint import memory
+from fluxjax.checkpoint import mapped_memory as memory
 from fluxjax.checkpoint.tensors import Tensor
 
 DTYPES: dict[str, np.dtype] = {

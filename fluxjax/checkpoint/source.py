@@ -27,9 +27,9 @@ from fluxjax.checkpoint.detect import (
 )
 from fluxjax.checkpoint.orbax_params import is_orbax, read_orbax
 from fluxjax.checkpoint.placement import load_tree
-from fluxjax.checkpoint.record import Record, dequantise, is_fp8_extra
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.sharded import PICKLES, pickle_refusal, read_sharded
+from fluxjax.checkpoint.source_record import Record, dequantise, is_fp8_extra
 from fluxjax.checkpoint.templates import Config, abstract_params
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.config import AutoencoderConfig, CLIPTextConfig, ConfigError

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.component_json import read_json, write_json
 from fluxjax.checkpoint.detect import describe
 from fluxjax.checkpoint.orbax_params import write_orbax
@@ -20,7 +21,6 @@ from fluxjax.checkpoint.pipeline_folder import INDEX, scheduler_of
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
 from fluxjax.checkpoint.source import Network, open_source, with_dtype
-from fluxjax.checkpoint.whole import whole_or_nothing
 from fluxjax.config import ConfigError, FluxConfig
 from fluxjax.convert.destination import check_destination
 from fluxjax.convert.targets import Target, Weights, json_files, plan_weights

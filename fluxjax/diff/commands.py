@@ -131,7 +131,7 @@ def execute(command: Golden | Live | Bench) -> int:
     from rich.console import Console
 
     if isinstance(command, Bench):
-        from fluxjax.diff.bench import run_bench
+        from fluxjax.diff.benchmarks.bench import run_bench
 
         return run_bench(command)
     from fluxjax.diff.report import print_report, to_json

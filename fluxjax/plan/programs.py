@@ -18,10 +18,10 @@ from fluxjax.models.attention import auto_attention
 from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import LoraConfig, init_lora, split_scales
+from fluxjax.parallel.compiled_program import Structure, measure
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import bytes_per_device, param_shardings, state_shardings
-from fluxjax.parallel.structure import Structure, measure
 from fluxjax.plan.attention import flash_like
 from fluxjax.plan.options import Options, device_count, mesh_shape, tokens
 from fluxjax.sample.denoise import Guidance

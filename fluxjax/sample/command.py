@@ -175,8 +175,8 @@ def _draw_all(
     """Every process draws; process 0 speaks and saves."""
     import jax
 
+    from fluxjax.sample.known_words import EDITS, outside
     from fluxjax.sample.pictures import file_name, grid, save
-    from fluxjax.sample.world import EDITS, outside
 
     made = {"fluxjax": __version__, **source}
     first = jax.process_index() == 0

@@ -12,7 +12,7 @@ def main() -> int | None:
     if verb == "evaluate":
         import tyro
 
-        from fluxjax.train.evaluate import EvaluateSettings, evaluate
+        from fluxjax.train.embedded.evaluate import EvaluateSettings, evaluate
 
         evaluate(tyro.cli(EvaluateSettings, args=rest, prog="fluxjax.train evaluate"))
         return None

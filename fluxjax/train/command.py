@@ -73,7 +73,7 @@ def train(arguments: Sequence[str]) -> int | None:
 
         result = finetune(options.recipe)
     else:
-        from fluxjax.train.tiny import train_tiny
+        from fluxjax.train.embedded.tiny import train_tiny
 
         result = train_tiny(options.recipe)
     import jax
@@ -95,7 +95,7 @@ def precompute(arguments: Sequence[str]) -> None:
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError("the embedded model's recipe draws its own data: nothing to precompute")
     from fluxjax.parallel.hosts import barrier, join_hosts
-    from fluxjax.train import data
+    from fluxjax.train.data import batches as data
     from fluxjax.train.progress import Filling
 
     join_hosts(options.coordinator, options.process_id, options.num_processes)

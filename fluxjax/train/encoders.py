@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fluxjax.train.disk_cache import data_folder, write_whole
+from fluxjax.train.data.disk_cache import data_folder, write_whole
 
 Dtype = Literal["float32", "bfloat16"]
 _VERSION = "1"  # raised when the same weights would give other latents or text states
@@ -49,7 +49,7 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
 
     @functools.cache
     def image() -> Callable[[Any], Any]:
-        from fluxjax.train.transformer import image_encoder
+        from fluxjax.train.embedded.transformer import image_encoder
 
         return image_encoder(config, params("vae", stacked=False))
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.lora_file import write_lora
 from fluxjax.checkpoint.pipeline_folder import save_params, write_config
-from fluxjax.checkpoint.whole import whole_or_nothing
 from fluxjax.config import PipelineConfig
 from fluxjax.models.lora import join_scales
 from fluxjax.parallel.mesh import gathered

@@ -30,10 +30,10 @@ from fluxjax.sample.loading import UNROLLED
 from fluxjax.sample.reference import read_reference
 from fluxjax.text.conditioning import Conditioning
 from fluxjax.train import loop
-from fluxjax.train.buckets import fit
-from fluxjax.train.catalogue import Report
 from fluxjax.train.curve import draw_curve
-from fluxjax.train.data import Data, DataBatch, DataSettings, open_data
+from fluxjax.train.data.batches import Data, DataBatch, DataSettings, open_data
+from fluxjax.train.data.buckets import fit
+from fluxjax.train.data.catalogue import Report
 from fluxjax.train.encoders import Encoders, folder_encoders
 from fluxjax.train.export import export_lora, export_pipeline
 from fluxjax.train.flow_matching import Rows, assemble, finetune_loss

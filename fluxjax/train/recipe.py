@@ -18,7 +18,7 @@ from fluxjax.models.flux import Remat
 from fluxjax.models.lora import LoraConfig
 from fluxjax.parallel.sequence import SequenceAttention
 from fluxjax.sample.loading import tiny_folder
-from fluxjax.train.data import DataSettings
+from fluxjax.train.data.batches import DataSettings
 from fluxjax.train.objectives import Objective
 from fluxjax.train.optimizers import OptimizerSettings
 from fluxjax.train.toml_file import build, nearest, read_toml, to_toml
@@ -112,7 +112,7 @@ def read_recipe(path: Path) -> Any:
     values = read_toml(path)
     task = values.pop("task", "finetune")
     if task == "embedded":
-        from fluxjax.train.tiny import TinyRecipe as Recipe
+        from fluxjax.train.embedded.tiny import TinyRecipe as Recipe
     elif task == "finetune":
         Recipe = FinetuneRecipe
     else:

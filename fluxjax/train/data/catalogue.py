@@ -18,14 +18,14 @@ from jaxtyping import Float
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import BadPicture, decode, quiet
-from fluxjax.train.buckets import bucket, fit
-from fluxjax.train.companions import KINDS, Kind, companion_items, folder_of
-from fluxjax.train.disk_cache import write_whole
-from fluxjax.train.items import Item
-from fluxjax.train.sources import list_items
+from fluxjax.train.data.buckets import bucket, fit
+from fluxjax.train.data.companions import KINDS, Kind, companion_items, folder_of
+from fluxjax.train.data.disk_cache import write_whole
+from fluxjax.train.data.source_item import Item
+from fluxjax.train.data.sources import list_items
 
 if TYPE_CHECKING:
-    from fluxjax.train.data import DataSettings
+    from fluxjax.train.data.batches import DataSettings
 
 Report = Callable[[str, int, int], None]  # what is counted, how many are done, and of how many
 _NAMED = 5  # bad pictures in an error message

@@ -21,23 +21,30 @@ from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.text.conditioning import encode_prompts, tokenize
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from fluxjax.train import text_encoders
-from fluxjax.train.autoencoder import (
+from fluxjax.train.embedded import text_encoders
+from fluxjax.train.embedded.autoencoder import (
     AutoencoderStage,
     finetune_decoder,
     latent_statistics,
     train_autoencoder,
 )
-from fluxjax.train.scenes import BACKGROUNDS, COLOURS, SHAPES, captions, render, sample_scenes
-from fluxjax.train.text_encoders import TextTraining, fit_vocabularies
-from fluxjax.train.toml_file import build, read_toml
-from fluxjax.train.transformer import (
+from fluxjax.train.embedded.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    captions,
+    render,
+    sample_scenes,
+)
+from fluxjax.train.embedded.text_encoders import TextTraining, fit_vocabularies
+from fluxjax.train.embedded.transformer import (
     Conditioner,
     DistillStage,
     TransformerStage,
     image_encoder,
     train_transformer,
 )
+from fluxjax.train.toml_file import build, read_toml
 
 Tree = Any
 

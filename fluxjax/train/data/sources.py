@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import EXTENSIONS
-from fluxjax.train.archives import parquet_items, tar_items
-from fluxjax.train.items import (
+from fluxjax.train.data.archives import parquet_items, tar_items
+from fluxjax.train.data.source_item import (
     MAX_BYTES,
     MAX_CAPTION_BYTES,
     Caption,
@@ -30,7 +30,7 @@ from fluxjax.train.items import (
 )
 
 if TYPE_CHECKING:
-    from fluxjax.train.data import DataSettings
+    from fluxjax.train.data.batches import DataSettings
 
 SCENES = "scenes"
 METADATA = "metadata.jsonl"
@@ -42,7 +42,7 @@ def list_items(settings: DataSettings) -> list[Item]:
     Raises FileNotFoundError and ConfigError for a source that is none.
     """
     if settings.source == SCENES:
-        from fluxjax.train.scene_items import scene_items
+        from fluxjax.train.data.scene_items import scene_items
 
         return scene_items(settings)
     path = Path(settings.source).expanduser()

@@ -24,10 +24,8 @@ from fluxjax.models.clip import CLIPTextModel, CLIPVisionModel
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train import loop
-from fluxjax.train.optimizers import muon_optimizer
-from fluxjax.train.scenes import Caption, Scene, captions, render, sample_scenes
-from fluxjax.train.step import init_state, make_step
-from fluxjax.train.text_objectives import (
+from fluxjax.train.embedded.scenes import Caption, Scene, captions, render, sample_scenes
+from fluxjax.train.embedded.text_objectives import (
     LOGIT_SCALE_INIT,
     QUESTIONS,
     SceneReadout,
@@ -41,7 +39,9 @@ from fluxjax.train.text_objectives import (
     token_labels,
     token_readout_loss,
 )
-from fluxjax.train.vocabulary import T5_MASK, train_clip_tokenizer, train_t5_tokenizer
+from fluxjax.train.embedded.vocabulary import T5_MASK, train_clip_tokenizer, train_t5_tokenizer
+from fluxjax.train.optimizers import muon_optimizer
+from fluxjax.train.step import init_state, make_step
 
 _HELD_OUT_SEED = 1_000_000_000  # far from every training seed
 TINY_VISION = CLIPVisionConfig(

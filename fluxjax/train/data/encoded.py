@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.models.latents import PATCH, pack
-from fluxjax.train.catalogue import Entry, pixels
-from fluxjax.train.disk_cache import compact, read_arrays, write_arrays
+from fluxjax.train.data.catalogue import Entry, pixels
+from fluxjax.train.data.disk_cache import compact, read_arrays, write_arrays
 from fluxjax.train.encoders import Encoders
 
 _CROP = "middle"

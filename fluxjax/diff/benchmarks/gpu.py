@@ -19,7 +19,7 @@ import numpy as np
 
 from fluxjax.checkpoint.templates import Config, abstract_params
 from fluxjax.config import DEV
-from fluxjax.diff.bench import Measure
+from fluxjax.diff.benchmarks.bench import Measure
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.sample.denoise import Conditioning, Guidance

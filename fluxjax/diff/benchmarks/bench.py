@@ -119,13 +119,13 @@ def print_measures(measures: list[Measure], console: Console) -> None:
 
 
 def _gpu(rounds: int) -> list[Measure]:
-    from fluxjax.diff.bench_gpu import full_depth
+    from fluxjax.diff.benchmarks.gpu import full_depth
 
     return full_depth(rounds)
 
 
 def _training(folder: Path, rounds: int) -> list[Measure]:
-    from fluxjax.diff.bench_training import training
+    from fluxjax.diff.benchmarks.training_step import training
 
     return training(folder, rounds)
 

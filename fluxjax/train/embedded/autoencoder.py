@@ -13,9 +13,9 @@ import optax
 from fluxjax.config import AutoencoderConfig
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.train import loop
+from fluxjax.train.embedded.scenes import render, sample_scenes
 from fluxjax.train.objectives import autoencoder_loss
 from fluxjax.train.optimizers import muon_optimizer
-from fluxjax.train.scenes import render, sample_scenes
 from fluxjax.train.step import Tree, init_state, make_step
 
 

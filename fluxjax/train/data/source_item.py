@@ -11,7 +11,7 @@ import numpy as np
 from fluxjax.picture_files import BadPicture
 
 if TYPE_CHECKING:
-    from fluxjax.train.data import DataSettings
+    from fluxjax.train.data.batches import DataSettings
 
 MAX_BYTES = 2**30  # of a picture's file
 MAX_CAPTION_BYTES = 2**20

@@ -24,8 +24,8 @@ from fluxjax.parallel.mesh import pad_rows
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings, override
-from fluxjax.train.reader import ATTRIBUTES, Tally, read, score
-from fluxjax.train.scenes import Caption, Scene, captions, render, sample_scenes
+from fluxjax.train.embedded.reader import ATTRIBUTES, Tally, read, score
+from fluxjax.train.embedded.scenes import Caption, Scene, captions, render, sample_scenes
 
 SHEET_PICTURES = 24
 SHEET_COLUMNS = 6

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from fluxjax.config import ConfigError
-from fluxjax.train.buckets import bucket
-from fluxjax.train.items import Item
-from fluxjax.train.scenes import Scene, captions, render, sample_scenes
-from fluxjax.train.text_encoders import vary
+from fluxjax.train.data.buckets import bucket
+from fluxjax.train.data.source_item import Item
+from fluxjax.train.embedded.scenes import Scene, captions, render, sample_scenes
+from fluxjax.train.embedded.text_encoders import vary
 
 if TYPE_CHECKING:
-    from fluxjax.train.data import DataSettings
+    from fluxjax.train.data.batches import DataSettings
 
 _CHUNK = 64
 _SEED = 11

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import EXTENSIONS, BadPicture
-from fluxjax.train.items import (
+from fluxjax.train.data.source_item import (
     MAX_BYTES,
     MAX_CAPTION_BYTES,
     Caption,
@@ -24,7 +24,7 @@ from fluxjax.train.items import (
 )
 
 if TYPE_CHECKING:
-    from fluxjax.train.data import DataSettings
+    from fluxjax.train.data.batches import DataSettings
 
 
 def tar_items(path: Path, name: str, settings: DataSettings) -> Iterator[Item]:

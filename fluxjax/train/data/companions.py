@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Literal
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import EXTENSIONS
-from fluxjax.train.items import Caption, Item, bad_item
-from fluxjax.train.sources import picture_item, walk
+from fluxjax.train.data.source_item import Caption, Item, bad_item
+from fluxjax.train.data.sources import picture_item, walk
 
 if TYPE_CHECKING:
-    from fluxjax.train.data import DataSettings
+    from fluxjax.train.data.batches import DataSettings
 
 Kind = Literal["reference", "mask"]
 KINDS: tuple[Kind, ...] = ("reference", "mask")

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import quiet
-from fluxjax.train.catalogue import (
+from fluxjax.train.data.catalogue import (
     Catalogue,
     Entry,
     Report,
@@ -28,9 +28,9 @@ from fluxjax.train.catalogue import (
     pixels,
     read_catalogue,
 )
-from fluxjax.train.disk_cache import data_folder
+from fluxjax.train.data.disk_cache import data_folder
+from fluxjax.train.data.encoded import States, TextStates
 from fluxjax.train.encoders import Dtype, Encoders, folder_encoders
-from fluxjax.train.states import States, TextStates
 
 _ENDLESS = 2**31
 

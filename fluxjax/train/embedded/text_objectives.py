@@ -12,8 +12,17 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from fluxjax.train import scenes as world
-from fluxjax.train.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, SIZES, SPLITS, Caption, Scene
+from fluxjax.train.embedded import scenes as world
+from fluxjax.train.embedded.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    Caption,
+    Scene,
+)
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's clip, which keeps the temperature from running away
 LOGIT_SCALE_INIT = float(np.log(1 / 0.07))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxjax.diff.bench import Measure, medians
+from fluxjax.diff.benchmarks.bench import Measure, medians
 
 BATCH = 16
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 
-from fluxjax.train.scenes import (
+from fluxjax.train.embedded.scenes import (
     BACKGROUNDS,
     COLOURS,
     KINDS,

@@ -21,11 +21,11 @@ from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, latent_size, pack, text_ids
 from fluxjax.train import loop
+from fluxjax.train.embedded.scenes import captions, render, sample_scenes
+from fluxjax.train.embedded.text_encoders import vary
 from fluxjax.train.objectives import guided_velocity, interpolate, sample_times, velocity_loss
 from fluxjax.train.optimizers import muon_optimizer
-from fluxjax.train.scenes import captions, render, sample_scenes
 from fluxjax.train.step import Products, Tree, init_state, make_step
-from fluxjax.train.text_encoders import vary
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,89 @@
+"""FLUX pipelines: all networks of one, its defaults, and the published presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fluxjax.config.autoencoder import AutoencoderConfig
+from fluxjax.config.clip import CLIPTextConfig
+from fluxjax.config.flux import FluxConfig
+from fluxjax.config.scheduler import SchedulerConfig
+from fluxjax.config.t5 import T5Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """All networks of one FLUX pipeline and the defaults it is sampled with.
+
+    `max_sequence_length` is the T5 length. `guidance` is fed to the guidance embedding and ignored
+    by models without one.
+    """
+
+    transformer: FluxConfig = FluxConfig()
+    vae: AutoencoderConfig = AutoencoderConfig()
+    text_encoder: CLIPTextConfig = CLIPTextConfig()
+    text_encoder_2: T5Config = T5Config()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    max_sequence_length: int = 512
+    steps: int = 28
+    guidance: float = 3.5
+    width: int = 1024
+    height: int = 1024
+
+
+DEV = PipelineConfig()
+SCHNELL = replace(
+    DEV,
+    transformer=replace(DEV.transformer, guidance_embeds=False),
+    scheduler=replace(DEV.scheduler, use_dynamic_shifting=False, shift=1.0),
+    max_sequence_length=256,
+    steps=4,
+    guidance=0.0,
+)
+KONTEXT = DEV
+FILL = replace(DEV, transformer=replace(DEV.transformer, in_channels=384), steps=50, guidance=30.0)
+CONTROL = replace(DEV, transformer=replace(DEV.transformer, in_channels=128))
+
+# The embedded model: every part of the published architecture, small, trained on drawn scenes.
+TINY = PipelineConfig(
+    transformer=FluxConfig(
+        num_layers=2,
+        num_single_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=128,
+        pooled_projection_dim=128,
+        axes_dims_rope=(8, 12, 12),
+    ),
+    vae=AutoencoderConfig(
+        block_out_channels=(16, 24, 64, 64), layers_per_block=1, norm_num_groups=4
+    ),
+    text_encoder=CLIPTextConfig(
+        vocab_size=745,
+        hidden_size=128,
+        intermediate_size=384,
+        projection_dim=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=743,
+        eos_token_id=744,
+        pad_token_id=744,
+    ),
+    text_encoder_2=T5Config(
+        vocab_size=220, d_model=128, d_kv=32, d_ff=320, num_layers=3, num_heads=4
+    ),
+    max_sequence_length=32,
+    steps=20,
+    guidance=3.5,
+    width=96,
+    height=96,
+)
+
+PRESETS: dict[str, PipelineConfig] = {
+    "dev": DEV,
+    "schnell": SCHNELL,
+    "kontext": KONTEXT,
+    "fill": FILL,
+    "control": CONTROL,
+    "tiny": TINY,
+}
