@@ -174,11 +174,12 @@ def test_what_a_run_reports(lora_run, recipe):
     assert rows[1]["images_per_second"] > 0 and 0 <= rows[1]["data_share"] <= 1
     assert rows[0]["validation_loss"] != rows[1]["validation_loss"]
     with Image.open(recipe.folder / "validation" / "0000004.png") as grid:
-        assert grid.size == (3 * 26 - 2, 2 * 34 - 2)
+        assert grid.size == (3 * 28 + 4, 2 * 36 + 4)
         pixels = np.asarray(grid)
-    assert np.asarray(pixels[:32, :24]).std() > 1
-    assert (pixels[:32, :24] != pixels[:32, 26:50]).any()  # another seed
-    assert (pixels[:32, :24] != pixels[34:, :24]).any()  # another prompt
+    first = pixels[4:36, 4:28]
+    assert first.std() > 1
+    assert (first != pixels[4:36, 32:56]).any()  # another seed
+    assert (first != pixels[40:72, 4:28]).any()  # another prompt
     with Image.open(recipe.folder / "curve.png") as curve:
         assert curve.size[0] > 500
 
@@ -382,7 +383,7 @@ def test_two_hosts_train_all_weights_and_leave_one_pipeline(recipe, tmp_path):
     assert written == average != start
     assert not list(tmp_path.glob(".*")), "nothing half-written is left"
     with Image.open(tmp_path / "validation/0000003.png") as grid:
-        assert grid.size == (4 * 26 - 2, 32)
+        assert grid.size == (4 * 28 + 4, 40)
 
 
 @pytest.mark.slow
@@ -403,8 +404,10 @@ def test_a_lora_of_an_edit_learns_within_the_mask(recipe, pictures, tmp_path, ca
     assert row["loss"] == row["gradient_norm"] == 0
     with Image.open(tmp_path / "run/validation/0000001.png") as grid:
         pixels = np.asarray(grid)
-    assert pixels.shape == (2 * 34 - 2, 24, 3)
-    assert (pixels[:32] != pixels[34:]).any(), "prompt and noise are the same, the references not"
+    assert pixels.shape == (2 * 36 + 4, 32, 3)
+    assert (pixels[4:36] != pixels[40:72]).any(), (
+        "prompt and noise are the same, the references not"
+    )
     with pytest.raises(ConfigError, match="another run, which differs in recipe"):
         more = f"--objective.unmasked-weight 0.25 {more}"
         _run_recipe("lora_kontext", recipe, tmp_path / "run", capsys, more)

@@ -175,8 +175,9 @@ def _draw_all(
     """Every process draws; process 0 speaks and saves."""
     import jax
 
+    from fluxjax.picture_sheet import picture_sheet
     from fluxjax.sample.known_words import EDITS, outside
-    from fluxjax.sample.pictures import file_name, grid, save
+    from fluxjax.sample.pictures import file_name, save
 
     made = {"fluxjax": __version__, **source}
     first = jax.process_index() == 0
@@ -210,7 +211,7 @@ def _draw_all(
         pipe.seconds = dict.fromkeys(pipe.seconds, 0.0)
     if options.grid and first:
         sheet = {**made, "pictures": [dataclasses.asdict(settings) for settings in requests]}
-        print(save(grid(drawn), folder / "grid.png", sheet))
+        print(save(picture_sheet(drawn), folder / "grid.png", sheet))
 
 
 def _together(requests: list[Settings], size: int) -> Iterator[list[Settings]]:

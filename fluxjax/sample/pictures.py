@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +34,6 @@ def to_bytes(
     half = pictures.dtype.type(0.5)
     unit = (pictures * half + half).astype(np.float32)
     return np.round(np.clip(unit, 0.0, 1.0) * np.float32(255.0)).astype(np.uint8)
-
-
-def grid(
-    pictures: Sequence[UInt8[np.ndarray, "height width c"]],
-) -> UInt8[np.ndarray, "rows columns c"]:
-    """All pictures on one sheet, as square as possible, in cells of the largest picture."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    height = max(picture.shape[0] for picture in pictures)
-    width = max(picture.shape[1] for picture in pictures)
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = i // columns * height, i % columns * width
-        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return sheet
 
 
 def file_name(prompt: str, seed: int) -> str:

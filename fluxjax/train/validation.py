@@ -12,11 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import PATCH, latent_size
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, replicated
+from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample import noise, pictures, schedule
 from fluxjax.sample.denoise import Guidance
 from fluxjax.sample.programs import decode_latents, denoise_pictures
@@ -144,10 +146,14 @@ class Validation:
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
     def save(self, params: Tree, path: Path) -> None:
-        """The pictures as one grid; process 0 writes it."""
+        """The pictures on one sheet, which replaces the file; process 0 writes it."""
+        from PIL import Image
+
         drawn = self.pictures(params)
         if jax.process_index() == 0:
-            write_grid(drawn, len(self.settings.seeds), path)
+            sheet = picture_sheet(drawn, columns=len(self.settings.seeds))
+            with whole_or_nothing(path) as part:
+                Image.fromarray(sheet).save(part, format="PNG")
 
 
 def _stride(total: int) -> int:
@@ -156,17 +162,3 @@ def _stride(total: int) -> int:
     while np.gcd(step, total) != 1:
         step += 1
     return step
-
-
-def write_grid(drawn: UInt8[np.ndarray, "n height width 3"], columns: int, path: Path) -> None:
-    """Rows of `columns` pictures with thin white lines between them, replacing the file."""
-    from PIL import Image
-
-    _, height, width, _ = drawn.shape
-    lines = -(-len(drawn) // columns)
-    sheet = np.full((lines * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, np.uint8)
-    for i, picture in enumerate(drawn):
-        top, left = i // columns * (height + 2), i % columns * (width + 2)
-        sheet[top : top + height, left : left + width] = picture
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path, format="PNG")

@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 
 from fluxjax.config import ConfigError
 from fluxjax.parallel.mesh import pad_rows
+from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings, override
@@ -210,7 +211,12 @@ def evaluate_pipeline(
     cut = sizes["held-out"]
     if settings.sheet is not None:
         shown = min(SHEET_PICTURES, cut)
-        save_sheet(drawn[:shown], texts[:shown], settings.sheet)
+        from PIL import Image
+
+        sheet = picture_sheet(
+            drawn[:shown], columns=SHEET_COLUMNS, captions=texts[:shown], gap=10, zoom=2
+        )
+        Image.fromarray(sheet).save(settings.sheet, format="PNG")
     parts = {"held-out": drawn[:cut], "ordinary": drawn[cut:]}
     counts = {name: count_right(prompts[name], from_bytes(part)) for name, part in parts.items()}
 
@@ -291,48 +297,3 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     else:
         print_evaluation(result)
     return result
-
-
-def save_sheet(pictures: Bytes, texts: Sequence[str], path: Path, *, zoom: int = 2) -> None:
-    """Write pictures with their captions below, SHEET_COLUMNS abreast, as one PNG."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    n, height, width, _ = pictures.shape
-    margin, spacing = 10, 3
-    cell_width, picture_height = zoom * width, zoom * height
-    font = ImageFont.load_default(13)
-    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    wrapped = [_wrap(text, lambda t: pen.textlength(t, font), cell_width) for text in texts]
-    block = [pen.multiline_textbbox((0, 0), text, font, spacing=spacing)[3] for text in wrapped]
-    step_x = cell_width + margin
-    step_y = picture_height + int(max(block)) + 2 * margin
-    columns = min(SHEET_COLUMNS, n)
-    rows = -(-n // columns)
-    sheet = Image.new("RGB", (columns * step_x + margin, rows * step_y + margin), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (picture, text) in enumerate(zip(pictures, wrapped, strict=True)):
-        left, top = margin + i % columns * step_x, margin + i // columns * step_y
-        large = Image.fromarray(picture).resize(
-            (cell_width, picture_height), Image.Resampling.BICUBIC
-        )
-        sheet.paste(large, (left, top))
-        # White backgrounds end somewhere too.
-        pen.rectangle(
-            (left - 1, top - 1, left + cell_width, top + picture_height), outline=(210, 210, 210)
-        )
-        pen.multiline_text(
-            (left, top + picture_height + 4), text, fill=(40, 40, 40), font=font, spacing=spacing
-        )
-    sheet.save(path, format="PNG")
-
-
-def _wrap(text: str, length: Callable[[str], float], width: int) -> str:
-    """Break a text into lines that are not longer than `width`."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and length(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
