@@ -24,8 +24,9 @@ from PIL import Image
 
 from fluxjax.config import ConfigError
 from fluxjax.models.latents import unpack
-from fluxjax.train.data.batches import DataSettings, open_data, precompute
-from fluxjax.train.data.disk_cache import read_arrays, write_arrays
+from fluxjax.train.data.cache_file import read_arrays, write_arrays
+from fluxjax.train.data.dataset import open_dataset, precompute
+from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Encoders, folder_encoders
 
 COUNT = 37
@@ -60,7 +61,7 @@ def test_every_latent_meets_its_own_caption_in_three_shuffled_epochs_of_buckets(
     steps = -(-3 * COUNT // 4)
     orders = []
     for encoders in (ENCODERS, ENCODERS._replace(encode_image=_refuse, encode_text=_refuse)):
-        data = open_data(cold, encoders, batch=4, seed=5)
+        data = open_dataset(cold, encoders, batch=4, seed=5)
         batches = list(islice(data.iterate(), steps))
         seen = [_assert_pairs(batch) for batch in batches]
         assert len(data.sizes) >= 4 and len({(b.width, b.height) for b in batches}) >= 4
@@ -74,20 +75,20 @@ def test_every_latent_meets_its_own_caption_in_three_shuffled_epochs_of_buckets(
 
 
 def test_over_a_cycle_every_picture_comes_equally_often(settings):
-    data = open_data(settings, ENCODERS, batch=4, seed=5)
+    data = open_dataset(settings, ENCODERS, batch=4, seed=5)
     cycle = [[number_of(row) for row in data(step).latents] for step in range(2 * COUNT)]
     for part in (cycle[:COUNT], cycle[COUNT:]):
         assert Counter(n for numbers in part for n in numbers) == dict.fromkeys(range(COUNT), 4)
     assert cycle[:COUNT] != cycle[COUNT:]  # shuffled anew
-    other = open_data(settings, ENCODERS, batch=4, seed=6)
+    other = open_dataset(settings, ENCODERS, batch=4, seed=6)
     assert [number_of(row) for row in other(0).latents] != cycle[0]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_same_global_batches(settings, processes):
-    whole = open_data(settings, ENCODERS, batch=8, seed=1)
+    whole = open_dataset(settings, ENCODERS, batch=8, seed=1)
     parts = [
-        open_data(settings, ENCODERS, batch=8, seed=1, process_index=i, process_count=processes)
+        open_dataset(settings, ENCODERS, batch=8, seed=1, process_index=i, process_count=processes)
         for i in range(processes)
     ]
     assert {part.fingerprint for part in parts} == {whole.fingerprint}
@@ -101,8 +102,8 @@ def test_processes_share_the_same_global_batches(settings, processes):
 
 
 def test_reading_goes_on_at_any_step(settings):
-    straight = list(islice(open_data(settings, ENCODERS, batch=4, seed=2).iterate(), 14))
-    resumed = open_data(settings, ENCODERS, batch=4, seed=2)
+    straight = list(islice(open_dataset(settings, ENCODERS, batch=4, seed=2).iterate(), 14))
+    resumed = open_dataset(settings, ENCODERS, batch=4, seed=2)
     for before, after in zip(straight[9:], resumed.iterate(9), strict=False):
         for a, b in zip(before, after, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -114,10 +115,12 @@ def test_fingerprint_follows_pictures_captions_sizes_and_encoders(settings, tmp_
 
     def fingerprint(encoders: Encoders = ENCODERS, **changes) -> str:
         changed = replace(settings, source=str(source), **changes)
-        return open_data(changed, encoders, batch=4, seed=0).fingerprint
+        return open_dataset(changed, encoders, batch=4, seed=0).fingerprint
 
     first = fingerprint()
-    assert first == open_data(settings, ENCODERS, batch=2, seed=1).fingerprint  # not of the place
+    assert (
+        first == open_dataset(settings, ENCODERS, batch=2, seed=1).fingerprint
+    )  # not of the place
     seen = {first, fingerprint(resolution=32), fingerprint(ENCODERS._replace(text_hash="other"))}
     seen.add(fingerprint(ENCODERS._replace(image_hash="other")))
     (source / "004.txt").write_text("another caption")
@@ -139,10 +142,10 @@ def test_companions_are_found_by_name_and_cut_as_their_pictures(settings, tmp_pa
         (tmp_path / f"masks/{number:03}.PNG").write_bytes(encoded(mask))
     beside = {"references": str(tmp_path / "before"), "masks": str(tmp_path / "masks")}
     cold = replace(settings, cache=str(tmp_path / "cache"), **beside)
-    data = open_data(cold, ENCODERS, batch=4, seed=0)
-    assert data.fingerprint != open_data(settings, ENCODERS, batch=4, seed=0).fingerprint
+    data = open_dataset(cold, ENCODERS, batch=4, seed=0)
+    assert data.fingerprint != open_dataset(settings, ENCODERS, batch=4, seed=0).fingerprint
     data.fill()
-    data = open_data(cold, ENCODERS._replace(encode_image=_refuse), batch=4, seed=0)
+    data = open_dataset(cold, ENCODERS._replace(encode_image=_refuse), batch=4, seed=0)
     for batch in islice(data.iterate(), COUNT):
         numbers = _assert_pairs(batch)
         assert [number_of(row) - 100 for row in batch.reference] == numbers
@@ -163,7 +166,7 @@ def test_companions_that_do_not_fit_are_named(settings, tmp_path):
     (before / "003.png").write_bytes(picture_bytes(3, (20, 20)))
     said = {
         name: dict(
-            open_data(replace(lax, **{name: str(before)}), ENCODERS, batch=4, seed=0).quarantined
+            open_dataset(replace(lax, **{name: str(before)}), ENCODERS, batch=4, seed=0).quarantined
         )
         for name in ("references", "masks")
     }
@@ -177,29 +180,29 @@ def test_companions_that_do_not_fit_are_named(settings, tmp_path):
     assert said["masks"].pop("003.png") == "its mask has 20 x 20 pixels, and the picture 90 x 30"
     assert not said["masks"] and not said["references"]
     with pytest.raises(FileNotFoundError, match="there is no folder of masks"):
-        open_data(replace(lax, masks=str(tmp_path / "none")), ENCODERS, batch=4, seed=0)
+        open_dataset(replace(lax, masks=str(tmp_path / "none")), ENCODERS, batch=4, seed=0)
     with pytest.raises(ConfigError, match="the source scenes is no folder"):
-        open_data(replace(lax, source="scenes", masks=str(before)), ENCODERS, batch=4, seed=0)
+        open_dataset(replace(lax, source="scenes", masks=str(before)), ENCODERS, batch=4, seed=0)
 
 
 def test_changed_pictures_and_encoders_are_encoded_anew(settings, tmp_path):
     source = Path(shutil.copytree(settings.source, tmp_path / "pictures"))
     changed = replace(settings, source=str(source))
-    open_data(changed, ENCODERS, batch=4, seed=0).fill()
+    open_dataset(changed, ENCODERS, batch=4, seed=0).fill()
     (source / "007.png").write_bytes(picture_bytes(152))  # of the same size
-    data = open_data(changed, ENCODERS, batch=4, seed=0)
+    data = open_dataset(changed, ENCODERS, batch=4, seed=0)
     numbers = {number_of(row) for step in range(COUNT) for row in data(step).latents}
     assert numbers == set(range(COUNT)) - {7} | {152}
-    smaller = open_data(replace(changed, resolution=32), ENCODERS, batch=4, seed=0)(0)
+    smaller = open_dataset(replace(changed, resolution=32), ENCODERS, batch=4, seed=0)(0)
     assert smaller.latents.shape[1] == smaller.width * smaller.height // 16 <= 64
     darker = ENCODERS._replace(encode_image=lambda x: ENCODERS.encode_image(x) * 0, image_hash="2")
-    assert not open_data(changed, darker, batch=4, seed=0)(0).latents.any()
+    assert not open_dataset(changed, darker, batch=4, seed=0)(0).latents.any()
 
 
 def test_picture_that_changes_while_it_is_used_is_an_error(settings, tmp_path):
     source = Path(shutil.copytree(settings.source, tmp_path / "pictures"))
     fresh = replace(settings, source=str(source), cache=str(tmp_path / "cache"))
-    data = open_data(fresh, ENCODERS, batch=4, seed=0)
+    data = open_dataset(fresh, ENCODERS, batch=4, seed=0)
     for number in range(COUNT):
         (source / f"{number:03}.png").write_bytes(picture_bytes(number + 100))
     with pytest.raises(ValueError, match=r"\d{3}\.png has changed while it was used"):
@@ -208,7 +211,7 @@ def test_picture_that_changes_while_it_is_used_is_an_error(settings, tmp_path):
 
 def test_damaged_cache_files_are_made_again(settings, tmp_path):
     own = replace(settings, cache=str(tmp_path / "cache"))
-    data = open_data(own, ENCODERS, batch=4, seed=0)
+    data = open_dataset(own, ENCODERS, batch=4, seed=0)
     data.fill()
     good = data(0)
     files = sorted((tmp_path / "cache").glob("*/*/*.safetensors"))
@@ -234,7 +237,7 @@ def test_processes_fill_one_cache_together_and_caches_of_their_own_wholly(
             return encode_text(texts)
 
         cache = tmp_path / ("one" if one_disk else str(index))
-        return open_data(
+        return open_dataset(
             replace(settings, cache=str(cache)), ENCODERS._replace(encode_text=encode),
             batch=2, seed=0, process_index=index, process_count=2,
         )  # fmt: skip
@@ -260,7 +263,7 @@ def test_values_that_float16_cannot_hold_are_kept(tmp_path):
 
 def test_encoder_that_gives_nan_is_named(settings, tmp_path):
     broken = ENCODERS._replace(encode_text=lambda t: (np.full((1, 4, 8), np.nan), np.zeros((1, 8))))
-    data = open_data(replace(settings, cache=str(tmp_path)), broken, batch=4, seed=0)
+    data = open_dataset(replace(settings, cache=str(tmp_path)), broken, batch=4, seed=0)
     with pytest.raises(ValueError, match="the caption 'a dog' is encoded to values"):
         data.captions(["a dog"])
 
@@ -272,7 +275,7 @@ def test_impossible_shares_are_refused(settings):
         "seed=-1": {"batch": 4, "seed": -1},
     }.items():
         with pytest.raises(ConfigError, match=words):
-            open_data(settings, ENCODERS, **{"seed": 0} | values)
+            open_dataset(settings, ENCODERS, **{"seed": 0} | values)
     for words, values in {
         "resolution=0": {"resolution": 0},
         "smaller than bucket_step": {"resolution": 32},
@@ -320,7 +323,7 @@ def test_embedded_model_precomputes_and_the_files_of_the_user_stay_as_they_are(t
 
     encoders = folder_encoders(TINY, "float32")
     stored = encoders._replace(encode_image=_refuse, encode_text=_refuse)
-    batch = open_data(settings, stored, batch=2, seed=0)(0)
+    batch = open_dataset(settings, stored, batch=2, seed=0)(0)
     text, pooled = encoders.encode_text(["a red circle"])
     np.testing.assert_allclose(batch.text[1], text[0], rtol=5e-4, atol=1e-6)
     np.testing.assert_allclose(batch.pooled[1], pooled[0], rtol=5e-4, atol=1e-6)
@@ -333,11 +336,11 @@ def test_scenes_have_the_sizes_and_captions_that_were_drawn(tmp_path):
         resolution=96, bucket_step=16, scenes=100, scene_sizes=((96, 96), (112, 80)),
         cache=str(tmp_path),
     )  # fmt: skip
-    data = open_data(settings, ENCODERS, batch=4, seed=0)
+    data = open_dataset(settings, ENCODERS, batch=4, seed=0)
     assert data.sizes == {(96, 96): 64, (112, 80): 36} and not data.quarantined
     batch = data(0)
     assert batch.latents.shape == (4, batch.width * batch.height // 16, 3)
-    again = open_data(replace(settings, scenes=80), ENCODERS, batch=4, seed=0)
+    again = open_dataset(replace(settings, scenes=80), ENCODERS, batch=4, seed=0)
     assert [e.item.caption for e in again.entries] == [e.item.caption for e in data.entries[:80]]
     with pytest.raises(ConfigError, match="100 x 90"):
-        open_data(replace(settings, scene_sizes=((100, 90),)), ENCODERS, batch=4, seed=0)
+        open_dataset(replace(settings, scene_sizes=((100, 90),)), ENCODERS, batch=4, seed=0)

@@ -17,9 +17,10 @@ from PIL import Image, ImageCms
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import BadPicture, decode
-from fluxjax.train.data.batches import DataSettings, open_data
 from fluxjax.train.data.buckets import bucket, fit
 from fluxjax.train.data.catalogue import pixels, read_catalogue
+from fluxjax.train.data.dataset import open_dataset
+from fluxjax.train.data.settings import DataSettings
 
 GOOD = 6
 
@@ -285,7 +286,7 @@ def test_too_many_bad_pictures_stop_the_run_naming_them(tmp_path):
     for number in range(18):
         (source / f"{number:03}.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"19 of 19 .*; and 14 more"):
-        open_data(
+        open_dataset(
             DataSettings(source=str(source), max_bad_share=1.0, cache=str(tmp_path)),
             ENCODERS, batch=1, seed=0,
         )  # fmt: skip

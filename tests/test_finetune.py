@@ -46,7 +46,7 @@ from fluxjax.models.lora import LoraConfig
 from fluxjax.sample.loading import load_pipeline, tiny_folder
 from fluxjax.train import command, finetune, progress
 from fluxjax.train.curve import draw_curve, read_metrics
-from fluxjax.train.data.batches import DataSettings
+from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import folder_encoders
 from fluxjax.train.flow_matching import Rows, fixed_loss
 from fluxjax.train.objectives import Objective, density_times

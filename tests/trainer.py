@@ -36,7 +36,8 @@ from fluxjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import state_shardings
 from fluxjax.text.conditioning import Conditioning
 from fluxjax.train import loop
-from fluxjax.train.data.batches import DataSettings, open_data
+from fluxjax.train.data.dataset import open_dataset
+from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.objectives import Objective
 from fluxjax.train.step import init_state, make_step
@@ -86,7 +87,7 @@ def rows_of(step: int, bad: bool) -> Rows:
 def fingerprint(source: str) -> str:
     """Of a folder of pictures, as a run's identity has it."""
     settings = DataSettings(source=source, resolution=32, bucket_step=16, cache=f"{source}.cache")
-    return open_data(settings, ENCODERS, batch=BATCH, seed=0).fingerprint
+    return open_dataset(settings, ENCODERS, batch=BATCH, seed=0).fingerprint
 
 
 def distance(params: Any, key: jax.Array, rows: Rows, *rest: Any) -> jax.Array:

@@ -95,14 +95,14 @@ def precompute(arguments: Sequence[str]) -> None:
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError("the embedded model's recipe draws its own data: nothing to precompute")
     from fluxjax.parallel.hosts import barrier, join_hosts
-    from fluxjax.train.data import batches as data
+    from fluxjax.train.data import dataset
     from fluxjax.train.progress import Filling
 
     join_hosts(options.coordinator, options.process_id, options.num_processes)
     import jax
 
     with Filling() as report:
-        done = data.precompute(
+        done = dataset.precompute(
             recipe.data, recipe.model_folder, report=report,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip

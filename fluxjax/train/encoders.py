@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fluxjax.train.data.disk_cache import data_folder, write_whole
+from fluxjax.file_hash import hash_files
 
 Dtype = Literal["float32", "bfloat16"]
 _VERSION = "1"  # raised when the same weights would give other latents or text states
@@ -86,32 +85,7 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
     return Encoders(
         lambda pictures: image()(pictures),
         lambda captions: text()(captions),
-        _hash(model, ("vae", "ae.safetensors"), dtype),
-        _hash(model, texts, dtype, str(config.max_sequence_length)),
+        hash_files(model, ("vae", "ae.safetensors"), _VERSION, dtype),
+        hash_files(model, texts, _VERSION, dtype, str(config.max_sequence_length)),
         release,
     )
-
-
-def _hash(model: Path, names: tuple[str, ...], *settings: str) -> str:
-    """Of the content of all files of some components."""
-    total = hashlib.sha256("\0".join((_VERSION, *settings)).encode())
-    for name in names:
-        path = model / name
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in (f for f in files if f.is_file()):
-            total.update(f"{file.relative_to(model).as_posix()} {_digest(file)}\n".encode())
-    return total.hexdigest()
-
-
-def _digest(file: Path) -> str:
-    """SHA-256, remembered by the file's place, size and time: T5-XXL has ten gigabytes."""
-    status = file.stat()
-    key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
-    memory = data_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
-    if status.st_size > 2**26 and memory.is_file():
-        return memory.read_text()
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if status.st_size > 2**26:
-        write_whole(memory, digest.encode())
-    return digest

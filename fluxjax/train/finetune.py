@@ -31,9 +31,10 @@ from fluxjax.sample.reference import read_reference
 from fluxjax.text.conditioning import Conditioning
 from fluxjax.train import loop
 from fluxjax.train.curve import draw_curve
-from fluxjax.train.data.batches import Data, DataBatch, DataSettings, open_data
 from fluxjax.train.data.buckets import fit
 from fluxjax.train.data.catalogue import Report
+from fluxjax.train.data.dataset import DataBatch, Dataset, open_dataset
+from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Encoders, folder_encoders
 from fluxjax.train.export import export_lora, export_pipeline
 from fluxjax.train.flow_matching import Rows, assemble, finetune_loss
@@ -51,7 +52,7 @@ class Job(NamedTuple):
     config: PipelineConfig
     mesh: Mesh
     model: FluxTransformer
-    data: Data
+    data: Dataset
     frozen: dict[str, Tree]
     state: TrainState
     step: Callable[..., tuple[TrainState, dict[str, Array]]]
@@ -109,7 +110,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     )  # fmt: skip
 
 
-def _notes(recipe: FinetuneRecipe, config: PipelineConfig, data: Data) -> list[str]:
+def _notes(recipe: FinetuneRecipe, config: PipelineConfig, data: Dataset) -> list[str]:
     notes = [f"left out {name}: {reason}" for name, reason in data.quarantined]
     guidance = recipe.objective.guidance
     if config.transformer.guidance_embeds and guidance != 1.0:
@@ -123,9 +124,9 @@ def _notes(recipe: FinetuneRecipe, config: PipelineConfig, data: Data) -> list[s
 def _open_data(
     recipe: FinetuneRecipe, settings: DataSettings, encoders: Encoders, mesh: Mesh,
     report: Report | None = None,
-) -> Data:  # fmt: skip
+) -> Dataset:  # fmt: skip
     index, count = share_of_process(mesh, recipe.batch)
-    return open_data(
+    return open_dataset(
         settings, encoders, batch=recipe.batch, seed=recipe.seed,
         process_index=index, process_count=count, report=report,
     )  # fmt: skip
@@ -207,7 +208,7 @@ def _replicate(x: Any, mesh: Mesh) -> Array:
 
 
 def _held_out(
-    recipe: FinetuneRecipe, data: Data, encoders: Encoders, mesh: Mesh
+    recipe: FinetuneRecipe, data: Dataset, encoders: Encoders, mesh: Mesh
 ) -> list[DataBatch]:
     """The batches whose loss validation measures."""
     settings = recipe.validation

@@ -18,7 +18,7 @@ from fluxjax.models.flux import Remat
 from fluxjax.models.lora import LoraConfig
 from fluxjax.parallel.sequence import SequenceAttention
 from fluxjax.sample.loading import tiny_folder
-from fluxjax.train.data.batches import DataSettings
+from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.objectives import Objective
 from fluxjax.train.optimizers import OptimizerSettings
 from fluxjax.train.toml_file import build, nearest, read_toml, to_toml

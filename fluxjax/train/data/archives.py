@@ -8,11 +8,11 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import EXTENSIONS, BadPicture
-from fluxjax.train.data.source_item import (
+from fluxjax.train.data.item import (
     MAX_BYTES,
     MAX_CAPTION_BYTES,
     Caption,
@@ -22,9 +22,7 @@ from fluxjax.train.data.source_item import (
     read_caption,
     shown,
 )
-
-if TYPE_CHECKING:
-    from fluxjax.train.data.batches import DataSettings
+from fluxjax.train.data.settings import DataSettings
 
 
 def tar_items(path: Path, name: str, settings: DataSettings) -> Iterator[Item]:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -19,13 +19,11 @@ from jaxtyping import Float
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import BadPicture, decode, quiet
 from fluxjax.train.data.buckets import bucket, fit
+from fluxjax.train.data.cache_file import write_whole
 from fluxjax.train.data.companions import KINDS, Kind, companion_items, folder_of
-from fluxjax.train.data.disk_cache import write_whole
-from fluxjax.train.data.source_item import Item
+from fluxjax.train.data.item import Item
+from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.data.sources import list_items
-
-if TYPE_CHECKING:
-    from fluxjax.train.data.batches import DataSettings
 
 Report = Callable[[str, int, int], None]  # what is counted, how many are done, and of how many
 _NAMED = 5  # bad pictures in an error message

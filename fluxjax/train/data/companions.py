@@ -6,15 +6,13 @@ References are what a picture is made from (training to edit), masks say where i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import EXTENSIONS
-from fluxjax.train.data.source_item import Caption, Item, bad_item
+from fluxjax.train.data.item import Caption, Item, bad_item
+from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.data.sources import picture_item, walk
-
-if TYPE_CHECKING:
-    from fluxjax.train.data.batches import DataSettings
 
 Kind = Literal["reference", "mask"]
 KINDS: tuple[Kind, ...] = ("reference", "mask")

@@ -13,12 +13,11 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import EXTENSIONS
 from fluxjax.train.data.archives import parquet_items, tar_items
-from fluxjax.train.data.source_item import (
+from fluxjax.train.data.item import (
     MAX_BYTES,
     MAX_CAPTION_BYTES,
     Caption,
@@ -28,9 +27,7 @@ from fluxjax.train.data.source_item import (
     read_caption,
     shown,
 )
-
-if TYPE_CHECKING:
-    from fluxjax.train.data.batches import DataSettings
+from fluxjax.train.data.settings import DataSettings
 
 SCENES = "scenes"
 METADATA = "metadata.jsonl"
@@ -42,7 +39,7 @@ def list_items(settings: DataSettings) -> list[Item]:
     Raises FileNotFoundError and ConfigError for a source that is none.
     """
     if settings.source == SCENES:
-        from fluxjax.train.data.scene_items import scene_items
+        from fluxjax.train.data.drawn_scenes import scene_items
 
         return scene_items(settings)
     path = Path(settings.source).expanduser()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fluxjax.picture_files import BadPicture
-
-if TYPE_CHECKING:
-    from fluxjax.train.data.batches import DataSettings
+from fluxjax.train.data.settings import DataSettings
 
 MAX_BYTES = 2**30  # of a picture's file
 MAX_CAPTION_BYTES = 2**20

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from fluxjax.config import ConfigError
 from fluxjax.train.data.buckets import bucket
-from fluxjax.train.data.source_item import Item
+from fluxjax.train.data.item import Item
+from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.embedded.scenes import Scene, captions, render, sample_scenes
 from fluxjax.train.embedded.text_encoders import vary
-
-if TYPE_CHECKING:
-    from fluxjax.train.data.batches import DataSettings
 
 _CHUNK = 64
 _SEED = 11

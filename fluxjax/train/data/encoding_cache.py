@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.models.latents import PATCH, pack
+from fluxjax.train.data.cache_file import compact, read_arrays, write_arrays
 from fluxjax.train.data.catalogue import Entry, pixels
-from fluxjax.train.data.disk_cache import compact, read_arrays, write_arrays
 from fluxjax.train.encoders import Encoders
 
 _CROP = "middle"
@@ -32,7 +32,7 @@ class TextStates(NamedTuple):
     pooled: Float[np.ndarray, "b p"]
 
 
-class States:
+class EncodingCache:
     """Each is encoded alone, so that it does not depend on what it was asked for together with."""
 
     def __init__(self, folder: Path, encoders: Encoders, max_megapixels: float):

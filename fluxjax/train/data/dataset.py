@@ -1,7 +1,7 @@
 """Pictures with captions as batches of latents and text states: a pure function of the step.
 
-`open_data` lists and checks a source, and hands out batches by step: the same step gives the same
-global batch after a resume and on any number of processes. Each batch holds pictures of one size.
+`open_dataset` lists and checks a source, and hands out batches by step: the same step gives the
+same global batch after a resume and on any number of processes. Each batch holds one size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import quiet
+from fluxjax.train.data.cache_file import data_folder
 from fluxjax.train.data.catalogue import (
     Catalogue,
     Entry,
@@ -28,67 +28,12 @@ from fluxjax.train.data.catalogue import (
     pixels,
     read_catalogue,
 )
-from fluxjax.train.data.disk_cache import data_folder
-from fluxjax.train.data.encoded import States, TextStates
+from fluxjax.train.data.encoding_cache import EncodingCache, TextStates
+from fluxjax.train.data.order import Order
+from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Dtype, Encoders, folder_encoders
 
 _ENDLESS = 2**31
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Where pictures and captions come from, and how they are cut to size.
-
-    `source` is a folder of pictures with captions beside them or in metadata.jsonl, a parquet file
-    or folder, a webdataset tar or folder of tars, or `scenes`: drawn ones. It is only read.
-    """
-
-    source: str = "scenes"
-    resolution: int = 512
-    """Pictures keep their aspect ratio and get at most resolution² pixels; none is enlarged."""
-    bucket_step: int = 64
-    """Widths and heights are multiples of this."""
-    max_aspect: float = 2.0
-    """Longer pictures than this ratio of sides are cropped to it."""
-    caption_extension: str = ".txt"
-    caption_key: str = "text"
-    """The captions' name in metadata.jsonl, parquet columns and JSON members of tars."""
-    image_key: str = "image"
-    """The pictures' parquet column."""
-    default_caption: str | None = None
-    """For pictures without a caption; None counts them as bad."""
-    references: str = ""
-    """Training to edit (FLUX.1-Kontext): a folder of pictures, of the source's names, from which
-    the source's are made. Scaled and cut as these are, those of validation pictures too."""
-    masks: str = ""
-    """A folder of grey pictures, of the source's names and sizes: white is learnt, black is not."""
-    follow_links: bool = False
-    """Read what links point to outside of the source."""
-    max_megapixels: float = 80.0
-    max_bad_share: float = 0.05
-    """Above this share of bad pictures nothing is trained."""
-    cache: str = ""
-    """Folder of latents and text states; by default $XDG_CACHE_HOME/fluxjax/data."""
-    scenes: int = 4096
-    """How many scenes are drawn."""
-    scene_sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) of the drawn scenes, in turn; by default a square of the resolution."""
-
-    def __post_init__(self) -> None:
-        for name in ("resolution", "bucket_step", "max_megapixels", "scenes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(
-                    f"DataSettings.{name}={getattr(self, name)} must be greater than 0"
-                )
-        if self.resolution < self.bucket_step:
-            raise ConfigError(
-                f"DataSettings.resolution={self.resolution} is smaller than "
-                f"bucket_step={self.bucket_step}"
-            )
-        if self.max_aspect < 1:
-            raise ConfigError(f"DataSettings.max_aspect={self.max_aspect} must be at least 1")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ConfigError(f"DataSettings.max_bad_share={self.max_bad_share} is no share of 1")
 
 
 class DataBatch(NamedTuple):
@@ -104,8 +49,8 @@ class DataBatch(NamedTuple):
     mask: Float[np.ndarray, "b image 4"] | None = None
 
 
-class Data:
-    """Made by `open_data`; `data(step)` is the batch of a step.
+class Dataset:
+    """Made by `open_dataset`; `data(step)` is the batch of a step.
 
     Over the steps all pictures come equally often. Each size is shuffled by itself, anew in every
     round, and what a round leaves over opens the next one's first batch: none is dropped.
@@ -115,7 +60,7 @@ class Data:
         self,
         settings: DataSettings,
         catalogue: Catalogue,
-        states: States,
+        states: EncodingCache,
         *,
         batch: int,
         seed: int,
@@ -125,7 +70,7 @@ class Data:
         self.entries, self.quarantined = catalogue
         self.batch, self.process_index, self.process_count = batch, process_index, process_count
         self._settings, self._states = settings, states
-        self._order = _Order(self.entries, batch, seed)
+        self._order = Order(self.entries, batch, seed)
         listing = [
             (e.digest, e.item.caption, e.width, e.height, *(c.digest for c in _companions(e)))
             for e in self.entries
@@ -220,39 +165,7 @@ def _companions(entry: Entry) -> list[Entry]:
     return [other for other in (entry.reference, entry.mask) if other is not None]
 
 
-class _Order:
-    """Which pictures a step shows. A batch has one size."""
-
-    def __init__(self, entries: list[Entry], batch: int, seed: int):
-        grain = import_grain()
-        self.batch = batch
-        members: dict[tuple[int, int], list[int]] = {}
-        for i, entry in enumerate(entries):
-            members.setdefault((entry.width, entry.height), []).append(i)
-        sizes = sorted(members)
-        self.counts = np.array([len(members[size]) for size in sizes])
-        seeds = [np.random.SeedSequence((seed, *size)).generate_state(1)[0] for size in sizes]
-        self.shuffled = [
-            grain.MapDataset.source(members[size]).shuffle(seed=int(one)).repeat()
-            for size, one in zip(sizes, seeds, strict=True)
-        ]
-        # A size with n pictures takes n of len(entries) steps, evenly spread: its j-th batch is
-        # due at a random moment of the j-th n-th of that time.
-        rng = np.random.default_rng(seed)
-        self.sizes = np.repeat(np.arange(len(sizes)), self.counts)
-        self.ranks = np.concatenate([np.arange(n) for n in self.counts])
-        due = (self.ranks + rng.random(len(entries))) / self.counts[self.sizes]
-        order = np.argsort(due, kind="stable")
-        self.sizes, self.ranks = self.sizes[order], self.ranks[order]
-
-    def __call__(self, step: int, rows: range) -> list[int]:
-        cycle, place = divmod(step, len(self.sizes))
-        size = self.sizes[place]
-        first = int(cycle * self.counts[size] + self.ranks[place]) * self.batch
-        return [self.shuffled[size][first + row] for row in rows]
-
-
-def open_data(
+def open_dataset(
     settings: DataSettings,
     encoders: Encoders,
     *,
@@ -261,7 +174,7 @@ def open_data(
     process_index: int = 0,
     process_count: int = 1,
     report: Report | None = None,
-) -> Data:
+) -> Dataset:
     """Lists and checks the source; `batch` is the global one, of which this process gets a share.
 
     `report(what, done, due)` is called while pictures that are new to the cache are checked. Raises
@@ -275,8 +188,8 @@ def open_data(
         raise ConfigError(f"seed={seed} must not be negative")
     folder = Path(settings.cache).expanduser() if settings.cache else data_folder()
     catalogue = read_catalogue(settings, folder, report)
-    states = States(folder, encoders, settings.max_megapixels)
-    return Data(
+    states = EncodingCache(folder, encoders, settings.max_megapixels)
+    return Dataset(
         settings,
         catalogue,
         states,
@@ -296,8 +209,8 @@ def precompute(
     process_count: int = 1,
     report: Report | None = None,
 ) -> str:
-    """Fills the cache for `settings`, see `Data.fill`; returns the lines of `Data.report`."""
-    data = open_data(
+    """Fills the cache for `settings`, see `Dataset.fill`; returns the lines of `Dataset.report`."""
+    data = open_dataset(
         settings,
         folder_encoders(model, dtype),
         batch=process_count,
