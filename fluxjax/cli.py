@@ -8,7 +8,11 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from fluxjax.terminal import open_standard_streams, say
+
 TRACEBACK_VARIABLE = "FLUXJAX_TRACEBACK"
+
+_NO_HOME = "Could not determine home directory."  # pathlib, of ~nosuchuser
 
 # Called with the exit code when a command has failed and said so, before the interpreter ends.
 on_failure: list[Callable[[int], None]] = []
@@ -19,6 +23,8 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = error.filename2 or error.filename
         return f"{where}: {error.strerror}" if where else error.strerror
+    if isinstance(error, RuntimeError) and str(error) == _NO_HOME:
+        return "a path begins with ~ and a name, and there is no user of that name"
     if isinstance(error, MemoryError):
         return "out of memory: try a smaller picture, fewer pictures at once or --dtype bfloat16"
     text = str(error).strip()
@@ -37,12 +43,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Ctrl-C exits with 130. With FLUXJAX_TRACEBACK=1 the traceback is shown instead. Any other
     exception is a bug and is raised.
     """
+    open_standard_streams()
     try:
         code = main() or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.stderr.flush()
+        say("")  # the terminal has written ^C
+        say("interrupted")
         # Threads may still compute or compile; waiting for them is not what Ctrl-C asks for.
         os._exit(130)
     except BrokenPipeError:
@@ -50,11 +57,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        known = not isinstance(error, RuntimeError) or "RESOURCE_EXHAUSTED" in str(error)
+        known = not isinstance(error, RuntimeError) or any(
+            words in str(error) for words in ("RESOURCE_EXHAUSTED", _NO_HOME)
+        )
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0") or not known:
             _fail(1, traceback.format_exc())
             raise
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        say(f"error: {sentence(error)}")
         code = getattr(error, "exit_code", 2)
         _fail(code)
     except Exception:
