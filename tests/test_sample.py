@@ -1,5 +1,6 @@
 """The pipeline draws what diffusers' FluxPipeline draws, and compiles only when shapes change."""
 
+import inspect
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,9 @@ from fluxjax.config import ConfigError
 from fluxjax.sample.loading import tiny_folder
 from fluxjax.sample.noise import draw
 from fluxjax.sample.pictures import to_bytes
+from fluxjax.sample.programs import Programs
 from fluxjax.sample.reference import preferred_size
+from fluxjax.sample.refusals import OTHER_NAMES
 
 SMALL = {"width": 96, "height": 64, "steps": 5}
 
@@ -268,10 +271,100 @@ def test_bytes_round_or_truncate():
     assert to_bytes(x, "bfl").ravel().tolist() == [0, 0, 127, 254, 255, 255]
 
 
-def test_true_cfg_needs_a_negative_prompt(ours):
-    chosen = {"width": 64, "height": 64, "steps": 4, "max_sequence_length": 16}
-    plain, ignored = (ours("a star", **chosen, **more)[0] for more in ({}, {"true_cfg": 4.0}))
-    assert plain.tobytes() == ignored.tobytes()
+def test_on_step_sees_the_latents_of_every_nth_step(ours):
+    chosen = {"width": 64, "height": 64, "steps": 7, "max_sequence_length": 16}
+    whole = ours("a star", seed=3, **chosen)[0]
+    seen: dict[int, np.ndarray] = {}
+
+    def keep(step, latents):
+        seen[step] = np.asarray(latents)
+
+    for progress in (None, lambda done: None):
+        seen.clear()
+        picture = ours("a star", seed=3, **chosen, on_step=keep, every=3, progress=progress)[0]
+        assert picture.tobytes() == whole.tobytes()
+        assert list(seen) == [3, 6, 7]
+    assert to_bytes(ours.decode(seen[7])).tobytes() == whole.tobytes()
+    assert np.abs(seen[3] - seen[6]).mean() > 0.01, "latents on their way"
+
+    class Enough(Exception):
+        pass
+
+    def stop(step, latents):
+        raise Enough(step)
+
+    with pytest.raises(Enough, match="1"):
+        ours("a star", **chosen, on_step=stop)
+    with pytest.raises(ConfigError, match="every must be at least 1 step, got 0"):
+        ours("a star", **chosen, on_step=keep, every=0)
+
+
+@pytest.mark.parametrize(
+    ("component", "leaf", "words"),
+    [
+        ("text_encoder", "final_layer_norm.bias", r"CLIP text encoder \(text_encoder\)"),
+        ("text_encoder_2", "final_layer_norm.scale", r"T5 text encoder \(text_encoder_2\)"),
+        ("transformer", "proj_out.bias", "the transformer is the first"),
+        ("vae", "decoder.conv_out.bias", r"the autoencoder \(vae\) is the first"),
+    ],
+)
+def test_the_first_network_that_is_not_finite_is_named(ours, monkeypatch, component, leaf, words):
+    changed = []
+
+    def spoil(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not name.endswith(leaf):
+            return x
+        changed.append(name)
+        return x.at[..., 0].set(np.nan)
+
+    params = jax.tree.map_with_path(spoil, ours.params(component))
+    assert changed
+    monkeypatch.setitem(ours._params, component, params)
+    with pytest.raises(ConfigError, match=f"not finite; .*{words}"):
+        ours("a star", width=64, height=64, steps=4, max_sequence_length=16)
+
+
+def test_programs_of_many_sizes_are_not_kept_for_ever(ours, monkeypatch):
+    programs, compiled = Programs(ours.config, "float32", True), []
+    monkeypatch.setattr(programs, "_compile", lambda name, *_: compiled.append(name))
+
+    def ask(name, sizes):
+        for size in sizes:
+            programs.get(name, jax.ShapeDtypeStruct((1, 16, 2, 2 * size), np.float32))
+
+    ask("decode", range(1, 30))
+    ask("decode", range(22, 30))  # the last ones are there
+    assert len(compiled) == 29
+    ask("reference", [1])  # and are not driven out by others
+    ask("decode", range(22, 30))
+    assert len(compiled) == 30
+    ask("decode", [1])
+    assert len(compiled) == 31
+
+
+def test_true_cfg_and_negative_prompt_need_each_other(ours):
+    for given, words in (
+        ({"true_cfg": 4.0}, "true_cfg needs a negative_prompt"),
+        ({"negative_prompt": "a star"}, "negative_prompt needs true_cfg above 1"),
+        ({"negative_prompt": "", "true_cfg": 1.0}, "negative_prompt needs true_cfg above 1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            ours("a ring", **given)
+
+
+def test_names_of_diffusers_are_answered_with_ours(ours):
+    with pytest.raises(ConfigError) as error:
+        ours("a star", num_inference_steps=4, guidance_scale=3.0, generator=None, colour="red")
+    said = str(error.value)
+    for words in (
+        "num_inference_steps is called steps here",
+        "guidance_scale is called guidance here",
+        "generator is called seed here",
+        "'colour' is no setting; there are ",
+    ):
+        assert words in said
+    assert set(OTHER_NAMES) <= set(inspect.signature(FluxPipeline.__call__).parameters) | {"image"}
 
 
 @pytest.mark.parametrize(

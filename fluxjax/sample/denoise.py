@@ -111,22 +111,31 @@ def denoise_in_parts(
     latents: Any,
     levels: Float[np.ndarray, "padded"],
     steps: int,
-    progress: Callable[[int], None],
     *,
+    progress: Callable[[int], None] | None = None,
+    on_step: Callable[[int, Any], None] | None = None,
+    every: int = 1,
     seconds: float = 0.25,
 ) -> Any:
-    """`run(latents, levels)` in parts of about `seconds` each; `progress(steps done)` after each.
+    """`run(latents, levels)` in parts; the result is that of one call.
 
+    `progress(steps done)` is called after parts of about `seconds` each, `on_step(steps done,
+    latents)` after every `every`-th step and after the last one; what it raises ends the run.
     Parts, because a program that calls back to the host is kept out of the compilation cache. On
     several processes the clock of the first counts: all run the same parts.
     """
-    first, size = 0, 1
+    first, size = 0, steps if progress is None else 1
     while first < steps:
         last, start = min(first + size, steps), time.perf_counter()
+        if on_step is not None:
+            last = min(last, first - first % every + every)
         latents = wait(run(latents, part_of(levels, first, last)))
-        progress(last)
-        rate = (last - first) / (time.perf_counter() - start)
-        size = from_first(partial(max, 1, round(seconds * rate)))
+        if progress is not None:
+            progress(last)
+            rate = (last - first) / (time.perf_counter() - start)
+            size = from_first(partial(max, 1, round(seconds * rate)))
+        if on_step is not None and (last % every == 0 or last == steps):
+            on_step(last, latents)
         first = last
     return latents
 

@@ -31,7 +31,8 @@ from fluxjax.sample.denoise import Guidance, wait
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.programs import COMPONENTS, Name, Programs
 from fluxjax.sample.reference import pixels, preferred_size, read_reference
-from fluxjax.sample.settings import Rounding, Settings, defaults, override
+from fluxjax.sample.refusals import require_both, require_finite, unknown_options
+from fluxjax.sample.settings import Noise, Rounding, Settings, defaults, override
 from fluxjax.shapes import Params
 from fluxjax.text.conditioning import Conditioning, PromptIds, tokenize
 
@@ -44,6 +45,7 @@ PHASES = ("loading", "compiling", "encoding", "denoising", "decoding")
 UNTILED_LATENTS = 256 * 256
 TILE = 64
 AnyArray = Array | np.ndarray
+OnStep = Callable[[int, AnyArray], None]
 
 
 class Pipeline:
@@ -83,31 +85,67 @@ class Pipeline:
         *,
         seed: int | Sequence[int] = 0,
         number: int = 1,
+        steps: int | None = None,
+        guidance: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
         reference: Image | str | Path | None = None,
+        negative_prompt: str | None = None,
+        true_cfg: float | None = None,
+        prompt_2: str | None = None,
+        max_sequence_length: int | None = None,
+        noise: Noise | None = None,
+        rounding: Rounding | None = None,
         progress: Callable[[int], None] | None = None,
-        **settings: Any,
+        on_step: OnStep | None = None,
+        every: int = 1,
+        **others: Any,
     ) -> list[Image]:
-        """Draw pictures; the other arguments are those of `Settings`, by default the model's own.
+        """Draw pictures; what is not given is the model's own.
 
-        `reference` (FLUX.1 Kontext) is a picture to edit; without a width or height the new ones
-        take its shape, see `reference_size`.
-        `number` pictures per prompt, in the prompts' order. One seed draws the noise of all of
-        them at once, as diffusers does with one generator; a sequence gives each its own seed.
+        Args:
+          prompt: what to draw, or several.
+          seed: one draws the noise of all pictures at once, as diffusers does with one generator; a
+            sequence gives each its own.
+          number: pictures per prompt, in the prompts' order.
+          steps: denoising steps, 1 to 1000.
+          guidance: embedded guidance of distilled models; others ignore it.
+          width, height: in pixels, multiples of 16 for FLUX.
+          reference: a picture to edit (FLUX.1 Kontext), or its file; without a width or height the
+            new ones take its shape, see `reference_size`.
+          negative_prompt, true_cfg: what not to draw, by classifier-free guidance above 1; both or
+            neither.
+          prompt_2: what T5 reads instead of `prompt`.
+          max_sequence_length: T5 tokens, at most 512.
+          noise: "torch" (what PyTorch's CPU generator draws for the seed) or "jax".
+          rounding: whose rounding is followed: "diffusers", "bfl" or "none", see `Settings`.
+          progress: called with the number of steps done, a few times a second.
+          on_step, every: `on_step(steps done, latents)` after every `every`-th step and after the
+            last, with the unpacked latents (n, c, h, w) so far; what it raises ends the run.
+
+        Raises ConfigError for what cannot be drawn, and for pictures that are not finite.
         """
         from PIL.Image import fromarray
 
+        if others:
+            raise ConfigError(unknown_options(sorted(others)))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        first, chosen = seed if isinstance(seed, int) else 0, self.defaults
+        settings = {
+            "steps": steps, "guidance": guidance, "width": width, "height": height,
+            "negative_prompt": negative_prompt, "true_cfg": true_cfg, "prompt_2": prompt_2,
+            "max_sequence_length": max_sequence_length, "noise": noise, "rounding": rounding,
+            "seed": seed if isinstance(seed, int) else 0,
+        }  # fmt: skip
+        chosen = self.defaults
         if isinstance(reference, str | Path):
-            reference, _ = read_reference(reference, settings.get("reference_sha256"))
+            reference, _ = read_reference(reference)
         if reference is not None:
             reference = upright_rgb(reference)
-            width, height = self.reference_size(reference)
-            chosen = replace(chosen, width=width, height=height)
-        chosen = override(chosen, {"seed": first, **settings})
+            size = dict(zip(("width", "height"), self.reference_size(reference), strict=True))
+            chosen = replace(chosen, **size)
         pictures = self.draw(
-            chosen, prompts=prompts, seeds=seed, number=number, reference=reference,
-            progress=progress,
+            override(chosen, settings), prompts=prompts, seeds=seed, number=number,
+            reference=reference, progress=progress, on_step=on_step, every=every,
         )  # fmt: skip
         return [fromarray(picture) for picture in pictures]
 
@@ -120,12 +158,18 @@ class Pipeline:
         number: int = 1,
         reference: Image | None = None,
         progress: Callable[[int], None] | None = None,
+        on_step: OnStep | None = None,
+        every: int = 1,
     ) -> UInt8[np.ndarray, "n height width 3"]:
-        """Pictures of `settings` as bytes; what else is given stands in for what is in it."""
+        """Pictures of `settings` as bytes; what else is given stands in for what is in it.
+
+        Arguments and errors are those of `__call__`; `reference` is a picture.
+        """
         prompts = [settings.prompt] if prompts is None else prompts
         count = len(prompts) * number
         if count < 1:
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
+        require_both(settings)
         start = self.draw_noise(settings, settings.seed if seeds is None else seeds, count)
         if reference is None and settings.reference is not None:
             reference, _ = read_reference(settings.reference, settings.reference_sha256)
@@ -139,21 +183,19 @@ class Pipeline:
         each = [encode(group, settings.prompt_2) for group in groups]
         conditioning = jax.tree.map(lambda *c: np.repeat(np.concatenate(c), number, axis=0), *each)
         negative = None
-        if settings.uses_true_cfg and settings.negative_prompt is not None:
+        if settings.negative_prompt is not None:
             one = encode(settings.negative_prompt)
             negative = jax.tree.map(lambda c: np.repeat(c, count, axis=0), one)
+        seen = None if reference is None else self.encode_reference(reference)
         latents = self.denoise(
-            conditioning,
-            start,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            negative=negative,
-            true_cfg=settings.true_cfg,
-            reference=None if reference is None else self.encode_reference(reference),
-            rounding=settings.rounding,
-            progress=progress,
-        )
-        return to_bytes(self.decode(latents), settings.rounding)
+            conditioning, start, steps=settings.steps, guidance=settings.guidance,
+            negative=negative, true_cfg=settings.true_cfg, reference=seen,
+            rounding=settings.rounding, progress=progress, on_step=on_step, every=every,
+        )  # fmt: skip
+        pictures = self.decode(latents)
+        heard = [conditioning] if negative is None else [conditioning, negative]
+        require_finite(pictures, heard, seen, latents)
+        return to_bytes(pictures, settings.rounding)
 
     def encode_prompt(
         self,
@@ -213,14 +255,18 @@ class Pipeline:
         reference: Float[AnyArray, "_ c _ _"] | None = None,
         rounding: Rounding = "diffusers",
         progress: Callable[[int], None] | None = None,
+        on_step: OnStep | None = None,
+        every: int = 1,
     ) -> Float[AnyArray, "n c h w"]:
         """Latents from noise (see `draw_noise`), still normalised as the transformer sees them.
 
         `steps`: their number, or sigmas before the shift. `guidance` is ignored by models without
         a guidance embedding. `reference`: latents of one picture to edit, or of one for each.
-        `progress(steps done)` cuts the run in parts.
+        `progress` and `on_step` (see `__call__`) cut the run in parts.
         """
         pictures, _, rows, columns = noise.shape
+        if every < 1:
+            raise ConfigError(f"every must be at least 1 step, got {every}")
         tokens = rows * columns // layout.PATCH**2
         steps = self.config.steps if steps is None else steps
         levels = schedule.sigmas(steps, tokens, self.config.scheduler)
@@ -238,18 +284,23 @@ class Pipeline:
             noise, *inputs = pad_rows((noise, *inputs), self.programs.rows("denoise", pictures))
         program = self._program("denoise", noise, padded, *inputs, rounding=rounding)
         params = self.params("transformer")
-        with self._timed("denoising"):
-            if progress is None:
-                latents = wait(program(params, noise, padded, *inputs))
-            else:
-                latents = sampler.denoise_in_parts(
-                    lambda latents, part: program(params, latents, part, *inputs),
-                    noise,
-                    padded,
-                    len(levels) - 1,
-                    progress,
-                )
+
+        def whole(latents: Array) -> AnyArray:
             return latents if self.mesh is None else gathered(latents)[:pictures]
+
+        with self._timed("denoising"):
+            if progress is None and on_step is None:
+                return whole(wait(program(params, noise, padded, *inputs)))
+            latents = sampler.denoise_in_parts(
+                lambda latents, part: program(params, latents, part, *inputs),
+                noise,
+                padded,
+                len(levels) - 1,
+                progress=progress,
+                on_step=on_step and (lambda step, latents: on_step(step, whole(latents))),
+                every=every,
+            )
+            return whole(latents)
 
     def decode(
         self, latents: Float[AnyArray, "n c h w"], *, tile: int | None = None

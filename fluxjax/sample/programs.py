@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -42,6 +43,7 @@ COMPONENTS: dict[Name, tuple[Component, ...]] = {
     "decode": ("vae",),
 }
 _OF_PICTURES = ("reference", "decode")
+KEPT = 8  # executables of each name: one of a small model is 26 MB
 
 
 @partial(jax.jit, static_argnames="model")
@@ -85,8 +87,9 @@ def encode_pictures(
 
 
 class Programs:
-    """Executables by program and shapes; two are compiled at a time, each only once.
+    """Executables by program and shapes; two are compiled at a time.
 
+    Of each program those of the KEPT shapes that were asked for last are kept.
     On a mesh the transformer and the text encoders are split as the table of rules has it, and the
     autoencoder's pictures over all devices.
     """
@@ -104,16 +107,21 @@ class Programs:
         self.lora, self.mesh = lora, mesh
         self.sequence: SequenceAttention = sequence
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
-        self._futures: dict[Any, Future] = {}
+        self._futures: dict[Name, OrderedDict[Any, Future]] = {
+            name: OrderedDict() for name in COMPONENTS
+        }
 
     def start(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Future:
         """Begin to compile `name` for inputs of these shapes (arrays or ShapeDtypeStructs)."""
         specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
         leaves, structure = jax.tree.flatten(specs)
-        key = (name, rounding, structure, tuple(leaves))
-        if key not in self._futures:
-            self._futures[key] = self._pool.submit(self._compile, name, rounding, specs)
-        return self._futures[key]
+        key, kept = (rounding, structure, tuple(leaves)), self._futures[name]
+        if key not in kept:
+            kept[key] = self._pool.submit(self._compile, name, rounding, specs)
+        kept.move_to_end(key)
+        while len(kept) > KEPT:
+            kept.popitem(last=False)
+        return kept[key]
 
     def get(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
         """The executable, a function of (params of each of COMPONENTS, *inputs)."""

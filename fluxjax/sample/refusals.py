@@ -1,0 +1,74 @@
+"""What a pipeline refuses, in words: options it does not have, and pictures that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Array
+
+from fluxjax.config import ConfigError
+from fluxjax.sample.settings import FIELDS, Settings
+from fluxjax.text.conditioning import Conditioning
+
+_Array = Array | np.ndarray
+
+# diffusers' names, for those who come from there.
+OTHER_NAMES = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "true_cfg_scale": "true_cfg",
+    "num_images_per_prompt": "number",
+    "generator": "seed",
+    "image": "reference",
+    "callback_on_step_end": "on_step",
+    "output_type": "draw(settings), which gives bytes",
+    "latents": "denoise(conditioning, noise)",
+    "prompt_embeds": "denoise(conditioning, noise)",
+    "sigmas": "denoise(conditioning, noise, steps=sigmas)",
+}
+
+
+def unknown_options(names: list[str]) -> str:
+    """What to say of options that `__call__` does not have."""
+    known = [f"{name} is called {OTHER_NAMES[name]} here" for name in names if name in OTHER_NAMES]
+    rest = [repr(name) for name in names if name not in OTHER_NAMES]
+    if rest:
+        fields = ", ".join(name for name in FIELDS if name not in ("prompt", "reference_sha256"))
+        known.append(f"{', '.join(rest)} is no setting; there are {fields}")
+    return "; ".join(known)
+
+
+def require_both(settings: Settings) -> None:
+    """Classifier-free guidance needs a scale and something to guide away from."""
+    if settings.negative_prompt is None and settings.true_cfg > 1:
+        raise ConfigError('true_cfg needs a negative_prompt; an empty one ("") will do')
+    if settings.negative_prompt is not None and settings.true_cfg <= 1:
+        raise ConfigError("negative_prompt needs true_cfg above 1, such as true_cfg=3.5")
+
+
+def require_finite(
+    pictures: Array | np.ndarray,
+    heard: Sequence[Conditioning],
+    reference: Array | np.ndarray | None,
+    latents: Array | np.ndarray,
+) -> None:
+    """ConfigError naming the first network on the pictures' way whose output is not finite."""
+    if np.isfinite(np.asarray(pictures, np.float32)).all():
+        return
+    outputs = {
+        "the CLIP text encoder (text_encoder)": [one.pooled for one in heard],
+        "the T5 text encoder (text_encoder_2)": [one.prompt_embeds for one in heard],
+        "the autoencoder (vae), encoding the reference": [] if reference is None else [reference],
+        "the transformer": [latents],
+        "the autoencoder (vae)": [pictures],
+    }
+    first = next(
+        name
+        for name, arrays in outputs.items()
+        if not all(np.isfinite(np.asarray(array, np.float32)).all() for array in arrays)
+    )
+    raise ConfigError(
+        f"the picture has values that are not finite; {first} is the first network to give such "
+        "values: its weights are damaged, or overflow in this dtype"
+    )
