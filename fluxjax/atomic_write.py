@@ -1,38 +1,70 @@
-"""A file or folder that appears whole or not at all."""
+"""Files and folders that appear whole or not at all, also when their writer is killed.
+
+`whole_or_nothing`: a model, a sheet, anything that one process writes. `write_bytes`: small files
+that several may write at once, the last one wins. `write_new`: a file beside those that are there.
+"""
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from fluxjax.lock import lock_beside, locked, try_lock
+
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
+# What a file system answers that knows no hard links, or no such rename.
+_UNKNOWN = (
+    errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOTTY,
+)  # fmt: skip
+_ENDINGS = 9999
+# A writer locks its file within this time after making it.
+_LOCKED_AFTER = 10.0
 
 
 @contextmanager
 def whole_or_nothing(destination: Path) -> Iterator[Path]:
-    """A path beside the destination to write to; it takes the destination's place at the end.
+    """A path beside the destination to write a file or folder to, which then takes its place.
 
-    On any error, Ctrl-C included, it is removed and what was there before stays.
+    On any error, Ctrl-C included, it is removed and what was there before stays. What was there is
+    exchanged in one step, so that a kill leaves the old or the new; what a killed writer left
+    beside it is removed by the next. A symbolic link is followed.
+
+    Raises lock.InUse while another one writes there; FileExistsError if something has appeared
+    there in the meantime; OSError.
     """
-    destination = Path(os.path.abspath(destination))
+    destination = Path(os.path.realpath(destination))
     destination.parent.mkdir(parents=True, exist_ok=True)
-    part = destination.with_name(f".{destination.name}.{os.getpid()}.part")
-    old = destination.with_name(f".{destination.name}.{os.getpid()}.old")
-    try:
-        yield part
-        if destination.exists():
-            os.replace(destination, old)
+    with locked(lock_beside(destination), str(destination)):
+        _heal(destination)
+        part = destination.with_name(f".{destination.name}.part")
+        replaces = os.path.lexists(destination)
         try:
-            os.replace(part, destination)
-        except OSError:
-            if old.exists():
-                os.replace(old, destination)
-            raise
-    finally:
-        _remove(part)
-        if destination.exists():
-            _remove(old)
+            yield part
+            if replaces:
+                _exchange(part, destination)
+            elif not _rename_new(part, destination):
+                raise FileExistsError(errno.EEXIST, "appeared while it was written", destination)
+        finally:
+            _remove(part)
+
+
+def _heal(destination: Path) -> None:
+    """Only to be called by the holder of the lock: whoever left these is gone."""
+    hidden = f".{glob.escape(destination.name)}"
+    old = [path for end in ("old", "*.old") for path in destination.parent.glob(f"{hidden}.{end}")]
+    if old and not os.path.lexists(destination):
+        os.rename(old.pop(), destination)
+    for end in ("part", "*.part"):
+        old += destination.parent.glob(f"{hidden}.{end}")
+    for path in old:
+        _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -40,3 +72,110 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _exchange(part: Path, destination: Path) -> None:
+    """In one step where the system can; else a kill in between is healed at the next writing."""
+    if part.is_file() and destination.is_file():
+        os.replace(part, destination)
+        return
+    if _renameat2(part, destination, _RENAME_EXCHANGE):
+        return
+    old = destination.with_name(f".{destination.name}.old")
+    os.rename(destination, old)
+    try:
+        os.rename(part, destination)
+    except OSError:
+        os.rename(old, destination)
+        raise
+    _remove(old)
+
+
+def _rename_new(part: Path, target: Path) -> bool:
+    """Give the file or folder its name unless that is taken."""
+    try:
+        if _renameat2(part, target, _RENAME_NOREPLACE):
+            return True
+    except FileExistsError:
+        return False
+    if os.path.lexists(target):  # a gap, on file systems that know nothing better
+        return False
+    os.rename(part, target)
+    return True
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Linux' rename with flags; False where there is none. Raises OSError."""
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    rename = getattr(library, "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNKNOWN:
+        return False
+    raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A small file, in place of what was there. Several processes and threads may write at once.
+
+    What killed writers leave is for `remove_leftovers`. Raises OSError.
+    """
+    with _temporary(path, content) as part:
+        os.replace(part, path)
+
+
+def write_new(path: Path, content: bytes) -> Path:
+    """The first free one of name.png, name-2.png, name-3.png ...; returns which.
+
+    Nothing that is there is touched, and the name appears with the content, never empty.
+    Raises OSError.
+    """
+    with _temporary(path, content, durable=True) as part:
+        for number in range(1, _ENDINGS):
+            target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+            if _link_new(part, target):
+                return target
+    raise OSError(f"{path.parent} is full of files named {path.stem}")
+
+
+def _link_new(part: Path, target: Path) -> bool:
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+        return _rename_new(part, target)
+    return True
+
+
+@contextmanager
+def _temporary(path: Path, content: bytes, durable: bool = False) -> Iterator[Path]:
+    """The content under a hidden name beside `path`, locked as long as we live."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    with open(part, "xb") as file:
+        try:
+            try_lock(file.fileno())
+            file.write(content)
+            file.flush()
+            if durable:  # not after a power cut either is the name there without the content
+                os.fsync(file.fileno())
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers of `write_bytes` left under a folder of our own."""
+    for part in Path(folder).rglob(".*.part"):
+        with suppress(OSError), open(part, "r+b") as file:
+            age = time.time() - os.fstat(file.fileno()).st_mtime
+            if age > _LOCKED_AFTER and try_lock(file.fileno()):
+                part.unlink()

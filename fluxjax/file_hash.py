@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from fluxjax.atomic_write import whole_or_nothing
+from fluxjax.atomic_write import write_bytes
 
 _REMEMBERED = 2**26  # smaller files are read sooner than looked up
 
@@ -26,8 +26,8 @@ def hash_file(path: Path) -> str:
         if len(known) == 64:
             return known
     digest = _read(path)
-    with suppress(OSError), whole_or_nothing(memory) as part:  # a home that cannot be written
-        part.write_text(digest)
+    with suppress(OSError):  # a home that cannot be written
+        write_bytes(memory, digest.encode())
     return digest
 
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint import mapped_memory as memory
 from fluxjax.checkpoint.tensors import Tensor
 
@@ -138,9 +139,10 @@ def write_safetensors(
     *,
     progress: Callable[[str, int], None] | None = None,
 ) -> None:
-    """Write the tensors in the given order, one in memory at a time, through a temporary file.
+    """Write the tensors in the given order, one in memory at a time.
 
-    `progress(name, bytes)` is called after each. The file appears only once it is whole.
+    `progress(name, bytes)` is called after each. The file appears only once it is whole: see
+    `atomic_write.whole_or_nothing` for what that raises.
     """
     path = Path(path)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -152,19 +154,14 @@ def write_safetensors(
         }  # fmt: skip
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            for name, tensor in tensors.items():
-                write_tensor(file, name, tensor)
-                if progress:
-                    progress(name, tensor.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_or_nothing(path) as part, open(part, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, tensor in tensors.items():
+            write_tensor(file, name, tensor)
+            if progress:
+                progress(name, tensor.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_tensor(file: BinaryIO, name: str, tensor: Tensor) -> None:

@@ -46,6 +46,7 @@ class Conversion:
     copies: Mapping[Path, Path]
     shard_bytes: int
     single_file: bool
+    overwrite: bool
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +108,15 @@ def plan(
     if dtype != "keep":
         files |= _with_dtype_name(copies, dtype)
     return Conversion(
-        source, destination, networks, weights, files, copies, shard_bytes, single_file
+        source,
+        destination,
+        networks,
+        weights,
+        files,
+        copies,
+        shard_bytes,
+        single_file,
+        overwrite,
     )
 
 
@@ -171,6 +180,8 @@ def run(conversion: Conversion, progress: Progress | None = None) -> float:
     parent = next(p for p in conversion.destination.absolute().parents if p.exists())
     require_space(parent, conversion.nbytes)
     with whole_or_nothing(conversion.destination) as part:
+        # Again, now that nobody else of us can write there.
+        check_destination(conversion.source, conversion.destination, conversion.overwrite)
         if conversion.single_file:
             (weights,) = conversion.weights
             write_safetensors(part, weights.tensors, weights.metadata, progress=progress)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from fluxjax.atomic_write import write_new
 from fluxjax.config import ConfigError
 from fluxjax.sample.settings import Rounding
 
 RECORD = "fluxjax"  # the keyword of the PNG text chunk
-_ENDINGS = 9999
 
 
 def to_bytes(
@@ -52,37 +50,9 @@ def save(picture: UInt8[np.ndarray, "height width c"], path: Path, record: Mappi
 
     text = PngImagePlugin.PngInfo()
     text.add_itxt(RECORD, json.dumps(record, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".png.part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(picture).save(file, format="PNG", pnginfo=text)
-        os.chmod(temporary, 0o666 & ~_umask())
-        target = _claim(path)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    return target
-
-
-def _claim(path: Path) -> Path:
-    """Create the first free name of path, path-2, path-3 ..., so that nobody else takes it."""
-    for number in range(1, _ENDINGS):
-        target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        try:
-            target.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        return target
-    raise OSError(f"{path.parent} is full of pictures named {path.stem}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, format="PNG", pnginfo=text)
+    return write_new(path, content.getvalue())
 
 
 def read_record(path: Path) -> dict[str, Any]:

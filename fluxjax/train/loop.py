@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fluxjax.atomic_write import write_bytes
 from fluxjax.checkpoint.training_state import StateStore
 from fluxjax.config import ConfigError
 from fluxjax.parallel import hosts
@@ -250,9 +251,7 @@ class _Log:
         if self._first and path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines()
                     if _step_of(line) <= start]  # fmt: skip
-            part = path.with_suffix(".part")
-            part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            part.replace(path)
+            write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, row: Row) -> None:
         """A disk that is full costs rows, not the run."""

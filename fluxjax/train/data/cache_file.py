@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 import zlib
 from pathlib import Path
 
 import numpy as np
+
+from fluxjax.atomic_write import write_bytes
 
 _CHECK = "crc32"
 
@@ -18,24 +19,13 @@ def data_folder() -> Path:
     return Path(base).expanduser() / "fluxjax" / "data"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """As safetensors with a checksum. Float32 becomes float16 where that can hold it."""
     from safetensors.numpy import save
 
     arrays = {name: compact(value) for name, value in arrays.items()}
     check = np.array([_checksum(arrays)], np.uint32)
-    write_whole(path, save({**arrays, _CHECK: check}))
+    write_bytes(path, save({**arrays, _CHECK: check}))
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:

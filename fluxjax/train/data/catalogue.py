@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Float
 
+from fluxjax.atomic_write import write_bytes
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import BadPicture, decode, quiet
 from fluxjax.train.data.buckets import bucket, fit
-from fluxjax.train.data.cache_file import write_whole
 from fluxjax.train.data.companions import KINDS, Kind, companion_items, folder_of
 from fluxjax.train.data.item import Item
 from fluxjax.train.data.settings import DataSettings
@@ -162,7 +162,7 @@ def _inspect_all(
         if new:
             names = {f"{item.name} {item.stamp}" for item in items}
             kept = {name: result for name, result in known.items() if name in names}
-            write_whole(memory, json.dumps(kept).encode())
+            write_bytes(memory, json.dumps(kept).encode())
     known |= new
     return [
         _Found("", (0, 0), item.problem)

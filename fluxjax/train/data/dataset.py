@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from fluxjax.atomic_write import remove_leftovers
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import quiet
 from fluxjax.train.data.cache_file import data_folder
@@ -187,6 +188,7 @@ def open_dataset(
     if seed < 0:
         raise ConfigError(f"seed={seed} must not be negative")
     folder = Path(settings.cache).expanduser() if settings.cache else data_folder()
+    remove_leftovers(folder)
     catalogue = read_catalogue(settings, folder, report)
     states = EncodingCache(folder, encoders, settings.max_megapixels)
     return Dataset(
