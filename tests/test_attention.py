@@ -88,7 +88,7 @@ def test_bfloat16():
 @pytest.mark.parametrize(("length", "keys"), [(128, 128), (200, 128), (100, 200)])
 def test_splash_kernel_interpreted(length, keys):
     q, k, v = qkv(1, length, keys, 2, 128)
-    out = splash_attention(q, k, v, 128**-0.5, interpret=True)
+    out = splash_attention(q, k, v, None, 128**-0.5, interpret=True)
     np.testing.assert_allclose(out, softmax_float64(q, k, v), atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # Logits of one chunk: 9 MB. Smaller ones stay nearer to the processor, but XLA's matrix products
 # are faster the larger they are, and two threads share out each of them.
@@ -21,26 +21,29 @@ _ONES = 8  # columns of ones beside the values: their product with the weights i
 _LOG2_E = 1.4426950408889634
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_attention(
     q: Float[Array, "b l heads k"],
     k: Float[Array, "b m heads k"],
     v: Float[Array, "b m heads k"],
+    key_lengths: Int[Array, " b"] | None,
     scale: float,
 ) -> Float[Array, "b l heads k"]:
-    """softmax(q k^T scale) v in float32; the result has the dtype of `q`."""
-    return _forward(q, k, v, scale)[0]
+    """softmax(q k^T scale) v in float32; the result has the dtype of `q`.
+
+    Row b attends to its first `key_lengths[b]` keys, at least one.
+    """
+    return _forward(q, k, v, key_lengths, scale)[0]
 
 
-def _forward(q, k, v, scale):
+def _forward(q, k, v, key_lengths, scale):
     """The output, and per query the log2 of its softmax's denominator (b, heads, l padded)."""
     # Bounds every |logit| (Cauchy-Schwarz), in powers of two. Normalised heads stay far below 64,
     # where exp2 neither overflows nor underflows: the pass that finds the maximum falls away.
     # Chosen here and not in the loop, where a branch would copy the logits.
     bound = scale * _LOG2_E * _largest_norm(q) * _largest_norm(k)
-    return lax.cond(
-        bound < 64.0, partial(_loop, _exp2, scale), partial(_loop, _shifted, scale), q, k, v
-    )
+    fast, safe = (partial(_loop, exponentiate, scale) for exponentiate in (_exp2, _shifted))
+    return lax.cond(bound < 64.0, fast, safe, q, k, v, key_lengths)
 
 
 def _largest_norm(x: Float[Array, "b l heads k"]) -> Float[Array, ""]:
@@ -55,7 +58,7 @@ def _largest_norm(x: Float[Array, "b l heads k"]) -> Float[Array, ""]:
     return jnp.sqrt(lax.fori_loop(0, batch * heads, one_head, jnp.float32(0.0)))
 
 
-def _loop(exponentiate, scale, q, k, v):
+def _loop(exponentiate, scale, q, k, v, key_lengths):
     batch, length, heads, _ = q.shape
     chunk, chunks = _chunking(length, k.shape[1])
     padded = _pad_length(q, chunk * chunks)
@@ -66,11 +69,12 @@ def _loop(exponentiate, scale, q, k, v):
         b, h = index // heads, index % heads
         keys, values = (_head(x, b, h, 0, x.shape[1]) for x in (k, v))
         values = jnp.pad(values, ((0, 0), (0, _ONES)), constant_values=1.0)
+        padding = _padding(key_lengths, b, k.shape[1])
 
         def one_chunk(i, carry):
             out, logsum = carry
             queries = _head(padded, b, h, i * chunk, chunk) * (scale * _LOG2_E)
-            weights, shift = exponentiate(_matmul_transposed(queries, keys))
+            weights, shift = exponentiate(_logits(queries, keys, padding))
             # A column of the product and not a sum: XLA adds along rows more slowly.
             sums = weights @ values
             total = sums[:, -1:]
@@ -87,13 +91,13 @@ def _loop(exponentiate, scale, q, k, v):
     return out[:, :length], logsum
 
 
-def _forward_rule(q, k, v, scale):
-    out, logsum = _forward(q, k, v, scale)
-    return out, (q, k, v, out, logsum)
+def _forward_rule(q, k, v, key_lengths, scale):
+    out, logsum = _forward(q, k, v, key_lengths, scale)
+    return out, (q, k, v, key_lengths, out, logsum)
 
 
 def _backward_rule(scale, saved, grad):
-    q, k, v, out, logsum = saved
+    q, k, v, key_lengths, out, logsum = saved
     batch, length, heads, _ = q.shape
     chunk, chunks = _chunking(length, k.shape[1])
     # d logits = p (d p - delta), delta the row sum of out * d out (Dao et al., FlashAttention).
@@ -102,12 +106,13 @@ def _backward_rule(scale, saved, grad):
     def one_head(index, carry):
         b, h = index // heads, index % heads
         keys, values = (_head(x, b, h, 0, x.shape[1]) for x in (k, v))
+        padding = _padding(key_lengths, b, k.shape[1])
 
         def one_chunk(i, carry):
             dq, dk, dv = carry
             queries, rows, drows = (_head(x, b, h, i * chunk, chunk) for x in (padded, out, grad))
             row_logsum = lax.dynamic_slice(logsum, (b, h, i * chunk), (1, 1, chunk))
-            logits = _matmul_transposed(queries * (scale * _LOG2_E), keys)
+            logits = _logits(queries * (scale * _LOG2_E), keys, padding)
             weights = jnp.exp2(logits - row_logsum.reshape(chunk, 1))
             delta = jnp.sum(rows * drows, axis=-1, keepdims=True)
             dlogits = weights * (_matmul_transposed(drows, values) - delta) * scale
@@ -127,7 +132,7 @@ def _backward_rule(scale, saved, grad):
 
     zeros = (jnp.zeros_like(padded), jnp.zeros_like(k), jnp.zeros_like(v))
     dq, dk, dv = lax.fori_loop(0, batch * heads, one_head, zeros)
-    return dq[:, :length], dk, dv
+    return dq[:, :length], dk, dv, None
 
 
 chunked_attention.defvjp(_forward_rule, _backward_rule)
@@ -147,6 +152,20 @@ def _head(x: Array, b: Array, h: Array, start: Array | int, size: int) -> Float[
     """Rows `start` to `start + size` of one head of one sample, contiguous and in float32."""
     part = lax.dynamic_slice(x, (b, start, h, 0), (1, size, 1, x.shape[-1]))
     return part.reshape(size, x.shape[-1]).astype(jnp.float32)
+
+
+def _padding(key_lengths: Array | None, b: Array, keys: int) -> Float[Array, "1 m"] | None:
+    """What is added to the logits of sample `b`: -inf at its padded keys."""
+    if key_lengths is None:
+        return None
+    return jnp.where(jnp.arange(keys) < key_lengths[b], 0.0, -jnp.inf)[None]
+
+
+def _logits(
+    queries: Float[Array, "l k"], keys: Float[Array, "m k"], padding: Float[Array, "1 m"] | None
+) -> Float[Array, "l m"]:
+    logits = _matmul_transposed(queries, keys)
+    return logits if padding is None else logits + padding
 
 
 def _matmul_transposed(a: Float[Array, "l k"], b: Float[Array, "m k"]) -> Float[Array, "l m"]:

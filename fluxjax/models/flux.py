@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from fluxjax.config import FluxConfig
-from fluxjax.models.attention import Attention
+from fluxjax.models.attention import AttentionKind
 from fluxjax.models.dense import COLLECTION, Dense
 from fluxjax.models.embeddings import Rope, TimestepRounding, TimeTextEmbed, rope_table
 from fluxjax.models.flux_blocks import AdaLayerNorm, DoubleBlock, SingleBlock
@@ -62,7 +62,7 @@ class FluxTransformer(nn.Module):
     scan_layers: bool = False
     remat: Remat = "none"
     timestep_rounding: TimestepRounding = "diffusers"
-    attention: Attention = "auto"
+    attention: AttentionKind = "auto"
 
     def setup(self) -> None:
         config = self.config

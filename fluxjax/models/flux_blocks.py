@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fluxjax.config import FluxConfig
-from fluxjax.models.attention import Attention, dot_product_attention
+from fluxjax.models.attention import AttentionKind, dot_product_attention
 from fluxjax.models.bias_and_scale import multiply_scale
 from fluxjax.models.dense import Dense
 from fluxjax.models.embeddings import Rope, apply_rope
@@ -116,7 +116,7 @@ class SingleAttention(nn.Module):
     config: FluxConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    attention: Attention = "auto"
+    attention: AttentionKind = "auto"
 
     def setup(self) -> None:
         dim, bias = self.config.inner_dim, self.config.qkv_bias
@@ -136,7 +136,7 @@ class JointAttention(nn.Module):
     config: FluxConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    attention: Attention = "auto"
+    attention: AttentionKind = "auto"
 
     def setup(self) -> None:
         dim, bias = self.config.inner_dim, self.config.qkv_bias
@@ -178,7 +178,7 @@ class DoubleBlock(nn.Module):
     config: FluxConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    attention: Attention = "auto"
+    attention: AttentionKind = "auto"
 
     def setup(self) -> None:
         config = self.config
@@ -222,7 +222,7 @@ class SingleBlock(nn.Module):
     config: FluxConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    attention: Attention = "auto"
+    attention: AttentionKind = "auto"
 
     def setup(self) -> None:
         config = self.config

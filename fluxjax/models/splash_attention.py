@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha_single_device,
 )
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 LANES = 128
 
@@ -20,13 +20,15 @@ def splash_attention(
     q: Float[Array, "b l heads k"],
     k: Float[Array, "b m heads k"],
     v: Float[Array, "b m heads k"],
+    key_lengths: Int[Array, " b"] | None,
     scale: float,
     *,
     interpret: bool = False,
 ) -> Float[Array, "b l heads k"]:
     """Sequences are padded to multiples of 128, and segment ids keep padding out of the softmax.
 
-    `interpret` runs the kernel's Python on any device, slowly.
+    Row b attends to its first `key_lengths[b]` keys, at least one. `interpret` runs the
+    kernel's Python on any device, slowly.
     """
     length, keys, heads = q.shape[1], k.shape[1], q.shape[2]
     padded, padded_keys = _ceil(length), _ceil(keys)
@@ -47,6 +49,22 @@ def splash_attention(
         ),
         interpret=interpret,
     )
+    segments, over = _segments(q, k, key_lengths)
+    # The kernel does not scale.
+    heads_first = (_heads_first(q * scale, padded), _heads_first(k, padded_keys))
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, over))(
+        *heads_first, _heads_first(v, padded_keys), segments
+    )
+    return jnp.swapaxes(out, 1, 2)[:, :length]  # pyright: ignore[reportArgumentType]
+
+
+def _segments(q: Array, k: Array, key_lengths: Array | None) -> tuple[SegmentIds, int | None]:
+    """Which queries see which keys, those of the same segment, and the axis of samples if any."""
+    (batch, length), keys = q.shape[:2], k.shape[1]
+    padded, padded_keys = _ceil(length), _ceil(keys)
+    if key_lengths is not None:
+        beyond = jnp.arange(padded_keys)[None] >= jnp.minimum(key_lengths, keys)[:, None]
+        return SegmentIds(jnp.zeros((batch, padded), jnp.int32), beyond.astype(jnp.int32)), 0
     segments = SegmentIds(
         q=(jnp.arange(padded) >= length).astype(jnp.int32),
         kv=(jnp.arange(padded_keys) >= keys).astype(jnp.int32),
@@ -54,12 +72,7 @@ def splash_attention(
     # Padded queries must see some key, or their softmax divides zero by zero.
     if padded != length and padded_keys == keys:
         segments = segments._replace(q=jnp.zeros(padded, jnp.int32))
-    # The kernel does not scale.
-    heads_first = (_heads_first(q * scale, padded), _heads_first(k, padded_keys))
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(
-        *heads_first, _heads_first(v, padded_keys), segments
-    )
-    return jnp.swapaxes(out, 1, 2)[:, :length]  # pyright: ignore[reportArgumentType]
+    return segments, None
 
 
 def _heads_first(x: Array, length: int) -> Array:

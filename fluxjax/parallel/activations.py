@@ -64,15 +64,17 @@ def attend_in_parts(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    key_lengths: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend(q, k, v)` of each device's part of the batch and the heads, outside the partitioner.
+    """`attend(q, k, v, key_lengths)` of each device's part of batch and heads.
 
+    Outside the partitioner, which cannot look into kernels.
     Inside a shard_map over some axes this is one over the others, and over all of them nothing.
     """
     context = jax.sharding.get_abstract_mesh()
     taken = set() if context.empty else set(context.manual_axes)  # by a shard_map around this one
     if taken == set(mesh.axis_names):
-        return attend(q, k, v)
+        return attend(q, k, v, key_lengths)
     parts = math.prod(mesh.shape[axis] for axis in batch)
     spec = P(
         batch if q.shape[0] % parts == 0 else None,
@@ -83,11 +85,11 @@ def attend_in_parts(
         attend,
         mesh=mesh if context.empty else context,
         axis_names=set(mesh.axis_names) - taken,
-        in_specs=(spec, spec, spec),
+        in_specs=(spec, spec, spec, P(spec[0])),
         out_specs=spec,
         check_vma=False,  # kernels say nothing of what differs between devices
     )
-    return spread(q, k, v)
+    return spread(q, k, v, key_lengths)
 
 
 def pinned_layers(mesh: Mesh) -> AbstractContextManager:

@@ -10,6 +10,9 @@ anything:
   (Liu et al. 2023, Ring attention). Any number of heads; no device sees all keys at once.
 
 Lengths that do not divide are padded at their end. Padded keys never enter a softmax.
+
+Key lengths count in the joint order of tokens, not in that of the devices. They need the text last:
+the padding of text that comes first lies in the middle of the joint sequence.
 """
 
 from __future__ import annotations
@@ -21,57 +24,72 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fluxjax.config import ConfigError
-from fluxjax.models.attention import Attention, dot_product_attention
+from fluxjax.models.attention import AttentionKind, Kernel, dot_product_attention
 
 SequenceAttention = Literal["auto", "ulysses", "ring"]
 AXIS = "sequence"
 
+# Logits that a device holds at a time in the ring, of all its pictures and heads: 256 MB.
+_RING_LOGITS = 2**26
+
 
 class Layout(NamedTuple):
-    """How a joint sequence of `text` and `image` tokens lies on `devices`."""
+    """How a joint sequence of `text` and `image` tokens lies on `devices`.
+
+    In it and on each device text comes first, or, with `text_last`, the image.
+    """
 
     text: int
     image: int
     devices: int
+    text_last: bool = False
 
     @property
     def parts(self) -> tuple[int, int]:
         """Text and image tokens on each device, padding included."""
         return -(-self.text // self.devices), -(-self.image // self.devices)
 
-    def real(self) -> np.ndarray:
-        """(devices, tokens on each): True where a token is no padding."""
-        text, image = self.parts
-        places = np.arange(self.devices)[:, None]
-        return np.concatenate(
-            [
-                places * text + np.arange(text)[None] < self.text,
-                places * image + np.arange(image)[None] < self.image,
-            ],
-            axis=1,
-        )
+    def positions(self) -> np.ndarray:
+        """(devices, tokens on each): where a token stands in the joint sequence, -1 for padding."""
+        counts, parts = (self.text, self.image), self.parts
+        first = 0
+        columns = []
+        for i in (1, 0) if self.text_last else (0, 1):
+            places = np.arange(self.devices * parts[i]).reshape(self.devices, parts[i])
+            columns.append(np.where(places < counts[i], first + places, -1))
+            first += counts[i]
+        return np.concatenate(columns, axis=1)
+
+    def order(self) -> np.ndarray:
+        """(text + image,): which of the devices' tokens, one device after the other, comes next."""
+        positions = self.positions().reshape(-1)
+        return np.argsort(positions, kind="stable")[np.count_nonzero(positions < 0) :]
 
     def in_order(self, x: Array, tokens: int) -> Array:
         """`x` (b, devices times tokens on each, ...) with its `tokens` alone, as without a mesh.
 
-        `tokens` is `text`, `image` or, of the joint sequence, their sum: text first again.
+        `tokens` is `text`, `image` or, of the joint sequence, their sum.
         """
         if tokens != self.text + self.image:
             return x[:, :tokens]
-        text, _ = self.parts
-        real = self.real()
-        places = np.arange(real.size).reshape(real.shape)
-        order = [places[:, part][real[:, part]] for part in (slice(text), slice(text, None))]
-        return jnp.take(x, np.concatenate(order), axis=1)
+        return jnp.take(x, self.order(), axis=1)
+
+    def check_key_lengths(self, key_lengths: Array | None) -> None:
+        """Raises ConfigError where key lengths cannot say what is padding."""
+        if key_lengths is not None and not self.text_last:
+            raise ConfigError(
+                "key lengths need the text last in the joint sequence: the padding of text that "
+                "comes first lies in its middle"
+            )
 
 
 def attention_over(
-    layout: Layout, heads: int, kind: SequenceAttention, implementation: Attention
-) -> Callable[..., Array]:
-    """`attention(q, k, v)` of one device's tokens, for use inside a shard_map over `sequence`.
+    layout: Layout, heads: int, kind: SequenceAttention, implementation: AttentionKind
+) -> Kernel:
+    """Attention of one device's tokens, for use inside a shard_map over `sequence`.
 
     `implementation` is what ulysses runs on its heads. Raises ConfigError where heads do not divide
     for ulysses; `auto` then takes the ring.
@@ -92,10 +110,13 @@ def ulysses_attention(
     q: Float[Array, "b l heads k"],
     k: Float[Array, "b l heads k"],
     v: Float[Array, "b l heads k"],
+    key_lengths: Int[Array, " b"] | None = None,
     *,
     layout: Layout,
-    implementation: Attention = "auto",
+    implementation: AttentionKind = "auto",
 ) -> Float[Array, "b l heads k"]:
+    """Raises ConfigError for key lengths where the text comes first."""
+    layout.check_key_lengths(key_lengths)
     b, _, heads, width = q.shape
     parts = layout.devices
 
@@ -107,11 +128,14 @@ def ulysses_attention(
         return x[:, :, :, 0]
 
     q, k, v = gather(q), gather(k), gather(v)
-    real = layout.real().reshape(-1)
-    if not real.all():
+    real = layout.positions().reshape(-1) >= 0
+    if key_lengths is not None:
+        k, v = (layout.in_order(x, layout.text + layout.image) for x in (k, v))
+    elif not real.all():
         # Keys without padding: exact, and any implementation will do.
         k, v = (jnp.take(x, np.flatnonzero(real), axis=1) for x in (k, v))
-    out = dot_product_attention(q, k, v, implementation=implementation)[:, :, :, None]
+    out = dot_product_attention(q, k, v, key_lengths=key_lengths, implementation=implementation)
+    out = out[:, :, :, None]
     out = jax.lax.all_to_all(out, AXIS, split_axis=1, concat_axis=3, tiled=True)
     return out.reshape(b, -1, heads, width)
 
@@ -120,43 +144,86 @@ def ring_attention(
     q: Float[Array, "b l heads k"],
     k: Float[Array, "b l heads k"],
     v: Float[Array, "b l heads k"],
+    key_lengths: Int[Array, " b"] | None = None,
     *,
     layout: Layout,
 ) -> Float[Array, "b l heads k"]:
-    devices, real = layout.devices, layout.real()
-    ring = [(i, (i + 1) % devices) for i in range(devices)]
-    here = jax.lax.axis_index(AXIS)
-    scale = q.shape[-1] ** -0.5
-
-    # Logits are recomputed in the backward pass; only keys and values are kept.
-    @jax.checkpoint
-    def attend(running: Any, k: Array, v: Array, bias: Array | None) -> Any:
-        highest, total, out = running
-        logits = jnp.einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) * scale
-        if bias is not None:
-            logits = logits + bias[None, None, None, :]
-        higher = jnp.maximum(highest, jax.lax.stop_gradient(logits.max(-1)))
-        weights, decay = jnp.exp(logits - higher[..., None]), jnp.exp(highest - higher)
-        values = jnp.einsum(
-            "bhlm,bmhk->bhlk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
-        return higher, total * decay + weights.sum(-1), out * decay[..., None] + values
-
+    """Logits of some queries at a time. Raises ConfigError for key lengths where text is first."""
+    layout.check_key_lengths(key_lengths)
     b, length, heads, width = q.shape
+    here = jax.lax.axis_index(AXIS)
+    padding_bias = _padding_bias(layout.positions(), key_lengths)
+    ring = [(i, (i + 1) % layout.devices) for i in range(layout.devices)]
+    q, chunks = _query_chunks(q)
+    size = q.shape[-3]
     # Finite, so that a block of nothing but padding leaves no NaN; the blocks after it decay it.
     lowest = jnp.finfo(jnp.float32).min / 2
-    running = (
-        jnp.full((b, heads, length), lowest),
-        jnp.zeros((b, heads, length)),
-        jnp.zeros((b, heads, length, width)),
+    running: Any = (
+        jnp.full((*chunks, b, heads, size), lowest),
+        jnp.zeros((*chunks, b, heads, size)),
+        jnp.zeros((*chunks, b, heads, size, width)),
     )
-    # Padding weighs nothing, not even to the last bit: exp(-inf) is 0.
-    biases = np.where(real, 0.0, -np.inf).astype(np.float32)
-    for step in range(devices):
+    for step in range(layout.devices):
         if step:
             k, v = (jax.lax.ppermute(x, AXIS, ring) for x in (k, v))
-        source = (here - step) % devices
-        bias = None if real.all() else jnp.asarray(biases)[source]
-        running = attend(running, k, v, bias)
+        bias = padding_bias((here - step) % layout.devices)
+        if chunks:
+            attend = partial(_attend_chunk, k=k, v=v, bias=bias)
+            running = jax.lax.map(attend, (running, q))
+        else:
+            running = _attend_block(running, q, k, v, bias)
     _, total, out = running
-    return jnp.swapaxes(out / total[..., None], 1, 2).astype(q.dtype)
+    out = jnp.swapaxes(out / total[..., None], -3, -2).astype(q.dtype)
+    if chunks:
+        out = jnp.moveaxis(out, 0, 1).reshape(b, -1, heads, width)[:, :length]
+    return out
+
+
+def _query_chunks(q: Float[Array, "b l heads k"]) -> tuple[Array, tuple[int, ...]]:
+    """`q`, or (chunks, b, queries of one, heads, k) where its logits would be too many."""
+    b, length, heads, width = q.shape
+    number = -(-length // max(1, _RING_LOGITS // (b * heads * length)))
+    if number == 1:
+        return q, ()
+    size = -(-length // number)
+    q = jnp.pad(q, ((0, 0), (0, number * size - length), (0, 0), (0, 0)))
+    return jnp.moveaxis(q.reshape(b, number, size, heads, width), 1, 0), (number,)
+
+
+def _padding_bias(
+    positions: np.ndarray, key_lengths: Array | None
+) -> Callable[[Array], Array | None]:
+    """device -> what is added to the logits of its keys: (tokens,), (b, tokens) or nothing.
+
+    Padding weighs nothing, not even to the last bit: exp(-inf) is 0.
+    """
+    real = positions >= 0
+    if key_lengths is not None:
+        places = np.where(real, positions, np.iinfo(np.int32).max).astype(np.int32)
+        ends = key_lengths[:, None]
+        return lambda device: jnp.where(jnp.asarray(places)[device][None] < ends, 0.0, -jnp.inf)
+    if real.all():
+        return lambda device: None
+    biases = np.where(real, 0.0, -np.inf).astype(np.float32)
+    return lambda device: jnp.asarray(biases)[device]
+
+
+# Logits are recomputed in the backward pass; only keys and values are kept.
+@jax.checkpoint
+def _attend_block(running: Any, q: Array, k: Array, v: Array, bias: Array | None) -> Any:
+    """(highest logit, sum of weights, weighted sum) of queries, with the keys of one more block."""
+    highest, total, out = running
+    scale = q.shape[-1] ** -0.5
+    logits = jnp.einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        logits = logits + jnp.expand_dims(bias, tuple(range(bias.ndim - 1, 3)))
+    higher = jnp.maximum(highest, jax.lax.stop_gradient(logits.max(-1)))
+    weights, decay = jnp.exp(logits - higher[..., None]), jnp.exp(highest - higher)
+    values = jnp.einsum(
+        "bhlm,bmhk->bhlk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return higher, total * decay + weights.sum(-1), out * decay[..., None] + values
+
+
+def _attend_chunk(chunk: tuple[Any, Array], k: Array, v: Array, bias: Array | None) -> Any:
+    return _attend_block(*chunk, k, v, bias)

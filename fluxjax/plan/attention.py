@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fluxjax.models.attention import plain_attention
 
@@ -18,16 +18,23 @@ _WIDEST = 256
 
 
 def flash_like(
-    q: Float[Array, "b l heads k"], k: Float[Array, "b m heads k"], v: Float[Array, "b m heads k"]
+    q: Float[Array, "b l heads k"],
+    k: Float[Array, "b m heads k"],
+    v: Float[Array, "b m heads k"],
+    key_lengths: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b l heads k"]:
     """softmax(q k^T / sqrt(k)) v; logits of one chunk at a time, computed again going backwards."""
     b, length, heads, width = q.shape
     scale = width**-0.5
     if width > _WIDEST or length <= _CHUNK:
-        return plain_attention(q, k, v, scale=scale)
+        return plain_attention(q, k, v, key_lengths, scale=scale)
     chunks = -(-length // _CHUNK)
     q = jnp.pad(q, ((0, 0), (0, chunks * _CHUNK - length), (0, 0), (0, 0)))
     q = jnp.moveaxis(q.reshape(b, chunks, _CHUNK, heads, width), 1, 0)
-    one = jax.checkpoint(lambda part: plain_attention(part, k, v, scale=scale))
+
+    @jax.checkpoint
+    def one(part: Array) -> Array:
+        return plain_attention(part, k, v, key_lengths, scale=scale)
+
     out = jnp.moveaxis(jax.lax.map(one, q), 0, 1)
     return out.reshape(b, -1, heads, width)[:, :length]
