@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from fluxjax.side_output import check_side_output
+
 if TYPE_CHECKING:
     from fluxjax.diff.report import Report
 
@@ -42,6 +44,8 @@ class Golden:
             raise ValueError("golden needs at least one recorded FILE")
         if self.save and len(self.files) != 1:
             raise ValueError(f"--save takes the outputs of one FILE, got {len(self.files)}")
+        if self.save:
+            check_side_output(self.save, "outputs")
         reports = []
         for path in self.files:
             report, outputs = check_golden(path, self.mesh)
@@ -85,6 +89,8 @@ class Live:
         from fluxjax.diff.live import compare_network, require_torch
         from fluxjax.sample.loading import tiny_folder
 
+        if self.plot:
+            check_side_output(self.plot, "plot")
         folder = tiny_folder() if self.folder == "tiny" else Path(self.folder)
         require_torch()
         if self.component == "pipeline":

@@ -40,6 +40,7 @@ from fluxjax.parallel.rules import param_shardings
 from fluxjax.sample.denoise import Conditioning, Guidance, denoise
 from fluxjax.sample.schedule import pad, sigmas
 from fluxjax.shapes import Params
+from fluxjax.side_output import marker, side_output
 
 FORWARD_BOUND = 1e-5
 SAMPLING_BOUND = 1e-4
@@ -102,8 +103,13 @@ def check_golden(path: Path, mesh: str | None = None) -> tuple[Report, Arrays]:
 
 
 def save_outputs(path: Path, outputs: Arrays) -> None:
-    """Write our outputs as safetensors under their recorded names."""
-    write_safetensors(path, {name: of_array(array) for name, array in outputs.items()})
+    """Write our outputs as safetensors under their recorded names.
+
+    Raises what `side_output.check_side_output` raises.
+    """
+    tensors = {name: of_array(array) for name, array in outputs.items()}
+    with side_output(path, "outputs") as part:
+        write_safetensors(part, tensors, marker("outputs"))
 
 
 class _Recorded(dict[str, np.ndarray]):

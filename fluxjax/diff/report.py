@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fluxjax.side_output import marker, side_output
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -168,7 +170,10 @@ def closing_line(report: Report) -> str:
 
 
 def plot_report(report: Report, path: Path) -> None:
-    """Draw the error of every tensor, in execution order, on a log axis, and save it as `path`."""
+    """Draw the error of every tensor, in execution order, on a log axis, and save it as `path`.
+
+    Raises what `side_output.check_side_output` raises.
+    """
     # Late: drawing is an option, and matplotlib takes longer to import than a table to print.
     try:
         from matplotlib.figure import Figure
@@ -212,7 +217,8 @@ def plot_report(report: Report, path: Path) -> None:
     axes.set_title(title, fontsize=10)
     axes.grid(axis="y", color="0.9", zorder=0)
     axes.legend(fontsize=8, loc="best")
-    figure.savefig(path, dpi=130)
+    with side_output(path, "plot") as part:
+        figure.savefig(part, format="png", dpi=130, metadata=marker("plot"))
 
 
 def _groups(names: list[str]) -> list[tuple[str, int, int]]:

@@ -25,6 +25,7 @@ from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings, override
+from fluxjax.side_output import check_side_output, marker, side_output
 from fluxjax.train.embedded.reader import ATTRIBUTES, Tally, read, score
 from fluxjax.train.embedded.scenes import Caption, Scene, captions, render, sample_scenes
 
@@ -211,12 +212,7 @@ def evaluate_pipeline(
     cut = sizes["held-out"]
     if settings.sheet is not None:
         shown = min(SHEET_PICTURES, cut)
-        from PIL import Image
-
-        sheet = picture_sheet(
-            drawn[:shown], columns=SHEET_COLUMNS, captions=texts[:shown], gap=10, zoom=2
-        )
-        Image.fromarray(sheet).save(settings.sheet, format="PNG")
+        write_sheet(settings.sheet, drawn[:shown], texts[:shown])
     parts = {"held-out": drawn[:cut], "ordinary": drawn[cut:]}
     counts = {name: count_right(prompts[name], from_bytes(part)) for name, part in parts.items()}
 
@@ -271,6 +267,20 @@ def print_evaluation(evaluation: Evaluation) -> None:
     Console(soft_wrap=False).print(table)
 
 
+def write_sheet(
+    path: Path, pictures: UInt8[np.ndarray, "n height width 3"], captions: Sequence[str]
+) -> None:
+    """The pictures with their captions. Raises what `side_output.check_side_output` raises."""
+    from PIL import Image, PngImagePlugin
+
+    sheet = picture_sheet(pictures, columns=SHEET_COLUMNS, captions=captions, gap=10, zoom=2)
+    text = PngImagePlugin.PngInfo()
+    for key, value in marker("sheet").items():
+        text.add_text(key, value)
+    with side_output(path, "sheet") as part:
+        Image.fromarray(sheet).save(part, format="PNG", pnginfo=text)
+
+
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """What `python -m fluxjax.train evaluate` does: measure, print, return.
 
@@ -282,8 +292,8 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
 
     from fluxjax.sample.cache import enable_cache
 
-    if settings.sheet is not None and not settings.sheet.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {settings.sheet.absolute().parent}")
+    if settings.sheet is not None:
+        check_side_output(settings.sheet, "sheet")
     if note := enable_cache():
         print(f"note: {note}", file=sys.stderr)
     pipeline = load_pipeline(settings.model, mesh=settings.mesh)
