@@ -174,7 +174,7 @@ def test_report(capsys):
         ({"mesh": "fsdp=8", "batch": 4}, "batch 4 must be a multiple of 8"),
         ({"task": "full", "batch": 2, "accumulate": 4}, "batch 2 must be a multiple of 4"),
         ({"model": "devil"}, "neither a preset"),
-        ({"model": "fill"}, "only text to image"),
+        ({"model": "fill"}, "in_channels is 384, and in a text-to-image model"),
         ({"width": 100}, "width must be"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"chips": ("H100", "Z80")}, "no chip is called 'Z80'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fluxjax.config.autoencoder import AutoencoderConfig
+from fluxjax.config.base import require
 from fluxjax.config.clip import CLIPTextConfig
 from fluxjax.config.flux import FluxConfig
 from fluxjax.config.scheduler import SchedulerConfig
@@ -29,6 +30,24 @@ class PipelineConfig:
     guidance: float = 3.5
     width: int = 1024
     height: int = 1024
+
+    def require_text_to_image(self, model: object) -> None:
+        """Raises ConfigError, which names `model`, unless text and noise fill the transformer."""
+        transformer = self.transformer
+        for name, reads, given in (
+            ("in_channels", transformer.in_channels, 4 * self.vae.latent_channels),
+            ("joint_attention_dim", transformer.joint_attention_dim, self.text_encoder_2.d_model),
+            (
+                "pooled_projection_dim",
+                transformer.pooled_projection_dim,
+                self.text_encoder.hidden_size,
+            ),
+        ):
+            require(
+                reads == given,
+                f"{model}: the transformer's {name} is {reads}, and in a text-to-image model the "
+                f"other networks give {given}",
+            )
 
 
 DEV = PipelineConfig()

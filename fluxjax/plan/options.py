@@ -103,12 +103,7 @@ def read_model(options: Options) -> PipelineConfig:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     config = dataclasses.replace(config, **given)
     latent_size(config.width, config.height, config.vae)
-    channels = PATCH**2 * config.vae.latent_channels
-    if config.transformer.in_channels != channels:
-        raise ConfigError(
-            f"{options.model} takes {config.transformer.in_channels} channels: only text to image, "
-            f"with {channels}, is planned"
-        )
+    config.require_text_to_image(options.model)
     return config
 
 

@@ -23,8 +23,8 @@ from fluxjax.checkpoint.source import (
 )
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig
-from fluxjax.models.latents import PATCH
 from fluxjax.models.lora import adapt, combine_loras
+from fluxjax.models.stacking import scan_by_default
 from fluxjax.parallel.mesh import MeshShape, make_mesh, place
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, SequenceAttention, attention_over
@@ -32,7 +32,6 @@ from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Dtype
 from fluxjax.shapes import Params
 
-UNROLLED = 12  # more blocks than this are scanned, so that compiling takes seconds
 _TEXT_COMPONENTS: tuple[Component, ...] = ("text_encoder", "text_encoder_2")
 
 
@@ -61,7 +60,7 @@ def load_pipeline(
       text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2.
       vae: a diffusers autoencoder's folder, or BFL's ae.safetensors.
       scan_layers: compile one block of each kind and scan over them, or each block for itself,
-        which on CPUs runs 1.3 times faster and by default is done for up to UNROLLED blocks.
+        which on CPUs runs 1.3 times faster and by default is done for up to 12 blocks.
       loras: files of low-rank adapters for the transformer, "FILE", "FILE:scale" or (FILE, scale);
         all of them are in effect.
       mesh: spread weights and work over devices, such as "fsdp=4,tensor=2" (see
@@ -83,10 +82,9 @@ def load_pipeline(
         raise ConfigError(f"text encoders and vae are given for a BFL file, and {path} is none")
     else:
         networks, config, tokenizers = _of_folder(path)
-    _require_text_to_image(config, path)
+    config.require_text_to_image(path)
     if scan_layers is None:
-        blocks = config.transformer.num_layers + config.transformer.num_single_layers
-        scan_layers = blocks > UNROLLED or jax.default_backend() != "cpu"
+        scan_layers = scan_by_default(config.transformer)
     for name in ("tokenizer", "tokenizer_2"):
         if not (tokenizers / name).is_dir():
             raise FileNotFoundError(f"{tokenizers} is not a whole model: {name} is missing")
@@ -146,21 +144,6 @@ def _open_vae(path: Path) -> Network:
             raise ConfigError(f"{path} holds no FLUX autoencoder but {', '.join(networks)}")
         return networks["vae"]
     return open_component(path, "vae") if (path / "vae").is_dir() else open_folder(path, "vae")
-
-
-def _require_text_to_image(config: PipelineConfig, path: Path) -> None:
-    transformer, channels = config.transformer, PATCH**2 * config.vae.latent_channels
-    for what, ours, wanted in (
-        ("input channels, which text to image", transformer.in_channels, channels),
-        ("text channels, which its T5", transformer.joint_attention_dim,
-         config.text_encoder_2.d_model),
-        ("pooled channels, which its CLIP", transformer.pooled_projection_dim,
-         config.text_encoder.hidden_size),
-    ):  # fmt: skip
-        if ours != wanted:
-            raise ConfigError(
-                f"{path}: the transformer has {ours} {what} does not fill ({wanted} instead)"
-            )
 
 
 def _load(

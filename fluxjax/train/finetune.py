@@ -21,12 +21,12 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.models.flops import flux_flops
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import PATCH, image_ids, latent_size, unpack
+from fluxjax.models.latents import image_ids, latent_size, unpack
 from fluxjax.models.lora import init_lora, split_scales, variables
+from fluxjax.models.stacking import scan_by_default
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import param_shardings, state_shardings
-from fluxjax.sample.loading import UNROLLED
 from fluxjax.sample.reference import read_reference
 from fluxjax.text.conditioning import Conditioning
 from fluxjax.train import loop
@@ -68,11 +68,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     Raises ConfigError, OSError and ValueError.
     """
     config, mesh = read_config(recipe.model_folder), make_mesh(recipe.mesh)
-    if config.transformer.in_channels != PATCH**2 * config.vae.latent_channels:
-        raise ConfigError(
-            f"{recipe.model} takes {config.transformer.in_channels} channels: only text-to-image "
-            "models are trained"
-        )
+    config.require_text_to_image(recipe.model)
     parts = batch_parts(mesh) * recipe.accumulate
     if recipe.batch % parts:
         raise ConfigError(
@@ -145,8 +141,7 @@ def _networks(
 ) -> tuple[FluxTransformer, dict[str, Tree], Tree]:
     """The transformer, its frozen parts and what is trained."""
     lora, dtype = recipe.method == "lora", recipe.compute_dtype
-    blocks = config.transformer.num_layers + config.transformer.num_single_layers
-    stacked = blocks > UNROLLED or jax.default_backend() != "cpu"
+    stacked = scan_by_default(config.transformer)
     stored = dtype if lora else jnp.dtype("float32")
     model = FluxTransformer(
         config.transformer, dtype=dtype, param_dtype=stored, scan_layers=stacked,
