@@ -13,6 +13,6 @@ def test_text_to_image_models_are_known_by_their_widths():
     with pytest.raises(ConfigError, match=r"^some/folder: .* in_channels is 384, .* give 64$"):
         FILL.require_text_to_image("some/folder")
     for part, width in (("text_encoder", "hidden_size"), ("text_encoder_2", "d_model")):
-        other = replace(getattr(DEV, part), **{width: 1024})
-        with pytest.raises(ConfigError, match=r"_dim is \d+, .* give 1024$"):
+        other = replace(getattr(DEV, part), **{width: 1536})
+        with pytest.raises(ConfigError, match=r"_dim is \d+, .* give 1536$"):
             replace(DEV, **{part: other}).require_text_to_image("some/folder")
