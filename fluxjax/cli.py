@@ -1,21 +1,27 @@
-"""How every command of this project ends: an exit code, and for a mistake one sentence."""
+"""How every command of this project starts and ends: signals, exit codes, one sentence a mistake.
+
+Light, as is all that stands before `run` in a `__main__`: until then Ctrl-C shows a traceback.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from fluxjax.terminal import open_standard_streams, say
+from fluxjax.terminal import Lenient, open_standard_streams, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TRACEBACK_VARIABLE = "FLUXJAX_TRACEBACK"
 
 _NO_HOME = "Could not determine home directory."  # pathlib, of ~nosuchuser
 
-# Called with the exit code when a command has failed and said so, before the interpreter ends.
-on_failure: list[Callable[[int], None]] = []
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does, with exit code 143."""
 
 
 def sentence(error: BaseException) -> str:
@@ -35,46 +41,102 @@ def sentence(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call `main` and exit with its code (None is 0).
+def is_mistake(error: BaseException) -> bool:
+    """Is it the user's (ValueError, which ConfigError is, OSError, no memory), and not a bug?
 
-    A mistake of the user (ValueError, which ConfigError is, OSError, MemoryError, or a device out
-    of memory) is printed as `error: ...` on stderr with exit code 2, or the error's `exit_code`;
-    Ctrl-C exits with 130. With FLUXJAX_TRACEBACK=1 the traceback is shown instead. Any other
-    exception is a bug and is raised.
+    With FLUXJAX_TRACEBACK=1 nothing counts as one, so that the traceback is shown.
     """
-    open_standard_streams()
+    if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+        return False
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", _NO_HOME))
+    return isinstance(error, ValueError | OSError | MemoryError)
+
+
+def report(error: Exception) -> int:
+    """Say on stderr how a command failed; returns its exit code.
+
+    A mistake is `error: ...` and 2, or the error's `exit_code`; a bug is its traceback and 1.
+    """
+    if is_mistake(error):
+        say(f"error: {sentence(error)}")
+        return getattr(error, "exit_code", 2)
+    import traceback
+
+    print("".join(traceback.format_exception(error)), file=sys.stderr, end="", flush=True)
+    return 1
+
+
+def begin() -> None:
+    """Work begins that must clean up after itself: Ctrl-C and SIGTERM become exceptions.
+
+    Before, while options are read and modules imported, they end the process on the spot.
+    """
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _raise)):
+        if signal.getsignal(number) is _end_now:
+            signal.signal(number, handler)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and exit with its code (None is 0), after a mistake with that of `report`.
+
+    Ctrl-C exits with 130, SIGTERM with 143. A bug is raised. `--version` is answered here.
+    """
+    before, stderr = _catch_signals(), sys.stderr
     try:
-        code = main() or 0
+        open_standard_streams()
+        sys.stderr = Lenient(sys.stderr)
+        code = _version() if "--version" in sys.argv[1:] else main() or 0
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say("")  # the terminal has written ^C
-        say("interrupted")
+        say("terminated" if isinstance(stop, Terminated) else "interrupted")
         # Threads may still compute or compile; waiting for them is not what Ctrl-C asks for.
-        os._exit(130)
+        os._exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: nothing more to say, also not at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        known = not isinstance(error, RuntimeError) or any(
-            words in str(error) for words in ("RESOURCE_EXHAUSTED", _NO_HOME)
-        )
-        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0") or not known:
-            _fail(1, traceback.format_exc())
+    except Exception as error:
+        if not is_mistake(error):
             raise
-        say(f"error: {sentence(error)}")
-        code = getattr(error, "exit_code", 2)
-        _fail(code)
-    except Exception:
-        _fail(1, traceback.format_exc())
-        raise
+        code = report(error)
+    finally:
+        sys.stderr = stderr or sys.stderr
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(code)
 
 
-def _fail(code: int, text: str = "") -> None:
-    """For those who end the process themselves, after printing what Python would have printed."""
-    if on_failure:
-        print(text, file=sys.stderr, end="", flush=True)
-    for action in on_failure:
-        action(code)
+def _version() -> int:
+    from fluxjax import __version__
+
+    print(f"fluxjax {__version__}")
+    return 0
+
+
+def _catch_signals() -> dict[int, Any]:
+    """Both end the process on the spot; returns what handled them before.
+
+    What is ignored, as in a shell's background process, stays ignored.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    try:
+        return {
+            number: signal.signal(number, _end_now)
+            for number, handler in usual.items()
+            if signal.getsignal(number) is handler
+        }
+    except ValueError:  # in another thread than the main one, which has the signals
+        return {}
+
+
+def _end_now(number: int, frame: Any) -> NoReturn:
+    try:
+        os.write(2, b"\ninterrupted\n" if number == signal.SIGINT else b"\nterminated\n")
+    finally:
+        os._exit(128 + number)
+
+
+def _raise(number: int, frame: Any) -> NoReturn:
+    raise Terminated

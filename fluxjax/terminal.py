@@ -92,3 +92,26 @@ def _discard(stream: Any) -> None:
         stream.flush()
     except (OSError, ValueError, io.UnsupportedOperation):
         pass
+
+
+class Lenient:
+    """A stream for words at the side of the work (stderr): what cannot be written is lost."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError):
+            _discard(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            _discard(self._stream)

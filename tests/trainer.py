@@ -98,11 +98,12 @@ def distance(params: Any, key: jax.Array, rows: Rows, *rest: Any) -> jax.Array:
 
 def train(arguments: list[str]) -> None:
     options = parse(arguments)
-    several = options.coordinator is not None
-    hosts.join_hosts(
-        options.coordinator, options.process_id, options.num_processes,
-        timeout=options.timeout,
-    )  # fmt: skip
+    given = (options.coordinator, options.process_id, options.num_processes)
+    with hosts.joined_hosts(*given, timeout=options.timeout):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     # As `python -m fluxjax.train`: the recipe first, the data when they are read.
     hosts.agree({"recipe": options.recipe})
     data = fingerprint(options.source) if options.source else "drawn"
@@ -158,7 +159,7 @@ def train(arguments: list[str]) -> None:
         save_every=options.save_every, log_every=1, patience=options.patience, identity=identity,
         hang_seconds=options.hang,
     )  # fmt: skip
-    if not several:
+    if options.coordinator is None:
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(state):
             digest.update(np.asarray(leaf).tobytes())

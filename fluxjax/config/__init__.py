@@ -1,7 +1,7 @@
 """Frozen configurations of every network and pipeline, one file per network, and the presets."""
 
 from fluxjax.config.autoencoder import AutoencoderConfig
-from fluxjax.config.base import Activation, ConfigError, from_dict
+from fluxjax.config.base import Activation, ConfigError, from_dict, multiple
 from fluxjax.config.clip import (
     CLIP_BASE_TEXT,
     CLIP_BASE_VISION,
@@ -48,4 +48,5 @@ __all__ = [
     "SchedulerConfig",
     "T5Config",
     "from_dict",
+    "multiple",
 ]

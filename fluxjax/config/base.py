@@ -27,6 +27,15 @@ def positive(config: object, *names: str) -> None:
         require(value > 0, f"{type(config).__name__}.{name} must be positive, got {value}")
 
 
+def multiple(name: str, value: int, unit: int) -> None:
+    """Raises ConfigError unless `value` is a positive multiple of `unit`, and names the nearest."""
+    near = max(unit, unit * round(value / unit))
+    require(
+        value >= unit and value % unit == 0,
+        f"{name} must be a multiple of {unit}, got {value}; {near} would do",
+    )
+
+
 def from_dict(cls: type, values: dict, /):
     """Build `cls` from a `config.json` dictionary; keys that are not fields are left aside."""
     fields = {field.name for field in dataclasses.fields(cls)}

@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+import sys
+from typing import TYPE_CHECKING
 
-import tyro
+from fluxjax import cli
 
-from fluxjax.cli import run
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Convert FLUX checkpoints: transformer, autoencoder, T5, CLIP, or a whole pipeline.
-
-    The family and variant are told from the tensors' names and shapes.
-    """
-
-    source: Annotated[Path, tyro.conf.Positional]
-    """A diffusers or transformers folder, a BFL or ComfyUI .safetensors file, an Orbax folder."""
-    destination: Annotated[Path, tyro.conf.Positional]
-    """A folder; for one network --to bfl, also a .safetensors file."""
-    to: Literal["diffusers", "bfl", "orbax"] = "diffusers"
-    """The form to write."""
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
-    """Cast all tensors; keep changes no value (scaled fp8 becomes bfloat16, and fp8 again)."""
-    mesh: str | None = None
-    """With --to orbax: store each device's part by itself, for devices such as fsdp=4,tensor=2."""
-    config: Path | None = None
-    """config.json of a network whose shapes do not tell everything (heads other than 128)."""
-    shard_gb: float = 10.0
-    """Size of a shard of a diffusers folder, in GB."""
-    overwrite: bool = False
-    """Replace the destination if it exists."""
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, prog="python -m fluxjax.convert")
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.convert") -> int:
+    import tyro
+
+    from fluxjax.convert.options import Options
+
+    options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
+    if not 0 < options.shard_gb < float("inf"):
+        raise ValueError(f"--shard-gb must be a positive number, got {options.shard_gb}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes are traced, nothing is computed
     from rich.console import Console
 
@@ -46,13 +27,12 @@ def main() -> int:
     from fluxjax.convert.progress import byte_progress
     from fluxjax.parallel.mesh import parse_mesh
 
-    if not arguments.shard_gb > 0:
-        raise ValueError(f"--shard-gb must be positive, got {arguments.shard_gb}")
+    cli.begin()
     conversion = convert.plan(
-        arguments.source, arguments.destination, arguments.to, dtype=arguments.dtype,
-        mesh=None if arguments.mesh is None else parse_mesh(arguments.mesh),
-        config_file=arguments.config, shard_bytes=int(arguments.shard_gb * 1e9),
-        overwrite=arguments.overwrite,
+        options.source, options.destination, options.to, dtype=options.dtype,
+        mesh=None if options.mesh is None else parse_mesh(options.mesh),
+        config_file=options.config, shard_bytes=int(options.shard_gb * 1e9),
+        overwrite=options.overwrite,
     )  # fmt: skip
     console = Console(stderr=True, highlight=False)
     for line in conversion.summary():
@@ -60,10 +40,10 @@ def main() -> int:
     with byte_progress(console, conversion.nbytes) as progress:
         seconds = convert.run(conversion, progress)
     rate = conversion.nbytes / 1e6 / seconds
-    print(f"{arguments.destination}: {conversion.nbytes / 1e6:.0f} MB in {seconds:.1f} s, "
+    print(f"{options.destination}: {conversion.nbytes / 1e6:.0f} MB in {seconds:.1f} s, "
           f"{rate:.0f} MB/s")  # fmt: skip
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import tyro
+import sys
+from typing import TYPE_CHECKING
 
-from fluxjax.cli import run
-from fluxjax.diff.commands import Bench, Golden, Live, execute
+from fluxjax import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-def main() -> int:
-    return execute(
-        tyro.extras.subcommand_cli_from_dict(
-            {"golden": Golden, "live": Live, "bench": Bench},
-            prog="python -m fluxjax.diff",
-            description=__doc__,
-        )
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.diff") -> int:
+    import tyro
+
+    from fluxjax.diff.commands import Bench, Golden, Live, execute
+
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"golden": Golden, "live": Live, "bench": Bench},
+        args=sys.argv[1:] if arguments is None else arguments,
+        prog=prog,
+        description="How far ours is from PyTorch, and how fast.",
     )
+    cli.begin()
+    return execute(command)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

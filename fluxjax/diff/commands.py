@@ -59,8 +59,9 @@ class Golden:
 class Live:
     """Run the same weights and inputs through PyTorch and ours, layer by layer.
 
-    Names the first layer beyond its bound (float32 1e-5; bfloat16 2e-2 and 1.5 x PyTorch's own
-    error); exit code 1 if there is one.
+    Names the first layer beyond its bound; exit code 1 if there is one.
+
+    Bounds: float32 1e-5; bfloat16 2e-2 and 1.5 x PyTorch's own error.
     """
 
     folder: Folder = "tiny"
@@ -87,7 +88,7 @@ class Live:
 
     def reports(self) -> list[Report]:
         from fluxjax.diff.live import compare_network, require_torch
-        from fluxjax.sample.loading import tiny_folder
+        from fluxjax.hub import tiny_folder
 
         if self.plot:
             check_side_output(self.plot, "plot")

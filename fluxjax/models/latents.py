@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fluxjax.config import AutoencoderConfig, ConfigError
+from fluxjax.config import AutoencoderConfig, multiple
 
 PATCH = 2  # latent rows and columns per token
 
@@ -21,9 +21,7 @@ def latent_size(width: int, height: int, config: AutoencoderConfig) -> tuple[int
     """
     unit = PATCH * config.scale
     for name, size in (("width", width), ("height", height)):
-        if size < unit or size % unit:
-            near = max(unit, unit * round(size / unit))
-            raise ConfigError(f"{name} must be a multiple of {unit}, got {size}; {near} would do")
+        multiple(name, size, unit)
     return height // config.scale, width // config.scale
 
 

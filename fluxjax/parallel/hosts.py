@@ -122,7 +122,21 @@ def join_hosts(
         raise ProcessLost(f"{mistake} ({str(error).strip().splitlines()[0]})") from None
     finally:
         limit.cancel()
-    cli.on_failure.append(leave)
+
+
+@contextmanager
+def joined_hosts(*given: Any, timeout: float = 300.0) -> Iterator[None]:
+    """Work on all hosts that `join_hosts` finds; a mistake is said and ends this process at once.
+
+    An orderly exit would wait for the others, who may wait for this one.
+    """
+    join_hosts(*given, timeout=timeout)
+    try:
+        yield
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        leave(cli.report(error))
 
 
 def _give_up(mistake: str) -> None:

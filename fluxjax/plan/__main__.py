@@ -1,11 +1,18 @@
-"""python -m fluxjax.plan MODEL"""
+"""python -m fluxjax.plan MODEL, or fluxjax plan MODEL"""
+
+from __future__ import annotations
 
 import os
+import sys
+from typing import TYPE_CHECKING
 
-from fluxjax.cli import run
+from fluxjax import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.plan") -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
     import tyro
@@ -13,14 +20,15 @@ def main() -> int:
     from fluxjax.plan.command import plan
     from fluxjax.plan.options import Options, device_count
 
-    options = tyro.cli(Options, prog="python -m fluxjax.plan")
+    options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
     # No backend is up yet: the plan's devices are simulated, whatever this machine has.
     count = device_count(options)
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
     jax.config.update("jax_platforms", "cpu")
+    cli.begin()
     return plan(options)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -1,19 +1,33 @@
-"""python -m fluxjax.sample PROMPT"""
+"""python -m fluxjax.sample PROMPT, or fluxjax sample PROMPT"""
+
+from __future__ import annotations
 
 import os
+import sys
+from typing import TYPE_CHECKING
 
-from fluxjax.cli import run
+from fluxjax import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.sample") -> int:
     # XLA reports on its cached programs and on every fallback; a user has asked for a picture.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tyro
 
-    from fluxjax.sample.command import Options, draw
+    from fluxjax.sample.command import Options, check, draw
 
-    return draw(tyro.cli(Options, prog="python -m fluxjax.sample"))
+    options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
+    check(options)
+    # JAX is imported only for what can be drawn.
+    from fluxjax.parallel.hosts import joined_hosts
+
+    cli.begin()
+    with joined_hosts(options.coordinator, options.process_id, options.num_processes):
+        return draw(options)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

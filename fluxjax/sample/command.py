@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fluxjax import __version__
-from fluxjax.config import ConfigError
+from fluxjax.config import ConfigError, multiple
+from fluxjax.hub import size_unit
 from fluxjax.sample.settings import FIELDS, Dtype, Noise, Rounding, Settings, override
 
 if TYPE_CHECKING:
@@ -110,17 +111,26 @@ class Options:
     """Repeat a picture from the settings it carries; options given beside it take precedence."""
 
 
-def draw(options: Options) -> int:
-    """Draw, save and report every picture that `options` ask for."""
+def check(options: Options) -> None:
+    """Raises ConfigError for what can be told before JAX is imported, in a fraction of a second."""
     if options.number < 1:
         raise ConfigError(f"number must be at least 1, got {options.number}")
     if options.like is not None and options.prompts is not None:
         raise ConfigError("give --like or --prompts, not both")
     if not options.prompt and options.like is None and options.prompts is None:
         raise ConfigError("there is nothing to draw: give a PROMPT, --prompts or --like")
+    given = _given(options)
+    unit = size_unit(options.model or "tiny")
+    for name in ("width", "height"):
+        if given[name] is not None:
+            multiple(name, given[name], unit)
+    override(Settings(), given)
+
+
+def draw(options: Options) -> int:
+    """Draw, save and report every picture that `options` ask for, once they are checked."""
     from fluxjax.parallel import hosts
 
-    hosts.join_hosts(options.coordinator, options.process_id, options.num_processes)
     record = _record_of(options.like)
     source: dict[str, Any] = {
         name: _text(value) if value is not None else record.get(name)
@@ -226,9 +236,7 @@ def _together(requests: list[Settings], size: int) -> Iterator[list[Settings]]:
 def _requests(options: Options, repeated: dict, pipe: Pipeline) -> Iterator[Settings]:
     """Settings of every picture: the model's, then --like's, the command line's, a line's."""
     base = override(pipe.defaults, repeated, str(options.like))
-    given = {name: getattr(options, name, None) for name in FIELDS}
-    given["prompt"] = " ".join(options.prompt) if options.prompt else None
-    given["reference"] = None if options.reference is None else _text(options.reference)
+    given = _given(options)
     base = override(base, given)
     for values, where in _lines(options.prompts):
         settings = override(base, values, where)
@@ -242,6 +250,14 @@ def _requests(options: Options, repeated: dict, pipe: Pipeline) -> Iterator[Sett
             settings = dataclasses.replace(settings, seed=secrets.randbelow(2**32))
         for i in range(options.number):
             yield dataclasses.replace(settings, seed=settings.seed + i)
+
+
+def _given(options: Options) -> dict[str, Any]:
+    """The settings on the command line; None is what is not there."""
+    given = {name: getattr(options, name, None) for name in FIELDS}
+    given["prompt"] = " ".join(options.prompt) if options.prompt else None
+    given["reference"] = None if options.reference is None else _text(options.reference)
+    return given
 
 
 def _sized(settings: Settings, given: Iterable[dict], pipe: Pipeline) -> Settings:

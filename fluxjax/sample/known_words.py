@@ -7,7 +7,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from fluxjax.sample.loading import tiny_folder
+from fluxjax.hub import tiny_folder
 
 FILE = "world.json"
 EDITS = "the embedded model has not learnt to edit: a reference only disturbs what it draws"

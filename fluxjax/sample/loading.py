@@ -23,6 +23,7 @@ from fluxjax.checkpoint.source import (
 )
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig
+from fluxjax.hub import tiny_folder
 from fluxjax.models.lora import adapt, combine_loras
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.parallel.mesh import MeshShape, make_mesh, place
@@ -33,11 +34,6 @@ from fluxjax.sample.settings import Dtype
 from fluxjax.shapes import Params
 
 _TEXT_COMPONENTS: tuple[Component, ...] = ("text_encoder", "text_encoder_2")
-
-
-def tiny_folder() -> Path:
-    """The embedded model, trained on drawn scenes."""
-    return Path(__file__).resolve().parent.parent / "assets" / "tiny"
 
 
 def load_pipeline(

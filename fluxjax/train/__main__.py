@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from fluxjax import cli
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def main() -> int | None:
-    verb, *rest = sys.argv[1:] or [""]
+
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.train"
+) -> int | None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verb, *rest = arguments or [""]
     if verb == "evaluate":
         import tyro
 
         from fluxjax.train.embedded.evaluate import EvaluateSettings, evaluate
 
-        evaluate(tyro.cli(EvaluateSettings, args=rest, prog="fluxjax.train evaluate"))
+        settings = tyro.cli(EvaluateSettings, args=rest, prog=f"{prog} evaluate")
+        cli.begin()
+        evaluate(settings)
         return None
     from fluxjax.train import command
 
     if verb == "precompute":
-        return command.precompute(rest)
-    return command.train([verb, *rest] if verb else [])
+        return command.precompute(rest, f"{prog} precompute")
+    return command.train(arguments, prog)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
+from fluxjax import cli
 from fluxjax.config import ConfigError
 
 R = TypeVar("R")
@@ -31,14 +32,30 @@ class Options(Generic[R]):
     """How many processes there are."""
 
 
-def read_options(arguments: Sequence[str], verb: str = "") -> Options[Any]:
-    """The recipe named first, changed by the options behind it.
+_HELP = """Train by a recipe, a TOML file; options that are not given are the recipe's.
+
+fluxjax train RECIPE ... trains, or goes on where it stopped.
+
+fluxjax train precompute RECIPE ... encodes pictures and captions.
+
+fluxjax train evaluate ... reads what the embedded model draws.
+
+Recipes to copy are in train/. RECIPE --help shows its values.
+
+Below are a fine-tuning recipe's options and their defaults."""
+
+
+def read_options(arguments: Sequence[str], name: str = "python -m fluxjax.train") -> Options[Any]:
+    """The recipe named first, changed by the options behind it; `name` is the command's.
 
     Raises ConfigError for a recipe that is not valid; tyro ends the process for an option.
     """
-    from fluxjax.train.recipe import read_recipe
+    from fluxjax.train.recipe import FinetuneRecipe, read_recipe
 
-    name = " ".join(filter(None, ("python -m fluxjax.train", verb)))
+    if arguments and arguments[0] in ("-h", "--help"):
+        recipe, options = FinetuneRecipe(), Options[FinetuneRecipe]
+        shown = Options(recipe=recipe)
+        tyro.cli(options, default=shown, args=["-h"], prog=f"{name} RECIPE", description=_HELP)
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(
             f"name a recipe first: {name} RECIPE [OPTIONS]; recipes to copy are in train/, and "
@@ -53,59 +70,67 @@ def read_options(arguments: Sequence[str], verb: str = "") -> Options[Any]:
     )
 
 
-def train(arguments: Sequence[str]) -> int | None:
+def train(arguments: Sequence[str], name: str = "python -m fluxjax.train") -> int | None:
     """Run a recipe to its end and print where the result is."""
-    options = read_options(arguments)
+    options = read_options(arguments, name)
     if options.print_config:
         from fluxjax.train.recipe import recipe_toml
 
         print(recipe_toml(options.recipe), end="")
         return None
-    from fluxjax.parallel.hosts import agree, join_hosts
-    from fluxjax.sample.cache import enable_cache
-    from fluxjax.train.recipe import FinetuneRecipe, recipe_toml
+    from fluxjax.parallel.hosts import joined_hosts
 
-    join_hosts(options.coordinator, options.process_id, options.num_processes)
-    enable_cache()
-    agree({"recipe": hashlib.sha256(recipe_toml(options.recipe).encode()).hexdigest()[:16]})
-    if isinstance(options.recipe, FinetuneRecipe):
-        from fluxjax.train.finetune import finetune
-
-        result = finetune(options.recipe)
-    else:
-        from fluxjax.train.embedded.tiny import train_tiny
-
-        result = train_tiny(options.recipe)
-    import jax
-
-    if jax.process_index() == 0:
-        print(result)
+    cli.begin()
+    with joined_hosts(options.coordinator, options.process_id, options.num_processes):
+        _train(options.recipe)
     return None
 
 
-def precompute(arguments: Sequence[str]) -> None:
+def _train(recipe: Any) -> None:
+    import jax
+
+    from fluxjax.parallel.hosts import agree
+    from fluxjax.sample.cache import enable_cache
+    from fluxjax.train.recipe import FinetuneRecipe, recipe_toml
+
+    enable_cache()
+    agree({"recipe": hashlib.sha256(recipe_toml(recipe).encode()).hexdigest()[:16]})
+    if isinstance(recipe, FinetuneRecipe):
+        from fluxjax.train.finetune import finetune
+
+        result = finetune(recipe)
+    else:
+        from fluxjax.train.embedded.tiny import train_tiny
+
+        result = train_tiny(recipe)
+    if jax.process_index() == 0:
+        print(result)
+
+
+def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train precompute") -> None:
     """Encode all pictures and captions of a recipe's data, and print what they are.
 
     Several processes share the work; on disks of their own each does all of it.
     """
-    options = read_options(arguments, "precompute")
+    options = read_options(arguments, name)
     recipe = options.recipe
     from fluxjax.train.recipe import FinetuneRecipe
 
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError("the embedded model's recipe draws its own data: nothing to precompute")
-    from fluxjax.parallel.hosts import barrier, join_hosts
+    from fluxjax.parallel.hosts import barrier, joined_hosts
     from fluxjax.train.data import dataset
     from fluxjax.train.progress import Filling
 
-    join_hosts(options.coordinator, options.process_id, options.num_processes)
-    import jax
+    cli.begin()
+    with joined_hosts(options.coordinator, options.process_id, options.num_processes):
+        import jax
 
-    with Filling() as report:
-        done = dataset.precompute(
-            recipe.data, recipe.model_folder, report=report,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
-    barrier("precomputed", _DAY)  # a process that ends early would be taken for lost
-    if jax.process_index() == 0:
-        print(done)
+        with Filling() as report:
+            done = dataset.precompute(
+                recipe.data, recipe.model_folder, report=report,
+                process_index=jax.process_index(), process_count=jax.process_count(),
+            )  # fmt: skip
+        barrier("precomputed", _DAY)  # a process that ends early would be taken for lost
+        if jax.process_index() == 0:
+            print(done)

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.config import ConfigError
+from fluxjax.hub import tiny_folder
 from fluxjax.models.attention import Implementation
 from fluxjax.models.flux import Remat
 from fluxjax.models.lora import LoraConfig
 from fluxjax.parallel.sequence import SequenceAttention
-from fluxjax.sample.loading import tiny_folder
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.objectives import Objective
 from fluxjax.train.optimizers import OptimizerSettings

@@ -67,7 +67,7 @@ def run_bench(command: Bench) -> int:
     # Both frameworks share one GPU: JAX must not take three quarters of it at its start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from fluxjax.diff.live import require_torch
-    from fluxjax.sample.loading import tiny_folder
+    from fluxjax.hub import tiny_folder
 
     if command.rounds < 1 or command.threads < 1:
         raise ValueError(

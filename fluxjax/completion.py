@@ -1,0 +1,62 @@
+"""`fluxjax completion SHELL`: the script with which a shell completes verbs and options."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fluxjax.convert.options import Options as Convert
+from fluxjax.diff.commands import Bench, Golden, Live
+from fluxjax.plan.options import Options as Plan
+from fluxjax.sample.command import Options as Sample
+from fluxjax.train.command import Options as Training
+from fluxjax.train.recipe import FinetuneRecipe
+
+SHELLS = ("bash", "zsh", "tcsh")
+_verb = tyro.conf.subcommand
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipe(Training[FinetuneRecipe]):
+    """Train by a recipe."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class _Diff:
+    """Compare with PyTorch."""
+
+    command: (
+        Annotated[Golden, _verb("golden")]
+        | Annotated[Live, _verb("live")]
+        | Annotated[Bench, _verb("bench")]
+    )
+
+
+_Command = tyro.conf.OmitSubcommandPrefixes[
+    Annotated[Sample, _verb("sample")]
+    | Annotated[_Recipe, _verb("train")]
+    | Annotated[Convert, _verb("convert")]
+    | Annotated[_Diff, _verb("diff")]
+    | Annotated[Plan, _verb("plan")]
+]
+
+
+def print_completion(arguments: Sequence[str]) -> None:
+    """Print the script. Raises ValueError for a shell that has none."""
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        raise ValueError(
+            f"name a shell, {', '.join(SHELLS)}; for bash: source <(fluxjax completion bash)"
+        )
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        tyro.cli(_Command, prog="fluxjax", args=["--tyro-print-completion", arguments[0]])
+    # Where no option fits, bash offers files: recipes, models, pictures.
+    print(printed.getvalue().replace("complete -F ", "complete -o default -F "), end="")

@@ -1,0 +1,39 @@
+"""What `python -m fluxjax.convert` is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+_Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+_Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
+_Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Convert FLUX checkpoints: a whole pipeline, or any of its networks.
+
+    The family and variant are told from the tensors' names and shapes.
+    """
+
+    source: _Source
+    """A diffusers or transformers folder, a BFL or ComfyUI .safetensors file, an Orbax folder."""
+    destination: _Destination
+    """A folder; for one network --to bfl, also a .safetensors file."""
+    to: Literal["diffusers", "bfl", "orbax"] = "diffusers"
+    """The form to write."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """Cast all tensors; keep changes no value (scaled fp8 becomes bfloat16, and fp8 again)."""
+    mesh: _Text = None
+    """With --to orbax: store each device's part by itself, for devices such as fsdp=4,tensor=2."""
+    config: _Path = None
+    """config.json of a network whose shapes do not tell everything (heads other than 128)."""
+    shard_gb: float = 10.0
+    """Size of a shard of a diffusers folder, in GB."""
+    overwrite: bool = False
+    """Replace the destination if it exists."""

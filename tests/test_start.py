@@ -1,0 +1,172 @@
+"""How commands start: verbs, help, mistakes before slow imports, signals from the first import."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ctrl_c import heeding_ctrl_c
+
+from fluxjax import __version__
+
+VERBS = ("sample", "train", "convert", "diff", "plan")
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def fluxjax(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return run("-m", "fluxjax", *arguments, **options)
+
+
+def test_the_command_names_its_verbs():
+    for ended in (fluxjax(), fluxjax("--help")):
+        assert ended.returncode == 0 and not ended.stderr
+        assert all(f"\n  {verb} " in ended.stdout for verb in VERBS)
+        assert max(map(len, ended.stdout.splitlines())) <= 80
+    for verb in VERBS:
+        assert fluxjax(verb, "--version").stdout == f"fluxjax {__version__}\n"
+    assert run("-m", "fluxjax.sample", "--version").stdout == f"fluxjax {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["smaple"], "'smaple' is none of sample, train,"),
+        (["smaple"], "did you mean sample?"),
+        (["a red circle"], 'fluxjax sample "a red circle"'),
+        (["completion"], "name a shell, bash, zsh, tcsh"),
+        (["train"], "name a recipe first: fluxjax train RECIPE"),
+        (["convert", "a", "b", "--shard-gb", "nan"], "--shard-gb must be a positive number"),
+    ],
+)
+def test_mistakes_in_a_verb_are_one_sentence(arguments, words):
+    ended = fluxjax(*arguments)
+    assert ended.returncode == 2 and not ended.stdout
+    assert ended.stderr.startswith("error: ") and words in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--width", "7"], "width must be a multiple of 16, got 7; 16 would do"),
+        (["--height", "1000"], "height must be a multiple of 16, got 1000; 992 would do"),
+        (["--steps", "0"], "steps must be from 1 to 1000, got 0"),
+        (["--guidance", "nan"], "guidance must be a number, got nan"),
+        (["--number", "0"], "number must be at least 1"),
+    ],
+)
+def test_a_bad_option_is_refused_before_jax_is_imported(arguments, words):
+    ended = run("-X", "importtime", "-m", "fluxjax.sample", "a star", *arguments)
+    assert ended.returncode == 2
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert {"tyro", "fluxjax.sample.command"} <= imported
+    assert not imported & {"jax", "numpy", "einops", "transformers", "rich.progress"}
+    assert f"error: {words}" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample"], "--negative-prompt"),
+        (["train"], "--optimizer.learning-rate"),
+        (["train", "precompute"], "--data.source"),
+        (["train", "evaluate"], "--prompts"),
+        (["convert"], "DESTINATION"),
+        (["diff"], "golden"),
+        (["diff", "live"], "--component"),
+        (["plan"], "--chips"),
+    ],
+)
+def test_help_fits_a_pipe_of_80_columns(arguments, words):
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    ended = fluxjax(*arguments, "--help", env=environment)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0].startswith(f"usage: fluxjax {' '.join(arguments)}") and words in ended.stdout
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+
+
+def test_completion_knows_every_verb_and_its_options(tmp_path):
+    script = tmp_path / "completion.bash"
+    script.write_text(fluxjax("completion", "bash").stdout)
+    words = "fluxjax train precompute recipe.toml --optimizer.l"
+    program = (
+        f"source {script}; COMP_WORDS=({words}); COMP_CWORD=4; _tyro_fluxjax; "
+        'echo "${COMPREPLY[@]}"; COMP_WORDS=(fluxjax ""); COMP_CWORD=1; _tyro_fluxjax; '
+        'echo "${COMPREPLY[@]}"'
+    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ended = subprocess.run(
+        ["bash", "-c", program], env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    option, verbs = ended.stdout.splitlines()
+    assert option == "--optimizer.learning-rate"
+    assert set(VERBS) <= set(verbs.split())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("awaited", ["fluxjax.cli", "tyro", "fluxjax.config", "jax", "flax"])
+def test_a_signal_ends_a_command_from_its_first_import_on(awaited, number):
+    command = [sys.executable, "-X", "importtime", "-m", "fluxjax", "sample", "a star"]
+    running = subprocess.Popen(
+        heeding_ctrl_c(command), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stderr is not None
+    for line in running.stderr:
+        if line.rpartition("|")[2].strip() == awaited:
+            break
+    time.sleep(0.005)
+    running.send_signal(number)
+    with running.stderr:
+        rest = running.stderr.read()
+    assert running.wait(30) == 128 + number
+    assert "Traceback" not in rest and "ignored" not in rest, rest
+    assert rest.splitlines()[-1] == ("interrupted" if number == signal.SIGINT else "terminated")
+
+
+WORK = """
+import sys, time
+from fluxjax import cli
+def main():
+    cli.begin()
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        open("cleaned", "w").close()
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_work_that_has_begun_cleans_up_after_a_signal(tmp_path, number, code):
+    running = subprocess.Popen(
+        heeding_ctrl_c([sys.executable, "-c", WORK]),
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert running.stdout is not None and running.stdout.readline() == "begun\n"
+    running.send_signal(number)
+    _, error = running.communicate(timeout=30)
+    assert running.returncode == code and "Traceback" not in error
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_a_bar_on_a_full_disk_ends_no_run(tmp_path):
+    program = (
+        "from fluxjax.cli import run\n"
+        "def main():\n"
+        "    from rich.console import Console\n"
+        "    for i in range(3): Console(stderr=True).print('step', i)\n"
+        "    open('done', 'w').close()\n"
+        "run(main)\n"
+    )
+    command = f'{sys.executable} -c "{program}" 2>/dev/full'
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=60).returncode == 0
+    assert (tmp_path / "done").exists()
