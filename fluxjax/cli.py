@@ -82,7 +82,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     Ctrl-C exits with 130, SIGTERM with 143. A bug is raised. `--version` is answered here.
     """
-    before, stderr = _catch_signals(), sys.stderr
+    before, stderr, unraisable = _catch_signals(), sys.stderr, sys.unraisablehook
+    sys.unraisablehook = _try_again
     try:
         open_standard_streams()
         sys.stderr = Lenient(sys.stderr)
@@ -102,7 +103,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         code = report(error)
     finally:
-        sys.stderr = stderr or sys.stderr
+        sys.stderr, sys.unraisablehook = stderr or sys.stderr, unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
     sys.exit(code)
@@ -140,3 +141,13 @@ def _end_now(number: int, frame: Any) -> NoReturn:
 
 def _raise(number: int, frame: Any) -> NoReturn:
     raise Terminated
+
+
+def _try_again(lost: sys.UnraisableHookArgs) -> None:
+    """A signal that came during garbage collection or in a destructor is raised a moment later."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        return sys.__unraisablehook__(lost)
+    from threading import Timer
+
+    number = signal.SIGTERM if issubclass(lost.exc_type, Terminated) else signal.SIGINT
+    Timer(0.01, os.kill, (os.getpid(), number)).start()

@@ -113,11 +113,12 @@ def test_completion_knows_every_verb_and_its_options(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("awaited", ["fluxjax.cli", "tyro", "fluxjax.config", "jax", "flax"])
-def test_a_signal_ends_a_command_from_its_first_import_on(awaited, number):
+def test_a_signal_ends_a_command_from_its_first_import_on(awaited, number, tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "fluxjax", "sample", "a star"]
     running = subprocess.Popen(
-        heeding_ctrl_c(command), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        heeding_ctrl_c(command), cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert running.stderr is not None
     for line in running.stderr:
         if line.rpartition("|")[2].strip() == awaited:
@@ -156,6 +157,25 @@ def test_work_that_has_begun_cleans_up_after_a_signal(tmp_path, number, code):
     _, error = running.communicate(timeout=30)
     assert running.returncode == code and "Traceback" not in error
     assert (tmp_path / "cleaned").exists()
+
+
+def test_a_signal_during_garbage_collection_is_not_lost():
+    program = (
+        "import gc, signal, sys, time\n"
+        "from fluxjax import cli\n"
+        "def stop(*_): signal.raise_signal(int(sys.argv[1]))\n"
+        "def main():\n"
+        "    cli.begin()\n"
+        "    gc.callbacks.append(stop)\n"
+        "    gc.collect()\n"
+        "    gc.callbacks.remove(stop)\n"
+        "    time.sleep(20)\n"
+        "cli.run(main)\n"
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = heeding_ctrl_c([sys.executable, "-c", program, str(int(number))])
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert ended.returncode == 128 + number and len(ended.stderr.split()) == 1, ended.stderr
 
 
 def test_a_bar_on_a_full_disk_ends_no_run(tmp_path):
