@@ -178,6 +178,39 @@ def test_config_travels_with_a_single_file(tmp_path):
     make.assert_same_bits(make.read_arrays(ours), arrays)
 
 
+EXTRA = {"dtype": "F32", "shape": [1], "data": "AAAAAA=="}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"renamed": {"embeddings.position_embedding.weight": "embeddings.token_embedding.weight"}},
+        {"renamed": {"no.such.weight": "x"}},
+        {"renamed": {"embeddings.position_embedding.weight": "x"}},
+        {"doubled": {"embeddings.token_embedding.weight": "embeddings.position_embedding.weight"}},
+        {"doubled": {"x": "no.such.weight"}},
+        {"extras": {"embeddings.token_embedding.weight": EXTRA}},
+        {"extras": {"x": EXTRA}},
+        {"extras": {"x": {**EXTRA, "shape": [10**30]}}},
+        {"scaled": {"embeddings.token_embedding.weight": "F8_E4M3"}},
+        {"scaled": {"embeddings.token_embedding.weight": "F32"}},
+        {"dialect": "another"},
+    ],
+)  # fmt: skip
+def test_a_record_that_contradicts_the_network_is_refused(tmp_path, pipeline, wrong):
+    """It would be written, and our own reader would not read it."""
+    folder = tmp_path / "clip"
+    shutil.copytree(pipeline / "text_encoder", folder)
+    record = {"dialect": "reference", "renamed": {}, "doubled": {}, "extras": {}, "scaled": {}}
+    (folder / "fluxjax_source.json").write_text(json.dumps(record))
+    names = open_source(folder)["text_encoder"].tensors
+    assert "text_model.embeddings.token_embedding.weight" in names
+    text = json.dumps({**record, **wrong}).replace("embeddings.", "text_model.embeddings.")
+    (folder / "fluxjax_source.json").write_text(text)
+    with pytest.raises(ValueError, match=r"does not fit the network|source is damaged"):
+        open_source(folder)
+
+
 def test_one_flipped_bit_in_orbax_is_found(tmp_path, pipeline):
     source = tmp_path / "vae"
     shutil.copytree(pipeline / "vae", source)

@@ -20,6 +20,7 @@ from fluxjax.config import (
     T5Config,
     from_dict,
 )
+from fluxjax.json_input import MAX_BYTES, parse_json
 
 _DEFAULTS: dict[type, dict[str, Any]] = {
     FluxConfig: {"guidance_embeds": False},
@@ -72,11 +73,16 @@ _KNOWN: dict[type, tuple[str, ...]] = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, or ValueError if it is not a JSON object."""
+    """Raises FileNotFoundError, or ValueError if it is not a JSON object that can be read."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has more than the {MAX_BYTES} bytes that are read as JSON")
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold a JSON object, got {type(values).__name__}")
     return values

@@ -8,33 +8,39 @@ so that one table serves diffusers, ai-toolkit, kohya, ComfyUI and fal. A module
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fluxjax.checkpoint.detect import detect_network
 from fluxjax.checkpoint.engine import MappingError, listed
+from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
+from fluxjax.checkpoint.peft_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PEFT_METADATA,
+    PeftConfig,
+    read_peft_config,
+)
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
-from fluxjax.checkpoint.sharded import PICKLES, pickle_refusal
 from fluxjax.checkpoint.tables import BFL_FLUX, Rule
 from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import ConfigError
-from fluxjax.models.lora import LoraConfig, Site, dense_sites, matches
+from fluxjax.models.lora import LoraConfig, Site, dense_sites
 from fluxjax.models.names import flatten, is_stacked, module_name, unflatten
 from fluxjax.shapes import Params
 
 Naming = Literal["peft", "kohya"]
-PEFT_METADATA = "lora_adapter_metadata"
 OWN_METADATA = "fluxjax_lora"
 
 _PREFIX = re.compile(
     r"transformer\.|base_model\.model\.|(model\.)?diffusion_model\.|lora_unet_|lora_transformer_"
 )
 _KEY = re.compile(
-    r"(?P<module>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down|down)|lora_B|lora_up|lora\.up|up)"
+    r"(?P<module>.+?)\.(?:(?P<down>lora_A|lora_down|lora\.down|down)|lora_B|lora_up|lora\.up|up)"
     r"(?:\.default)?\.weight|(?P<alpha>.+)\.alpha"
 )
 _FULL = {"a": "A (down)", "b": "B (up)"}
@@ -80,21 +86,23 @@ def read_lora(path: Path, params: Params, *, dtype: Any = np.float32) -> LoraFil
     Raises MappingError listing every tensor that is unknown, missing, doubled, mis-shaped or not
     finite, ConfigError for kinds of adapters that are no LoRA, ValueError for a damaged file.
     """
-    path = Path(path)
-    if path.suffix.lower() in PICKLES:
-        raise ValueError(pickle_refusal(path))
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no LoRA file {path}")
+    path = lora_path(Path(path))
     raw, metadata = read_safetensors(path)
     _refuse_others(path, raw)
     sites = list(dense_sites(params))
     shapes = {name: site.shape for site in sites for name in site.names}
     try:
-        config = _peft_config(metadata)
+        config = read_peft_config(path, metadata)
+        if not config.where and _is_peft_folders(raw):
+            raise ConfigError(
+                f"how much it counts is in {ADAPTER_CONFIG}, which was saved with it: put that "
+                "beside it"
+            )
         adapters, errors = _adapters(raw, shapes, config)
-        errors += [f"missing: {name}" for name in _targeted(shapes, config) if name not in adapters]
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    targeted = config.targeted(shapes)
+    errors += [f"missing: {name}" for name in targeted if name not in adapters]
     if errors:
         raise MappingError(f"{path}: {listed('do not fit as a LoRA of this transformer', errors)}")
     if not adapters:
@@ -102,7 +110,39 @@ def read_lora(path: Path, params: Params, *, dtype: Any = np.float32) -> LoraFil
     return LoraFile(_tree(sites, adapters, np.dtype(dtype)), metadata)
 
 
-def _refuse_others(path: Path, names: Iterable[str]) -> None:
+def _is_peft_folders(names: Collection[str]) -> bool:
+    """Names that only PEFT writes, and no alpha; BFL's names under its prefix are fal's."""
+    return all(name.startswith("base_model.model.") for name in names) and not any(
+        re.search(r"(double|single)_blocks\.|alpha$", name.replace("single_transformer", ""))
+        for name in names
+    )
+
+
+def lora_path(path: Path) -> Path:
+    """The weights of a LoRA, which may be given as PEFT's folder.
+
+    Raises FileNotFoundError, and ValueError for a pickle.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            pickles = [file for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+            if pickles:
+                raise ValueError(pickle_refusal(pickles[0]))
+            raise FileNotFoundError(f"{path} holds no LoRA: it has no .safetensors file")
+        named = [file for file in files if file.name == ADAPTER_WEIGHTS] or files
+        if len(named) > 1:
+            names = ", ".join(file.name for file in named)
+            raise ValueError(f"{path} holds several LoRAs, name one of: {names}")
+        return named[0]
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(pickle_refusal(path))
+    if not path.exists():
+        raise FileNotFoundError(f"there is no LoRA file {path}")
+    return path
+
+
+def _refuse_others(path: Path, names: Collection[str]) -> None:
     for pattern, what in (
         (r"query_norm\.scale|key_norm\.scale|norm_k\.weight|lora_B\.bias", "a control LoRA, which "
          "also widens the input and changes biases or norms: use the merged model"),
@@ -112,36 +152,13 @@ def _refuse_others(path: Path, names: Iterable[str]) -> None:
         found = next((name for name in names if re.search(pattern, name)), None)
         if found:
             raise ConfigError(f"{path} is {what}; only LoRA is read (it has {found!r})")
-
-
-def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's LoraConfig of the transformer, or {}."""
-    if PEFT_METADATA not in metadata:
-        return {}
-    try:
-        values = json.loads(metadata[PEFT_METADATA])
-        config = {
-            key.removeprefix("transformer."): value
-            for key, value in values.items()
-            if key.startswith("transformer.")
-        }
-        if config.get("use_dora") or config.get("lora_bias"):
-            raise ConfigError("DoRA and adapted biases are not read, only LoRA")
-        config["alpha_pattern"] = dict(config.get("alpha_pattern") or {})
-        return config
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"the metadata under {PEFT_METADATA!r} is damaged") from None
-
-
-def _targeted(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """Modules that the metadata say are adapted; none where it does not say so plainly."""
-    targets = config.get("target_modules")
-    narrowed = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    if not isinstance(targets, list) or any(config.get(key) for key in narrowed):
-        return []
-    return [name for name in names if any(matches(re.escape(str(t)), name) for t in targets)]
+    if names and not any(map(_KEY.fullmatch, names)):
+        some = next(iter(names))
+        try:
+            what = f"it is a whole {detect_network(names)[0]}, to be given as a model"
+        except ConfigError:
+            what = f"none of its {len(names)} tensors is one of a LoRA"
+        raise ConfigError(f"{path} is no LoRA: {what} (it has {some!r})")
 
 
 def _modules(shapes: Mapping[str, Any]) -> dict[str, _Parts]:
@@ -158,7 +175,7 @@ def _modules(shapes: Mapping[str, Any]) -> dict[str, _Parts]:
 
 
 def _adapters(
-    raw: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]
+    raw: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], config: PeftConfig
 ) -> tuple[dict[str, Adapter], list[str]]:
     """Adapters by reference module, and what is wrong with each tensor that fits nowhere."""
     errors: list[str] = []
@@ -175,7 +192,8 @@ def _adapters(
         tensors[part] = tensor
     known, adapters = _modules(shapes), {}
     for module, tensors in found.items():
-        parts = known.get(_PREFIX.sub("", module, count=1).replace(".", "_"))
+        plain = _PREFIX.sub("", module, count=1)
+        parts = known.get(plain.replace(".", "_"))
         if parts is None:
             errors += [f"unknown: {module} ({', '.join(sorted(tensors))})"]
             continue
@@ -189,9 +207,13 @@ def _adapters(
             errors += [shape] if shape else []
             errors += [f"doubled: {module} is {name}, adapted already" for name in doubled]
             continue
-        a, b = (tensors[name].read().astype(np.float32) for name in "ab")
-        scale = _scale(parts.names[0], tensors.get("alpha"), a.shape[0], config)
-        if not (np.isfinite(a).all() and np.isfinite(b).all() and math.isfinite(scale)):
+        with np.errstate(over="ignore", invalid="ignore"):  # said below
+            a, b = (tensors[name].read().astype(np.float32) for name in "ab")
+            scale = _scale(plain, tensors.get("alpha"), a.shape[0], config)
+        if scale == 0:
+            errors.append(f"alpha of {module} is 0, which some take for its rank and some for 0")
+            continue
+        if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(scale)):
             errors.append(f"not finite: {module}")
             continue
         if parts.swap_halves:
@@ -202,7 +224,7 @@ def _adapters(
             block = len(parts.names) > 1 and b.any()
             used = rows.any(axis=0) if block else np.ones(len(a), bool)
             if used.any():
-                adapters[name] = Adapter(a[used], rows[:, used], scale)
+                adapters[name] = Adapter(a[used], rows[:, used], float(scale))
     return adapters, errors
 
 
@@ -224,22 +246,11 @@ def _shape_error(
     return ""
 
 
-def _scale(name: str, alpha: Tensor | None, rank: int, config: Mapping[str, Any]) -> float:
-    """`alpha / rank`; alpha is in the tensors (kohya), in the metadata (PEFT) or the rank."""
-    if alpha is not None:
-        return float(alpha.read().reshape(-1)[0]) / rank
-    try:
-        value = config.get("lora_alpha", rank)
-        for pattern, special in config.get("alpha_pattern", {}).items():
-            # A file's pattern is not trusted with groups, which can take a matcher for ever.
-            if "(" in pattern or len(pattern) > 200:
-                raise ValueError(pattern)
-            if re.match(rf"(?:.*\.)?({pattern})$", name):
-                value = special
-                break
-        return float(value) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except (TypeError, ValueError, re.error):
-        raise ConfigError(f"the metadata under {PEFT_METADATA!r} has no usable alpha") from None
+def _scale(module: str, alpha: Tensor | None, rank: int, config: PeftConfig) -> np.float32:
+    """`alpha / rank`; alpha is in the tensors (kohya), in PEFT's config or the rank."""
+    if alpha is None:
+        return np.float32(config.scale(module, rank))
+    return np.float32(alpha.read().reshape(-1)[0].astype(np.float32) / rank)
 
 
 def _tree(sites: list[Site], adapters: Mapping[str, Adapter], dtype: np.dtype) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from fluxjax.checkpoint.tensors import Tensor, as_tensor
 
 _MARKER = "_METADATA"
 _CHUNK_BYTES = 2**26
+_PART = re.compile(rb".+/\d+(\.\d+)*")
 
 
 def is_orbax(folder: Path) -> bool:
@@ -129,7 +133,8 @@ def read_orbax(folder: Path, *, verify: bool = True) -> dict[str, Any]:
         names = sorted(
             key[: -len(b"/.zarray")].decode() for key in keys if key.endswith(b"/.zarray")
         )
-        flat = {tuple(name.split(".")): _lazy(base, name) for name in names}
+        parts = Counter(key.rpartition(b"/")[0].decode() for key in keys if _PART.fullmatch(key))
+        flat = {tuple(name.split(".")): _lazy(base, name, parts[name]) for name in names}
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder} cannot be read as an Orbax checkpoint: {error}") from None
     if not flat:
@@ -137,10 +142,15 @@ def read_orbax(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     return engine.unflatten(flat)
 
 
-def _lazy(base: dict[str, Any], name: str) -> Tensor:
+def _lazy(base: dict[str, Any], name: str, parts: int) -> Tensor:
+    """Raises ValueError if it has fewer `parts` than due: others would be read as zeros."""
     import tensorstore as ts
 
     store = ts.open({"driver": "zarr", "kvstore": {**base, "path": f"{name}/"}}).result()
+    chunk = store.spec().to_json()["metadata"]["chunks"]
+    due = math.prod(-(-size // part) for size, part in zip(store.shape, chunk, strict=True))
+    if parts != due:
+        raise ValueError(f"{name} has {parts} of its {due} parts")
 
     def rows(start: int, stop: int) -> np.ndarray:
         return (store[start:stop] if store.shape else store).read().result()

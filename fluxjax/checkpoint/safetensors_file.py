@@ -7,6 +7,7 @@ https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,7 +19,9 @@ import numpy as np
 
 from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint import mapped_memory as memory
+from fluxjax.checkpoint.file_format import foreign_format
 from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.json_input import parse_json
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -32,6 +35,8 @@ DTYPES: dict[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 100_000
+MAX_AXES = 8
+MAX_NAME = 1000
 
 
 def dtype_name(dtype: np.dtype) -> str:
@@ -45,28 +50,26 @@ def _bad(path: Path, why: str) -> ValueError:
     return ValueError(f"{path} is no valid safetensors file: {why}")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        raise ValueError("a name occurs twice in the header")
-    return keys
-
-
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
         if size < 8 or length > size - 8:
-            raise _bad(path, f"it is cut short ({size} bytes)")
+            raise _bad(path, foreign_format(path) or f"it is cut short ({size} bytes)")
         if length > MAX_HEADER_BYTES:
             raise _bad(path, f"its header of {length} bytes exceeds {MAX_HEADER_BYTES}")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, f"its header is not JSON ({error})") from None
+        header = parse_json(raw, unique=True)
+    except ValueError as error:
+        raise _bad(path, foreign_format(path) or f"of its header, {error}") from None
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
         raise _bad(path, f"its header is not an object of at most {MAX_TENSORS} tensors")
+    if any(len(name) > MAX_NAME or not name.isprintable() for name in header):
+        raise _bad(path, f"a name in it has more than {MAX_NAME} or unprintable characters")
     return header, 8 + length
 
 
@@ -75,15 +78,14 @@ def _checked_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[i
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise _bad(path, f"the entry of {name!r} lacks dtype, shape or data_offsets") from None
-    if dtype not in DTYPES:
-        raise _bad(path, f"{name!r} has the unknown dtype {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _bad(path, f"{name!r} has the unknown dtype {str(dtype)[:20]!r}")
+    if isinstance(shape, list) and len(shape) > MAX_AXES:
+        raise _bad(path, f"{name!r} has {len(shape)} axes, more than {MAX_AXES}")
     integers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(type(number) is not int or not 0 <= number < 2**62 for number in integers):
         raise _bad(path, f"{name!r} has a shape or offsets that are no natural numbers")
-    count = 1
-    for length in shape:
-        count *= length
-    if count * DTYPES[dtype].itemsize != end - begin:
+    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
         raise _bad(path, f"{name!r} has {end - begin} bytes, which is not {dtype} {shape}")
     return DTYPES[dtype], tuple(shape), begin, end
 

@@ -9,25 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from fluxjax.checkpoint.component_json import read_json, write_json
+from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.tensors import Tensor
 
 SHARD_BYTES = 10 * 10**9
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
 
-def pickle_refusal(path: Path) -> str:
-    return (
-        f"{path} is a pickle, which can run any code when it is opened, so it is refused: "
-        "use the .safetensors file of the same model, or save one with safetensors.torch.save_file"
-    )
+def weights_file(folder: Path) -> Path:
+    """The index of the shards of one component, or its one file.
 
-
-def read_sharded(folder: Path) -> dict[str, Tensor]:
-    """Lazy tensors of one component's safetensors: an index and its shards, or the one file.
-
-    Raises FileNotFoundError for missing files, ValueError for an index that does not agree
-    with its shards or names a file outside the folder, and for pickles.
+    Raises FileNotFoundError, and ValueError for several sets of weights and for pickles.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -40,27 +32,49 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
     if len(indices) > 1 or (not indices and len(files) > 1):
         names = ", ".join(path.name for path in indices or files)
         raise ValueError(f"{folder} holds several sets of weights, keep one of: {names}")
-    if not indices:
-        if files:
-            return read_safetensors(files[0])[0]
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
-        if pickles:
-            raise ValueError(pickle_refusal(folder / pickles[0]))
-        raise FileNotFoundError(f"{folder} holds no .safetensors file")
-    weight_map = read_json(indices[0]).get("weight_map")
+    if indices or files:
+        return (indices or files)[0]
+    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
+    if pickles:
+        raise ValueError(pickle_refusal(folder / pickles[0]))
+    raise FileNotFoundError(f"{folder} holds no .safetensors file")
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index says.
+
+    Raises FileNotFoundError for missing files, ValueError for an index that is damaged or names a
+    file outside its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{indices[0]} has no weight_map")
-    shards: dict[str, dict[str, Tensor]] = {}
-    for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{indices[0]} names {name!r}, which is no file of its own folder")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}, which its index names")
-        shards[name] = read_safetensors(folder / name)[0]
+        raise ValueError(f"{index} has no weight_map")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} names shards that are no strings")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+            raise ValueError(f"{index} names {name!r}, which is no file of its own folder")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index.parent} lacks {name}, which its index names")
+    return weight_map
+
+
+def read_sharded(folder: Path) -> dict[str, Tensor]:
+    """Lazy tensors of one component's safetensors: an index and its shards, or the one file.
+
+    Raises what `weights_file`, `shards_of` and `read_safetensors` raise, and ValueError for an
+    index that does not agree with its shards.
+    """
+    folder = Path(folder)
+    first = weights_file(folder)
+    if first.suffix == ".safetensors":
+        return read_safetensors(first)[0]
+    weight_map = shards_of(first)
+    shards = {name: read_safetensors(folder / name)[0] for name in sorted(set(weight_map.values()))}
     held = {key: name for name, shard in shards.items() for key in shard}
     if held != weight_map:
         wrong = sorted(held.items() ^ weight_map.items())[0][0]
-        raise ValueError(f"{indices[0]} and its shards disagree, first about {wrong!r}")
+        raise ValueError(f"{first} and its shards disagree, first about {wrong!r}")
     return {key: shards[name][key] for key, name in weight_map.items()}
 
 

@@ -25,10 +25,11 @@ from fluxjax.checkpoint.detect import (
     refuse_foreign,
     split_prefixes,
 )
+from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.orbax_params import is_orbax, read_orbax
 from fluxjax.checkpoint.placement import load_tree
 from fluxjax.checkpoint.safetensors_file import read_safetensors
-from fluxjax.checkpoint.sharded import PICKLES, pickle_refusal, read_sharded
+from fluxjax.checkpoint.sharded import read_sharded
 from fluxjax.checkpoint.source_record import Record, dequantise, is_fp8_extra
 from fluxjax.checkpoint.templates import Config, abstract_params
 from fluxjax.checkpoint.tensors import Tensor
@@ -38,7 +39,7 @@ RECORD_FILE = "fluxjax_source.json"
 METADATA_KEY = "fluxjax"
 PARAMS = "params"
 # BFL's and ComfyUI's single files, as they lie in one folder.
-_SINGLE_FILES = {
+SINGLE_FILES = {
     "transformer": "flux1*.safetensors",
     "vae": "ae.safetensors",
     "text_encoder": "clip_l*.safetensors",
@@ -114,6 +115,8 @@ def make_network(
         reference = engine.to_reference(plain, table, shapes)
     except ValueError as error:
         raise type(error)(f"{where}: {error}") from None
+    if record is not None:
+        _check_record(record, component, config, reference, where)
     ignored = [n for n in plain if any(re.fullmatch(p, n) for p in table.ignored)]
     kept = [n for n in ignored if re.fullmatch(r".*position_ids|logit_scale", n)]
     renamed, doubled = _other_names(plain, table, shapes)
@@ -123,6 +126,26 @@ def make_network(
         record = Record(dialect, renamed, doubled, extras, scaled)
     dropped = tuple(sorted(set(ignored) - set(kept)))
     return Network(component, config, reference, record, dialect, dropped)
+
+
+def _check_record(
+    record: Record, component: str, config: Any, reference: Mapping[str, Tensor], where: Path
+) -> None:
+    """Raises ValueError unless what the record makes of the network can be read again."""
+    levels = len(config.block_out_channels) if isinstance(config, AutoencoderConfig) else 0
+    bfl = tables.bfl_table(component, levels) if record.dialect == "bfl" else None
+    table = bfl or tables.REFERENCE[component]
+    theirs = engine.from_reference(reference, bfl) if bfl else reference
+    shapes = {name: tensor.shape for name, tensor in reference.items()}
+    try:
+        for fp8 in (True, False):
+            plain, _ = dequantise(record.restore(theirs, record.dialect, fp8=fp8))
+            engine.to_reference(plain, table, shapes)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: {RECORD_FILE}, or the record in the metadata, does not fit the network: "
+            f"{error}"
+        ) from None
 
 
 def _other_names(
@@ -201,9 +224,14 @@ def open_folder(folder: Path, component: str = "", config: Config | tuple | None
     record = None
     if (folder / RECORD_FILE).is_file():
         record = Record.from_json(read_json(folder / RECORD_FILE))
-    orbax = next((f for f in (folder / PARAMS, folder, folder / "default") if is_orbax(f)), None)
+    orbax = orbax_folder(folder)
     raw = engine.from_tree(_parameters(read_orbax(orbax))) if orbax else read_sharded(folder)
     return make_network(raw, folder, component=component, config=config, record=record)
+
+
+def orbax_folder(folder: Path) -> Path | None:
+    """Where the parameters are in a folder of our own, or of Orbax."""
+    return next((f for f in (folder / PARAMS, folder, folder / "default") if is_orbax(f)), None)
 
 
 def _parameters(tree: dict[str, Any]) -> dict[str, Any]:
@@ -216,21 +244,57 @@ def open_component(folder: Path, component: str, config: Any = None) -> Network:
 
     Raises FileNotFoundError if there are no weights, and what `open_file`, `open_folder` raise.
     """
-    folder = Path(folder)
+    path = component_weights(Path(folder), component)
+    if path.is_file():
+        return open_file(path, config, component)[component]
+    return open_folder(path, component, config)
+
+
+def component_weights(folder: Path, component: str) -> Path:
+    """The folder of one network of a pipeline folder, or its single file.
+
+    Raises ValueError if there are several files.
+    """
     own = folder / component
     if not _has_weights(own):
-        files = sorted(folder.glob(_SINGLE_FILES.get(component, "?")))
+        files = sorted(folder.glob(SINGLE_FILES.get(component, "?")))
         if len(files) > 1:
             names = ", ".join(path.name for path in files)
             raise ValueError(f"{folder} holds several {component} files, keep one of: {names}")
         if files:
-            return open_file(files[0], config, component)[component]
-    return open_folder(own, component, config)
+            return files[0]
+    return own
 
 
 def _has_weights(folder: Path) -> bool:
     return folder.is_dir() and (
         is_orbax(folder / PARAMS) or is_orbax(folder) or any(folder.glob("*.safetensors*"))
+    )
+
+
+def weights_of(folder: Path) -> dict[str, Path]:
+    """Each network of a checkpoint folder: its folder or its single file. "": the folder is one.
+
+    Raises FileNotFoundError, or ValueError for a folder of pickles.
+    """
+    if (folder / "model_index.json").is_file():
+        index = read_json(folder / "model_index.json")
+        parts = [part for part in SINGLE_FILES if index.get(part) not in (None, [None, None])]
+    elif _has_weights(folder) and not any(_flat_files(folder)):
+        return {"": folder}
+    else:
+        parts = [part for part in SINGLE_FILES if any(folder.glob(SINGLE_FILES[part]))]
+        parts += [part for part in SINGLE_FILES if part not in parts]
+        parts = [part for part in parts if component_weights(folder, part) != folder / part
+                 or _has_weights(folder / part)]  # fmt: skip
+    if parts:
+        return {part: component_weights(folder, part) for part in parts}
+    pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+    if pickles:
+        raise ValueError(pickle_refusal(pickles[0]))
+    raise FileNotFoundError(
+        f"{folder} holds no model: a diffusers folder has model_index.json or config.json with "
+        "safetensors, BFL's has flux1-*.safetensors or ae.safetensors, ours has params/"
     )
 
 
@@ -246,28 +310,15 @@ def open_source(path: Path, config_file: Path | None = None) -> dict[str, Networ
         config = network_config(read_json(Path(config_file)), Path(config_file))
     if not path.is_dir():
         return open_file(path, config)
-    if (path / "model_index.json").is_file():
-        index = read_json(path / "model_index.json")
-        parts = [part for part in _SINGLE_FILES if index.get(part) not in (None, [None, None])]
-        return {part: open_component(path, part) for part in parts}
-    if _has_weights(path) and not any(_flat_files(path)):
+    parts = weights_of(path)
+    if parts.keys() == {""}:
         network = open_folder(path, config=config)
         return {network.component: network}
-    parts = [part for part in _SINGLE_FILES if any(path.glob(_SINGLE_FILES[part]))]
-    parts += [part for part in _SINGLE_FILES if part not in parts and _has_weights(path / part)]
-    if parts:
-        return {part: open_component(path, part) for part in parts}
-    pickles = [file for file in sorted(path.iterdir()) if file.suffix in PICKLES]
-    if pickles:
-        raise ValueError(pickle_refusal(pickles[0]))
-    raise FileNotFoundError(
-        f"{path} holds no model: a diffusers folder has model_index.json or config.json with "
-        "safetensors, BFL's has flux1-*.safetensors or ae.safetensors, ours has params/"
-    )
+    return {part: open_component(path, part) for part in parts}
 
 
 def _flat_files(folder: Path) -> list[Path]:
-    return [file for pattern in _SINGLE_FILES.values() for file in folder.glob(pattern)]
+    return [file for pattern in SINGLE_FILES.values() for file in folder.glob(pattern)]
 
 
 def with_dtype(network: Network, dtype: Any) -> Network:

@@ -66,14 +66,28 @@ class Record:
             if not all(isinstance(v, str) for m in maps for v in m.values()):
                 raise TypeError
             renamed, doubled, scaled = maps
-            return cls(str(values["dialect"]), renamed, doubled, extras, scaled)
-        except (KeyError, TypeError, ValueError, AttributeError):
+            dialect = values["dialect"]
+            if dialect not in ("reference", "bfl") or any(
+                DTYPES[dtype] not in _FP8 for dtype in scaled.values()
+            ):
+                raise ValueError
+            return cls(dialect, renamed, doubled, extras, scaled)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise ValueError("the record of the conversion's source is damaged") from None
 
     def restore(self, tensors: Mapping[str, Tensor], dialect: str, fp8: bool) -> dict[str, Tensor]:
-        """Tensors of a file in `dialect` with names, buffers and (`fp8`) scales as they were."""
+        """Tensors of a file in `dialect` with names, buffers and (`fp8`) scales as they were.
+
+        Raises ValueError where the record names what is not there, or is there already.
+        """
         if dialect != self.dialect:
             return dict(tensors)
+        added = [*self.renamed.values(), *self.doubled, *self.extras]
+        needed = {*self.renamed, *self.doubled.values(), *self.scaled}
+        if len({*added}) < len(added) or any(name in tensors for name in added):
+            raise ValueError("it gives a name to two tensors")
+        if missing := sorted(needed - tensors.keys() - {*added}):
+            raise ValueError(f"it names {missing[0]!r}, which is no tensor of it")
         restored = {self.renamed.get(name, name): tensor for name, tensor in tensors.items()}
         restored |= {name: tensors[same] for name, same in self.doubled.items() if same in tensors}
         for name, dtype in self.scaled.items() if fp8 else ():
@@ -89,6 +103,8 @@ class Record:
 def _scale_of(weight: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, str]:
     module = weight.removesuffix("weight")
     names = [module + scale for scale in _SCALES if module + scale in tensors]
+    if not names:
+        raise ValueError(f"{weight!r} is said to be scaled, and its scale is missing")
     return tensors[names[0]], names[0]
 
 
@@ -129,12 +145,16 @@ def _factors(scale: Tensor, weight: Tensor, start: int, stop: int) -> np.ndarray
     factors = scale.read().astype(np.float32).reshape(-1)
     if factors.size == 1:
         return factors.reshape((1,) * len(weight.shape))
-    if factors.size != weight.shape[0]:
-        raise ValueError(f"a scale of shape {scale.shape} does not fit a weight {weight.shape}")
     return factors[start:stop].reshape(-1, *(1,) * (len(weight.shape) - 1))
 
 
+def _require_fit(scale: Tensor, weight: Tensor) -> None:
+    if scale.size != 1 and (not weight.shape or scale.size != weight.shape[0]):
+        raise ValueError(f"a scale of shape {scale.shape} does not fit a weight {weight.shape}")
+
+
 def _dequantised(weight: Tensor, scale: Tensor) -> Tensor:
+    _require_fit(scale, weight)
     dtype = DTYPES["BF16"]
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -146,6 +166,7 @@ def _dequantised(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _quantise(weight: Tensor, scale: Tensor, dtype: np.dtype) -> Tensor:
+    _require_fit(scale, weight)
     wide = astype(weight, np.dtype(np.float32))
 
     def rows(start: int, stop: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
 from fluxjax.checkpoint.source import Network, open_source, with_dtype
 from fluxjax.config import ConfigError, FluxConfig
+from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.destination import check_destination
 from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
 from fluxjax.parallel.mesh import MeshShape
@@ -47,6 +48,7 @@ class Conversion:
     shard_bytes: int
     single_file: bool
     overwrite: bool
+    beside: list[str]  # weights of the source that are not read, since others of the network are
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +67,9 @@ class Conversion:
                 line += f"; left out, no part of it: {', '.join(map(repr, network.dropped[:3]))}"
                 line += f" and {len(network.dropped) - 3} more" * (len(network.dropped) > 3)
             lines.append(line)
+        if self.beside:
+            names = ", ".join(self.beside[:5]) + " ..." * (len(self.beside) > 5)
+            lines.append(f"not read, since the source has these networks in another form: {names}")
         missing = [n for n in ("tokenizer", "tokenizer_2") if not self._has_copy(n)]
         if not self.single_file and len(self.networks) == 4 and missing:
             lines.append(f"the source has no {' and no '.join(missing)}: a pipeline needs them too")
@@ -93,6 +98,7 @@ def plan(
     if mesh is not None and target != "orbax":
         raise ConfigError(f"--mesh lays out an Orbax folder; {target} files have none")
     check_destination(source, destination, overwrite)
+    beside = check_complete(source) if source.is_dir() else []
     networks = open_source(source, config_file)
     if dtype != "keep":
         networks = {k: with_dtype(network, _DTYPES[dtype]) for k, network in networks.items()}
@@ -117,6 +123,7 @@ def plan(
         shard_bytes,
         single_file,
         overwrite,
+        beside,
     )
 
 

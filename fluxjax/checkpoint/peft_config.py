@@ -1,0 +1,174 @@
+"""PEFT's LoraConfig: in the metadata of a file (diffusers), or in adapter_config.json beside it.
+
+It decides by how much a LoRA counts: alpha / rank, or alpha / sqrt(rank) where rank-stabilised.
+https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/config.py
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fluxjax.checkpoint.component_json import read_json
+from fluxjax.config import ConfigError
+from fluxjax.json_input import parse_json
+
+PEFT_METADATA = "lora_adapter_metadata"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# True or filled, each changes more than low-rank products or needs other base weights.
+_REFUSED = (
+    "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
+    "target_parameters", "layer_replication", "megatron_config", "alora_invocation_tokens",
+    "loftq_config", "eva_config", "corda_config",
+)  # fmt: skip
+_INITIAL = ("gaussian", "eva", "orthogonal")  # of the first weights; the others change the base
+# Patterns may be regular expressions of strangers: few, and none that can backtrack for long.
+_LITERAL = re.compile(r"\^?[\w.\-]+")
+_MAX_EXPRESSIONS = 16
+_MAX_LENGTH = 200
+
+
+class Patterns:
+    """PEFT's alpha_pattern or rank_pattern: the first that a module's name ends with counts."""
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        self._literal: dict[str, int] = {}
+        self._expressions: list[tuple[int, re.Pattern[str]]] = []
+        self._values = list(values.values())
+        for number, pattern in enumerate(values):
+            if _LITERAL.fullmatch(pattern):
+                self._literal.setdefault(pattern, number)
+                continue
+            simple = not re.search(r"[({]|\\[^.d]|[*+?].*[*+?]", pattern)
+            if not simple or len(pattern) > _MAX_LENGTH:
+                raise ValueError(f"the pattern {pattern[:60]!r} is not read, only names are")
+            self._expressions.append((number, re.compile(rf"(?:.*\.)?(?:{pattern})")))
+        if len(self._expressions) > _MAX_EXPRESSIONS:
+            raise ValueError(f"{len(self._expressions)} patterns are expressions, not names")
+
+    def get(self, name: str, default: float | None) -> float | None:
+        keys = [f"^{name}", *_suffixes(name)]
+        found = [self._literal[key] for key in keys if key in self._literal]
+        found += [n for n, expression in self._expressions if expression.fullmatch(name)]
+        return self._values[min(found)] if found else default
+
+
+def _suffixes(name: str) -> Iterable[str]:
+    words = name.split(".")
+    return (".".join(words[i:]) for i in range(len(words)))
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """`where` it stands, for errors; what is not said is None or empty."""
+
+    where: str = ""
+    alpha: float | None = None
+    rank: float | None = None
+    rank_stabilised: bool = False
+    alphas: Patterns = field(default_factory=lambda: Patterns({}))
+    ranks: Patterns = field(default_factory=lambda: Patterns({}))
+    targets: frozenset[str] = frozenset()
+
+    def scale(self, module: str, rank: int) -> float:
+        """Of a module, in the file's own name, whose A has `rank` rows.
+
+        Raises ConfigError for a rank that is another than the one it was trained with.
+        """
+        trained = self.ranks.get(module, self.rank)
+        if trained is not None and trained != rank:
+            raise ConfigError(f"{module} has rank {rank}, and {self.where} says {trained:g}")
+        alpha = self.alphas.get(module, self.alpha)
+        alpha = float(rank) if alpha is None else alpha
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+    def targeted(self, names: Iterable[str]) -> list[str]:
+        """Those of the names that are said to be adapted."""
+        return [name for name in names if not self.targets.isdisjoint(_suffixes(name))]
+
+
+def read_peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
+    """Of the LoRA file `path`: what its metadata say, else what lies beside it.
+
+    Raises ConfigError for what is damaged, and for adapters that are more than LoRA.
+    """
+    if PEFT_METADATA in metadata:
+        where = f"its metadata under {PEFT_METADATA!r}"
+        try:
+            values = parse_json(metadata[PEFT_METADATA])
+        except ValueError as error:
+            raise ConfigError(f"{where} are damaged: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where} are damaged: they are no JSON object")
+        prefix = "transformer."
+        values = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        return _checked(values, where)
+    beside = path.with_name(ADAPTER_CONFIG)
+    if beside.is_file() and (
+        path.name == ADAPTER_WEIGHTS or len(list(path.parent.glob("*.safetensors"))) == 1
+    ):
+        values = read_json(beside)
+        if values.get("peft_type", "LORA") != "LORA":
+            raise ConfigError(f"{beside} is of a {values['peft_type']!r}; only LORA is read")
+        return _checked(values, str(beside))
+    return PeftConfig()
+
+
+def _checked(values: Mapping[str, Any], where: str) -> PeftConfig:
+    flags = [key for key in values if key.startswith("use_") and key != "use_rslora"]
+    more = [key for key in (*_REFUSED, *flags) if values.get(key)]
+    if values.get("bias", "none") not in ("none", None):
+        more.append("bias")
+    initial = values.get("init_lora_weights", True)
+    if isinstance(initial, str) and not initial.lower().startswith(_INITIAL):
+        more.append("init_lora_weights")
+    if more:
+        raise ConfigError(
+            f"{where} asks for {more[0]} = {str(values[more[0]])[:60]}, which is more than LoRA "
+            "and is not read"
+        )
+    try:
+        stabilised = values.get("use_rslora") or False
+        if not isinstance(stabilised, bool):
+            raise ValueError(f"use_rslora is {str(stabilised)[:60]!r}")
+        return PeftConfig(
+            where=where,
+            alpha=_number(values, "lora_alpha"),
+            rank=_number(values, "r"),
+            rank_stabilised=stabilised,
+            alphas=_patterns(values, "alpha_pattern"),
+            ranks=_patterns(values, "rank_pattern"),
+            targets=_targets(values),
+        )
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"{where} has no usable alpha and rank: {error}") from None
+
+
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise ValueError(f"{key[:60]} is {str(value)[:60]}, and should be a number above 0")
+    return float(value)
+
+
+def _patterns(values: Mapping[str, Any], key: str) -> Patterns:
+    patterns = values.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{key} is {str(patterns)[:60]}, and should map names to numbers")
+    return Patterns({name: _number(patterns, name) or 0.0 for name in patterns})
+
+
+def _targets(values: Mapping[str, Any]) -> frozenset[str]:
+    """None where the config does not say plainly which modules are adapted."""
+    targets = values.get("target_modules")
+    narrowed = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    if not isinstance(targets, list) or any(values.get(key) for key in narrowed):
+        return frozenset()
+    return frozenset(target for target in targets if isinstance(target, str))

@@ -1,0 +1,56 @@
+"""JSON that strangers wrote: parsed, or refused with one reason, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+MAX_BYTES = 64 * 2**20
+_MAX_DIGITS = 300  # a float holds 308
+
+
+def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
+    """The value. `unique` refuses objects in which a key occurs twice.
+
+    Raises ValueError, in words that follow the name of the file: not JSON in UTF-8, nested too
+    deeply, more than `MAX_BYTES`, lone surrogates, numbers that no float holds.
+    """
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has {len(data)} bytes, more than {MAX_BYTES}")
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(
+            text,
+            parse_int=_integer, parse_float=_number, parse_constant=_number,
+            object_pairs_hook=_unique if unique else None,
+        )  # fmt: skip
+        if "\\u" in text:  # only an escape can write half a character
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is not JSON that can be read: it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it is not JSON that can be read: it has a lone surrogate") from None
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _number(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is no finite number")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a name occurs twice in it")
+    return keys

@@ -1,0 +1,178 @@
+"""How much a LoRA counts, as PEFT says it in metadata or beside the file; and hostile ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxjax.checkpoint.engine import MappingError
+from fluxjax.checkpoint.lora_file import read_lora
+from fluxjax.checkpoint.peft_config import PEFT_METADATA, Patterns, PeftConfig, read_peft_config
+from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.tensors import of_array
+from fluxjax.config import TINY, ConfigError
+
+TEMPLATE = abstract_params(TINY.transformer)
+WIDTH = TINY.transformer.inner_dim
+NAMES = ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k")
+
+
+def adapter(folder: Path, prefix="base_model.model.", metadata=None, names=NAMES, **arrays) -> Path:
+    folder.mkdir(exist_ok=True)
+    rng, tensors = np.random.default_rng(0), {}
+    for name in names:
+        tensors[f"{prefix}{name}.lora_A.weight"] = rng.normal(size=(2, WIDTH)).astype("f")
+        tensors[f"{prefix}{name}.lora_B.weight"] = rng.normal(size=(WIDTH, 2)).astype("f")
+    path = folder / "adapter_model.safetensors"
+    arrays = {k: of_array(v) for k, v in {**tensors, **arrays}.items()}
+    write_safetensors(path, arrays, metadata)
+    return path
+
+
+def config(folder: Path, **values) -> Path:
+    text = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, **values})
+    (folder / "adapter_config.json").write_text(text)
+    return folder
+
+
+def scales(path: Path) -> list[float]:
+    tree = read_lora(path, TEMPLATE).tree
+    places = (
+        tree["single_transformer_blocks_0"]["attn"]["to_q"],
+        tree["transformer_blocks_0"]["attn"]["to_k"],
+    )
+    return [float(place["scale"]) for place in places]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"lora_alpha": 5}, [2.5, 2.5]),
+        ({"lora_alpha": 5, "use_rslora": True}, [5 / np.sqrt(2)] * 2),
+        ({"lora_alpha": 5, "alpha_pattern": {"attn.to_q": 1}}, [0.5, 2.5]),
+        ({"alpha_pattern": {"to_k": 6, r"transformer_blocks\.\d+\.attn\.to_k": 8}}, [1, 3]),
+        ({"alpha_pattern": {"^transformer_blocks.0.attn.to_k": 6, "^attn.to_q": 8}}, [1, 3]),
+        ({"r": 4, "rank_pattern": {"to_q": 2, "to_k": 2}}, [1, 1]),
+        ({"target_modules": ["to_q", "attn.to_k"]}, None),
+        ({"target_modules": "all-linear", "init_lora_weights": "gaussian"}, [1, 1]),
+    ],
+)
+def test_the_config_beside_the_file_counts(tmp_path: Path, values, expected) -> None:
+    path = adapter(tmp_path)
+    config(tmp_path, **values)
+    if expected is None:
+        with pytest.raises(MappingError, match="missing: "):
+            read_lora(path, TEMPLATE)
+        return
+    np.testing.assert_allclose(scales(path), expected, rtol=1e-6)
+    np.testing.assert_allclose(scales(tmp_path), expected, rtol=1e-6)
+    metadata = {f"transformer.{key}": v for key, v in {"r": 2, "lora_alpha": 2, **values}.items()}
+    same = adapter(tmp_path / "b", "transformer.", {PEFT_METADATA: json.dumps(metadata)})
+    np.testing.assert_allclose(scales(same), expected, rtol=1e-6)
+
+
+def test_as_recorded_from_peft(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "goldens" / "lora"
+    recorded = read_safetensors(folder / "expected.safetensors")[0]
+    expected = {
+        name.split("|")[1].removesuffix(".weight"): tensor.read()
+        for name, tensor in recorded.items()
+        if name.startswith("peft_folder|")
+    }
+    assert len(expected) == 2
+    tree = read_lora(folder / "peft_folder", TEMPLATE).tree
+    for name, probe in expected.items():
+        place = tree
+        for part in name.replace("blocks.", "blocks_").split("."):
+            place = place[part]
+        ours = (place["a"] @ place["b"] * place["scale"]).T
+        probed = ours @ recorded["probe"].read()[: ours.shape[1]]
+        np.testing.assert_allclose(probed, probe, rtol=1e-5, atol=1e-6)
+    shutil.copy(folder / "peft_folder" / "adapter_model.safetensors", tmp_path)
+    with pytest.raises(ConfigError, match=r"how much it counts is in adapter_config\.json"):
+        read_lora(tmp_path, TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"use_dora": True}, "use_dora = True, which is more than LoRA"),
+        ({"use_something_new": True}, "use_something_new"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "bias = all"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = pissa"),
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"r": 3}, "has rank 2, and .* says 3"),
+        ({"rank_pattern": {"to_k": 8}}, "has rank 2, and .* says 8"),
+        ({"lora_alpha": "5"}, "lora_alpha is 5"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
+        ({"lora_alpha": 10**200}, "lora_alpha is 1000"),
+        ({"lora_alpha": 1e29}, "not finite"),
+        ({"alpha_pattern": {"(to_q|to_k)": 2}}, "is not read, only names are"),
+        ({"alpha_pattern": {".*" * 30 + "x": 2}}, "is not read, only names are"),
+        ({"alpha_pattern": {f"x{i}.*": 2 for i in range(100)}}, "100 patterns"),
+        ({"alpha_pattern": {"[": 2}}, "no usable alpha"),
+        ({"alpha_pattern": [1]}, "should map names to numbers"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+    ],
+)
+def test_more_than_lora_and_damage_are_named(tmp_path: Path, values, words) -> None:
+    path = adapter(tmp_path)
+    config(tmp_path, **values)
+    if values.get("lora_alpha") == 1e29:  # finite, until it is multiplied
+        adapter(tmp_path, **{f"base_model.model.{NAMES[0]}.alpha": np.asarray(1e300)})
+    with pytest.raises(ValueError, match=words) as caught:
+        read_lora(path, TEMPLATE)
+    assert "adapter_config.json" in str(caught.value) or "adapter_model" in str(caught.value)
+
+
+def test_numbers_beyond_any_float(tmp_path: Path) -> None:
+    for text in ('{"lora_alpha": 1' + "0" * 400 + "}", '{"lora_alpha": 1e999}', "[" * 10**5):
+        adapter(tmp_path)
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"adapter_config\.json is damaged"):
+            read_lora(tmp_path, TEMPLATE)
+        metadata = {PEFT_METADATA: text.replace("lora", "transformer.lora")}
+        with pytest.raises(ConfigError, match="damaged"):
+            read_peft_config(tmp_path / "x", metadata)
+
+
+def test_many_targets_and_patterns_cost_little() -> None:
+    """Hundreds of modules against tens of thousands of names, and the worst expressions."""
+    names = [f"transformer_blocks.{i}.attn.to_{x}" for i in range(100) for x in "qkvo"]
+    begun = time.process_time()
+    many = PeftConfig(targets=frozenset(f"no.module.{i}" for i in range(30_000)) | {"to_q"})
+    assert len(many.targeted(names)) == 100
+    worst = {f".*{'a' * 150}{i}": 1.0 for i in range(10)} | {f"n{i}": 1.0 for i in range(30_000)}
+    patterns = Patterns({**worst, "to_q": 7.0})
+    assert [patterns.get(name, 1.0) for name in names].count(7.0) == 100
+    assert time.process_time() - begun < 1
+
+
+def test_other_files_are_told(tmp_path: Path) -> None:
+    write_safetensors(
+        tmp_path / "flux.safetensors",
+        {"double_blocks.0.img_attn.qkv.weight": of_array(np.zeros(2, np.float32))},
+    )
+    with pytest.raises(ConfigError, match="it is a whole transformer, to be given as a model"):
+        read_lora(tmp_path / "flux.safetensors", TEMPLATE)
+    write_safetensors(tmp_path / "x.safetensors", {"a": of_array(np.zeros(2, np.float32))})
+    with pytest.raises(ConfigError, match="none of its 1 tensors is one of a LoRA"):
+        read_lora(tmp_path / "x.safetensors", TEMPLATE)
+    with pytest.raises(ValueError, match="holds several LoRAs, name one of: flux"):
+        read_lora(tmp_path, TEMPLATE)
+    (tmp_path / "pickled").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no LoRA"):
+        read_lora(tmp_path / "pickled", TEMPLATE)
+    (tmp_path / "pickled" / "adapter_model.bin").touch()
+    with pytest.raises(ValueError, match="pickle"):
+        read_lora(tmp_path / "pickled", TEMPLATE)
