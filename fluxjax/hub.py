@@ -1,14 +1,211 @@
-"""Where a model's files are: the embedded one, a path on this machine, or a name on the hub."""
+"""Where a model's files are: the embedded one, a path on this machine, or a name on a hub.
+
+A name is OWNER/NAME, OWNER/NAME@REVISION, or either with /FILE.safetensors behind it, for one file
+of a repository. A path that exists is never taken for one. huggingface_hub downloads, with its own
+cache, tokens and settings (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-from pathlib import Path
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple, NoReturn
+
+from fluxjax.config import ConfigError
+from fluxjax.terminal import say
+
+Kind = Literal["model", "configuration", "checkpoint", "vae", "text encoders", "lora"]
+
+_NAME = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?"
+    r"(?:/(?P<file>(?:[\w .+()-]+/)*[\w .+()-]+\.safetensors))?"
+)
+_FILES = (".safetensors", ".gguf", ".ckpt", ".bin", ".pt", ".pth", ".png", ".toml")
+_TEXT = (".json", ".txt", ".model", ".jinja")
+_ENCODERS = re.compile(r"(text_encoder|tokenizer)(_\d)?")
+_NOT_OURS = ("safety_checker", "feature_extractor")
+_INDEX = "model_index.json"
+
+
+class Name(NamedTuple):
+    repo: str
+    revision: str
+    file: str = ""
 
 
 def tiny_folder() -> Path:
     """The embedded model, trained on drawn scenes."""
     return Path(__file__).resolve().parent / "assets" / "tiny"
+
+
+def hub_name(source: str | Path) -> Name | None:
+    """`source` as a name on the hub; None for a path that exists, or that can only be one."""
+    match = _NAME.fullmatch(str(source))
+    if match is None or Path(source).exists() or ".." in match["repo"] or "--" in match["repo"]:
+        return None
+    if match["repo"].lower().endswith(_FILES):
+        return None
+    return Name(match["repo"], match["revision"] or "main", match["file"] or "")
+
+
+def find(
+    source: str | Path, kind: Kind = "model", check: Callable[[Path], Any] | None = None
+) -> Path:
+    """The folder or file of `source`; what only the hub has is downloaded, as far as `kind` needs.
+
+    model: a whole pipeline; configuration: its JSON files alone; checkpoint: a pipeline, the folder
+    of one network, or a file; vae, text encoders: those folders of a pipeline, or a repository that
+    is one; lora: a file. `check` sees a pipeline's folder before its weights are downloaded.
+    A path comes back as it is, there or not: whoever opens it says what is wrong.
+
+    Raises FileNotFoundError for what neither this machine nor the hub has, PermissionError for a
+    gated model, ConfigError for a repository that holds no `kind`, each in one sentence.
+    """
+    name = None if str(source) == "tiny" else hub_name(source)
+    if name is not None:
+        return _download(name, kind, check)
+    return tiny_folder() if str(source) == "tiny" else Path(source).expanduser()
+
+
+@functools.cache  # one process sees one state of a repository
+def _download(name: Name, kind: Kind, check: Callable[[Path], Any] | None) -> Path:
+    import huggingface_hub as hub
+
+    from fluxjax.hub_errors import explained
+
+    with explained(name):
+        files, folder = _listing(name)
+        wanted = choose(files, name, kind)
+        texts = [file for file in wanted if file.endswith(_TEXT)]
+        for part in (texts, wanted) if check else (wanted,):
+            lacking = [file for file in part if not (folder / file).is_file()]
+            if lacking:
+                size = sum(files[file] or 0 for file in lacking)
+                say(f"downloading {name.repo}: {len(lacking)} file(s), {size / 1e6:.0f} MB")
+                with _bars_on_a_terminal_only():
+                    hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=lacking)
+            if check is not None and part is texts and _INDEX in part:
+                check(folder)
+    return folder / wanted[0] if _is_one_file(wanted) else folder
+
+
+def _is_one_file(wanted: Collection[str]) -> bool:
+    return len(wanted) == 1 and next(iter(wanted)).endswith(".safetensors")
+
+
+def _listing(name: Name) -> tuple[dict[str, int | None], Path]:
+    """The repository's files with their sizes, and the folder of the cache where they belong.
+
+    Without a connection the files are those in the cache.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    from fluxjax.hub_errors import is_offline
+
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{name.repo.replace('/', '--')}"
+    try:
+        found = hub.HfApi().model_info(
+            name.repo, revision=name.revision, files_metadata=True, timeout=20
+        )
+    except Exception as error:
+        if not is_offline(error):
+            raise
+        reference = cache / "refs" / name.revision
+        commit = reference.read_text().strip() if reference.is_file() else name.revision
+        folder = cache / "snapshots" / commit
+        if not folder.is_dir():
+            raise
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}, folder
+    files = {entry.rfilename: entry.size for entry in found.siblings or ()}
+    return files, cache / "snapshots" / str(found.sha)
+
+
+def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
+    """Which of a repository's files `kind` needs: never pickles, duplicates or other frameworks'.
+
+    Raises ConfigError, naming what there is, if none will do or several would.
+    """
+    if name.file:
+        if name.file not in files:
+            _refuse(name, f"has no file {name.file}", files)
+        return [name.file]
+    top = {file.partition("/")[0] for file in files if "/" in file} - set(_NOT_OURS)
+    whole = _INDEX in files
+    if kind == "configuration" and whole:
+        texts = [file for file in files if file.endswith(".json") and ".index." not in file]
+        return sorted(file for file in texts if file.count("/") < 2)
+    if kind in ("model", "checkpoint") and whole:
+        texts = [file for file in files if "/" not in file and file.endswith(".json")]
+        return sorted(texts) + [file for part in sorted(top) for file in _part(files, part)]
+    if kind == "text encoders" and any(map(_ENCODERS.fullmatch, top)):
+        parts = sorted(filter(_ENCODERS.fullmatch, top))
+        return [file for part in parts for file in _part(files, part)]
+    if kind == "vae" and "vae/config.json" in files:
+        return _part(files, "vae")
+    if kind in ("vae", "checkpoint") and "config.json" in files:
+        return ["config.json", *_weights(files, "")]
+    if kind in ("configuration", "text encoders"):
+        _refuse(name, f"has no {_INDEX if kind == 'configuration' else 'text_encoder'}", files)
+    alone = [file for file in files if file.endswith(".safetensors")]
+    if len(alone) != 1:
+        article = "a diffusers folder" if kind == "model" else f"one {kind} alone"
+        _refuse(name, f"is not {article}", files)
+    return alone
+
+
+def _part(files: Collection[str], part: str) -> list[str]:
+    """A component's folder: its configuration, its tokenizer, one set of its weights."""
+    own = sorted(file for file in files if file.startswith(f"{part}/"))
+    weights = _weights(own, f"{part}/")
+    orbax = [] if weights else [file for file in own if file.startswith(f"{part}/params/")]
+    texts = [file for file in own if file.endswith(_TEXT) or "." not in PurePosixPath(file).name]
+    texts = [file for file in texts if file.count("/") == 1 and ".index." not in file]
+    return [*texts, *weights, *orbax]
+
+
+def _weights(files: Collection[str], folder: str) -> list[str]:
+    """The plain .safetensors of a folder, or its shards with their index; else bf16, else fp16."""
+    names = [file.removeprefix(folder) for file in sorted(files) if file.startswith(folder)]
+    names = [file for file in names if "/" not in file and ".safetensors" in file]
+    shards = [file for file in names if re.fullmatch(r"[^.]+-\d+-of-\d+\.safetensors", file)]
+    index = [file for file in names if re.fullmatch(r"[^.]+\.safetensors\.index\.json", file)]
+    plain = [file for file in names if re.fullmatch(r"[^.]+\.safetensors", file)]
+    chosen = [*index, *shards] if index and shards else plain
+    for variant in () if chosen else ("bf16", "fp16"):
+        chosen = chosen or [file for file in names if file.endswith(f".{variant}.safetensors")]
+    return [folder + file for file in chosen]
+
+
+def _refuse(name: Name, what: str, files: Collection[str]) -> NoReturn:
+    alone = sorted(file for file in files if file.endswith(".safetensors"))
+    listed = ", ".join(f"{name.repo}/{file}" for file in alone[:5])
+    more = f" and {len(alone) - 5} more" if len(alone) > 5 else ""
+    there = f"name one of its files: {listed}{more}" if alone else "it has no .safetensors file"
+    raise ConfigError(f"{name.repo} {what}; {there}")
+
+
+@contextmanager
+def _bars_on_a_terminal_only() -> Iterator[None]:
+    import sys
+
+    from huggingface_hub import constants, utils
+
+    leave = sys.stderr.isatty() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
+    if leave or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
 
 
 def size_unit(model: str) -> int:
@@ -18,7 +215,7 @@ def size_unit(model: str) -> int:
     """
     folder = tiny_folder() if model == "tiny" else Path(model)
     try:
-        kind = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
+        kind = json.loads((folder / _INDEX).read_text("utf-8"))["_class_name"]
         config = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
         halvings = len(config["block_out_channels"]) - 1
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

@@ -25,11 +25,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
 
     from fluxjax.convert import convert
     from fluxjax.convert.progress import byte_progress
+    from fluxjax.hub import find
     from fluxjax.parallel.mesh import parse_mesh
 
     cli.begin()
     conversion = convert.plan(
-        options.source, options.destination, options.to, dtype=options.dtype,
+        find(options.source, "checkpoint"), options.destination, options.to, dtype=options.dtype,
         mesh=None if options.mesh is None else parse_mesh(options.mesh),
         config_file=options.config, shard_bytes=int(options.shard_gb * 1e9),
         overwrite=options.overwrite,

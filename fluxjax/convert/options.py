@@ -22,7 +22,8 @@ class Options:
     """
 
     source: _Source
-    """A diffusers or transformers folder, a BFL or ComfyUI .safetensors file, an Orbax folder."""
+    """A diffusers or transformers folder, a BFL or ComfyUI .safetensors file, an Orbax folder, or
+    the name of one on a hub: OWNER/NAME."""
     destination: _Destination
     """A folder; for one network --to bfl, also a .safetensors file."""
     to: Literal["diffusers", "bfl", "orbax"] = "diffusers"

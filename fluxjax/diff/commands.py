@@ -65,7 +65,7 @@ class Live:
     """
 
     folder: Folder = "tiny"
-    """A diffusers pipeline folder, or "tiny" for the embedded model."""
+    """A diffusers pipeline folder, a hub's name, or "tiny" for the embedded model."""
     component: Literal["transformer", "vae", "text_encoder", "text_encoder_2", "pipeline"] = (
         "transformer"
     )
@@ -88,11 +88,11 @@ class Live:
 
     def reports(self) -> list[Report]:
         from fluxjax.diff.live import compare_network, require_torch
-        from fluxjax.hub import tiny_folder
+        from fluxjax.hub import find
 
         if self.plot:
             check_side_output(self.plot, "plot")
-        folder = tiny_folder() if self.folder == "tiny" else Path(self.folder)
+        folder = find(self.folder)
         require_torch()
         if self.component == "pipeline":
             from fluxjax.diff.pipeline import compare_pipeline

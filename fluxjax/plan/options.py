@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -13,6 +12,7 @@ import tyro
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.chips import CHIPS, Chip
 from fluxjax.config import PRESETS, ConfigError, PipelineConfig
+from fluxjax.hub import find
 from fluxjax.models.flux import Remat
 from fluxjax.models.latents import PATCH, latent_size
 from fluxjax.parallel.mesh import MeshShape, parse_mesh
@@ -30,7 +30,7 @@ class Options:
     """Does it fit, and how fast can it be? Needs neither weights nor an accelerator."""
 
     model: _Model = "dev"
-    """A preset (dev, schnell, tiny, ...) or a folder with a model's config files."""
+    """A preset (dev, schnell, tiny, ...), a folder with a model's config files, or a hub's name."""
     task: Task = "sample"
     """Draw pictures, train a LoRA, or train all of the transformer."""
     mesh: str = ""
@@ -86,10 +86,10 @@ def read_model(options: Options) -> PipelineConfig:
     if options.model in PRESETS:
         config = PRESETS[options.model]
     else:
-        folder = Path(options.model).expanduser()
+        folder = find(options.model, "configuration")
         if not folder.is_dir():
             names = ", ".join(PRESETS)
-            raise ConfigError(f"{options.model!r} is neither a preset ({names}) nor a folder")
+            raise ConfigError(f"{options.model!r} is neither a preset ({names}) nor a folder here")
         config = read_config(folder)
     names = ("width", "height", "steps", "max_sequence_length")
     given = {name: getattr(options, name) for name in names}

@@ -19,7 +19,7 @@ import tyro
 
 from fluxjax import __version__
 from fluxjax.config import ConfigError, multiple
-from fluxjax.hub import size_unit
+from fluxjax.hub import hub_name, size_unit
 from fluxjax.sample.settings import FIELDS, Dtype, Noise, Rounding, Settings, override
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ def _record_of(path: Path | None) -> dict[str, Any]:
 
 def _text(source: str | Path) -> str:
     """A model as it is remembered: paths in full, so that --like works from any folder."""
-    if source in ("tiny", "float32", "bfloat16"):
+    if source in ("tiny", "float32", "bfloat16") or hub_name(source):
         return str(source)
     return str(Path(source).expanduser().resolve())
 

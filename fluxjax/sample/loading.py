@@ -23,7 +23,7 @@ from fluxjax.checkpoint.source import (
 )
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig
-from fluxjax.hub import tiny_folder
+from fluxjax.hub import find
 from fluxjax.models.lora import adapt, combine_loras
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.parallel.mesh import MeshShape, make_mesh, place
@@ -51,7 +51,8 @@ def load_pipeline(
 
     Args:
       model: "tiny", a diffusers folder, an Orbax folder, or a BFL file (flux1-*.safetensors), which
-        needs the two below.
+        needs the two below. Here and below a hub's name will do as well, such as
+        "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
       dtype: of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
       text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2.
       vae: a diffusers autoencoder's folder, or BFL's ae.safetensors.
@@ -71,7 +72,7 @@ def load_pipeline(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in get_args(Dtype):
         raise ConfigError(f"dtype must be float32 or bfloat16, got {dtype!r}")
-    path = tiny_folder() if str(model) == "tiny" else Path(model).expanduser()
+    path = find(model, "model", read_config)
     if path.is_file():
         networks, config, tokenizers = _of_file(path, text_encoders, vae)
     elif text_encoders is not None or vae is not None:
@@ -117,12 +118,12 @@ def _of_file(
     if text_encoders is None:
         raise ConfigError(f"{path} needs text encoders: a folder with text_encoder, "
                           "text_encoder_2, tokenizer and tokenizer_2")  # fmt: skip
-    folder = Path(text_encoders).expanduser()
+    folder = find(text_encoders, "text encoders")
     networks: dict[str, Network] = dict(open_file(path))
     if "transformer" not in networks:
         raise ConfigError(f"{path} holds no FLUX transformer but {', '.join(networks)}")
     if vae is not None:
-        networks["vae"] = _open_vae(Path(vae).expanduser())
+        networks["vae"] = _open_vae(find(vae, "vae"))
     if "vae" not in networks:
         raise ConfigError(f"{path} needs a vae: a diffusers autoencoder's folder or ae.safetensors")
     for component in _TEXT_COMPONENTS:
@@ -168,7 +169,7 @@ def _read_loras(
     template = abstract_params(config.transformer, stacked=stacked)
     pairs = [split_scale(entry) if isinstance(entry, str) else entry for entry in loras]
     pairs = [pair if isinstance(pair, tuple) else (pair, 1.0) for pair in pairs]
-    trees = [(read_lora(Path(file).expanduser(), template).tree, scale) for file, scale in pairs]
+    trees = [(read_lora(find(file, "lora"), template).tree, scale) for file, scale in pairs]
     return combine_loras(trees)
 
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.config import ConfigError
-from fluxjax.hub import tiny_folder
+from fluxjax.hub import find
 from fluxjax.models.attention import Implementation
 from fluxjax.models.flux import Remat
 from fluxjax.models.lora import LoraConfig
@@ -37,7 +38,7 @@ class FinetuneRecipe:
     """A fine-tuning run; `folder` receives checkpoints, metrics, pictures and the result."""
 
     model: str = "tiny"
-    """tiny (the embedded model), or a diffusers folder."""
+    """tiny (the embedded model), a diffusers folder, or a hub's name (OWNER/NAME)."""
     folder: Path = Path("runs/finetune")
     method: Method = "lora"
     """Train a LoRA over the frozen model, or all of the transformer."""
@@ -90,7 +91,8 @@ class FinetuneRecipe:
 
     @property
     def model_folder(self) -> Path:
-        return tiny_folder() if self.model == "tiny" else Path(self.model).expanduser()
+        """Where the model is; a hub's is downloaded first."""
+        return find(self.model, "model", read_config)
 
     @property
     def compute_dtype(self) -> Any:

@@ -67,7 +67,7 @@ def run_bench(command: Bench) -> int:
     # Both frameworks share one GPU: JAX must not take three quarters of it at its start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from fluxjax.diff.live import require_torch
-    from fluxjax.hub import tiny_folder
+    from fluxjax.hub import find
 
     if command.rounds < 1 or command.threads < 1:
         raise ValueError(
@@ -75,7 +75,7 @@ def run_bench(command: Bench) -> int:
         )
     torch = require_torch()
     torch.set_num_threads(command.threads)
-    folder = tiny_folder() if command.folder == "tiny" else Path(command.folder)
+    folder = find(command.folder)
     import jax
 
     from fluxjax.sample.cache import enable_cache

@@ -1,0 +1,109 @@
+"""A small hub on loopback that serves folders as huggingface_hub asks for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "a" * 40
+_MODEL = re.compile(r"/api/models/(\w+/[\w.-]+?)(?:/revision/([^?]+)|/tree/([^?]+))?(?:\?.*)?")
+_FILE = re.compile(r"/(\w+/[\w.-]+)/resolve/([^/]+)/([^?]+)(?:\?.*)?")
+
+
+class Hub:
+    """`files`: repository -> name -> file. `downloads` are the files that were sent."""
+
+    def __init__(self, files: Mapping[str, Mapping[str, Path]], gated: tuple[str, ...]) -> None:
+        self.files, self.gated = files, gated
+        self.downloads: list[str] = []
+        self.requests = 0
+        self.endpoint = ""
+
+
+@contextmanager
+def serve(files: Mapping[str, Mapping[str, Path]], gated: tuple[str, ...] = ()) -> Iterator[Hub]:
+    hub = Hub(files, gated)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_) -> None: ...
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            hub.requests += 1
+            if match := _FILE.fullmatch(self.path):
+                self.file(*match.groups())
+            elif match := _MODEL.fullmatch(self.path):
+                self.listing(*match.groups())
+            else:
+                self.refuse(404, "EntryNotFound")
+
+        def listing(self, repo: str, revision: str | None, tree: str | None) -> None:
+            if repo not in hub.files:
+                return self.refuse(401, "RepoNotFound")
+            if (revision or tree or "main") not in ("main", COMMIT):
+                return self.refuse(404, "RevisionNotFound")
+            files = hub.files[repo]
+            sizes = {name: path.stat().st_size for name, path in files.items()}
+            if tree:
+                answer: object = [
+                    {"type": "file", "path": name, "size": size, "oid": digest(files[name])}
+                    for name, size in sizes.items()
+                ]  # fmt: skip
+            else:
+                siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+                answer = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
+            self.send(json.dumps(answer).encode(), "application/json")
+
+        def file(self, repo: str, revision: str, name: str) -> None:
+            if repo not in hub.files:
+                return self.refuse(401, "RepoNotFound")
+            if name not in hub.files[repo]:
+                return self.refuse(404, "EntryNotFound")
+            if repo in hub.gated and "Bearer good" not in self.headers.get("Authorization", ""):
+                return self.refuse(401, "GatedRepo")
+            path = hub.files[repo][name]
+            if self.command == "GET":
+                hub.downloads.append(name)
+            etag = {"ETag": f'"{digest(path)}"', "X-Repo-Commit": COMMIT}
+            self.send(path.read_bytes(), "application/octet-stream", etag)
+
+        def send(self, body: bytes, kind: str, headers: Mapping[str, str] = {}) -> None:
+            self.send_response(200)
+            for key, value in {"Content-Type": kind, **headers}.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def refuse(self, status: int, code: str) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()

@@ -1,0 +1,198 @@
+"""Models by their names on a hub: only what is needed, from the cache without a network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loopback_hub import COMMIT, serve
+
+from fluxjax.config import ConfigError
+from fluxjax.hub import Name, choose, find, hub_name, tiny_folder
+
+FIND = "import sys; from fluxjax.hub import find; print(find(*sys.argv[1:]))"
+DEV = [
+    "README.md", "LICENSE.md", "flux1-dev.safetensors", "ae.safetensors", "dev_grid.jpg",
+    "model_index.json", "scheduler/scheduler_config.json",
+    "text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/flax_model.msgpack",
+    "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin",
+    "text_encoder_2/config.json", "text_encoder_2/model-00001-of-00002.safetensors",
+    "text_encoder_2/model-00002-of-00002.safetensors", "text_encoder_2/model.onnx",
+    "text_encoder_2/model.safetensors.index.json", "text_encoder_2/pytorch_model.bin.index.json",
+    "tokenizer/merges.txt", "tokenizer/vocab.json", "tokenizer/tokenizer_config.json",
+    "tokenizer/special_tokens_map.json", "tokenizer_2/spiece.model", "tokenizer_2/tokenizer.json",
+    "transformer/config.json", "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "vae/config.json", "vae/diffusion_pytorch_model.bf16.safetensors",
+    "vae/diffusion_pytorch_model.fp16.safetensors", "safety_checker/config.json",
+    "safety_checker/model.safetensors",
+]  # fmt: skip
+NAME = Name("owner/name", "main")
+
+
+def test_names_are_told_from_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_name("black-forest-labs/FLUX.1-dev") == ("black-forest-labs/FLUX.1-dev", "main", "")
+    assert hub_name("o/n@v1.0") == ("o/n", "v1.0", "")
+    assert hub_name("o/n@refs/pr/7/a/b.safetensors") == ("o/n", "refs/pr/7", "a/b.safetensors")
+    assert hub_name("o/n/my file.safetensors") == ("o/n", "main", "my file.safetensors")
+    for path in ("tiny", "model.safetensors", "/o/n", "./o/n", "../n", "~/o", "o/n/m", "o/n/", "o/",
+                 "out/style.safetensors", "o\\n", "o/n@", "o/../n.safetensors"):  # fmt: skip
+        assert hub_name(path) is None, path
+        assert find(path) == (tiny_folder() if path == "tiny" else Path(path).expanduser())
+    (tmp_path / "o" / "n").mkdir(parents=True)
+    assert hub_name("o/n") is None and find("o/n") == Path("o/n")
+
+
+def test_only_what_is_needed_is_chosen():
+    chosen = set(choose(DEV, NAME, "model"))
+    assert set(DEV) - chosen == {
+        "README.md", "LICENSE.md", "flux1-dev.safetensors", "ae.safetensors", "dev_grid.jpg",
+        "text_encoder/flax_model.msgpack", "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin", "text_encoder_2/model.onnx",
+        "text_encoder_2/pytorch_model.bin.index.json",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "safety_checker/config.json", "safety_checker/model.safetensors",
+    }  # fmt: skip
+    assert choose(DEV, NAME, "vae") == [
+        "vae/config.json", "vae/diffusion_pytorch_model.bf16.safetensors",
+    ]  # fmt: skip
+    encoders = choose(DEV, NAME, "text encoders")
+    assert {name.split("/")[0] for name in encoders} == {
+        "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
+    }  # fmt: skip
+    assert not [n for n in choose(DEV, NAME, "configuration") if "safetensors" in n]
+    one = Name("owner/name", "main", "flux1-dev.safetensors")
+    assert choose(DEV, one, "model") == ["flux1-dev.safetensors"]
+    assert choose(["a/style.safetensors", "README.md"], NAME, "lora") == ["a/style.safetensors"]
+    assert choose(["config.json", "x.safetensors", "x.bin"], NAME, "vae") == [
+        "config.json", "x.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "words"),
+    [
+        (["a.safetensors", "b.safetensors"], "lora", "name one of its files: owner/name/a.safet"),
+        (["a.safetensors", "b.safetensors"], "model", "is not a diffusers folder"),
+        (["pytorch_model.bin"], "model", "it has no .safetensors file"),
+        (["a.safetensors"], "text encoders", "has no text_encoder"),
+        (["a.safetensors"], "configuration", "has no model_index.json"),
+    ],
+)
+def test_a_repository_that_will_not_do_is_named(files, kind, words):
+    with pytest.raises(ConfigError, match=f"owner/name.*{words}"):
+        choose(files, NAME, kind)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repositories")
+    tiny = {p.relative_to(tiny_folder()).as_posix(): p for p in tiny_folder().rglob("*")
+            if p.is_file()}  # fmt: skip
+    for name in ("pytorch_model.bin", "README.md", "flux1-tiny.safetensors"):
+        (folder / name).write_bytes(b"not to be downloaded")
+        tiny[name] = folder / name
+    tiny["transformer/diffusion_pytorch_model.bin"] = folder / "pytorch_model.bin"
+    weights = tiny["vae/diffusion_pytorch_model.safetensors"]
+    loras = {"one.safetensors": weights, "two.safetensors": weights}
+    files = {"someone/tiny": tiny, "someone/loras": loras, "someone/gated": tiny}
+    with serve(files, gated=("someone/gated",)) as running:
+        yield running
+
+
+@pytest.fixture
+def ask(hub, tmp_path):
+    """Run Python with this hub and a cache of its own: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str, **changes: str) -> tuple[int, str, str]:
+        environment = {
+            **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "huggingface"),
+            "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **changes,
+        }  # fmt: skip
+        for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            if name not in changes:
+                environment.pop(name, None)
+        hub.downloads.clear()
+        ended = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        return ended.returncode, ended.stdout.strip(), ended.stderr
+
+    return call
+
+
+def test_a_model_is_downloaded_once_and_found_without_a_network(ask, hub):
+    code, folder, said = ask("-c", FIND, "someone/tiny")
+    assert code == 0, said
+    wanted = choose(hub.files["someone/tiny"], NAME, "model")
+    assert sorted(hub.downloads) == sorted(wanted), "each needed file once, and no other"
+    assert f"downloading someone/tiny: {len(wanted)} file(s)" in said and "%|" not in said
+    for name in wanted:
+        assert (Path(folder) / name).read_bytes() == hub.files["someone/tiny"][name].read_bytes()
+    before = hub.requests
+    assert ask("-c", FIND, "someone/tiny") == (0, folder, "")
+    assert not hub.downloads and hub.requests <= before + 2, "asked whether it is the same"
+    for offline in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        assert ask("-c", FIND, "someone/tiny", **offline)[:2] == (0, folder)
+    assert ask("-c", FIND, f"someone/tiny@{COMMIT}")[1] == folder
+
+
+def test_a_file_of_several(ask, hub):
+    code, file, said = ask("-c", FIND, "someone/loras/two.safetensors", "lora")
+    assert code == 0 and file.endswith("/two.safetensors"), said
+    assert hub.downloads == ["two.safetensors"]
+
+
+MISTAKES = """
+import sys
+from fluxjax import cli
+from fluxjax.hub import find
+cli.run(lambda: print(find(*sys.argv[1:])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "words"),
+    [
+        (["someone/missing"], {}, ["there is no file or folder someone/missing here", "hf auth"]),
+        (["someone/gated"], {}, ["someone/gated is gated: accept its terms at http", "HF_TO"]),
+        (["someone/tiny@v9"], {}, ["someone/tiny has no revision v9"]),
+        (["someone/tiny/x.safetensors"], {}, ["has no file x.safetensors"]),
+        (["someone/loras", "lora"], {}, ["someone/loras/one.safetensors, someone/loras/two"]),
+        (["someone/tiny"], {"HF_HUB_OFFLINE": "1"}, ["HF_HUB_OFFLINE is set", "cache"]),
+        (["someone/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["cannot be reached", "cache"]),
+    ],
+)  # fmt: skip
+def test_what_is_not_to_be_had_is_one_sentence(ask, arguments, changes, words):
+    code, printed, said = ask("-c", MISTAKES, *arguments, **changes)
+    said = [line for line in said.splitlines() if not line.startswith("downloading")]
+    assert code == 2 and not printed and len(said) == 1, said
+    assert said[0].startswith("error: ") and all(word in said[0] for word in words), said
+
+
+def test_a_token_opens_a_gated_model(ask):
+    assert ask("-c", FIND, "someone/gated", "vae", HF_TOKEN="good")[0] == 0
+
+
+@pytest.mark.slow
+def test_every_verb_takes_a_name(ask, tmp_path):
+    size = ("--width", "64", "--height", "64", "--steps", "2", "--seed", "1")
+    code, line, said = ask("-m", "fluxjax.sample", "a star", "--model", "someone/tiny", *size)
+    assert code == 0 and line.startswith("out/a-star-1.png"), said
+    code, _, said = ask("-m", "fluxjax.sample", "--like", "out/a-star-1.png", "--out", "again")
+    assert code == 0, said
+    drawn, again = tmp_path / "out" / "a-star-1.png", next((tmp_path / "again").glob("*.png"))
+    assert drawn.read_bytes() == again.read_bytes()
+    code, _, said = ask("-m", "fluxjax.convert", "someone/tiny", "flux-bfl", "--to", "bfl")
+    assert code == 0, said
+    flux = next((tmp_path / "flux-bfl").glob("flux1*.safetensors"))
+    others = ("--vae", "someone/tiny", "--text-encoders", "someone/tiny")
+    code, _, said = ask("-m", "fluxjax.sample", "a star", "--model", str(flux), *others, *size)
+    assert code == 0, said
+    code, _, said = ask("-m", "fluxjax.plan", "someone/tiny", "--chips", "H100")
+    assert code == 0, said
+    (tmp_path / "recipe.toml").write_text('model = "someone/nothing"\n')
+    code, _, said = ask("-m", "fluxjax.train", "recipe.toml", "--data.source", ".")
+    assert code == 2 and "someone/nothing" in said
