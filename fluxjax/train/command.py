@@ -12,6 +12,7 @@ import tyro
 
 from fluxjax import cli
 from fluxjax.config import ConfigError
+from fluxjax.terminal import say
 
 R = TypeVar("R")
 _DAY = 86400.0
@@ -93,7 +94,9 @@ def _train(recipe: Any) -> None:
     from fluxjax.sample.cache import enable_cache
     from fluxjax.train.recipe import FinetuneRecipe, recipe_toml
 
-    enable_cache()
+    note = enable_cache()
+    if note and jax.process_index() == 0:
+        say(f"note: {note}")
     agree({"recipe": hashlib.sha256(recipe_toml(recipe).encode()).hexdigest()[:16]})
     if isinstance(recipe, FinetuneRecipe):
         from fluxjax.train.finetune import finetune
