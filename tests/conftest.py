@@ -32,7 +32,7 @@ def quick_compiler():
     options = {**compiler_options(), "xla_backend_optimization_level": "0"}
     with pytest.MonkeyPatch.context() as patch:
         for module in (step, programs):
-            patch.setattr(module, "compiler_options", lambda: options)
+            patch.setattr(module, "compiler_options", lambda precision=None: options)
         yield
 
 

@@ -7,20 +7,20 @@ from threading import Lock
 
 import jax
 
-from fluxjax.models.bfloat16_products import bfloat16_products
+from fluxjax.models.products import BFLOAT16, Precision
 
 _LOCK = Lock()
 
 
-def compiler_options() -> dict[str, str]:
+def compiler_options(precision: Precision = None) -> dict[str, str]:
     """For `jax.jit(..., compiler_options=compiler_options())` of whole programs; {} off the CPU.
 
     On CPUs XLA hands matrix products to YNNPACK by default. Its kernels are slower than Eigen's on
     an Intel Xeon: 1.7 times for (1536, 3072) x (3072, 3072) in float32, 1.4 times for
     (68, 192) x (192, 768); on an AMD EPYC the two are about equal. No library fusion means Eigen.
-    Products of bfloat16 operands are left to YNNPACK, which has the instructions for them.
+    With `precision=BFLOAT16` the products are left to YNNPACK, which has the instructions for them.
     """
-    if jax.default_backend() != "cpu" or bfloat16_products():
+    if jax.default_backend() != "cpu" or precision == BFLOAT16:
         return {}
     # Of two threads one would read the trial's entry in the cache while the other writes it.
     with _LOCK:

@@ -6,11 +6,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fluxjax.models.bfloat16_products import dot_general
-from fluxjax.models.bias_and_scale import add_bias
+from fluxjax.models.products import Precision, affine
 
 COLLECTION = "lora"
 
@@ -23,7 +24,7 @@ class Dense(nn.Dense):
     Source: Hu et al. 2021, LoRA; PEFT's `tuners/lora/layer.py`.
     """
 
-    dot_general: Any = dot_general
+    precision: Precision = None
     promote_dtype: Any = promote_dtype  # flax's own type cannot be checked at run time
 
     @nn.compact
@@ -34,15 +35,34 @@ class Dense(nn.Dense):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
         x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        y = self.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
-        if bias is not None:
-            y = add_bias(y, bias)
+        y = affine(x, kernel, bias, self.precision)
         if not self.has_variable(COLLECTION, "a"):
             return y
         a, b, scale = (self.get_variable(COLLECTION, name) for name in ("a", "b", "scale"))
-        low = _product(_product(inputs.astype(a.dtype), a), b)
+        low = inputs.astype(a.dtype)
+        for kernel in (a, b):
+            low = affine(low, kernel, precision=self.precision)
         return (y + low * jax.lax.stop_gradient(scale)).astype(y.dtype)
 
 
-def _product(x: Array, kernel: Array) -> Array:
-    return dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+class Part(nn.Module, kw_only=True):
+    """A part of a network of dense layers: the types it computes in and holds.
+
+    `precision` is that of the dense layers' products, see `fluxjax.models.products`.
+    """
+
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    precision: Precision = None
+
+    @property
+    def types(self) -> dict[str, Any]:
+        """These fields, for the parts of this part."""
+        return {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "precision": self.precision,
+        }
+
+    def dense(self, features: int, **options: Any) -> Dense:
+        return Dense(features, **self.types, **options)

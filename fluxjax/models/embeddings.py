@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
-from fluxjax.models.dense import Dense
+from fluxjax.models.dense import Part
 
 TimestepRounding = Literal["diffusers", "bfl", "none"]
 
@@ -93,41 +93,32 @@ def thousandfold(
     return round_to(1000.0 * round_to(t, dtype), dtype)
 
 
-class TwoLayerEmbedder(nn.Module):
+class TwoLayerEmbedder(Part):
     """Linear, SiLU, Linear (BFL `MLPEmbedder`, diffusers `TimestepEmbedding`)."""
 
     dim: int
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        options: dict[str, Any] = {
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "kernel_init": nn.initializers.normal(0.02),
-        }
-        self.linear_1 = Dense(self.dim, **options)
-        self.linear_2 = Dense(self.dim, **options)
+        init = nn.initializers.normal(0.02)
+        self.linear_1 = self.dense(self.dim, kernel_init=init)
+        self.linear_2 = self.dense(self.dim, kernel_init=init)
 
     def __call__(self, x: Float[Array, "b inputs"]) -> Float[Array, "b d"]:
         return self.linear_2(nn.silu(self.linear_1(x)))
 
 
-class TimeTextEmbed(nn.Module):
+class TimeTextEmbed(Part):
     """One vector from timestep, pooled text and, in distilled models, guidance."""
 
     dim: int
     guidance_embeds: bool
     timestep_rounding: TimestepRounding = "diffusers"
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.timestep_embedder = TwoLayerEmbedder(self.dim, **options)
+        self.timestep_embedder = TwoLayerEmbedder(self.dim, **self.types)
         if self.guidance_embeds:
-            self.guidance_embedder = TwoLayerEmbedder(self.dim, **options)
-        self.text_embedder = TwoLayerEmbedder(self.dim, **options)
+            self.guidance_embedder = TwoLayerEmbedder(self.dim, **self.types)
+        self.text_embedder = TwoLayerEmbedder(self.dim, **self.types)
 
     def __call__(
         self,

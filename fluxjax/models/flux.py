@@ -21,17 +21,16 @@ step-invariant work once instead, inside its one jitted program:
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from fluxjax.config import FluxConfig
 from fluxjax.models.attention import AttentionKind
-from fluxjax.models.dense import COLLECTION, Dense
+from fluxjax.models.dense import COLLECTION, Part
 from fluxjax.models.embeddings import Rope, TimestepRounding, TimeTextEmbed, rope_table
 from fluxjax.models.flux_blocks import AdaLayerNorm, DoubleBlock, SingleBlock
 
@@ -47,7 +46,7 @@ class Modulations(NamedTuple):
     out: Float[Array, "*steps b 2 d"]
 
 
-class FluxTransformer(nn.Module):
+class FluxTransformer(Part):
     """Predicts the velocity (noise - data) of packed latents.
 
     `scan_layers`: the blocks are scanned and their parameters stacked on a leading axis (see
@@ -57,28 +56,22 @@ class FluxTransformer(nn.Module):
     """
 
     config: FluxConfig
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: Remat = "none"
     timestep_rounding: TimestepRounding = "diffusers"
     attention: AttentionKind = "auto"
 
     def setup(self) -> None:
-        config = self.config
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        init = nn.initializers.normal(0.02)
+        config, init = self.config, nn.initializers.normal(0.02)
         self.time_text_embed = TimeTextEmbed(
-            config.inner_dim, config.guidance_embeds, self.timestep_rounding, **types
+            config.inner_dim, config.guidance_embeds, self.timestep_rounding, **self.types
         )
-        self.context_embedder = Dense(config.inner_dim, kernel_init=init, **types)
-        self.x_embedder = Dense(config.inner_dim, kernel_init=init, **types)
+        self.context_embedder = self.dense(config.inner_dim, kernel_init=init)
+        self.x_embedder = self.dense(config.inner_dim, kernel_init=init)
         self.transformer_blocks = self._blocks(DoubleBlock, config.num_layers)
         self.single_transformer_blocks = self._blocks(SingleBlock, config.num_single_layers)
-        self.norm_out = AdaLayerNorm(config.inner_dim, 2, **types)
-        self.proj_out = Dense(
-            config.out_channels, kernel_init=nn.initializers.zeros_init(), **types
-        )
+        self.norm_out = AdaLayerNorm(config.inner_dim, 2, **self.types)
+        self.proj_out = self.dense(config.out_channels, kernel_init=nn.initializers.zeros_init())
 
     def _blocks(self, block: type, count: int):
         if self.remat != "none":
@@ -86,11 +79,8 @@ class FluxTransformer(nn.Module):
             saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             policy = saved if self.remat == "dots" else None
             block = nn.remat(block, prevent_cse=not self.scan_layers, policy=policy)
-        arguments = (self.config, self.dtype, self.param_dtype, self.attention)
-        if not self.scan_layers:
-            return [block(*arguments) for _ in range(count)]
-        if count == 0:
-            return []
+        if not self.scan_layers or count == 0:
+            return [block(self.config, self.attention, **self.types) for _ in range(count)]
         shared = {
             "variable_axes": {"params": 0, COLLECTION: 0},
             "split_rngs": {"params": True},
@@ -100,7 +90,7 @@ class FluxTransformer(nn.Module):
             "__call__": {**shared, "in_axes": (0, nn.broadcast)},
             "modulation": {**shared, "in_axes": nn.broadcast},
         }
-        return nn.scan(block, methods=methods)(*arguments)
+        return nn.scan(block, methods=methods)(self.config, self.attention, **self.types)
 
     def _run(self, blocks, carry, modulation, rope: Rope):
         if self.scan_layers:

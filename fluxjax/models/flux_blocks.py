@@ -6,54 +6,20 @@ and gates, and `__call__` applies them. A sampler computes those of all its step
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fluxjax.config import FluxConfig
 from fluxjax.models.attention import AttentionKind, dot_product_attention
-from fluxjax.models.bias_and_scale import multiply_scale
-from fluxjax.models.dense import Dense
+from fluxjax.models.dense import Part
 from fluxjax.models.embeddings import Rope, apply_rope
+from fluxjax.models.norms import LayerNorm, RMSNorm
 
-NORM_EPS = 1e-6
 _zeros = nn.initializers.zeros_init()
 
 
-def _dense(features: int, module: Any, **options: Any) -> Dense:
-    return Dense(features, dtype=module.dtype, param_dtype=module.param_dtype, **options)
-
-
-class LayerNorm(nn.Module):
-    """Layer norm without parameters, statistics in float32."""
-
-    dtype: DTypeLike = jnp.float32
-
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return (x * (1.0 / jnp.sqrt(variance + NORM_EPS))).astype(self.dtype)
-
-
-class QKNorm(nn.Module):
-    """RMS norm over the head in float32, cast before the scale multiplies (BFL `RMSNorm`)."""
-
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b l heads k"]) -> Float[Array, "b l heads k"]:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x * (1.0 / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + NORM_EPS))
-        return multiply_scale(x.astype(self.dtype), scale.astype(self.dtype))
-
-
-class AdaLayerNorm(nn.Module):
+class AdaLayerNorm(Part):
     """Layer norm shifted and scaled by the conditioning vector; `parts` vectors come from it.
 
     The linear layer starts at zero, so that every block of a new model is the identity
@@ -62,12 +28,10 @@ class AdaLayerNorm(nn.Module):
 
     dim: int
     parts: int
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        self.linear = _dense(self.parts * self.dim, self, kernel_init=_zeros)
-        self.norm = LayerNorm(self.dtype)
+        self.linear = self.dense(self.parts * self.dim, kernel_init=_zeros)
+        self.norm = LayerNorm(dtype=self.dtype)
 
     def modulation(self, vector: Float[Array, "n d"]) -> Float[Array, "n parts d"]:
         return self.linear(nn.silu(vector)).reshape(vector.shape[0], self.parts, self.dim)
@@ -82,46 +46,40 @@ def _modulate(x, shift, scale):
     return x * (1 + scale[:, None, :]) + shift[:, None, :]
 
 
-class GELUProjection(nn.Module):
+class GELUProjection(Part):
     dim: int
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        self.proj = _dense(self.dim, self)
+        self.proj = self.dense(self.dim)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l mlp"]:
         return nn.gelu(self.proj(x), approximate=True)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Part):
     """Linear, tanh GELU, Linear; `net_0` and `net_2` as in diffusers' `FeedForward`."""
 
     dim: int
     mlp_dim: int
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        self.net_0 = GELUProjection(self.mlp_dim, self.dtype, self.param_dtype)
-        self.net_2 = _dense(self.dim, self)
+        self.net_0 = GELUProjection(self.mlp_dim, **self.types)
+        self.net_2 = self.dense(self.dim)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         return self.net_2(self.net_0(x))
 
 
-class SingleAttention(nn.Module):
+class SingleAttention(Part):
     """Self-attention over the joint sequence, without an output projection."""
 
     config: FluxConfig
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
     attention: AttentionKind = "auto"
 
     def setup(self) -> None:
         dim, bias = self.config.inner_dim, self.config.qkv_bias
-        self.to_q, self.to_k, self.to_v = (_dense(dim, self, use_bias=bias) for _ in range(3))
-        self.norm_q, self.norm_k = (QKNorm(self.dtype, self.param_dtype) for _ in range(2))
+        self.to_q, self.to_k, self.to_v = (self.dense(dim, use_bias=bias) for _ in range(3))
+        self.norm_q, self.norm_k = (RMSNorm(**self.types) for _ in range(2))
 
     def __call__(self, x: Float[Array, "b l d"], rope: Rope) -> Float[Array, "b l d"]:
         q, k, v = (_heads(to(x), self.config) for to in (self.to_q, self.to_k, self.to_v))
@@ -130,25 +88,21 @@ class SingleAttention(nn.Module):
         return out.reshape(x.shape)
 
 
-class JointAttention(nn.Module):
+class JointAttention(Part):
     """Attention over [text, image], with separate projections for the two."""
 
     config: FluxConfig
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
     attention: AttentionKind = "auto"
 
     def setup(self) -> None:
         dim, bias = self.config.inner_dim, self.config.qkv_bias
-        self.to_q, self.to_k, self.to_v = (_dense(dim, self, use_bias=bias) for _ in range(3))
-        self.norm_q, self.norm_k = (QKNorm(self.dtype, self.param_dtype) for _ in range(2))
+        self.to_q, self.to_k, self.to_v = (self.dense(dim, use_bias=bias) for _ in range(3))
+        self.norm_q, self.norm_k = (RMSNorm(**self.types) for _ in range(2))
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (
-            _dense(dim, self, use_bias=bias) for _ in range(3)
+            self.dense(dim, use_bias=bias) for _ in range(3)
         )
-        self.norm_added_q, self.norm_added_k = (
-            QKNorm(self.dtype, self.param_dtype) for _ in range(2)
-        )
-        self.to_out_0, self.to_add_out = _dense(dim, self), _dense(dim, self)
+        self.norm_added_q, self.norm_added_k = (RMSNorm(**self.types) for _ in range(2))
+        self.to_out_0, self.to_add_out = self.dense(dim), self.dense(dim)
 
     def __call__(
         self, image: Float[Array, "b image d"], text: Float[Array, "b text d"], rope: Rope
@@ -172,23 +126,20 @@ def _heads(x: Float[Array, "b l d"], config: FluxConfig) -> Float[Array, "b l he
     return x.reshape(*x.shape[:2], config.num_attention_heads, config.attention_head_dim)
 
 
-class DoubleBlock(nn.Module):
+class DoubleBlock(Part):
     """Text and image streams with their own weights and one joint attention."""
 
     config: FluxConfig
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
     attention: AttentionKind = "auto"
 
     def setup(self) -> None:
         config = self.config
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.norm1 = AdaLayerNorm(config.inner_dim, 6, **types)
-        self.norm1_context = AdaLayerNorm(config.inner_dim, 6, **types)
-        self.attn = JointAttention(config, attention=self.attention, **types)
-        self.norm2, self.norm2_context = LayerNorm(self.dtype), LayerNorm(self.dtype)
-        self.ff = FeedForward(config.inner_dim, config.mlp_dim, **types)
-        self.ff_context = FeedForward(config.inner_dim, config.mlp_dim, **types)
+        self.norm1 = AdaLayerNorm(config.inner_dim, 6, **self.types)
+        self.norm1_context = AdaLayerNorm(config.inner_dim, 6, **self.types)
+        self.attn = JointAttention(config, attention=self.attention, **self.types)
+        self.norm2, self.norm2_context = (LayerNorm(dtype=self.dtype) for _ in range(2))
+        self.ff = FeedForward(config.inner_dim, config.mlp_dim, **self.types)
+        self.ff_context = FeedForward(config.inner_dim, config.mlp_dim, **self.types)
 
     def modulation(
         self, carry: None, vector: Float[Array, "n d"]
@@ -216,21 +167,18 @@ class DoubleBlock(nn.Module):
         return (image, text), None
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(Part):
     """Attention and MLP in parallel over the joint sequence."""
 
     config: FluxConfig
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
     attention: AttentionKind = "auto"
 
     def setup(self) -> None:
         config = self.config
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.norm = AdaLayerNorm(config.inner_dim, 3, **types)
-        self.proj_mlp = _dense(config.mlp_dim, self)
-        self.attn = SingleAttention(config, attention=self.attention, **types)
-        self.proj_out = _dense(config.inner_dim, self)
+        self.norm = AdaLayerNorm(config.inner_dim, 3, **self.types)
+        self.proj_mlp = self.dense(config.mlp_dim)
+        self.attn = SingleAttention(config, attention=self.attention, **self.types)
+        self.proj_out = self.dense(config.inner_dim)
 
     def modulation(
         self, carry: None, vector: Float[Array, "n d"]

@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
@@ -20,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fluxjax.config import T5Config
 from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import dot_product_attention
+from fluxjax.models.norms import RMSNorm
 
 
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
@@ -39,21 +39,6 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int) 
     large = np.minimum(exact + growth.astype(np.int64), half - 1)
     bucket = np.where(magnitude < exact, magnitude, large)
     return (bucket + half * (distance > 0)).astype(np.int32)
-
-
-class T5LayerNorm(nn.Module):
-    """RMS norm without mean or bias; statistics in float32, cast before the scale multiplies."""
-
-    epsilon: float
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(self.dtype) * scale.astype(self.dtype)[None, None]
 
 
 def _linear(
@@ -117,7 +102,7 @@ class T5SelfAttentionLayer(nn.Module):
 
     def setup(self) -> None:
         dtypes = (self.dtype, self.param_dtype)
-        self.layer_norm = T5LayerNorm(self.config.layer_norm_epsilon, *dtypes)
+        self.layer_norm = RMSNorm(self.config.layer_norm_epsilon, *dtypes)
         self.SelfAttention = T5Attention(self.config, *dtypes)
 
     def __call__(
@@ -133,7 +118,7 @@ class T5FeedForwardLayer(nn.Module):
 
     def setup(self) -> None:
         dtypes = (self.dtype, self.param_dtype)
-        self.layer_norm = T5LayerNorm(self.config.layer_norm_epsilon, *dtypes)
+        self.layer_norm = RMSNorm(self.config.layer_norm_epsilon, *dtypes)
         self.DenseReluDense = T5FeedForward(self.config, *dtypes)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -179,7 +164,7 @@ class T5Stack(nn.Module):
             if self.scan_layers
             else [block(c, *dtypes) for _ in range(c.num_layers)]
         )
-        self.final_layer_norm = T5LayerNorm(c.layer_norm_epsilon, *dtypes)
+        self.final_layer_norm = RMSNorm(c.layer_norm_epsilon, *dtypes)
 
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b 1 1 l"] | None

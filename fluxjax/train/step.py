@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fluxjax.models.bfloat16_products import BFLOAT16
 from fluxjax.models.compilation import compiler_options
+from fluxjax.models.products import Precision
 
 Tree = Any
-Products = Literal["float32", "bfloat16"]
 
 
 class TrainState(NamedTuple):
@@ -43,7 +41,7 @@ def make_step(
     seed: int,
     ema_decay: float,
     static_argnames: tuple[str, ...] = (),
-    products: Products = "float32",
+    precision: Precision = None,
     accumulate: int = 1,
     out_shardings: Any = None,
     donate: bool | None = None,
@@ -52,7 +50,7 @@ def make_step(
 
     `loss(params, key, *args, **static)` gives the scalar to minimise; its key depends on the seed
     and the step alone. An update whose loss or gradient is not finite is skipped and counted.
-    `products`: the operands of the dense layers' products, see `models/bfloat16_products.py`.
+    `precision`: that of the network in `loss`, which decides about the compiler's options.
     `accumulate`: the batch, then the first of `args`, is computed in so many parts one after the
     other; a loss that is a mean over rows gives the update of the whole. `out_shardings`: those of
     state and metrics. `donate`: the new state takes the place of the old one; by default not on
@@ -65,13 +63,9 @@ def make_step(
     if accumulate > 1:
         gradient = _accumulated(gradient, accumulate)
 
-    def precision():
-        return jax.default_matmul_precision(BFLOAT16) if products == "bfloat16" else nullcontext()
-
     def step(state: TrainState, *args, **static):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        with precision():
-            value, grads = gradient(state.params, key, *args, **static)
+        value, grads = gradient(state.params, key, *args, **static)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -87,12 +81,13 @@ def make_step(
         state = TrainState(state.step + 1, params, ema, opt_state, state.skipped + ~good)
         return state, {"loss": value, "gradient_norm": norm, "skipped": state.skipped}
 
-    with precision():
-        options = compiler_options()
     return jax.jit(
-        step, donate_argnums=0 if donate else (), static_argnames=static_argnames,
-        compiler_options=options, out_shardings=out_shardings,
-    )  # fmt: skip
+        step,
+        donate_argnums=0 if donate else (),
+        static_argnames=static_argnames,
+        compiler_options=compiler_options(precision),
+        out_shardings=out_shardings,
+    )
 
 
 def _accumulated(gradient: Callable, parts: int) -> Callable:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,20 @@ from fluxjax.config import PipelineConfig
 from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, latent_size, pack, text_ids
+from fluxjax.models.products import BFLOAT16
 from fluxjax.train import loop
 from fluxjax.train.embedded.scenes import captions, render, sample_scenes
 from fluxjax.train.embedded.text_encoders import vary
 from fluxjax.train.objectives import guided_velocity, interpolate, sample_times, velocity_loss
 from fluxjax.train.optimizers import muon_optimizer
-from fluxjax.train.step import Products, Tree, init_state, make_step
+from fluxjax.train.step import Tree, init_state, make_step
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerStage:
     """`buckets` are (width, height); step i uses bucket i modulo their number.
 
-    `products` rounds the operands of matrix products, see `models/bfloat16_products.py`.
+    `products` rounds the operands of matrix products, see `models/products.py`.
     `time_shift` is added to the mu of sampling: above 0, more of the times are noisy ones.
     """
 
@@ -48,7 +49,7 @@ class TransformerStage:
     buckets: tuple[tuple[int, int], ...] = (
         (96, 96), (112, 80), (96, 96), (80, 112), (96, 96),
     )  # fmt: skip
-    products: Products = "float32"
+    products: Literal["float32", "bfloat16"] = "float32"
     time_shift: float = 0.0
     seed: int = 3
 
@@ -245,6 +246,8 @@ def train_transformer(
     each block saves for its derivative); checkpoints and metrics lie in `folder`.
     """
     model, params = init_transformer(config, stage.seed)
+    precision = BFLOAT16 if stage.products == "bfloat16" else None
+    model = model.clone(precision=precision)
     if start is not None:
         params = jax.tree.map(jnp.copy, start)
     warm = optax.linear_schedule(0.0, stage.learning_rate, 100)
@@ -260,7 +263,7 @@ def train_transformer(
     else:
         loss, frozen = flow_matching_loss(model, stage.caption_dropout), ()
     step = make_step(
-        loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay, products=stage.products
+        loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay, precision=precision
     )
 
     def advance(state, index: int):

@@ -1,0 +1,125 @@
+"""What dense layers compute, each part as the device at hand does it best.
+
+Products of float32 arrays with `precision=BFLOAT16`: weights and activations stay float32, only the
+operands of the products are rounded. GPUs and TPUs have that as a setting of XLA. CPUs have the
+instructions (AMX), but XLA reaches them only where the operands are bfloat16 and the result is
+float32, which the derivative of a product of float32 arrays is not: hence a derivative of our own.
+Measured for (4352, 192) x (192, 768), forward and backward on two cores with AMX: 3.9 ms, against
+28 ms in float32.
+
+The derivative of a bias or scale is a sum over rows. On CPUs XLA's goes through windows of 32: for
+(1088, 768) it takes 0.63 ms on two cores, a product with ones 0.1 ms.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+BFLOAT16 = "BF16_BF16_F32"  # as jax.lax calls it
+
+Precision = str | None
+"""Of `jax.lax.dot_general`; None is JAX's default."""
+
+
+def affine(
+    x: Float[Array, "*rows k"],
+    kernel: Float[Array, "k n"],
+    bias: Float[Array, " n"] | None = None,
+    precision: Precision = None,
+) -> Float[Array, "*rows n"]:
+    """`x kernel + bias`."""
+    y = _product(x, kernel, precision)
+    return y if bias is None else add_bias(y, bias, precision)
+
+
+def _product(x: Array, kernel: Array, precision: Precision) -> Array:
+    contracting = (((x.ndim - 1,), (0,)), ((), ()))
+    if jax.default_backend() != "cpu":
+        return lax.dot_general(x, kernel, contracting, precision=precision)
+    if precision == BFLOAT16 and x.dtype == kernel.dtype == jnp.float32:
+        return _rounded_product(x, kernel)
+    # As one matrix: the kernel's derivative of several axes would copy its operands transposed.
+    rows = x.reshape(-1, x.shape[-1])
+    y = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _rounded_product(
+    x: Float[Array, "*rows k"], kernel: Float[Array, "k n"]
+) -> Float[Array, "*rows n"]:
+    return _forward(x, kernel)[0]
+
+
+def _forward(x, kernel):
+    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    return _sum(x, kernel, ((x.ndim - 1,), (0,))), (x, kernel)
+
+
+def _backward(saved, gradient):
+    x, kernel = saved
+    gradient = gradient.astype(jnp.bfloat16)
+    rows = tuple(range(x.ndim - 1))
+    return (
+        _sum(gradient, kernel, ((x.ndim - 1,), (1,))),
+        _sum(x, gradient, (rows, rows)),
+    )
+
+
+def _sum(a, b, contracting):
+    return lax.dot_general(a, b, (contracting, ((), ())), preferred_element_type=jnp.float32)
+
+
+_rounded_product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def add_bias(
+    x: Float[Array, "*rows d"], bias: Float[Array, " d"], precision: Precision = None
+) -> Float[Array, "*rows d"]:
+    """`x + bias`."""
+    return x + _row(bias, x)
+
+
+add_bias.defvjp(
+    lambda x, bias, precision: (add_bias(x, bias, precision), None),
+    lambda precision, _, gradient: (gradient, _sum_of_rows(gradient, precision)),
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def multiply_scale(
+    x: Float[Array, "*rows d"], scale: Float[Array, " d"], precision: Precision = None
+) -> Float[Array, "*rows d"]:
+    """`x * scale`."""
+    return x * _row(scale, x)
+
+
+def _multiply_backward(precision, saved, gradient):
+    x, scale = saved
+    return gradient * _row(scale, x), _sum_of_rows(gradient * x, precision)
+
+
+multiply_scale.defvjp(
+    lambda x, scale, precision: (multiply_scale(x, scale, precision), (x, scale)),
+    _multiply_backward,
+)
+
+
+def _row(vector: Array, x: Array) -> Array:
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _sum_of_rows(x: Array, precision: Precision) -> Array:
+    # YNNPACK, which computes the products of bfloat16 operands, sums quickly by itself.
+    if jax.default_backend() != "cpu" or precision == BFLOAT16:
+        return jnp.sum(x, axis=range(x.ndim - 1))
+    rows = x.reshape(-1, x.shape[-1])
+    ones = jnp.ones(rows.shape[0], x.dtype)
+    sums = lax.dot_general(ones, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return sums.astype(x.dtype)

@@ -1,0 +1,106 @@
+"""The same values and derivatives as the plain formulas."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fluxjax.config import FluxConfig
+from fluxjax.models.flux import FluxTransformer
+from fluxjax.models.products import BFLOAT16, add_bias, affine, multiply_scale
+
+
+def value_and_derivatives(function, *arguments):
+    value, pull = jax.vjp(function, *arguments)
+    weights = np.random.default_rng(1).standard_normal(value.shape).astype(value.dtype)
+    return value, *pull(jnp.asarray(weights))
+
+
+def close(found, wanted, bound):
+    for a, b in zip(found, wanted, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b)
+
+
+@pytest.fixture
+def x():
+    return jnp.asarray(2 + np.random.default_rng(0).standard_normal((3, 68, 192)), jnp.float32)
+
+
+@pytest.mark.parametrize(("ours", "plain"), [(add_bias, jnp.add), (multiply_scale, jnp.multiply)])
+def test_bias_and_scale(x, ours, plain):
+    vector = jnp.linspace(-1, 1, x.shape[-1])
+    with jax.enable_x64(True):
+        exact = (jnp.asarray(np.asarray(v, np.float64)) for v in (x, vector))
+        wanted = value_and_derivatives(lambda x, v: plain(x, v[None, None]), *exact)
+    # Measured: at most 2.6e-7 (the sums).
+    close(value_and_derivatives(ours, x, vector), wanted, 1e-6)
+
+
+def test_sums_of_bfloat16_are_rounded_once(x):
+    rounded = x.astype(jnp.bfloat16)
+    _, _, found = value_and_derivatives(add_bias, rounded, jnp.zeros(192, jnp.bfloat16))
+    weights = np.random.default_rng(1).standard_normal(x.shape).astype(jnp.bfloat16)
+    wanted = weights.astype(np.float64).sum((0, 1))
+    close([found], [wanted], 2**-8)
+
+
+def test_bfloat16_products_round_the_operands_and_nothing_else():
+    x, kernel, weights = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(0), 3), ((2, 5, 48), (48, 32), (2, 5, 32)), strict=True
+        )
+    )
+
+    def loss(x, kernel, precision=BFLOAT16):
+        return jnp.sum(affine(x, kernel, precision=precision) * weights)
+
+    def rounded(x):
+        return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+    exact, ours = (
+        (loss(x, kernel, precision), *jax.grad(loss, (0, 1))(x, kernel, precision))
+        for precision in (None, BFLOAT16)
+    )
+    of_rounded = (
+        loss(rounded(x), rounded(kernel)),
+        jnp.einsum("abn,kn->abk", rounded(weights), rounded(kernel)),
+        jnp.einsum("abk,abn->kn", rounded(x), rounded(weights)),
+    )
+    for got, wanted, other in zip(ours, of_rounded, exact, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+        assert got.dtype == jnp.float32 and not np.allclose(got, other, rtol=1e-4, atol=1e-4)
+
+
+def products_of_bfloat16(precision) -> int:
+    """In the forward of a small transformer whose arrays are float32."""
+    config = FluxConfig(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
+    model = FluxTransformer(config, precision=precision)
+    shapes = ((1, 6, 4), (1, 3, 8), (1, 8), (1,), (6, 3), (3, 3), (1,))
+    inputs = [jnp.zeros(shape) for shape in shapes]
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    text = jax.jit(model.apply).lower(params, *inputs).as_text()
+    kernels = sum(path[-1].key == "kernel" for path, _ in jax.tree.leaves_with_path(params))
+    assert kernels == 30
+    return len(re.findall(r"stablehlo.dot_general .* : \(tensor<[^>]*xbf16>, ", text))
+
+
+def test_every_dense_layer_takes_the_models_precision_and_no_global_setting():
+    if jax.default_backend() != "cpu":
+        pytest.skip("elsewhere the compiler rounds")
+    assert products_of_bfloat16(BFLOAT16) == 30
+    with jax.default_matmul_precision(BFLOAT16):
+        assert products_of_bfloat16(None) == 0
