@@ -13,9 +13,9 @@ from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.tables import VAE
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, AutoencoderConfig, ConfigError
+from fluxjax.hub import tiny_folder
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.tiled_decode import decode_tiled
-from fluxjax.sample.loading import tiny_folder
 from fluxjax.train.embedded.scenes import render, sample_scenes
 
 CONFIG = AutoencoderConfig(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)

@@ -39,11 +39,12 @@ from fluxjax.config import (
     PipelineConfig,
     T5Config,
 )
+from fluxjax.hub import tiny_folder
 from fluxjax.models.flops import flux_flops
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, unpack
 from fluxjax.models.lora import LoraConfig
-from fluxjax.sample.loading import load_pipeline, tiny_folder
+from fluxjax.sample.loading import load_pipeline
 from fluxjax.train import command, finetune, progress
 from fluxjax.train.curve import draw_curve, read_metrics
 from fluxjax.train.data.settings import DataSettings

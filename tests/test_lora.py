@@ -28,6 +28,7 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.cli import run
 from fluxjax.config import DEV, TINY, ConfigError
+from fluxjax.hub import tiny_folder
 from fluxjax.models.dense import Dense
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import (
@@ -45,7 +46,7 @@ from fluxjax.models.stacking import unstack_layers
 from fluxjax.parallel.mesh import make_mesh, replicated
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.sample.__main__ import main
-from fluxjax.sample.loading import split_scale, tiny_folder
+from fluxjax.sample.loading import split_scale
 from fluxjax.sample.pictures import read_record
 
 SIZE = {"width": 64, "height": 48, "steps": 4, "max_sequence_length": 16}

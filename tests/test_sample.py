@@ -16,7 +16,7 @@ from torch_pipeline import random_pipeline  # noqa: F401
 
 import fluxjax
 from fluxjax.config import ConfigError
-from fluxjax.sample.loading import tiny_folder
+from fluxjax.hub import tiny_folder
 from fluxjax.sample.noise import draw
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.programs import Programs

@@ -198,7 +198,8 @@ def test_recipe_names_what_it_does_not_know(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiler")
 def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch):
-    from fluxjax.sample.loading import load_pipeline, tiny_folder
+    from fluxjax.hub import tiny_folder
+    from fluxjax.sample.loading import load_pipeline
 
     recipe = tiny.read_recipe(Path(__file__).parents[1] / "train" / "tiny.toml")
     first = replace(
