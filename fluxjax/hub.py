@@ -53,6 +53,16 @@ def hub_name(source: str | Path) -> Name | None:
     return Name(match["repo"], match["revision"] or "main", match["file"] or "")
 
 
+def is_cached(source: str) -> bool:
+    """Whether something of what a hub's name stands for has been downloaded."""
+    from huggingface_hub import constants
+
+    name = hub_name(source)
+    if name is None:
+        return False
+    return (Path(constants.HF_HUB_CACHE) / f"models--{name.repo.replace('/', '--')}").is_dir()
+
+
 def find(
     source: str | Path, kind: Kind = "model", check: Callable[[Path], Any] | None = None
 ) -> Path:

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
@@ -86,6 +84,7 @@ def _kind(data: bytes) -> str:
 
 def upright_rgb(picture: Picture) -> Picture:
     """As it is meant to be seen. Raises BadPicture for values of no known range."""
+    import numpy as np
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(picture)

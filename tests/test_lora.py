@@ -1,5 +1,6 @@
 """LoRA: the forward, the files of others, and the picture that diffusers draws with both."""
 
+import hashlib
 import json
 import re
 import sys
@@ -46,8 +47,8 @@ from fluxjax.models.stacking import unstack_layers
 from fluxjax.parallel.mesh import make_mesh, replicated
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.sample.__main__ import main
-from fluxjax.sample.loading import split_scale
-from fluxjax.sample.pictures import read_record
+from fluxjax.sample.picture_formats import read_record
+from fluxjax.sample.sources import split_scale
 
 SIZE = {"width": 64, "height": 48, "steps": 4, "max_sequence_length": 16}
 ONE_BLOCK = replace(DEV.transformer, num_layers=1, num_single_layers=1)
@@ -152,6 +153,7 @@ def test_the_command_records_its_loras_and_repeats_them(
 
     monkeypatch.setattr("fluxjax.sample.loading.load_pipeline", load)
     monkeypatch.setenv("FLUXJAX_CACHE", "off")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.chdir(files[0].parent)
     size = [f"--{name.replace('_', '-')}={value}" for name, value in SIZE.items()]
     loras = ["--lora", "theirs.safetensors:0.7", "--lora", "ours.safetensors:-0.5"]
@@ -165,8 +167,10 @@ def test_the_command_records_its_loras_and_repeats_them(
             run(main)
         assert ended.value.code == 0, capsys.readouterr().err
     expected = [f"{files[0]}:0.7", f"{files[1]}:-0.5"]
-    assert asked == [expected, expected]
-    assert read_record(tmp_path / "b.png")["lora"] == expected
+    assert list(map(list, asked)) == [expected, expected]
+    record = read_record(tmp_path / "b.png")
+    assert record["lora"] == [f"{files[0].name}:0.7", f"{files[1].name}:-0.5"]
+    assert record["sha256"]["lora 2"] == hashlib.sha256(files[1].read_bytes()).hexdigest()
 
 
 def test_scale_of_a_file():

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,10 +20,10 @@ from torch_pipeline import random_pipeline  # noqa: F401
 
 import fluxjax
 from fluxjax.cli import run
-from fluxjax.sample import pictures
 from fluxjax.sample.__main__ import main
 from fluxjax.sample.cache import cache_folder, enable_cache
 from fluxjax.sample.known_words import outside
+from fluxjax.sample.picture_formats import encode_picture, read_record
 
 SIZE = ("--width", "64", "--height", "48", "--steps", "3", "--max-sequence-length", "16")
 one_pipeline = cache(fluxjax.load_pipeline)
@@ -32,6 +33,7 @@ one_pipeline = cache(fluxjax.load_pipeline)
 def sample(random_pipeline, monkeypatch, capsys, tmp_path):  # noqa: F811
     """Run the command in this process, on one pipeline: (exit code, stdout lines, stderr)."""
     monkeypatch.setenv("FLUXJAX_CACHE", "off")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "fluxjax.sample.loading.load_pipeline", lambda model, **options: one_pipeline(model)
@@ -70,7 +72,7 @@ def test_one_line_per_picture_and_nothing_is_overwritten(sample):
     assert not list(Path("out").glob(".*")), "no temporary file is left"
 
 
-def test_like_repeats_a_picture_exactly(sample):
+def test_like_repeats_a_picture_exactly(sample, random_pipeline):  # noqa: F811
     options = ("--guidance", "2", "--negative-prompt", "", "--true-cfg", "2.5", "--noise", "jax")
     sample(
         "a blue star", *SIZE, *options, "--prompt-2", "rings", "--rounding", "bfl", "--seed", "5"
@@ -79,10 +81,11 @@ def test_like_repeats_a_picture_exactly(sample):
     code, _, error = sample("--like", original, "--out", "again.png", model=None)
     assert code == 0, error
     np.testing.assert_array_equal(pixels("again.png"), pixels(original))
-    assert pictures.read_record(Path("again.png")) == pictures.read_record(Path(original))
+    assert read_record(Path("again.png")) == read_record(Path(original))
+    assert str(random_pipeline.parent) not in Path(original).read_bytes().decode("latin-1")
     sample("--like", original, "--seed", "6", "--out", "other.png", model=None)
     assert (pixels("other.png") != pixels(original)).any()
-    assert pictures.read_record(Path("other.png"))["settings"]["guidance"] == 2.0
+    assert read_record(Path("other.png"))["settings"]["guidance"] == 2.0
 
 
 def test_a_file_of_prompts_with_settings_per_line(sample, tmp_path):
@@ -116,13 +119,14 @@ def test_an_edit_repeats_while_its_reference_is_the_same_file(
     one, other = (line.split()[0] for line in printed)
     assert pixels(one).shape == (80, 112, 3), "the reference's shape, not the model's"
     assert (pixels(one) != pixels(other)).any()
-    settings = pictures.read_record(Path(one))["settings"]
-    assert settings["reference"] == str(tmp_path / "in" / "one.png")
+    settings = read_record(Path(one))["settings"]
+    assert settings["reference"] == "../in/one.png"
 
     code, _, error = sample("--like", one, "--out", "same.png", model=None)
     assert code == 0, error
     np.testing.assert_array_equal(pixels("same.png"), pixels(one))
-    assert pictures.read_record(Path("same.png")) == pictures.read_record(Path(one))
+    again = read_record(Path("same.png"))["settings"]
+    assert again == {**settings, "reference": "in/one.png"}
     sample("--like", one, "--reference", "in/other.png", "--out", "new.png", model=None)
     np.testing.assert_array_equal(pixels("new.png"), pixels(other))
     Path("in/one.png").write_bytes(Path("in/other.png").read_bytes())
@@ -130,7 +134,11 @@ def test_an_edit_repeats_while_its_reference_is_the_same_file(
     assert code == 2 and "in/one.png has changed since it was the reference" in error
     Path("in/one.png").unlink()
     code, _, error = sample("--like", one, model=None)
-    assert code == 2 and "there is no reference picture" in error and error.count("\n") == 1
+    assert (
+        code == 2
+        and "made with the reference '../in/one.png', which is not" in error
+        and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,6 +150,7 @@ def test_an_edit_repeats_while_its_reference_is_the_same_file(
         (("a", "--seed", "-1"), "seed must be from 0"),
         (("a", "--seed", str(2**64)), "seed must be from 0 to 2**64 - 1"),
         (("a", "--seed", str(2**64 - 1), "--number", "2"), "seed must be from 0"),
+        (("a", "--number", str(2**70)), "number must be at most 1048576"),
         (("a", "--number", "0"), "number must be at least 1, got 0"),
         (("a", "--true-cfg", "3"), "--true-cfg needs --negative-prompt"),
         (("a", "--negative-prompt", "b"), "--negative-prompt needs --true-cfg"),
@@ -149,7 +158,35 @@ def test_an_edit_repeats_while_its_reference_is_the_same_file(
         (("--prompts", "missing.jsonl"), "missing.jsonl: No such file"),
         (("--prompts", "bad.jsonl"), "bad.jsonl, line 1: 'colour' is no setting"),
         (("--prompts", "types.jsonl"), "types.jsonl, line 1: steps must be an integer, got 'many'"),
-        (("--prompts", "file"), "file, line 1: not JSON"),
+        (("--prompts", "broken.jsonl"), "broken.jsonl, line 3: not JSON"),
+        (("a", "--prompts", "bad.jsonl"), "give a PROMPT or --prompts, not both"),
+        (
+            ("--like", "sheet.png"),
+            "sheet.png is a sheet: --like takes one of its pictures: a-1.png",
+        ),
+        (("a", "--width", "0"), "width must be from 1 to 16384, got 0"),
+        (
+            ("a", "--height", str(2**70)),
+            "height must be from 1 to 16384, got 1180591620717411303424",
+        ),
+        (
+            ("a", "--true-cfg", "1e30", "--negative-prompt", ""),
+            "true_cfg must be from -1000 to 1000, got 1e+30",
+        ),
+        (("a", "--guidance", "nan"), "guidance must be a number, got nan"),
+        (("a", "--guidance", "-inf"), "guidance must be a number, got -inf"),
+        (("a", "--lora", "x.safetensors:inf"), "scale of a LoRA must be a number"),
+        (("a\udcff",), "prompt is not Unicode text: the byte 0xff at character 2"),
+        (("a", "--prompt-2", "\ud800"), "prompt_2 is not Unicode text: U+D800 at character 1"),
+        (
+            ("a", "--out", "x.gif"),
+            "x.gif: pictures are written as .png, .jpg, .jpeg, .webp, not as",
+        ),
+        (("a", "--out", "file"), "file is a file, but no picture's"),
+        (("a", "--name", "{promt}"), "there is no field 'promt', but prompt, seed"),
+        (("a", "--name", "../{seed}"), "'/' cannot be in a file's name; folders belong into --out"),
+        (("a", "--vae", "~nosuchuser/x"), "~nosuchuser/x: there is no user of that name"),
+        (("a", "--like-anyway"), "give that too"),
         (("a", "--reference", "missing.png"), "there is no reference picture"),
         (("a", "--reference", "file"), "file cannot be the reference: it is no picture in a known"),
         (("a", "--reference", "tiny.png"), "at least 16 pixels on each side, got 8 x 20"),
@@ -164,7 +201,10 @@ def test_impossible_requests_are_one_sentence(sample, arguments, words):
     Path("bad.jsonl").write_text('{"prompt": "a", "colour": "red"}')
     Path("types.jsonl").write_text('{"prompt": "a", "steps": "many"}')
     Path("reference.jsonl").write_text('{"prompt": "a", "reference": 3}')
+    Path("broken.jsonl").write_text('"a"\r\n\r\n{"prompt": \r\n')
     Image.new("RGB", (16, 16)).save("plain.png")
+    sheet = {"fluxjax": "1", "pictures": [{"file": "a-1.png"}, {"file": "a-2.png"}]}
+    Path("sheet.png").write_bytes(encode_picture(Image.new("RGB", (16, 16)), ".png", sheet))
     Image.new("RGB", (8, 20)).save("tiny.png")
     code, lines, error = sample(*arguments)
     assert code == 2 and not lines
@@ -201,14 +241,14 @@ def test_half_a_folder_is_one_sentence(random_pipeline, tmp_path, monkeypatch, c
     assert "tokenizer_2 is missing" in attempt(half)
 
 
-def test_no_space_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(*_, **__):
+def test_no_space_is_one_sentence_and_leaves_nothing_behind(sample, monkeypatch):
+    def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        pictures.save(np.zeros((16, 16, 3), np.uint8), tmp_path / "a.png", {})
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("fluxjax.atomic_write.os.fsync", full)
+    code, lines, error = sample("a", *SIZE)
+    assert code == 2 and not lines and error == "error: No space left on device\n"
+    assert not list(Path("out").iterdir())
 
 
 def test_cache_folder_is_private_and_can_be_moved_or_switched_off(tmp_path, monkeypatch):
@@ -274,3 +314,103 @@ def test_alone_without_pytorch_with_a_cache_and_ctrl_c(random_pipeline, tmp_path
     assert running.returncode == 130 and "Traceback" not in error
     assert {path.name for path in cached.iterdir() if path.name.endswith("-cache")} == compiled
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_what_has_changed_is_refused_unless_drawn_anyway(sample, tmp_path, random_pipeline):  # noqa: F811
+    model = tmp_path / "model"
+    model.mkdir()
+    for entry in random_pipeline.iterdir():
+        (model / entry.name).symlink_to(entry)
+    sample("a star", *SIZE, "--seed", "5", model=model)
+    code, _, error = sample("--like", "out/a-star-5.png", "--out", "same.png", model=None)
+    assert code == 0 and f"out/a-star-5.png names: model {model}" in error
+    (model / "scheduler").unlink()
+    shutil.copytree(random_pipeline / "scheduler", model / "scheduler")
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text() + " ")
+    code, lines, error = sample("--like", "out/a-star-5.png", model=None)
+    assert code == 2 and not lines
+    assert error.splitlines()[-1] == (
+        "error: not what out/a-star-5.png was made with any more: model scheduler; "
+        "--like-anyway draws all the same"
+    )
+    code, lines, error = sample("--like", "out/a-star-5.png", "--like-anyway", model=None)
+    assert code == 0 and len(lines) == 1 and "drawn all the same" in error
+    code, _, error = sample("--like", "out/a-star-5.png", model=random_pipeline)
+    assert code == 0 and "what is given is not what" not in error, "the same content elsewhere"
+    code, _, error = sample("--like", "out/a-star-5.png", model=model)
+    assert code == 0 and "what is given is not what out/a-star-5.png was made with: " in error
+
+
+def test_formats_quiet_records_and_lines_with_numbers(sample, tmp_path):
+    code, lines, error = sample("a star", *SIZE, "-n", "2", "-o", "x.jpg", "--seed", "1", "-q")
+    assert code == 0 and lines == ["x.jpg", "x-2.jpg"] and not error
+    assert read_record(Path("x-2.jpg"))["settings"]["seed"] == 2
+    code, _, error = sample("a star", *SIZE, "--out", "x.jpg", "--no-record")
+    assert "note: x.jpg was there already and is kept" in error
+    with pytest.raises(ValueError, match="does not say how it was made"):
+        read_record(Path("x-3.jpg"))
+    (tmp_path / "list.txt").write_text("a star\r\nein größerer Ring\r\n")
+    name = ("--name", "{number}-{prompt}-{seed:03}.webp", "--seed", "4")
+    code, lines, _ = sample("--prompts", "list.txt", *SIZE, *name, "-q")
+    assert lines == ["out/1-a-star-004.webp", "out/2-ein-größerer-ring-004.webp"]
+    (tmp_path / "l.jsonl").write_text('{"prompt": "a", "number": 3, "seed": 1}\n"b"')
+    code, lines, _ = sample("--prompts", "l.jsonl", *SIZE, "--grid", "-q")
+    assert lines[:3] == ["out/a-1.png", "out/a-2.png", "out/a-3.png"] and len(lines) == 5
+    code, _, error = sample("--like", "out/grid.png")
+    assert "is a sheet: --like takes one of its pictures: a-1.png, a-2.png, a-3.png, b-" in error
+
+
+def test_every_picture_is_drawn_though_nobody_reads_the_lines(sample, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("sys.stdout.write", gone)
+    code, _, _ = sample("a", *SIZE, "-n", "3", "--seed", "1")
+    assert code == 0 and len(list(Path("out").iterdir())) == 3
+
+
+def test_sizes_that_cannot_fit_are_said_at_once(sample, monkeypatch):
+    monkeypatch.setattr("fluxjax.sample.memory_estimate.available_bytes", lambda: 20_000_000)
+    code, lines, error = sample("a", *SIZE[4:], "--width", "4096", "--height", "4096")
+    assert code == 2 and not lines
+    assert "4096 x 4096 pixels cannot fit" in error and "20 MB are free" in error
+
+
+def test_pictures_of_the_python_api_repeat(sample, random_pipeline, tmp_path):  # noqa: F811
+    pipe = fluxjax.load_pipeline(random_pipeline)
+    size = {"width": 64, "height": 48, "steps": 3, "max_sequence_length": 16}
+    (picture,) = pipe("a star", seed=9, **size)
+    with pytest.raises(ValueError, match="no pipeline returned it"):
+        fluxjax.save_picture(Image.new("RGB", (16, 16)), "x.png")
+    path = fluxjax.save_picture(picture.copy(), "star.png")
+    assert fluxjax.save_picture(picture, "star.png") == Path("star-2.png")
+    code, _, error = sample("--like", path, "--out", "again.png", model=None)
+    assert code == 0, error
+    np.testing.assert_array_equal(pixels("again.png"), np.asarray(picture))
+    together = pipe("a star", seed=9, number=2, **size)
+    fluxjax.save_picture(together[1], "second.png")
+    code, _, error = sample("--like", "second.png", model=None)
+    assert code == 2 and "second.png cannot be repeated: 'one of 2 pictures from one seed" in error
+
+
+@pytest.mark.slow
+def test_whatever_a_killed_run_leaves_under_a_final_name_is_whole(random_pipeline, tmp_path):  # noqa: F811
+    (tmp_path / "many.jsonl").write_text('"a star"\n' * 2000)
+    environment = {**os.environ, "FLUXJAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "fluxjax.sample", "--model", str(random_pipeline), *SIZE]
+    random = np.random.default_rng(0)
+    for _ in range(6):
+        running = subprocess.Popen(
+            [*command, "--prompts", "many.jsonl"],
+            cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert running.stdout is not None
+        assert "seed" in running.stdout.readline()
+        time.sleep(random.uniform(0, 0.5))
+        running.kill()
+        running.communicate()
+    drawn = [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
+    assert len(drawn) >= 6
+    for path in drawn:
+        assert pixels(path).shape == (48, 64, 3) and read_record(path)["settings"]["steps"] == 3

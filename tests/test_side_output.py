@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 from fluxjax.diff.commands import Golden, Live
 from fluxjax.diff.golden import save_outputs
 from fluxjax.diff.report import Report, Row, plot_report
-from fluxjax.sample.pictures import save
+from fluxjax.sample.picture_formats import encode_picture
 from fluxjax.side_output import check_side_output, marker, side_output
 from fluxjax.train.embedded.evaluate import EvaluateSettings, evaluate, write_sheet
 
@@ -43,7 +43,8 @@ def test_only_its_own_kind_is_replaced(tmp_path: Path, kind) -> None:
     write(path)
     assert path.read_bytes() == first and [p.name for p in tmp_path.iterdir()] == [name]
     others = {"notes": lambda p: p.write_text("mine"), "folder": Path.mkdir}
-    others["picture"] = lambda p: save(PIXELS[0], p, {"settings": {}})
+    drawn = encode_picture(Image.fromarray(PIXELS[0]), ".png", {"settings": {}})
+    others["picture"] = lambda p: p.write_bytes(drawn)
     others["theirs"] = lambda p: Image.fromarray(PIXELS[0]).save(p, format="PNG")
     others |= {k: w for k, (w, n) in WRITERS.items() if k != kind and n == name}
     for other, make in others.items():

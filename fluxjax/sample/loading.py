@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +30,7 @@ from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, SequenceAttention, attention_over
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Dtype
+from fluxjax.sample.sources import Sources, absolute, split_scale
 from fluxjax.shapes import Params
 
 _TEXT_COMPONENTS: tuple[Component, ...] = ("text_encoder", "text_encoder_2")
@@ -92,7 +92,8 @@ def load_pipeline(
     if mesh is not None:  # heads that ulysses cannot split are a mistake now
         heads = config.transformer.num_attention_heads
         attention_over(Layout(1, 1, mesh.shape[AXIS]), heads, sequence, "auto")
-    lora = _read_loras(loras, config, scan_layers)
+    scaled = [_scaled(lora) for lora in loras]
+    lora = _read_loras(scaled, config, scan_layers)
     return Pipeline(
         config,
         partial(_load, networks, dtype, scan_layers, lora, mesh),
@@ -102,6 +103,12 @@ def load_pipeline(
         lora=lora,
         mesh=mesh,
         sequence=sequence,
+        sources=Sources(
+            model=absolute(str(model)),
+            text_encoders=None if text_encoders is None else absolute(str(text_encoders)),
+            vae=None if vae is None else absolute(str(vae)),
+            lora=tuple(f"{absolute(str(file))}:{scale:g}" for file, scale in scaled),
+        ),
     )
 
 
@@ -161,28 +168,20 @@ def _load(
     return adapt(params, place(lora, lora_places) if component == "transformer" else None)
 
 
+def _scaled(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, float]:
+    if isinstance(lora, tuple):
+        return lora
+    return split_scale(lora) if isinstance(lora, str) else (lora, 1.0)
+
+
 def _read_loras(
-    loras: Sequence[str | Path | tuple[str | Path, float]], config: PipelineConfig, stacked: bool
+    loras: Sequence[tuple[str | Path, float]], config: PipelineConfig, stacked: bool
 ) -> Params | None:
     if not loras:
         return None
     template = abstract_params(config.transformer, stacked=stacked)
-    pairs = [split_scale(entry) if isinstance(entry, str) else entry for entry in loras]
-    pairs = [pair if isinstance(pair, tuple) else (pair, 1.0) for pair in pairs]
-    trees = [(read_lora(find(file, "lora"), template).tree, scale) for file, scale in pairs]
+    trees = [(read_lora(find(file, "lora"), template).tree, scale) for file, scale in loras]
     return combine_loras(trees)
-
-
-def split_scale(text: str) -> tuple[str, float]:
-    """ "FILE:0.8" -> (FILE, 0.8); without a number, 1."""
-    file, _, number = text.rpartition(":")
-    try:
-        scale = float(number) if file else 1.0
-    except ValueError:
-        return text, 1.0
-    if not math.isfinite(scale):
-        raise ConfigError(f"the scale of a LoRA must be a number, got {text!r}")
-    return (file, scale) if file else (text, 1.0)
 
 
 def _tokenizers(folder: Path):

@@ -32,7 +32,9 @@ from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.programs import COMPONENTS, Name, Programs
 from fluxjax.sample.reference import pixels, preferred_size, read_reference
 from fluxjax.sample.refusals import require_both, require_finite, unknown_options
+from fluxjax.sample.save_picture import tell_made
 from fluxjax.sample.settings import Noise, Rounding, Settings, defaults, override
+from fluxjax.sample.sources import Sources
 from fluxjax.shapes import Params
 from fluxjax.text.conditioning import Conditioning, PromptIds, tokenize
 
@@ -67,6 +69,7 @@ class Pipeline:
         lora: Params | None = None,
         mesh: Mesh | None = None,
         sequence: SequenceAttention = "auto",
+        sources: Sources | None = None,
     ):
         self.config = config
         self.defaults = defaults(config)
@@ -75,6 +78,7 @@ class Pipeline:
         self.programs = Programs(config, dtype, scan_layers, lora, mesh, sequence)
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
+        self.sources = sources
         self._load_params, self._load_tokenizers = load_params, load_tokenizers
         self._tokenizers: tuple[PromptTokenizer, PromptTokenizer] | None = None
         self._params: dict[Component, Params] = {}
@@ -137,17 +141,27 @@ class Pipeline:
             "seed": seed if isinstance(seed, int) else 0,
         }  # fmt: skip
         chosen = self.defaults
+        file: dict[str, str] = {}
         if isinstance(reference, str | Path):
-            reference, _ = read_reference(reference)
+            file["reference"] = str(Path(reference).expanduser().absolute())
+            reference, file["reference_sha256"] = read_reference(reference)
         if reference is not None:
             reference = upright_rgb(reference)
             size = dict(zip(("width", "height"), self.reference_size(reference), strict=True))
             chosen = replace(chosen, **size)
+        chosen = override(chosen, settings)
         pictures = self.draw(
-            override(chosen, settings), prompts=prompts, seeds=seed, number=number,
+            chosen, prompts=prompts, seeds=seed, number=number,
             reference=reference, progress=progress, on_step=on_step, every=every,
         )  # fmt: skip
-        return [fromarray(picture) for picture in pictures]
+        images = [fromarray(picture) for picture in pictures]
+        if self.sources is not None:
+            why = "" if reference is None else "an edit of a picture that had no file"
+            tell_made(
+                images, replace(chosen, **file), prompts, seed, self.sources, str(self.dtype),
+                unrepeatable="" if file else why,
+            )  # fmt: skip
+        return images
 
     def draw(
         self,
@@ -336,6 +350,9 @@ class Pipeline:
 
     def _tiled(self, latents: Any) -> bool:
         return latents.shape[2] * latents.shape[3] > UNTILED_LATENTS
+
+    def is_loaded(self, component: Component) -> bool:
+        return component in self._params
 
     def params(self, component: Component) -> Params:
         """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5).

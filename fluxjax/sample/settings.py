@@ -16,6 +16,8 @@ Dtype = Literal["float32", "bfloat16"]
 MAX_STEPS = 1000
 MAX_SEQUENCE_LENGTH = 512
 SEED_LIMIT = 2**64
+MAX_SIDE = 16384  # pixels; one million tokens, more than any of these models can draw
+MAX_GUIDANCE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("guidance", "true_cfg"):
-            _require(math.isfinite(getattr(self, name)), name, "a number", self)
+            value, most = getattr(self, name), MAX_GUIDANCE
+            _require(math.isfinite(value), name, "a number", self)
+            _require(abs(value) <= most, name, f"from {-most:g} to {most:g}", self)
+        for name in ("width", "height"):
+            _require(1 <= getattr(self, name) <= MAX_SIDE, name, f"from 1 to {MAX_SIDE}", self)
+        for name in _TEXTS:
+            check_text(name, getattr(self, name) or "")
         _require(1 <= self.steps <= MAX_STEPS, "steps", f"from 1 to {MAX_STEPS}", self)
         _require(0 <= self.seed < SEED_LIMIT, "seed", "from 0 to 2**64 - 1", self)
         _require(
@@ -63,13 +71,35 @@ class Settings:
 
 def _require(condition: bool, name: str, wanted: str, settings: Settings) -> None:
     if not condition:
-        raise ConfigError(f"{name} must be {wanted}, got {getattr(settings, name)!r}")
+        raise ConfigError(f"{name} must be {wanted}, got {brief(getattr(settings, name))}")
 
 
+def brief(value: Any) -> str:
+    """A value of a stranger as a message shows it: at most a line of it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ConfigError for bytes that were no UTF-8 and for halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X}"
+        raise ConfigError(
+            f"{name} is not Unicode text: {what} at character {error.start + 1}; texts are UTF-8"
+        ) from None
+
+
+_TEXTS = ("prompt", "prompt_2", "negative_prompt")
 _KINDS = {
     **dict.fromkeys(("steps", "width", "height", "seed", "max_sequence_length"), "an integer"),
     **dict.fromkeys(("guidance", "true_cfg"), "a number"),
-    **dict.fromkeys(("prompt", "prompt_2", "negative_prompt"), "a text"),
+    **dict.fromkeys(_TEXTS, "a text"),
     **dict.fromkeys(("reference", "reference_sha256"), "a text"),
     "noise": " or ".join(get_args(Noise)),
     "rounding": " or ".join(get_args(Rounding)),
@@ -82,10 +112,13 @@ def _typed(name: str, value: Any) -> Any:
     if kind == "an integer" and type(value) is int:
         return value
     if kind == "a number" and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            return math.inf
     if isinstance(value, str) and (kind == "a text" or value in kind.split(" or ")):
         return value
-    raise ConfigError(f"{name} must be {kind}, got {value!r}")
+    raise ConfigError(f"{name} must be {kind}, got {brief(value)}")
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
@@ -105,11 +138,9 @@ def override(settings: Settings, values: Mapping[str, Any], where: str = "") -> 
     Raises ConfigError, beginning with `where`, for a name that is no setting.
     """
     prefix = f"{where}: " if where else ""
-    unknown = sorted(set(values) - set(FIELDS))
+    unknown = ", ".join(brief(name) for name in values if name not in FIELDS)
     if unknown:
-        raise ConfigError(
-            f"{prefix}{', '.join(map(repr, unknown))} is no setting; there are {', '.join(FIELDS)}"
-        )
+        raise ConfigError(f"{prefix}{unknown} is no setting; there are {', '.join(FIELDS)}")
     try:
         given = {name: _typed(name, value) for name, value in values.items() if value is not None}
         if "reference" in given:

@@ -41,7 +41,8 @@ def tokenize(
     *,
     max_sequence_length: int,
 ) -> tuple[PromptIds, list[str]]:
-    """Token ids, and one line for each prompt whose end T5 does not read, showing that end.
+    """Token ids, and one line for each prompt whose end T5 does not read, with that end's first and
+    last words.
 
     T5 reads `prompts_2` where given. CLIP's 77 tokens are cut silently while T5 hears the whole:
     CLIP only sets the mood. Raises ValueError when the numbers of prompts differ.
@@ -51,11 +52,20 @@ def tokenize(
         raise ValueError(f"got {len(prompts)} prompts, but {len(second)} second prompts")
     heard, read = clip(prompts), t5(second, max_sequence_length)
     notes = [
-        f"the prompt is longer than {max_sequence_length} tokens; left out: {rest!r}"
+        f"the prompt is longer than {max_sequence_length} tokens; left out: {_ends(rest)}"
         for rest in read.removed
         if rest
     ]
     return PromptIds(heard.input_ids, read.input_ids, read.attention_mask), notes
+
+
+def _ends(text: str, count: int = 6) -> str:
+    """Its first and last words, and how many there are; all of it where that is no longer."""
+    words = text.split()
+    if len(words) <= 2 * count and len(text) <= 200:
+        return repr(text)
+    first, last = " ".join(words[:count])[:80], " ".join(words[-count:])[-80:]
+    return f"{first!r} ... {last!r} ({len(words)} words)"
 
 
 @partial(jax.jit, static_argnames=("clip", "t5", "mask_padding"))

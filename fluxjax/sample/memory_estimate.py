@@ -1,0 +1,106 @@
+"""Whether a picture's size can fit, told before anything is loaded or compiled.
+
+A lower bound: weights in the computing type, and of the activations only those that must be there
+at the same time. What it refuses cannot be drawn; what it lets through may still be too large.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluxjax.config import ConfigError
+
+if TYPE_CHECKING:
+    from fluxjax.checkpoint.pipeline_folder import Component
+    from fluxjax.sample.pipeline import Pipeline
+    from fluxjax.sample.settings import Settings
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def require_room(pipe: Pipeline, settings: Settings, pictures: int = 1) -> None:
+    """Raises ConfigError where so many pictures at once cannot fit, with the sizes."""
+    free = available_bytes()
+    if free is None:
+        return
+    weights, activations = weight_bytes(pipe), activation_bytes(pipe, settings, pictures)
+    if weights + activations > free:
+        several = f"{pictures} pictures" if pictures > 1 else "a picture"
+        raise ConfigError(
+            f"{several} of {settings.width} x {settings.height} pixels cannot fit: it takes "
+            f"{_size(weights)} for weights and at least {_size(activations)} besides, and "
+            f"{_size(free)} are free. Try a smaller size"
+            + (", --dtype bfloat16" if pipe.dtype.itemsize > 2 else "")
+            + ", or more devices (--mesh)"
+        )
+
+
+def weight_bytes(pipe: Pipeline) -> int:
+    """On one device, of what is not loaded yet."""
+    import jax
+
+    from fluxjax.checkpoint.templates import abstract_params
+    from fluxjax.sample.programs import COMPONENTS
+
+    names: set[Component] = {name for names in COMPONENTS.values() for name in names}
+    count = sum(
+        leaf.size
+        for component in sorted(names)
+        if not pipe.is_loaded(component)
+        for leaf in jax.tree.leaves(abstract_params(getattr(pipe.config, component), stacked=True))
+    )
+    return count * pipe.dtype.itemsize // _devices(pipe)
+
+
+def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> int:
+    """On one device, of the larger one of denoising and decoding."""
+    from fluxjax.models.latents import PATCH
+    from fluxjax.sample.pipeline import TILE, UNTILED_LATENTS
+
+    config, scale = pipe.config, pipe.config.vae.scale
+    latents = (settings.width // scale) * (settings.height // scale)
+    tokens = latents // PATCH**2 * (2 if settings.reference else 1) + settings.max_sequence_length
+    passes = 2 if settings.uses_true_cfg else 1
+    width = config.transformer.num_attention_heads * config.transformer.attention_head_dim
+    # A single block: its input, q, k and v, and the MLP's four widths.
+    denoising = pictures * passes * tokens * width * 8
+    decoded = min(latents, TILE**2) if latents > UNTILED_LATENTS else latents * pictures
+    # The last stage of the decoder at full size: a layer's input and output.
+    decoding = decoded * scale**2 * config.vae.block_out_channels[0] * 2
+    return max(denoising, decoding) * pipe.dtype.itemsize // _devices(pipe)
+
+
+def _devices(pipe: Pipeline) -> int:
+    """That share the work and have memory of their own; CPU devices share the host's."""
+    import jax
+
+    return 1 if pipe.mesh is None or jax.default_backend() == "cpu" else pipe.mesh.size
+
+
+def available_bytes() -> int | None:
+    """What the first device can still take; of a CPU the host's, within its container."""
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else limit - stats.get("bytes_in_use", 0)
+    free = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit.isdigit():
+            used = int((_CGROUP / "memory.current").read_text())
+            lines = (_CGROUP / "memory.stat").read_text().splitlines()
+            cached = sum(int(x.split()[1]) for x in lines if x.startswith("inactive_file "))
+            free.append(int(limit) - used + cached)
+    except (OSError, ValueError, IndexError):  # another system, or another kind of group
+        pass
+    return min(free, default=None)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -1,0 +1,219 @@
+"""The options of `python -m fluxjax.sample`, and what can be said against them without JAX."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fluxjax.config import ConfigError, multiple
+from fluxjax.hub import size_unit
+from fluxjax.picture_files import EXTENSIONS
+from fluxjax.sample.file_names import FORMATS, PATTERN, check_pattern, is_picture_name
+from fluxjax.sample.picture_record import remembered
+from fluxjax.sample.settings import FIELDS, Dtype, Noise, Rounding, Settings, brief, override
+from fluxjax.sample.sources import TINY, absolute, absolute_lora, is_name
+
+MOST_PICTURES = 2**20  # of one run
+
+
+def _number(kind: Callable[[str], Any], words: str, metavar: str) -> Any:
+    """An option's value or None, and one sentence for what is no number."""
+
+    def parsed(texts: Sequence[str]) -> Any:
+        try:
+            return kind(texts[0])
+        except ValueError:
+            raise ValueError(f"must be {words}, got {brief(texts[0])}") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=parsed,
+        is_instance=lambda value: value is None or isinstance(value, kind),  # pyright: ignore
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+_INTEGER, _REAL = _number(int, "an integer", "INT"), _number(float, "a number", "FLOAT")
+
+# None stands for "not given": the model's own value, or that of --like.
+_Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+_Int = Annotated[int | None, _INTEGER, tyro.conf.arg(help_behavior_hint="")]
+_Float = Annotated[float | None, _REAL, tyro.conf.arg(help_behavior_hint="")]
+_Dtype = Annotated[Dtype | None, tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="")]
+_Rounding = Annotated[
+    Rounding | None, tyro.conf.arg(metavar="{diffusers,bfl,none}", help_behavior_hint="")
+]
+_Sequence = Annotated[
+    Literal["auto", "ulysses", "ring"] | None,
+    tyro.conf.arg(metavar="{auto,ulysses,ring}", help_behavior_hint=""),
+]
+_Noise = Annotated[Noise | None, tyro.conf.arg(metavar="{torch,jax}", help_behavior_hint="")]
+_Loras = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="FILE[:SCALE]", help_behavior_hint=""),
+]
+_Words = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Draw pictures from a prompt. Options that are not given are the model's own."""
+
+    prompt: _Words = ()
+    """What to draw. May be empty ("")."""
+    model: _Text = None
+    """tiny (the embedded model), a diffusers or Orbax folder, or a BFL file."""
+    text_encoders: _Path = None
+    """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2."""
+    vae: _Path = None
+    """For a BFL file: folder of a diffusers autoencoder, or ae.safetensors."""
+    lora: _Loras = ()
+    """A LoRA for the transformer, or several: --lora A.safetensors --lora B.safetensors:0.5."""
+    steps: _Int = None
+    """Denoising steps."""
+    guidance: _Float = None
+    """Embedded guidance of distilled models, one pass per step."""
+    negative_prompt: _Text = None
+    """What not to draw; needs --true-cfg."""
+    true_cfg: _Float = None
+    """Classifier-free guidance above 1; needs --negative-prompt, which may be empty."""
+    prompt_2: _Text = None
+    """Another prompt for T5; CLIP reads PROMPT."""
+    reference: _Path = None
+    """A picture to edit (FLUX.1 Kontext); the new one takes its shape unless a size is given."""
+    width: _Int = None
+    """Pixels, a multiple of 16."""
+    height: _Int = None
+    """Pixels, a multiple of 16."""
+    number: Annotated[int, _INTEGER, tyro.conf.arg(aliases=["-n"])] = 1
+    """Pictures per prompt, with seeds seed, seed + 1, ..."""
+    seed: _Int = None
+    """0 ... 2**64 - 1; a random one is drawn and printed."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out")
+    """Folder, or a file name that ends in .png, .jpg or .webp. Nothing is ever overwritten: where
+    the name is taken the new picture gets a number."""
+    name: str = PATTERN
+    """Of the files in a folder: text with {prompt}, {seed}, {number}, {model}, {width}, {height},
+    {steps} and {date}; may end in .png, .jpg or .webp."""
+    record: bool = True
+    """Write into each picture how it was made; --no-record writes nothing but the pixels."""
+    grid: bool = False
+    """Also save all pictures on one sheet, grid.png."""
+    quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
+    """Print the paths of the pictures and errors, nothing else."""
+    dtype: _Dtype = None
+    """By default float32 on a CPU, bfloat16 elsewhere."""
+    mesh: _Text = None
+    """Devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2; the rest is data."""
+    sequence: _Sequence = None
+    """How attention works where the mesh splits the tokens of a picture."""
+    coordinator: _Text = None
+    """HOST:PORT of process 0, for several processes started by hand."""
+    process_id: _Int = None
+    """This process's number, from 0."""
+    num_processes: _Int = None
+    """How many processes there are."""
+    rounding: _Rounding = None
+    """Follow the rounding of diffusers, of bfl, or avoid it (none)."""
+    noise: _Noise = None
+    """torch: what PyTorch's CPU generator draws for the seed; jax: jax.random."""
+    max_sequence_length: _Int = None
+    """T5 tokens, at most 512."""
+    prompts: _Path = None
+    """A file, or - for standard input: one prompt per line, or JSON lines of texts or settings
+    such as {"prompt": "a star", "seed": 3, "number": 2, "lora": "style.safetensors:0.8"}."""
+    like: _Path = None
+    """Repeat a picture from the settings it carries; options given beside it take precedence."""
+    like_anyway: bool = False
+    """Repeat it although its model, LoRA or reference has changed."""
+    like_paths: bool = False
+    """Open every path that the picture names, not only those in the usual places."""
+
+
+def check(options: Options) -> None:
+    """Raises ConfigError, or OSError, for what cannot be; before JAX is imported."""
+    if not 1 <= options.number <= MOST_PICTURES:
+        least = "at least 1" if options.number < 1 else f"at most {MOST_PICTURES}"
+        raise ConfigError(f"number must be {least}, got {brief(options.number)}")
+    if options.prompts is not None and (options.prompt or options.like is not None):
+        other = "--like" if options.like is not None else "a PROMPT"
+        raise ConfigError(f"give {other} or --prompts, not both")
+    if options.like is None and (options.like_anyway or options.like_paths):
+        raise ConfigError("--like-anyway and --like-paths say how to take --like: give that too")
+    if not options.prompt and options.like is None and options.prompts is None:
+        raise ConfigError("there is nothing to draw: give a PROMPT, --prompts or --like")
+    given = given_settings(options)
+    override(Settings(), given)
+    unit = size_unit(options.model or TINY)
+    for name in ("width", "height"):
+        if given[name] is not None:
+            multiple(name, given[name], unit)
+    _check_model(given_sources(options)["model"])
+    check_pattern(options.name)
+    destination(options)
+    if options.like is not None:
+        remembered(options.like)
+
+
+def _check_model(model: str | None) -> None:
+    """Raises FileNotFoundError, with the name that may be meant."""
+    if model is None or is_name(model) or Path(model).exists():
+        return
+    from difflib import get_close_matches
+
+    path = Path(model)
+    beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    near = get_close_matches(path.name, [TINY, *(entry.name for entry in beside)], 1)
+    what = "file" if path.suffix else "folder"
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise FileNotFoundError(f"there is no model {what} {path}{meant}")
+
+
+def given_settings(options: Options) -> dict[str, Any]:
+    """The settings on the command line; None is what is not there."""
+    given = {name: getattr(options, name, None) for name in FIELDS}
+    given["prompt"] = " ".join(options.prompt) if options.prompt else None
+    given["reference"] = options.reference and absolute(str(options.reference))
+    return given
+
+
+def given_sources(options: Options) -> dict[str, Any]:
+    """The fields of Sources on the command line, in full; None or () is what is not there."""
+    paths = {name: getattr(options, name) for name in ("model", "text_encoders", "vae")}
+    given: dict[str, Any] = {name: p and absolute(str(p)) for name, p in paths.items()}
+    return {**given, "lora": tuple(map(absolute_lora, options.lora))}
+
+
+def destination(options: Options) -> tuple[Path, Path | None]:
+    """(folder, file): `file` where one picture's own name is given.
+
+    Raises ConfigError for a name of another kind, NotADirectoryError and PermissionError for a
+    folder that cannot be made or written.
+    """
+    out = options.out.expanduser()
+    file = out if is_picture_name(out) and not out.is_dir() else None
+    if file is None and not out.is_dir():
+        if out.suffix.lower() in EXTENSIONS:
+            known = ", ".join(FORMATS)
+            raise ConfigError(f"{out}: pictures are written as {known}, not as {out.suffix}")
+        if out.exists():
+            raise ConfigError(f"{out} is a file, but no picture's: give a folder, or a new name")
+    if file is not None and options.name != PATTERN:
+        raise ConfigError("--out names the file, and so does --name: give a folder as --out")
+    folder = out if file is None else out.parent
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file: no folder {folder} can be made there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} cannot be written: pictures are to go into {folder}")
+    return folder, file

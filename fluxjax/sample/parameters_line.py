@@ -1,0 +1,43 @@
+"""The text `parameters` that other programs read: how AUTOMATIC1111's web UI writes it down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fluxjax.sample.settings import Settings
+
+
+def parameters_text(settings: Settings, model: str, version: str, loras: Mapping[str, str]) -> str:
+    """Prompt, negative prompt, and one line of settings; `loras`: SHA-256 by name.
+
+    FLUX's embedded guidance is what web UIs call the distilled CFG scale.
+    """
+    scale = settings.true_cfg if settings.uses_true_cfg else 1.0
+    values = {
+        "Steps": settings.steps,
+        "Sampler": "Euler",
+        "Schedule type": "Simple",
+        "CFG scale": f"{scale:g}",
+        "Distilled CFG Scale": f"{settings.guidance:g}",
+        "Seed": settings.seed,
+        "Size": f"{settings.width}x{settings.height}",
+        "Model": _quoted(_one_line(model)),
+    }
+    if loras:
+        hashes = ", ".join(f"{_one_line(name)}: {digest[:12]}" for name, digest in loras.items())
+        values["Lora hashes"] = _quoted(hashes, always=True)
+    values["Version"] = f"fluxjax {version}"
+    lines = [_one_line(settings.prompt)]
+    if settings.uses_true_cfg:
+        lines.append(f"Negative prompt: {_one_line(settings.negative_prompt or '')}")
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
+
+
+def _one_line(text: str) -> str:
+    """A line break or control character in a prompt would end it for whoever reads the text."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _quoted(text: str, always: bool = False) -> str:
+    marks = always or any(mark in text for mark in ',:"')
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' if marks else text

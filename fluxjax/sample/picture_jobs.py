@@ -1,0 +1,104 @@
+"""What a run is to draw: one job for each picture, from the model's values, files and options."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxjax.config import ConfigError
+from fluxjax.sample.options import MOST_PICTURES, Options, given_settings
+from fluxjax.sample.prompts_file import Line
+from fluxjax.sample.settings import Settings, override
+from fluxjax.sample.sources import absolute_lora, is_name, split_scale
+
+if TYPE_CHECKING:
+    from fluxjax.sample.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture. `lora`: FILE:SCALE in full; `place`: its number in the order asked for."""
+
+    settings: Settings
+    lora: tuple[str, ...]
+    place: int = 0
+
+
+def picture_jobs(
+    options: Options,
+    repeated: Mapping[str, Any],
+    lines: Sequence[Line],
+    lora: tuple[str, ...],
+    pipe: Pipeline,
+) -> list[Job]:
+    """Settings of every picture: the model's, then --like's (`repeated`), the command line's, a
+    line's. `lora`: where a line names none.
+
+    Raises ConfigError, beginning with the line where one is to blame.
+    """
+    from fluxjax.models.latents import latent_size
+
+    given = given_settings(options)
+    base = override(override(pipe.defaults, repeated, str(options.like)), given)
+    found: list[Job] = []
+    for line in lines:
+        try:
+            settings = override(base, line.values)
+            if settings.reference is not None:
+                settings = _sized(settings, (repeated, given, line.values), pipe)
+            _check_guidance(settings)
+            latent_size(settings.width, settings.height, pipe.config.vae)
+            if all(one.get("seed") is None for one in (given, line.values, repeated)):
+                settings = dataclasses.replace(settings, seed=secrets.randbelow(2**32))
+            loras = lora if line.lora is None else tuple(map(_lora, line.lora))
+            for i in range(options.number if line.number is None else line.number):
+                one = dataclasses.replace(settings, seed=settings.seed + i)
+                found.append(Job(one, loras, len(found)))
+        except (ConfigError, FileNotFoundError) as error:
+            raise type(error)(f"{line.where}: {error}" if line.where else str(error)) from None
+        if len(found) > MOST_PICTURES:
+            raise ConfigError(f"more than {MOST_PICTURES} pictures are asked for")
+    return found
+
+
+def _check_guidance(settings: Settings) -> None:
+    if settings.negative_prompt is None and settings.true_cfg > 1:
+        raise ConfigError('--true-cfg needs --negative-prompt; an empty one ("") will do')
+    if settings.negative_prompt is not None and settings.true_cfg <= 1:
+        raise ConfigError("--negative-prompt needs --true-cfg above 1, such as --true-cfg 3.5")
+
+
+def _sized(settings: Settings, given: Iterable[Mapping], pipe: Pipeline) -> Settings:
+    """With the hash of the reference, and with its shape where no width or height is given."""
+    from fluxjax.sample.reference import read_reference
+
+    assert settings.reference is not None
+    picture, found = read_reference(settings.reference, settings.reference_sha256)
+    size = dict(zip(("width", "height"), pipe.reference_size(picture), strict=True))
+    free = {name: size[name] for name in size if all(one.get(name) is None for one in given)}
+    return dataclasses.replace(settings, reference_sha256=found, **free)
+
+
+def _lora(text: str) -> str:
+    text = absolute_lora(text)
+    file, _ = split_scale(text)
+    if not is_name(file) and not Path(file).exists():
+        raise FileNotFoundError(f"there is no LoRA file {file}")
+    return text
+
+
+def batches(asked: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """Runs of at most `size` jobs that differ in prompt and seed alone; one LoRA after another."""
+    order = {lora: i for i, lora in enumerate(dict.fromkeys(job.lora for job in asked))}
+
+    def alike(job: Job) -> tuple:
+        return order[job.lora], dataclasses.replace(job.settings, prompt="", seed=0)
+
+    for _, run in itertools.groupby(sorted(asked, key=lambda job: order[job.lora]), key=alike):
+        together = list(run)
+        yield from (together[i : i + size] for i in range(0, len(together), size))

@@ -1,0 +1,84 @@
+"""Drawn pictures become files, each with its record and under a name that is free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxjax import __version__
+from fluxjax.atomic_write import write_new
+from fluxjax.config import ConfigError
+from fluxjax.sample.file_names import file_name
+from fluxjax.sample.opened_model import OpenedModel
+from fluxjax.sample.options import Options, destination
+from fluxjax.sample.parameters_line import parameters_text
+from fluxjax.sample.picture_formats import encode_picture
+from fluxjax.sample.picture_jobs import Job
+from fluxjax.sample.picture_record import record_of
+from fluxjax.sample.sources import model_name, split_scale
+from fluxjax.terminal import print_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fluxjax.sample.pipeline import Pipeline
+
+
+class PictureShelf:
+    """Where pictures go as they are drawn, under names that are free."""
+
+    def __init__(self, options: Options, opened: OpenedModel, note: Callable[[str], None]) -> None:
+        self.options, self.opened, self.note = options, opened, note
+        self.folder, self.file = destination(options)
+        self._drawn: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
+
+    def save(self, job: Job, picture: np.ndarray, pipe: Pipeline) -> None:
+        """Write one picture and print its line."""
+        settings, model = job.settings, self.opened.sources.model
+        name = file_name(settings, self.options.name, number=job.place + 1, model=model_name(model))
+        wanted = self.file or self.folder / name
+        record, parameters = (
+            self._record(job, str(pipe.dtype)) if self.options.record else (None, "")
+        )
+        path = write_new(wanted, self._encoded(picture, wanted, record, parameters))
+        if self.file is not None and path != wanted:
+            self.note(f"{wanted} was there already and is kept")
+        spent = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in pipe.seconds.items())
+        print_line(str(path) if self.options.quiet else f"{path}  seed {settings.seed}  {spent}")
+        if self.options.grid:
+            about = {"file": path.name, **(record or {}).get("settings", {})}
+            self._drawn[job.place] = picture, about
+
+    def _record(self, job: Job, dtype: str) -> tuple[dict[str, Any] | None, str]:
+        if not self.options.record:
+            return None, ""
+        sources, hashes = self.opened.with_lora(job.lora), self.opened.hashes(job.lora)
+        record = record_of(job.settings, sources, hashes, dtype, self.folder)
+        names = [Path(split_scale(one)[0]).stem for one in job.lora]
+        loras = {name: hashes[f"lora {i}"] for i, name in enumerate(names, start=1)}
+        model = model_name(sources.model)
+        return record, parameters_text(job.settings, model, __version__, loras)
+
+    def _encoded(
+        self, picture: np.ndarray, path: Path, record: dict[str, Any] | None, parameters: str
+    ) -> bytes:
+        from PIL import Image
+
+        image = Image.fromarray(picture)
+        try:
+            return encode_picture(image, path.suffix, record, parameters)
+        except ConfigError as error:  # the picture is worth more than its record
+            self.note(f"{path}: {error}; it is written without a record")
+            return encode_picture(image, path.suffix)
+
+    def save_sheet(self) -> None:
+        from PIL import Image
+
+        from fluxjax.picture_sheet import picture_sheet
+
+        pictures, about = zip(*(self._drawn[place] for place in sorted(self._drawn)), strict=True)
+        sheet = Image.fromarray(picture_sheet(pictures))
+        record = {"fluxjax": __version__, "pictures": about} if self.options.record else None
+        content = encode_picture(sheet, ".png", record)
+        print_line(str(write_new(self.folder / "grid.png", content)))

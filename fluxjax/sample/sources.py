@@ -1,0 +1,119 @@
+"""The files that decide about a picture's pixels, and whether they are still the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluxjax.config import ConfigError
+from fluxjax.file_hash import hash_file, hash_files
+from fluxjax.hub import Kind, find, hub_name
+
+TINY = "tiny"
+_INDEX = ("model_index.json", "fluxjax.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a pipeline is made of: "tiny", paths or names on a hub; a LoRA is FILE:SCALE."""
+
+    model: str = TINY
+    text_encoders: str | None = None
+    vae: str | None = None
+    lora: tuple[str, ...] = ()
+
+    def files(self) -> dict[str, str]:
+        """Paths by what they are: model, text_encoders, vae, lora 1, lora 2 ..."""
+        named = {"model": self.model, "text_encoders": self.text_encoders, "vae": self.vae}
+        loras = {f"lora {i}": split_scale(one)[0] for i, one in enumerate(self.lora, start=1)}
+        return {kind: path for kind, path in (named | loras).items() if path is not None}
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 by what it is of: "lora 1", or "model transformer" of a folder's parts.
+
+        The files are read once, large ones then remembered (see `fluxjax.file_hash`).
+        """
+        return {
+            f"{kind} {part}".strip(): digest
+            for kind, path in self.files().items()
+            for part, digest in hashes_of(path, kind).items()
+        }
+
+
+def split_scale(text: str) -> tuple[str, float]:
+    """ "FILE:0.8" -> (FILE, 0.8); without a number, 1."""
+    file, _, number = text.rpartition(":")
+    try:
+        scale = float(number) if file else 1.0
+    except ValueError:
+        return text, 1.0
+    if not math.isfinite(scale):
+        raise ConfigError(f"the scale of a LoRA must be a number, got {text!r}")
+    return (file, scale) if file else (text, 1.0)
+
+
+def hashes_of(source: str, kind: str) -> dict[str, str]:
+    """SHA-256 of a file under "", of a folder's parts under their names. Raises OSError."""
+    wanted: dict[str, Kind] = {"model": "model", "text_encoders": "text encoders", "vae": "vae"}
+    path = find(source, wanted.get(kind, "lora"))
+    if path.is_file():
+        return {"": hash_file(path)}
+    index = path / _INDEX[0]
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    except (ValueError, RecursionError):  # who loads the model says so
+        entries = {}
+    names = [name for name, entry in entries.items() if entry not in (None, [None, None])]
+    if not entries:  # a folder of text encoders, or one network's
+        names = [entry.name for entry in path.iterdir() if entry.is_dir()]
+    parts = {name: hash_files(path, [name]) for name in sorted(names) if (path / name).is_dir()}
+    single = sorted(file.name for file in path.glob("*.safetensors"))
+    if single and len(parts) < len([name for name in names if not name.startswith("_")]):
+        parts["files"] = hash_files(path, single)
+    parts["index"] = hash_files(path, [name for name in _INDEX if (path / name).is_file()])
+    return parts
+
+
+def changed(then: Mapping[str, str], now: Mapping[str, str], kind: str) -> list[str]:
+    """Names of what of a `kind` ("model", "lora 1") differs."""
+    mine = {
+        name for name in then.keys() | now.keys() if name == kind or name.startswith(f"{kind} ")
+    }
+    return sorted(name for name in mine if then.get(name) != now.get(name))
+
+
+def is_name(source: str) -> bool:
+    """Whether it is no path: "tiny", or a name on a hub."""
+    return source == TINY or hub_name(source) is not None
+
+
+def model_name(model: str) -> str:
+    """As a picture's name and its parameters have it."""
+    return Path(model).stem if model.endswith(".safetensors") else Path(model).name
+
+
+def absolute(source: str) -> str:
+    """A path in full; "tiny" and a hub's name as they are.
+
+    Raises ConfigError for the home of a user that is not there.
+    """
+    if is_name(source):
+        return source
+    try:
+        return str(Path(source).expanduser().absolute())
+    except RuntimeError:
+        raise ConfigError(f"{source}: there is no user of that name") from None
+
+
+def absolute_lora(text: str) -> str:
+    file, scale = split_scale(text)
+    return f"{absolute(file)}:{scale:g}"
+
+
+def replaced(sources: Sources, given: Mapping[str, object]) -> Sources:
+    """With what is given in place of what is there; None and () count as not given."""
+    return dataclasses.replace(sources, **{k: v for k, v in given.items() if v not in (None, ())})
