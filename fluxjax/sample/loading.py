@@ -122,11 +122,11 @@ def _of_file(
     path: Path, text_encoders: str | Path | None, vae: str | Path | None
 ) -> tuple[dict[str, Network], PipelineConfig, Path]:
     """Networks, configuration and the folder of the tokenizers, of a BFL (or ComfyUI) file."""
+    networks: dict[str, Network] = dict(open_file(path))  # first, since it may be no model at all
     if text_encoders is None:
         raise ConfigError(f"{path} needs text encoders: a folder with text_encoder, "
                           "text_encoder_2, tokenizer and tokenizer_2")  # fmt: skip
     folder = find(text_encoders, "text encoders")
-    networks: dict[str, Network] = dict(open_file(path))
     if "transformer" not in networks:
         raise ConfigError(f"{path} holds no FLUX transformer but {', '.join(networks)}")
     if vae is not None:
