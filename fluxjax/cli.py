@@ -6,6 +6,7 @@ Light, as is all that stands before `run` in a `__main__`: until then Ctrl-C sho
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 TRACEBACK_VARIABLE = "FLUXJAX_TRACEBACK"
 
+_NARROWEST = 40  # columns; help is laid out without end in a terminal of one
 _NO_HOME = "Could not determine home directory."  # pathlib, of ~nosuchuser
 
 
@@ -86,6 +88,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.unraisablehook = _try_again
     try:
         open_standard_streams()
+        if shutil.get_terminal_size().columns < _NARROWEST:
+            os.environ["COLUMNS"] = str(_NARROWEST)
         sys.stderr = Lenient(sys.stderr)
         code = _version() if "--version" in sys.argv[1:] else main() or 0
         sys.stdout.flush()

@@ -94,3 +94,12 @@ def test_importing_the_package_is_light():
         "assert 'load_pipeline' in dir(fluxjax)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+
+@pytest.mark.parametrize("columns", ["1", "10"])
+def test_help_ends_in_the_narrowest_terminal(columns):
+    done = subprocess.run(
+        [sys.executable, "-m", "fluxjax.convert", "--help"],
+        capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": columns},
+    )  # fmt: skip
+    assert done.returncode == 0 and "--overwrite" in done.stdout
