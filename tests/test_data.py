@@ -24,7 +24,7 @@ from PIL import Image
 
 from fluxjax.config import ConfigError
 from fluxjax.models.latents import unpack
-from fluxjax.train.data.cache_file import read_arrays, write_arrays
+from fluxjax.train.data.cache_file import read_arrays, usable_folder, write_arrays
 from fluxjax.train.data.dataset import open_dataset, precompute
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Encoders, folder_encoders
@@ -225,6 +225,83 @@ def test_damaged_cache_files_are_made_again(settings, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_entries_that_were_swapped_do_not_pair_wrongly(settings, tmp_path, kind):
+    own = replace(settings, cache=str(tmp_path / "cache"))
+    data = open_dataset(own, ENCODERS, batch=4, seed=0)
+    data.fill()
+    good = data(0)
+    files = sorted((tmp_path / "cache" / kind).glob("*/*.safetensors"))
+    contents = [file.read_bytes() for file in files]
+    for file, content in zip(files, contents[1:] + contents[:1], strict=True):
+        file.write_bytes(content)
+    said: list[str] = []
+    data.train(said.append)
+    for a, b in zip(good, data(0), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len(said) == 4 and all("holds what belongs elsewhere" in line for line in said)
+
+
+def test_entries_that_the_disk_refuses_are_encoded_anew_and_training_goes_on(
+    settings, tmp_path, monkeypatch
+):
+    own = replace(settings, cache=str(tmp_path / "cache"))
+    data = open_dataset(own, ENCODERS, batch=4, seed=0)
+    data.fill()
+    good = data(0)
+    for file in (tmp_path / "cache").glob("*/*/*.safetensors"):
+        file.unlink()
+        file.mkdir()  # can be neither read nor replaced
+
+    with pytest.raises(OSError):
+        data(0)  # before training has begun it is the user's to repair
+    said: list[str] = []
+    data.train(said.append)
+    for a, b in zip(good, data(0), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any("Is a directory" in line and "encoded anew" in line for line in said)
+
+
+def test_a_catalogue_with_any_bit_changed_is_named_and_made_anew(settings, tmp_path):
+    own = replace(settings, cache=str(tmp_path / "cache"))
+    good = open_dataset(own, ENCODERS, batch=4, seed=0)
+    assert not good.notes
+    (file,) = (tmp_path / "cache" / "catalogues").iterdir()
+    before = file.read_bytes()
+    for place in range(0, len(before), len(before) // 40):
+        content = bytearray(before)
+        content[place] ^= 1
+        file.write_bytes(content)
+        again = open_dataset(own, ENCODERS, batch=4, seed=0)
+        assert again.fingerprint == good.fingerprint
+        assert again.notes == [f"{file} is damaged; all pictures are checked again"]
+        assert file.read_bytes() == before
+    other = replace(own, source=str(write_folder(tmp_path / "other", 3)))
+    open_dataset(other, ENCODERS, batch=1, seed=0)
+    (second,) = set(file.parent.iterdir()) - {file}
+    second.write_bytes(before)  # that of another source
+    assert "is damaged" in open_dataset(other, ENCODERS, batch=1, seed=0).notes[0]
+
+
+def test_sizes_that_the_model_cannot_have_are_refused(settings):
+    pixels = ENCODERS._replace(unit=16)
+    for step, near in ((1, 16), (8, 16), (40, 32)):
+        words = f"bucket_step must be a multiple of 16, .* got {step}; {near} would do"
+        with pytest.raises(ConfigError, match=words):
+            open_dataset(replace(settings, bucket_step=step), pixels, batch=4, seed=0)
+    assert folder_encoders(TINY).unit == 16
+
+
+def test_a_home_that_cannot_be_written_is_said_and_replaced(tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
+    folder, note = usable_folder(tmp_path / "run")
+    assert folder == tmp_path / "run"
+    assert f"kept in {tmp_path / 'run'}: {tmp_path}/home" in note
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "good"))
+    assert usable_folder(tmp_path / "run") == (tmp_path / "good/fluxjax/data", "")
+
+
 @pytest.mark.parametrize("one_disk", [True, False])
 def test_processes_fill_one_cache_together_and_caches_of_their_own_wholly(
     settings, tmp_path, one_disk
@@ -254,8 +331,8 @@ def test_processes_fill_one_cache_together_and_caches_of_their_own_wholly(
 
 def test_values_that_float16_cannot_hold_are_kept(tmp_path):
     large = np.array([[1e6, -2.0]], np.float32)
-    write_arrays(tmp_path / "a", {"large": large, "small": large[:, 1:] / 3})
-    arrays = read_arrays(tmp_path / "a")
+    write_arrays(tmp_path / "a", {"large": large, "small": large[:, 1:] / 3}, "key")
+    arrays = read_arrays(tmp_path / "a", "key")
     assert arrays is not None
     np.testing.assert_array_equal(arrays["large"], large)
     np.testing.assert_allclose(arrays["small"], [[-2 / 3]], rtol=5e-4)
@@ -277,10 +354,10 @@ def test_impossible_shares_are_refused(settings):
         with pytest.raises(ConfigError, match=words):
             open_dataset(settings, ENCODERS, **{"seed": 0} | values)
     for words, values in {
-        "resolution=0": {"resolution": 0},
+        "resolution must be above 0 and at most 32768, got 0": {"resolution": 0},
         "smaller than bucket_step": {"resolution": 32},
-        "max_bad_share=5": {"max_bad_share": 5.0},
-        "max_aspect=0.5": {"max_aspect": 0.5},
+        "max_bad_share must be in \\[0, 1\\], got 5": {"max_bad_share": 5.0},
+        "max_aspect must be at least 1, got 0.5": {"max_aspect": 0.5},
     }.items():
         with pytest.raises(ConfigError, match=words):
             DataSettings(**values)

@@ -4,6 +4,8 @@ Runs are those of `trainer.py`: the real step, loop, store and hosts with a smal
 with a few leaves where only the run matters.
 """
 
+import dataclasses
+import errno
 import json
 import os
 import random
@@ -207,8 +209,11 @@ def _small(folder: Path, *, bad: range = range(0), at: tuple[int, int] = (-1, 0)
         return step(state, jnp.nan if index in bad else 1.0)
 
     state = init_state({"w": jnp.zeros(3)}, optimizer)
-    options = {"steps": 20, "log_every": 5, **options}
-    return loop.run(state, advance, folder=folder, **options)
+    names = {field.name for field in dataclasses.fields(loop.RunSettings)}
+    settings = {name: options.pop(name) for name in names & options.keys()}
+    settings = loop.RunSettings(**{"steps": 20, "log_every": 5, "folder": folder} | settings)
+    identity = options.pop("identity", None)
+    return loop.Run(settings, advance, loop.Hooks(**options), identity).to_end(state)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -236,6 +241,75 @@ def test_a_hundred_end_the_run_and_the_last_good_checkpoint_stays(tmp_path, caps
     assert listed(tmp_path) == [4, 8], "what was saved during the bad streak hides the good one"
     words = " ".join(capsys.readouterr().err.split())
     assert "updates in a row were not finite" in words and "is of step 8" in words
+
+
+@pytest.mark.parametrize("patience", [5, 50])
+def test_a_run_of_which_no_update_was_kept_leaves_no_result(tmp_path, capsys, patience):
+    with pytest.raises(loop.Diverged) as diverged:
+        _small(tmp_path, bad=range(20), patience=patience)
+    assert diverged.value.code == 3 and listed(tmp_path) == []
+    said = capsys.readouterr().err
+    words = "none of the 20 updates was finite" if patience > 20 else "5 updates in a row were not"
+    assert words in " ".join(said.split())
+
+
+def test_a_second_run_in_the_same_folder_is_refused(server, tmp_path):
+    first = server.start("first", tmp_path, "--quick", "--steps", 10**6, "--pause", 0.05)
+    first.until("saved step 5$")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    second = server.start("second", tmp_path, "--quick", "--recipe", "two")
+    assert second.wait() == 2
+    assert re.search(rf"error: {tmp_path} is in use by process {first.process} on ", second.said)
+    assert (tmp_path / "metrics.jsonl").read_bytes().startswith(before)
+    first.kill()
+    first.wait()
+    again = server.start("again", tmp_path, "--quick", "--steps", 10)
+    assert again.wait() == 0, again.said
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_without_a_terminal_goes_on(tmp_path, monkeypatch):
+    """stderr on a full disk, closed, and a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    closed = open(os.devnull, "w")  # noqa: SIM115
+    closed.close()
+    with open("/dev/full", "w") as full, open(writing, "w") as broken:
+        for number, stream in enumerate((full, closed, broken)):
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "stderr", stream)
+                assert int(_small(tmp_path / str(number), save_every=5).step) == 20
+            assert listed(tmp_path / str(number)) == [15, 20]
+
+
+def test_what_is_beside_the_training_does_not_end_it(tmp_path, capsys):
+    """Pictures and files without room, and a log of which a line is no text."""
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "picture.png")
+
+    _small(tmp_path, steps=10, probe=no_room, probe_every=5, export=no_room, export_every=4)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("picture.png: No space left on device; training goes on") == 4
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 3, "loss": \xff}\n{"step": NaN}\n{"step": 1e999}\n[[[\n')
+    _small(tmp_path)
+    assert "4 line(s) that are no rows" in " ".join(capsys.readouterr().err.split())
+    assert [row["step"] for row in rows(tmp_path)] == [5, 10, 15, 20]
+
+
+def test_exports_come_at_their_steps_and_when_the_run_is_stopped(tmp_path):
+    exported, stopped = [], []
+    hooks = {
+        "export": lambda state: exported.append(int(state.step)),
+        "stopped": lambda state: stopped.append(int(state.step)),
+    }
+    with pytest.raises(loop.Stopped):
+        _small(tmp_path, at=(13, signal.SIGTERM), export_every=5, **hooks)
+    assert (exported, stopped) == ([5, 10], [14])
+    with pytest.raises(loop.Stopped):  # of weights that nothing was learnt in there is no file
+        _small(tmp_path / "b", bad=range(20), at=(13, signal.SIGTERM), **hooks)
+    assert stopped == [14]
 
 
 def test_another_recipe_does_not_go_on_in_the_same_folder(tmp_path):
@@ -320,6 +394,17 @@ def test_a_killed_process_takes_the_other_with_it(server, tmp_path, which):
     with StateStore(tmp_path / "checkpoints") as store:
         assert store.newest() is not None
         assert store.newest().step == store.steps()[-1], "a checkpoint that is not whole is listed"
+
+
+@pytest.mark.slow
+def test_a_process_that_stops_for_less_than_the_limit_is_waited_for(server, tmp_path):
+    long = ("--quick", "--steps", 200, "--pause", 0.02, "--silence", 60)
+    runs = pair(server, "paused", tmp_path, *long)
+    runs[0].until("saved step 5$")
+    runs[1].kill(signal.SIGSTOP)
+    time.sleep(15)  # above JAX's usual limit of this project, 10
+    runs[1].kill(signal.SIGCONT)
+    assert [run.wait() for run in runs] == [0, 0], runs[0].said + runs[1].said
 
 
 @pytest.mark.slow

@@ -46,10 +46,13 @@ from fluxjax.models.latents import image_ids, unpack
 from fluxjax.models.lora import LoraConfig
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.train import command, finetune, progress
-from fluxjax.train.curve import draw_curve, read_metrics
+from fluxjax.train.curve import draw_curve, smoothed
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import folder_encoders
+from fluxjax.train.export import export_run
 from fluxjax.train.flow_matching import Rows, fixed_loss
+from fluxjax.train.job import train
+from fluxjax.train.metrics import read_metrics
 from fluxjax.train.objectives import Objective, density_times
 from fluxjax.train.optimizers import OptimizerSettings
 from fluxjax.train.recipe import FinetuneRecipe
@@ -133,7 +136,7 @@ def lora_run(recipe):
     trained = {id(leaf) for leaf in jax.tree.leaves(job.state)}
     others = [array for array in jax.live_arrays() if id(array) not in trained]
     before = [np.asarray(array).tobytes() for array in others]
-    path = finetune.train(recipe, job)
+    path = train(recipe, job)
     return job, others, before, path
 
 
@@ -188,9 +191,9 @@ def test_what_a_run_reports(lora_run, recipe):
 def test_a_second_start_has_nothing_left_to_do(lora_run, recipe):
     job, _, _, path = lora_run
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match="differs in recipe"):
-        finetune.train(replace(recipe, seed=5), job)
-    finetune.train(recipe, job)
+    with pytest.raises(ConfigError, match=r"differs in seed \(0 and 5\)"):
+        train(replace(recipe, seed=5), job)
+    train(recipe, job)
     assert path.read_bytes() == before
 
 
@@ -211,9 +214,9 @@ def test_a_job_that_is_killed_goes_on_bit_for_bit(lora_run, recipe, tmp_path):
         return compiled(state, *rest)
 
     with pytest.raises(Killed):
-        finetune.train(halves, finetune.prepare(halves)._replace(step=advance))
+        train(halves, finetune.prepare(halves)._replace(step=advance))
     (tmp_path / "again").touch()
-    finetune.train(halves, finetune.prepare(halves)._replace(step=advance))
+    train(halves, finetune.prepare(halves)._replace(step=advance))
     assert seen == [0, 1, 2, 3]
     for one, other in zip(*map(_saved_state, (recipe.folder, tmp_path)), strict=True):
         assert one.dtype == other.dtype and one.tobytes() == other.tobytes()
@@ -252,12 +255,51 @@ def _updated(recipe: FinetuneRecipe):
     return read_safetensors(finetune.finetune(recipe))[0]
 
 
+def test_other_base_weights_do_not_go_on(lora_run, recipe, model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "model")
+    assert finetune.base_hash(other) == finetune.base_hash(model) == lora_run[0].base
+    weights = other / "transformer/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    changed = finetune.base_hash(other)
+    job, before = lora_run[0]._replace(base=changed), (recipe.folder / "recipe.toml").read_bytes()
+    with pytest.raises(
+        ConfigError, match=rf"differs in base weights \({lora_run[0].base} and {changed}"
+    ):
+        train(recipe, job)
+    with pytest.raises(
+        ConfigError, match=r"optimizer.learning_rate \(0.01 and 0.5\), seed \(0 and 9"
+    ):
+        settings = replace(recipe.optimizer, learning_rate=0.5)
+        train(replace(recipe, optimizer=settings, seed=9), lora_run[0])
+    assert (recipe.folder / "recipe.toml").read_bytes() == before, "that of a refused run"
+
+
+def test_a_lora_is_made_from_any_checkpoint(lora_run, recipe, model, tmp_path):
+    path = lora_run[3]
+    made = export_run(recipe.folder)
+    assert made == recipe.folder / "lora_0000004.safetensors"
+    assert made.read_bytes() == path.read_bytes()
+    assert export_run(recipe.folder, step=4, out=tmp_path / "a/x.safetensors").is_file()
+    moved = shutil.move(shutil.copytree(model, tmp_path / "there"), tmp_path / "model")
+    export_run(recipe.folder, model=str(moved), out=tmp_path / "y.safetensors")
+    assert (tmp_path / "y.safetensors").stat().st_size == path.stat().st_size
+    with pytest.raises(ValueError, match=r"no checkpoint of step 3 under .*: there are"):
+        export_run(recipe.folder, step=3)
+    with pytest.raises(ConfigError, match="there is no recipe"):
+        export_run(tmp_path)
+    made.unlink()
+
+
 def test_mistakes_of_a_run_are_one_sentence(recipe, tmp_path):
     for changes, words in (
         ({"batch": 4}, "batch 4 must be a multiple of 8"),
         ({"mesh": "fsdp=3"}, "does not fit 8 devices"),
         ({"model": str(tmp_path / "none")}, "there is no model folder"),
         ({"lora": LoraConfig(targets=("to_x",))}, "'to_x'"),
+        ({"data": replace(recipe.data, bucket_step=3)}, "bucket_step must be a multiple of 4"),
+        ({"validation": replace(recipe.validation, width=23)}, "width must be a multiple of 4"),
     ):
         with pytest.raises((ConfigError, OSError), match=words):
             finetune.prepare(replace(recipe, **changes))
@@ -312,6 +354,17 @@ def test_curve_passes_over_what_a_crash_left(tmp_path):
     path = draw_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
     with Image.open(path) as curve:
         assert len(curve.getcolors(2**24)) > 10
+
+
+def test_the_smoothed_line_lies_among_its_data():
+    falling = [10.0, 3.0] + [1.0 + 0.01 * (-1) ** n for n in range(58)]
+    line = smoothed(falling)
+    assert line[0] == falling[0] and line[-1] == falling[-1]
+    for i, value in enumerate(line):
+        near = falling[max(0, i - 4) : i + 5]
+        assert min(near) <= value <= max(near)
+    assert max(line[8:]) < 1.1
+    assert smoothed([]) == [] and smoothed([2.0]) == [2.0]
 
 
 @pytest.mark.slow
@@ -409,7 +462,9 @@ def test_a_lora_of_an_edit_learns_within_the_mask(recipe, pictures, tmp_path, ca
     assert (pixels[4:36] != pixels[40:72]).any(), (
         "prompt and noise are the same, the references not"
     )
-    with pytest.raises(ConfigError, match="another run, which differs in recipe"):
+    with pytest.raises(
+        ConfigError, match=r"another run, which differs in objective.unmasked_weight \(0.0 and 0.25"
+    ):
         more = f"--objective.unmasked-weight 0.25 {more}"
         _run_recipe("lora_kontext", recipe, tmp_path / "run", capsys, more)
 

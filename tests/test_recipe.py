@@ -1,14 +1,24 @@
 """Recipes: what is refused and how, overrides, and what they decide about."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fluxjax.config import ConfigError
+from fluxjax.parallel.hosts import differences
 from fluxjax.train import command
+from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.embedded.tiny import TinyRecipe
-from fluxjax.train.recipe import FinetuneRecipe, read_recipe, recipe_hash, recipe_toml
+from fluxjax.train.recipe import (
+    FinetuneRecipe,
+    deciding_values,
+    read_recipe,
+    recipe_toml,
+    without_places,
+)
+from fluxjax.train.validation import ValidationSettings
 
 RECIPES = sorted((Path(__file__).parents[1] / "train").glob("*.toml"))
 
@@ -33,6 +43,31 @@ RECIPES = sorted((Path(__file__).parents[1] / "train").glob("*.toml"))
         ("[objective]\ncaption_dropout = 1.5", "caption_dropout must be in"),
         ("[optimizer]\nb2 = 1.0", "b2 must be in"),
         ("steps = ", "is not TOML"),
+        (
+            "optimizer.learning_rate = nan",
+            "optimizer.learning_rate must be a finite number, got nan",
+        ),
+        ("save_minutes = inf", "save_minutes must be a finite number, got inf"),
+        ("[objective]\nmean = -inf", "objective.mean must be a finite number"),
+        (f"ema_decay = 1{'0' * 400}", "ema_decay must be a finite number, got inf"),
+        (f"steps = 1{'0' * 9999}", "is not TOML: Exceeds the limit"),
+        (
+            f"steps = 0x1{'0' * 9999}",
+            "steps must be a number of 64 bits, got a number of",
+        ),
+        (f"model = {'[' * 5000}", "nested too deeply"),
+        ("a = 1" + " " * 2**20, "it has more than 1 MiB"),
+        ("patience = 0", "patience must be at least 1, got 0"),
+        ("keep = 0", "keep must be at least 1"),
+        ("seed = 5000000000", "seed must be from 0 to 4294967295, got 5000000000"),
+        ("seed = -1", "seed must be from 0"),
+        ("hang_minutes = 0", "hang_minutes must be above 0 and at most a year"),
+        ("hang_minutes = 1e300", "hang_minutes must be above 0 and at most a year"),
+        ("save_minutes = -1", "save_minutes must not be negative"),
+        ("export_every = -1", "export_every must not be negative"),
+        ("steps = 100_000_000\nbatch = 64", "more than the 2147483644 pictures"),
+        ("[data]\nbucket_step = 0", "bucket_step must be above 0"),
+        ("[data]\nresolution = 1_000_000", "resolution must be above 0 and at most 32768"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, words):
@@ -60,6 +95,55 @@ def test_recipes_are_read_back_as_they_are_printed(path, tmp_path):
     assert read_recipe(tmp_path / "again.toml") == recipe
 
 
+def test_every_text_is_read_back_as_it_was(tmp_path):
+    """Every character of the first planes, in a prompt by itself and in a random neighbourhood."""
+    drawn = random.Random(0)
+    characters = [chr(n) for n in range(0x3100) if not 0xD800 <= n < 0xE000]
+    characters += [chr(drawn.randrange(0xE000, 0x110000)) for _ in range(500)]
+    odd = ['"', "\\", "\x7f", "\r\n", "\0", "\x1b", "'", "#", "\ufeff", "\u2028"]
+    mixed = ["".join(drawn.choices(odd + characters, k=20)) for _ in range(500)]
+    prompts = (*odd, "".join(characters), *mixed)
+    recipe = replace(
+        FinetuneRecipe(), validation=ValidationSettings(prompts=prompts), model=mixed[0] + "x"
+    )
+    (tmp_path / "recipe.toml").write_bytes(recipe_toml(recipe).encode())
+    assert read_recipe(tmp_path / "recipe.toml") == recipe
+
+
+def test_numbers_and_texts_of_options_are_checked_too():
+    recipe = str(RECIPES[-1].with_name("tiny_lora.toml"))
+    for options, words in (
+        (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate must be a finite number"),
+        (["--objective.std", "inf"], "objective.std must be a finite number"),
+        (["--validation.prompts", "\udcff"], "validation.prompts is not UTF-8"),
+        (["--data.source", "\udcff"], "data.source is not UTF-8"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            command.train([recipe, *options, "--print-config"])
+
+
+def test_a_recipe_for_strangers_says_nothing_of_this_machine():
+    recipe = replace(
+        FinetuneRecipe(),
+        folder=Path("/home/ann/secret/run"),
+        model="/mnt/models/FLUX.1-dev",
+        data=DataSettings(source="~/my pictures", cache="/tmp/cache", masks="../masks"),
+        validation=ValidationSettings(
+            prompts=("/imagine a cat",), references=("/home/ann/before/1.png",)
+        ),
+    )
+    shared = without_places(recipe)
+    assert (shared.folder, shared.model) == (Path("run"), "FLUX.1-dev")
+    assert (shared.data.source, shared.data.cache, shared.data.masks) == (
+        "my pictures", "cache", "masks",
+    )  # fmt: skip
+    assert shared.validation.references == ("1.png",)
+    assert shared.validation.prompts == recipe.validation.prompts
+    published = replace(recipe, model="black-forest-labs/FLUX.1-dev")
+    assert without_places(published).model == published.model
+    assert deciding_values(shared) == deciding_values(recipe)
+
+
 def test_options_change_the_recipe(tmp_path, capsys):
     (tmp_path / "recipe.toml").write_text('steps = 7\n[data]\nsource = "a\\"b"\n')
     overrides = ["--optimizer.name", "lion", "--validation.prompts", "x", "y", "--no-tensorboard"]
@@ -77,15 +161,19 @@ def test_options_change_the_recipe(tmp_path, capsys):
 def test_a_resume_asks_for_what_decides_about_the_weights():
     recipe = FinetuneRecipe()
     same = replace(recipe, folder=Path("y"), mesh="fsdp=2", steps=2 * recipe.steps, log_every=5)
-    assert recipe_hash(same) == recipe_hash(recipe)
+    assert deciding_values(same) == deciding_values(recipe)
     cosine = replace(recipe, optimizer=replace(recipe.optimizer, schedule="cosine"))
     for other in (
         replace(recipe, seed=1),
         replace(recipe, lora=replace(recipe.lora, rank=8)),
         cosine,
     ):
-        assert recipe_hash(other) != recipe_hash(recipe)
-    assert recipe_hash(replace(cosine, steps=7)) != recipe_hash(cosine)
+        assert deciding_values(other) != deciding_values(recipe)
+    assert deciding_values(replace(cosine, steps=7)) != deciding_values(cosine)
+    slower = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=1e-5), seed=3)
+    assert differences(deciding_values(recipe), deciding_values(slower)) == [
+        "optimizer.learning_rate (null and 1e-05)", "seed (0 and 3)",
+    ]  # fmt: skip
 
 
 def test_defaults_follow_the_method():

@@ -14,8 +14,9 @@ import pytest
 
 from fluxjax.config import TINY, ConfigError
 from fluxjax.models.autoencoder import Posterior
-from fluxjax.train import loop, objectives
+from fluxjax.train import objectives
 from fluxjax.train.embedded import tiny, transformer
+from fluxjax.train.loop import Run, RunSettings
 from fluxjax.train.optimizers import muon_dimensions, muon_optimizer
 from fluxjax.train.step import TrainState, init_state, make_step
 
@@ -105,7 +106,8 @@ def _loop(folder: Path, steps: int) -> TrainState:
     optimizer = optax.adam(0.1)
     step = make_step(loss, optimizer, seed=1, ema_decay=0.9)
     state = init_state({"w": jnp.zeros(3)}, optimizer)
-    return loop.run(state, lambda s, i: step(s), steps=steps, folder=folder, log_every=5)
+    settings = RunSettings(steps=steps, folder=folder, log_every=5)
+    return Run(settings, lambda s, i: step(s)).to_end(state)
 
 
 def test_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints of a training run: whole or not there, and what happens to them on a bad disk."""
 
+import logging
 import random
 import shutil
 import sys
@@ -13,7 +14,7 @@ import optax
 import pytest
 
 from fluxjax.checkpoint.manifest import check_manifest, manifest_path
-from fluxjax.checkpoint.training_state import Saved, StateStore
+from fluxjax.checkpoint.training_state import Saved, StateStore, read_state
 from fluxjax.train.step import init_state
 
 IDENTITY = {"recipe": "abc", "data": "def"}
@@ -142,6 +143,41 @@ def test_damage_to_any_file_is_found_and_the_step_before_is_used(folder, damage)
         assert len(said) == 1 and "00000002" in said[0] and "going back" in said[0]
         path.write_bytes(before)
     assert newest(folder) == (Saved(2, IDENTITY), [])
+
+
+def test_a_checkpoint_that_is_called_another_step_is_not_used(folder):
+    (folder / "00000002").rename(folder / "00000007")
+    found, said = newest(folder)
+    assert found == Saved(1, IDENTITY)
+    assert "it holds step 2" in said[0] and "going back" in said[0]
+
+
+def test_one_part_of_any_checkpoint_can_be_read_while_a_run_goes_on(folder):
+    (folder / "00000003.saving").mkdir()  # the run's
+    before = sorted(folder.rglob("*"))
+    for step, value in ((None, 2.0), (1, 1.0)):
+        found, params = read_state(folder, "params", step)
+        assert found == int(value)
+        np.testing.assert_array_equal(params["b"]["kernel"], np.full((3, 4), value))
+        assert isinstance(params["a"]["kernel"], np.ndarray) and params["a"]["kernel"].dtype == (
+            jnp.bfloat16
+        )
+    with pytest.raises(ValueError, match=r"no checkpoint of step 5 under .*: there are 1, 2"):
+        read_state(folder, "params", 5)
+    with pytest.raises(ValueError, match="there is none"):
+        read_state(folder / "none", "params")
+    assert sorted(folder.rglob("*")) == before
+    _flip(next((folder / "00000002" / "state").rglob("_METADATA")))
+    with pytest.raises(ValueError, match="00000002/state is damaged"):
+        read_state(folder, "params")
+
+
+def test_logging_is_as_before_once_a_store_is_closed(tmp_path):
+    logger = logging.getLogger("absl")
+    before = logger.level
+    with StateStore(tmp_path):
+        assert logger.level == logging.CRITICAL
+    assert logger.level == before
 
 
 def test_a_file_too_many_is_damage_and_the_next_save_replaces_the_damaged(folder):

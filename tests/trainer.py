@@ -35,10 +35,10 @@ from fluxjax.parallel import hosts
 from fluxjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import state_shardings
 from fluxjax.text.conditioning import Conditioning
-from fluxjax.train import loop
 from fluxjax.train.data.dataset import open_dataset
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.flow_matching import Rows, finetune_loss
+from fluxjax.train.loop import Run, RunSettings, run_folder
 from fluxjax.train.objectives import Objective
 from fluxjax.train.step import init_state, make_step
 
@@ -68,6 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--process-id", type=int)
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--silence", type=float, default=hosts.SILENCE)
     parser.add_argument("--nan", type=int, nargs=2, default=(0, 0), help="first step, how many")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds per step")
     parser.add_argument("--stuck", type=int, default=-1, help="the step that never ends")
@@ -99,13 +100,18 @@ def distance(params: Any, key: jax.Array, rows: Rows, *rest: Any) -> jax.Array:
 def train(arguments: list[str]) -> None:
     options = parse(arguments)
     given = (options.coordinator, options.process_id, options.num_processes)
-    with hosts.joined_hosts(*given, timeout=options.timeout):
+    with hosts.joined_hosts(*given, timeout=options.timeout, silence=options.silence):
         run(options)
 
 
 def run(options: argparse.Namespace) -> None:
     # As `python -m fluxjax.train`: the recipe first, the data when they are read.
     hosts.agree({"recipe": options.recipe})
+    with run_folder(options.folder):
+        _train(options)
+
+
+def _train(options: argparse.Namespace) -> None:
     data = fingerprint(options.source) if options.source else "drawn"
     identity = {"recipe": options.recipe, "data": data}
     mesh = make_mesh(f"fsdp={jax.device_count()}")
@@ -154,11 +160,16 @@ def run(options: argparse.Namespace) -> None:
         time.sleep(options.pause)
         return compiled(state, batch(index), *fixed)
 
-    state = loop.run(
-        state, advance, steps=options.steps, folder=options.folder, save_seconds=1e9,
-        save_every=options.save_every, log_every=1, patience=options.patience, identity=identity,
+    settings = RunSettings(
+        steps=options.steps,
+        folder=options.folder,
+        save_seconds=1e9,
+        save_every=options.save_every,
+        log_every=1,
+        patience=options.patience,
         hang_seconds=options.hang,
-    )  # fmt: skip
+    )
+    state = Run(settings, advance, identity=identity).to_end(state)
     if options.coordinator is None:
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(state):

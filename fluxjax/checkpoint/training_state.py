@@ -25,7 +25,8 @@ from fluxjax.parallel import hosts
 
 Tree = Any
 SPARE_BYTES = 1 << 24
-_IDENTITY = "identity.json"
+_ABSL = logging.getLogger("absl")
+_IDENTITY, _STEP = "identity.json", "step of this checkpoint"
 
 
 class Saved(NamedTuple):
@@ -60,13 +61,13 @@ class StateStore:
         hosts.from_first(self._open)
         self._check_shared()
         # Orbax reports each phase of a save, and of a failed one every thread's traceback.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._log_level = _ABSL.level
+        _ABSL.setLevel(logging.CRITICAL)
         self._checkpointer = ocp.AsyncCheckpointer(_handler())
 
     def steps(self) -> list[int]:
         """Announced checkpoints, oldest first. Whether the disk kept them, `newest` finds out."""
-        names = (path.name for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        return _steps(self.folder)
 
     def newest(self) -> Saved | None:
         """The newest checkpoint whose files are all as written. Damaged ones are named.
@@ -150,6 +151,7 @@ class StateStore:
         except OSError as error:
             self._say(f"warning: {error}")
         self._checkpointer.close()
+        _ABSL.setLevel(self._log_level)
 
     def _path(self, step: int, suffix: str = "") -> Path:
         return self.folder / f"{step:08d}{suffix}"
@@ -173,12 +175,8 @@ class StateStore:
     def _find(self) -> tuple[int, dict[str, str]] | None:
         reasons = []
         for step in reversed(self.steps()):
-            path = self._path(step) / "state"
             try:
-                if not manifest_path(path).is_file():
-                    raise ValueError(f"{path} is damaged: its {manifest_path(path).name} is gone")
-                check_manifest(path)
-                return step, read_json(path / _IDENTITY)
+                return step, _check(self._path(step) / "state", step)
             except (ValueError, OSError) as error:
                 self._damaged.add(step)
                 reasons.append(str(error))
@@ -214,7 +212,7 @@ class StateStore:
 
     def _announce(self, step: int, identity: dict[str, str]) -> None:
         saving, path = self._path(step, ".saving"), self._path(step)
-        write_json(saving / "state" / _IDENTITY, identity)
+        write_json(saving / "state" / _IDENTITY, {**identity, _STEP: str(step)})
         write_manifest(saving / "state")
         _flush(saving / "state" / _IDENTITY, manifest_path(saving / "state"), saving)
         if path.exists():  # damaged, or of a run that took the same steps before
@@ -232,6 +230,47 @@ class StateStore:
         gone = path.with_suffix(".deleting")
         path.rename(gone)
         shutil.rmtree(gone)
+
+
+def read_state(folder: Path, part: str, step: int | None = None) -> tuple[int, Tree]:
+    """(step, one field of the state as numpy arrays) of the newest checkpoint, or that of `step`.
+
+    Only reads, also where a run goes on in the folder. Raises ValueError where there is no such
+    checkpoint, or where it is damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    steps = _steps(folder) if folder.is_dir() else []
+    if not steps or step not in (None, *steps):
+        there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+        raise ValueError(
+            f"no checkpoint{'' if step is None else f' of step {step}'} under {folder}: {there}"
+        )
+    step = steps[-1] if step is None else step
+    path = Path(folder).absolute() / f"{step:08d}" / "state"
+    _check(path, step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        kinds = {part: reader.metadata(path).item_metadata.tree[part]}
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), kinds)
+        wanted = ocp.args.PyTreeRestore(kinds, restore_args=how, partial_restore=True)
+        return step, reader.restore(path, args=wanted)[part]
+
+
+def _steps(folder: Path) -> list[int]:
+    names = (path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _check(path: Path, step: int) -> dict[str, str]:
+    """The identity of a checkpoint. Raises ValueError or OSError where it is not as written."""
+    if not manifest_path(path).is_file():
+        raise ValueError(f"{path} is damaged: its {manifest_path(path).name} is gone")
+    check_manifest(path)
+    identity = read_json(path / _IDENTITY)
+    within = identity.pop(_STEP, str(step))
+    if within != str(step):
+        raise ValueError(f"{path} is damaged: it holds step {within}")
+    return identity
 
 
 def _handler() -> Any:

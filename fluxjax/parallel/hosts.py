@@ -23,6 +23,9 @@ from fluxjax import cli
 from fluxjax.config import ConfigError
 
 BLOCK_BYTES = 1 << 14
+SILENCE = 10.0  # seconds; a process that is only slow gives a sign of life all the same
+_DAY = 86400
+_NAMED = 8  # differences in a sentence
 _BARRIERS = itertools.count()
 _LOST = re.compile("gloo|nccl|coordination service|connection (closed|reset)", re.IGNORECASE)
 
@@ -68,15 +71,17 @@ def join_hosts(
     num_processes: int | None = None,
     *,
     timeout: float = 300.0,
-    heartbeat: float = 10.0,
+    silence: float = SILENCE,
 ) -> None:
     """Join the other processes of this run. Call it before anything else of JAX.
 
     SLURM, GKE, TPU pods and Open MPI are picked up; by hand all three are given, `coordinator` as
     HOST:PORT (:PORT is loopback). A process that runs alone joins nothing. `timeout`: seconds to
-    wait for the others; `heartbeat`: seconds of silence after which a host counts as lost.
+    wait for the others; `silence`: seconds without a sign of life after which one counts as lost.
     Raises ConfigError, and ProcessLost where a process is missing.
     """
+    if not 1 <= silence <= _DAY:
+        raise ConfigError(f"the limit of silence must be 1 to {_DAY} seconds, got {silence:g}")
     given = (coordinator, process_id, num_processes)
     options: dict[str, Any] = {}
     where = detect_cluster()
@@ -115,8 +120,8 @@ def join_hosts(
         jax.distributed.initialize(
             **options,
             initialization_timeout=round(timeout) + 60,
-            heartbeat_timeout_seconds=round(heartbeat),
-            shutdown_timeout_seconds=round(heartbeat),
+            heartbeat_timeout_seconds=round(silence),
+            shutdown_timeout_seconds=round(silence),
         )
     except Exception as error:
         raise ProcessLost(f"{mistake} ({str(error).strip().splitlines()[0]})") from None
@@ -125,12 +130,12 @@ def join_hosts(
 
 
 @contextmanager
-def joined_hosts(*given: Any, timeout: float = 300.0) -> Iterator[None]:
+def joined_hosts(*given: Any, timeout: float = 300.0, silence: float = SILENCE) -> Iterator[None]:
     """Work on all hosts that `join_hosts` finds; a mistake is said and ends this process at once.
 
     An orderly exit would wait for the others, who may wait for this one.
     """
-    join_hosts(*given, timeout=timeout)
+    join_hosts(*given, timeout=timeout, silence=silence)
     try:
         yield
     except Exception as error:
@@ -224,13 +229,19 @@ def code_fingerprint() -> str:
 
 
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """What differs, in words: `recipe (a1 and b2)`."""
+    """What differs, in words: `steps (10 and 20)`."""
     names = sorted(one.keys() | other.keys())
     return [
         f"{name} ({one.get(name, 'none')} and {other.get(name, 'none')})"
         for name in names
         if one.get(name) != other.get(name)
     ]
+
+
+def listed(differing: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    rest = len(differing) - _NAMED
+    return ", ".join(differing[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def agree(identity: Mapping[str, str]) -> None:
@@ -241,7 +252,7 @@ def agree(identity: Mapping[str, str]) -> None:
         if differing := differences(first, other):
             raise ConfigError(
                 f"processes 0 and {index} were not started alike, they differ in "
-                + ", ".join(differing)
+                + listed(differing)
             )
 
 

@@ -1,4 +1,4 @@
-"""python -m fluxjax.train RECIPE | precompute RECIPE | evaluate"""
+"""python -m fluxjax.train RECIPE | precompute RECIPE | export RUN | evaluate"""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def main(
         return None
     from fluxjax.train import command
 
+    if verb == "export":
+        return command.export(rest, f"{prog} export")
     if verb == "precompute":
         return command.precompute(rest, f"{prog} precompute")
     return command.train(arguments, prog)

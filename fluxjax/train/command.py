@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,10 @@ class Options(Generic[R]):
     """This process's number, from 0."""
     num_processes: int | None = None
     """How many processes there are."""
+    silence: float = 10.0
+    """Of several processes: one that gave no sign of life for so many seconds counts as lost, which
+    ends the others. A process that is only slow gives one all the same; one that is stopped does
+    not."""
 
 
 _HELP = """Train by a recipe, a TOML file; options that are not given are the recipe's.
@@ -82,7 +85,9 @@ def train(arguments: Sequence[str], name: str = "python -m fluxjax.train") -> in
     from fluxjax.parallel.hosts import joined_hosts
 
     cli.begin()
-    with joined_hosts(options.coordinator, options.process_id, options.num_processes):
+    with joined_hosts(
+        options.coordinator, options.process_id, options.num_processes, silence=options.silence
+    ):
         _train(options.recipe)
     return None
 
@@ -92,12 +97,12 @@ def _train(recipe: Any) -> None:
 
     from fluxjax.parallel.hosts import agree
     from fluxjax.sample.cache import enable_cache
-    from fluxjax.train.recipe import FinetuneRecipe, recipe_toml
+    from fluxjax.train.recipe import FinetuneRecipe, recipe_values
 
     note = enable_cache()
     if note and jax.process_index() == 0:
         say(f"note: {note}")
-    agree({"recipe": hashlib.sha256(recipe_toml(recipe).encode()).hexdigest()[:16]})
+    agree(recipe_values(recipe))
     if isinstance(recipe, FinetuneRecipe):
         from fluxjax.train.finetune import finetune
 
@@ -123,12 +128,18 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
         raise ConfigError("the embedded model's recipe draws its own data: nothing to precompute")
     from fluxjax.parallel.hosts import barrier, joined_hosts
     from fluxjax.train.data import dataset
+    from fluxjax.train.finetune import with_usable_cache
     from fluxjax.train.progress import Filling
 
     cli.begin()
-    with joined_hosts(options.coordinator, options.process_id, options.num_processes):
+    with joined_hosts(
+        options.coordinator, options.process_id, options.num_processes, silence=options.silence
+    ):
         import jax
 
+        recipe, note = with_usable_cache(recipe)
+        if note and jax.process_index() == 0:
+            say(f"note: {note}")
         with Filling() as report:
             done = dataset.precompute(
                 recipe.data, recipe.model_folder, report=report,
@@ -137,3 +148,26 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
         barrier("precomputed", _DAY)  # a process that ends early would be taken for lost
         if jax.process_index() == 0:
             print(done)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write the LoRA file, or the pipeline, of a fine-tuning run as of a checkpoint."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder, in which training may still go on."""
+    step: int | None = None
+    """The checkpoint's; by default the newest."""
+    model: str | None = None
+    """Where the run's model is now, if it has moved."""
+    out: Path | None = None
+    """What to write; by default lora_STEP.safetensors or pipeline_STEP in the run's folder."""
+
+
+def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export") -> None:
+    """Write the result of a run as of one of its checkpoints, and print where it is."""
+    options = tyro.cli(ExportOptions, args=list(arguments), prog=name)
+    from fluxjax.train.export import export_run
+
+    cli.begin()
+    print(export_run(options.run, step=options.step, model=options.model, out=options.out))

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.config import ConfigError
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows in order of steps; of a step that was run twice, after a resume, the last."""
-    rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a line cut by a crash
-        if isinstance(row, dict) and "step" in row:
-            rows[int(row["step"])] = row
-    return [rows[step] for step in sorted(rows)]
+from fluxjax.train.metrics import read_metrics
 
 
 def draw_curve(metrics: Path, path: Path) -> Path:
@@ -32,10 +20,9 @@ def draw_curve(metrics: Path, path: Path) -> Path:
     figure = Figure(figsize=(9, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     _line(top, rows, "loss", "training", "tab:blue", alpha=0.45)
-    smooth, average = [], None
-    for row in (row for row in rows if "loss" in row):
-        average = row["loss"] if average is None else 0.9 * average + 0.1 * row["loss"]
-        smooth.append({"step": row["step"], "loss": average})
+    losses = [row for row in rows if row.get("loss") is not None]
+    means = smoothed([row["loss"] for row in losses])
+    smooth = [{**row, "loss": mean} for row, mean in zip(losses, means, strict=True)]
     _line(top, smooth, "loss", "training, smoothed", "tab:blue")
     _line(top, rows, "validation_loss", "validation, fixed noise", "tab:orange", marker="o")
     top.set_ylabel("loss")
@@ -50,8 +37,23 @@ def draw_curve(metrics: Path, path: Path) -> Path:
         rate.set_ylim(bottom=0)
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with whole_or_nothing(path) as part:
+        figure.savefig(part, dpi=120, format="png")
     return path
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Each as the mean of its neighbours, as many before as after, a twentieth of all at most.
+
+    The mean lies among the data everywhere; one that trails behind lies above a falling loss.
+    """
+    reach = len(values) // 20 + 1
+    means = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        window = values[i - near : i + near + 1]
+        means.append(sum(window) / len(window))
+    return means
 
 
 def _line(axes: Any, rows: list[dict[str, Any]], name: str, label: str, colour: str, **style: Any):

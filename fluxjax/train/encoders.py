@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fluxjax.file_hash import hash_files
+from fluxjax.models.latents import PATCH
 
 Dtype = Literal["float32", "bfloat16"]
 _VERSION = "1"  # raised when the same weights would give other latents or text states
@@ -23,6 +24,8 @@ class Encoders(NamedTuple):
     encode_text: Callable[[list[str]], tuple[Any, Any]]  # n captions -> ((n, text, d), (n, p))
     image_hash: str
     text_hash: str
+    unit: int = 1
+    """Sides of pictures are multiples of this."""
     release: Callable[[], None] = lambda: None
     """Drops the weights; a later call loads them again."""
 
@@ -87,5 +90,6 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         lambda captions: text()(captions),
         hash_files(model, ("vae", "ae.safetensors"), _VERSION, dtype),
         hash_files(model, texts, _VERSION, dtype, str(config.max_sequence_length)),
+        PATCH * config.vae.scale,
         release,
     )

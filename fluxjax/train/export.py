@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,42 +13,84 @@ import numpy as np
 
 from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.lora_file import write_lora
-from fluxjax.checkpoint.pipeline_folder import save_params, write_config
-from fluxjax.config import PipelineConfig
-from fluxjax.models.lora import join_scales
+from fluxjax.checkpoint.pipeline_folder import read_config, save_params, write_config
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.training_state import read_state
+from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.models.lora import init_lora, join_scales, split_scales
+from fluxjax.models.names import flatten, is_stacked
 from fluxjax.parallel.mesh import gathered
-from fluxjax.train.recipe import FinetuneRecipe, recipe_toml
+from fluxjax.train.loop import CHECKPOINTS
+from fluxjax.train.recipe import FinetuneRecipe, read_recipe, recipe_toml, without_places
 from fluxjax.train.step import Tree
 
 COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 
 
-def export_lora(recipe: FinetuneRecipe, trained: Tree, scales: Tree) -> Path:
-    """lora.safetensors with the recipe in its metadata; process 0 writes it."""
-    path = recipe.folder / "lora.safetensors"
-    tree = join_scales(_on_first_host(trained), _on_first_host(scales))
-    if jax.process_index() == 0:
-        write_lora(path, tree, recipe.lora, {"recipe": recipe_toml(recipe)})
-    return path
+def export(
+    recipe: FinetuneRecipe,
+    config: PipelineConfig,
+    trained: Tree,
+    scales: Tree,
+    *,
+    step: int | None = None,
+    out: Path | None = None,
+) -> Path:
+    """A LoRA file with the recipe in its metadata, or a diffusers folder: the trained transformer
+    beside copies of the frozen networks.
 
-
-def export_pipeline(recipe: FinetuneRecipe, config: PipelineConfig, params: Tree) -> Path:
-    """A diffusers folder: the trained transformer beside copies of the frozen networks.
-
-    Process 0 writes it; it appears whole or not at all.
+    All processes call it; the first one writes `out`, by default in the run's folder and with the
+    step in its name, which is none for the end of the run. It appears whole or not at all.
     """
-    path, source = recipe.folder / "pipeline", recipe.model_folder
-    params = _on_first_host(params, jnp.dtype(recipe.save_dtype))
+    lora = recipe.method == "lora"
+    name = ("lora" if lora else "pipeline") + ("" if step is None else f"_{step:07d}")
+    path = out or recipe.folder / (f"{name}.safetensors" if lora else name)
+    if lora:
+        tree = join_scales(_on_first_host(trained), _on_first_host(scales))
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            metadata = {"recipe": recipe_toml(without_places(recipe))}
+            write_lora(path, tree, recipe.lora, metadata)
+        return path
+    params = _on_first_host(trained, jnp.dtype(recipe.save_dtype))
     if jax.process_index() == 0:
         with whole_or_nothing(path) as part:
-            for name in COPIED:
-                if (source / name).is_dir():
-                    shutil.copytree(source / name, part / name)
-            write_config(part, config)
-            for file in source.glob("*.json"):
-                shutil.copyfile(file, part / file.name)
-            save_params(part, "transformer", params, config.transformer, None)
+            _write_pipeline(part, recipe.model_folder, config, params)
     return path
+
+
+def export_run(
+    folder: Path, *, step: int | None = None, model: str | None = None, out: Path | None = None
+) -> Path:
+    """The result of a run as of its newest checkpoint, or of that of `step`; it may still go on.
+
+    `model` says where the run's model is now, if it has moved. Raises ConfigError, OSError and
+    ValueError.
+    """
+    recipe = read_recipe(folder / "recipe.toml")
+    if not isinstance(recipe, FinetuneRecipe):
+        raise ConfigError(f"{folder} is no fine-tuning run: it trains the embedded model")
+    recipe = dataclasses.replace(recipe, folder=folder, model=model or recipe.model)
+    config = read_config(recipe.model_folder)
+    part = "ema" if recipe.decay > 0 else "params"
+    found, trained = read_state(folder / CHECKPOINTS, part, step)
+    scales = None
+    if recipe.method == "lora":
+        stacked = any(map(is_stacked, flatten(trained)))
+        abstract = abstract_params(config.transformer, stacked=stacked)
+        key = jax.random.key(0)
+        scales = jax.jit(lambda: split_scales(init_lora(key, abstract, recipe.lora))[1])()
+    return export(recipe, config, trained, scales, step=found, out=out)
+
+
+def _write_pipeline(folder: Path, source: Path, config: PipelineConfig, params: Tree) -> None:
+    for name in COPIED:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+    write_config(folder, config)
+    for file in source.glob("*.json"):
+        shutil.copyfile(file, folder / file.name)
+    save_params(folder, "transformer", params, config.transformer, None)
 
 
 def _on_first_host(tree: Tree, dtype: Any = None) -> Tree:
@@ -57,7 +100,8 @@ def _on_first_host(tree: Tree, dtype: Any = None) -> Tree:
     """
 
     def fetch(leaf: Any) -> np.ndarray | None:
-        array = gathered(leaf if dtype is None else leaf.astype(dtype))
+        leaf = leaf if dtype is None else leaf.astype(dtype)
+        array = leaf if isinstance(leaf, np.ndarray) else gathered(leaf)
         return array if jax.process_index() == 0 else None
 
     return jax.tree.map(fetch, tree)

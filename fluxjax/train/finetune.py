@@ -3,63 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, PipelineConfig
-from fluxjax.models.flops import flux_flops
+from fluxjax.file_hash import hash_files
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import image_ids, latent_size, unpack
-from fluxjax.models.lora import init_lora, split_scales, variables
+from fluxjax.models.latents import latent_size, unpack
+from fluxjax.models.lora import init_lora, split_scales
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.sample.reference import read_reference
 from fluxjax.text.conditioning import Conditioning
-from fluxjax.train import loop
-from fluxjax.train.curve import draw_curve
 from fluxjax.train.data.buckets import fit
+from fluxjax.train.data.cache_file import usable_folder
 from fluxjax.train.data.catalogue import Report
 from fluxjax.train.data.dataset import DataBatch, Dataset, open_dataset
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Encoders, folder_encoders
-from fluxjax.train.export import export_lora, export_pipeline
-from fluxjax.train.flow_matching import Rows, assemble, finetune_loss
-from fluxjax.train.optimizers import Rates, learning_rates, make_optimizer
-from fluxjax.train.progress import Filling, Progress
-from fluxjax.train.recipe import FinetuneRecipe, recipe_hash, recipe_toml
+from fluxjax.train.flow_matching import finetune_loss
+from fluxjax.train.job import Job, place_rows, replicate, train
+from fluxjax.train.loop import run_folder
+from fluxjax.train.optimizers import learning_rates, make_optimizer
+from fluxjax.train.progress import Filling
+from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.step import TrainState, Tree, init_state, make_step
 from fluxjax.train.validation import Validation
-
-
-class Job(NamedTuple):
-    """Everything a run needs. `frozen` is never trained; `state` holds what is, and `step` is one
-    update of it, compiled when it is first called."""
-
-    config: PipelineConfig
-    mesh: Mesh
-    model: FluxTransformer
-    data: Dataset
-    frozen: dict[str, Tree]
-    state: TrainState
-    step: Callable[..., tuple[TrainState, dict[str, Array]]]
-    rates: Rates
-    empty: Conditioning
-    validation: Validation | None
-    notes: list[str]
 
 
 def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
@@ -75,8 +53,13 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
             f"batch {recipe.batch} must be a multiple of {parts}: {batch_parts(mesh)} devices "
             f"share it out, in accumulate {recipe.accumulate} parts"
         )
+    # What is missing shows before hours of encoding.
+    if recipe.validation.every and recipe.validation.prompts:
+        latent_size(*_validation_size(recipe, config), config.vae)
+    seen = _references(recipe, config)
+    base = base_hash(recipe.model_folder)
     encoders = encoders or folder_encoders(recipe.model_folder)
-    seen = _references(recipe, config)  # what is missing shows before hours of encoding
+    recipe, note = with_usable_cache(recipe)
     with Filling() as report:
         data = _open_data(recipe, recipe.data, encoders, mesh, report)
         data.fill(report)
@@ -94,20 +77,39 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         ema_decay=recipe.decay, accumulate=recipe.accumulate,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
     )  # fmt: skip
-    empty = Conditioning(*(_replicate(x, mesh) for x in data.captions([""])))
+    empty = Conditioning(*(replicate(x, mesh) for x in data.captions([""])))
     validation = None
     if recipe.validation.every:
         states = None if prompts is None else Conditioning(*map(jnp.asarray, prompts))
         validation = _validation(recipe, config, model, mesh, held, states, references)
         frozen["vae"] = validation.vae
+    notes = [note] * bool(note) + _notes(recipe, config, data)
     return Job(
-        config, mesh, model, data, frozen, state, step, rates, empty, validation,
-        _notes(recipe, config, data),
+        config=config, mesh=mesh, model=model, data=data, frozen=frozen, state=state, step=step,
+        rates=rates, empty=empty, validation=validation, notes=notes, base=base,
     )  # fmt: skip
 
 
+def base_hash(model: Path) -> str:
+    """Of the weights that training starts from, and of how they are to be run."""
+    weights = ["transformer"]
+    if not (model / "transformer").is_dir():
+        weights = sorted(path.name for path in model.glob("flux1*.safetensors"))
+    return hash_files(model, (*weights, "scheduler", "model_index.json"))[:16]
+
+
+def with_usable_cache(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, str]:
+    """The recipe with a cache that can be written, and what there is to say of it."""
+    if recipe.data.cache:
+        return recipe, ""
+    cache, note = usable_folder(recipe.folder / "cache")
+    data = dataclasses.replace(recipe.data, cache=str(cache))
+    return dataclasses.replace(recipe, data=data), note
+
+
 def _notes(recipe: FinetuneRecipe, config: PipelineConfig, data: Dataset) -> list[str]:
-    notes = [f"left out {name}: {reason}" for name, reason in data.quarantined]
+    notes = [f"warning: {note}" for note in data.notes]
+    notes += [f"left out {name}: {reason}" for name, reason in data.quarantined]
     guidance = recipe.objective.guidance
     if config.transformer.guidance_embeds and guidance != 1.0:
         notes.append(
@@ -176,32 +178,6 @@ def _initial_state(
     return jax.jit(start, out_shardings=where, donate_argnums=0)(trained)
 
 
-def place_rows(batch: DataBatch, mesh: Mesh, config: PipelineConfig) -> tuple[Rows, Array, Array]:
-    """A batch of this process's rows as (global rows on the devices, image ids, mu)."""
-    where = batch_sharding(mesh)
-    leaves = {name: getattr(batch, name) for name in Rows._fields}
-    rows = Rows(
-        **{
-            name: jax.make_array_from_process_local_data(where, np.asarray(leaf))
-            for name, leaf in leaves.items()
-            if leaf is not None
-        }
-    )
-    return rows, *_of_size(batch.width, batch.height, mesh, config)
-
-
-@cache
-def _of_size(width: int, height: int, mesh: Mesh, config: PipelineConfig) -> tuple[Array, Array]:
-    """Image ids and mu, kept: made anew they would wait for the step before to end."""
-    ids = image_ids(*latent_size(width, height, config.vae))
-    return _replicate(ids, mesh), _replicate(np.float32(config.scheduler.mu(len(ids))), mesh)
-
-
-def _replicate(x: Any, mesh: Mesh) -> Array:
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
-
-
 def _held_out(
     recipe: FinetuneRecipe, data: Dataset, encoders: Encoders, mesh: Mesh
 ) -> list[DataBatch]:
@@ -219,8 +195,14 @@ def _references(recipe: FinetuneRecipe, config: PipelineConfig) -> np.ndarray | 
     settings = recipe.validation
     if not (settings.every and settings.references):
         return None
-    width, height = settings.width or config.width, settings.height or config.height
-    return np.stack([fit(read_reference(path)[0], width, height) for path in settings.references])
+    size = _validation_size(recipe, config)
+    return np.stack([fit(read_reference(path)[0], *size) for path in settings.references])
+
+
+def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[int, int]:
+    """(width, height) in pixels."""
+    settings = recipe.validation
+    return settings.width or config.width, settings.height or config.height
 
 
 def _encode(pictures: np.ndarray, encoders: Encoders, config: PipelineConfig) -> np.ndarray:
@@ -249,89 +231,5 @@ def _validation(
 
 def finetune(recipe: FinetuneRecipe) -> Path:
     """Runs a recipe to its end, from where it was stopped; returns the LoRA file or the folder."""
-    return train(recipe, prepare(recipe))
-
-
-def train(recipe: FinetuneRecipe, job: Job) -> Path:
-    """The prepared job, to its end."""
-    folder, speaks = recipe.folder, jax.process_index() == 0
-    if speaks:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.toml").write_text(recipe_toml(recipe), encoding="utf-8")
-    board = folder / "tensorboard" if recipe.tensorboard else None
-    with Progress(recipe.steps, recipe.batch, tensorboard=board) as progress:
-        for note in job.notes:
-            progress.say(note)
-        state = _run(recipe, job, progress)
-        if recipe.method == "lora":
-            where = export_lora(recipe, weights(state), job.frozen["scales"])
-        else:
-            where = export_pipeline(recipe, job.config, weights(state))
-        if speaks:
-            draw_curve(folder / "metrics.jsonl", folder / "curve.png")
-        progress.say(f"finished: {where}")
-    return where
-
-
-def _flops(recipe: FinetuneRecipe, config: PipelineConfig, rows: Rows) -> float:
-    """Of one step without what is computed twice; a LoRA needs no gradient of its base."""
-    passes = 2 if recipe.method == "lora" else 3
-    pictures = (rows.latents, rows.reference)
-    image, text = sum(x.shape[1] for x in pictures if x is not None), rows.text.shape[1]
-    return recipe.batch * passes * flux_flops(config.transformer, image, text)
-
-
-def _run(recipe: FinetuneRecipe, job: Job, progress: Progress) -> TrainState:
-    frozen = {name: job.frozen[name] for name in ("params", "scales") if name in job.frozen}
-    batches: Iterator[DataBatch] | None = None
-
-    def advance(state: TrainState, index: int):
-        nonlocal batches
-        start = time.perf_counter()
-        batches = job.data.iterate(index) if batches is None else batches
-        batch = next(batches)
-        # Otherwise the devices still had the step before to do.
-        if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
-            progress.waited += time.perf_counter() - start
-        rows, ids, mu = place_rows(batch, job.mesh, job.config)
-        progress.flops += _flops(recipe, job.config, rows)
-        return job.step(state, rows, frozen, job.empty, ids, mu)
-
-    def report(row: dict[str, Any]) -> None:
-        row["learning_rate"] = float(job.rates(row["step"] - 1))
-        progress(row)
-
-    def probe(state: TrainState) -> dict[str, float]:
-        start = time.perf_counter()
-        row = _validate(recipe, job, state)
-        progress.paused += time.perf_counter() - start
-        return row
-
-    try:
-        return loop.run(
-            job.state, advance, steps=recipe.steps, folder=recipe.folder,
-            save_seconds=60 * recipe.save_minutes, keep=recipe.keep, patience=recipe.patience,
-            hang_seconds=60 * recipe.hang_minutes, log_every=recipe.log_every, probe=probe,
-            probe_every=recipe.validation.every or recipe.steps, report=report,
-            identity={"recipe": recipe_hash(recipe), "data": job.data.fingerprint},
-        )  # fmt: skip
-    finally:
-        if batches is not None:
-            batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _validate(recipe: FinetuneRecipe, job: Job, state: TrainState) -> dict[str, float]:
-    """Writes the grid of pictures and returns the validation loss, as far as they are asked for."""
-    if job.validation is None:
-        return {}
-    params = assemble(job.model, weights(state), job.frozen)
-    if recipe.validation.prompts:
-        job.validation.save(params, recipe.folder / f"validation/{int(state.step):07d}.png")
-    if not job.validation.batches:
-        return {}
-    return {"validation_loss": job.validation.loss(variables(params))}
-
-
-def weights(state: TrainState) -> Tree:
-    """What a run is judged by and leaves behind: the average where one is kept."""
-    return state.params if state.ema is None else state.ema
+    with run_folder(recipe.folder):
+        return train(recipe, prepare(recipe))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from fluxjax.chips import find_chip
+from fluxjax.cli import sentence
 from fluxjax.config import ConfigError
+from fluxjax.train.console import make_console, print_on
 
 SHOWN = ("loss", "validation_loss", "gradient_norm", "learning_rate", "skipped")
 
@@ -30,12 +33,10 @@ class Progress:
         self.flops = self.waited = self.paused = 0.0
         self._mark: tuple[int, float] | None = None
         self._bar: Any = None
-        self._board = _open_board(tensorboard) if tensorboard and self.speaks else None
+        self._board: Any = _open_board(tensorboard) if tensorboard and self.speaks else None
 
     def __enter__(self) -> Progress:
-        from rich.console import Console
-
-        self._console = Console(stderr=True, soft_wrap=True)
+        self._console = make_console()
         if self.speaks and self._console.is_terminal:
             self._bar = _bar(self._console)
             self._bar.start()
@@ -46,12 +47,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         if self._board is not None:
-            self._board.close()
+            self._aside(self._board.close)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
-        if self.speaks:
-            self._console.print(text, markup=False, highlight=False)
+        print_on(self._console, text)
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Adds images_per_second, mfu, data_share and minutes_left to `row`, and shows it."""
@@ -69,14 +69,24 @@ class Progress:
         if not self.speaks:
             return
         if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, step)
+            self._aside(lambda: self._write_board(row, step))
         shown = describe(row)
         if self._bar is None:
             self.say(f"step {step}/{self.steps}  {shown}")
         else:
             self._bar.update(self._task, description="training", completed=step, shown=shown)
+
+    def _write_board(self, row: dict[str, Any], step: int) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+
+    def _aside(self, write: Callable[[], None]) -> None:
+        """TensorBoard's files are no reason to end a run."""
+        try:
+            write()
+        except OSError as error:
+            self.say(f"warning: TensorBoard: {sentence(error)}")
 
 
 class Filling:
@@ -93,11 +103,8 @@ class Filling:
         self._bar: Any = None
 
     def __enter__(self) -> Filling:
-        from rich.console import Console
-
-        speaks = jax.process_index() == 0
-        self._console = Console(stderr=True, soft_wrap=True, quiet=not speaks)
-        if speaks and self._console.is_terminal:
+        self._console = make_console()
+        if jax.process_index() == 0 and self._console.is_terminal:
             self._bar = _bar(self._console)
             self._bar.start()
         self._begun = time.perf_counter()
@@ -120,7 +127,7 @@ class Filling:
             self._bar.update(self._task, completed=done, total=due, shown=speed)
         elif done == due or now - self._said >= self.seconds:
             self._said = now
-            self._console.print(f"{what}: {done} of {due}  {speed}", markup=False, highlight=False)
+            print_on(self._console, f"{what}: {done} of {due}  {speed}")
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +22,21 @@ from fluxjax.parallel.sequence import SequenceAttention
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.objectives import Objective
 from fluxjax.train.optimizers import OptimizerSettings
-from fluxjax.train.toml_file import build, nearest, read_toml, to_toml
+from fluxjax.train.toml_file import build, check_values, nearest, read_toml, to_toml
 from fluxjax.train.validation import ValidationSettings
 
 Method = Literal["lora", "full"]
-# What does not decide about the weights; the data have a fingerprint of their own.
-_NOT_HASHED = (
-    "folder", "mesh", "sequence", "log_every", "save_minutes", "keep", "patience", "hang_minutes",
-    "tensorboard", "validation", "save_dtype", "data",
-)  # fmt: skip
+_MAX_COUNT = 2**31 - 4  # of rows in a run, and of steps: they are counted in int32
+_YEAR = 525600.0  # in minutes
+# What does not decide about the weights. Data and model have hashes of their own.
+_UNDECISIVE = {
+    *("folder", "mesh", "sequence", "log_every", "save_minutes", "export_every", "keep"),
+    *("patience", "hang_minutes", "tensorboard", "validation", "save_dtype", "data", "model"),
+}
+_PLACES = {
+    *("folder", "model", "data.source", "data.references", "data.masks", "data.cache"),
+    *("validation.source", "validation.references"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,8 @@ class FinetuneRecipe:
     log_every: int = 10
     save_minutes: float = 10.0
     """Between checkpoints; several hosts save with the row of metrics that follows."""
+    export_every: int = 0
+    """Steps between LoRA files (or, for full, pipelines) with the step in their name; 0: none."""
     keep: int = 2
     """The newest so many checkpoints stay."""
     patience: int = 50
@@ -79,9 +87,25 @@ class FinetuneRecipe:
     validation: ValidationSettings = field(default_factory=ValidationSettings)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every"):
+        check_values(self)
+        for name in ("steps", "batch", "accumulate", "log_every", "keep", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("save_minutes", "export_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.hang_minutes <= _YEAR:
+            raise ConfigError(
+                f"hang_minutes must be above 0 and at most a year ({_YEAR:.0f}), got "
+                f"{self.hang_minutes:g}"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        if self.steps * self.batch > _MAX_COUNT:
+            raise ConfigError(
+                f"steps {self.steps} of batch {self.batch} are more than the {_MAX_COUNT} pictures "
+                "that a run can count"
+            )
         if self.batch % self.accumulate:
             raise ConfigError(
                 f"batch {self.batch} cannot be computed in accumulate {self.accumulate} equal parts"
@@ -129,12 +153,51 @@ def recipe_toml(recipe: Any) -> str:
     return f'task = "{task}"\n{to_toml(recipe)}'
 
 
-def recipe_hash(recipe: FinetuneRecipe) -> str:
-    """A hash of all that decides about the weights; a resume needs the same."""
-    values = dataclasses.asdict(recipe)
-    for name in _NOT_HASHED:
-        del values[name]
+def recipe_values(recipe: Any) -> dict[str, str]:
+    """Each key, such as `optimizer.name`, with its value as text."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, default=str)
+        for name, value in _leaves(recipe)
+    }
+
+
+def deciding_values(recipe: FinetuneRecipe) -> dict[str, str]:
+    """All that decides about the weights; a resume needs the same."""
+    left_out = set(_UNDECISIVE)
     if recipe.optimizer.schedule == "constant":
-        del values["steps"]  # the same run, only longer
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        left_out.add("steps")  # the same run, only longer
+    values = recipe_values(recipe)
+    return {name: value for name, value in values.items() if name.split(".")[0] not in left_out}
+
+
+def without_places(recipe: FinetuneRecipe) -> FinetuneRecipe:
+    """The recipe for strangers: of paths of this machine only the last name stays."""
+    return _map_leaves(recipe, lambda name, value: _shortened(value) if name in _PLACES else value)
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_shortened, value))
+    path = Path(value)
+    outside = path.is_absolute() or ".." in path.parts or str(path).startswith("~")
+    return type(value)(path.name) if outside else value
+
+
+def _leaves(recipe: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for one in dataclasses.fields(recipe):
+        value = getattr(recipe, one.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{one.name}.")
+        else:
+            yield f"{prefix}{one.name}", value
+
+
+def _map_leaves(recipe: Any, change: Callable[[str, Any], Any], prefix: str = "") -> Any:
+    changed = {}
+    for one in dataclasses.fields(recipe):
+        name, value = f"{prefix}{one.name}", getattr(recipe, one.name)
+        if dataclasses.is_dataclass(value):
+            changed[one.name] = _map_leaves(value, change, f"{name}.")
+        else:
+            changed[one.name] = change(name, value)
+    return dataclasses.replace(recipe, **changed)

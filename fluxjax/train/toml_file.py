@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,15 +14,23 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from fluxjax.config import ConfigError
 
 T = TypeVar("T")
+_MAX_BYTES = 2**20
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The values of a TOML file. Raises ConfigError if there is none or it is not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"there is no recipe {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"{path} is no recipe: it has more than {_MAX_BYTES >> 20} MiB")
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise ConfigError(f"{path} is not TOML that can be read: it is nested too deeply") from None
+    except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
@@ -33,20 +42,52 @@ def build(cls: type[T], values: dict[str, Any], where: str) -> T:
     for name, value in values.items():
         if name not in names:
             near = nearest(name, names) or f"; known are {', '.join(names)}"
-            raise ConfigError(f"{where}: unknown key {name!r}{near}")
+            raise ConfigError(f"{where}: unknown key {_short(name)}{near}")
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
             converted[name] = build(hints[name], value, f"{where} [{name}]")  # pyright: ignore[reportArgumentType]
             continue
         try:
             converted[name] = _convert(hints[name], value)
         except TypeError:
-            near = nearest(str(value), [str(v) for v in _literals(hints[name])])
+            near = nearest(_short(value).strip("'"), [str(v) for v in _literals(hints[name])])
             wanted = _describe(hints[name])
-            raise ConfigError(f"{where}: {name} must be {wanted}, got {value!r}{near}") from None
+            got = _short(value)
+            raise ConfigError(f"{where}: {name} must be {wanted}, got {got}{near}") from None
     try:
         return cls(**converted)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def check_values(settings: Any, prefix: str = "") -> None:
+    """Raises ConfigError for a number that is not finite, and for text that no file can hold."""
+    for field in dataclasses.fields(settings):
+        name, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{name}.")
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):
+                raise ConfigError(f"{name} must be a finite number, got {one}")
+            if isinstance(one, int) and abs(one) >= 2**63:
+                raise ConfigError(f"{name} must be a number of 64 bits, got {_short(one)}")
+            if isinstance(one, str | Path) and not _is_text(str(one)):
+                raise ConfigError(f"{name} is not UTF-8 (a lone surrogate): {_short(str(one))}")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        return bool(text.encode()) or True
+    except UnicodeEncodeError:
+        return False
+
+
+def _short(value: Any) -> str:
+    """The value as Python writes it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def nearest(name: str, known: Any) -> str:
@@ -72,7 +113,10 @@ def _convert(hint: Any, value: Any) -> Any:
         if len(kinds) == len(value):
             return tuple(_convert(kind, v) for kind, v in zip(kinds, value, strict=True))
     elif hint is float and type(value) in (int, float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
     elif hint is Path and isinstance(value, str):
         return Path(value)
     elif type(value) is hint:
@@ -123,4 +167,5 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
-    return json.dumps(str(value), ensure_ascii=False)
+    # JSON escapes as TOML does, but for DEL, which TOML forbids and JSON does not.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

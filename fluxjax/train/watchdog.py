@@ -7,7 +7,10 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
+
+from fluxjax.terminal import say
 
 HUNG = 4  # the exit code
 
@@ -43,9 +46,9 @@ class Watchdog:
         while not self._ended.wait(min(1.0, self.seconds / 4)):
             silent = time.monotonic() - self._beat
             if silent > self._within:
-                print(f"error: no step within {silent:.1f} s; stacks follow", file=sys.stderr)
-                sys.stderr.flush()
-                faulthandler.dump_traceback(file=_stderr(), all_threads=True)
+                say(f"error: no step within {silent:.1f} s; stacks follow")
+                with suppress(OSError, ValueError):  # a full disk must not keep it alive
+                    faulthandler.dump_traceback(file=_stderr(), all_threads=True)
                 os._exit(HUNG)
             # Where native code hangs with the interpreter locked, this thread never runs again:
             # then a timer without Python ends the process, with exit code 1.

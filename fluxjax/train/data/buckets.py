@@ -26,15 +26,12 @@ def bucket(
     """
     if min(width, height) < step:
         raise BadPicture(f"it has {width} x {height} pixels, and each side needs {step}")
-    sides = range(step, int(resolution * math.sqrt(max_aspect)) + 1, step)
+    longest = int(resolution * math.sqrt(max_aspect))
     sizes = [
         (w, h)
-        for w in sides
-        for h in sides
-        if w * h <= resolution**2
-        and w <= width
-        and h <= height
-        and max(w, h) <= max_aspect * min(w, h)
+        for w in range(step, min(longest, width) + 1, step)
+        for h in range(step, min(longest, height) + 1, step)
+        if w * h <= resolution**2 and max(w, h) <= max_aspect * min(w, h)
     ]
 
     def kept(size: tuple[int, int]) -> tuple[float, int]:

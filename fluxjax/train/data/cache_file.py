@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from fluxjax.atomic_write import write_bytes
+from fluxjax.cli import sentence
 
-_CHECK = "crc32"
+_CHECK, _KEY = "crc32", "key"
 
 
 def data_folder() -> Path:
@@ -19,27 +21,52 @@ def data_folder() -> Path:
     return Path(base).expanduser() / "fluxjax" / "data"
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """As safetensors with a checksum. Float32 becomes float16 where that can hold it."""
+def usable_folder(other: Path) -> tuple[Path, str]:
+    """`data_folder`, or `other` where that cannot be written; and what there is to say of it."""
+    try:
+        folder = data_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder, ""
+        reason = f"{folder} cannot be written"
+    except (OSError, RuntimeError) as error:  # read-only, full; no home at all
+        reason = sentence(error)
+    return other, f"latents and text states are kept in {other}: {reason}"
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], key: str) -> None:
+    """As safetensors with a checksum of arrays and key. Float32 becomes float16 where it fits."""
     from safetensors.numpy import save
 
     arrays = {name: compact(value) for name, value in arrays.items()}
-    check = np.array([_checksum(arrays)], np.uint32)
-    write_bytes(path, save({**arrays, _CHECK: check}))
+    check = np.array([_checksum(arrays, key)], np.uint32)
+    write_bytes(path, save({**arrays, _CHECK: check}, {_KEY: key}))
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """What `write_arrays` wrote, as float32; None if it is absent or damaged."""
+def read_arrays(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """What `write_arrays` wrote, as float32; None if there is no such file.
+
+    Raises ValueError for a file that is damaged or is that of another key, OSError for one that
+    cannot be read.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
-        arrays = load(path.read_bytes())
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        arrays = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        found = header["__metadata__"][_KEY]
         check = int(arrays.pop(_CHECK)[0])
-    except (FileNotFoundError, SafetensorError, KeyError, ValueError, IndexError):
-        return None
-    if check != _checksum(arrays):
-        return None
+    except (SafetensorError, KeyError, ValueError, IndexError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if check != _checksum(arrays, found):
+        raise ValueError(f"{path} is damaged")
+    if found != key:
+        raise ValueError(f"{path} holds what belongs elsewhere")
     return {name: value.astype(np.float32) for name, value in arrays.items()}
 
 
@@ -50,8 +77,8 @@ def compact(value: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(value, np.float32)
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> int:
-    check = 0
+def _checksum(arrays: dict[str, np.ndarray], key: str) -> int:
+    check = zlib.crc32(key.encode())
     for name in sorted(arrays):
         check = zlib.crc32(np.ascontiguousarray(arrays[name]).data.cast("B"), check)
         check = zlib.crc32(f"{name}{arrays[name].shape}".encode(), check)

@@ -20,13 +20,14 @@ from fluxjax.atomic_write import write_bytes
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import BadPicture, decode, quiet
 from fluxjax.train.data.buckets import bucket, fit
-from fluxjax.train.data.companions import KINDS, Kind, companion_items, folder_of
+from fluxjax.train.data.companions import KINDS, companion_items, folder_of
 from fluxjax.train.data.item import Item
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.data.sources import list_items
 
 Report = Callable[[str, int, int], None]  # what is counted, how many are done, and of how many
 _NAMED = 5  # bad pictures in an error message
+_VERSION = 2  # of what is remembered
 _T, _R = TypeVar("_T"), TypeVar("_R")
 
 
@@ -42,10 +43,11 @@ class Entry(NamedTuple):
 
 
 class Catalogue(NamedTuple):
-    """`quarantined` holds (name, reason)."""
+    """`quarantined` holds (name, reason); `notes` say what was remembered wrongly."""
 
     entries: list[Entry]
     quarantined: list[tuple[str, str]]
+    notes: list[str]
 
 
 def import_grain() -> Any:
@@ -72,13 +74,19 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
 
     Raises ValueError above the share of bad pictures, naming the first of them.
     """
-    items = list_items(settings)
-    found = _inspect_all(items, settings.source, settings, folder, report)
-    beside = {
-        kind: _companions(kind, items, settings, folder, report)
-        for kind in KINDS
-        if folder_of(kind, settings)
-    }
+    items, notes = list_items(settings), []
+
+    def inspect(items: list[Item], source: str) -> list[_Found]:
+        memory = _Memory(source, settings, folder)
+        notes.extend(filter(None, [memory.problem]))
+        return _inspect_all(items, settings.max_megapixels, memory, report)
+
+    found = inspect(items, settings.source)
+    beside = {}
+    for kind in KINDS:
+        if source := folder_of(kind, settings):
+            others = companion_items(kind, items, settings)
+            beside[kind] = list(zip(others, inspect(others, source), strict=True))
     entries, quarantined = [], []
     for i, (item, (digest, size, problem)) in enumerate(zip(items, found, strict=True)):
         companions = {kind: pairs[i] for kind, pairs in beside.items()}
@@ -108,21 +116,13 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
             f"most {settings.max_bad_share:.0%} may be: {named}"
             + (f"; and {rest} more" if rest > 0 else "")
         )
-    return Catalogue(entries, quarantined)
+    return Catalogue(entries, quarantined, notes)
 
 
 class _Found(NamedTuple):
     digest: str
     size: tuple[int, int]
     problem: str
-
-
-def _companions(
-    kind: Kind, items: list[Item], settings: DataSettings, folder: Path, report: Report | None
-) -> list[tuple[Item, _Found]]:
-    others = companion_items(kind, items, settings)
-    found = _inspect_all(others, folder_of(kind, settings), settings, folder, report)
-    return list(zip(others, found, strict=True))
 
 
 def _problem(size: tuple[int, int], companions: Mapping[str, tuple[Item, _Found]]) -> str:
@@ -136,53 +136,79 @@ def _problem(size: tuple[int, int], companions: Mapping[str, tuple[Item, _Found]
     return ""
 
 
-def _inspect_all(
-    items: list[Item], source: str, settings: DataSettings, folder: Path, report: Report | None
-) -> list[_Found]:
-    import PIL
+class _Memory:
+    """What decoding found in a source's pictures, in a file with a checksum.
 
-    where = Path(source).expanduser().absolute()
-    key = f"{where} {settings.max_megapixels} {PIL.__version__}"
-    memory = folder / "catalogues" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()}.json"
-    known = _read_memory(memory)
-    todo = [
-        i for i in items if not i.problem and i.size is None and f"{i.name} {i.stamp}" not in known
-    ]
+    One that is damaged, or of another source, is named in `problem` and made anew.
+    """
+
+    def __init__(self, source: str, settings: DataSettings, folder: Path) -> None:
+        import PIL
+
+        where = os.fsencode(Path(source).expanduser().absolute())
+        key = f"{_VERSION} {settings.max_megapixels} {PIL.__version__} ".encode() + where
+        self.key = hashlib.sha256(key).hexdigest()
+        self.path = folder / "catalogues" / f"{self.key}.json"
+        self.problem = ""
+        self.known: dict[str, _Found] = {}
+        try:
+            self.known = self._read(self.path.read_bytes())
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.problem = f"{self.path}: {error.strerror}; all pictures are checked again"
+        except (ValueError, TypeError, AttributeError, IndexError, RecursionError):
+            self.problem = f"{self.path} is damaged; all pictures are checked again"
+
+    def _read(self, content: bytes) -> dict[str, _Found]:
+        checksum, _, text = content.partition(b"\n")
+        if checksum != self._checksum(text):
+            raise ValueError
+        return {
+            name: _Found(digest, (size[0], size[1]), problem)
+            for name, (digest, size, problem) in json.loads(text).items()
+        }
+
+    def write(self, known: Mapping[str, _Found]) -> None:
+        text = json.dumps(known).encode()
+        write_bytes(self.path, self._checksum(text) + b"\n" + text)
+
+    def _checksum(self, text: bytes) -> bytes:
+        return hashlib.sha256(self.key.encode() + text).hexdigest().encode()
+
+
+def _inspect_all(
+    items: list[Item], max_megapixels: float, memory: _Memory, report: Report | None
+) -> list[_Found]:
+    known = dict(memory.known)
+    todo = [i for i in items if not i.problem and i.size is None and _name(i) not in known]
     new: dict[str, _Found] = {}
     try:
         with quiet():
-            results = in_threads(lambda i: _inspect(i, settings.max_megapixels), todo)
+            results = in_threads(lambda i: _inspect(i, max_megapixels), todo)
             for item, result in zip(todo, results, strict=True):
-                new[f"{item.name} {item.stamp}"] = result
+                new[_name(item)] = result
                 if report:
                     report("pictures checked", len(new), len(todo))
     finally:
         # A file that could not be opened may open next time; what decoding found stays true.
         known |= {name: result for name, result in new.items() if result.digest}
         if new:
-            names = {f"{item.name} {item.stamp}" for item in items}
-            kept = {name: result for name, result in known.items() if name in names}
-            write_bytes(memory, json.dumps(kept).encode())
+            names = set(map(_name, items))
+            memory.write({name: result for name, result in known.items() if name in names})
     known |= new
     return [
         _Found("", (0, 0), item.problem)
         if item.problem
         else _Found(item.digest, item.size, "")
         if item.size is not None
-        else known[f"{item.name} {item.stamp}"]
+        else known[_name(item)]
         for item in items
     ]
 
 
-def _read_memory(path: Path) -> dict[str, _Found]:
-    try:
-        rows = json.loads(path.read_bytes())
-        return {
-            str(name): _Found(str(digest), (int(size[0]), int(size[1])), str(problem))
-            for name, (digest, size, problem) in rows.items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError, IndexError):
-        return {}
+def _name(item: Item) -> str:
+    return f"{item.name} {item.stamp}"
 
 
 def _inspect(item: Item, max_megapixels: float) -> _Found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ class Dataset:
         process_index: int,
         process_count: int,
     ):
-        self.entries, self.quarantined = catalogue
+        self.entries, self.quarantined, self.notes = catalogue
         self.batch, self.process_index, self.process_count = batch, process_index, process_count
         self._settings, self._states = settings, states
         self._order = Order(self.entries, batch, seed)
@@ -79,6 +79,15 @@ class Dataset:
         made_by = (states.encoders.image_hash, states.encoders.text_hash)
         self.fingerprint = hashlib.sha256(json.dumps([made_by, listing]).encode()).hexdigest()
         """Changes with any picture, companion, caption, size or encoder."""
+
+    @property
+    def identity(self) -> str:
+        """What these data are, for people and for comparing."""
+        return f"{len(self)} pictures, {self.fingerprint[:16]}"
+
+    def train(self, say: Callable[[str], None]) -> None:
+        """From now on what the disk refuses is told to `say`, and does not end the reading."""
+        self._states.say = say
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -92,7 +101,7 @@ class Dataset:
     def report(self) -> str:
         """The pictures, their sizes, and those left out with the reasons, in lines."""
         sizes = ", ".join(f"{n} of {w}x{h}" for (w, h), n in self.sizes.items())
-        lines = [f"{len(self)} pictures in {self._settings.source}: {sizes}"]
+        lines = [*self.notes, f"{len(self)} pictures in {self._settings.source}: {sizes}"]
         if self.quarantined:
             lines.append(f"{len(self.quarantined)} are left out:")
             lines += [f"  {name}: {reason}" for name, reason in self.quarantined]
@@ -187,6 +196,12 @@ def open_dataset(
         raise ConfigError(f"there is no process {process_index} of {process_count}")
     if seed < 0:
         raise ConfigError(f"seed={seed} must not be negative")
+    if settings.bucket_step % encoders.unit:
+        near = max(1, round(settings.bucket_step / encoders.unit)) * encoders.unit
+        raise ConfigError(
+            f"bucket_step must be a multiple of {encoders.unit}, the pixels of one token, got "
+            f"{settings.bucket_step}; {near} would do"
+        )
     folder = Path(settings.cache).expanduser() if settings.cache else data_folder()
     remove_leftovers(folder)
     catalogue = read_catalogue(settings, folder, report)

@@ -10,6 +10,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from fluxjax.cli import sentence
 from fluxjax.models.latents import PATCH, pack
 from fluxjax.train.data.cache_file import compact, read_arrays, write_arrays
 from fluxjax.train.data.catalogue import Entry, pixels
@@ -37,6 +39,8 @@ class EncodingCache:
 
     def __init__(self, folder: Path, encoders: Encoders, max_megapixels: float):
         self.folder, self.encoders, self.max_megapixels = folder, encoders, max_megapixels
+        self.say: Callable[[str], None] | None = None
+        """Once training has begun: told what the disk refuses, which until then is raised."""
         self._lock = threading.Lock()
 
     def latents_path(self, entry: Entry) -> Path:
@@ -47,7 +51,7 @@ class EncodingCache:
         return self._path("text", caption, self.encoders.text_hash)
 
     def _path(self, kind: str, *parts: str) -> Path:
-        key = hashlib.sha256("\0".join((kind, *parts)).encode()).hexdigest()
+        key = hashlib.sha256("\0".join((kind, *parts)).encode()).hexdigest()  # the entry's too
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
     def latents(
@@ -98,14 +102,29 @@ class EncodingCache:
     def _find(
         self, path: Path, make: Callable[[], dict[str, np.ndarray]], what: str
     ) -> dict[str, np.ndarray]:
-        if (found := read_arrays(path)) is not None:
-            return found
+        with suppress(ValueError, OSError):  # looked at again, and said, by the one who encodes
+            if (found := read_arrays(path, path.stem)) is not None:
+                return found
         with self._lock:  # one encoder at a time, and each entry once
-            if (found := read_arrays(path)) is not None:
+            if (found := self._read(path)) is not None:
                 return found
             made = {name: np.asarray(v, np.float32) for name, v in make().items()}
             if not all(np.isfinite(value).all() for value in made.values()):
                 raise ValueError(f"{what} is encoded to values that are not finite")
-            write_arrays(path, made)
+            try:
+                write_arrays(path, made, path.stem)
+            except OSError as error:
+                if self.say is None:
+                    raise
+                self.say(f"warning: {what} is encoded anew each time: {sentence(error)}")
         # As it will be read from the disk, so that the first epoch is like the others.
         return {name: compact(value).astype(np.float32) for name, value in made.items()}
+
+    def _read(self, path: Path) -> dict[str, np.ndarray] | None:
+        """An entry, or None where it must be made: it is absent, damaged or cannot be read."""
+        try:
+            return read_arrays(path, path.stem)
+        except (ValueError, OSError) as error:
+            if self.say is not None:
+                self.say(f"warning: {sentence(error)}; it is encoded anew")
+            return None

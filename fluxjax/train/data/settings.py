@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from fluxjax.config import ConfigError
 
+_LARGEST = {"resolution": 2**15, "bucket_step": 2**15, "max_megapixels": 10**4, "scenes": 10**7}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
@@ -47,17 +49,15 @@ class DataSettings:
     """(width, height) of the drawn scenes, in turn; by default a square of the resolution."""
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "bucket_step", "max_megapixels", "scenes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(
-                    f"DataSettings.{name}={getattr(self, name)} must be greater than 0"
-                )
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if not 0 < value <= largest:
+                raise ConfigError(f"{name} must be above 0 and at most {largest}, got {value}")
         if self.resolution < self.bucket_step:
             raise ConfigError(
-                f"DataSettings.resolution={self.resolution} is smaller than "
-                f"bucket_step={self.bucket_step}"
+                f"resolution {self.resolution} is smaller than bucket_step {self.bucket_step}"
             )
         if self.max_aspect < 1:
-            raise ConfigError(f"DataSettings.max_aspect={self.max_aspect} must be at least 1")
+            raise ConfigError(f"max_aspect must be at least 1, got {self.max_aspect}")
         if not 0 <= self.max_bad_share <= 1:
-            raise ConfigError(f"DataSettings.max_bad_share={self.max_bad_share} is no share of 1")
+            raise ConfigError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")

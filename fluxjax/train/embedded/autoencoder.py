@@ -12,8 +12,8 @@ import optax
 
 from fluxjax.config import AutoencoderConfig
 from fluxjax.models.autoencoder import Autoencoder
-from fluxjax.train import loop
 from fluxjax.train.embedded.scenes import render, sample_scenes
+from fluxjax.train.loop import Hooks, Run, RunSettings
 from fluxjax.train.objectives import autoencoder_loss
 from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.step import Tree, init_state, make_step
@@ -66,9 +66,8 @@ def _run(model: Autoencoder, state, advance, join, stage: AutoencoderStage, fold
     measure = jax.jit(lambda params: psnr(reconstruct(model, join(params), held_out), held_out))
     state, steps = state
     probe = lambda state: {"psnr": float(measure(state.ema))}  # noqa: E731
-    return loop.run(
-        state, advance, steps=steps, folder=folder, probe=probe, probe_every=250
-    ).ema  # fmt: skip
+    settings = RunSettings(steps=steps, folder=folder, probe_every=250)
+    return Run(settings, advance, Hooks(probe=probe)).to_end(state).ema
 
 
 def train_autoencoder(config: AutoencoderConfig, stage: AutoencoderStage, folder: Path) -> Tree:

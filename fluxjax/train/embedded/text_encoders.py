@@ -23,7 +23,6 @@ from fluxjax.config import CLIPVisionConfig, PipelineConfig
 from fluxjax.models.clip import CLIPTextModel, CLIPVisionModel
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from fluxjax.train import loop
 from fluxjax.train.embedded.scenes import Caption, Scene, captions, render, sample_scenes
 from fluxjax.train.embedded.text_objectives import (
     LOGIT_SCALE_INIT,
@@ -40,6 +39,7 @@ from fluxjax.train.embedded.text_objectives import (
     token_readout_loss,
 )
 from fluxjax.train.embedded.vocabulary import T5_MASK, train_clip_tokenizer, train_t5_tokenizer
+from fluxjax.train.loop import Hooks, Run, RunSettings
 from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.step import init_state, make_step
 
@@ -213,14 +213,8 @@ def train_t5(
         report = measure(state.ema, min(512, settings.held_out_captions))
         return {k: v for k, v in report.items() if k.startswith("all")}
 
-    state = loop.run(
-        init_state(params, optimizer),
-        advance,
-        steps=settings.t5_steps,
-        folder=runs / "t5",
-        probe=probe,
-        probe_every=300,
-    )
+    run = RunSettings(steps=settings.t5_steps, folder=runs / "t5", probe_every=300)
+    state = Run(run, advance, Hooks(probe=probe)).to_end(init_state(params, optimizer))
     # What is shipped is rounded: measure that.
     trained = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), state.ema)
     save_params(folder, "text_encoder_2", trained["encoder"], c, jnp.bfloat16)
@@ -282,14 +276,9 @@ def train_clip(
             report |= {f"picture to text{name}": float(found[1])}
         return report
 
-    state = loop.run(
-        init_state(params, optimizer),
-        advance,
-        steps=settings.clip_steps,
-        folder=runs / "clip",
-        probe=lambda state: measure(state.ema, 2),
-        probe_every=300,
-    )
+    run = RunSettings(steps=settings.clip_steps, folder=runs / "clip", probe_every=300)
+    hooks = Hooks(probe=lambda state: measure(state.ema, 2))
+    state = Run(run, advance, hooks).to_end(init_state(params, optimizer))
     trained = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), state.ema)
     encoder = {"text_model": trained["text"]["text_model"]}  # FLUX reads the unprojected state
     save_params(folder, "text_encoder", encoder, c, jnp.bfloat16)

@@ -44,6 +44,7 @@ from fluxjax.train.embedded.transformer import (
     image_encoder,
     train_transformer,
 )
+from fluxjax.train.loop import run_folder
 from fluxjax.train.toml_file import build, read_toml
 
 Tree = Any
@@ -75,6 +76,11 @@ def read_recipe(path: Path) -> TinyRecipe:
 
 def train_tiny(recipe: TinyRecipe) -> Path:
     """Runs what is not done yet; returns the folder of the finished pipeline."""
+    with run_folder(recipe.folder):
+        return _train_stages(recipe)
+
+
+def _train_stages(recipe: TinyRecipe) -> Path:
     folder, pipeline = recipe.folder, recipe.pipeline
     pipeline.mkdir(parents=True, exist_ok=True)
     config = _text(recipe)

@@ -21,9 +21,9 @@ from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, latent_size, pack, text_ids
 from fluxjax.models.products import BFLOAT16
-from fluxjax.train import loop
 from fluxjax.train.embedded.scenes import captions, render, sample_scenes
 from fluxjax.train.embedded.text_encoders import vary
+from fluxjax.train.loop import Run, RunSettings
 from fluxjax.train.objectives import guided_velocity, interpolate, sample_times, velocity_loss
 from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.step import Tree, init_state, make_step
@@ -270,5 +270,5 @@ def train_transformer(
         batch, ids, mu = batches(index)
         return step(state, *frozen, batch, empty, ids, jnp.float32(mu))
 
-    state = loop.run(init_state(params, optimizer), advance, steps=stage.steps, folder=folder)
-    return state.ema
+    run = Run(RunSettings(steps=stage.steps, folder=folder), advance)
+    return run.to_end(init_state(params, optimizer)).ema
