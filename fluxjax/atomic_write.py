@@ -21,8 +21,13 @@ from fluxjax.lock import lock_beside, locked, try_lock
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 # What a file system answers that knows no hard links, or no such rename.
 _UNKNOWN = (
-    errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOTTY,
-)  # fmt: skip
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EPERM,
+    errno.EOPNOTSUPP,
+    errno.EMLINK,
+    errno.ENOTTY,
+)
 _ENDINGS = 9999
 # A writer locks its file within this time after making it.
 _LOCKED_AFTER = 10.0

@@ -1,4 +1,4 @@
-"""The legend of dimension names in array annotations, and the array types that rooms share.
+"""The legend of dimension names in array annotations.
 
     b       batch                           image   image (latent) tokens
     l       sequence                        text    text tokens
@@ -17,11 +17,5 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Array, Float
-
 Params = Mapping[str, Any]
 """Nested dictionaries of parameters, without the outer "params"."""
-
-Tokens = Float[Array, "b l d"]
-HeadTokens = Float[Array, "b l heads k"]
-PositionIds = Float[Array, "l axes"]

@@ -58,7 +58,7 @@ def serve(files: Mapping[str, Mapping[str, Path]], gated: tuple[str, ...] = ()) 
                 answer: object = [
                     {"type": "file", "path": name, "size": size, "oid": digest(files[name])}
                     for name, size in sizes.items()
-                ]  # fmt: skip
+                ]
             else:
                 siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
                 answer = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}

@@ -78,8 +78,9 @@ def test_without_exchange_a_kill_in_between_is_healed(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt), whole_or_nothing(tmp_path / "model"):
         raise KeyboardInterrupt
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
-        "model", "model/weights",
-    ]  # fmt: skip
+        "model",
+        "model/weights",
+    ]
     with whole_or_nothing(tmp_path / "model") as part:
         part.mkdir()
     assert [path.name for path in tmp_path.rglob("*")] == ["model"]

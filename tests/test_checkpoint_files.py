@@ -204,8 +204,10 @@ def test_a_lost_part_of_an_orbax_folder_is_not_read_as_zeros(tmp_path):
     write_orbax(tmp_path / "params", tree, chunks={"a": (2, 2), "b": (3,), "c": ()})
     (tmp_path / "params.sha256.json").unlink()
     assert {name: float(t.read().sum()) for name, t in read_orbax(tmp_path / "params").items()} == {
-        "a": 0, "b": 3, "c": 0,
-    }  # fmt: skip
+        "a": 0,
+        "b": 3,
+        "c": 0,
+    }
     base = {"driver": "ocdbt", "base": f"file://{tmp_path / 'params'}/"}
     store = ts.KvStore.open(base).result()
     for key, words in ((b"a/1.0", "a has 3 of its 4 parts"), (b"b/0", "b has 0 of its 1 parts")):

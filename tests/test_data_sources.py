@@ -78,8 +78,18 @@ def test_folder_with_metadata(tmp_path):
     catalogue = _read(source, tmp_path / "cache")
     assert _captions(catalogue) == EXPECTED
     reasons = [f"{name}: {reason}" for name, reason in catalogue.quarantined]
-    words = ("not JSON", "not JSON in UTF-8", "no file_name", "outside", "outside", "missing",
-             "no text but 3", "lone surrogate", "cannot be opened", "not JSON")  # fmt: skip
+    words = (
+        "not JSON",
+        "not JSON in UTF-8",
+        "no file_name",
+        "outside",
+        "outside",
+        "missing",
+        "no text but 3",
+        "lone surrogate",
+        "cannot be opened",
+        "not JSON",
+    )
     assert len(reasons) == len(words)
     for reason, word in zip(reasons, words, strict=True):
         assert word in reason
@@ -288,8 +298,10 @@ def test_too_many_bad_pictures_stop_the_run_naming_them(tmp_path):
     with pytest.raises(ValueError, match=r"19 of 19 .*; and 14 more"):
         open_dataset(
             DataSettings(source=str(source), max_bad_share=1.0, cache=str(tmp_path)),
-            ENCODERS, batch=1, seed=0,
-        )  # fmt: skip
+            ENCODERS,
+            batch=1,
+            seed=0,
+        )
 
 
 def test_default_caption_stands_for_a_missing_one(tmp_path):

@@ -121,9 +121,7 @@ def test_hooks_record_calls_in_order_and_channels_last():
     with recorded(model) as layers:
         model(torch.randn(2, 3, 2, 6))
     model(torch.randn(2, 3, 2, 6))
-    assert [(x.name, x.call) for x in layers] == [
-        ("conv", 0), ("act", 0), ("act", 1), ("split", 0)
-    ]  # fmt: skip
+    assert [(x.name, x.call) for x in layers] == [("conv", 0), ("act", 0), ("act", 1), ("split", 0)]
     assert layers[0].outputs[0].shape == (2, 2, 6, 5)
     assert [x.shape for x in layers[3].outputs] == [(2, 5, 4), (2, 5, 8)]
 

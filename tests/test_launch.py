@@ -92,5 +92,6 @@ def test_half_an_invitation_is_refused(given, words):
 
 def test_differences_are_named():
     assert differences({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}) == [
-        "b (2 and 3)", "c (none and 4)",
-    ]  # fmt: skip
+        "b (2 and 3)",
+        "c (none and 4)",
+    ]

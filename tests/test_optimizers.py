@@ -125,14 +125,18 @@ def test_muon_takes_both_factors_of_a_lora():
 @pytest.mark.parametrize(
     ("objective", "theirs"),
     [
-        (Objective(density="logit_normal", mean=-0.5, std=1.5),
-         {"weighting_scheme": "logit_normal", "logit_mean": -0.5, "logit_std": 1.5}),
-        (Objective(density="sigmoid"),
-         {"weighting_scheme": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0}),
+        (
+            Objective(density="logit_normal", mean=-0.5, std=1.5),
+            {"weighting_scheme": "logit_normal", "logit_mean": -0.5, "logit_std": 1.5},
+        ),
+        (
+            Objective(density="sigmoid"),
+            {"weighting_scheme": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0},
+        ),
         (Objective(density="mode"), {"weighting_scheme": "mode", "mode_scale": 1.29}),
         (Objective(density="uniform"), {"weighting_scheme": "none"}),
     ],
-)  # fmt: skip
+)
 def test_densities_are_those_of_diffusers(objective, theirs):
     count = 40_000
     generator = torch.Generator().manual_seed(0)

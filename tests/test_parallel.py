@@ -136,9 +136,13 @@ def attention_program(mesh, implementation: str):
         each = partial(attend_in_parts, mesh, ("data", "fsdp"), "tensor", each)
         tokens = P(None, AXIS)
         attend = jax.shard_map(
-            each, mesh=mesh, axis_names={AXIS}, in_specs=(tokens,) * 3, out_specs=tokens,
+            each,
+            mesh=mesh,
+            axis_names={AXIS},
+            in_specs=(tokens,) * 3,
+            out_specs=tokens,
             check_vma=False,
-        )  # fmt: skip
+        )
     else:
         attend = partial(dot_product_attention, implementation=implementation)
 

@@ -116,9 +116,12 @@ def test_completion_knows_every_verb_and_its_options(tmp_path):
 def test_a_signal_ends_a_command_from_its_first_import_on(awaited, number, tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "fluxjax", "sample", "a star"]
     running = subprocess.Popen(
-        heeding_ctrl_c(command), cwd=tmp_path,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        heeding_ctrl_c(command),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert running.stderr is not None
     for line in running.stderr:
         if line.rpartition("|")[2].strip() == awaited:
@@ -150,8 +153,11 @@ cli.run(main)
 def test_work_that_has_begun_cleans_up_after_a_signal(tmp_path, number, code):
     running = subprocess.Popen(
         heeding_ctrl_c([sys.executable, "-c", WORK]),
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert running.stdout is not None and running.stdout.readline() == "begun\n"
     running.send_signal(number)
     _, error = running.communicate(timeout=30)

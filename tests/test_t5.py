@@ -14,10 +14,17 @@ from fluxjax.models.t5 import T5Encoder, relative_position_buckets
 
 V1_1 = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=3)
 V1_0 = T5Config(
-    vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=3,
-    is_gated_act=False, dense_act_fn="relu", relative_attention_num_buckets=8,
+    vocab_size=99,
+    d_model=32,
+    d_kv=8,
+    d_ff=48,
+    num_layers=2,
+    num_heads=3,
+    is_gated_act=False,
+    dense_act_fn="relu",
+    relative_attention_num_buckets=8,
     relative_attention_max_distance=20,
-)  # fmt: skip
+)
 
 
 def reference(config: T5Config) -> transformers.T5EncoderModel:
@@ -85,8 +92,10 @@ def test_presets_have_the_published_size(config, count):
     shapes = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
     assert shapes["encoder"]["block"]["layer_0"]["SelfAttention"]["q"]["kernel"].shape == (
-        config.num_layers, config.d_model, config.num_heads * config.d_kv
-    )  # fmt: skip
+        config.num_layers,
+        config.d_model,
+        config.num_heads * config.d_kv,
+    )
 
 
 def test_intermediates_carry_torch_module_names():

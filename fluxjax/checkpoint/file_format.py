@@ -8,17 +8,21 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 _USE_SAFETENSORS = "use the .safetensors file of the same model"
 _STARTS = (
     (b"GGUF", f"it is a GGUF file, which is not read: {_USE_SAFETENSORS}"),
-    (b"PK\x03\x04", f"it is a zip archive, such as torch.save writes, with pickles: "
-     f"{_USE_SAFETENSORS}"),
-    (b"version https://git-lfs", "it is only a Git LFS pointer: fetch the file itself with "
-     "'git lfs pull'"),
+    (
+        b"PK\x03\x04",
+        f"it is a zip archive, such as torch.save writes, with pickles: {_USE_SAFETENSORS}",
+    ),
+    (
+        b"version https://git-lfs",
+        "it is only a Git LFS pointer: fetch the file itself with 'git lfs pull'",
+    ),
     (b"\x89HDF", f"it is an HDF5 file, which is not read: {_USE_SAFETENSORS}"),
     (b"\x1f\x8b", "it is packed with gzip: unpack it first"),
     (b"\x28\xb5\x2f\xfd", "it is packed with zstd: unpack it first"),
     (b"\x89PNG", "it is a PNG picture"),
     (b"\xff\xd8\xff", "it is a JPEG picture"),
     (b"\x93NUMPY", f"it is a numpy array, which is not read: {_USE_SAFETENSORS}"),
-)  # fmt: skip
+)
 
 
 def pickle_refusal(path: Path) -> str:

@@ -22,10 +22,18 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # True or filled, each changes more than low-rank products or needs other base weights.
 _REFUSED = (
-    "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
-    "target_parameters", "layer_replication", "megatron_config", "alora_invocation_tokens",
-    "loftq_config", "eva_config", "corda_config",
-)  # fmt: skip
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+)
 _INITIAL = ("gaussian", "eva", "orthogonal")  # of the first weights; the others change the base
 # Patterns may be regular expressions of strangers: few, and none that can backtrack for long.
 _LITERAL = re.compile(r"\^?[\w.\-]+")

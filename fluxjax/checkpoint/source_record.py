@@ -44,15 +44,19 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         extras = {
             name: {
-                "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape),
+                "dtype": dtype_name(tensor.dtype),
+                "shape": list(tensor.shape),
                 "data": base64.b64encode(np.ascontiguousarray(tensor.read()).tobytes()).decode(),
             }
             for name, tensor in self.extras.items()
-        }  # fmt: skip
+        }
         return {
-            "dialect": self.dialect, "renamed": dict(self.renamed), "doubled": dict(self.doubled),
-            "extras": extras, "scaled": dict(self.scaled),
-        }  # fmt: skip
+            "dialect": self.dialect,
+            "renamed": dict(self.renamed),
+            "doubled": dict(self.doubled),
+            "extras": extras,
+            "scaled": dict(self.scaled),
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Record:

@@ -115,9 +115,11 @@ def transpose(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
 def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """To a shape with the same first axis."""
     return Tensor(
-        shape, tensor.dtype, lambda a, b: tensor.rows(a, b).reshape(b - a, *shape[1:]),
+        shape,
+        tensor.dtype,
+        lambda a, b: tensor.rows(a, b).reshape(b - a, *shape[1:]),
         tensor.by_rows,
-    )  # fmt: skip
+    )
 
 
 def astype(tensor: Tensor, dtype: np.dtype) -> Tensor:

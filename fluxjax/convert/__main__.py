@@ -30,19 +30,25 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
 
     cli.begin()
     conversion = convert.plan(
-        find(options.source, "checkpoint"), options.destination, options.to, dtype=options.dtype,
+        find(options.source, "checkpoint"),
+        options.destination,
+        options.to,
+        dtype=options.dtype,
         mesh=None if options.mesh is None else parse_mesh(options.mesh),
-        config_file=options.config, shard_bytes=int(options.shard_gb * 1e9),
+        config_file=options.config,
+        shard_bytes=int(options.shard_gb * 1e9),
         overwrite=options.overwrite,
-    )  # fmt: skip
+    )
     console = Console(stderr=True, highlight=False)
     for line in conversion.summary():
         console.print(line, markup=False, soft_wrap=True)
     with byte_progress(console, conversion.nbytes) as progress:
         seconds = convert.run(conversion, progress)
     rate = conversion.nbytes / 1e6 / seconds
-    print(f"{options.destination}: {conversion.nbytes / 1e6:.0f} MB in {seconds:.1f} s, "
-          f"{rate:.0f} MB/s")  # fmt: skip
+    print(
+        f"{options.destination}: {conversion.nbytes / 1e6:.0f} MB in {seconds:.1f} s, "
+        f"{rate:.0f} MB/s"
+    )
     return 0
 
 

@@ -39,9 +39,10 @@ def _check_listed(folder: Path, index: Mapping[str, Any]) -> None:
             f"{folder} holds a {str(name)[:100]}; only pipelines of FLUX.1 are converted"
         )
     listed = {
-        key: value for key, value in index.items()
+        key: value
+        for key, value in index.items()
         if isinstance(value, list) and value not in ([None, None], [])
-    }  # fmt: skip
+    }
     lost = [key for key, value in listed.items() if not _carried(key, value)]
     if lost:
         raise ConfigError(

@@ -20,9 +20,12 @@ from rich.progress import (
 def byte_progress(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
     """Gives `advance(name of the tensor, bytes)`. Nothing is drawn where no terminal looks on."""
     columns = (
-        BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
-    )  # fmt: skip
+    )
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bars:

@@ -85,9 +85,14 @@ class _Layer(nn.Module):
     ) -> nn.Conv:
         edge = size // 2
         return nn.Conv(
-            features, (size, size), strides=stride, padding=padding or ((edge, edge), (edge, edge)),
-            dtype=self.dtype, param_dtype=self.param_dtype, name=name,
-        )  # fmt: skip
+            features,
+            (size, size),
+            strides=stride,
+            padding=padding or ((edge, edge), (edge, edge)),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
 
     def norm(self, name: str | None) -> GroupNorm:
         return GroupNorm(self.config.norm_num_groups, self.dtype, self.param_dtype, name=name)

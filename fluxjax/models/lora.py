@@ -29,10 +29,19 @@ from fluxjax.shapes import Params
 # What diffusers' FLUX scripts adapt: attention and feed-forward of the double blocks, and queries,
 # keys and values of the single blocks.
 TARGETS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
-    "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj",
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
     "ff_context.net.2",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,16 @@ def plan(options: Options) -> int:
 
     chips, config = find_chips(options.chips), read_model(options)
     made = {
-        "model": options.model, "task": options.task, "mesh": options.mesh or "data",
-        "devices": device_count(options), "batch": options.batch, "dtype": options.dtype,
-        "width": config.width, "height": config.height,
+        "model": options.model,
+        "task": options.task,
+        "mesh": options.mesh or "data",
+        "devices": device_count(options),
+        "batch": options.batch,
+        "dtype": options.dtype,
+        "width": config.width,
+        "height": config.height,
         "max_sequence_length": config.max_sequence_length,
-    }  # fmt: skip
+    }
     if options.task == "sample":
         made["steps"] = config.steps
     else:

@@ -92,9 +92,14 @@ def make_optimizer(settings: OptimizerSettings, rates: Rates) -> optax.GradientT
     else:
         # RMS-matched to AdamW's updates (0.2, Liu et al. 2025), so one learning rate serves both.
         inner = muon(
-            rates, weight_decay_mask=matrices, adam_b1=b1, adam_b2=b2, consistent_rms=0.2,
-            muon_weight_dimension_numbers=muon_dimensions, **decay,
-        )  # fmt: skip
+            rates,
+            weight_decay_mask=matrices,
+            adam_b1=b1,
+            adam_b2=b2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=muon_dimensions,
+            **decay,
+        )
     if not settings.clip:
         return optax.with_extra_args_support(inner)
     return optax.chain(optax.clip_by_global_norm(settings.clip), inner)
