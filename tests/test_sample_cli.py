@@ -414,3 +414,47 @@ def test_whatever_a_killed_run_leaves_under_a_final_name_is_whole(random_pipelin
     assert len(drawn) >= 6
     for path in drawn:
         assert pixels(path).shape == (48, 64, 3) and read_record(path)["settings"]["steps"] == 3
+
+
+def test_lines_with_loras_of_their_own_are_drawn_one_lora_after_another(sample, monkeypatch):
+    asked = []
+
+    def load(model, **options):
+        asked.append(options["loras"])
+        return one_pipeline(model)
+
+    monkeypatch.setattr("fluxjax.sample.loading.load_pipeline", load)
+    for name in ("one.st", "two.st"):
+        Path(name).write_text(name)
+    lines = ['"a"', '{"prompt": "b", "lora": "one.st:0.5"}', '{"prompt": "c", "lora": []}',
+             '{"prompt": "d", "lora": ["one.st:0.5"]}']  # fmt: skip
+    Path("l.jsonl").write_text("\n".join(lines))
+    code, printed, error = sample("--prompts", "l.jsonl", *SIZE, "--lora", "two.st", "-q")
+    assert code == 0, error
+    two, one = (f"{Path.cwd()}/two.st:1",), (f"{Path.cwd()}/one.st:0.5",)
+    assert asked == [two, one, ()]
+    assert [path.split("-")[0][-1] for path in printed] == ["a", "b", "d", "c"]
+    records = [read_record(Path(path)) for path in printed]
+    assert [one.get("lora") for one in records] == [
+        ["../two.st:1"], ["../one.st:0.5"], ["../one.st:0.5"], None
+    ]  # fmt: skip
+    Path("l.jsonl").write_text('"a"\n{"prompt": "b", "lora": "three.st"}')
+    code, printed, error = sample("--prompts", "l.jsonl", *SIZE)
+    assert code == 2 and not printed
+    assert error.startswith("error: l.jsonl, line 2: there is no LoRA file")
+
+
+def test_without_a_terminal_a_line_every_few_seconds_tells_how_far_it_is(capsys, monkeypatch):
+    from fluxjax.sample import step_progress
+
+    monkeypatch.setattr(step_progress, "EVERY", 0.05)
+    with step_progress.step_progress(8, "picture 2 of 3") as report:
+        assert report is not None
+        time.sleep(0.12)
+        report(3)
+        time.sleep(0.12)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "picture 2 of 3: loading and compiling, 0 s"
+    assert lines[-1] == "picture 2 of 3: step 3 of 8, 0 s" and len(lines) <= 5
+    with step_progress.step_progress(8, "picture", quiet=True) as report:
+        assert report is None
