@@ -101,6 +101,7 @@ def test_destinations_that_must_not_be_touched(tmp_path, vae_file):
     own = tmp_path / "letters"
     own.mkdir()
     (own / "letter.txt").write_text("dear")
+    (own / "config.json").write_text("{}")  # many a program's
     with pytest.raises(FileExistsError, match="is no model, so it is not overwritten"):
         plan(vae_file, own, overwrite=True)
     with pytest.raises(ValueError, match="is or contains the source"):

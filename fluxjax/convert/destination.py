@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_MODEL_FILES = ("model_index.json", "config.json", "*.safetensors", "params/_METADATA")
+_MODEL_FILES = ("model_index.json", "*.safetensors", "params/_METADATA")
 
 
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
