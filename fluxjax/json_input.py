@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 MAX_BYTES = 64 * 2**20
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _MAX_DIGITS = 300  # a float holds 308
 
 
@@ -25,7 +27,7 @@ def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
             parse_int=_integer, parse_float=_number, parse_constant=_number,
             object_pairs_hook=_unique if unique else None,
         )  # fmt: skip
-        if "\\u" in text:  # only an escape can write half a character
+        if _HALF.search(text):  # only an escape can write half a character
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is not JSON that can be read: it is nested too deeply") from None

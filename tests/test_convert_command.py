@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import DEV, ConfigError
 from fluxjax.convert import convert
+from fluxjax.lock import InUse
 
 COMMAND = [sys.executable, "-m", "fluxjax.convert"]
 
@@ -249,3 +251,57 @@ def test_ctrl_c(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in error
     assert [p.name for p in tmp_path.iterdir()] == ["big.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
+    """And nothing beside it, once somebody writes there again."""
+    sources = []
+    for seed in (0, 1):
+        tree = make.random_tree(make.SMALL.vae, np.float32, seed)
+        arrays = {n: t.read() for n, t in engine.to_theirs(tree, tables.bfl_autoencoder(2)).items()}
+        (tmp_path / f"{seed}").mkdir()
+        sources.append(tmp_path / f"{seed}" / "ae.safetensors")
+        write_safetensors(sources[-1], {name: of_array(array) for name, array in arrays.items()})
+    out = tmp_path / "out" / "vae"
+    whole = []
+    for source in sources:
+        convert.run(plan(source, out, overwrite=True))
+        whole.append(make.read_arrays(out))
+    program = (
+        "import sys; from pathlib import Path; from fluxjax.convert import convert\n"
+        "plans = [convert.plan(Path(s), Path(sys.argv[1]), 'diffusers', overwrite=True)\n"
+        "         for s in sys.argv[2:]]\n"
+        "while True:\n"
+        "    for one in plans: convert.run(one); print('written', flush=True)\n"
+    )
+    chance = random.Random(0)
+    for _ in range(12):
+        with subprocess.Popen(
+            [sys.executable, "-c", program, out, *sources], stdout=subprocess.PIPE
+        ) as writer:
+            assert writer.stdout is not None and writer.stdout.readline() == b"written\n"
+            time.sleep(chance.uniform(0, 0.1))
+            writer.send_signal(signal.SIGKILL)
+        found = make.read_arrays(out)
+        assert any(
+            found.keys() == one.keys() and all((found[n] == one[n]).all() for n in one)
+            for one in whole
+        )
+    convert.run(plan(sources[0], out, overwrite=True))
+    assert [path.name for path in out.parent.iterdir()] == ["vae"]
+
+
+def test_of_two_converts_one_is_refused(tmp_path, vae_file):
+    """The one that planned first also, when it comes second."""
+    first, second = (plan(vae_file, tmp_path / "out") for _ in range(2))
+    with whole_or_nothing(tmp_path / "out") as part:
+        with pytest.raises(InUse, match=r"out is in use by process \d+"):
+            convert.run(first)
+        part.mkdir()
+        (part / "model.safetensors").touch()
+    with pytest.raises(FileExistsError, match="give --overwrite"):
+        convert.run(second)
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
+        "out", "out/model.safetensors",
+    ]  # fmt: skip

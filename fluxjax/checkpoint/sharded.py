@@ -52,8 +52,13 @@ def shards_of(index: Path) -> dict[str, str]:
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} names shards that are no strings")
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
-            raise ValueError(f"{index} names {name!r}, which is no file of its own folder")
+        if (
+            Path(name).name != name
+            or not name.endswith(".safetensors")
+            or "\0" in name
+            or len(name) > 255
+        ):
+            raise ValueError(f"{index} names {name[:200]!r}, which is no file of its own folder")
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index.parent} lacks {name}, which its index names")
     return weight_map
@@ -74,7 +79,7 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
     held = {key: name for name, shard in shards.items() for key in shard}
     if held != weight_map:
         wrong = sorted(held.items() ^ weight_map.items())[0][0]
-        raise ValueError(f"{first} and its shards disagree, first about {wrong!r}")
+        raise ValueError(f"{first} and its shards disagree, first about {wrong[:200]!r}")
     return {key: shards[name][key] for key, name in weight_map.items()}
 
 

@@ -7,18 +7,22 @@ together here, as `models/clip/tokenization_clip.py` and `models/t5/tokenization
 from __future__ import annotations
 
 import base64
-import json
+import math
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from fluxjax.json_input import parse_json
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_MAX_EXTRA = 1000
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 _CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -39,7 +43,8 @@ class TokenIds(NamedTuple):
 class PromptTokenizer:
     """A tokenizer with the padding of its model: prompts of any length -> `max_length` ids."""
 
-    def __init__(self, backend: Tokenizer, pad_token: str, max_length: int):
+    def __init__(self, backend: Tokenizer, pad_token: str, max_length: int, where: str = ""):
+        self.where = where or "the tokenizer"
         self.backend = backend
         self.pad_token = pad_token
         self.max_length = max_length
@@ -50,7 +55,8 @@ class PromptTokenizer:
         self.backend.enable_truncation(length)
         pad_id = _id(self.backend, self.pad_token)
         self.backend.enable_padding(length=length, pad_id=pad_id, pad_token=self.pad_token)
-        encodings = self.backend.encode_batch(list(prompts))
+        with undamaged(self.where):
+            encodings = self.backend.encode_batch(list(prompts))
         return TokenIds(
             np.array([e.ids for e in encodings], np.int32).reshape(len(prompts), length),
             np.array([e.attention_mask for e in encodings], np.int32).reshape(-1, length),
@@ -76,8 +82,14 @@ def _removed(prompt: str, encoding: Any) -> str:
 def load_clip_tokenizer(folder: Path) -> PromptTokenizer:
     """CLIP's byte-level BPE from vocab.json and merges.txt (or tokenizer.json).
 
-    Raises FileNotFoundError when the folder holds neither, ValueError when a file is damaged.
+    Raises FileNotFoundError when the folder holds neither, ValueError when a file is damaged or
+    another network's.
     """
+    with undamaged(str(folder)):
+        return _clip_tokenizer(folder)
+
+
+def _clip_tokenizer(folder: Path) -> PromptTokenizer:
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
 
@@ -85,6 +97,7 @@ def load_clip_tokenizer(folder: Path) -> PromptTokenizer:
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
     model = settings.values.get("model")
     if model is not None:
+        settings.require_type("BPE", "CLIP")
         vocab = model["vocab"]
         merges: Any = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     elif vocab_file.is_file() and merges_file.is_file():
@@ -120,23 +133,33 @@ def load_clip_tokenizer(folder: Path) -> PromptTokenizer:
     backend.post_processor = processors.RobertaProcessing(
         (eos, _id(backend, eos)), (bos, _id(backend, bos)), False, False
     )
-    return PromptTokenizer(backend, pad, settings.max_length(77))
+    return PromptTokenizer(backend, pad, settings.max_length(77), str(folder))
 
 
 def load_t5_tokenizer(folder: Path) -> PromptTokenizer:
     """T5's SentencePiece unigram model from tokenizer.json or spiece.model.
 
-    Raises FileNotFoundError when the folder holds neither, ValueError when a file is damaged.
+    Raises FileNotFoundError when the folder holds neither, ValueError when a file is damaged or
+    another network's.
     """
+    with undamaged(str(folder)):
+        return _t5_tokenizer(folder)
+
+
+def _t5_tokenizer(folder: Path) -> PromptTokenizer:
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import Unigram
 
     settings = _Settings(folder)
     eos, pad = settings.token("eos_token", "</s>"), settings.token("pad_token", "<pad>")
     unk = settings.token("unk_token", "<unk>")
-    extra = [f"<extra_id_{i}>" for i in range(int(settings.values.get("extra_ids", 100)))]
+    count = settings.values.get("extra_ids", 100)
+    if type(count) is not int or not 0 <= count <= _MAX_EXTRA:
+        raise ValueError(f"{folder}: extra_ids must be 0 ... {_MAX_EXTRA}, got {str(count)[:60]}")
+    extra = [f"<extra_id_{i}>" for i in range(count)]
     model = settings.values.get("model")
     if model is not None:
+        settings.require_type("Unigram", "T5")
         vocab = [(piece, score) for piece, score in model["vocab"]]
         charsmap = _charsmap_of(settings.values.get("normalizer"))
     elif (folder / "spiece.model").is_file():
@@ -146,8 +169,11 @@ def load_t5_tokenizer(folder: Path) -> PromptTokenizer:
         raise FileNotFoundError(
             f"{folder} is not a T5 tokenizer: it needs tokenizer.json or spiece.model"
         )
+    if not all(math.isfinite(score) for _, score in vocab):
+        raise ValueError(f"{folder} is damaged: a score of its vocabulary is not finite")
     backend = Tokenizer(Unigram(vocab, unk_id=2, byte_fallback=False))
     if charsmap:
+        check_charsmap(charsmap)
         backend.normalizer = normalizers.Precompiled(charsmap)
     metaspace = {"replacement": "▁", "prepend_scheme": "always", "split": True}
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -158,7 +184,7 @@ def load_t5_tokenizer(folder: Path) -> PromptTokenizer:
     backend.post_processor = processors.TemplateProcessing(
         single=["$A", eos], special_tokens=[(eos, _id(backend, eos))]
     )
-    return PromptTokenizer(backend, pad, settings.max_length(512))
+    return PromptTokenizer(backend, pad, settings.max_length(512), str(folder))
 
 
 class _Settings:
@@ -167,6 +193,7 @@ class _Settings:
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise FileNotFoundError(f"the tokenizer folder {folder} does not exist")
+        self.folder = folder
         self.values: dict[str, Any] = {}
         for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
@@ -178,7 +205,18 @@ class _Settings:
 
     def max_length(self, default: int) -> int:
         value = self.values.get("model_max_length", default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 1:
+            raise ValueError(f"{self.folder}: model_max_length is {str(value)[:60]}")
         return int(value) if value < 1e6 else default  # transformers writes 1e30 for "none"
+
+    def require_type(self, kind: str, name: str) -> None:
+        """Raises ValueError for a tokenizer.json with another model than `kind`."""
+        found = self.values["model"].get("type", kind)
+        if found != kind:
+            raise ValueError(
+                f"{self.folder} holds a tokenizer of the kind {str(found)[:60]}, where {name}'s "
+                f"({kind}) belongs: are tokenizer and tokenizer_2 swapped?"
+            )
 
     def add_special_tokens(self, backend: Tokenizer, tokens: Sequence[str]) -> None:
         """Make tokens special, with the matching flags of `added_tokens_decoder` where given."""
@@ -198,9 +236,63 @@ class _Settings:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it should hold a JSON object")
+    return values
+
+
+@contextmanager
+def undamaged(where: str) -> Iterator[None]:
+    """Whatever a damaged tokenizer makes go wrong, here or in Rust, is a ValueError that names it.
+
+    The Rust library panics on some of them, which is no Exception in Python.
+    """
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as error:
+        if where in str(error) or isinstance(error, OSError):
+            raise
+        raise ValueError(f"{where} is damaged: {error}") from None
+    except Exception as error:
+        raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{where} is damaged: {error}") from None
+
+
+def check_charsmap(data: bytes) -> None:
+    """Raises ValueError for a character map in which the Rust library would look outside.
+
+    Its form is a Darts-clone double array (the size in bytes, then 4-byte units) and the
+    replacements, each ended by a zero byte. https://github.com/s-yata/darts-clone
+    """
+    size = int.from_bytes(data[:4], "little")
+    if len(data) < 4 or size % 4 or not 4 <= size <= len(data) - 4:
+        raise ValueError("its character map is cut short")
+    units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
+    texts = np.frombuffer(data, np.uint8, offset=4 + size)
+    bytes(texts).decode("utf-8")
+    offsets = (units >> 10) << ((units & 512) >> 6)
+    seen = np.zeros(len(units), bool)
+    places = offsets[:1]
+    while places.size:
+        if (places | 255).max() >= len(units):
+            raise ValueError("its character map leads outside of itself")
+        seen[places] = True
+        nodes = (places[:, None] ^ np.arange(1, 256)).ravel()
+        nodes = nodes[(units[nodes] & 0x800000FF) == np.tile(np.arange(1, 256), len(places))]
+        places = np.unique(nodes ^ offsets[nodes])
+        if places.size and places.max() >= len(units):
+            raise ValueError("its character map leads outside of itself")
+        leaves = (nodes ^ offsets[nodes])[(units[nodes] & 256) > 0]
+        starts = units[leaves] & 0x7FFFFFFF
+        if starts.size and (starts.max() >= len(texts) or (texts[starts] & 0xC0 == 0x80).any()):
+            raise ValueError("its character map has replacements outside of its texts")
+        places = places[~seen[places]]
 
 
 def _charsmap_of(normalizer: dict[str, Any] | None) -> bytes:
@@ -230,7 +322,7 @@ def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
                 pieces.append((piece[1].decode("utf-8"), score))
             elif number == 3:
                 charsmap = dict(_protobuf_fields(value)).get(2, b"")
-    except (IndexError, KeyError, TypeError, struct.error, UnicodeDecodeError):
+    except (IndexError, KeyError, TypeError, AttributeError, ValueError, struct.error):
         pieces = []
     if not pieces:
         raise ValueError(f"{path} is not a SentencePiece model, or it is damaged")
@@ -264,5 +356,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         position += 1
         value |= (byte & 0x7F) << shift
         shift += 7
+        if shift > 70:  # a number of 64 bits has ten bytes
+            raise IndexError
         if byte < 0x80:
             return value, position

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxjax.config import ConfigError
+from fluxjax.json_input import parse_json
 from fluxjax.picture_files import EXTENSIONS, BadPicture
 from fluxjax.train.data.item import (
     MAX_BYTES,
@@ -31,12 +31,17 @@ def tar_items(path: Path, name: str, settings: DataSettings) -> Iterator[Item]:
     size, problem = path.stat().st_size, ""
     try:
         with tarfile.open(path, "r:") as tar:
+            last = -1
             for member in tar:
+                # Sizes are a stranger's: a negative one would lead back to the same member.
+                if member.size < 0 or tar.offset <= last:
+                    raise tarfile.ReadError("a member has a negative size")
+                if member.isreg() and member.offset_data + member.size > size:
+                    raise tarfile.ReadError("it is cut short")
+                last = tar.offset
                 base = os.path.basename(member.name)
                 if not member.isreg() or member.issparse() or base.startswith("."):
                     continue
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("it is cut short")
                 stem, _, extension = base.partition(".")
                 key = os.path.join(os.path.dirname(member.name), stem)
                 place = (member.offset_data, member.size)
@@ -45,7 +50,14 @@ def tar_items(path: Path, name: str, settings: DataSettings) -> Iterator[Item]:
         # tarfile takes a damaged header for the end; a real end is a block of zeros, or the file's.
         if _read(path, end, 512).strip(b"\0"):
             raise tarfile.ReadError(f"it is damaged at byte {end}")
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except (
+        tarfile.TarError,
+        OSError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        RecursionError,
+    ) as error:
         problem = f"the rest of this tar is lost: {error}"
     stamp = file_stamp(path)
     for key, members in sorted(samples.items()):
@@ -83,8 +95,8 @@ def _tar_caption(
         value: Any = _read(path, offset, length)
         if extension == ".json":
             try:
-                row = json.loads(value.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
+                row = parse_json(value.decode("utf-8-sig"))
+            except ValueError as error:
                 return Caption("", f"its caption is not JSON in UTF-8 ({error})")
             value = row.get(settings.caption_key) if isinstance(row, dict) else None
         return read_caption(value, settings)
@@ -120,7 +132,7 @@ def parquet_items(path: Path, name: str, settings: DataSettings) -> Iterator[Ite
                     read = functools.partial(_parquet_picture, path, settings.image_key, group, row)
                     stamp = f"{file_stamp(path)}-{group}-{row}"
                     yield Item(shown(where), stamp, caption.text, caption.problem, read)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, LookupError, ArithmeticError, UnicodeError) as error:
         yield bad_item(name, f"the rest of this parquet file is lost: {error}")
 
 
@@ -152,7 +164,7 @@ def _parquet_picture(path: Path, column: str, group: int, row: int) -> bytes:
 
     try:
         value = _row_group(path, column, group, file_stamp(path))[row].as_py()
-    except pa.ArrowException as error:
+    except (pa.ArrowException, LookupError, ArithmeticError) as error:
         raise BadPicture(f"its row cannot be read ({error})") from None
     if isinstance(value, dict):
         value = value.get("bytes")

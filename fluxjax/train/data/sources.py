@@ -8,13 +8,13 @@ picture among thousands is left out; only a source that cannot be meant raises.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from fluxjax.config import ConfigError
+from fluxjax.json_input import parse_json
 from fluxjax.picture_files import EXTENSIONS
 from fluxjax.train.data.archives import parquet_items, tar_items
 from fluxjax.train.data.item import (
@@ -167,8 +167,8 @@ def _jsonl_items(root: Path, settings: DataSettings) -> Iterator[Item]:
             continue
         where = f"{METADATA} line {number}"
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line.decode("utf-8-sig"))
+        except ValueError as error:
             yield bad_item(where, f"it is not JSON in UTF-8 ({error})")
             continue
         name = row.get("file_name") if isinstance(row, dict) else None

@@ -1,0 +1,219 @@
+"""Every reader of strangers' files, given damaged ones: a value or one of our sentences, soon.
+
+FLUXJAX_FUZZ_SECONDS and FLUXJAX_FUZZ_SEED try more and others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import tarfile
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mutations import mutated
+from PIL import Image
+
+from fluxjax.checkpoint import engine
+from fluxjax.checkpoint.lora_file import read_lora, write_lora
+from fluxjax.checkpoint.orbax_params import read_orbax
+from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from fluxjax.checkpoint.sharded import read_sharded
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.tensors import Tensor, of_array
+from fluxjax.config import TINY
+from fluxjax.models.lora import LoraConfig, init_lora
+from fluxjax.sample.pictures import read_record, save
+from fluxjax.text.tokenizers import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
+from fluxjax.train.data.archives import parquet_items, tar_items
+from fluxjax.train.data.settings import DataSettings
+from fluxjax.train.data.sources import list_items
+from fluxjax.train.recipe import read_recipe
+
+SECONDS = float(os.environ.get("FLUXJAX_FUZZ_SECONDS", "3"))
+SEED = int(os.environ.get("FLUXJAX_FUZZ_SEED", "0"))
+SLOWEST = 5.0  # seconds for one file, on a busy machine
+ASSETS = Path(__file__).parents[1] / "fluxjax" / "assets" / "tiny"
+TEMPLATE = abstract_params(TINY.transformer)
+
+
+def small_tensors() -> dict[str, Tensor]:
+    return {name: of_array(np.arange(6, dtype=d)) for name, d in (("a.b", "f"), ("c", "i4"))}
+
+
+def read_all(tensors: Mapping[str, Tensor]) -> None:
+    for tensor in tensors.values():
+        tensor.read()
+
+
+def make_safetensors(folder: Path) -> None:
+    write_safetensors(folder / "x.safetensors", small_tensors(), {"format": "pt"})
+
+
+def make_shards(folder: Path) -> None:
+    names = {}
+    for number, (name, tensor) in enumerate(small_tensors().items()):
+        write_safetensors(folder / f"x-{number}.safetensors", {name: tensor})
+        names[name] = f"x-{number}.safetensors"
+    index = {"metadata": {"total_size": 48}, "weight_map": names}
+    (folder / "x.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_lora(folder: Path) -> None:
+    import jax
+
+    config = LoraConfig(rank=2, alpha=3.0, targets=("attn.to_q", "proj_out"))
+    tree = init_lora(jax.random.key(0), TEMPLATE, config)
+    write_lora(folder / "adapter_model.safetensors", tree, config)
+    text = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_rslora": False,
+            "alpha_pattern": {"attn.to_q": 5}, "rank_pattern": {"proj_out": 2},
+            "target_modules": ["to_q"]}  # fmt: skip
+    names = {f"base_model.model.proj_out.lora_{x}.weight": (2, 192) if x == "A" else (64, 2)
+             for x in "AB"}  # fmt: skip
+    (folder / "peft").mkdir()
+    write_safetensors(
+        folder / "peft" / "adapter_model.safetensors",
+        {name: of_array(np.ones(shape, np.float32)) for name, shape in names.items()},
+    )
+    (folder / "peft" / "adapter_config.json").write_text(json.dumps(text))
+
+
+def read_loras(folder: Path) -> None:
+    for path in (folder / "adapter_model.safetensors", folder / "peft"):
+        try:
+            read_lora(path, TEMPLATE)
+        except ValueError as error:
+            assert "adapter" in str(error)
+
+
+def make_orbax(folder: Path) -> None:
+    from fluxjax.checkpoint.orbax_params import write_orbax
+
+    tree = {"a": np.ones((4, 4), np.float32), "b": {"c": np.arange(3)}}
+    write_orbax(folder / "params", tree)
+    (folder / "params.sha256.json").unlink()  # others have none, and the hashes find everything
+
+
+def read_orbax_whole(folder: Path) -> None:
+    flat = engine.flatten(read_orbax(folder / "params"))
+    read_all({"/".join(path): leaf for path, leaf in flat.items()})
+
+
+def make_tokenizer(name: str, *without: str) -> Callable[[Path], None]:
+    return lambda folder: shutil.copytree(
+        ASSETS / name, folder / name, ignore=shutil.ignore_patterns(*without)
+    )
+
+
+def read_tokenizer(load: Callable[[Path], PromptTokenizer], name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        try:
+            load(folder / name)(["a red circle ½ ﬁ Ａ", ""], 12)
+        except (ValueError, OSError) as error:
+            assert name in str(error), str(error)
+
+    return read
+
+
+def make_recipe(folder: Path) -> None:
+    shutil.copy(Path(__file__).parents[1] / "train" / "lora_dev.toml", folder / "recipe.toml")
+
+
+def make_picture(folder: Path) -> None:
+    save(np.zeros((8, 8, 3), np.uint8), folder / "a.png", {"settings": {"seed": 3, "steps": 4}})
+
+
+def make_tar(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("1.png", "2.png"):
+            content = io.BytesIO()
+            Image.new("RGB", (8, 8)).save(content, "PNG")
+            texts = {"txt": b"a caption", "json": b'{"text": "a caption"}'}
+            for member, data in ((name, content.getvalue()), *(
+                (f"{name[0]}.{kind}", text) for kind, text in texts.items()
+            )):  # fmt: skip
+                info = tarfile.TarInfo(member)
+                info.size, info.pax_headers = len(data), {"comment": "ü"}
+                tar.addfile(info, io.BytesIO(data))
+
+
+def read_items(items: Any) -> None:
+    for item in items:
+        with contextlib.suppress(ValueError, OSError):
+            item.read()
+
+
+def make_rows(folder: Path) -> None:
+    make_picture(folder)
+    rows = [{"file_name": "a.png", "text": "a caption"}, {"file_name": "b.png", "text": "x"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def make_parquet(folder: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = {"image": [b"\x89PNG", b"x"], "text": ["a caption", "b"]}
+    pq.write_table(pa.table(rows), folder / "a.parquet")
+
+
+SETTINGS = DataSettings(source="")
+READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
+    "safetensors": (make_safetensors, lambda f: read_all(read_safetensors(f / "x.safetensors")[0])),
+    "shards": (make_shards, lambda f: read_all(read_sharded(f))),
+    "lora": (make_lora, read_loras),
+    "orbax": (make_orbax, read_orbax_whole),
+    "clip": (make_tokenizer("tokenizer"), read_tokenizer(load_clip_tokenizer, "tokenizer")),
+    "t5": (make_tokenizer("tokenizer_2"), read_tokenizer(load_t5_tokenizer, "tokenizer_2")),
+    "pieces": (make_tokenizer("tokenizer_2", "tokenizer.json"),
+               read_tokenizer(load_t5_tokenizer, "tokenizer_2")),
+    "recipe": (make_recipe, lambda f: read_recipe(f / "recipe.toml")),
+    "picture": (make_picture, lambda f: read_record(f / "a.png")),
+    "tar": (make_tar, lambda f: read_items(tar_items(f / "a.tar", "a.tar", SETTINGS))),
+    "rows": (make_rows, lambda f: read_items(list_items(DataSettings(source=str(f))))),
+    "parquet": (make_parquet, lambda f: read_items(
+        parquet_items(f / "a.parquet", "a.parquet", SETTINGS))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_are_a_value_or_a_sentence(tmp_path: Path, name: str) -> None:
+    make, read = READERS[name]
+    folder = tmp_path / "files"
+    folder.mkdir()
+    make(folder)
+    read(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    good = {path: path.read_bytes() for path in files}
+    chance = random.Random(zlib.crc32(name.encode()) + SEED)
+    tried, end = 0, time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        path, other = chance.choice(files), chance.choice(files)
+        path.write_bytes(mutated(good[path], good[other], chance))
+        begun = time.monotonic()
+        try:
+            read(folder)
+        except (ValueError, OSError) as error:
+            said = str(error)
+            assert said and len(said) < 20_000, said[:500]
+        except BaseException as error:
+            kept = tmp_path.parent / f"fuzz-{name}"
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(folder, kept)
+            what = f"{type(error).__name__}: {str(error)[:300]}"
+            raise AssertionError(f"{path.name} as in {kept}: {what}") from error
+        took = time.monotonic() - begun
+        assert took < SLOWEST, f"{path.name} took {took:.1f} s"
+        path.write_bytes(good[path])
+        tried += 1
+    assert tried >= 5 or SECONDS < 1
+    print(f"{name}: {tried} files")

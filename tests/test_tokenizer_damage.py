@@ -1,0 +1,124 @@
+"""Damaged and swapped tokenizer folders are a sentence, also where the Rust library would panic."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from fluxjax.text.tokenizers import (
+    check_charsmap,
+    load_clip_tokenizer,
+    load_t5_tokenizer,
+    read_sentencepiece,
+    undamaged,
+)
+
+TINY = Path(__file__).parents[1] / "fluxjax" / "assets" / "tiny"
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def double_array(units: list[int], texts: bytes) -> bytes:
+    body = b"".join(unit.to_bytes(4, "little") for unit in units)
+    return len(body).to_bytes(4, "little") + body + texts
+
+
+def charsmaps() -> dict[str, bytes]:
+    """Where the library's own search would look outside of the map, and panic."""
+    root = [0] * 256
+    leaf = [0] * 512
+    leaf[0] = 1 << 10  # children at 1 ^ character
+    leaf[1 ^ ord("a")] = ord("a") | 256 | ((1 ^ ord("a") ^ 300) << 10)  # its value at 300
+    outside = [*leaf]
+    outside[300] = 1 << 31 | 99
+    inside_a_character = [*leaf]
+    inside_a_character[300] = 1 << 31 | 1
+    far = [*root]
+    far[0] = 2**20 << 10
+    return {
+        "empty": b"",
+        "cut": b"\x08\0\0\0",
+        "odd": b"\x03\0\0\0abc",
+        "one unit": double_array([0], b"a\0"),
+        "leads away": double_array(far, b"a\0"),
+        "value outside": double_array(outside, b"a\0"),
+        "value inside a character": double_array(inside_a_character, "é\0".encode()),
+        "texts not UTF-8": double_array(root, b"\xff\0"),
+    }
+
+
+@pytest.mark.parametrize("name", charsmaps())
+def test_a_crafted_character_map_is_refused(name, capfd):
+    with pytest.raises(ValueError, match=r"character map|utf-8"):
+        check_charsmap(charsmaps()[name])
+    assert not capfd.readouterr().err
+
+
+def test_the_character_map_of_t5_is_whole(shared):
+    _, charsmap = read_sentencepiece(shared / "tokenizers" / "t5-v1_1-xxl" / "spiece.model")
+    assert len(charsmap) > 100_000
+    check_charsmap(charsmap)
+
+
+def test_a_panic_of_the_library_is_a_sentence():
+    class PanicException(BaseException):
+        pass
+
+    words = "tokenizer_2 is damaged: index out of"
+    with pytest.raises(ValueError, match=words), undamaged("tokenizer_2"):
+        raise PanicException("index out of bounds")
+    for other in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(other), undamaged("tokenizer_2"):
+            raise other
+
+
+def test_a_number_without_end_in_a_sentencepiece_model(tmp_path):
+    path = tmp_path / "spiece.model"
+    path.write_bytes(b"\xff" * 3_000_000)
+    begun = time.process_time()
+    with pytest.raises(ValueError, match="damaged"):
+        read_sentencepiece(path)
+    path.write_bytes(b"\x0a" + varint(2**40) + b"a")
+    with pytest.raises(ValueError, match="damaged"):
+        read_sentencepiece(path)
+    assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize("forms", [("tokenizer.json",), ()])
+def test_swapped_folders_are_told(tmp_path, forms):
+    for name, load in (("tokenizer", load_t5_tokenizer), ("tokenizer_2", load_clip_tokenizer)):
+        shutil.copytree(TINY / name, tmp_path / name)
+        for form in forms:
+            (tmp_path / name / form).unlink(missing_ok=True)
+        with pytest.raises((ValueError, FileNotFoundError), match=f"{name}.* (swapped|is not a)"):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer_config.json", '{"model_max_length": "512"}'),
+        ("tokenizer_config.json", '{"model_max_length": 0}'),
+        ("tokenizer_config.json", '{"extra_ids": 1000000000}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("tokenizer_config.json", '{"eos_token": {"no": 1}}'),
+        ("tokenizer_config.json", "[" * 100000),
+        ("tokenizer.json", '{"model": 3}'),
+        ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": [["a", "b"]]}}'),
+        ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": [["a", 1e400]]}}'),
+        ("tokenizer.json", "null"),
+    ],
+)
+def test_damaged_settings_are_a_sentence(tmp_path, file, text):
+    shutil.copytree(TINY / "tokenizer_2", tmp_path / "tokenizer_2")
+    (tmp_path / "tokenizer_2" / file).write_text(text)
+    with pytest.raises(ValueError, match="tokenizer_2"):
+        load_t5_tokenizer(tmp_path / "tokenizer_2")
