@@ -112,7 +112,9 @@ def network_config(values: dict[str, Any], path: Path) -> Any:
         if name in names or (not name and kind and kind in names):
             return parse_config(cls, values, path)
     known = ", ".join(_CLASS_NAMES[cls] for cls in _KNOWN)
-    raise ConfigError(f"{path} is of {name or kind or 'no named network'}; known are {known}")
+    raise ConfigError(
+        f"{path} is of {str(name or kind or 'no named network')[:100]}; known are {known}"
+    )
 
 
 def read_config_json(cls: type, path: Path):
@@ -126,7 +128,7 @@ def read_config_json(cls: type, path: Path):
 def parse_config(cls: type, values: dict[str, Any], path: Path):
     class_name = values.get("_class_name", _CLASS_NAMES[cls])
     if class_name != _CLASS_NAMES[cls]:
-        raise ConfigError(f"{path} is of {class_name}, expected {_CLASS_NAMES[cls]}")
+        raise ConfigError(f"{path} is of {str(class_name)[:100]}, expected {_CLASS_NAMES[cls]}")
     for key, wanted in _REQUIRED.get(cls, {}).items():
         if values.get(key, wanted) != wanted:
             raise ConfigError(f"{path}: {key}={values[key]!r} is not supported, only {wanted!r}")
