@@ -54,12 +54,13 @@ def load(folder: Path) -> None:
     import jax
 
     from fluxjax.checkpoint.safetensors_file import read_safetensors
-    from fluxjax.checkpoint.source import open_component, template_of
+    from fluxjax.checkpoint.source import open_component
+    from fluxjax.checkpoint.templates import abstract_params
     from fluxjax.parallel.mesh import make_mesh
     from fluxjax.parallel.rules import param_shardings
 
     network = open_component(folder, "transformer")
-    template = template_of(network.config, network.tensors, stacked=True)
+    template = abstract_params(network.config, stacked=True)
     places = param_shardings(template, make_mesh("fsdp=4,tensor=2"))
     jax.device_put(np.ones(8)).block_until_ready()
     before = resident("VmRSS")

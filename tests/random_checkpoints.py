@@ -9,11 +9,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from fluxjax.checkpoint import engine, tables
-from fluxjax.checkpoint.pipeline_folder import COMPONENTS, save_params, write_config
+from fluxjax.checkpoint import engine
+from fluxjax.checkpoint.pipeline_folder import save_params, write_config
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import AutoencoderConfig, CLIPTextConfig, FluxConfig, PipelineConfig, T5Config
+from fluxjax.networks import network_of
 
 # Sizes that shapes alone tell: heads of 128, CLIP heads of 64, 32 groups.
 SMALL = PipelineConfig(
@@ -47,8 +48,7 @@ def random_tree(config, dtype, seed: int = 0) -> dict:
 
 def pipeline_folder(folder: Path, config: PipelineConfig = SMALL, dtype=ml_dtypes.bfloat16) -> Path:
     write_config(folder, config)
-    for seed, component in enumerate(COMPONENTS):
-        part = getattr(config, component)
+    for seed, (component, part) in enumerate(config.networks.items()):
         save_params(folder, component, random_tree(part, dtype, seed), part, None)
     for name in ("tokenizer", "tokenizer_2"):
         (folder / name).mkdir()
@@ -58,8 +58,7 @@ def pipeline_folder(folder: Path, config: PipelineConfig = SMALL, dtype=ml_dtype
 
 def bfl_arrays(config, dtype=ml_dtypes.bfloat16) -> Arrays:
     """A transformer or autoencoder under BFL's names."""
-    levels = len(config.block_out_channels) if isinstance(config, AutoencoderConfig) else 0
-    table = tables.bfl_autoencoder(levels) if levels else tables.BFL_FLUX
+    table = network_of(config).dialect("bfl").table(config)
     theirs = engine.to_theirs(random_tree(config, dtype), table)
     return {name: tensor.read() for name, tensor in theirs.items()}
 

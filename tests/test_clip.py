@@ -15,11 +15,12 @@ from fluxjax.config import (
     CLIP_BASE_VISION,
     CLIP_L_TEXT,
     CLIP_L_VISION,
+    CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     ConfigError,
 )
-from fluxjax.models.clip import CLIPTextModel, CLIPVisionModel
+from fluxjax.models.clip import CLIPModel, CLIPTextModel, CLIPVisionModel
 from fluxjax.models.stacking import stack_layers
 
 TEXT = CLIPTextConfig(
@@ -56,7 +57,7 @@ def run(module, params, inputs):
 
 @pytest.mark.parametrize("eos", [2, 98, 7], ids=["published", "true eos", "not the highest id"])
 def test_text_equals_transformers(eos):
-    config = replace(TEXT, eos_token_id=eos)
+    config = replace(TEXT, eos_token_id=eos, with_projection=True)
     ids = IDS.copy()
     if eos == 7:
         ids[ids == 7] = 8
@@ -65,9 +66,9 @@ def test_text_equals_transformers(eos):
     with torch.no_grad():
         expected = model(torch.tensor(ids), output_hidden_states=True)
         pooled = model.text_model(torch.tensor(ids)).pooler_output
-    params = from_torch(model, config, with_projection=True)
+    params = from_torch(model, config)
     for scan in (False, True):
-        module = CLIPTextModel(config, scan_layers=scan, with_projection=True)
+        module = CLIPTextModel(config, scan_layers=scan)
         ours = run(module, stack_layers(params) if scan else params, ids)
         assert relative_l2(ours.last_hidden_state, expected.last_hidden_state) <= 1e-5
         assert relative_l2(ours.penultimate_hidden_state, expected.hidden_states[-2]) <= 1e-5
@@ -85,14 +86,15 @@ def test_text_without_projection():
 
 
 def test_vision_equals_transformers():
+    config = replace(VISION, with_projection=True)
     model = randomised(transformers.CLIPVisionModelWithProjection(torch_config(VISION)))
     with torch.no_grad():
         pixels = torch.tensor(PIXELS).permute(0, 3, 1, 2)
         expected = model(pixels)
         pooled = model.vision_model(pixels).pooler_output
-    params = from_torch(model, VISION, with_projection=True)
+    params = from_torch(model, config)
     for scan in (False, True):
-        module = CLIPVisionModel(VISION, scan_layers=scan, with_projection=True)
+        module = CLIPVisionModel(config, scan_layers=scan)
         ours = run(module, stack_layers(params) if scan else params, PIXELS)
         assert relative_l2(ours.last_hidden_state, expected.last_hidden_state) <= 1e-5
         assert relative_l2(ours.pooler_output, pooled) <= 1e-5
@@ -108,26 +110,29 @@ def test_both_towers_equal_clip_model():
     model = randomised(transformers.CLIPModel(config))
     with torch.no_grad():
         expected = model(torch.tensor(IDS), torch.tensor(PIXELS).permute(0, 3, 1, 2))
-    text, vision = (from_torch(model, config, with_projection=True) for config in (TEXT, VISION))
-    text = run(CLIPTextModel(TEXT, with_projection=True), text, IDS).text_embeds
-    image = run(CLIPVisionModel(VISION, with_projection=True), vision, PIXELS).image_embeds
-    text, image = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (text, image))
-    logits = np.exp(model.logit_scale.item()) * np.asarray(text) @ np.asarray(image).T
-    assert relative_l2(logits, expected.logits_per_text) <= 1e-5
+    ours = CLIPConfig(
+        text_config=replace(TEXT, with_projection=True),
+        vision_config=replace(VISION, with_projection=True),
+    )
+    params = from_torch(model, ours)
+    for scan in (False, True):
+        module = CLIPModel(ours, scan_layers=scan)
+        placed = stack_layers(params) if scan else params
+        text, image = jax.jit(module.apply)({"params": placed}, IDS, PIXELS)
+        logits = np.exp(params["logit_scale"]) * np.asarray(text) @ np.asarray(image).T
+        assert relative_l2(logits, expected.logits_per_text) <= 1e-5
 
 
 def test_bfloat16_is_as_good_as_torch():
     text = randomised(transformers.CLIPTextModelWithProjection(torch_config(TEXT)))
     vision = randomised(transformers.CLIPVisionModelWithProjection(torch_config(VISION)))
     pixels = torch.tensor(PIXELS).permute(0, 3, 1, 2)
-    ours = CLIPTextModel(TEXT, dtype=jnp.bfloat16, with_projection=True)
-    ours = run(ours, from_torch(text, TEXT, with_projection=True), IDS).last_hidden_state.astype(
-        jnp.float32
-    )
-    ours_v = CLIPVisionModel(VISION, dtype=jnp.bfloat16, with_projection=True)
-    ours_v = run(
-        ours_v, from_torch(vision, VISION, with_projection=True), PIXELS
-    ).last_hidden_state.astype(jnp.float32)
+    config, config_v = (replace(c, with_projection=True) for c in (TEXT, VISION))
+    ours = CLIPTextModel(config, dtype=jnp.bfloat16)
+    ours = run(ours, from_torch(text, config), IDS).last_hidden_state.astype(jnp.float32)
+    ours_v = CLIPVisionModel(config_v, dtype=jnp.bfloat16)
+    ours_v = run(ours_v, from_torch(vision, config_v), PIXELS)
+    ours_v = ours_v.last_hidden_state.astype(jnp.float32)
     with torch.no_grad():
         for model, inputs, mine in (
             (text, torch.tensor(IDS), ours),

@@ -19,13 +19,14 @@ import tensorstore
 from ctrl_c import heeding_ctrl_c
 
 from fluxjax.atomic_write import whole_or_nothing
-from fluxjax.checkpoint import engine, tables
+from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import DEV, ConfigError
 from fluxjax.convert import convert
 from fluxjax.lock import InUse
+from fluxjax.networks.flux import BFL
 
 COMMAND = [sys.executable, "-m", "fluxjax.convert"]
 
@@ -152,7 +153,7 @@ def test_no_space(tmp_path, vae_file, monkeypatch):
 
 def test_names_with_paths_are_only_names(tmp_path):
     arrays = {"../../outside": np.zeros(2, np.float32), **make.bfl_arrays(make.SMALL.vae)}
-    path = tmp_path / "x.safetensors"
+    path = tmp_path / "ae.safetensors"
     write_safetensors(path, {name: of_array(array) for name, array in arrays.items()})
     with pytest.raises(engine.MappingError, match=r"unknown: \.\./\.\./outside"):
         plan(path, tmp_path / "out")
@@ -193,7 +194,7 @@ def big_file(path, blocks):
 
     leaves = engine.reference_leaves(abstract_params(config))
     reference = {name: random(leaf.shape) for name, leaf in leaves.items()}
-    write_safetensors(path, engine.from_reference(reference, tables.BFL_FLUX))
+    write_safetensors(path, engine.from_reference(reference, BFL))
     return path
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxjax.checkpoint.pipeline_folder import INDEX, weights_stem
+from fluxjax.checkpoint.pipeline_folder import model_index, weights_stem
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.tensors import of_array
+from fluxjax.config import DEV
 from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.convert import plan
 
@@ -25,8 +26,8 @@ def weights(path: Path) -> None:
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
-    for name in NETWORKS:
-        weights(folder / name / f"{weights_stem(name)}.safetensors")
+    for name, config in DEV.networks.items():
+        weights(folder / name / f"{weights_stem(config)}.safetensors")
     for name in ("scheduler", "tokenizer", "tokenizer_2"):
         (folder / name).mkdir()
         (folder / name / f"{name}_config.json").write_text("{}")
@@ -35,7 +36,7 @@ def pipeline(tmp_path: Path) -> Path:
 
 
 def relist(folder: Path, **changes) -> None:
-    (folder / "model_index.json").write_text(json.dumps({**INDEX, **changes}))
+    (folder / "model_index.json").write_text(json.dumps({**model_index(DEV.networks), **changes}))
 
 
 def test_a_whole_pipeline(pipeline: Path) -> None:

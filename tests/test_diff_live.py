@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from torch_pipeline import random_pipeline  # noqa: F401
 
+from fluxjax.checkpoint.source import OpenNetwork
 from fluxjax.config import ConfigError
 from fluxjax.diff import live
 from fluxjax.diff.commands import Golden, Live, execute
@@ -68,9 +69,9 @@ def test_bfloat16(folder, network):
 
 
 def test_on_a_mesh(folder, shared, monkeypatch):
-    loaded, load = [], live.load_params
+    loaded, load = [], OpenNetwork.params
     monkeypatch.setattr(
-        live, "load_params", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1]
+        OpenNetwork, "params", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1]
     )
     report = compare_network(folder, "transformer", mesh="fsdp=2,tensor=4")
     assert report.passed, report.first_failure

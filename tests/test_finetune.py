@@ -21,7 +21,6 @@ from random_checkpoints import random_tree
 
 from fluxjax.checkpoint.lora_file import read_lora
 from fluxjax.checkpoint.pipeline_folder import (
-    COMPONENTS,
     load_params,
     save_params,
     write_config,
@@ -40,10 +39,10 @@ from fluxjax.config import (
     T5Config,
 )
 from fluxjax.hub import tiny_folder
-from fluxjax.models.flops import flux_flops
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, unpack
 from fluxjax.models.lora import LoraConfig
+from fluxjax.networks.flux import flops as flux_flops
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.train import command, finetune, progress
 from fluxjax.train.curve import draw_curve, smoothed
@@ -86,8 +85,7 @@ SMALL = PipelineConfig(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    for seed, name in enumerate(COMPONENTS):
-        part = getattr(SMALL, name)
+    for seed, (name, part) in enumerate(SMALL.networks.items()):
         params = jax.tree.map(lambda leaf: 0.2 * leaf, random_tree(part, np.float32, seed))
         save_params(folder, name, params, part, None)
     write_config(folder, SMALL)  # as published: save_params names the stored type

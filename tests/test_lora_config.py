@@ -163,7 +163,7 @@ def test_other_files_are_told(tmp_path: Path) -> None:
         tmp_path / "flux.safetensors",
         {"double_blocks.0.img_attn.qkv.weight": of_array(np.zeros(2, np.float32))},
     )
-    with pytest.raises(ConfigError, match="it is a whole transformer, to be given as a model"):
+    with pytest.raises(ConfigError, match="it is a whole FLUX transformer, to be given as a model"):
         read_lora(tmp_path / "flux.safetensors", TEMPLATE)
     write_safetensors(tmp_path / "x.safetensors", {"a": of_array(np.zeros(2, np.float32))})
     with pytest.raises(ConfigError, match="none of its 1 tensors is one of a LoRA"):

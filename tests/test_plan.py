@@ -16,7 +16,7 @@ from fluxjax.checkpoint.templates import abstract_params, parameter_count
 from fluxjax.chips import CHIPS
 from fluxjax.config import TINY, ConfigError
 from fluxjax.models.attention import dot_product_attention
-from fluxjax.models.flops import flux_flops
+from fluxjax.networks.flux import flops as flux_flops
 from fluxjax.parallel.compiled_program import Structure, measure
 from fluxjax.parallel.mesh import make_mesh
 from fluxjax.plan.attention import flash_like

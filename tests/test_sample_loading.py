@@ -52,7 +52,10 @@ def test_what_a_single_file_lacks_is_named(forms, tmp_path):
         ((flux, None, None), "needs text encoders"),
         ((flux, bfl, None), "needs a vae"),
         ((vae, bfl, vae), "holds no FLUX transformer but vae"),
-        ((flux, bfl, flux), "holds no FLUX autoencoder but transformer"),
+        (
+            (flux, bfl, flux),
+            "expected the autoencoder, but these are tensors of the FLUX transformer",
+        ),
         ((flux, tmp_path, vae), "text_encoder"),
         ((bfl, None, vae), "is none"),
     ):

@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from fluxjax import config as presets
 from fluxjax.checkpoint.engine import flatten
-from fluxjax.checkpoint.pipeline_folder import COMPONENTS
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import PRESETS, AutoencoderConfig, ConfigError, FluxConfig
 from fluxjax.parallel.mesh import (
@@ -30,16 +29,15 @@ from fluxjax.parallel.rules import (
 )
 
 MESHES = ("data=8", "fsdp=8", "tensor=4,fsdp=2", "sequence=4,data=2", "fsdp=2,tensor=2,sequence=2")
-NETWORKS = {getattr(preset, part) for preset in PRESETS.values() for part in COMPONENTS} | {
+CONFIGS = {part for preset in PRESETS.values() for part in preset.networks.values()} | {
     value for name, value in vars(presets).items() if name.startswith(("T5_", "CLIP_"))
 }
-NETWORKS |= {AutoencoderConfig(use_quant_conv=True, use_post_quant_conv=True)}
+CONFIGS |= {AutoencoderConfig(use_quant_conv=True, use_post_quant_conv=True)}
 
 
 def paths(stacked: bool):
-    for network in NETWORKS:
-        tree = abstract_params(network, stacked=stacked, with_projection=True)
-        for path, leaf in flatten(tree).items():
+    for config in CONFIGS:
+        for path, leaf in flatten(abstract_params(config, stacked=stacked)).items():
             yield "/".join(path), leaf.shape
 
 

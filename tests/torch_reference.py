@@ -4,9 +4,8 @@ import numpy as np
 import torch
 
 from fluxjax.checkpoint.engine import to_ours
-from fluxjax.checkpoint.tables import CLIP_TEXT, CLIP_VISION, T5
-from fluxjax.checkpoint.templates import Config, abstract_params
-from fluxjax.config import CLIPTextConfig, CLIPVisionConfig, T5Config
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.networks import Config, network_of
 
 
 def relative_l2(ours, expected) -> float:
@@ -15,9 +14,8 @@ def relative_l2(ours, expected) -> float:
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
-def from_torch(model: torch.nn.Module, config: Config, *, with_projection: bool = False) -> dict:
+def from_torch(model: torch.nn.Module, config: Config) -> dict:
     """A transformers model's weights as our tree, through the converter that ships."""
-    tables = {T5Config: T5, CLIPTextConfig: CLIP_TEXT, CLIPVisionConfig: CLIP_VISION}
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    template = abstract_params(config, with_projection=with_projection)
-    return to_ours(weights, tables[type(config)], template)
+    table = network_of(config).dialect("reference").table(config)
+    return to_ours(weights, table, abstract_params(config))

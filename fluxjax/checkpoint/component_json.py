@@ -10,66 +10,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fluxjax.config import (
-    AutoencoderConfig,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    ConfigError,
-    FluxConfig,
-    SchedulerConfig,
-    T5Config,
-    from_dict,
-)
+from fluxjax.config import ConfigError, SchedulerConfig, from_dict
 from fluxjax.json_input import MAX_BYTES, parse_json
+from fluxjax.networks import NETWORKS
+from fluxjax.networks.network import JsonForm
 
-_DEFAULTS: dict[type, dict[str, Any]] = {
-    FluxConfig: {"guidance_embeds": False},
-    AutoencoderConfig: {
-        "block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4,
-        "scaling_factor": 0.18215, "shift_factor": 0.0, "use_quant_conv": True,
-        "use_post_quant_conv": True,
-    },
-    CLIPTextConfig: {
-        "hidden_size": 512, "intermediate_size": 2048, "projection_dim": 512,
-        "num_attention_heads": 8, "bos_token_id": 49406, "eos_token_id": 49407,
-    },
-    CLIPVisionConfig: {
-        "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512,
-        "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 32,
-    },
-    T5Config: {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
-    SchedulerConfig: {"shift": 1.0, "use_dynamic_shifting": False},
+_DIFFUSERS_VERSION = "0.30.0"
+_FORMS: dict[type, JsonForm] = {
+    **{cls: network.json for cls, network in NETWORKS.items()},
+    SchedulerConfig: JsonForm(
+        "diffusers",
+        ("FlowMatchEulerDiscreteScheduler",),
+        defaults={"shift": 1.0, "use_dynamic_shifting": False},
+        required={
+            "shift_terminal": None, "use_karras_sigmas": False, "use_exponential_sigmas": False,
+            "use_beta_sigmas": False, "invert_sigmas": False, "stochastic_sampling": False,
+            "time_shift_type": "exponential",
+        },
+    ),
 }  # fmt: skip
-
-# What our networks do not have: a file that asks for it would give other pictures.
-_REQUIRED: dict[type, dict[str, Any]] = {
-    FluxConfig: {"patch_size": 1},
-    AutoencoderConfig: {"act_fn": "silu", "mid_block_add_attention": True},
-    SchedulerConfig: {
-        "shift_terminal": None, "use_karras_sigmas": False, "use_exponential_sigmas": False,
-        "use_beta_sigmas": False, "invert_sigmas": False, "stochastic_sampling": False,
-        "time_shift_type": "exponential",
-    },
-}  # fmt: skip
-
-_CLASS_NAMES: dict[type, str] = {
-    FluxConfig: "FluxTransformer2DModel",
-    AutoencoderConfig: "AutoencoderKL",
-    CLIPTextConfig: "CLIPTextModel",
-    CLIPVisionConfig: "CLIPVisionModelWithProjection",
-    T5Config: "T5EncoderModel",
-    SchedulerConfig: "FlowMatchEulerDiscreteScheduler",
-}
-
-
-# Classes of diffusers and transformers, and transformers' model types, that have these weights.
-_KNOWN: dict[type, tuple[str, ...]] = {
-    FluxConfig: ("FluxTransformer2DModel",),
-    AutoencoderConfig: ("AutoencoderKL",),
-    CLIPTextConfig: ("CLIPTextModel", "CLIPTextModelWithProjection", "clip_text_model"),
-    CLIPVisionConfig: ("CLIPVisionModel", "CLIPVisionModelWithProjection", "clip_vision_model"),
-    T5Config: ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "t5"),
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,91 +53,86 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def network_config(values: dict[str, Any], path: Path) -> Any:
-    """The configuration in a config.json of any network of ours; of a whole CLIP, the pair.
+    """The configuration in a config.json of any network of ours.
 
     Raises ConfigError, naming `path`, if it is of another network.
     """
-    name = values.get("_class_name") or (values.get("architectures") or [""])[0]
-    kind = values.get("model_type", "")
-    if kind == "clip" or name == "CLIPModel":
-        parts = []
-        for cls, key in ((CLIPTextConfig, "text_config"), (CLIPVisionConfig, "vision_config")):
-            part = {**(values.get(f"{key}_dict") or {}), **(values.get(key) or {})}
-            if "projection_dim" in values:
-                part["projection_dim"] = values["projection_dim"]
-            parts.append(parse_config(cls, part, path))
-        return tuple(parts)
-    for cls, names in _KNOWN.items():
-        if name in names or (not name and kind and kind in names):
+    name, kind = _names(values, path)
+    for cls, network in NETWORKS.items():
+        form = network.json
+        if name in form.class_names or (not name and kind and kind in form.model_types):
             return parse_config(cls, values, path)
-    known = ", ".join(_CLASS_NAMES[cls] for cls in _KNOWN)
+    known = ", ".join(network.json.class_names[0] for network in NETWORKS.values())
+    if not (name or kind):
+        raise ConfigError(f"{path} names no network; fluxjax reads {known}")
     raise ConfigError(
-        f"{path} is of {str(name or kind or 'no named network')[:100]}; known are {known}"
+        f"{path} is of {(name or kind)[:100]}, which fluxjax cannot read yet; it reads {known}"
     )
 
 
-def read_config_json(cls: type, path: Path):
-    """The dataclass `cls` of a config.json.
+def _names(values: dict[str, Any], path: Path) -> tuple[str, str]:
+    """The class and transformers' architecture that a file names, "" for none."""
+    classes = values.get("architectures") or [""]
+    if not isinstance(classes, list):
+        raise ConfigError(f"{path}: architectures must be a list of names, got {classes!r}")
+    found = {"_class_name": values.get("_class_name") or classes[0],
+             "model_type": values.get("model_type") or ""}  # fmt: skip
+    for key, name in found.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: {key} must be a name, got {name!r}")
+    return found["_class_name"], found["model_type"]
 
-    Raises FileNotFoundError; ConfigError for values that no network of ours has.
+
+def read_config_json(cls: type, path: Path) -> Any:
+    """The dataclass `cls` of a config.json; of a whole CLIP's, the part that is asked for.
+
+    Raises FileNotFoundError; ConfigError for another network, naming both, and for values that no
+    network of ours has.
     """
-    return parse_config(cls, read_json(path), path)
+    values, form = read_json(path), _FORMS[cls]
+    name, kind = _names(values, path)
+    if name in form.class_names or (not name and kind in (*form.model_types, "")):
+        return parse_config(cls, values, path)
+    config = network_config(values, path) if cls in NETWORKS else None
+    for part in NETWORKS[type(config)].parts.values() if config is not None else ():
+        if type(getattr(config, part)) is cls:
+            return getattr(config, part)
+    raise ConfigError(f"{path} is of {(name or kind)[:100]}, expected {form.class_names[0]}")
 
 
-def parse_config(cls: type, values: dict[str, Any], path: Path):
-    class_name = values.get("_class_name", _CLASS_NAMES[cls])
-    if class_name != _CLASS_NAMES[cls]:
-        raise ConfigError(f"{path} is of {str(class_name)[:100]}, expected {_CLASS_NAMES[cls]}")
-    for key, wanted in _REQUIRED.get(cls, {}).items():
+def parse_config(cls: type, values: dict[str, Any], path: Path) -> Any:
+    """`cls` of the values of a file. Raises ConfigError that names `path`, key and value."""
+    form = _FORMS[cls]
+    for key, wanted in form.required.items():
         if values.get(key, wanted) != wanted:
             raise ConfigError(f"{path}: {key}={values[key]!r} is not supported, only {wanted!r}")
-    values = {**_DEFAULTS[cls], **{k: v for k, v in values.items() if v is not None}}
-    if cls is FluxConfig:
-        values.setdefault("out_channels", values.get("in_channels", 64))
-    if cls is T5Config:
-        feed_forward = values.get("feed_forward_proj", "relu")
-        gated, activation = feed_forward.startswith("gated-"), feed_forward.split("-")[-1]
-        # transformers' own exception: "gated-gelu" means the tanh form.
-        values.setdefault("is_gated_act", gated)
-        values.setdefault("dense_act_fn", "gelu_new" if (gated, activation) == (True, "gelu")
-                          else activation)  # fmt: skip
+    given = {**form.defaults, **{k: v for k, v in values.items() if v is not None}}
     try:
-        return from_dict(cls, values)
-    except (ConfigError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        given = form.read(given)
+        for field in dataclasses.fields(cls):
+            part = type(field.default)
+            if part in NETWORKS and field.name in given:
+                given[field.name] = parse_config(part, given[field.name], path)
+        return from_dict(cls, given)
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 def config_json(config: Any, dtype: str | None = None) -> dict[str, Any]:
     """What diffusers or transformers write for this configuration."""
-    cls = type(config)
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in
-              dataclasses.asdict(config).items()}  # fmt: skip
-    if cls in (FluxConfig, AutoencoderConfig, SchedulerConfig):
-        values |= {"_class_name": _CLASS_NAMES[cls], "_diffusers_version": "0.30.0"}
-    else:
-        values |= {"architectures": [_CLASS_NAMES[cls]]}
-        values |= {"torch_dtype": dtype} if dtype else {}
-    if cls is FluxConfig:
-        values["patch_size"] = 1
-        for key, fixed in (("rope_theta", 10000.0), ("mlp_ratio", 4.0), ("qkv_bias", True)):
-            if values[key] == fixed:  # diffusers knows no other value and no such key
-                del values[key]
-    elif cls is AutoencoderConfig:
-        levels = len(config.block_out_channels)
-        values |= {
-            "act_fn": "silu", "force_upcast": True, "mid_block_add_attention": True,
-            "sample_size": 1024, "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-        }  # fmt: skip
-    elif cls is T5Config:
-        gated = "gated-" if config.is_gated_act else ""
-        activation = "gelu" if config.dense_act_fn.startswith("gelu") else config.dense_act_fn
-        values |= {
-            "model_type": "t5", "feed_forward_proj": gated + activation, "dropout_rate": 0.1,
-            "decoder_start_token_id": 0, "is_encoder_decoder": True, "tie_word_embeddings": False,
-        }  # fmt: skip
-    elif cls is CLIPTextConfig:
-        values["model_type"] = "clip_text_model"
-    elif cls is CLIPVisionConfig:
-        values["model_type"] = "clip_vision_model"
-    return values
+    form = _FORMS[type(config)]
+    values: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) in NETWORKS:
+            nested[field.name] = config_json(value)
+        else:
+            values[field.name] = list(value) if isinstance(value, tuple) else value
+    values = form.write(config, values) | nested
+    name = form.class_name(config)
+    if form.library == "diffusers":
+        return values | {"_class_name": name, "_diffusers_version": _DIFFUSERS_VERSION}
+    values |= {"architectures": [name], "model_type": form.model_types[0]}
+    return values | ({"torch_dtype": dtype} if dtype else {})

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from fluxjax.checkpoint import tensors
-from fluxjax.checkpoint.tables import Rule, Table
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.models.names import flatten, is_stacked, reference_name, unflatten
+from fluxjax.networks.tables import Rule, Table
 
 
 class MappingError(ValueError):

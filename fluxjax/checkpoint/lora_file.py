@@ -26,11 +26,12 @@ from fluxjax.checkpoint.peft_config import (
     read_peft_config,
 )
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
-from fluxjax.checkpoint.tables import BFL_FLUX, Rule
 from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import ConfigError
 from fluxjax.models.lora import LoraConfig, Site, dense_sites
 from fluxjax.models.names import flatten, is_stacked, module_name, unflatten
+from fluxjax.networks.flux import BFL
+from fluxjax.networks.tables import Rule
 from fluxjax.shapes import Params
 
 Naming = Literal["peft", "kohya"]
@@ -155,7 +156,8 @@ def _refuse_others(path: Path, names: Collection[str]) -> None:
     if names and not any(map(_KEY.fullmatch, names)):
         some = next(iter(names))
         try:
-            what = f"it is a whole {detect_network(names)[0]}, to be given as a model"
+            network, _ = detect_network(dict.fromkeys(names, ()))
+            what = f"it is a whole {network.words}, to be given as a model"
         except ConfigError:
             what = f"none of its {len(names)} tensors is one of a LoRA"
         raise ConfigError(f"{path} is no LoRA: {what} (it has {some!r})")
@@ -165,7 +167,7 @@ def _modules(shapes: Mapping[str, Any]) -> dict[str, _Parts]:
     """Module names that a file may use, dots as underscores."""
     known = {name.replace(".", "_"): _Parts((name,)) for name in shapes}
     blocks = max([int(n) for name in shapes for n in re.findall(r"\.(\d+)\.", name)], default=-1)
-    for rule in (*BFL_FLUX.rules, *_XLABS):
+    for rule in (*BFL.rules, *_XLABS):
         for i in range(blocks + 1) if "{}" in rule.theirs else (0,):
             names = tuple(ours.format(i) for ours in rule.ours)
             if all(name in shapes for name in names):
@@ -352,7 +354,7 @@ def _fused(adapters: Mapping[str, Adapter], widths: Mapping[str, int]) -> dict[s
     """Adapters under BFL's module names; parts that are not adapted get rows of zeros."""
     left, fused = dict(adapters), {}
     for name in adapters:
-        for rule in BFL_FLUX.rules:
+        for rule in BFL.rules:
             patterns = [re.escape(ours).replace(r"\{\}", r"(\d+)") for ours in rule.ours]
             match = next(filter(None, (re.fullmatch(p, name) for p in patterns)), None)
             if match is None or name not in left:

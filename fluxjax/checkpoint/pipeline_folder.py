@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from fluxjax.checkpoint import engine, tables, tensors
+from fluxjax.checkpoint import engine, tensors
 from fluxjax.checkpoint.component_json import (
     config_json,
     read_config_json,
@@ -21,43 +21,32 @@ from fluxjax.checkpoint.component_json import (
     write_json,
 )
 from fluxjax.checkpoint.sharded import write_sharded
-from fluxjax.checkpoint.source import RECORD_FILE, open_component
+from fluxjax.checkpoint.source import RECORD_FILE, open_component, pipeline_class
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import (
-    AutoencoderConfig,
-    CLIPTextConfig,
-    ConfigError,
-    FluxConfig,
-    PipelineConfig,
-    SchedulerConfig,
-    T5Config,
-)
+from fluxjax.config import DEV, ConfigError, FluxConfig, PipelineConfig, SchedulerConfig
+from fluxjax.networks import Config, network_of
 
-Component = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
-COMPONENTS: dict[str, type] = {
-    "transformer": FluxConfig,
-    "vae": AutoencoderConfig,
-    "text_encoder": CLIPTextConfig,
-    "text_encoder_2": T5Config,
-}
-INDEX = {
-    "_class_name": "FluxPipeline",
-    "_diffusers_version": "0.30.0",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 _DEFAULTS_FILE = "fluxjax.json"
 _DEFAULTS = ("max_sequence_length", "steps", "guidance", "width", "height")
 
 
-def weights_stem(component: str) -> str:
+def weights_stem(config: Config) -> str:
     """diffusers' and transformers' names for the weights file."""
-    return "diffusion_pytorch_model" if component in ("transformer", "vae") else "model"
+    library = network_of(config).json.library
+    return "diffusion_pytorch_model" if library == "diffusers" else "model"
+
+
+def model_index(networks: Mapping[str, Config]) -> dict[str, Any]:
+    """model_index.json of a FLUX pipeline of these networks, by component."""
+    forms = {name: (network_of(config).json, config) for name, config in networks.items()}
+    return {
+        "_class_name": "FluxPipeline",
+        "_diffusers_version": "0.30.0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        **{name: [form.library, form.class_name(config)] for name, (form, config) in forms.items()},
+    }
 
 
 def scheduler_of(transformer: FluxConfig) -> dict[str, Any]:
@@ -75,13 +64,11 @@ def read_config(folder: Path) -> PipelineConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no model folder {folder}")
-    index = read_json(_present(folder, "model_index.json"))
-    name = str(index.get("_class_name", ""))
-    if not name.startswith("Flux"):
-        raise ConfigError(f"{folder} holds a {name or 'nameless pipeline'}, not a FLUX pipeline")
+    _present(folder, "model_index.json")
+    pipeline_class(folder)
     parts: dict[str, Any] = {
-        component: read_config_json(cls, _present(folder, f"{component}/config.json"))
-        for component, cls in COMPONENTS.items()
+        component: read_config_json(type(config), _present(folder, f"{component}/config.json"))
+        for component, config in DEV.networks.items()
     }
     parts["scheduler"] = read_config_json(
         SchedulerConfig, _present(folder, "scheduler/scheduler_config.json")
@@ -93,17 +80,20 @@ def read_config(folder: Path) -> PipelineConfig:
         parts |= {"max_sequence_length": 256, "steps": 4, "guidance": 0.0}
     elif parts["transformer"].in_channels == 384:  # Fill's
         parts |= {"steps": 50, "guidance": 30.0}
-    return PipelineConfig(**parts)
+    try:
+        return PipelineConfig(**parts)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / _DEFAULTS_FILE}: {error}") from None
 
 
 def write_config(folder: Path, config: PipelineConfig) -> None:
     """Every JSON file but the tokenizers', as diffusers reads them, and fluxjax.json."""
     folder = Path(folder)
-    write_json(folder / "model_index.json", INDEX)
-    for component in COMPONENTS:
+    write_json(folder / "model_index.json", model_index(config.networks))
+    for component, network in config.networks.items():
         # diffusers computes in float32 unless told, transformers in the stored type: a pipeline
         # opened without a dtype would mix the two.
-        values = config_json(getattr(config, component), "float32")
+        values = config_json(network, "float32")
         write_json(folder / component / "config.json", values)
     write_json(folder / "scheduler" / "scheduler_config.json", config_json(config.scheduler))
     defaults = dataclasses.asdict(config)
@@ -118,7 +108,7 @@ def _present(folder: Path, name: str) -> Path:
 
 def load_params(
     folder: Path,
-    component: Component,
+    component: str,
     config: Any,
     *,
     stacked: bool,
@@ -137,7 +127,7 @@ def load_params(
 
 
 def save_params(
-    folder: Path, component: Component, params: Mapping[str, Any], config: Any, dtype: Any
+    folder: Path, component: str, params: Mapping[str, Any], config: Any, dtype: Any
 ) -> None:
     """Write one component's weights with PyTorch names, and its config.json.
 
@@ -148,7 +138,7 @@ def save_params(
     reference = engine.from_tree(params)
     leaves = engine.reference_leaves(abstract_params(config))
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    table = tables.REFERENCE[component]
+    table = network_of(config).dialect("reference").table(config)
     reference = engine.to_reference(reference, table, shapes)
     if dtype is not None:
         reference = {k: tensors.astype(v, np.dtype(dtype)) for k, v in reference.items()}
@@ -156,4 +146,4 @@ def save_params(
     (folder / RECORD_FILE).unlink(missing_ok=True)  # of other weights than these
     name = None if dtype is None else np.dtype(dtype).name
     write_json(folder / "config.json", config_json(config, name))
-    write_sharded(folder, weights_stem(component), dict(sorted(reference.items())))
+    write_sharded(folder, weights_stem(config), dict(sorted(reference.items())))

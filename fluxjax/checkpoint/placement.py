@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from fluxjax.checkpoint import engine, tables
+from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.mapped_memory import contiguous
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.models.stacking import GROUPS
+from fluxjax.networks.tables import Table
 
 _AT_ONCE = 2**24  # bytes of a stacked leaf below which layer by layer is not worth it
 
 
 def load_tree(
-    source: Mapping[str, Tensor], table: tables.Table, template: Mapping[str, Any], *,
+    source: Mapping[str, Tensor], table: Table, template: Mapping[str, Any], *,
     dtype: Any = None, shardings: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`engine.to_ours` onto devices. A stacked leaf that is split is filled layer by layer.

@@ -10,16 +10,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from fluxjax.checkpoint import engine, tables, tensors
+from fluxjax.checkpoint import engine, tensors
 from fluxjax.checkpoint.component_json import network_config, read_json
 from fluxjax.checkpoint.detect import (
-    Dialect,
     detect_network,
     infer_config,
     refuse_foreign,
@@ -31,56 +30,40 @@ from fluxjax.checkpoint.placement import load_tree
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.sharded import read_sharded
 from fluxjax.checkpoint.source_record import Record, dequantise, is_fp8_extra
-from fluxjax.checkpoint.templates import Config, abstract_params
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
-from fluxjax.config import AutoencoderConfig, CLIPTextConfig, ConfigError
+from fluxjax.config import ConfigError
+from fluxjax.networks import NETWORKS, Config, by_component, network_of
+from fluxjax.networks.tables import Table
 
 RECORD_FILE = "fluxjax_source.json"
 METADATA_KEY = "fluxjax"
 PARAMS = "params"
 # BFL's and ComfyUI's single files, as they lie in one folder.
-SINGLE_FILES = {
-    "transformer": "flux1*.safetensors",
-    "vae": "ae.safetensors",
-    "text_encoder": "clip_l*.safetensors",
-    "text_encoder_2": "t5xxl*.safetensors",
-}
+SINGLE_FILES = {network.component: network.files for network in NETWORKS.values() if network.files}
 
 
 @dataclass(frozen=True)
-class Network:
+class OpenNetwork:
     """One network of a checkpoint. `tensors` have reference names and layout.
 
-    `config` of a whole CLIP (component "clip") is the pair of its encoders'.
+    `where`: the file or folder they are in. `dialect`: whose names they have there.
     `dropped`: names of tensors that belong to no network of ours and are not carried on.
     """
 
     component: str
-    config: Config | tuple
+    config: Any
     tensors: dict[str, Tensor]
     record: Record
-    dialect: Dialect
+    dialect: str
+    where: Path
     dropped: tuple[str, ...] = ()
 
     def params(self, *, stacked: bool, dtype: Any = None, shardings: Any = None) -> dict[str, Any]:
         """Our parameters as JAX arrays; see `pipeline_folder.load_params`."""
-        template = template_of(self.config, self.tensors, stacked=stacked)
-        table = tables.REFERENCE[self.component]
+        template = abstract_params(self.config, stacked=stacked)
+        table = network_of(self.config).dialect("reference").table(self.config)
         return load_tree(self.tensors, table, template, dtype=dtype, shardings=shardings)
-
-
-def template_of(
-    config: Config | tuple, names: Mapping[str, Any], *, stacked: bool = False
-) -> dict[str, Any]:
-    """The tree of shapes, with CLIP's projection where the checkpoint has it."""
-    if isinstance(config, tuple):
-        template: dict[str, Any] = {}
-        for part in config:
-            template |= abstract_params(part, stacked=stacked, with_projection=True)
-        return template | {"logit_scale": jax.ShapeDtypeStruct((), np.float32)}
-    projection = "text" if isinstance(config, CLIPTextConfig) else "visual"
-    with_projection = f"{projection}_projection.weight" in names
-    return abstract_params(config, stacked=stacked, with_projection=with_projection)
 
 
 def make_network(
@@ -88,54 +71,63 @@ def make_network(
     where: Path,
     *,
     component: str = "",
-    config: Config | tuple | None = None,
+    config: Any = None,
     record: Record | None = None,
-) -> Network:
+    family: str = "",
+) -> OpenNetwork:
     """Detect, dequantise, name and check one network's tensors.
 
+    `family`: "FLUX.1" where these are known to be a part of it.
     Raises ConfigError or engine.MappingError, naming `where`.
     """
     try:
-        found, dialect = detect_network(raw)
-        if component and found != component and (component, found) != ("text_encoder", "clip"):
-            raise ConfigError(f"expected the {component}, but these are tensors of the {found}")
-        component = component or found
-        if component == "text_encoder" and isinstance(config, tuple):
-            config = config[0]
+        network, dialect = detect_network({name: tensor.shape for name, tensor in raw.items()})
+        if component in network.parts:
+            if type(config) is network.config:
+                config = getattr(config, network.parts[component])
+            network = by_component(component)
+            dialect = network.dialects[0]
+        if component and network.component != component:
+            wanted = by_component(component).words
+            raise ConfigError(
+                f"expected the {wanted}, but these are tensors of the {network.words}"
+            )
         plain, scaled = dequantise(raw)
+        shapes = {name: tensor.shape for name, tensor in plain.items()}
         if config is None:
-            shapes = {name: tensor.shape for name, tensor in plain.items()}
-            config = infer_config(component, dialect, shapes)
-        table = tables.REFERENCE[component]
-        if dialect == "bfl":
-            levels = len(config.block_out_channels) if isinstance(config, AutoencoderConfig) else 0
-            table = tables.bfl_table(component, levels) or table
-        leaves = engine.reference_leaves(template_of(config, plain))
-        shapes = {name: leaf.shape for name, leaf in leaves.items()}
-        reference = engine.to_reference(plain, table, shapes)
+            config = infer_config(network, dialect, shapes, family)
+        elif type(config) is not network.config:
+            raise ConfigError(
+                f"these are tensors of the {network.words}, but the configuration is of the "
+                f"{network_of(config).words}"
+            )
+        else:
+            config = network.fit(config, shapes)
+        table = dialect.table(config)
+        leaves = engine.reference_leaves(abstract_params(config))
+        expected = {name: leaf.shape for name, leaf in leaves.items()}
+        reference = engine.to_reference(plain, table, expected)
     except ValueError as error:
         raise type(error)(f"{where}: {error}") from None
     if record is not None:
-        _check_record(record, component, config, reference, where)
+        _check_record(record, config, reference, where)
     ignored = [n for n in plain if any(re.fullmatch(p, n) for p in table.ignored)]
     kept = [n for n in ignored if re.fullmatch(r".*position_ids|logit_scale", n)]
-    renamed, doubled = _other_names(plain, table, shapes)
+    renamed, doubled = _other_names(plain, table, expected)
     extras = {name: raw[name] for name in raw if is_fp8_extra(name)}
     extras |= {name: plain[name] for name in kept}
     if record is None:
-        record = Record(dialect, renamed, doubled, extras, scaled)
+        record = Record(dialect.name, renamed, doubled, extras, scaled)
     dropped = tuple(sorted(set(ignored) - set(kept)))
-    return Network(component, config, reference, record, dialect, dropped)
+    return OpenNetwork(network.component, config, reference, record, dialect.name, where, dropped)
 
 
 def _check_record(
-    record: Record, component: str, config: Any, reference: Mapping[str, Tensor], where: Path
+    record: Record, config: Any, reference: Mapping[str, Tensor], where: Path
 ) -> None:
     """Raises ValueError unless what the record makes of the network can be read again."""
-    levels = len(config.block_out_channels) if isinstance(config, AutoencoderConfig) else 0
-    bfl = tables.bfl_table(component, levels) if record.dialect == "bfl" else None
-    table = bfl or tables.REFERENCE[component]
-    theirs = engine.from_reference(reference, bfl) if bfl else reference
+    table = network_of(config).dialect(record.dialect).table(config)
+    theirs = engine.from_reference(reference, table)
     shapes = {name: tensor.shape for name, tensor in reference.items()}
     try:
         for fp8 in (True, False):
@@ -149,7 +141,7 @@ def _check_record(
 
 
 def _other_names(
-    plain: Mapping[str, Tensor], table: tables.Table, shapes: Mapping[str, Any]
+    plain: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[str, str]]:
     renamed: dict[str, str] = {}
     doubled: dict[str, str] = {}
@@ -165,11 +157,12 @@ def _other_names(
 
 
 def open_file(
-    path: Path, config: Config | tuple | None = None, component: str = ""
-) -> dict[str, Network]:
+    path: Path, config: Config | None = None, component: str = "", family: str = ""
+) -> dict[str, OpenNetwork]:
     """The networks of one safetensors file: BFL's, ComfyUI's all-in-one, or any single network.
 
-    `config` where shapes do not tell it. Raises FileNotFoundError, ValueError.
+    `config` where shapes do not tell it; `family` where it is known, as by the names under which
+    FLUX's files are published. Raises FileNotFoundError, ValueError.
     """
     path = Path(path)
     if not path.exists():
@@ -181,13 +174,15 @@ def open_file(
     raw, metadata = read_safetensors(path)
     saved = _saved(metadata.get(METADATA_KEY), path)
     try:
-        refuse_foreign(raw)
+        refuse_foreign({name: tensor.shape for name, tensor in raw.items()})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     groups = split_prefixes(raw)
     if len(groups) > 1 and "" in groups:
         names = ", ".join(map(repr, sorted(groups[""])))
         raise ConfigError(f"{path} holds tensors that belong to none of its networks: {names}")
+    if "transformer" in groups or any(fnmatch(path.name, n) for n in SINGLE_FILES.values()):
+        family = "FLUX.1"
     networks = {}
     for prefixed, names in groups.items():
         wanted = not prefixed or prefixed == (component or "transformer")
@@ -197,6 +192,7 @@ def open_file(
             component=prefixed or component,
             config=(config or saved.get("config")) if wanted else None,
             record=saved.get("record"),
+            family=family,
         )
         networks[network.component] = network
     return networks
@@ -216,7 +212,9 @@ def _saved(text: str | None, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: the metadata under {METADATA_KEY!r} is damaged") from None
 
 
-def open_folder(folder: Path, component: str = "", config: Config | tuple | None = None) -> Network:
+def open_folder(
+    folder: Path, component: str = "", config: Config | None = None, family: str = ""
+) -> OpenNetwork:
     """One network's folder: config.json beside safetensors (or shards, or Orbax in params/)."""
     folder = Path(folder)
     if config is None and (folder / "config.json").is_file():
@@ -226,7 +224,9 @@ def open_folder(folder: Path, component: str = "", config: Config | tuple | None
         record = Record.from_json(read_json(folder / RECORD_FILE))
     orbax = orbax_folder(folder)
     raw = engine.from_tree(_parameters(read_orbax(orbax))) if orbax else read_sharded(folder)
-    return make_network(raw, folder, component=component, config=config, record=record)
+    return make_network(
+        raw, folder, component=component, config=config, record=record, family=family
+    )
 
 
 def orbax_folder(folder: Path) -> Path | None:
@@ -239,7 +239,9 @@ def _parameters(tree: dict[str, Any]) -> dict[str, Any]:
     return tree["params"] if isinstance(tree.get("params"), Mapping) else tree
 
 
-def open_component(folder: Path, component: str, config: Any = None) -> Network:
+def open_component(
+    folder: Path, component: str, config: Config | None = None, family: str = "FLUX.1"
+) -> OpenNetwork:
     """One network of a pipeline folder, in its own folder or in a single file beside it.
 
     Raises FileNotFoundError if there are no weights, and what `open_file`, `open_folder` raise.
@@ -278,6 +280,7 @@ def weights_of(folder: Path) -> dict[str, Path]:
     Raises FileNotFoundError, or ValueError for a folder of pickles.
     """
     if (folder / "model_index.json").is_file():
+        pipeline_class(folder)
         index = read_json(folder / "model_index.json")
         parts = [part for part in SINGLE_FILES if index.get(part) not in (None, [None, None])]
     elif _has_weights(folder) and not any(_flat_files(folder)):
@@ -298,7 +301,7 @@ def weights_of(folder: Path) -> dict[str, Path]:
     )
 
 
-def open_source(path: Path, config_file: Path | None = None) -> dict[str, Network]:
+def open_source(path: Path, config_file: Path | None = None) -> dict[str, OpenNetwork]:
     """Every network of a checkpoint, by component.
 
     `config_file`: the config.json of a network whose shapes do not tell everything.
@@ -317,11 +320,25 @@ def open_source(path: Path, config_file: Path | None = None) -> dict[str, Networ
     return {part: open_component(path, part) for part in parts}
 
 
+def pipeline_class(folder: Path) -> str:
+    """The class that a pipeline folder's model_index.json names.
+
+    Raises FileNotFoundError, ValueError; ConfigError, naming it, for one that is not FLUX.1's.
+    """
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if not isinstance(name, str) or not re.fullmatch(r"Flux([A-Z]\w*)?Pipeline", name):
+        what = f"a {name}" if isinstance(name, str) and name else "a pipeline without a name"
+        raise ConfigError(f"{folder} holds {what}, which fluxjax cannot read yet, "
+                          "not a FLUX.1 pipeline")  # fmt: skip
+    return name
+
+
 def _flat_files(folder: Path) -> list[Path]:
     return [file for pattern in SINGLE_FILES.values() for file in folder.glob(pattern)]
 
 
-def with_dtype(network: Network, dtype: Any) -> Network:
+def with_dtype(network: OpenNetwork, dtype: Any) -> OpenNetwork:
     """Values cast; what the record says of fp8 is then forgotten."""
     extras = {k: v for k, v in network.record.extras.items() if not is_fp8_extra(k)}
     record = replace(network.record, extras=extras, scaled={})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -11,29 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.checkpoint.tensors import Tensor
-from fluxjax.config import (
-    AutoencoderConfig,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    FluxConfig,
-    T5Config,
-)
 from fluxjax.models.stacking import unstack_layers
+from fluxjax.networks import Config, network_of
 
-Config = FluxConfig | AutoencoderConfig | CLIPTextConfig | CLIPVisionConfig | T5Config
 
-
-def abstract_params(
-    config: Config, *, stacked: bool = False, with_projection: bool = False
-) -> dict[str, Any]:
+def abstract_params(config: Config, *, stacked: bool = False) -> dict[str, Any]:
     """Tree of float32 ShapeDtypeStructs, without the outer {"params": ...}. Computes nothing.
 
     `stacked`: repeated blocks carry a leading layer axis, as the networks with scan_layers=True
-    expect. `with_projection` is CLIP's.
+    expect; a network that scans nothing has but one form.
     """
     # Scanned networks are traced in a time that does not grow with the layers, and once.
     with _LOCK:
-        tree = _traced(config, with_projection)
+        tree = _traced(config)
     return jax.tree.map(lambda leaf: leaf, tree) if stacked else unstack_layers(tree)
 
 
@@ -41,42 +31,15 @@ _LOCK = threading.Lock()
 
 
 @cache
-def _traced(config: Config, with_projection: bool) -> dict[str, Any]:
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-
-    def spec(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    if isinstance(config, FluxConfig):
-        from fluxjax.models.flux import FluxTransformer
-
-        module = FluxTransformer(config, scan_layers=True)
-        inputs = [
-            spec(1, 4, config.in_channels), spec(1, 2, config.joint_attention_dim),
-            spec(1, config.pooled_projection_dim), spec(1), spec(4, 3), spec(2, 3),
-            spec(1) if config.guidance_embeds else None,
-        ]  # fmt: skip
-    elif isinstance(config, AutoencoderConfig):
-        from fluxjax.models.autoencoder import Autoencoder
-
-        module = Autoencoder(config)
-        inputs = [spec(1, config.scale * 2, config.scale * 2, config.in_channels)]
-    elif isinstance(config, T5Config):
-        from fluxjax.models.t5 import T5Encoder
-
-        module = T5Encoder(config, scan_layers=True)
-        inputs = [spec(1, 4, dtype=jnp.int32)]
-    elif isinstance(config, CLIPTextConfig):
-        from fluxjax.models.clip import CLIPTextModel
-
-        module = CLIPTextModel(config, scan_layers=True, with_projection=with_projection)
-        inputs = [spec(1, config.max_position_embeddings, dtype=jnp.int32)]
-    else:
-        from fluxjax.models.clip import CLIPVisionModel
-
-        module = CLIPVisionModel(config, scan_layers=True, with_projection=with_projection)
-        inputs = [spec(1, config.image_size, config.image_size, config.num_channels)]
-    return jax.eval_shape(module.init, key, *inputs)["params"]
+def _traced(config: Config) -> dict[str, Any]:
+    network = network_of(config)
+    module = network.build(config, scan_layers=True)
+    inputs = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+        for name, array in network.inputs(config).items()
+    }
+    init = partial(module.init, method=network.method)
+    return jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.uint32), **inputs)["params"]
 
 
 def parameter_count(tree: Any) -> int:

@@ -7,6 +7,7 @@ from fluxjax.config.clip import (
     CLIP_BASE_VISION,
     CLIP_L_TEXT,
     CLIP_L_VISION,
+    CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "TINY",
     "Activation",
     "AutoencoderConfig",
+    "CLIPConfig",
     "CLIPTextConfig",
     "CLIPVisionConfig",
     "ConfigError",

@@ -2,14 +2,23 @@
 
 Field names are those of the diffusers and transformers `config.json` files, so that reading and
 writing a configuration is the identity on names. No arrays, keys, devices or environment here.
+
+Values come from files of strangers: every type is checked, and every size has a bound far above
+all published ones, so that no file makes a network that takes minutes only to be described.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu"]
+
+MOST_LAYERS = 512
+WIDEST = 2**17
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 class ConfigError(ValueError):
@@ -21,10 +30,65 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def positive(config: object, *names: str) -> None:
+def check_types(config: object) -> None:
+    """Raises ConfigError for the first field whose value is not of its annotated type.
+
+    NaN and infinity are no numbers, and neither are true and false.
+    """
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            raise ConfigError(
+                f"{type(config).__name__}.{name} must be {_in_words(hint)}, got {_shown(value)}"
+            )
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(part, get_args(hint)[0]) for part in value)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
+    return type(value) is hint
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return "a list, each " + _in_words(get_args(hint)[0])
+    return _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def in_range(config: object, lowest: int | float, highest: int | float, *names: str) -> None:
+    """Raises ConfigError for the first of the fields that lies outside."""
     for name in names:
         value = getattr(config, name)
-        require(value > 0, f"{type(config).__name__}.{name} must be positive, got {value}")
+        if not lowest <= value <= highest:
+            raise ConfigError(
+                f"{type(config).__name__}.{name} must be from {lowest} to {highest}, "
+                f"got {_shown(value)}"
+            )
+
+
+def positive(config: object, *names: str) -> None:
+    """Widths, heads, vocabularies: at least 1, and no more than any network could have."""
+    in_range(config, 1, WIDEST, *names)
+
+
+def layers(config: object, *names: str, lowest: int = 1) -> None:
+    in_range(config, lowest, MOST_LAYERS, *names)
 
 
 def multiple(name: str, value: int, unit: int) -> None:

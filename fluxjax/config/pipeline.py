@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fluxjax.config.autoencoder import AutoencoderConfig
-from fluxjax.config.base import require
+from fluxjax.config.base import check_types, in_range, require
 from fluxjax.config.clip import CLIPTextConfig
 from fluxjax.config.flux import FluxConfig
 from fluxjax.config.scheduler import SchedulerConfig
@@ -14,26 +15,47 @@ from fluxjax.config.t5 import T5Config
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """All networks of one FLUX pipeline and the defaults it is sampled with.
-
-    `max_sequence_length` is the T5 length. `guidance` is fed to the guidance embedding and ignored
-    by models without one.
-    """
+    """All networks of one FLUX pipeline and the defaults it is sampled with."""
 
     transformer: FluxConfig = FluxConfig()
     vae: AutoencoderConfig = AutoencoderConfig()
     text_encoder: CLIPTextConfig = CLIPTextConfig()
+    """CLIP, whose pooled state is the transformer's text vector."""
     text_encoder_2: T5Config = T5Config()
+    """T5, whose states are the transformer's text tokens."""
     scheduler: SchedulerConfig = SchedulerConfig()
     max_sequence_length: int = 512
+    """Tokens of T5, padding included."""
     steps: int = 28
     guidance: float = 3.5
+    """Fed to the guidance embedding; models without one ignore it."""
     width: int = 1024
+    """Pixels."""
     height: int = 1024
+    """Pixels."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        in_range(self, 1, 2**14, "max_sequence_length")
+        in_range(self, 1, 10_000, "steps")
+        in_range(self, 0, 1e4, "guidance")
+        in_range(self, 1, 2**16, "width", "height")
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The configurations of the networks, by the names of their folders."""
+        names = ("transformer", "vae", "text_encoder", "text_encoder_2")
+        return {name: getattr(self, name) for name in names}
 
     def require_text_to_image(self, model: object) -> None:
         """Raises ConfigError, which names `model`, unless text and noise fill the transformer."""
         transformer = self.transformer
+        made, decoded = transformer.out_channels // 4, self.vae.latent_channels
+        require(
+            made == decoded,
+            f"{model}: the transformer makes {made} latent channels and the autoencoder decodes "
+            f"{decoded}: it belongs to another model",
+        )
         for name, reads, given in (
             ("in_channels", transformer.in_channels, 4 * self.vae.latent_channels),
             ("joint_attention_dim", transformer.joint_attention_dim, self.text_encoder_2.d_model),

@@ -17,11 +17,11 @@ from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.component_json import read_json, write_json
 from fluxjax.checkpoint.detect import describe
 from fluxjax.checkpoint.orbax_params import write_orbax
-from fluxjax.checkpoint.pipeline_folder import INDEX, scheduler_of
+from fluxjax.checkpoint.pipeline_folder import model_index, scheduler_of
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
-from fluxjax.checkpoint.source import Network, open_source, with_dtype
-from fluxjax.config import ConfigError, FluxConfig
+from fluxjax.checkpoint.source import OpenNetwork, open_source, with_dtype
+from fluxjax.config import ConfigError
 from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.destination import check_destination
 from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
@@ -41,7 +41,7 @@ class Conversion:
 
     source: Path
     destination: Path
-    networks: Mapping[str, Network]
+    networks: Mapping[str, OpenNetwork]
     weights: list[Weights]
     files: Mapping[Path, dict[str, Any]]
     copies: Mapping[Path, Path]
@@ -154,13 +154,13 @@ def _copies(source: Path) -> dict[Path, Path]:
 
 
 def _files(
-    networks: Mapping[str, Network], target: Target, copies: Mapping[Path, Path], whole: bool
+    networks: Mapping[str, OpenNetwork], target: Target, copies: Mapping[Path, Path], whole: bool
 ) -> dict[Path, dict[str, Any]]:
     files = json_files(networks, target)
     transformer = networks.get("transformer")
     if len(networks) > 1 and not whole and transformer is not None:
-        assert isinstance(transformer.config, FluxConfig)
-        files[Path("model_index.json")] = INDEX
+        configs = {name: network.config for name, network in networks.items()}
+        files[Path("model_index.json")] = model_index(configs)
         files[Path("scheduler/scheduler_config.json")] = scheduler_of(transformer.config)
     return {path: values for path, values in files.items() if path not in copies}
 

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import jax
 from jax.sharding import AbstractMesh
 
-from fluxjax.checkpoint import engine, tables
+from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json
 from fluxjax.checkpoint.pipeline_folder import weights_stem
-from fluxjax.checkpoint.source import METADATA_KEY, PARAMS, RECORD_FILE, Network, template_of
+from fluxjax.checkpoint.source import METADATA_KEY, PARAMS, RECORD_FILE, OpenNetwork
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
-from fluxjax.config import AutoencoderConfig, CLIPTextConfig, CLIPVisionConfig, FluxConfig
+from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import AXES, MeshShape
 from fluxjax.parallel.rules import state_shardings
 
@@ -44,7 +45,7 @@ class Weights:
 
 
 def plan_weights(
-    networks: Mapping[str, Network], target: Target, mesh: MeshShape | None = None
+    networks: Mapping[str, OpenNetwork], target: Target, mesh: MeshShape | None = None
 ) -> list[Weights]:
     """One network goes into the destination itself, several into one folder each.
 
@@ -57,27 +58,28 @@ def plan_weights(
     ]
 
 
-def _plan(network: Network, target: Target, mesh: MeshShape | None, folder: Path) -> Weights:
+def _plan(network: OpenNetwork, target: Target, mesh: MeshShape | None, folder: Path) -> Weights:
     if target == "orbax":
-        template = template_of(network.config, network.tensors)
+        template = abstract_params(network.config)
         tree = engine.to_tree(network.tensors, template, place=lambda _, tensor: tensor)
         chunks = _shard_shapes(template, mesh) if mesh is not None else None
         return Weights("orbax", folder / PARAMS, network.tensors, tree, {}, chunks)
     if target == "diffusers":
         tensors = network.record.restore(network.tensors, "reference", fp8=False)
-        path = folder / weights_stem(network.component)
+        path = folder / weights_stem(network.config)
         return Weights("sharded", path, dict(sorted(tensors.items())), {}, {})
-    config = network.config
-    levels = len(config.block_out_channels) if isinstance(config, AutoencoderConfig) else 0
-    table = tables.bfl_table(network.component, levels)
-    tensors = engine.from_reference(network.tensors, table) if table else network.tensors
-    dialect = "bfl" if table else "reference"
-    tensors = network.record.restore(tensors, dialect, fp8=True)
-    saved = {"config": source_json(network)}
-    if network.record and network.record.dialect != dialect:
+    description = network_of(network.config)
+    dialect = description.dialect("bfl")
+    table = dialect.table(network.config)
+    tensors = engine.from_reference(network.tensors, table)
+    tensors = network.record.restore(tensors, dialect.name, fp8=True)
+    saved = {"config": config_json(network.config)}
+    if network.record and network.record.dialect != dialect.name:
         saved["record"] = network.record.to_json()
     metadata = {METADATA_KEY: json.dumps(saved)}
-    return Weights("file", Path(single_file_name(network)), tensors, {}, metadata)
+    return Weights(
+        "file", Path(network_of(network.config).file_name(network.config)), tensors, {}, metadata
+    )
 
 
 def _shard_shapes(template: Mapping[str, Any], mesh: MeshShape) -> dict[str, Any]:
@@ -89,44 +91,14 @@ def _shard_shapes(template: Mapping[str, Any], mesh: MeshShape) -> dict[str, Any
     )
 
 
-def single_file_name(network: Network) -> str:
-    config = network.config
-    if isinstance(config, FluxConfig):
-        variants = {384: "fill-dev", 128: "control-dev"}
-        plain = "dev" if config.guidance_embeds else "schnell"
-        return f"flux1-{variants.get(config.in_channels, plain)}.safetensors"
-    if isinstance(config, AutoencoderConfig):
-        return "ae.safetensors"
-    if isinstance(config, CLIPTextConfig | CLIPVisionConfig | tuple):
-        return {"text_encoder": "clip_l", "image_encoder": "clip_vision"}.get(
-            network.component, "clip"
-        ) + ".safetensors"  # fmt: skip
-    return "t5xxl.safetensors"
-
-
-def source_json(network: Network) -> dict[str, Any]:
-    """The network's config.json."""
-    config = network.config
-    if isinstance(config, tuple):
-        parts = {"text_config": config_json(config[0]), "vision_config": config_json(config[1])}
-        projection = {"projection_dim": config[0].projection_dim}
-        return {"architectures": ["CLIPModel"], "model_type": "clip", **parts, **projection}
-    values = config_json(config)
-    if "text_projection.weight" in network.tensors:
-        values["architectures"] = ["CLIPTextModelWithProjection"]
-    if isinstance(config, CLIPVisionConfig) and "visual_projection.weight" not in network.tensors:
-        values["architectures"] = ["CLIPVisionModel"]
-    return values
-
-
-def json_files(networks: Mapping[str, Network], target: Target) -> dict[Path, dict[str, Any]]:
+def json_files(networks: Mapping[str, OpenNetwork], target: Target) -> dict[Path, dict[str, Any]]:
     """config.json of each network, and what going back to its source must know."""
     files: dict[Path, dict[str, Any]] = {}
     for name, network in networks.items():
         folder = Path(name if len(networks) > 1 else ".")
         if target == "bfl" and len(networks) == 1:
             continue  # the configuration is in the file's metadata
-        files[folder / "config.json"] = source_json(network)
+        files[folder / "config.json"] = config_json(network.config)
         if target != "bfl" and network.record:
             files[folder / RECORD_FILE] = network.record.to_json()
     return files

@@ -15,7 +15,7 @@ from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from fluxjax.config import CLIPTextConfig, CLIPVisionConfig, ConfigError
+from fluxjax.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ConfigError
 from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import dot_product_attention
 
@@ -216,18 +216,17 @@ class CLIPTextModel(nn.Module):
     param_dtype: Dtype = jnp.float32
     scan_layers: bool = False
     remat: bool = False
-    with_projection: bool = False
 
     def setup(self) -> None:
         self.text_model = CLIPTextTransformer(
             self.config, self.dtype, self.param_dtype, self.scan_layers, self.remat
         )
-        if self.with_projection:
+        if self.config.with_projection:
             self.text_projection = _projection(self.config, self.dtype, self.param_dtype)
 
     def __call__(self, input_ids: Int[Array, "b l"]) -> CLIPTextOutput:
         output = self.text_model(input_ids)
-        if not self.with_projection:
+        if not self.config.with_projection:
             return output
         return output.replace(text_embeds=self.text_projection(output.pooler_output))
 
@@ -313,17 +312,48 @@ class CLIPVisionModel(nn.Module):
     param_dtype: Dtype = jnp.float32
     scan_layers: bool = False
     remat: bool = False
-    with_projection: bool = False
 
     def setup(self) -> None:
         self.vision_model = CLIPVisionTransformer(
             self.config, self.dtype, self.param_dtype, self.scan_layers, self.remat
         )
-        if self.with_projection:
+        if self.config.with_projection:
             self.visual_projection = _projection(self.config, self.dtype, self.param_dtype)
 
     def __call__(self, pixel_values: Float[Array, "b height width c"]) -> CLIPVisionOutput:
         output = self.vision_model(pixel_values)
-        if not self.with_projection:
+        if not self.config.with_projection:
             return output
         return output.replace(image_embeds=self.visual_projection(output.pooler_output))
+
+
+class CLIPModel(nn.Module):
+    """Both encoders and the temperature: (text_embeds, image_embeds), each normed to length 1.
+
+    exp(logit_scale) x their products are the logits. Source: transformers `modeling_clip.py`.
+    """
+
+    config: CLIPConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+
+    def setup(self) -> None:
+        text, vision = self.config.text_config, self.config.vision_config
+        dtypes = (self.dtype, self.param_dtype)
+        options = (*dtypes, self.scan_layers, self.remat)
+        self.text_model = CLIPTextTransformer(text, *options)
+        self.text_projection = _projection(text, *dtypes)
+        self.vision_model = CLIPVisionTransformer(vision, *options)
+        self.visual_projection = _projection(vision, *dtypes)
+        self.logit_scale = self.param(
+            "logit_scale", nn.initializers.constant(2.6592), (), self.param_dtype
+        )
+
+    def __call__(
+        self, input_ids: Int[Array, "b l"], pixel_values: Float[Array, "n height width c"]
+    ) -> tuple[Float[Array, "b joint"], Float[Array, "n joint"]]:
+        text = self.text_projection(self.text_model(input_ids).pooler_output)
+        image = self.visual_projection(self.vision_model(pixel_values).pooler_output)
+        return tuple(x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))  # pyright: ignore[reportReturnType]

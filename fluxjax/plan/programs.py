@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from fluxjax.checkpoint.pipeline_folder import COMPONENTS
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.models import latents as layout
@@ -101,8 +100,8 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     dtype = jnp.dtype(options.dtype)
     spec: Any = jax.ShapeDtypeStruct
     weights: dict[str, int] = {}
-    for name in COMPONENTS:
-        template = abstract_params(getattr(config, name), stacked=name != "vae")
+    for name, network in config.networks.items():
+        template = abstract_params(network, stacked=True)
         weights[name] = _size(_placed(template, param_shardings(template, mesh), dtype))
     programs = _Planned(config, dtype, True, None, mesh if mesh.size > 1 else None)
     text, clip, n = config.max_sequence_length, config.text_encoder, options.batch

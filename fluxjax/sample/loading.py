@@ -12,19 +12,19 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from fluxjax.checkpoint.lora_file import read_lora
-from fluxjax.checkpoint.pipeline_folder import COMPONENTS, Component, read_config
+from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.source import (
-    Network,
+    OpenNetwork,
     open_component,
     open_file,
     open_folder,
-    template_of,
 )
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig
 from fluxjax.hub import find
 from fluxjax.models.lora import adapt, combine_loras
 from fluxjax.models.stacking import scan_by_default
+from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import MeshShape, make_mesh, place
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, SequenceAttention, attention_over
@@ -33,7 +33,7 @@ from fluxjax.sample.settings import Dtype
 from fluxjax.sample.sources import Sources, absolute, split_scale
 from fluxjax.shapes import Params
 
-_TEXT_COMPONENTS: tuple[Component, ...] = ("text_encoder", "text_encoder_2")
+_TEXT_COMPONENTS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
 
 
 def load_pipeline(
@@ -112,17 +112,20 @@ def load_pipeline(
     )
 
 
-def _of_folder(path: Path) -> tuple[dict[str, Network], PipelineConfig, Path]:
+def _of_folder(path: Path) -> tuple[dict[str, OpenNetwork], PipelineConfig, Path]:
     config = read_config(path)
-    networks = {name: open_component(path, name, getattr(config, name)) for name in COMPONENTS}
-    return networks, config, path
+    networks = {name: open_component(path, name, part) for name, part in config.networks.items()}
+    # The tensors may tell more than config.json does.
+    parts: dict[str, Any] = {name: network.config for name, network in networks.items()}
+    return networks, replace(config, **parts), path
 
 
 def _of_file(
     path: Path, text_encoders: str | Path | None, vae: str | Path | None
-) -> tuple[dict[str, Network], PipelineConfig, Path]:
+) -> tuple[dict[str, OpenNetwork], PipelineConfig, Path]:
     """Networks, configuration and the folder of the tokenizers, of a BFL (or ComfyUI) file."""
-    networks: dict[str, Network] = dict(open_file(path))  # first, since it may be no model at all
+    # First, since it may be no model at all.
+    networks: dict[str, OpenNetwork] = dict(open_file(path, family="FLUX.1"))
     if text_encoders is None:
         raise ConfigError(f"{path} needs text encoders: a folder with text_encoder, "
                           "text_encoder_2, tokenizer and tokenizer_2")  # fmt: skip
@@ -135,34 +138,36 @@ def _of_file(
         raise ConfigError(f"{path} needs a vae: a diffusers autoencoder's folder or ae.safetensors")
     for component in _TEXT_COMPONENTS:
         networks[component] = open_component(folder, component)
-    parts: dict[str, Any] = {name: network.config for name, network in networks.items()
-             if name in COMPONENTS}  # fmt: skip
+    parts: dict[str, Any] = {name: networks[name].config for name in DEV.networks}
     base = DEV if parts["transformer"].guidance_embeds else SCHNELL
     return networks, replace(base, **parts), folder
 
 
-def _open_vae(path: Path) -> Network:
+def _open_vae(path: Path) -> OpenNetwork:
     if path.is_file():
-        networks = open_file(path)
+        networks = open_file(path, component="vae", family="FLUX.1")
         if "vae" not in networks:
-            raise ConfigError(f"{path} holds no FLUX autoencoder but {', '.join(networks)}")
+            raise ConfigError(f"{path} holds no autoencoder but {', '.join(networks)}")
         return networks["vae"]
-    return open_component(path, "vae") if (path / "vae").is_dir() else open_folder(path, "vae")
+    if (path / "vae").is_dir():
+        return open_component(path, "vae")
+    return open_folder(path, "vae", family="FLUX.1")
 
 
 def _load(
-    networks: dict[str, Network],
+    networks: dict[str, OpenNetwork],
     dtype: Dtype,
     scan_layers: bool,
     lora: Params | None,
     mesh: Mesh | None,
-    component: Component,
+    component: str,
 ) -> Params:
-    network, stacked = networks[component], scan_layers and component != "vae"
+    network = networks[component]
+    stacked = scan_layers and bool(network_of(network.config).scanned)
     places: Any = SingleDeviceSharding(jax.devices()[0])
     lora_places = jax.tree.map(lambda _: places, lora)
     if mesh is not None:
-        template = template_of(network.config, network.tensors, stacked=stacked)
+        template = abstract_params(network.config, stacked=stacked)
         places, lora_places = param_shardings(template, mesh), state_shardings(lora, mesh)
     params = network.params(stacked=stacked, dtype=dtype, shardings=places)
     return adapt(params, place(lora, lora_places) if component == "transformer" else None)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from fluxjax.config import ConfigError
 
 if TYPE_CHECKING:
-    from fluxjax.checkpoint.pipeline_folder import Component
     from fluxjax.sample.pipeline import Pipeline
     from fluxjax.sample.settings import Settings
 
@@ -43,7 +42,7 @@ def weight_bytes(pipe: Pipeline) -> int:
     from fluxjax.checkpoint.templates import abstract_params
     from fluxjax.sample.programs import COMPONENTS
 
-    names: set[Component] = {name for names in COMPONENTS.values() for name in names}
+    names: set[str] = {name for names in COMPONENTS.values() for name in names}
     count = sum(
         leaf.size
         for component in sorted(names)

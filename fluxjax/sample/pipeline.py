@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
-from fluxjax.checkpoint.pipeline_folder import Component
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.models import latents as layout
 from fluxjax.models.autoencoder import denormalize_latents
@@ -61,7 +60,7 @@ class Pipeline:
     def __init__(
         self,
         config: PipelineConfig,
-        load_params: Callable[[Component], Params],
+        load_params: Callable[[str], Params],
         load_tokenizers: Callable[[], tuple[PromptTokenizer, PromptTokenizer]],
         *,
         dtype: Any,
@@ -81,7 +80,7 @@ class Pipeline:
         self.sources = sources
         self._load_params, self._load_tokenizers = load_params, load_tokenizers
         self._tokenizers: tuple[PromptTokenizer, PromptTokenizer] | None = None
-        self._params: dict[Component, Params] = {}
+        self._params: dict[str, Params] = {}
 
     def __call__(
         self,
@@ -351,10 +350,10 @@ class Pipeline:
     def _tiled(self, latents: Any) -> bool:
         return latents.shape[2] * latents.shape[3] > UNTILED_LATENTS
 
-    def is_loaded(self, component: Component) -> bool:
+    def is_loaded(self, component: str) -> bool:
         return component in self._params
 
-    def params(self, component: Component) -> Params:
+    def params(self, component: str) -> Params:
         """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5).
 
         With a LoRA the transformer's are those of `fluxjax.models.lora.adapt`.

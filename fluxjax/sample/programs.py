@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from fluxjax.checkpoint.pipeline_folder import Component
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import PipelineConfig
 from fluxjax.models import latents as layout
@@ -36,7 +35,7 @@ from fluxjax.shapes import Params
 from fluxjax.text.conditioning import encode_prompts
 
 Name = Literal["encode", "reference", "denoise", "decode"]
-COMPONENTS: dict[Name, tuple[Component, ...]] = {
+COMPONENTS: dict[Name, tuple[str, ...]] = {
     "encode": ("text_encoder", "text_encoder_2"),
     "reference": ("vae",),
     "denoise": ("transformer",),
@@ -171,7 +170,7 @@ class Programs:
             compiled = lowered.compile(compiler_options=compiler_options())
         return compiled if jax.process_count() == 1 else partial(_placed, compiled, specs)
 
-    def _shapes(self, component: Component) -> Params:
+    def _shapes(self, component: str) -> Params:
         stacked = self.scan_layers and component != "vae"
         template = abstract_params(getattr(self.config, component), stacked=stacked)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), template)

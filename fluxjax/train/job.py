@@ -16,10 +16,10 @@ from jaxtyping import Array
 from fluxjax.atomic_write import write_bytes
 from fluxjax.cli import sentence
 from fluxjax.config import PipelineConfig
-from fluxjax.models.flops import flux_flops
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, latent_size
 from fluxjax.models.lora import variables
+from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import batch_sharding, replicated
 from fluxjax.text.conditioning import Conditioning
 from fluxjax.train.curve import draw_curve
@@ -193,7 +193,8 @@ def _flops(recipe: FinetuneRecipe, config: PipelineConfig, rows: Rows) -> float:
     passes = 2 if recipe.method == "lora" else 3
     pictures = (rows.latents, rows.reference)
     image, text = sum(x.shape[1] for x in pictures if x is not None), rows.text.shape[1]
-    return recipe.batch * passes * flux_flops(config.transformer, image, text)
+    flops = network_of(config.transformer).flops
+    return recipe.batch * passes * flops(config.transformer, image, text) if flops else 0.0
 
 
 def _draw_curve(folder: Path, say: Callable[[str], None]) -> None:

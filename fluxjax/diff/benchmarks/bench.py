@@ -223,7 +223,6 @@ def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
     from diffusers import FluxTransformer2DModel
 
     from fluxjax.checkpoint.placement import load_tree
-    from fluxjax.checkpoint.tables import FLUX
     from fluxjax.checkpoint.templates import abstract_params
     from fluxjax.checkpoint.tensors import of_array
     from fluxjax.config import DEV
@@ -231,6 +230,7 @@ def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
     from fluxjax.models.compilation import compiler_options
     from fluxjax.models.flux import FluxTransformer
     from fluxjax.models.latents import image_ids, text_ids
+    from fluxjax.networks.flux import REFERENCE
 
     config = dataclasses.replace(
         DEV.transformer, num_layers=2, num_single_layers=4, num_attention_heads=heads
@@ -245,7 +245,7 @@ def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
         repeats = -(-parameter.numel() // draw.numel())
         parameter.data = draw.repeat(repeats)[: parameter.numel()].reshape(parameter.shape)
     source = {name: of_array(value.numpy()) for name, value in theirs.state_dict().items()}
-    params = load_tree(source, FLUX, abstract_params(config, stacked=True))
+    params = load_tree(source, REFERENCE, abstract_params(config, stacked=True))
     model = FluxTransformer(config, scan_layers=True)
 
     random = np.random.default_rng(0)

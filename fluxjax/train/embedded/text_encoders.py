@@ -232,8 +232,9 @@ def train_clip(
     """
     tokenizer = load_clip_tokenizer(folder / "tokenizer")
     c, length = config.text_encoder, settings.clip_text_length
-    text: Any = CLIPTextModel(c, scan_layers=True, with_projection=True)
-    vision: Any = CLIPVisionModel(settings.vision, scan_layers=True, with_projection=True)
+    text: Any = CLIPTextModel(replace(c, with_projection=True), scan_layers=True)
+    projected = replace(settings.vision, with_projection=True)
+    vision: Any = CLIPVisionModel(projected, scan_layers=True)
     keys = jax.random.split(jax.random.key(settings.seed), 2)
     size = settings.vision.image_size
     params = {

@@ -1,0 +1,30 @@
+"""One description per kind of weights. The order is that in which names are tried."""
+
+from fluxjax.config import (
+    AutoencoderConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    FluxConfig,
+    T5Config,
+)
+from fluxjax.networks.autoencoder import AUTOENCODER
+from fluxjax.networks.clip import CLIP, CLIP_TEXT, CLIP_VISION
+from fluxjax.networks.flux import FLUX
+from fluxjax.networks.network import Network
+from fluxjax.networks.t5 import T5
+
+NETWORKS: dict[type, Network] = {
+    network.config: network for network in (FLUX, AUTOENCODER, CLIP_TEXT, T5, CLIP_VISION, CLIP)
+}
+Config = FluxConfig | AutoencoderConfig | CLIPTextConfig | T5Config | CLIPVisionConfig | CLIPConfig
+
+
+def network_of(config: object) -> Network:
+    """The description of the kind of weights that `config` is of."""
+    return NETWORKS[type(config)]
+
+
+def by_component(component: str) -> Network:
+    """The kind of weights that lies in a FLUX pipeline's folder `component`."""
+    return next(network for network in NETWORKS.values() if network.component == component)

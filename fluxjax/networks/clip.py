@@ -1,0 +1,313 @@
+"""CLIP: the text encoder, the vision encoder, and both in one file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fluxjax.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ConfigError
+from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes, count
+from fluxjax.networks.tables import Rule, Table
+
+_LAYERS = tuple(
+    f"encoder.layers.{{}}.{name}"
+    for name in (
+        "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "self_attn.q_proj",
+        "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+    )
+)  # fmt: skip
+TEXT_REFERENCE = Table(
+    "CLIP text encoder",
+    # transformers 5 writes a CLIPTextModel without the prefix that published files have.
+    rules=tuple(
+        Rule(name, (f"text_model.{name}",))
+        for name in (
+            "embeddings.token_embedding",
+            "embeddings.position_embedding",
+            "final_layer_norm",
+            *_LAYERS,
+        )
+    ),
+    identity=True,
+    ignored=(r".*position_ids", r"vision_model\..*", r"visual_projection\..*", "logit_scale"),
+)
+VISION_REFERENCE = Table(
+    "CLIP vision encoder",
+    identity=True,
+    rules=tuple(
+        Rule(name, (f"vision_model.{name}",), leaves=leaves)
+        for name, leaves in (
+            ("embeddings", (("class_embedding", "class_embedding"),)),
+            *(
+                (name, (("weight", "weight"), ("bias", "bias")))
+                for name in (
+                    "embeddings.patch_embedding", "embeddings.position_embedding",
+                    "pre_layrnorm", "post_layernorm", *_LAYERS,
+                )
+            ),
+        )
+    ),
+    ignored=(r".*position_ids", r"text_model\..*", r"text_projection\..*", "logit_scale"),
+)  # fmt: skip
+REFERENCE = Table("CLIP", identity=True, ignored=(r".*position_ids",))
+
+
+def _heads(width: int) -> int:
+    if width % 64:
+        raise ConfigError(
+            f"the heads of a CLIP of width {width} cannot be told from shapes (published ones "
+            "have heads of 64); give the network's config.json with --config"
+        )
+    return width // 64
+
+
+def _ask_for_activation(what: str) -> ConfigError:
+    return ConfigError(
+        f"the activation of this {what} cannot be told from shapes (OpenAI's CLIPs have "
+        "quick_gelu, OpenCLIP's have gelu); give the network's config.json with --config"
+    )
+
+
+def _infer_text(shapes: Shapes, family: str) -> CLIPTextConfig:
+    p = "text_model." if "text_model.embeddings.token_embedding.weight" in shapes else ""
+    vocabulary, width = shapes[f"{p}embeddings.token_embedding.weight"]
+    layers = count(shapes, rf"{re.escape(p)}encoder\.layers\.(\d+)\.")
+    if family != "FLUX.1":  # whose CLIP is OpenAI's
+        raise _ask_for_activation(f"CLIP text encoder, {layers} layers of width {width},")
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=shapes[f"{p}encoder.layers.0.mlp.fc1.weight"][0],
+        projection_dim=shapes.get("text_projection.weight", (width,))[0],
+        num_hidden_layers=layers,
+        num_attention_heads=_heads(width),
+        max_position_embeddings=shapes[f"{p}embeddings.position_embedding.weight"][0],
+    )
+
+
+def _infer_vision(shapes: Shapes, family: str) -> CLIPVisionConfig:
+    p = "vision_model." if "vision_model.embeddings.class_embedding" in shapes else ""
+    width = shapes[f"{p}embeddings.patch_embedding.weight"][0]
+    layers = count(shapes, rf"{re.escape(p)}encoder\.layers\.(\d+)\.")
+    raise _ask_for_activation(f"CLIP vision encoder, {layers} layers of width {width},")
+
+
+def _infer_both(shapes: Shapes, family: str) -> CLIPConfig:
+    raise _ask_for_activation("CLIP")
+
+
+def _fit_text(config: CLIPTextConfig, names: Shapes) -> CLIPTextConfig:
+    """Files of a CLIPTextModel may hold the projection all the same, and be called either way."""
+    return replace(config, with_projection="text_projection.weight" in names)
+
+
+def _fit_vision(config: CLIPVisionConfig, names: Shapes) -> CLIPVisionConfig:
+    return replace(config, with_projection="visual_projection.weight" in names)
+
+
+def _projects(values: dict[str, Any]) -> dict[str, Any]:
+    name = values.get("architectures") or [""]
+    return {**values, "with_projection": str(name[0]).endswith("WithProjection")}
+
+
+def _without_projects(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k != "with_projection"}
+
+
+def _read_both(values: dict[str, Any]) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for network, key in ((CLIP_TEXT, "text_config"), (CLIP_VISION, "vision_config")):
+        part: dict[str, Any] = {}
+        for name in (f"{key}_dict", key):  # older files have both
+            given = values.get(name) or {}
+            if not isinstance(given, dict):
+                raise ConfigError(f"{name} must be a JSON object, got {given!r}")
+            part |= given
+        if "projection_dim" in values:
+            part["projection_dim"] = values["projection_dim"]
+        parts[key] = {**part, "architectures": [f"{network.json.class_names[0]}WithProjection"]}
+    return parts
+
+
+def _text_inputs(config: CLIPTextConfig) -> Arrays:
+    random = np.random.default_rng(0)
+    # With the published eos_token_id of 2 the end of text is the highest id; see models/clip.py.
+    end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+    lowest = min(3, config.vocab_size - 1)
+    highest = max(config.vocab_size - 2, lowest + 1)
+    ids = random.integers(lowest, highest, (2, config.max_position_embeddings))
+    ids = np.where(ids == end, lowest, ids)
+    ids[0, 9:], ids[1, -1] = end, end
+    return {"input_ids": ids.astype(np.int32)}
+
+
+def _vision_inputs(config: CLIPVisionConfig) -> Arrays:
+    shape = (2, config.image_size, config.image_size, config.num_channels)
+    return {"pixel_values": np.random.default_rng(0).standard_normal(shape, np.float32)}
+
+
+def _text_module() -> type:
+    from fluxjax.models.clip import CLIPTextModel
+
+    return CLIPTextModel
+
+
+def _vision_module() -> type:
+    from fluxjax.models.clip import CLIPVisionModel
+
+    return CLIPVisionModel
+
+
+def _module() -> type:
+    from fluxjax.models.clip import CLIPModel
+
+    return CLIPModel
+
+
+def _pooled(output: Any) -> dict[str, Any]:
+    return {
+        "last_hidden_state": output.last_hidden_state,
+        "pooler_output": output.pooler_output,
+    }
+
+
+def _size(config: CLIPTextConfig | CLIPVisionConfig) -> str:
+    return f"{config.num_hidden_layers} layers of width {config.hidden_size}"
+
+
+_ROLES: dict[str, Role] = {
+    # Small enough that nothing is split over tensor.
+    "self_attn/q_proj": "whole",
+    "self_attn/k_proj": "whole",
+    "self_attn/v_proj": "whole",
+    "self_attn/out_proj": "whole",
+    "mlp/fc1": "whole",
+    "mlp/fc2": "whole",
+    "layer_norm1": "copied",
+    "layer_norm2": "copied",
+    "position_embedding": "copied",
+}
+_TEXT_ROLES: dict[str, Role] = {
+    **_ROLES,
+    "token_embedding": "whole",
+    "final_layer_norm": "copied",
+    "text_projection": "whole",
+}
+_VISION_ROLES: dict[str, Role] = {
+    **_ROLES,
+    "patch_embedding": "convolution",
+    "class_embedding": "copied",
+    "pre_layrnorm": "copied",
+    "post_layernorm": "copied",
+    "visual_projection": "whole",
+}
+
+CLIP_TEXT = Network(
+    config=CLIPTextConfig,
+    component="text_encoder",
+    words="CLIP text encoder",
+    describe=lambda config: f"CLIP text encoder, {_size(config)}",
+    module=_text_module,
+    inputs=_text_inputs,
+    outputs=_pooled,
+    json=JsonForm(
+        "transformers",
+        ("CLIPTextModel", "CLIPTextModelWithProjection"),
+        model_types=("clip_text_model",),
+        defaults={
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "projection_dim": 512,
+            "num_attention_heads": 8,
+            "bos_token_id": 49406,
+            "eos_token_id": 49407,
+        },
+        read=_projects,
+        write=_without_projects,
+        written_class=lambda c: "CLIPTextModel" + "WithProjection" * c.with_projection,
+    ),
+    dialects=(
+        Dialect(
+            "reference",
+            (r"(text_model\.)?embeddings\.token_embedding\.weight",),
+            lambda config: TEXT_REFERENCE,
+            _infer_text,
+        ),
+    ),
+    roles=_TEXT_ROLES,
+    prefixes=("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
+    files="clip_l*.safetensors",
+    file_name=lambda config: "clip_l.safetensors",
+    scanned=("layers",),
+    fit=_fit_text,
+)
+CLIP_VISION = Network(
+    config=CLIPVisionConfig,
+    component="image_encoder",
+    words="CLIP vision encoder",
+    describe=lambda config: f"CLIP vision encoder, {_size(config)}",
+    module=_vision_module,
+    inputs=_vision_inputs,
+    outputs=_pooled,
+    json=JsonForm(
+        "transformers",
+        ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+        model_types=("clip_vision_model",),
+        defaults={
+            "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512,
+            "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 32,
+        },
+        read=_projects,
+        write=_without_projects,
+        written_class=lambda c: "CLIPVisionModel" + "WithProjection" * c.with_projection,
+    ),
+    dialects=(
+        Dialect(
+            "reference",
+            (r"(vision_model\.)?embeddings\.class_embedding",),
+            lambda config: VISION_REFERENCE,
+            _infer_vision,
+        ),
+    ),
+    roles=_VISION_ROLES,
+    file_name=lambda config: "clip_vision.safetensors",
+    scanned=("layers",),
+    fit=_fit_vision,
+)  # fmt: skip
+CLIP = Network(
+    config=CLIPConfig,
+    component="clip",
+    words="CLIP",
+    describe=lambda config: (
+        f"{CLIP_TEXT.describe(config.text_config)}, with its "
+        f"{CLIP_VISION.describe(config.vision_config)}"
+    ),
+    module=_module,
+    inputs=lambda c: _text_inputs(c.text_config) | _vision_inputs(c.vision_config),
+    outputs=lambda returned: dict(zip(("text_embeds", "image_embeds"), returned, strict=True)),
+    json=JsonForm(
+        "transformers",
+        ("CLIPModel",),
+        model_types=("clip",),
+        read=_read_both,
+        write=lambda config, values: {"projection_dim": config.text_config.projection_dim},
+    ),
+    dialects=(
+        Dialect(
+            "reference",
+            (
+                r"text_model\.embeddings\.token_embedding\.weight",
+                r"vision_model\.embeddings\.class_embedding",
+            ),
+            lambda config: REFERENCE,
+            _infer_both,
+        ),
+    ),
+    roles={**_TEXT_ROLES, **_VISION_ROLES, "logit_scale": "copied"},
+    file_name=lambda config: "clip.safetensors",
+    scanned=("layers",),
+    parts={"text_encoder": "text_config", "image_encoder": "vision_config"},
+)

@@ -1,0 +1,163 @@
+"""Kinds of weights that are known by their names and cannot be read yet.
+
+Many share names with those that can. Each is told by names that only it has, so that it is called
+what it is and never taken for another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fluxjax.networks.network import Shapes
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """`signature`: regular expressions, each of which fits a name of such a file."""
+
+    words: str
+    signature: tuple[str, ...]
+    variant: Callable[[Shapes], str] = lambda shapes: ""
+    """Shapes -> what `words` leaves open, put in its place {}."""
+
+
+# What stands before the names in single files, pickles' contents and exports of trainers.
+_PREFIX = r"(?:.*\.)?"
+_LONGEST = 256  # no real name is longer, and expressions take the square of the time
+_CROSS_ATTENTION = re.compile(r".*transformer_blocks\.0\.attn2\.to_k\.weight")
+
+
+def _stable_diffusion(shapes: Shapes) -> str:
+    """By the width of the text that a UNet attends to."""
+    widths = {shape[1] for name, shape in shapes.items()
+              if _CROSS_ATTENTION.fullmatch(name) and len(shape) == 2}  # fmt: skip
+    known = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
+             1280: "Stable Diffusion XL's refiner"}  # fmt: skip
+    return known.get(max(widths, default=0), "a latent diffusion model")
+
+
+def _sd3(shapes: Shapes) -> str:
+    names = "\n".join(shapes)
+    if not re.search(r"blocks\.0\.(attn\.norm_q|x_block\.attn\.ln_q)\.weight", names):
+        return "Stable Diffusion 3"
+    medium = re.search(r"blocks\.0\.(attn2|x_block\.attn2)\.", names)
+    return f"Stable Diffusion 3.5 {'medium' if medium else 'large'}"
+
+
+FOREIGN = (
+    Foreign(
+        "a LoRA, which only changes a model and is none itself",
+        (r".*(lora_(A|B|down|up)|lokr_w1|hada_w1_a).*",),
+    ),
+    Foreign("a ControlNet", (r"controlnet_.*|.*input_hint_block\..*|.*zero_convs\.0\..*",)),
+    # Transformers of the FLUX kind.
+    Foreign(
+        "HunyuanVideo's transformer",
+        (r"context_embedder\.token_refiner\..*", r"x_embedder\.proj\.weight"),
+    ),
+    Foreign("HunyuanVideo's transformer", (r"txt_in\.individual_token_refiner\..*",)),
+    Foreign(
+        "Open-Sora 2.0's transformer",
+        (
+            r"cond_in\.weight|double_blocks\.0\.img_attn\.q_proj\.weight",
+            r"(double|single)_blocks\.0\..*",
+        ),
+    ),
+    Foreign("Chroma's transformer", (r"distilled_guidance_layer\..*",)),
+    Foreign(
+        "FLUX.2's transformer",
+        (r"(double_stream_modulation_img|single_stream_modulation)\..*",),
+    ),
+    Foreign("Qwen-Image's transformer", (r"transformer_blocks\.0\.img_mod\.1\.weight",)),
+    Foreign("HiDream's transformer", (r"double_stream_blocks\.0\..*",)),
+    # Transformers of the Stable Diffusion 3 kind, and those with cross attention.
+    Foreign("{}'s transformer", (r"joint_blocks\.0\.x_block\..*",), _sd3),
+    Foreign(
+        "{}'s transformer",
+        (
+            r"transformer_blocks\.0\.attn\.add_k_proj\.weight",
+            r"pos_embed\.proj\.weight",
+            r"context_embedder\.weight",
+        ),
+        _sd3,
+    ),
+    Foreign("AuraFlow's transformer", (r"register_tokens", r"joint_transformer_blocks\..*")),
+    Foreign("LTX-Video's transformer", (r"patchify_proj\.weight",)),
+    Foreign("LTX-Video's transformer", (r"proj_in\.weight", r"caption_projection\..*")),
+    Foreign("Sana's transformer", (r".*\.ff\.conv_depth\.weight", r"caption_projection\..*")),
+    Foreign(
+        "PixArt-alpha's transformer",
+        (r"adaln_single\.emb\.resolution_embedder\..*|csize_embedder\..*",),
+    ),
+    Foreign(
+        "PixArt-Sigma's transformer (or PixArt-alpha's for 512 pixels)",
+        (
+            r"(adaln_single\.emb\.timestep_embedder\.linear_1|t_block\.1)\.weight",
+            r"(caption_projection\.linear_1|y_embedder\.y_proj\.fc1)\.weight",
+        ),
+    ),
+    Foreign("Wan's transformer", (r"condition_embedder\..*", r"blocks\.0\.attn1\..*")),
+    Foreign("Wan's transformer", (r"text_embedding\.0\..*", r"blocks\.0\.self_attn\..*")),
+    Foreign("CogVideoX's transformer", (r"patch_embed\.(text_)?proj\.weight", r"norm_final\..*")),
+    Foreign("Lumina 2's or Z-Image's transformer", (r"cap_embedder\..*", r"noise_refiner\..*")),
+    # UNets.
+    Foreign(
+        "{}'s UNet",
+        (r"input_blocks\.0\.0\.weight", r"output_blocks\.0\.0\..*"),
+        _stable_diffusion,
+    ),
+    Foreign(
+        "{}'s UNet",
+        (r"time_embedding\.linear_1\.weight", r"down_blocks\.0\.resnets\.0\..*", r"mid_block\..*"),
+        _stable_diffusion,
+    ),
+    # Autoencoders.
+    Foreign(
+        "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",
+        (r"encoder\.conv_in\.conv\.weight", r"encoder\.down_blocks\.0\.resnets\.0\..*"),
+    ),
+    Foreign("FLUX.2's autoencoder", (r"bn\.running_mean", r"encoder\.(down|down_blocks)\.0\..*")),
+    Foreign(
+        "a deep-compression autoencoder (DC-AE, as of Open-Sora 2.0 and Sana)",
+        (r"encoder\.(stages|down_blocks)\.\d+\.\d+\..*|encoder\.project_in\..*", r"decoder\..*"),
+    ),
+    Foreign(
+        "a video autoencoder of the Wan kind",
+        (r"(encoder\.conv1|encoder\.conv_in)\.weight", r"decoder\.(middle|mid_block)\..*gamma"),
+    ),
+    Foreign(
+        "a vector-quantised autoencoder",
+        (r"quantize\.embedding\.weight", r"encoder\.conv_in\.weight"),
+    ),
+    Foreign(
+        "a tiny autoencoder (TAESD)", (r"encoder\.layers\.0\.weight", r"decoder\.layers\.1\.weight")
+    ),
+    # Text and image encoders.
+    Foreign(
+        "OpenCLIP, in its own names",
+        (r"(model\.)?(transformer|visual\.transformer)\.resblocks\.0\.attn\.in_proj_weight",),
+    ),
+    Foreign("SigLIP", (r"vision_model\.head\.probe|logit_bias",)),
+    Foreign(
+        "a language model of the Llama kind",
+        (
+            r"(language_model\.)?(model\.)?layers\.0\.self_attn\.q_proj\.weight",
+            r".*layers\.0\.mlp\.gate_proj\.weight",
+        ),
+    ),
+    Foreign(
+        "a multilingual T5 (UMT5)",
+        (r"encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",),
+    ),
+)
+
+
+def foreign_words(shapes: Shapes) -> str:
+    """What these tensors are, in words, if a kind above has their names; else ""."""
+    text = "\n".join(name for name in shapes if len(name) <= _LONGEST)
+    for kind in FOREIGN:
+        if all(re.search(rf"^{_PREFIX}(?:{part})$", text, re.M) for part in kind.signature):
+            return kind.words.format(kind.variant(shapes))
+    return ""

@@ -1,0 +1,139 @@
+"""All that is known of one kind of weights, as one frozen description.
+
+`checkpoint`, `parallel`, `plan`, `diff` and the families read these and never ask for types. A new
+kind is one file beside this one and a line in `networks/__init__.py`. Nothing here imports JAX:
+names and tables are needed long before a network is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from fluxjax.networks.tables import Table
+
+Shapes = Mapping[str, tuple[int, ...]]
+Arrays = dict[str, np.ndarray]
+Role = Literal["columns", "rows", "whole", "convolution", "copied"]
+"""How a layer shares out its parameters: by outputs or inputs over `tensor` (and the inputs over
+`fsdp`), over `fsdp` alone, a convolution over `fsdp` alone, or the same on every device."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way in which published files name the tensors."""
+
+    name: str
+    """ "reference" is that of diffusers and transformers, "bfl" the original code's."""
+    signature: tuple[str, ...]
+    """Regular expressions; names are of this dialect if each fits one of them."""
+    table: Callable[[Any], Table]
+    """configuration -> the table of its names."""
+    infer: Callable[[Shapes, str], Any]
+    """(shapes, family) -> configuration. The family is "FLUX.1" where the file is known to belong
+    to it and "" elsewhere. Raises ConfigError for what shapes cannot tell, KeyError for a tensor
+    that is needed and missing."""
+    original_key: str = ""
+    """A key that only the original code's own configuration of this network has."""
+    from_original: Callable[[Mapping[str, Any]], Any] | None = None
+    """That configuration -> ours. Raises KeyError for a missing key."""
+
+
+@dataclass(frozen=True)
+class JsonForm:
+    """How the libraries of PyTorch write a configuration into a JSON file."""
+
+    library: Literal["diffusers", "transformers"]
+    class_names: tuple[str, ...]
+    """Classes that have these weights; the first is written unless `write` names another."""
+    model_types: tuple[str, ...] = ()
+    """transformers' names of the architecture; the first is written."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What a key that is left out means in PyTorch, where it is not our default."""
+    required: Mapping[str, Any] = field(default_factory=dict)
+    """Keys with the one value that our network has: another would give other results."""
+    read: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """Values of a file, defaults filled in -> values whose keys are our fields."""
+    write: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda config, values: values
+    """(configuration, its fields) -> the values of the file, without the names of classes."""
+    written_class: Callable[[Any], str] | None = None
+    """The class that PyTorch opens such weights with, where it depends on the configuration."""
+
+    def class_name(self, config: Any) -> str:
+        return self.written_class(config) if self.written_class else self.class_names[0]
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """How a network's tokens are shared out over the mesh's `sequence` axis."""
+
+    method: str
+    """The method whose arguments are tokens; what else the network does is done whole."""
+    arguments: tuple[tuple[str, int] | None, ...]
+    """For each argument of `method`, "image", "text" or "joint" (text first) and the axis of its
+    tokens in every leaf; None where there are none. The result has the first argument's tokens."""
+    whole: Callable[..., tuple]
+    """(run, *arguments of the network) -> arguments of `method`; `run(name, *inputs)` is another
+    method of the network."""
+    heads: Callable[[Any], int]
+    """configuration -> heads of attention."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """One kind of weights: `NETWORKS[type(config)]`."""
+
+    config: type
+    component: str
+    """The folder that a pipeline of FLUX keeps it in; a file of its own is listed under it."""
+    words: str
+    """What a sentence calls it."""
+    describe: Callable[[Any], str]
+    """configuration -> which variant of what size, in words."""
+    module: Callable[[], type]
+    """The linen class, imported when asked for."""
+    inputs: Callable[[Any], Arrays]
+    """configuration -> small random inputs by the names of the arguments."""
+    outputs: Callable[[Any], dict[str, Any]]
+    """What the network returns -> arrays by the names that PyTorch gives them."""
+    json: JsonForm
+    dialects: tuple[Dialect, ...]
+    """Tried in order; the first is the reference's."""
+    roles: Mapping[str, Role]
+    """The end of a layer's path (or of a bare parameter's) -> its role. The longest end decides."""
+    prefixes: tuple[str, ...] = ()
+    """Under which files that hold several networks keep it."""
+    files: str = ""
+    """What its single file is called where it lies beside others, as a glob pattern."""
+    file_name: Callable[[Any], str] = lambda config: "model.safetensors"
+    """configuration -> the name of such a file."""
+    method: Callable[..., Any] | None = None
+    """What takes `inputs` and touches every parameter, where that is not the module's call."""
+    scanned: tuple[str, ...] = ()
+    """Groups of equal blocks that may be scanned, their parameters then stacked."""
+    token_split: TokenSplit | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Networks that are read out of this one's files: component -> field of the configuration."""
+    fit: Callable[[Any, Shapes], Any] = lambda config, names: config
+    """(configuration, tensors) -> the configuration with what only the tensors tell."""
+    flops: Callable[[Any, int, int], float] | None = None
+    """(configuration, image tokens, text tokens) -> FLOPs of one forward of one picture."""
+
+    def build(self, config: Any, *, scan_layers: bool = False, **fields: Any) -> Any:
+        """The linen module; `scan_layers` where it has something to scan."""
+        scan = {"scan_layers": scan_layers} if self.scanned else {}
+        return self.module()(config, **scan, **fields)
+
+    def dialect(self, name: str) -> Dialect:
+        """The dialect of that name, or the reference's where the original code has none."""
+        return next((d for d in self.dialects if d.name == name), self.dialects[0])
+
+
+def count(shapes: Shapes, pattern: str) -> int:
+    """How many blocks there are: the largest number that `pattern` captures, and one."""
+    numbers = [int(m[1]) for m in map(re.compile(pattern).match, shapes) if m]
+    return max(numbers) + 1 if numbers else 0

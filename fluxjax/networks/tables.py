@@ -1,0 +1,39 @@
+"""How a published checkpoint's names map onto the reference names: the form of such a table.
+
+Reference names are those of diffusers (transformer, vae) and transformers (text encoders); our
+parameter trees mirror them mechanically (see `checkpoint.engine`), so a checkpoint with reference
+names needs no rules. A rule names modules; `.weight` and `.bias` follow. `{}` stands for a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One module of theirs = the rows of `ours`, one after the other.
+
+    `swap_halves`: the two halves of the rows are exchanged. `conv1x1`: theirs is a 1 x 1
+    convolution (out, in, 1, 1) where the reference has a linear layer (out, in).
+    `leaves`: their parameters' names -> the reference's.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    swap_halves: bool = False
+    conv1x1: bool = False
+    leaves: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
+
+
+@dataclass(frozen=True)
+class Table:
+    """`identity`: a name that no rule matches is a reference name already.
+
+    `ignored`: regular expressions of buffers that carry no parameter.
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    identity: bool = False
+    ignored: tuple[str, ...] = ()

@@ -1,0 +1,120 @@
+"""Checkpoints of other families are called by their true name, and nothing is guessed."""
+
+import json
+
+import pytest
+
+from fluxjax.checkpoint.detect import detect_network, infer_config
+from fluxjax.checkpoint.safetensors_file import read_safetensors
+from fluxjax.config import ConfigError
+from fluxjax.networks import NETWORKS
+from fluxjax.networks.foreign import FOREIGN, foreign_words
+
+KINDS = {
+    "hunyuan_vae": "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",
+    "opensora_vae": "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",
+    "hunyuan_video": "HunyuanVideo's transformer",
+    "opensora_v2": "Open-Sora 2.0's transformer",
+    "ldm_sd15": "Stable Diffusion 1's UNet",
+    "ldm_sdxl_base": "Stable Diffusion XL's UNet",
+    "ldm_sd3_medium": "Stable Diffusion 3's transformer",
+    "ldm_sd35_medium": "Stable Diffusion 3.5 medium's transformer",
+    "ldm_sd35_large": "Stable Diffusion 3.5 large's transformer",
+    "sd15_unet": "Stable Diffusion 1's UNet",
+    "sd21_unet": "Stable Diffusion 2's UNet",
+    "sdxl_unet": "Stable Diffusion XL's UNet",
+    "sdxl_refiner_unet": "Stable Diffusion XL's refiner's UNet",
+    "sd3_medium": "Stable Diffusion 3's transformer",
+    "sd35_medium": "Stable Diffusion 3.5 medium's transformer",
+    "sd35_large": "Stable Diffusion 3.5 large's transformer",
+    "pixart_alpha_1024": "PixArt-alpha's transformer",
+    "pixart_sigma_1024": "PixArt-Sigma's transformer (or PixArt-alpha's for 512 pixels)",
+}
+# Ours by their names, where the shapes leave something open.
+ASKED = {
+    "sd_vae": ("autoencoder", "0.18215"),
+    "sd3_vae": ("autoencoder", "1.5305"),
+    "bfl_ae": ("autoencoder", "1.5305"),
+    "clip_l": ("CLIP text encoder", "quick_gelu"),
+    "clip_bigg": ("CLIP text encoder", "gelu"),
+    "openclip_h_23": ("CLIP text encoder", "gelu"),
+}
+
+
+def published(shared, name, key="tensors"):
+    recorded = json.loads((shared / f"checkpoints/{name}.json").read_text())
+    return {name: tuple(shape) for name, shape in recorded[key].items()}
+
+
+def test_every_published_file_is_tried(shared):
+    files = {path.stem for path in (shared / "checkpoints").glob("*.json")}
+    assert files == KINDS.keys() | ASKED.keys() | {n for n in files if n.startswith("bfl_flux1")}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_has_its_true_name(shared, name):
+    keys = ["tensors", *(["original_tensors"] if name == "hunyuan_video" else [])]
+    for key in keys:
+        shapes = published(shared, name, key)
+        assert foreign_words(shapes) == KINDS[name]
+        # As exported by a trainer, under one more prefix.
+        assert foreign_words({f"module.{n}": s for n, s in shapes.items()}) == KINDS[name]
+        with pytest.raises(ConfigError) as error:
+            detect_network(shapes)
+        assert f"these are the tensors of {KINDS[name]}, which fluxjax cannot" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_shapes_cannot_tell_is_asked_for(shared, name):
+    shapes = published(shared, name)
+    network, dialect = detect_network(shapes)
+    words, twin = ASKED[name]
+    assert network.words == words
+    with pytest.raises(ConfigError, match=f"{twin}.*config.json with --config"):
+        infer_config(network, dialect, shapes)
+
+
+def test_an_autoencoder_of_four_channels_is_not_flux_s(shared):
+    shapes = published(shared, "sd_vae")
+    with pytest.raises(ConfigError, match=r"4 latent channels, as Stable Diffusion.*of 16"):
+        infer_config(*detect_network(shapes), shapes, family="FLUX.1")
+    shapes = published(shared, "bfl_ae")
+    config = infer_config(*detect_network(shapes), shapes, family="FLUX.1")
+    assert (config.latent_channels, config.scaling_factor) == (16, 0.3611)
+
+
+def test_the_autoencoders_of_open_sora(shared):
+    for name, words in (
+        ("opensora_dc_ae", "a deep-compression autoencoder (DC-AE, as of Open-Sora 2.0 and Sana)"),
+        ("opensora_vae", KINDS["opensora_vae"]),
+    ):
+        tensors, _ = read_safetensors(shared / f"goldens/{name}.safetensors")
+        shapes = {n[8:]: t.shape for n, t in tensors.items() if n.startswith("weights.")}
+        assert foreign_words(shapes) == words if shapes else pytest.skip("no weights")
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"}, "a LoRA"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1"}, "a LoRA"),
+        ({"controlnet_x_embedder.weight", "x_embedder.weight"}, "a ControlNet"),
+        ({"distilled_guidance_layer.in_proj.weight", "img_in.weight"}, "Chroma's"),
+        ({"transformer.resblocks.0.attn.in_proj_weight"}, "OpenCLIP, in its own names"),
+        ({"cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"}, "OpenCLIP"),
+        ({"a", "b"}, "has names like 'a', 'b'"),
+        ({"x" * 10**6, "y\n" * 10**5}, "has names like"),
+    ],
+)  # fmt: skip
+def test_others_by_their_names(names, what):
+    with pytest.raises(ConfigError, match=what):
+        detect_network(dict.fromkeys(names, (1,)))
+
+
+def test_each_description_tells_its_own(shared):
+    """No kind that is read is taken for one that is not, and each of these is reached."""
+    for name in ("dev", "schnell", "fill-dev", "canny-dev"):
+        network, dialect = detect_network(published(shared, f"bfl_flux1-{name}"))
+        assert (network.component, dialect.name) == ("transformer", "bfl")
+    assert len({kind.signature for kind in FOREIGN}) == len(FOREIGN)
+    assert len({network.component for network in NETWORKS.values()}) == len(NETWORKS)
