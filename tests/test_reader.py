@@ -13,6 +13,7 @@ from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings
 from fluxjax.train.embedded import evaluate as measure
 from fluxjax.train.embedded.evaluate import EvaluateSettings, count_right, draw_prompts
+from fluxjax.train.embedded.phrasing import Caption
 from fluxjax.train.embedded.reader import (
     ATTRIBUTES,
     Reading,
@@ -26,7 +27,6 @@ from fluxjax.train.embedded.scenes import (
     COLOURS,
     KINDS,
     SHAPES,
-    Caption,
     Scene,
     render,
 )
@@ -40,7 +40,7 @@ def pictures_of(scenes: Scene, **side) -> np.ndarray:
 
 def rates(prompts, pictures) -> dict[str, float]:
     """Share of right ones, with everything asked."""
-    asked = [Caption(c.text, (True,) * 3, True) for c in prompts.captions]
+    asked = [c._replace(states_size=(True,) * 3, states_background=True) for c in prompts.captions]
     counts = count_right(prompts._replace(captions=asked), pictures)
     return {name: right / total for name, (right, total) in counts.items()}
 
@@ -66,11 +66,26 @@ def test_blurred_and_noisy_pictures_are_read(prompts, drawn):
     assert min(read_back.values()) >= 0.97, read_back
 
 
-@pytest.mark.parametrize(("width", "height"), [(112, 80), (256, 208)])
+@pytest.mark.parametrize(("width", "height"), [(112, 80), (256, 208), (64, 64), (80, 160)])
 def test_other_sizes_are_read(width, height):
     prompts = draw_prompts(24, seed=2, held_out=False, width=width, height=height)
     pictures = pictures_of(prompts.scenes, width=width, height=height)
     assert min(rates(prompts, pictures).values()) >= 0.95
+
+
+@pytest.mark.parametrize(("split", "backs"), [(1, (0, 4)), (2, (3, 4)), (1, (1, 0))])
+def test_a_gray_object_across_the_seam_is_one_object(prompts, split, backs):
+    """Gray is a blend of the two colours that meet there."""
+    scenes = Scene(*(field[:1] for field in prompts.scenes))._replace(
+        count=np.array([1]), shape=np.array([[7, 0, 0]]), size=np.array([[1, 0, 0]]),
+        colour=np.full((1, 3), list(COLOURS).index("gray")), centre=np.full((1, 3, 2), 0.5),
+        radius=np.array([[0.17, 0, 0]]), background=np.array([backs]), split=np.array([split]),
+    )  # fmt: skip
+    found = read(pictures_of(scenes)[0])
+    assert [(SHAPES[o.shape], list(COLOURS)[o.colour], o.size) for o in found.objects] == [
+        ("diamond", "gray", 1)
+    ]
+    assert (found.background, found.split) == (backs, split)
 
 
 def test_objects_of_one_colour_that_touch_are_told_apart(prompts):
@@ -103,9 +118,11 @@ CIRCLE = red("circle")
 STAR = red("star", (0.7, 0.5), 2, "blue")
 
 
-def marks(objects, background=(1, 1), split=0, stated=(True, True, False), back=True):
+def marks(
+    objects, background=(1, 1), split=0, stated=(True, True, False), back=True, relations=(0,)
+):
     reading = Reading(tuple(objects), background, split)
-    return score(WANTED, Caption("", stated, back), reading)
+    return score(WANTED, Caption("", stated, back, relations, {}), reading)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +131,9 @@ def marks(objects, background=(1, 1), split=0, stated=(True, True, False), back=
         ([CIRCLE, STAR], {}, {}),
         ([STAR, CIRCLE], {}, {}),
         ([CIRCLE._replace(centre=(0.9, 0.5)), STAR], {}, {"relation": (0, 1)}),
+        ([CIRCLE._replace(centre=(0.9, 0.5)), STAR], {"relations": (0, 1)}, {}),
+        ([CIRCLE._replace(centre=(0.7, 0.1)), STAR], {"relations": (0, 1)}, {"relation": (0, 1)}),
+        ([CIRCLE._replace(centre=(0.9, 0.5)), STAR], {"relations": ()}, {"relation": (0, 0)}),
         ([CIRCLE._replace(colour=3), STAR], {}, {"colour": (1, 2)}),
         ([CIRCLE._replace(shape=-1), STAR], {}, {"shape": (1, 2)}),
         ([CIRCLE._replace(size=1), STAR], {}, {"size": (1, 2)}),
@@ -147,8 +167,17 @@ def test_prompts_are_different_and_follow_the_seed():
     again = draw_prompts(8, seed=1, held_out=False, **SIDE)
     other = draw_prompts(8, seed=2, held_out=False, **SIDE)
     texts = [caption.text for caption in first.captions]
+    both = draw_prompts(40, seed=1, held_out=True, manner="and", **SIDE)
+    assert all(len(caption.relations) in (0, 2) for caption in both.captions)
+    assert set(both.scenes.kind) == {KINDS.index("pair"), KINDS.index("row")}
+    few = draw_prompts(30, seed=1, held_out=False, colours=("white", "red"), **SIDE)
+    shown = few.scenes.colour[np.arange(3) < few.scenes.count[:, None]]
+    assert {list(COLOURS)[i] for i in shown} == {"white", "red"}
     assert len(set(texts)) == 8 and first.captions == again.captions
     assert len(set(texts) & {caption.text for caption in other.captions}) < 3
+
+
+WIDE = {"width": 128, "height": 64}
 
 
 class Painter(Pipeline):
@@ -158,11 +187,11 @@ class Painter(Pipeline):
         self.defaults = Settings(width=96, height=96, steps=2)
         self.wrong, self.batches, self.seeds, self.settings = wrong, [], [], None
         self.config, self.dtype, self.mesh = TINY, np.dtype(np.float32), None
-        self.known = {}
-        for held_out in (True, False):
-            prompts = draw_prompts(8, seed=5, held_out=held_out, **SIDE)
+        self.known, self.sizes = {}, []
+        for manner, size in (("sentence", SIDE), ("and", SIDE), ("sentence", WIDE)):
+            prompts = draw_prompts(8, seed=5, held_out=True, manner=manner, **size)
             for i, caption in enumerate(prompts.captions):
-                self.known[caption.text] = prompts.scene(i)
+                self.known[size["width"], caption.text] = prompts.scene(i)
 
     def encode_pictures(self, pictures):
         return pictures
@@ -174,39 +203,52 @@ class Painter(Pipeline):
         self.settings = settings
         self.batches.append(len(prompts))
         self.seeds += seeds
-        scenes = Scene(*map(np.stack, zip(*(self.known[text] for text in prompts), strict=True)))
-        # Seeds count pictures: the first `wrong` are drawn in the next colour of the list.
+        size = {"width": settings.width, "height": settings.height}
+        self.sizes.append((settings.width, settings.height))
+        known = [self.known[settings.width, text] for text in prompts]
+        scenes = Scene(*map(np.stack, zip(*known, strict=True)))
+        # Seeds count pictures: the first `wrong` are drawn in another colour, one
+        # that no background has.
         shift = (np.array(seeds) - settings.seed < self.wrong)[:, None]
-        scenes = scenes._replace(colour=(scenes.colour + shift) % len(COLOURS))
-        return np.round((pictures_of(scenes) + 1) * 127.5).astype(np.uint8)
+        scenes = scenes._replace(colour=np.where(shift, (scenes.colour + 1) % 9, scenes.colour))
+        return np.round((pictures_of(scenes, **size) + 1) * 127.5).astype(np.uint8)
 
 
-def test_evaluation_counts_by_group_writes_a_sheet_and_prints(tmp_path, capsys):
+def test_evaluation_counts_by_kind_writes_a_sheet_and_prints(tmp_path, capsys, monkeypatch):
+    kinds = measure.KINDS | {"other sizes": measure.Kind("sentence", ((128, 64),))}
+    monkeypatch.setattr(measure, "KINDS", kinds)
     pipeline = Painter(wrong=3)
     settings = EvaluateSettings(
-        prompts=16, batch=6, seed=5, true_cfg_scale=2.0, sheet=tmp_path / "sheet.png"
-    )
+        prompts=8, kinds=("sentences", "X and Y", "other sizes"), batch=6, seed=5,
+        true_cfg_scale=2.0, sheet=tmp_path / "sheet.png",
+    )  # fmt: skip
     found = measure.evaluate_pipeline(pipeline, settings)
-    assert pipeline.batches == [6, 6, 6] and pipeline.seeds[:16] == list(range(5, 21))
+    assert pipeline.batches == [6] * 6 and pipeline.seeds[:8] == list(range(5, 13))
+    assert pipeline.sizes == [(96, 96)] * 4 + [(128, 64)] * 2
     assert pipeline.settings.true_cfg == 2.0 and pipeline.settings.uses_true_cfg
-    assert found.rate("held-out", "all") == 5 / 8 and found.rate("ordinary", "all") == 1
-    assert found.rate("held-out", "colour") < 1 and found.rate("held-out", "shape") == 1
-    assert found.rate("reader", "all") == 1 and found.psnr > 45
+    for kind in settings.kinds:
+        assert found.rate(kind, "all") == 5 / 8 and found.rate(kind, "shape") == 1
+        assert found.rate(kind, "colour") < 1 and found.prompts[kind] == 8
+    assert found.rate("reader", "all") == 1 and found.psnr > 45 and found.prompts["reader"] == 24
     measure.print_evaluation(found)
     assert "0.625 of 8" in capsys.readouterr().out
     content = json.loads(found.to_json())
-    assert content["counts"]["held-out"]["all"] == {"right": 5, "asked": 8}
+    assert content["counts"]["X and Y"]["all"] == {"right": 5, "asked": 8}
 
     from PIL import Image
 
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width == 6 * 202 + 10
+        assert sheet.width == 6 * 202 + 10  # columns of pictures enlarged to 192
         pixels = np.asarray(sheet)
-    first = pipeline.known[next(iter(pipeline.known))]
-    if not first.split:
-        corner = list(BACKGROUNDS.values())[first.background[0]]
-        assert np.abs(pixels[12, 12].astype(int) - corner).max() <= 2
+    first = next(iter(pipeline.known.values()))
+    corner = list(BACKGROUNDS.values())[first.background[0]]
+    assert np.abs(pixels[12, 12].astype(int) - corner).max() <= 2
     assert (pixels[10 + 196 : 10 + 230] < 100).any(), "no captions"
+
+
+def test_unknown_kinds_are_named():
+    with pytest.raises(ConfigError, match=r"'other orders'.*got 'proverbs'"):
+        EvaluateSettings(kinds=("proverbs",))
 
 
 @pytest.mark.slow
@@ -221,7 +263,9 @@ def test_a_mesh_measures_the_same(tmp_path, monkeypatch):
         return opened[-1]
 
     monkeypatch.setattr(measure, "load_pipeline", scanned)
-    settings = EvaluateSettings(prompts=5, batch=3, steps=1, json=True, sheet=tmp_path / "one.png")
+    settings = EvaluateSettings(
+        prompts=5, kinds=("terse",), batch=3, steps=1, json=True, sheet=tmp_path / "one.png"
+    )
     one = measure.evaluate(settings)
     mesh = {"mesh": "fsdp=4,tensor=2", "sheet": tmp_path / "many.png"}
     many = measure.evaluate(replace(settings, **mesh))
@@ -235,7 +279,9 @@ def test_a_mesh_measures_the_same(tmp_path, monkeypatch):
         measure.evaluate(replace(settings, mesh="fsdp=3"))
 
 
-@pytest.mark.parametrize("options", [{"prompts": 1}, {"batch": 0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "options", [{"prompts": 0}, {"kinds": ()}, {"colours": ("mauve",)}, {"batch": 0}, {"seed": -1}]
+)
 def test_settings_that_mean_nothing_are_refused(options):
     with pytest.raises(ConfigError, match="must"):
         EvaluateSettings(**options)

@@ -20,9 +20,10 @@ from torch_pipeline import random_pipeline  # noqa: F401
 
 import fluxjax
 from fluxjax.cli import run
+from fluxjax.config import ConfigError
 from fluxjax.sample.__main__ import main
 from fluxjax.sample.cache import cache_folder, enable_cache
-from fluxjax.sample.known_words import outside
+from fluxjax.sample.known_words import outside, outside_sizes
 from fluxjax.sample.picture_formats import encode_picture, read_record
 
 SIZE = ("--width", "64", "--height", "48", "--steps", "3", "--max-sequence-length", "16")
@@ -271,6 +272,48 @@ def test_prompts_outside_the_embedded_models_world(tmp_path):
     assert outside("A red circle.", tmp_path) == ""
     note = outside("a photo of a Cat", tmp_path)
     assert '"photo", "of", "cat"' in note and "drawn shapes" in note and "--model" in note
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("you're a red circle", '"you\'re"'),
+        ("a zigzag, a ZIGZAG and the zigzag’s circle", '"zigzag", "zigzag’s"'),
+        ("a circle’s left, a red-coloured circle & “a GREY star”", ""),
+        ("A RED CIRCLE; underneath: 2 rhombuses!", ""),
+        ("please draw 🔴 one ﬁsh", '"🔴", "fish"'),
+        ("rings under the background of a kite-square", '"kite-square"'),
+        ("a b c d e f g h", '"b", "c", "d", "e", "f" and 2 more'),
+    ],
+)
+def test_the_note_names_what_is_really_unknown_once(prompt, unknown):
+    note = outside(prompt)
+    assert note.partition(" it draws")[0] == (
+        f"the tiny model never read {unknown};" if unknown else ""
+    )
+
+
+def test_sizes_outside_the_embedded_models_world(tmp_path, monkeypatch, capsys):
+    sizes = {"least": 64, "most": 160, "aspect": 2, "refused_below": 48, "refused_above": 320}
+    world = {"words": ["a", "star"], "knows": "stars", "sizes": sizes}
+    (tmp_path / "world.json").write_text(json.dumps(world))
+    for width, height in ((64, 64), (160, 160), (80, 160), (128, 64)):
+        assert outside_sizes(width, height, tmp_path) == ""
+    for width, height in ((48, 64), (176, 160), (160, 64), (320, 320)):
+        note = outside_sizes(width, height, tmp_path)
+        assert "64 to 160 pixels" in note and f"{width} x {height}" in note and "\n" not in note
+    for width, height in ((32, 64), (336, 160), (1024, 1024)):
+        with pytest.raises(ConfigError, match=f"64 to 160 .*{width} x {height}"):
+            outside_sizes(width, height, tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "world.json").write_text(json.dumps({"words": [], "knows": ""}))
+    assert outside_sizes(1024, 1024, tmp_path / "other") == ""
+    # The second picture is refused before the first one is drawn.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('"a star"\n{"prompt": "a star", "width": 1024}\n')
+    with pytest.raises(ConfigError, match="1024 x"):
+        main(["--prompts", "p.jsonl"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
-"""Drawn scenes: what is held out, where things stand, and what the captions say."""
+"""Drawn scenes: what is held out, where things stand, what a picture shows."""
 
-import re
 from functools import cache
 
 import jax
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 
 from fluxjax.train.embedded import scenes as world
-from fluxjax.train.embedded.scenes import Caption, Scene, caption, captions, render, sample_scenes
+from fluxjax.train.embedded.scenes import Scene, render, sample_scenes
 
 SIDE = {"width": 96, "height": 96}
 N = 256
@@ -55,6 +54,16 @@ def test_every_attribute_occurs():
         assert set(getattr(scenes, field).ravel()) == set(range(len(options))), field
 
 
+def test_no_object_has_its_backgrounds_colour_and_others_have_every_colour():
+    scenes = numpy_scenes()
+    colours, backs = list(world.COLOURS), list(world.BACKGROUNDS)
+    for i in range(N):
+        shown = {backs[b] for b in scenes.background[i][: 2 if scenes.split[i] else 1]}
+        seen = {colours[c] for c in scenes.colour[i][: scenes.count[i]]}
+        assert not shown & seen
+    assert set(scenes.colour[scenes.count > 0].ravel()) == set(range(len(colours)))
+
+
 def test_pairs_stand_as_their_relation_says_and_rows_from_left_to_right():
     scenes = numpy_scenes()
     pair = scenes.kind == world.KINDS.index("pair")
@@ -66,7 +75,7 @@ def test_pairs_stand_as_their_relation_says_and_rows_from_left_to_right():
     assert (np.diff(row, axis=1) > 0).all()
 
 
-@pytest.mark.parametrize(("width", "height"), [(96, 96), (112, 80)])
+@pytest.mark.parametrize(("width", "height"), [(96, 96), (112, 80), (64, 64), (160, 160)])
 def test_objects_stay_inside_and_apart(width, height):
     scenes = numpy_scenes(width=width, height=height)
     limits = np.array([width, height]) / min(width, height)
@@ -74,13 +83,14 @@ def test_objects_stay_inside_and_apart(width, height):
     low = (scenes.centre - scenes.radius[..., None])[used]
     high = (scenes.centre + scenes.radius[..., None])[used]
     assert (low > 0).all() and (high < limits).all()
-    pixels = scenes.centre[used] * min(width, height) / world.GRID
+    grid = world.GRID if min(width, height) < world.COARSE_SIDE else world.COARSE_GRID
+    pixels = scenes.centre[used] * min(width, height) / grid
     np.testing.assert_allclose(pixels, np.round(pixels), atol=1e-4)
     for i, j in ((0, 1), (0, 2), (1, 2)):
         both = used[:, i] & used[:, j]
         gap = np.linalg.norm(scenes.centre[:, i] - scenes.centre[:, j], axis=-1)
         gap -= scenes.radius[:, i] + scenes.radius[:, j]
-        assert (gap[both] > -1e-6).all()
+        assert (gap[both] * min(width, height) >= world.LEAST_GAP - 1e-4).all()
 
 
 def test_a_picture_shows_colour_background_split_and_smooth_edges():
@@ -98,68 +108,3 @@ def test_a_picture_shows_colour_background_split_and_smooth_edges():
     area = ((250 - top) / (250 - 36)).sum() * 2
     assert area == pytest.approx(np.pi * 24**2, rel=0.01)
     assert ((top > 45) & (top < 240)).sum() > 30
-
-
-def test_the_same_seed_writes_the_same_captions_and_another_others():
-    scenes = numpy_scenes()
-    assert captions(scenes, 3) == captions(scenes, 3)
-    assert captions(scenes, 3) != captions(scenes, 4)
-
-
-def test_a_caption_names_what_the_scene_holds_and_marks_what_it_states():
-    scenes = numpy_scenes()
-    for i, (text, states_size, states_background) in enumerate(captions(scenes, 1)):
-        scene = one(scenes, i)
-        count = int(scene.count)
-        counted = world.KINDS[scene.kind] == "count"
-        sizes = 0
-        for k in range(1 if counted else count):
-            colour = list(world.COLOURS)[scene.colour[k]]
-            shape = world.SHAPES[scene.shape[k]]
-            assert any(w in text for w in world.COLOUR_WORDS.get(colour, (colour,))), text
-            assert any(w in text for w in world.SHAPE_WORDS.get(shape, (shape,))), text
-            words = world.SIZE_WORDS[scene.size[k]]
-            assert not states_size[k] or re.search(rf"\b({'|'.join(words)})\b", text), text
-            sizes += states_size[k]
-        every_size = [w for words in world.SIZE_WORDS for w in words]
-        assert len(re.findall(rf"\b({'|'.join(every_size)})\b", text)) == sizes, text
-        names = [list(world.BACKGROUNDS)[b] for b in scene.background]
-        stated = [name for name in world.BACKGROUNDS if re.search(rf"\b{name}\b", text)]
-        shown = names if scene.split else names[:1]
-        assert set(stated) == (set(shown) if states_background else set()), text
-
-
-def test_captions_are_grammatical():
-    scenes = numpy_scenes()
-    for text, *_ in captions(scenes, 2):
-        assert not re.search(r"\ba [aeiou]", text), text
-        assert not re.search(r"\ban [^aeiou]", text), text
-        assert "there is two" not in text and "there is 3" not in text, text
-        assert "  " not in text and text == text.strip() and "{" not in text, text
-        assert len(re.findall(r"crosss|shs\b|crosses", text)) <= 1, text
-        many = re.match(r".*\b(two|three|2|3|pair of|group of three) ", text)
-        if many:
-            assert re.search(r"(s|crosses)( |$)", text[many.end() :]), text
-
-
-@pytest.mark.parametrize(("relation", "expected"), [(0, "left"), (1, "right")])
-def test_a_relation_template_puts_the_first_object_where_it_stands(relation, expected):
-    scene = one(numpy_scenes(), 0)._replace(
-        kind=1, count=2, relation=relation, shape=np.array([0, 1, 0]),
-        colour=np.array([0, 5, 0]), size=np.array([0, 0, 0]), split=np.int32(0),
-    )  # fmt: skip
-    other = {"left": "right", "right": "left"}[expected]
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        text: Caption = caption(scene, rng)
-        words = text.text
-        circle, square = words.index("circle"), words.index("square")
-        if f"on its {expected}" in words:  # "a square with a circle on its left"
-            assert square < circle, words
-        elif words.startswith("on the"):
-            clauses = words.split(", ")
-            assert ("circle" in clauses[0]) == (f"on the {expected}" in clauses[0]), words
-        elif f"on the {other}" in words:  # "a circle on the left and a square on the right"
-            assert circle < words.index(f"on the {expected}") < square, words
-        else:
-            assert circle < words.index(expected) < square, words

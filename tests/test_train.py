@@ -214,6 +214,7 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
             recipe.autoencoder, steps=3, small_steps=1, small_size=32, size=32, batch=2,
             small_batch=2, decoder_steps=2,
         ),
+        paraphrase=replace(recipe.paraphrase, steps=1, batch=4, held_out_captions=8),
         transformer=first,
         refine=first,  # the same program: compiled once
         distill=replace(
@@ -235,6 +236,8 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
     pipe = load_pipeline(str(folder))
     (image,) = pipe("a red circle", seed=1, width=48, height=32, steps=2)
     assert image.size == (48, 32)
+    world = json.loads((folder / "world.json").read_text())
+    assert world["sizes"]["least"] == 32 and {"grey", "next", "underneath"} < set(world["words"])
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
     assert tiny.train_tiny(few) == folder  # nothing is left to do
     unchanged = {p: t for p, t in before.items() if p.parent.name != "transformer"}

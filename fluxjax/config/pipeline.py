@@ -100,18 +100,18 @@ TINY = PipelineConfig(
         block_out_channels=(16, 24, 64, 64), layers_per_block=1, norm_num_groups=4
     ),
     text_encoder=CLIPTextConfig(
-        vocab_size=745,
+        vocab_size=791,
         hidden_size=128,
         intermediate_size=384,
         projection_dim=128,
         num_hidden_layers=3,
         num_attention_heads=4,
-        bos_token_id=743,
-        eos_token_id=744,
-        pad_token_id=744,
+        bos_token_id=789,
+        eos_token_id=790,
+        pad_token_id=790,
     ),
     text_encoder_2=T5Config(
-        vocab_size=220, d_model=128, d_kv=32, d_ff=320, num_layers=3, num_heads=4
+        vocab_size=188, d_model=128, d_kv=32, d_ff=320, num_layers=3, num_heads=4
     ),
     max_sequence_length=32,
     steps=20,

@@ -56,6 +56,7 @@ def _wanted(
     options: Options, repeated: dict[str, Any], lines: Sequence[Line], opened: OpenedModel
 ) -> list[Job]:
     from fluxjax.parallel import hosts
+    from fluxjax.sample.known_words import outside_sizes
 
     def on_first() -> list[dict[str, Any]]:
         return [
@@ -64,10 +65,14 @@ def _wanted(
         ]
 
     pipe = opened.pipeline(opened.sources.lora)
-    return [
+    jobs = [
         Job(Settings(**job["settings"]), tuple(job["lora"]), job["place"])
         for job in hosts.from_first(on_first)
     ]
+    if opened.sources.model == TINY:
+        for job in jobs:  # a size that would show nothing is refused before anything is drawn
+            outside_sizes(job.settings.width, job.settings.height)
+    return jobs
 
 
 def _sources(
@@ -170,9 +175,11 @@ def _draw_all(
 
 
 def _tell_unknown(batch: Sequence[Job], once: Callable[[str], None]) -> None:
-    from fluxjax.sample.known_words import EDITS, outside
+    from fluxjax.sample.known_words import EDITS, outside, outside_sizes
 
     for job in batch:
+        if text := outside_sizes(job.settings.width, job.settings.height):
+            once(text)
         if text := outside(job.settings.prompt):
             once(text)
         if job.settings.reference:

@@ -4,38 +4,83 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+from fluxjax.config import ConfigError
 from fluxjax.hub import tiny_folder
 
 FILE = "world.json"
 EDITS = "the embedded model has not learnt to edit: a reference only disturbs what it draws"
 
 
-def words_of(text: str) -> set[str]:
-    """The words of a sentence in small letters."""
-    return set(re.findall(r"[^\W_]+(?:-[^\W_]+)*", text.lower()))
+class _World(NamedTuple):
+    """world.json; `sizes` is None where the model says nothing about them."""
+
+    words: frozenset[str]
+    knows: str
+    sizes: dict[str, int] | None
+
+
+# Words, with what an apostrophe or a hyphen joins to them, and symbols such as emoji.
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*|[\u2190-\u2bff\U0001f000-\U0001faff]")
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a sentence in small letters, each once, in the order in which they come."""
+    folded = unicodedata.normalize("NFKC", text).lower()
+    return list(dict.fromkeys(_WORD.findall(folded)))
+
+
+def _is_known(word: str, words: frozenset[str]) -> bool:
+    """A word, `red-coloured` of two known ones, or `circle's`."""
+    owner = re.sub("['\u2019]s$", "", word)
+    return all(part in words for part in owner.split("-"))
 
 
 @cache
-def _world(folder: Path) -> tuple[frozenset[str], str]:
+def _world(folder: Path) -> _World:
     path = folder / FILE
     if not path.is_file():
-        return frozenset(), ""
+        return _World(frozenset(), "", None)
     world = json.loads(path.read_text(encoding="utf-8"))
-    return frozenset(world["words"]), world["knows"]
+    return _World(frozenset(world["words"]), world["knows"], world.get("sizes"))
 
 
 def outside(prompt: str, folder: Path | None = None) -> str:
     """A sentence for a prompt with words that the embedded model has never read; else ""."""
-    words, knows = _world(folder or tiny_folder())
-    unknown = sorted(words_of(prompt) - words, key=prompt.lower().find)
-    if not words or not unknown:
+    world = _world(folder or tiny_folder())
+    unknown = [word for word in words_of(prompt) if not _is_known(word, world.words)]
+    if not world.words or not unknown:
         return ""
     listed = ", ".join(f'"{word}"' for word in unknown[:5])
+    if len(unknown) > 5:
+        listed += f" and {len(unknown) - 5} more"
     return (
-        f"the tiny model never read {listed}; it draws {knows}. For anything else convert a FLUX.1 "
-        "checkpoint (python -m fluxjax.convert SOURCE DESTINATION) and draw with "
+        f"the tiny model never read {listed}; it draws {world.knows}. For anything else convert a "
+        "FLUX.1 checkpoint (python -m fluxjax.convert SOURCE DESTINATION) and draw with "
         "--model DESTINATION"
     )
+
+
+def outside_sizes(width: int, height: int, folder: Path | None = None) -> str:
+    """A sentence for a size that the embedded model has not learnt to draw; else "".
+
+    Raises ConfigError for one so far off that it would show nothing.
+    """
+    sizes = _world(folder or tiny_folder()).sizes
+    if sizes is None:
+        return ""
+    least, most, aspect = sizes["least"], sizes["most"], sizes["aspect"]
+    short, long = sorted((width, height))
+    if least <= short and long <= most and long <= aspect * short:
+        return ""
+    drawn = (
+        f"the tiny model draws pictures with sides of {least} to {most} pixels, at most {aspect:g} "
+        "times as long as wide"
+    )
+    if short < sizes["refused_below"] or long > sizes["refused_above"]:
+        raise ConfigError(f"{drawn}; of {width} x {height} it would make nothing")
+    return f"{drawn}; {width} x {height} may come out wrong"

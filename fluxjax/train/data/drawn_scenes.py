@@ -12,8 +12,8 @@ from fluxjax.config import ConfigError
 from fluxjax.train.data.buckets import bucket
 from fluxjax.train.data.item import Item
 from fluxjax.train.data.settings import DataSettings
-from fluxjax.train.embedded.scenes import Scene, captions, render, sample_scenes
-from fluxjax.train.embedded.text_encoders import vary
+from fluxjax.train.embedded.phrasing import captions, vary
+from fluxjax.train.embedded.scenes import Scene, render, sample_scenes
 
 _CHUNK = 64
 _SEED = 11
@@ -48,7 +48,7 @@ def scene_items(settings: DataSettings) -> list[Item]:
             read = functools.partial(_draw, scene, width, height)
             # Not of the pixels: another kind of device may round one of them otherwise.
             digest = hashlib.sha256(f"{_SEED} {name}".encode()).hexdigest()
-            text = vary(caption.text, rng)
+            text = vary(caption, rng).text
             items.append(Item(name, "drawn", text, "", read, digest, (width, height)))
     return items[: settings.scenes]
 

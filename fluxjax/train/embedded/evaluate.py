@@ -1,8 +1,9 @@
 """Measures prompt following: draw from captions, read the pictures back, count what is right.
 
-Half of the prompts describe scenes that training holds out, half are ordinary ones that it never
-saw. Beside the model stands the reader's own score on true renders of the same scenes passed
-through the autoencoder: no model can be measured better than that.
+Apart for each of KINDS of prompts. All describe scenes that training holds out, or with
+`held_out=False` ordinary ones, in words that it never saw together. Beside the model stands the
+reader's own score on true renders of the same scenes passed through the autoencoder: no model can
+be measured better than that.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -26,12 +27,32 @@ from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings, override
 from fluxjax.side_output import check_side_output, marker, side_output
+from fluxjax.train.embedded.phrasing import Caption, captions, names_in_order, vary
 from fluxjax.train.embedded.reader import ATTRIBUTES, Tally, read, score
-from fluxjax.train.embedded.scenes import Caption, Scene, captions, render, sample_scenes
+from fluxjax.train.embedded.scenes import COLOURS, Scene, render, sample_scenes
 
-SHEET_PICTURES = 24
 SHEET_COLUMNS = 6
-GROUPS = ("held-out", "ordinary", "reader")
+SHEET_SIDE = 192  # pixels; smaller pictures are doubled where that fits, larger ones shrunk
+
+
+class Kind(NamedTuple):
+    """How prompts of one kind are written, and in which sizes they are drawn (None: one's own)."""
+
+    manner: str
+    sizes: tuple[tuple[int, int], ...] | None = None
+
+
+OTHER_SIZES = (
+    (64, 64), (128, 128), (160, 160), (128, 64), (80, 160), (144, 112),
+)  # fmt: skip
+KINDS = {
+    "sentences": Kind("sentence"),
+    "terse": Kind("terse"),
+    "X and Y": Kind("and"),
+    "other orders": Kind("order"),
+    "other sizes": Kind("sentence", OTHER_SIZES),
+}
+READER = "reader"
 CHUNK = 256  # scenes drawn at once: one compilation whatever the number of prompts
 # Apart from every seed that a training stage draws its scenes with.
 _STREAM = 0x0DD5EED
@@ -46,8 +67,14 @@ class EvaluateSettings:
 
     model: str = "tiny"
     """tiny (the embedded model) or a pipeline folder."""
-    prompts: int = 240
-    """Half held out of training, half ordinary."""
+    prompts: int = 48
+    """Of each kind: sentences, terse, "X and Y", other orders of words, other sizes."""
+    kinds: tuple[str, ...] = tuple(KINDS)
+    """Which kinds."""
+    held_out: bool = True
+    """Scenes with objects and pairs that training holds out; else ordinary ones."""
+    colours: tuple[str, ...] = tuple(COLOURS)
+    """Scenes whose objects have these colours alone."""
     guidance: float | None = None
     """Embedded guidance; the model's own by default."""
     steps: int | None = None
@@ -61,16 +88,24 @@ class EvaluateSettings:
     mesh: str | None = None
     """Devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2; the rest is data."""
     sheet: Path | None = None
-    """Write a contact sheet of 24 held-out prompts to this PNG."""
+    """Write a contact sheet to this PNG, a row for each kind."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the numbers as JSON instead of a table."""
 
     def __post_init__(self) -> None:
-        if self.prompts < 2 or self.batch < 1:
+        if self.prompts < 1 or self.batch < 1:
             raise ConfigError(
-                "prompts must be at least 2 and batch at least 1, "
-                f"got {self.prompts} and {self.batch}"
+                f"prompts and batch must be at least 1, got {self.prompts} and {self.batch}"
             )
+        for kind in self.kinds:
+            if kind not in KINDS:
+                known = ", ".join(map(repr, KINDS))
+                raise ConfigError(f"kinds must be of {known}, got {kind!r}")
+        for colour in self.colours:
+            if colour not in COLOURS:
+                raise ConfigError(f"colours must be of {', '.join(COLOURS)}, got {colour!r}")
+        if not self.kinds:
+            raise ConfigError("kinds must name at least one kind of prompts")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
 
@@ -87,7 +122,7 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Counts by group (GROUPS) and attribute (ATTRIBUTES), and the autoencoder's PSNR in dB."""
+    """Counts by kind, and of the reader, and attribute; the autoencoder's PSNR in dB."""
 
     counts: dict[str, Counts]
     prompts: dict[str, int]
@@ -108,17 +143,32 @@ class Evaluation:
         return json.dumps({**content, "autoencoder_psnr": self.psnr}, indent=2)
 
 
-def draw_prompts(n: int, *, width: int, height: int, seed: int, held_out: bool) -> Prompts:
-    """`n` scenes with different captions, from a stream of their own."""
+def draw_prompts(
+    n: int,
+    *,
+    width: int,
+    height: int,
+    seed: int,
+    held_out: bool,
+    manner: str = "sentence",
+    colours: Sequence[str] = tuple(COLOURS),
+) -> Prompts:
+    """`n` scenes with different captions, from a stream of their own, in some of the colours."""
+    wanted = np.isin(list(COLOURS), colours)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(_STREAM), seed), int(held_out))
     options = {"width": width, "height": height, "held_out": held_out}
     chosen: dict[str, tuple[Scene, Caption]] = {}
-    for chunk in range(n):  # each brings new captions, nearly always all of them
+    for chunk in range(8 * n):  # each brings new captions, nearly always more than enough
         drawn = sample_scenes(jax.random.fold_in(key, chunk), CHUNK, **options)
         scenes = Scene(*(np.asarray(field) for field in drawn))
-        texts = captions(scenes, seed=_STREAM + 4096 * (2 * seed + held_out) + chunk)
-        for i, caption in enumerate(texts):
-            chosen.setdefault(caption.text, (Scene(*(field[i] for field in scenes)), caption))
+        stream = _STREAM + 4096 * (2 * seed + held_out) + chunk
+        rng = np.random.default_rng(stream)
+        for i, said in enumerate(captions(scenes, stream, manner)):
+            scene = Scene(*(field[i] for field in scenes))
+            shown = wanted[scene.colour[: int(scene.count)]].all()
+            if shown and (manner != "and" or names_in_order(scene)):
+                caption = vary(said, rng, typos=0.0)
+                chosen.setdefault(caption.text, (scene, caption))
         if len(chosen) >= n:
             break
     kept = list(chosen.values())[:n]
@@ -130,8 +180,7 @@ def count_right(prompts: Prompts, pictures: Float[np.ndarray, "n height width 3"
     """Sum of `reader.score` over pictures in [-1, 1], one for each prompt."""
     total = {name: Tally(0, 0) for name in ATTRIBUTES}
     for i, (caption, picture) in enumerate(zip(prompts.captions, pictures, strict=True)):
-        for name, tally in score(prompts.scene(i), caption, read(picture)).items():
-            total[name] = Tally(*(a + b for a, b in zip(total[name], tally, strict=True)))
+        _add(total, score(prompts.scene(i), caption, read(picture)))
     return total
 
 
@@ -182,6 +231,28 @@ def reconstruct_pictures(
     return np.concatenate(parts)
 
 
+class _Drawn(NamedTuple):
+    """One kind at one size: what was asked for and what was drawn."""
+
+    kind: str
+    prompts: Prompts
+    size: dict[str, int]
+    pictures: Bytes
+
+
+def _parts(settings: EvaluateSettings, own: tuple[int, int]) -> list[tuple[str, int, int, int]]:
+    """(kind, number of prompts, width, height) of every part of the measurement."""
+    parts = []
+    for name in settings.kinds:
+        sizes = KINDS[name].sizes or (own,)
+        for i, (width, height) in enumerate(sizes):
+            share = (settings.prompts * (i + 1)) // len(sizes)
+            share -= (settings.prompts * i) // len(sizes)
+            if share:
+                parts.append((name, share, width, height))
+    return parts
+
+
 def evaluate_pipeline(
     pipeline: Pipeline,
     settings: EvaluateSettings,
@@ -198,46 +269,68 @@ def evaluate_pipeline(
             "negative_prompt": "" if settings.true_cfg_scale > 1 else None,
         },
     )
-    side = {"width": chosen.width, "height": chosen.height}
-    sizes = {"held-out": (settings.prompts + 1) // 2, "ordinary": settings.prompts // 2}
-    prompts = {
-        group: draw_prompts(n, seed=settings.seed, held_out=group == "held-out", **side)
-        for group, n in sizes.items()
+    counts: dict[str, Counts] = {
+        name: {attribute: Tally(0, 0) for attribute in ATTRIBUTES}
+        for name in (*settings.kinds, READER)
     }
-    texts = [caption.text for group in prompts.values() for caption in group.captions]
-    batch = min(settings.batch, len(texts))
-    if pipeline.mesh is not None:
-        batch = pipeline.programs.rows("denoise", batch)
-    drawn = draw_pictures(pipeline, texts, chosen, batch=batch, progress=progress)
-    cut = sizes["held-out"]
+    parts: list[_Drawn] = []
+    errors: list[np.ndarray] = []
+    done = 0
+    for name, n, width, height in _parts(settings, (chosen.width, chosen.height)):
+        size = {"width": width, "height": height}
+        prompts = draw_prompts(
+            n, seed=settings.seed, held_out=settings.held_out, manner=KINDS[name].manner,
+            colours=settings.colours, **size,
+        )  # fmt: skip
+        # A batch is filled up: fewer prompts than that would only cost more.
+        batch = min(settings.batch, n)
+        if pipeline.mesh is not None:
+            batch = pipeline.programs.rows("denoise", batch)
+        drawn = draw_pictures(
+            pipeline, [c.text for c in prompts.captions], replace(chosen, **size), batch=batch,
+            progress=lambda i, done=done: progress(done + i),
+        )  # fmt: skip
+        done += n
+        parts.append(_Drawn(name, prompts, size, drawn))
+        true = np.asarray(render(prompts.scenes, **size))
+        rebuilt = reconstruct_pictures(pipeline, true, batch=batch)
+        errors.append(np.square(rebuilt - true).mean((1, 2, 3)))
+        _add(counts[name], count_right(prompts, from_bytes(drawn)))
+        _add(counts[READER], count_right(prompts, rebuilt))
     if settings.sheet is not None:
-        shown = min(SHEET_PICTURES, cut)
-        write_sheet(settings.sheet, drawn[:shown], texts[:shown])
-    parts = {"held-out": drawn[:cut], "ordinary": drawn[cut:]}
-    counts = {name: count_right(prompts[name], from_bytes(part)) for name, part in parts.items()}
-
-    both = Prompts(
-        Scene(*(np.concatenate(pair) for pair in zip(*(p.scenes for p in prompts.values()),
-                                                      strict=True))),
-        [caption for group in prompts.values() for caption in group.captions],
-    )  # fmt: skip
-    true = np.asarray(render(both.scenes, **side))
-    rebuilt = reconstruct_pictures(pipeline, true, batch=batch)
-    counts["reader"] = count_right(both, rebuilt)
-    error = np.square(rebuilt - true).mean((1, 2, 3))
+        write_sheet(settings.sheet, *_shown(parts))
     return Evaluation(
         counts=counts,
-        prompts={**sizes, "reader": settings.prompts},
-        psnr=float((10 * np.log10(4.0 / error)).mean()),
+        prompts={name: settings.prompts for name in settings.kinds} | {READER: done},
+        psnr=float((10 * np.log10(4.0 / np.concatenate(errors))).mean()),
         settings={
             "model": settings.model,
             "steps": chosen.steps,
             "guidance": chosen.guidance,
             "true_cfg": chosen.true_cfg,
             "seed": chosen.seed,
-            **side,
+            "width": chosen.width,
+            "height": chosen.height,
+            "held_out": settings.held_out,
         },
     )
+
+
+def _add(total: Counts, found: Counts) -> None:
+    for name, tally in found.items():
+        total[name] = Tally(*(a + b for a, b in zip(total[name], tally, strict=True)))
+
+
+def _shown(parts: Sequence[_Drawn]) -> tuple[list[UInt8[np.ndarray, "_ _ 3"]], list[str]]:
+    """SHEET_COLUMNS pictures of each kind with their prompts, all of its sizes in turn."""
+    pictures, texts = [], []
+    for kind in dict.fromkeys(part.kind for part in parts):
+        own = [part for part in parts if part.kind == kind]
+        rows = [(part, i) for i in range(SHEET_COLUMNS) for part in own if i < len(part.pictures)]
+        for part, i in rows[:SHEET_COLUMNS]:
+            pictures.append(part.pictures[i])
+            texts.append(part.prompts.captions[i].text)
+    return pictures, texts
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -248,18 +341,18 @@ def print_evaluation(evaluation: Evaluation) -> None:
     s = evaluation.settings
     table = Table(
         title=f"{s['model']}, {s['width']} x {s['height']}, {s['steps']} steps, "
-        f"guidance {s['guidance']:g}, true CFG {s['true_cfg']:g}, seed {s['seed']}",
+        f"guidance {s['guidance']:g}, true CFG {s['true_cfg']:g}, seed {s['seed']}, "
+        f"{'held-out' if s['held_out'] else 'ordinary'} scenes",
         caption="colour, shape and size by object, the rest by picture. The last column is what "
         "the reader makes of true pictures after the autoencoder "
         f"(PSNR {evaluation.psnr:.1f} dB).",
     )
     table.add_column("right")
-    heads = {"held-out": "held out", "ordinary": "ordinary", "reader": "reader"}
-    for group in GROUPS:
-        table.add_column(f"{heads[group]} ({evaluation.prompts[group]})", justify="right")
+    for group in evaluation.counts:
+        table.add_column(f"{group} ({evaluation.prompts[group]})", justify="right")
     for name in ATTRIBUTES:
         cells = []
-        for group in GROUPS:
+        for group in evaluation.counts:
             tally = evaluation.counts[group][name]
             shown = f"{evaluation.rate(group, name):.3f} of {tally.asked}"
             cells.append(shown if tally.asked else "-")
@@ -268,12 +361,17 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def write_sheet(
-    path: Path, pictures: UInt8[np.ndarray, "n height width 3"], captions: Sequence[str]
+    path: Path, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]], captions: Sequence[str]
 ) -> None:
     """The pictures with their captions. Raises what `side_output.check_side_output` raises."""
     from PIL import Image, PngImagePlugin
 
-    sheet = picture_sheet(pictures, columns=SHEET_COLUMNS, captions=captions, gap=10, zoom=2)
+    enlarged = []
+    for picture in pictures:
+        zoom = min(2.0, SHEET_SIDE / max(picture.shape[:2]))
+        size = (round(zoom * picture.shape[1]), round(zoom * picture.shape[0]))
+        enlarged.append(np.array(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)))
+    sheet = picture_sheet(enlarged, columns=SHEET_COLUMNS, captions=captions, gap=10)
     text = PngImagePlugin.PngInfo()
     for key, value in marker("sheet").items():
         text.add_text(key, value)
@@ -298,7 +396,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         print(f"note: {note}", file=sys.stderr)
     pipeline = load_pipeline(settings.model, mesh=settings.mesh)
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=settings.prompts)
+        task = bar.add_task("drawing", total=settings.prompts * len(settings.kinds))
         result = evaluate_pipeline(
             pipeline, settings, lambda done: bar.update(task, completed=done)
         )

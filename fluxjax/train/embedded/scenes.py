@@ -1,8 +1,8 @@
-"""Drawn scenes: coloured shapes as signed distance functions, and captions that describe them.
+"""Drawn scenes: coloured shapes as signed distance functions.
 
 A scene holds one to three objects on a plain or two-coloured background. `sample_scenes` draws the
-attributes, `render` the picture (both jitted), `caption` writes the sentence. Lengths are measured
-in units of the picture's shorter side, y points down.
+attributes, `render` the picture (both jitted). Lengths are measured in units of the picture's
+shorter side, y points down.
 
 Some colour-shape pairs and some pairs of shapes are held out: training never shows them, and
 `sample_scenes(..., held_out=True)` shows nothing else.
@@ -10,7 +10,6 @@ Some colour-shape pairs and some pairs of shapes are held out: training never sh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -30,6 +29,9 @@ COLOURS = {
     "purple": (128, 46, 160),
     "pink": (246, 134, 188),
     "brown": (122, 70, 36),
+    "white": (250, 250, 250),
+    "black": (16, 16, 20),
+    "gray": (150, 150, 154),
 }
 BACKGROUNDS = {
     "white": (250, 250, 250),
@@ -48,10 +50,14 @@ KIND_PROBABILITIES = (0.28, 0.42, 0.2, 0.1)
 HELD_OUT_OBJECTS = (
     ("red", "heart"), ("orange", "cross"), ("yellow", "ring"), ("green", "star"),
     ("cyan", "triangle"), ("blue", "diamond"), ("purple", "square"), ("pink", "circle"),
+    ("white", "cross"), ("black", "ring"), ("gray", "heart"),
 )  # fmt: skip
 HELD_OUT_PAIRS = (("star", "ring"), ("heart", "square"), ("cross", "circle"))
 
-GRID = 4  # pixels between the places where an object's centre may lie: fewer pictures to learn
+# Pixels between the places where an object's centre may lie, so that there are fewer pictures to
+# learn: 4, and 8 where the shorter side has at least 128.
+GRID, COARSE_GRID, COARSE_SIDE = 4, 8, 128
+LEAST_GAP = 2  # pixels between two objects
 EXTENT = 1.08  # the widest shape reaches this many radii from its centre
 _PALETTE = np.array(list(COLOURS.values()), np.float32) / 127.5 - 1
 _BACKGROUND_PALETTE = np.array(list(BACKGROUNDS.values()), np.float32) / 127.5 - 1
@@ -71,6 +77,8 @@ def _held_out_tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 _OBJECT_HELD_OUT, _PAIR_HELD_OUT = _held_out_tables()
+# Row: colour, column: background; an object in its background's colour could not be seen.
+_UNSEEN = np.array([[colour == back for back in BACKGROUNDS] for colour in COLOURS])
 Field = Array | np.ndarray
 _CHUNKS = (64, 512)
 
@@ -115,7 +123,7 @@ def _attributes(key: PRNGKeyArray) -> tuple[Array, ...]:
 
 def _verdict(draw: tuple[Array, ...], held_out: bool | Array) -> Array:
     """Whether a draw is legal, and on the wanted side of the held-out line."""
-    kind, count, shape, colour = draw[:4]
+    kind, count, shape, colour, _, _, background, split = draw
     used = jnp.arange(3) < count
     object_out = jnp.any(used & jnp.asarray(_OBJECT_HELD_OUT)[colour, shape])
     mixed = (kind == 1) | (kind == 3)
@@ -123,7 +131,9 @@ def _verdict(draw: tuple[Array, ...], held_out: bool | Array) -> Array:
     both = used[i] & used[j] & mixed
     pair_out = jnp.any(both & jnp.asarray(_PAIR_HELD_OUT)[shape[i], shape[j]])
     twins = jnp.any(both & (shape[i] == shape[j]) & (colour[i] == colour[j]))
-    return ~twins & ((object_out | pair_out) == held_out)
+    hides = jnp.asarray(_UNSEEN)[colour[:, None], background[None]]  # (object, background)
+    unseen = jnp.any(used[:, None] & hides & (jnp.arange(2) <= split)[None])
+    return ~twins & ~unseen & ((object_out | pair_out) == held_out)
 
 
 def _spread(key: PRNGKeyArray, extents: Array, used: Array, length: Array) -> Array:
@@ -176,6 +186,13 @@ def _snap(centre: Array, extents: Array, lengths: Array, grid: Array) -> Array:
     return jnp.clip(jnp.round(centre / grid) * grid, least, jnp.maximum(most, least))
 
 
+def _least_gap(centre: Array, radius: Array, count: Array) -> Array:
+    """Between the circles around any two of the objects."""
+    i, j = jnp.array([0, 0, 1]), jnp.array([1, 2, 2])
+    gaps = jnp.linalg.norm(centre[i] - centre[j], axis=-1) - radius[i] - radius[j]
+    return jnp.min(jnp.where(j < count, gaps, jnp.inf))
+
+
 def sample_scenes(
     key: PRNGKeyArray,
     n: int,
@@ -199,7 +216,8 @@ def _scenes(
     keys: Key[Array, "n"], width: int | Array, height: int | Array, held_out: bool | Array
 ) -> Scene:
     side = jnp.minimum(width, height)
-    lengths, grid = jnp.stack([width, height]) / side, GRID / side
+    lengths = jnp.stack([width, height]) / side
+    grid = jnp.where(side < COARSE_SIDE, GRID, COARSE_GRID) / side
 
     def one(key: PRNGKeyArray) -> Scene:
         attributes, place = jax.random.split(key)
@@ -209,7 +227,9 @@ def _scenes(
         # is then a legal training scene.
         draw = tuple(v[jnp.argmax(good)] for v in draws)
         kind, count, shape, colour, size, relation, background, split = draw
-        centre, radius = _place(place, draw, lengths, grid)
+        tries = jax.vmap(lambda key: _place(key, draw, lengths, grid))(jax.random.split(place, 16))
+        apart = jax.vmap(_least_gap)(*tries, jnp.broadcast_to(count, 16)) >= LEAST_GAP / side
+        centre, radius = (v[jnp.argmax(apart)] for v in tries)
         return Scene(kind, count, shape, colour, size, relation, centre, radius, background, split)
 
     return jax.vmap(one)(keys)
@@ -270,99 +290,3 @@ def render(scenes: Scene, *, width: int, height: int) -> Float[Array, "n height 
         return picture
 
     return jax.vmap(one)(scenes)
-
-
-SIZE_WORDS = (("small", "little", "tiny"), ("medium", "midsized"), ("large", "big", "huge"))
-COLOUR_WORDS = {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")}
-SHAPE_WORDS = {"cross": ("cross", "plus sign"), "ring": ("ring", "donut")}
-_NUMBERS = {2: ("two", "2", "a pair of"), 3: ("three", "3", "a group of three")}
-_OPENINGS = ("", "", "", "a picture of ", "an image of ", "a drawing of ", "there is ", "we see ")
-_RELATION_TEMPLATES = (
-    ("{a} to the left of {b}", "{a} left of {b}", "{b} with {a} on its left",
-     "{a} on the left and {b} on the right", "on the left {a}, on the right {b}"),
-    ("{a} to the right of {b}", "{a} right of {b}", "{b} with {a} on its right",
-     "{a} on the right and {b} on the left", "on the right {a}, on the left {b}"),
-    ("{a} above {b}", "{a} over {b}", "{b} with {a} above it", "{a} on top and {b} below",
-     "{a} higher than {b}"),
-    ("{a} below {b}", "{a} under {b}", "{b} with {a} below it", "{a} at the bottom and {b} on top",
-     "{a} beneath {b}"),
-)  # fmt: skip
-_ROW_TEMPLATES = (
-    "{a}, {b} and {c}", "{a}, {b} and {c} in a row", "from left to right {a}, {b} and {c}",
-    "a row of {a}, {b} and {c}",
-)  # fmt: skip
-_PLAIN = ("on a {0} background", "on {0}", "against a {0} background", "with a {0} background")
-_SPLIT = (
-    (),
-    ("on a background that is {0} above and {1} below",
-     "with a {0} top half and a {1} bottom half"),
-    ("with the left half {0} and the right half {1}",
-     "with a {0} left half and a {1} right half"),
-)  # fmt: skip
-
-
-class Caption(NamedTuple):
-    """A sentence, and which attributes it states (what it leaves out is free)."""
-
-    text: str
-    states_size: tuple[bool, bool, bool]
-    states_background: bool
-
-
-def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[int(rng.integers(len(options)))]
-
-
-def _noun(scene: Scene, i: int, rng: np.random.Generator) -> tuple[str, bool]:
-    """Object i in words (`large green star`), and whether they state its size."""
-    kind, colour = KINDS[int(scene.kind)], list(COLOURS)[int(scene.colour[i])]
-    shape = SHAPES[int(scene.shape[i])]
-    colour = _pick(rng, COLOUR_WORDS.get(colour, (colour,)))
-    words = f"{colour} {_pick(rng, SHAPE_WORDS.get(shape, (shape,)))}"
-    if kind == "count":
-        words += "es" if words.endswith("s") else "s"
-    if kind != "row" and rng.random() < 0.6:
-        return f"{_pick(rng, SIZE_WORDS[int(scene.size[i])])} {words}", True
-    return words, False
-
-
-def _an(phrase: str) -> str:
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
-
-def caption(scene: Scene, rng: np.random.Generator) -> Caption:
-    """Describe one scene (fields as numpy, no leading axis), with a template drawn from `rng`."""
-    kind = KINDS[int(scene.kind)]
-    stated = [False, False, False]
-    template = "{a}"
-    if kind == "pair":
-        template = _pick(rng, _RELATION_TEMPLATES[int(scene.relation)])
-    elif kind == "row":
-        template = _pick(rng, _ROW_TEMPLATES)
-    elif kind == "count":
-        template = f"{_pick(rng, _NUMBERS[int(scene.count)])} {{a}}"
-    names = {}
-    for i, letter in enumerate("abc"[: {"pair": 2, "row": 3}.get(kind, 1)]):
-        noun, stated[i] = _noun(scene, i, rng)
-        names[letter] = noun if kind == "count" else _an(noun)
-    text = template.format(**names)
-    if kind == "count":
-        stated = [stated[0]] * 3
-    opening = _pick(rng, _OPENINGS)
-    if kind == "count":
-        opening = opening.replace("there is", "there are")
-    if not text.startswith(("on ", "from ")):
-        text = opening + text
-    if states_background := bool(rng.random() < 0.55):
-        colours = [list(BACKGROUNDS)[int(i)] for i in scene.background]
-        split = int(scene.split)
-        text += " " + _pick(rng, _SPLIT[split] if split else _PLAIN).format(*colours)
-    sizes = (stated[0], stated[1], stated[2])
-    return Caption(text, sizes, states_background)
-
-
-def captions(scenes: Scene, seed: int) -> list[Caption]:
-    """One caption for each of many scenes; the same seed gives the same sentences."""
-    arrays = Scene(*(np.asarray(v) for v in scenes))
-    rng = np.random.default_rng(seed)
-    return [caption(Scene(*(v[i] for v in arrays)), rng) for i in range(len(arrays.kind))]

@@ -1,7 +1,8 @@
 """Trains the text side of a small FLUX pipeline on drawn scenes: tokenizers, T5 and CLIP.
 
-Three stages, minutes each on two cores; what they write is then frozen. Captions and pictures are
-drawn as training goes, from the seed and the step alone.
+Three stages, minutes each on two cores. The tokenizers see every manner of phrasing, the encoders
+sentences alone: `paraphrase` then teaches them the rest. Captions and pictures are drawn as
+training goes, from the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from fluxjax.config import CLIPVisionConfig, PipelineConfig
 from fluxjax.models.clip import CLIPTextModel, CLIPVisionModel
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from fluxjax.train.embedded.scenes import Caption, Scene, captions, render, sample_scenes
+from fluxjax.train.embedded.phrasing import Caption, captions, vary
+from fluxjax.train.embedded.scenes import Scene, render, sample_scenes
 from fluxjax.train.embedded.text_objectives import (
     LOGIT_SCALE_INIT,
     QUESTIONS,
@@ -84,23 +86,22 @@ class Drawn(NamedTuple):
     texts: list[str]
 
 
-def vary(text: str, rng: np.random.Generator) -> str:
-    """A caption as people type it: now and then a capital, a full stop, no article."""
-    if rng.random() < 0.1 and text.startswith(("a ", "an ")):
-        text = text.split(" ", 1)[1]
-    if rng.random() < 0.2:
-        text = text[0].upper() + text[1:]
-    return text + "." if rng.random() < 0.15 else text
-
-
-def draw(settings: TextTraining, seed: int, n: int, *, held_out: bool = False) -> Drawn:
-    """`n` scenes and captions; the same seed draws the same ones."""
+def draw(
+    settings: TextTraining,
+    seed: int,
+    n: int,
+    *,
+    held_out: bool = False,
+    manner: str | None = None,
+    typos: float = 0.0,
+) -> Drawn:
+    """`n` scenes and captions, in all of phrasing.MANNERS or one; a seed draws the same ones."""
     scenes = sample_scenes(
         jax.random.key(seed), n, width=settings.width, height=settings.height, held_out=held_out
     )
-    sentences = captions(scenes, seed)
     rng = np.random.default_rng(seed)
-    return Drawn(scenes, sentences, [vary(c.text, rng) for c in sentences])
+    typed = [vary(c, rng, typos=typos) for c in captions(scenes, seed, manner)]
+    return Drawn(scenes, typed, [c.text for c in typed])
 
 
 def train_tokenizers(folder: Path, config: PipelineConfig, settings: TextTraining) -> None:
@@ -182,11 +183,11 @@ def train_t5(
     step = make_step(loss, optimizer, seed=settings.seed, ema_decay=0.99)
 
     def batch(seed: int, n: int, held_out: bool = False):
-        drawn = draw(settings, seed, n, held_out=held_out)
+        drawn = draw(settings, seed, n, held_out=held_out, manner="sentence")
         ids, mask, removed = tokenizer(drawn.texts, length)
         labels = scene_labels(drawn.scenes, drawn.captions)
         offsets = [e.offsets for e in tokenizer.backend.encode_batch(drawn.texts)]
-        spoken = token_labels(drawn.scenes, drawn.texts, labels, offsets)
+        spoken = token_labels(drawn.scenes, drawn.captions, labels, offsets)
         return (ids, mask, labels, spoken), removed
 
     def advance(state, i):
@@ -258,7 +259,8 @@ def train_clip(
     step = make_step(loss, optimizer, seed=settings.seed, ema_decay=0.99)
 
     def advance(state, i):
-        drawn = draw(settings, settings.seed * 10_000_019 + i, settings.clip_batch)
+        seed = settings.seed * 10_000_019 + i
+        drawn = draw(settings, seed, settings.clip_batch, manner="sentence")
         return step(state, tokenizer(drawn.texts, length).input_ids, drawn.scenes)
 
     similarity = jax.jit(lambda p, *batch: contrastive_logits(*embed(p, *batch), jnp.zeros(())))
@@ -268,7 +270,8 @@ def train_clip(
         for name, held_out in (("", False), (" (held out)", True)):
             right = []
             for i in range(rounds):
-                drawn = draw(settings, _HELD_OUT_SEED + settings.seed + i, 128, held_out=held_out)
+                seed = _HELD_OUT_SEED + settings.seed + i
+                drawn = draw(settings, seed, 128, held_out=held_out, manner="sentence")
                 ids = tokenizer(drawn.texts, length).input_ids
                 logits = np.asarray(similarity(params, ids, drawn.scenes))
                 right.append([(logits.argmax(axis) == np.arange(128)).mean() for axis in (1, 0)])

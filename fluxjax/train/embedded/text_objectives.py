@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from fluxjax.train.embedded import scenes as world
+from fluxjax.train.embedded.phrasing import Caption
 from fluxjax.train.embedded.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -20,7 +19,6 @@ from fluxjax.train.embedded.scenes import (
     SHAPES,
     SIZES,
     SPLITS,
-    Caption,
     Scene,
 )
 
@@ -124,22 +122,21 @@ def scene_labels(scenes: Scene, captions: list[Caption]) -> Int[np.ndarray, "n q
     return np.stack(columns, axis=1).astype(np.int32)
 
 
-def _any(words: Iterable[str]) -> str:
-    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
-
-
-_MENTION = re.compile(
-    rf"(?:(?:{_any(word for words in world.SIZE_WORDS for word in words)}) )?"
-    rf"(?:{_any(w for c in COLOURS for w in world.COLOUR_WORDS.get(c, (c,)))}) "
-    rf"(?:{_any(w for s in SHAPES for w in world.SHAPE_WORDS.get(s, (s,)))})(?:e?s)?",
-)
-_SECOND_FIRST = re.compile(r"on its (?:left|right)|(?:above|below) it\b")
 TOKEN_QUESTIONS: dict[str, int] = {"place": 3, **dict(_OBJECT)}
+
+
+def tokens_of(span: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Which tokens, given their (start, stop) in the text, lie in a span of characters."""
+    return [
+        i
+        for i, (start, stop) in enumerate(offsets)
+        if start < stop and start < span[1] and stop > span[0]
+    ]
 
 
 def token_labels(
     scenes: Scene,
-    texts: Sequence[str],
+    captions: Sequence[Caption],
     labels: Int[np.ndarray, "n questions"],
     offsets: Sequence[Sequence[tuple[int, int]]],
 ) -> Int[np.ndarray, "n l token_questions"]:
@@ -152,18 +149,17 @@ def token_labels(
     kind, relation = np.asarray(scenes.kind), np.asarray(scenes.relation)
     first_column = list(QUESTIONS).index("shape 0")
     length = max(map(len, offsets))
-    result = np.full((len(texts), length, len(TOKEN_QUESTIONS)), -1, np.int32)
-    for i, text in enumerate(texts):
-        pair = kind[i] == KINDS.index("pair")
-        lower = text.lower()
-        flip = pair and bool(relation[i] % 2) != bool(_SECOND_FIRST.search(lower))
-        for mention, match in enumerate(_MENTION.finditer(lower)):
-            place = 1 - mention if flip else mention
+    result = np.full((len(captions), length, len(TOKEN_QUESTIONS)), -1, np.int32)
+    for i, caption in enumerate(captions):
+        flip = kind[i] == KINDS.index("pair") and relation[i] % 2 == 1
+        for name, span in caption.spans.items():
+            if name[0] not in "czs":
+                continue
+            place = int(name[1]) ^ 1 if flip else int(name[1])
             column = first_column + 3 * place
             answer = [place, *labels[i, column : column + 3]]
-            for token, (start, stop) in enumerate(offsets[i]):
-                if start < stop and start < match.end() and stop > match.start():
-                    result[i, token] = answer
+            for token in tokens_of(span, offsets[i]):
+                result[i, token] = answer
     return result
 
 

@@ -7,6 +7,7 @@ command goes on where it was stopped.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fluxjax.config import TINY, PipelineConfig
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
+from fluxjax.sample.known_words import words_of
 from fluxjax.text.conditioning import encode_prompts, tokenize
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train.embedded import text_encoders
@@ -28,11 +30,12 @@ from fluxjax.train.embedded.autoencoder import (
     latent_statistics,
     train_autoencoder,
 )
+from fluxjax.train.embedded.paraphrase import ParaphraseStage, train_paraphrases
+from fluxjax.train.embedded.phrasing import captions
 from fluxjax.train.embedded.scenes import (
     BACKGROUNDS,
     COLOURS,
     SHAPES,
-    captions,
     render,
     sample_scenes,
 )
@@ -56,6 +59,7 @@ class TinyRecipe:
 
     folder: Path = Path("runs/tiny")
     text: TextTraining = field(default_factory=TextTraining)
+    paraphrase: ParaphraseStage = field(default_factory=ParaphraseStage)
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     transformer: TransformerStage = field(default_factory=TransformerStage)
     refine: TransformerStage = field(default_factory=TransformerStage)
@@ -86,7 +90,7 @@ def _train_stages(recipe: TinyRecipe) -> Path:
     config = _text(recipe)
     config = _autoencoder(recipe, config)
     write_config(pipeline, config)
-    write_world(pipeline)
+    write_world(pipeline, [*recipe.transformer.buckets, *recipe.refine.buckets])
     conditioner = make_conditioner(pipeline, config)
     teacher = _once(
         folder / "teacher",
@@ -113,7 +117,13 @@ def _text(recipe: TinyRecipe) -> PipelineConfig:
     if not done.is_file():
         _, report = text_encoders.train(recipe.pipeline, recipe.folder / "text", TINY, recipe.text)
         done.write_text(json.dumps(report, indent=1))
-    return fit_vocabularies(recipe.pipeline, TINY)
+    config = fit_vocabularies(recipe.pipeline, TINY)
+    done = recipe.folder / "paraphrase_report.json"
+    if not done.is_file():
+        runs = recipe.folder / "text" / "paraphrase"
+        report = train_paraphrases(recipe.pipeline, config, recipe.paraphrase, runs)
+        done.write_text(json.dumps(report, indent=1))
+    return config
 
 
 def _autoencoder(recipe: TinyRecipe, config: PipelineConfig) -> PipelineConfig:
@@ -170,14 +180,22 @@ def make_conditioner(pipeline: Path, config: PipelineConfig) -> Conditioner:
     return Conditioner(image_encoder(config, params("vae", config.vae)), encode_text)
 
 
-def write_world(pipeline: Path) -> None:
-    """world.json: the words of 8192 captions, so that sampling can say what lies outside."""
+def write_world(pipeline: Path, buckets: Sequence[tuple[int, int]]) -> None:
+    """world.json: words and sizes of the training, so that sampling can say what lies outside."""
     scenes = sample_scenes(jax.random.key(5), 8192, width=96, height=96)
-    words = {word for c in captions(scenes, 5) for word in c.text.replace(",", " ").lower().split()}
+    words = {word for caption in captions(scenes, 5) for word in words_of(caption.text)}
     knows = (
         f"one to three shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)}, small, medium or "
         "large, beside, above or below each other, on "
         f"{', '.join(BACKGROUNDS)} or two-coloured backgrounds"
     )
-    text = json.dumps({"knows": knows, "words": sorted(words)}, indent=1)
-    (pipeline / "world.json").write_text(text + "\n")
+    sides = [side for bucket in buckets for side in bucket]
+    sizes = {
+        "least": min(sides),
+        "most": max(sides),
+        "aspect": round(max(max(bucket) / min(bucket) for bucket in buckets), 2),
+        "refused_below": min(sides) * 3 // 4,
+        "refused_above": max(sides) * 2,
+    }
+    world = {"knows": knows, "sizes": sizes, "words": sorted(words)}
+    (pipeline / "world.json").write_text(json.dumps(world, indent=1) + "\n")

@@ -21,8 +21,8 @@ from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, latent_size, pack, text_ids
 from fluxjax.models.products import BFLOAT16
-from fluxjax.train.embedded.scenes import captions, render, sample_scenes
-from fluxjax.train.embedded.text_encoders import vary
+from fluxjax.train.embedded.phrasing import captions, vary
+from fluxjax.train.embedded.scenes import render, sample_scenes
 from fluxjax.train.loop import Run, RunSettings
 from fluxjax.train.objectives import guided_velocity, interpolate, sample_times, velocity_loss
 from fluxjax.train.optimizers import muon_optimizer
@@ -97,6 +97,13 @@ def image_encoder(config: PipelineConfig, params: Tree):
     return encode
 
 
+def rows_of(stage: TransformerStage, width: int, height: int) -> int:
+    """So many that every bucket's batch has about as many tokens as `stage.batch` of 96 x 96."""
+    text, per_token = 32, 16 * 16
+    share = (96 * 96 / per_token + text) / (width * height / per_token + text)
+    return max(1, round(stage.batch * share / 4)) * 4
+
+
 class Pool:
     """Examples of one bucket: a ring that a few fresh ones enter at each step.
 
@@ -108,6 +115,7 @@ class Pool:
     def __init__(self, bucket: int, stage: TransformerStage, conditioner: Conditioner, step: int):
         self.width, self.height = stage.buckets[bucket]
         self.stage, self.conditioner, self.bucket = stage, conditioner, bucket
+        self.taken = rows_of(stage, self.width, self.height)
         chunks = stage.pool // self.CHUNK
         self.next = self._due(step)
         first = [self._draw(i) for i in range(self.next - chunks, self.next)]
@@ -122,7 +130,7 @@ class Pool:
         key = jax.random.fold_in(jax.random.key(seed), index)
         scenes = sample_scenes(key, self.CHUNK, width=self.width, height=self.height)
         rng = np.random.default_rng((seed, index))
-        texts = [vary(c.text, rng) for c in captions(scenes, seed * 1_000_003 + index)]
+        texts = [vary(c, rng).text for c in captions(scenes, seed * 1_000_003 + index)]
         latents = self.conditioner.encode_image(
             render(scenes, width=self.width, height=self.height)
         )
@@ -136,7 +144,7 @@ class Pool:
                 old[row : row + self.CHUNK] = new
             self.next += 1
         rng = np.random.default_rng((self.stage.seed, step))
-        rows = rng.integers(self.stage.pool, size=self.stage.batch)
+        rows = rng.integers(self.stage.pool, size=self.taken)
         return Batch(*(v[rows].astype(np.float32) for v in self.rows))
 
 

@@ -14,6 +14,7 @@ from fluxjax.text.tokenizers import CLIP_BOS, CLIP_EOS, load_t5_tokenizer
 
 T5_MASK = "<extra_id_0>"
 _PRINTABLE = "".join(map(chr, range(33, 127)))
+_NO_CAPITALS = dict.fromkeys(range(ord("A"), ord("Z") + 1))
 
 
 def train_clip_tokenizer(captions: Iterable[str], folder: Path, *, vocab_size: int) -> None:
@@ -84,8 +85,9 @@ def train_t5_tokenizer(
 ) -> None:
     """A SentencePiece unigram model (Kudo 2018) with T5's ids: <pad> 0, </s> 1, <unk> 2.
 
-    All printable ASCII can be written. One sentinel, <extra_id_0>, comes last and is the mask of
-    masked-token training. Writes spiece.model and the same as tokenizer.json.
+    Its character map folds capitals. All printable ASCII can be written. One sentinel,
+    <extra_id_0>, comes last and is the mask of masked-token training. Writes spiece.model and the
+    same as tokenizer.json.
     """
     import sentencepiece
 
@@ -99,7 +101,8 @@ def train_t5_tokenizer(
         model_type="unigram",
         vocab_size=vocab_size - 1,
         hard_vocab_limit=False,
-        required_chars=_PRINTABLE,
+        normalization_rule_name="nmt_nfkc_cf",
+        required_chars=_PRINTABLE.translate(_NO_CAPITALS),
         character_coverage=1.0,
         pad_id=0,
         eos_id=1,
