@@ -32,7 +32,7 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import TINY
 from fluxjax.models.lora import LoraConfig, init_lora
-from fluxjax.sample.pictures import read_record, save
+from fluxjax.sample.picture_formats import encode_picture, read_record
 from fluxjax.text.tokenizers import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train.data.archives import parquet_items, tar_items
 from fluxjax.train.data.settings import DataSettings
@@ -129,7 +129,8 @@ def make_recipe(folder: Path) -> None:
 
 
 def make_picture(folder: Path) -> None:
-    save(np.zeros((8, 8, 3), np.uint8), folder / "a.png", {"settings": {"seed": 3, "steps": 4}})
+    pixels, record = Image.new("RGB", (8, 8)), {"settings": {"seed": 3, "steps": 4}}
+    (folder / "a.png").write_bytes(encode_picture(pixels, ".png", record))
 
 
 def make_tar(folder: Path) -> None:
