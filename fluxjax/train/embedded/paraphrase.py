@@ -252,7 +252,9 @@ def train_paraphrases(
 
     rate, warmup = stage.learning_rate, max(1, min(50, stage.steps // 10))
     optimizer = muon_optimizer(
-        optax.warmup_cosine_decay_schedule(0.0, rate, warmup, stage.steps, 0.01 * rate)
+        optax.warmup_cosine_decay_schedule(
+            0.0, rate, warmup, max(stage.steps, warmup + 1), 0.01 * rate
+        )
     )
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=0.99)
     measured = jax.jit(errors)
