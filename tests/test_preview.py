@@ -82,3 +82,21 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch, capsys):
         for step in range(2):
             show(step, np.zeros((1, 16, 16, 3), np.uint8))
     assert capsys.readouterr().err.count("no preview is written") == 1
+
+
+def test_the_command_writes_previews_and_draws_the_same_picture(tmp_path, monkeypatch, capsys):
+    from fluxjax.sample.command import Options, draw
+
+    monkeypatch.setenv("FLUXJAX_CACHE", "off")
+    shown = []
+    usual = preview.write_bytes
+    monkeypatch.setattr(
+        preview, "write_bytes", lambda path, data: (shown.append(path), usual(path, data))
+    )
+    size = {"steps": 8, "width": 64, "height": 64, "seed": 3}
+    for name, options in (("with", {"preview": 2}), ("without", {})):
+        assert draw(Options(prompt=(PROMPT,), out=tmp_path / f"{name}.png", **size, **options)) == 0
+    assert [path.name for path in shown] == ["with.preview.png"] * 3, "after one that was new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["with.png", "without.png"]
+    one, other = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("with", "without"))
+    np.testing.assert_array_equal(one, other)

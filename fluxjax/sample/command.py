@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -142,6 +143,7 @@ def _draw_all(
     import jax
 
     from fluxjax.sample.memory_estimate import require_room
+    from fluxjax.sample.preview import previewed
     from fluxjax.sample.step_progress import step_progress
 
     first = jax.process_index() == 0
@@ -156,11 +158,16 @@ def _draw_all(
             _tell_unknown(batch, once)
         ends = done + len(batch)
         what = f"picture {ends} of {len(wanted)}" if len(wanted) > 1 else "picture"
-        with step_progress(settings.steps, what, quiet=options.quiet) as progress:
-            prompts, seeds = zip(
-                *((j.settings.prompt, j.settings.seed) for j in batch), strict=True
-            )
-            pictures = pipe.draw(settings, prompts=prompts, seeds=seeds, progress=progress)
+        prompts, seeds = zip(*((j.settings.prompt, j.settings.seed) for j in batch), strict=True)
+        with step_progress(settings.steps, what, quiet=options.quiet) as progress, ExitStack() as s:
+            on_step, every = None, options.preview or 1
+            if options.preview is not None:
+                path, decoder = shelf.path(batch[0]), options.preview_decoder
+                on_step = s.enter_context(previewed(pipe, settings, seeds, path, decoder=decoder))
+            pictures = pipe.draw(
+                settings, prompts=prompts, seeds=seeds, progress=progress,
+                on_step=on_step, every=every,
+            )  # fmt: skip
         done = ends
         if not first:
             continue

@@ -109,6 +109,11 @@ class Options:
     """Write into each picture how it was made; --no-record writes nothing but the pixels."""
     grid: bool = False
     """Also save all pictures on one sheet, grid.png."""
+    preview: _Int = None
+    """Every so many steps write what the picture promises to be, to NAME.preview.png, which is
+    removed when it is drawn."""
+    preview_decoder: bool = False
+    """Decode previews with the autoencoder: sharper and slower than the linear map."""
     quiet: Annotated[bool, tyro.conf.arg(aliases=["-q"])] = False
     """Print the paths of the pictures and errors, nothing else."""
     dtype: _Dtype = None
@@ -152,6 +157,10 @@ def check(options: Options) -> None:
         raise ConfigError("--like-anyway and --like-paths say how to take --like: give that too")
     if not options.prompt and options.like is None and options.prompts is None:
         raise ConfigError("there is nothing to draw: give a PROMPT, --prompts or --like")
+    if options.preview is not None and options.preview < 1:
+        raise ConfigError(f"preview must be at least 1 step, got {brief(options.preview)}")
+    if options.preview_decoder and options.preview is None:
+        raise ConfigError("--preview-decoder decodes previews: give --preview N too")
     given = given_settings(options)
     override(Settings(), given)
     unit = size_unit(options.model or TINY)

@@ -35,9 +35,7 @@ class PictureShelf:
 
     def save(self, job: Job, picture: np.ndarray, pipe: Pipeline) -> None:
         """Write one picture and print its line."""
-        settings, model = job.settings, self.opened.sources.model
-        name = file_name(settings, self.options.name, number=job.place + 1, model=model_name(model))
-        wanted = self.file or self.folder / name
+        settings, wanted = job.settings, self.path(job)
         record, parameters = (
             self._record(job, str(pipe.dtype)) if self.options.record else (None, "")
         )
@@ -49,6 +47,12 @@ class PictureShelf:
         if self.options.grid:
             about = {"file": path.name, **(record or {}).get("settings", {})}
             self._drawn[job.place] = picture, about
+
+    def path(self, job: Job) -> Path:
+        """What the picture will be called if the name is free."""
+        model, number = model_name(self.opened.sources.model), job.place + 1
+        name = file_name(job.settings, self.options.name, number=number, model=model)
+        return self.file or self.folder / name
 
     def _record(self, job: Job, dtype: str) -> tuple[dict[str, Any] | None, str]:
         if not self.options.record:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.atomic_write import write_bytes, write_new
-from fluxjax.config import AutoencoderConfig, ConfigError
+from fluxjax.config import AutoencoderConfig
 from fluxjax.models.latents import PATCH
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample import schedule
@@ -160,7 +160,16 @@ def preview_file(path: Path) -> Iterator[Callable[[int, UInt8[np.ndarray, "n h w
                 file.unlink()
 
 
-def check_every(steps: int | None) -> None:
-    """Raises ConfigError for previews every so many steps that cannot be."""
-    if steps is not None and steps < 1:
-        raise ConfigError(f"--preview must be at least 1 step, got {steps}")
+@contextmanager
+def previewed(
+    pipe: Pipeline, settings: Settings, seeds: Sequence[int], path: Path, *, decoder: bool
+) -> Iterator[Preview]:
+    """`on_step` for the time of a run of pictures, the first of which will be `path`.
+
+    Every process takes part, the first one writes.
+    """
+    import jax
+
+    with preview_file(path) as show:
+        seen = show if jax.process_index() == 0 else (lambda step, pictures: None)
+        yield Preview(pipe, settings, seeds, seen, pictures=len(seeds), decoder=decoder)
