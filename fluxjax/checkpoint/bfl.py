@@ -37,7 +37,8 @@ def from_bfl_params(
 ) -> dict[str, Any]:
     """Arrays (or lazy tensors) under BFL's names -> our parameters as JAX arrays.
 
-    Raises engine.MappingError listing every tensor that does not fit `config`.
+    Raises engine.MappingError listing every tensor that does not fit `config`, ConfigError naming
+    one with NaN or infinite values.
     """
     lazy = {name: as_tensor(value) for name, value in weights.items()}
     template = abstract_params(config, stacked=stacked)

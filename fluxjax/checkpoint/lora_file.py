@@ -18,6 +18,7 @@ import numpy as np
 from fluxjax.checkpoint.detect import detect_network
 from fluxjax.checkpoint.engine import MappingError, listed
 from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
+from fluxjax.checkpoint.finite import is_finite, not_finite
 from fluxjax.checkpoint.peft_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -215,8 +216,10 @@ def _adapters(
         if scale == 0:
             errors.append(f"alpha of {module} is 0, which some take for its rank and some for 0")
             continue
-        if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(scale)):
-            errors.append(f"not finite: {module}")
+        values = {_FULL["a"]: a, _FULL["b"]: b, "alpha / rank": np.asarray(scale)}
+        damaged = [f"{n} ({not_finite(v)})" for n, v in values.items() if not is_finite(v)]
+        if damaged:
+            errors.append(f"not finite: {module}: {', '.join(damaged)}")
             continue
         if parts.swap_halves:
             b = np.roll(b, len(b) // 2, axis=0)

@@ -120,7 +120,8 @@ def load_params(
     The weights are safetensors or Orbax in the component's folder, or BFL's files beside it.
     `config` is the component's. `dtype` None keeps the stored one. `shardings`: a tree (or one
     sharding for all) into which each leaf is placed; a device then receives only what it holds.
-    Raises engine.MappingError listing every tensor that does not fit.
+    Raises engine.MappingError listing every tensor that does not fit, ConfigError naming one with
+    NaN or infinite values.
     """
     network = open_component(Path(folder), component, config)
     return network.params(stacked=stacked, dtype=dtype, shardings=shardings)

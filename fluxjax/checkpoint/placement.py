@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from fluxjax.checkpoint import engine
+from fluxjax.checkpoint.finite import only_finite
 from fluxjax.checkpoint.mapped_memory import contiguous
-from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.checkpoint.tensors import Tensor, astype
 from fluxjax.models.stacking import GROUPS
 from fluxjax.networks.tables import Table
 
@@ -27,7 +28,12 @@ def load_tree(
     """`engine.to_ours` onto devices. A stacked leaf that is split is filled layer by layer.
 
     The host then holds no more than one layer, or one leaf that is not stacked, and its parts.
+    Raises ConfigError naming a tensor with NaN or infinite values, in `dtype` if that is given.
     """
+    cast = source if dtype is None else {
+        name: astype(tensor, np.dtype(dtype)) for name, tensor in source.items()
+    }  # fmt: skip
+    finite = {name: only_finite(tensor, name) for name, tensor in cast.items()}
     flat = engine.flatten(shardings) if isinstance(shardings, Mapping) else None
 
     def place(path: tuple[str, ...], tensor: Tensor) -> jax.Array:
@@ -39,7 +45,7 @@ def load_tree(
             return _fill(tensor, sharding)
         return _put(tensor.read(), sharding)
 
-    return engine.to_ours(source, table, template, dtype=dtype, place=place)
+    return engine.to_ours(finite, table, template, place=place)
 
 
 def _layers_are_whole(sharding: Sharding) -> bool:

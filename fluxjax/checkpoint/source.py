@@ -60,10 +60,16 @@ class OpenNetwork:
     dropped: tuple[str, ...] = ()
 
     def params(self, *, stacked: bool, dtype: Any = None, shardings: Any = None) -> dict[str, Any]:
-        """Our parameters as JAX arrays; see `pipeline_folder.load_params`."""
+        """Our parameters as JAX arrays; see `pipeline_folder.load_params`.
+
+        Raises ConfigError naming a tensor with NaN or infinite values, and the file or folder.
+        """
         template = abstract_params(self.config, stacked=stacked)
         table = network_of(self.config).dialect("reference").table(self.config)
-        return load_tree(self.tensors, table, template, dtype=dtype, shardings=shardings)
+        try:
+            return load_tree(self.tensors, table, template, dtype=dtype, shardings=shardings)
+        except ConfigError as error:
+            raise ConfigError(f"{self.where}: {self.component}: {error}") from None
 
 
 def make_network(
