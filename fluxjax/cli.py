@@ -94,6 +94,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = _version() if "--version" in sys.argv[1:] else main() or 0
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second one must not cut the farewell short
         say("")  # the terminal has written ^C
         say("terminated" if isinstance(stop, Terminated) else "interrupted")
         # Threads may still compute or compile; waiting for them is not what Ctrl-C asks for.
@@ -154,4 +156,5 @@ def _try_again(lost: sys.UnraisableHookArgs) -> None:
     from threading import Timer
 
     number = signal.SIGTERM if issubclass(lost.exc_type, Terminated) else signal.SIGINT
-    Timer(0.01, os.kill, (os.getpid(), number)).start()
+    # Long enough for this hook to be left: raised within it, it would be lost again.
+    Timer(0.1, os.kill, (os.getpid(), number)).start()

@@ -26,12 +26,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def quick_compiler():
     """For programs that run a few small steps: compiling them well takes longer than it saves."""
     from fluxjax.models.compilation import compiler_options
-    from fluxjax.sample import programs
+    from fluxjax.sample import executables
     from fluxjax.train import step
 
     options = {**compiler_options(), "xla_backend_optimization_level": "0"}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (step, programs):
+        for module in (step, executables):
             patch.setattr(module, "compiler_options", lambda precision=None: options)
         yield
 

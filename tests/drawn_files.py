@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fluxjax.families import Conditioning
 from fluxjax.train.encoders import Encoders
 
 SIZES = ((40, 40), (64, 40), (40, 64), (90, 30), (33, 47))
@@ -37,16 +38,16 @@ def write_folder(root: Path, count: int) -> Path:
 
 
 def encode_image(images: np.ndarray) -> np.ndarray:
-    """The mean colour, at as many tokens as FLUX would have with a factor of four."""
+    """The mean colour as latents of half the size."""
     n, height, width, _ = images.shape
-    mean = images.mean((1, 2))[:, None]
-    return np.broadcast_to(mean, (n, height * width // 16, 3))
+    mean = images.mean((1, 2))[:, :, None, None]
+    return np.broadcast_to(mean, (n, 3, height // 2, width // 2))
 
 
-def encode_text(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def encode_text(texts: list[str]) -> Conditioning:
     rows = [list(hashlib.sha256(text.encode()).digest()[:8]) for text in texts]
     pooled = np.array(rows, np.float32)
-    return np.repeat(pooled[:, None], 4, axis=1), pooled
+    return Conditioning(np.repeat(pooled[:, None], 4, axis=1), None, pooled)
 
 
 ENCODERS = Encoders(encode_image, encode_text, "image", "text")

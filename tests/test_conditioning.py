@@ -11,9 +11,9 @@ import transformers
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.config import TINY
+from fluxjax.families.flux import encode_prompts, tokenize
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
-from fluxjax.text.conditioning import encode_prompts, tokenize
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train.embedded.vocabulary import train_clip_tokenizer, train_t5_tokenizer
 
@@ -68,8 +68,8 @@ def test_equals_diffusers(folder, tokenizers):
         ids,
     )
     assert notes == []
-    assert relative_l2(ours.prompt_embeds, states) <= 1e-5
-    assert relative_l2(ours.pooled, pooled) <= 1e-5
+    assert relative_l2(ours.sequence, states) <= 1e-5
+    assert relative_l2(ours.vector, pooled) <= 1e-5
 
 
 def test_masked_padding_is_silent(tokenizers):
@@ -83,9 +83,9 @@ def test_masked_padding_is_silent(tokenizers):
     params = [p["params"] for p in params]
     other = ids._replace(t5=np.where(ids.t5_mask == 1, ids.t5, 5))
     masked = [encode_prompts(clip, t5, *params, i, mask_padding=True) for i in (ids, other)]
-    np.testing.assert_array_equal(masked[0].prompt_embeds, masked[1].prompt_embeds)
-    assert not np.asarray(masked[0].prompt_embeds)[ids.t5_mask == 0].any()
-    read = [encode_prompts(clip, t5, *params, i).prompt_embeds for i in (ids, other)]
+    np.testing.assert_array_equal(masked[0].sequence, masked[1].sequence)
+    assert not np.asarray(masked[0].sequence)[ids.t5_mask == 0].any()
+    read = [encode_prompts(clip, t5, *params, i).sequence for i in (ids, other)]
     assert relative_l2(*read) > 1e-3
 
 

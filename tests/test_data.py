@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from drawn_files import (
 from PIL import Image
 
 from fluxjax.config import ConfigError
+from fluxjax.families import Conditioning
 from fluxjax.models.latents import unpack
 from fluxjax.train.data.cache_file import read_arrays, usable_folder, write_arrays
 from fluxjax.train.data.dataset import open_dataset, precompute
@@ -49,9 +51,9 @@ def _refuse(_):
 def _assert_pairs(batch) -> list[int]:
     """Every latent meets its own caption; returns which pictures they are."""
     numbers = [number_of(latents) for latents in batch.latents]
-    text, pooled = encode_text([f"picture {number}" for number in numbers])
-    np.testing.assert_array_equal(batch.text, text)
-    np.testing.assert_array_equal(batch.pooled, pooled)
+    heard = encode_text([f"picture {number}" for number in numbers])
+    np.testing.assert_array_equal(batch.conditioning.sequence, heard.sequence)
+    np.testing.assert_array_equal(batch.conditioning.vector, heard.vector)
     assert batch.latents.shape[1] == batch.width * batch.height // 16
     return numbers
 
@@ -95,9 +97,9 @@ def test_processes_share_the_same_global_batches(settings, processes):
     for step in (0, 1, 17, 1000):
         one = whole(step)
         several = [part(step) for part in parts]
-        for name in ("latents", "text", "pooled", "index"):
-            joined = np.concatenate([getattr(batch, name) for batch in several])
-            np.testing.assert_array_equal(joined, getattr(one, name))
+        rows = [(b.latents, *b.conditioning[::2], b.index) for b in (*several, one)]
+        for *parts_of_one, whole_one in zip(*rows, strict=True):
+            np.testing.assert_array_equal(np.concatenate(parts_of_one), whole_one)
         assert {(b.width, b.height) for b in several} == {(one.width, one.height)}
 
 
@@ -105,7 +107,7 @@ def test_reading_goes_on_at_any_step(settings):
     straight = list(islice(open_dataset(settings, ENCODERS, batch=4, seed=2).iterate(), 14))
     resumed = open_dataset(settings, ENCODERS, batch=4, seed=2)
     for before, after in zip(straight[9:], resumed.iterate(9), strict=False):
-        for a, b in zip(before, after, strict=True):
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
             np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(resumed(3).latents, straight[3].latents)
 
@@ -221,7 +223,7 @@ def test_damaged_cache_files_are_made_again(settings, tmp_path):
         content[len(content) * (i + 1) // (len(files) + 1)] ^= 16
         file.write_bytes(content if i % 3 else content[: len(content) // 2])
     again = data(0)
-    for a, b in zip(good, again, strict=True):
+    for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -237,7 +239,7 @@ def test_entries_that_were_swapped_do_not_pair_wrongly(settings, tmp_path, kind)
         file.write_bytes(content)
     said: list[str] = []
     data.train(said.append)
-    for a, b in zip(good, data(0), strict=True):
+    for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(data(0)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert len(said) == 4 and all("holds what belongs elsewhere" in line for line in said)
 
@@ -257,7 +259,7 @@ def test_entries_that_the_disk_refuses_are_encoded_anew_and_training_goes_on(
         data(0)  # before training has begun it is the user's to repair
     said: list[str] = []
     data.train(said.append)
-    for a, b in zip(good, data(0), strict=True):
+    for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(data(0)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert any("Is a directory" in line and "encoded anew" in line for line in said)
 
@@ -339,7 +341,9 @@ def test_values_that_float16_cannot_hold_are_kept(tmp_path):
 
 
 def test_encoder_that_gives_nan_is_named(settings, tmp_path):
-    broken = ENCODERS._replace(encode_text=lambda t: (np.full((1, 4, 8), np.nan), np.zeros((1, 8))))
+    broken = ENCODERS._replace(
+        encode_text=lambda t: Conditioning(np.full((1, 4, 8), np.nan), None, np.zeros((1, 8)))
+    )
     data = open_dataset(replace(settings, cache=str(tmp_path)), broken, batch=4, seed=0)
     with pytest.raises(ValueError, match="the caption 'a dog' is encoded to values"):
         data.captions(["a dog"])
@@ -401,9 +405,12 @@ def test_embedded_model_precomputes_and_the_files_of_the_user_stay_as_they_are(t
     encoders = folder_encoders(TINY, "float32")
     stored = encoders._replace(encode_image=_refuse, encode_text=_refuse)
     batch = open_dataset(settings, stored, batch=2, seed=0)(0)
-    text, pooled = encoders.encode_text(["a red circle"])
-    np.testing.assert_allclose(batch.text[1], text[0], rtol=5e-4, atol=1e-6)
-    np.testing.assert_allclose(batch.pooled[1], pooled[0], rtol=5e-4, atol=1e-6)
+    heard, read = encoders.encode_text(["a red circle"]), batch.conditioning
+    np.testing.assert_allclose(read.sequence[1], heard.sequence[0], rtol=5e-4, atol=1e-6)
+    np.testing.assert_allclose(read.vector[1], heard.vector[0], rtol=5e-4, atol=1e-6)
+    # Packed when they are read: an entry is any family's.
+    for file in (Path(settings.cache) / "latents").rglob("*.safetensors"):
+        assert read_arrays(file)["latents"].shape == (16, 4, 4)
     assert batch.latents.shape == (2, 4, 64) and 0.1 < batch.latents.std() < 10
     assert encoders.image_hash != encoders.text_hash != folder_encoders(TINY).text_hash
 
@@ -416,7 +423,7 @@ def test_scenes_have_the_sizes_and_captions_that_were_drawn(tmp_path):
     data = open_dataset(settings, ENCODERS, batch=4, seed=0)
     assert data.sizes == {(96, 96): 64, (112, 80): 36} and not data.quarantined
     batch = data(0)
-    assert batch.latents.shape == (4, batch.width * batch.height // 16, 3)
+    assert batch.latents.shape == (4, batch.width * batch.height // 16, 12)
     again = open_dataset(replace(settings, scenes=80), ENCODERS, batch=4, seed=0)
     assert [e.item.caption for e in again.entries] == [e.item.caption for e in data.entries[:80]]
     with pytest.raises(ConfigError, match="100 x 90"):

@@ -31,6 +31,7 @@ from fluxjax.checkpoint.training_state import StateStore
 from fluxjax.config import (
     DEV,
     SCHNELL,
+    TINY,
     AutoencoderConfig,
     CLIPTextConfig,
     ConfigError,
@@ -38,6 +39,7 @@ from fluxjax.config import (
     PipelineConfig,
     T5Config,
 )
+from fluxjax.families import FLUX, Conditioning
 from fluxjax.hub import tiny_folder
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, unpack
@@ -72,11 +74,13 @@ SMALL = PipelineConfig(
         latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
     ),
     text_encoder=CLIPTextConfig(
-        vocab_size=745, hidden_size=32, intermediate_size=48, projection_dim=32,
-        num_hidden_layers=1, num_attention_heads=1, bos_token_id=743, eos_token_id=744,
+        vocab_size=TINY.text_encoder.vocab_size, hidden_size=32, intermediate_size=48,
+        projection_dim=32, num_hidden_layers=1, num_attention_heads=1,
+        bos_token_id=TINY.text_encoder.bos_token_id, eos_token_id=TINY.text_encoder.eos_token_id,
     ),
     text_encoder_2=T5Config(
-        vocab_size=220, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
+        vocab_size=TINY.text_encoder_2.vocab_size, d_model=32, d_kv=8, d_ff=48, num_layers=1,
+        num_heads=4,
     ),
     max_sequence_length=16, steps=2, width=32, height=32,
 )  # fmt: skip
@@ -476,10 +480,10 @@ def test_references_follow_the_picture_and_masks_weigh_its_errors(model):
     latents, text, pooled = (jax.random.normal(next(keys), shape) for shape in shapes)
     reference = jax.random.normal(next(keys), latents.shape)
     mask = jax.random.uniform(next(keys), (2, 6, 4))
-    rows = Rows(latents, text, pooled, jnp.arange(2), reference, mask)
+    rows = Rows(latents, Conditioning(text, None, pooled), jnp.arange(2), reference, mask)
     ids, quantiles, mu = image_ids(4, 6), jnp.array([0.3, 0.8]), jnp.float32(0.5)
     objective = Objective(unmasked_weight=0.25, guidance=1.0)
-    given = network, objective, {"params": params}
+    given = FLUX, network, objective, {"params": params}
     loss = fixed_loss(*given, rows, quantiles, jnp.int32(3), ids, mu)
 
     key = jax.random.fold_in(jax.random.key(3), 2**31 - 1)

@@ -16,10 +16,11 @@ from torch_pipeline import random_pipeline  # noqa: F401
 
 import fluxjax
 from fluxjax.config import ConfigError
+from fluxjax.families import FLUX
 from fluxjax.hub import tiny_folder
+from fluxjax.sample.executables import Executables
 from fluxjax.sample.noise import draw
 from fluxjax.sample.pictures import to_bytes
-from fluxjax.sample.programs import Programs
 from fluxjax.sample.reference import preferred_size
 from fluxjax.sample.refusals import OTHER_NAMES
 
@@ -326,8 +327,8 @@ def test_the_first_network_that_is_not_finite_is_named(ours, monkeypatch, compon
 
 
 def test_programs_of_many_sizes_are_not_kept_for_ever(ours, monkeypatch):
-    programs, compiled = Programs(ours.config, "float32", True), []
-    monkeypatch.setattr(programs, "_compile", lambda name, *_: compiled.append(name) or print)
+    programs, compiled = Executables(FLUX, ours.config, "float32", True), []
+    monkeypatch.setattr(programs, "compile", lambda program: compiled.append(program.name) or print)
 
     def ask(name, sizes):
         for size in sizes:

@@ -40,7 +40,7 @@ def test_every_form_draws_the_same_picture(forms):
         },
     ):
         pipe = fluxjax.load_pipeline(**arguments)
-        pipe.programs = first.programs  # the same networks: nothing to compile again
+        pipe.executables = first.executables  # the same networks: nothing to compile again
         got = np.asarray(pipe("a red circle", **CHOSEN)[0])
         np.testing.assert_array_equal(got, expected, err_msg=str(arguments))
 

@@ -18,11 +18,11 @@ import fluxjax
 from fluxjax.checkpoint.lora_file import write_lora
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError
+from fluxjax.families import Conditioning
 from fluxjax.models.lora import LoraConfig, init_lora
 from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import pad_rows
 from fluxjax.sample.pictures import to_bytes
-from fluxjax.text.conditioning import Conditioning
 
 PROMPTS = ["a red circle", "two small green rings", "a large blue star left of a heart"]
 QUICK = {"steps": 2, "max_sequence_length": 18, "width": 80, "height": 64}
@@ -36,8 +36,8 @@ def draw_in_steps(pipe) -> dict[str, np.ndarray]:
     latents = pipe.denoise(conditioning, noise, steps=3)
     return {
         "noise": noise,
-        "T5": conditioning.prompt_embeds,
-        "CLIP": conditioning.pooled,
+        "T5": conditioning.sequence,
+        "CLIP": conditioning.vector,
         "latents": latents,
         "picture": pipe.decode(latents),
     }
@@ -78,7 +78,7 @@ def test_decoding_gathers_weights_and_no_picture():
     """1024 tokens, which CPUs take through a kernel of our own."""
     latents = jax.ShapeDtypeStruct((8, 16, 32, 32), np.float32)
     pipe = fluxjax.load_pipeline(mesh="fsdp=4,tensor=2")
-    found = measure(pipe.programs.get("decode", latents))
+    found = measure(pipe.executables.get("decode", latents))
     gathers = [call for call in found.collectives if call.kind == "all-gather"]
     assert gathers and not any("1024" in call.shape for call in gathers)
 
@@ -93,7 +93,7 @@ def test_a_lora_over_split_weights(tmp_path, expected):
     )
     write_lora(tmp_path / "lora.safetensors", lora, config, {})
     given = {"scan_layers": True, "loras": [tmp_path / "lora.safetensors"]}
-    conditioning = Conditioning(expected["T5"], expected["CLIP"])
+    conditioning = Conditioning(expected["T5"], None, expected["CLIP"])
 
     def latents(pipe):
         return pipe.denoise(conditioning, expected["noise"], steps=3)
@@ -106,7 +106,7 @@ def test_a_lora_over_split_weights(tmp_path, expected):
 @pytest.mark.slow
 def test_a_reference_on_a_mesh(expected):
     """Its 35 tokens follow the 20 of the picture: 55, padded over four devices."""
-    conditioning = Conditioning(expected["T5"], expected["CLIP"])
+    conditioning = Conditioning(expected["T5"], None, expected["CLIP"])
     row = np.arange(3 * 80 * 112).astype(np.uint8).reshape(80, 112, 3)
     one, many = (
         fluxjax.load_pipeline(scan_layers=True, mesh=mesh) for mesh in (None, "sequence=4,data=2")
@@ -114,7 +114,7 @@ def test_a_reference_on_a_mesh(expected):
     seen, seen_there = (pipe.encode_reference(Image.fromarray(row)) for pipe in (one, many))
     assert seen.shape == (1, 16, 10, 14) and relative(seen_there, seen) <= 1e-5
     latents, latents_there = (
-        pipe.denoise(conditioning, expected["noise"], steps=3, reference=seen)
+        pipe.denoise(conditioning, expected["noise"], steps=3, reference_latents=seen)
         for pipe in (one, many)
     )
     assert relative(latents_there, latents) <= 1e-5
@@ -136,7 +136,7 @@ def test_attention_over_split_tokens_is_chosen():
     from fluxjax.sample.command import Options, draw
 
     pipe = fluxjax.load_pipeline(mesh="sequence=8", sequence="ring")
-    assert pipe.programs.modules("denoise")[0].sequence == "ring"
+    assert pipe.executables.modules("denoise")[0].sequence == "ring"
     with pytest.raises(ConfigError, match="ulysses cannot split 6 heads over sequence=8"):
         draw(Options(prompt=("a star",), mesh="sequence=8", sequence="ulysses"))
 

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
 from fluxjax.config import DEV, SCHNELL, ConfigError
-from fluxjax.sample import schedule
+from fluxjax.schedules import flow_euler, schedule
 
 STATIC = replace(DEV.scheduler, use_dynamic_shifting=False, shift=3.0)
 
@@ -28,7 +28,7 @@ def test_equal_to_diffusers(config, tokens, steps):
         sigmas=np.linspace(1.0, 1 / steps, steps),  # pyright: ignore
         mu=calculate_shift(tokens),
     )
-    ours = schedule.sigmas(steps, tokens, config)
+    ours = flow_euler.sigmas(steps, tokens, config)
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours, scheduler.sigmas.numpy())
     if config.use_dynamic_shifting:
@@ -44,7 +44,7 @@ def test_equal_to_bfl(shared):
         config = DEV.scheduler if entry["shift"] else SCHNELL.scheduler
         arguments = (entry["num_steps"], entry["image_seq_len"], config)
         expected = np.array(entry["timesteps"], np.float32)
-        got = schedule.sigmas(*arguments)
+        got = flow_euler.sigmas(*arguments)
         np.testing.assert_allclose(got, expected, rtol=0, atol=1.2e-7, err_msg=str(entry))
 
 
@@ -52,34 +52,38 @@ def test_own_levels_are_shifted_as_diffusers_does():
     own = [1.0, 0.7, 0.2]
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=own, mu=calculate_shift(300))
-    ours = schedule.sigmas(own, 300, DEV.scheduler)
+    ours = flow_euler.sigmas(own, 300, DEV.scheduler)
     np.testing.assert_array_equal(ours, scheduler.sigmas.numpy())
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(28, 1.0), (28, 0.6), (10, 0.33), (4, 0.1)])
 def test_image_to_image_starts_where_diffusers_does(steps, strength):
     start = int(max(steps - min(steps * strength, steps), 0))
-    got = schedule.sigmas(steps, 256, DEV.scheduler, strength=strength)
-    np.testing.assert_array_equal(got, schedule.sigmas(steps, 256, DEV.scheduler)[start:])
+    got = flow_euler.sigmas(steps, 256, DEV.scheduler, strength=strength)
+    np.testing.assert_array_equal(got, flow_euler.sigmas(steps, 256, DEV.scheduler)[start:])
 
 
 def test_padding_adds_only_steps_of_length_zero():
-    levels = schedule.sigmas(20, 36, DEV.scheduler)
-    padded = schedule.pad(levels)
-    assert len(padded) == 33
-    np.testing.assert_array_equal(padded[:21], levels)
-    assert not np.diff(padded[20:]).any()
+    levels = flow_euler.sigmas(20, 36, DEV.scheduler)
+    table = flow_euler.flow_euler(levels)
+    padded = schedule.pad(table)
+    assert [len(column) for column in padded[:3]] == [32] * 3
+    for longer, column in zip(padded[:3], table[:3], strict=True):
+        np.testing.assert_array_equal(longer[:20], column)
+    assert padded.active.tolist() == [True] * 20 + [False] * 12 and padded.steps == 20
+    part = padded.part(3, 5)
+    assert np.flatnonzero(part.active).tolist() == [3, 4] and part.times is padded.times
     assert [schedule.bucket(n) for n in (1, 4, 5, 8, 28, 33, 1000)] == [4, 4, 8, 8, 32, 64, 1024]
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])
 def test_impossible_steps_are_named(steps):
     with pytest.raises(ConfigError, match=str(steps)):
-        schedule.sigmas(steps, 256, DEV.scheduler)
+        flow_euler.sigmas(steps, 256, DEV.scheduler)
 
 
 def test_impossible_levels_and_strength_are_named():
     with pytest.raises(ConfigError, match="sigmas must fall"):
-        schedule.sigmas([0.5, 0.9], 256, DEV.scheduler)
+        flow_euler.sigmas([0.5, 0.9], 256, DEV.scheduler)
     with pytest.raises(ConfigError, match=r"strength .* 1\.5"):
-        schedule.sigmas(4, 256, DEV.scheduler, strength=1.5)
+        flow_euler.sigmas(4, 256, DEV.scheduler, strength=1.5)

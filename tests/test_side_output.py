@@ -29,7 +29,7 @@ def write_outputs(path: Path) -> None:
 
 WRITERS = {
     "plot": (write_plot, "a.png"),
-    "sheet": (lambda path: write_sheet(path, PIXELS, ["a"]), "a.png"),
+    "sheet": (lambda path: write_sheet(path, [*PIXELS], ["a"]), "a.png"),
     "outputs": (write_outputs, "a.safetensors"),
 }
 

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.config import TINY
+from fluxjax.families.flux import encode_prompts
 from fluxjax.hub import tiny_folder
-from fluxjax.text.conditioning import encode_prompts
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train.embedded import paraphrase
 from fluxjax.train.embedded import text_encoders as stages

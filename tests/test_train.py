@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from fluxjax.config import TINY, ConfigError
+from fluxjax.families.flux import noised
 from fluxjax.models.autoencoder import Posterior
 from fluxjax.train import objectives
 from fluxjax.train.embedded import tiny, transformer
@@ -50,7 +51,7 @@ def test_times_have_the_shifted_logit_normal_density():
 
 def test_path_from_data_to_noise_and_its_velocity():
     data, noise = jnp.full((2, 3), 2.0), jnp.full((2, 3), -1.0)
-    path = objectives.interpolate(data, noise, jnp.array([0.0, 1.0]))
+    path = noised(data, noise, jnp.array([0.0, 1.0]))
     np.testing.assert_array_equal(path, jnp.stack([data[0], noise[1]]))
     assert float(objectives.velocity_loss(noise - data, noise - data)) == 0.0
     half = objectives.velocity_loss(jnp.full((1,), 3.0, jnp.bfloat16), jnp.array([3.001]))

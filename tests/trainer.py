@@ -29,12 +29,12 @@ from drawn_files import ENCODERS
 from fluxjax import cli
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import FluxConfig
+from fluxjax.families import FLUX, Conditioning
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids
 from fluxjax.parallel import hosts
 from fluxjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import state_shardings
-from fluxjax.text.conditioning import Conditioning
 from fluxjax.train.data.dataset import open_dataset
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.flow_matching import Rows, finetune_loss
@@ -82,7 +82,8 @@ def rows_of(step: int, bad: bool) -> Rows:
     shapes = (BATCH, SIDE * SIDE, 8), (BATCH, TEXT, 16), (BATCH, 8)
     latents, text, pooled = (rng.standard_normal(shape, np.float32) for shape in shapes)
     index = np.arange(step * BATCH, (step + 1) * BATCH, dtype=np.int32)
-    return Rows(latents * np.float32(np.nan if bad else 1), text, pooled, index)
+    latents *= np.float32(np.nan if bad else 1)
+    return Rows(latents, Conditioning(text, None, pooled), index)
 
 
 def fingerprint(source: str) -> str:
@@ -131,12 +132,12 @@ def _train(options: argparse.Namespace) -> None:
     where = state_shardings(jax.eval_shape(start, drawn), mesh)
     params = jax.tree.map(place, drawn, where.params)
     state = jax.jit(start, out_shardings=where)(params)
-    loss = distance if options.quick else finetune_loss(model, Objective())
+    loss = distance if options.quick else finetune_loss(FLUX, model, Objective())
     step = make_step(
         loss, optimizer, seed=3, ema_decay=0.9,
         out_shardings=(where, everywhere),
     )  # fmt: skip
-    empty = Conditioning(place(np.zeros((1, TEXT, 16), np.float32), everywhere),
+    empty = Conditioning(place(np.zeros((1, TEXT, 16), np.float32), everywhere), None,
                          place(np.zeros((1, 8), np.float32), everywhere))  # fmt: skip
     fixed = {}, empty, place(ids, everywhere), place(np.float32(0.5), everywhere)
 

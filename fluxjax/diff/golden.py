@@ -7,9 +7,9 @@ come in through the same converter as any checkpoint. torch is not needed.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,15 @@ from fluxjax.config import (
     SchedulerConfig,
 )
 from fluxjax.diff.report import Report, Row, compare
+from fluxjax.families import FLUX, Conditioning, Extras, Tokens
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import pack, unpack
 from fluxjax.parallel.mesh import make_mesh
 from fluxjax.parallel.networks import on_mesh
 from fluxjax.parallel.rules import param_shardings
-from fluxjax.sample.denoise import Conditioning, Guidance, denoise
-from fluxjax.sample.schedule import pad, sigmas
+from fluxjax.sample.denoise import denoise
+from fluxjax.schedules.flow_euler import flow_euler, sigmas
+from fluxjax.schedules.schedule import Schedule, pad
 from fluxjax.shapes import Params
 from fluxjax.side_output import marker, side_output
 
@@ -157,54 +158,40 @@ def _flux(
     """One forward at the recorded timesteps, and the Euler run over the recorded schedule."""
     model = FluxTransformer(config, timestep_rounding="bfl")
     model = model if devices is None else on_mesh(model, devices)
-    text, pooled = jnp.asarray(inputs["txt"]), jnp.asarray(inputs["vec"])
-    img_ids, txt_ids = _ids(inputs, "img_ids"), _ids(inputs, "txt_ids")
-    channels, sequence = inputs.get("img_cond"), inputs.get("img_cond_seq")
-    if sequence is not None:  # Kontext: the reference picture follows along the sequence
-        img_ids = jnp.concatenate([img_ids, _ids(inputs, "img_cond_seq_ids")])
+    if inputs["txt_ids"].any():
+        raise ConfigError(f"{inputs.path}: inputs.txt_ids are zero in every run of FLUX")
+    text = Conditioning(jnp.asarray(inputs["txt"]), None, jnp.asarray(inputs["vec"]))
+    tokens = None
+    if "img_cond_seq" in inputs:  # Kontext: the reference follows along the sequence
+        tokens = Tokens(jnp.asarray(inputs["img_cond_seq"]), _ids(inputs, "img_cond_seq_ids"))
+    guided = partial(
+        Extras, _ids(inputs, "img_ids"), tokens=tokens, channels=inputs.get("img_cond")
+    )
 
     @jax.jit
-    def forward(params: Any, latents: Any, timestep: Any, guidance: Any) -> Any:
-        x = latents
-        if sequence is not None:
-            x = jnp.concatenate([x, sequence], axis=1)
-        if channels is not None:  # Fill and Control: the condition widens every token
-            x = jnp.concatenate([x, channels], axis=-1)
-        return model.apply(
-            {"params": params},
-            x,
-            text,
-            pooled,
-            timestep,
-            img_ids,
-            txt_ids,
-            guidance if config.guidance_embeds else None,
-        )
+    def forward(params: Any, x: Any, t: Any, guidance: Any) -> Any:
+        extras = guided(guidance)
+        if tokens is not None:  # recorded for these tokens too: here they are the state's
+            x = jnp.concatenate([x, tokens.values], axis=1)
+            positions = jnp.concatenate([extras.positions, tokens.positions])
+            extras = extras._replace(positions=positions, tokens=None)
+        return FLUX.forward(model, {"params": params}, x, t, text, extras)
+
+    @jax.jit
+    def run(params: Any, noise: Any, schedule: Schedule, guidance: Any) -> Any:
+        extras = guided(guidance)
+        each, step = FLUX.hoist(model, {"params": params}, schedule.times, text, extras)
+        passes = jnp.asarray(FLUX.passes(len(schedule.times), None))
+        return denoise(step, each, (FLUX.pack(noise).values,), schedule, passes)
 
     noise = inputs["noise"]
-    latents = pack(jnp.asarray(noise))
-    batch, length = latents.shape[:2]
-    schedule = np.asarray(recorded["schedule"], np.float32)
-    guidance = jnp.full((batch,), recorded["guidance"], jnp.float32)
-    if channels is None and not txt_ids.any():
-        latents = denoise(
-            model,
-            params,
-            latents,
-            pad(schedule),
-            Conditioning(text, pooled),
-            Guidance(guidance if config.guidance_embeds else None),
-            img_ids,
-            None if sequence is None else jnp.asarray(sequence),
-        )
-    else:  # with a condition: the plain Euler loop of BFL's `sampling.denoise`
-        for level, following in itertools.pairwise(schedule):
-            velocity = forward(params, latents, np.full((batch,), level), guidance)
-            latents = latents + (following - level) * velocity[:, :length]
+    levels = np.asarray(recorded["schedule"], np.float32)
+    guidance = np.full(len(noise), recorded["guidance"], np.float32)
+    (latents,) = run(params, noise, pad(flow_euler(levels)), guidance)
     outputs = {
         "forward": forward(params, inputs["packed"], inputs["timesteps"], inputs["guidance"]),
         "latents_packed": latents,
-        "latents": unpack(latents, *noise.shape[2:]),
+        "latents": FLUX.unpack(latents, *noise.shape[2:]),
     }
     return {name: np.asarray(value) for name, value in outputs.items()}
 

@@ -144,8 +144,8 @@ def run_ours(folder: Path, settings: Settings, dtype: Dtype, mesh: str | None = 
         )
         decoded = pipe.decode(latents)
     stages = {
-        "prompt_embeds": conditioning.prompt_embeds,
-        "pooled": conditioning.pooled,
+        "prompt_embeds": conditioning.sequence,
+        "pooled": conditioning.vector,
         "noise": noise,
         "latents": latents,
         "picture": decoded,

@@ -6,6 +6,7 @@ Source: diffusers `FluxPipeline._pack_latents`, `_prepare_latent_image_ids`; BFL
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
@@ -25,12 +26,14 @@ def latent_size(width: int, height: int, config: AutoencoderConfig) -> tuple[int
     return height // config.scale, width // config.scale
 
 
-def pack(latents: Float[Array, "n c h w"]) -> Float[Array, "n image d"]:
+def pack(latents: Float[Array | np.ndarray, "n c h w"]) -> Float[Array | np.ndarray, "n image d"]:
     """2 x 2 latents become one token of 4 c channels (channel outermost), row by row."""
     return rearrange(latents, "n c (h p) (w q) -> n (h w) (c p q)", p=PATCH, q=PATCH)
 
 
-def unpack(tokens: Float[Array, "n image d"], rows: int, columns: int) -> Float[Array, "n c h w"]:
+def unpack(
+    tokens: Float[Array | np.ndarray, "n image d"], rows: int, columns: int
+) -> Float[Array | np.ndarray, "n c h w"]:
     """The inverse of `pack`, for latents of `rows` x `columns`."""
     return rearrange(
         tokens, "n (h w) (c p q) -> n c (h p) (w q)", h=rows // PATCH, p=PATCH, q=PATCH

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, PipelineConfig
-from fluxjax.models import latents as layout
+from fluxjax.families import FLUX
 from fluxjax.models.attention import auto_attention
 from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flux import FluxTransformer
@@ -23,11 +23,9 @@ from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import bytes_per_device, param_shardings, state_shardings
 from fluxjax.plan.attention import flash_like
 from fluxjax.plan.options import Options, device_count, mesh_shape, tokens
-from fluxjax.sample.denoise import Guidance
-from fluxjax.sample.pipeline import UNTILED_LATENTS
-from fluxjax.sample.programs import Name, Programs
-from fluxjax.sample.settings import Rounding
-from fluxjax.text.conditioning import Conditioning, PromptIds
+from fluxjax.sample.executables import Executables
+from fluxjax.sample.programs import programs
+from fluxjax.sample.settings import defaults
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.objectives import Objective
 from fluxjax.train.optimizers import OptimizerSettings, learning_rates, make_optimizer
@@ -88,53 +86,32 @@ def _size(tree: Any) -> int:
     return bytes_per_device(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
 
 
-class _Planned(Programs):
-    """The sampler's programs, with attention as accelerators have it."""
-
-    def _compile(self, name: Name, rounding: Rounding, specs: tuple) -> Any:
-        with auto_attention(flash_like):
-            return super()._compile(name, rounding, specs)
-
-
 def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:
     dtype = jnp.dtype(options.dtype)
-    spec: Any = jax.ShapeDtypeStruct
     weights: dict[str, int] = {}
     for name, network in config.networks.items():
         template = abstract_params(network, stacked=True)
         weights[name] = _size(_placed(template, param_shardings(template, mesh), dtype))
-    programs = _Planned(config, dtype, True, None, mesh if mesh.size > 1 else None)
-    text, clip, n = config.max_sequence_length, config.text_encoder, options.batch
-    rows, columns = layout.latent_size(config.width, config.height, config.vae)
-    latents = (config.vae.latent_channels, rows, columns)
-    prompts = spec((n, text), jnp.int32)
-    conditioning = Conditioning(
-        spec((n, text, config.text_encoder_2.d_model), dtype), spec((n, clip.hidden_size), dtype)
-    )
-    embedded = spec((n,), jnp.float32) if config.transformer.guidance_embeds else None
-    inputs: dict[Name, tuple] = {
-        "encode": (
-            PromptIds(spec((n, clip.max_position_embeddings), jnp.int32), prompts, prompts),
-        ),
-        "denoise": (
-            spec((n, *latents), dtype), spec((config.steps + 1,), jnp.float32), conditioning,
-            Guidance(embedded, None, spec((), jnp.float32)),
-        ),
-        "decode": (spec((programs.rows("decode", n), *latents), dtype),),
-    }  # fmt: skip
+    executables = Executables(FLUX, config, dtype, True, mesh=mesh if mesh.size > 1 else None)
+    n, needed = options.batch, defaults(config)
+    listed = programs(
+        FLUX, config, needed, dtype=dtype, steps=config.steps, pictures=n, prompts=n,
+        rows=executables.rows,
+    )  # fmt: skip
     reads = {
         "encode": weights["text_encoder"] + weights["text_encoder_2"],
         "denoise": weights["transformer"] * config.steps,
         "decode": weights["vae"],
     }
     notes: tuple[str, ...] = ()
-    if rows * columns > UNTILED_LATENTS:
-        del inputs["decode"]
+    if "decode" not in {program.name for program in listed}:
         notes = ("a picture of this size is decoded in tiles, which is not counted",)
     done: list[Program] = []
-    for name, arguments in inputs.items():
-        say(name)
-        done.append(Program(name, measure(programs.get(name, *arguments)), reads[name]))
+    for program in sorted(listed, key=lambda program: list(reads).index(program.name)):
+        say(program.name)
+        with auto_attention(flash_like):  # as accelerators have it
+            compiled = executables.compile(program)
+        done.append(Program(program.name, measure(compiled), reads[program.name]))
     return Placed(weights, 0, tuple(done), notes)
 
 
@@ -162,21 +139,17 @@ def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     where = state_shardings(state, mesh)
     state = _placed(state, where)
     step = make_step(
-        finetune_loss(model, Objective()), optimizer, seed=0, ema_decay=0.999,
+        finetune_loss(FLUX, model, Objective()), optimizer, seed=0, ema_decay=0.999,
         accumulate=options.accumulate, out_shardings=(where, replicated(mesh)), donate=True,
     )  # fmt: skip
-    text, image, clip = config.max_sequence_length, tokens(config), config.text_encoder.hidden_size
-    width = config.text_encoder_2.d_model
+    image, text = tokens(config), config.max_sequence_length
+    heard, dropped = (FLUX.text_shapes(config, rows, text, jnp.float32)[1] for rows in (n, 1))
     rows = Rows(
         _spec(mesh, (n, image, config.transformer.in_channels), jnp.float32),
-        _spec(mesh, (n, text, width), jnp.float32),
-        _spec(mesh, (n, clip), jnp.float32),
+        _placed(heard, jax.tree.map(lambda _: batch_sharding(mesh), heard)),
         _spec(mesh, (n,), jnp.int32),
     )
-    empty = Conditioning(
-        _spec(mesh, (1, text, width), jnp.float32, rows=False),
-        _spec(mesh, (1, clip), jnp.float32, rows=False),
-    )
+    empty = _placed(dropped, jax.tree.map(lambda _: replicated(mesh), dropped))
     ids = _spec(mesh, (image, 3), jnp.float32, rows=False)
     mu = _spec(mesh, (), jnp.float32, rows=False)
     weights = {"transformer": _size(frozen.get("params", state.params))}

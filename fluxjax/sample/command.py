@@ -149,7 +149,7 @@ def _draw_all(
     first = jax.process_index() == 0
     once = cache(note)
     shelf = PictureShelf(options, opened, note)
-    size = opened.pipeline(opened.sources.lora).programs.rows("denoise", 1)
+    size = opened.pipeline(opened.sources.lora).executables.rows("denoise", 1)
     done = 0
     for batch in batches(wanted, size):
         pipe, settings = opened.pipeline(batch[0].lora), batch[0].settings

@@ -1,7 +1,8 @@
-"""From noise to latents: the whole run is one compiled program that scans over the noise levels.
+"""From noise to latents: one scan over the steps of a schedule, whatever the sampler and family.
 
-Everything a caller varies is data (noise, levels, prompt, guidance), so that only shapes, the
-bucket of the step count and whether there is a negative prompt decide about compilation.
+Everything a caller varies is data (noise, levels, step matrices, prompt, guidance), so that only
+shapes, the bucket of the step count, the number of passes and what is absent decide about
+compilation.
 """
 
 from __future__ import annotations
@@ -13,135 +14,138 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
+from fluxjax.families.family import AnyArray
 from fluxjax.models.embeddings import round_to
-from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import text_ids
-from fluxjax.models.lora import variables
 from fluxjax.parallel.hosts import from_first
-from fluxjax.shapes import Params
-from fluxjax.text.conditioning import Conditioning
+from fluxjax.schedules.schedule import Schedule
+
+State = tuple[Float[AnyArray, "b *shape"], ...]
+Step = Callable[[Any, Any], Any]
 
 
-class Guidance(NamedTuple):
-    """`embedded` feeds the guidance embedding of distilled models (None: the model has none).
+class Kept(NamedTuple):
+    """What stays where `mask` is 0, and the noise with which it goes along (inpainting)."""
 
-    With a `negative` prompt, every step is v = negative + true_cfg (positive - negative); the same
-    embedded guidance goes into both.
-    """
-
-    embedded: Float[Array | np.ndarray, " n"] | None
-    negative: Conditioning | None = None
-    true_cfg: Float[Array | np.ndarray, ""] | np.floating | float = 1.0
+    mask: Float[Array, "b *#shape"]
+    picture: Float[Array, "b *shape"]
+    noise: Float[Array, "b *shape"]
 
 
-@partial(jax.jit, static_argnames="model")
 def denoise(
-    model: FluxTransformer,
-    params: Params,
-    latents: Float[Array, "n image d"],
-    levels: Float[Array, "padded"],
-    conditioning: Conditioning,
-    guidance: Guidance,
-    img_ids: Float[Array, "all_image 3"],
-    reference: Float[Array, "n reference d"] | None = None,
-) -> Float[Array, "n image d"]:
-    """Run every step of `levels`, the sigmas from noise to picture; equal neighbours are skipped.
+    step: Step,
+    each: Any,
+    state: State,
+    schedule: Schedule,
+    passes: Float[AnyArray, "steps differences"],
+    *,
+    noise: Float[Array, "b steps *shape"] | None = None,
+    kept: Kept | None = None,
+) -> State:
+    """Run the active steps of `schedule`, as `Schedule` has them; returns the state of the end.
 
-    The tokens of a `reference` (FLUX.1 Kontext) follow those of the picture, as their ids do in
-    `img_ids`; they get no noise and what is predicted for them is left out.
-    `params` may come with a LoRA (`fluxjax.models.lora.adapt`).
-    The state has the dtype of `latents`. As in diffusers' scheduler, the step is added in float32
-    and rounded to that dtype; float32 latents keep a bfloat16 model's run unrounded.
+    `step(x, one of each)` is the network, of a family's `hoist`, on all passes stacked in the
+    batch: see `combined`. The state has the dtype of its latents. `noise` is what each step adds.
     """
-    method = partial(_apply, model, params)
-    negative = guidance.negative
-    embedded = guidance.embedded
-    if negative is not None:
-        # One pass over a batch of twice the size, not two passes over the weights.
-        conditioning = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), conditioning, negative)
-        embedded = None if embedded is None else jnp.tile(embedded, 2)
-    rope = method("rope", text_ids(conditioning.prompt_embeds.shape[1]), img_ids)
-    text = method("embed_text", conditioning.prompt_embeds.astype(model.dtype))
-    modulations = method("step_modulations", levels[:-1], conditioning.pooled, embedded)
 
-    def velocity(x, modulation):
-        x, tokens = x.astype(model.dtype), x.shape[1]
-        if reference is not None:
-            x = jnp.concatenate([x, reference.astype(model.dtype)], axis=1)
-        if negative is not None:
-            x = jnp.concatenate([x, x])
-        v = method("denoise", x, text, modulation, rope)[:, :tokens].astype(jnp.float32)
-        if negative is None:
-            return v
-        positive, negated = jnp.split(v, 2)
-        return negated + guidance.true_cfg * (positive - negated)
+    def advance(inputs: tuple, state: State) -> State:
+        row, one, weights, drawn = inputs
+        x = state[0]
+        if row.scales is not None:
+            x = (row.scales * x.astype(jnp.float32)).astype(x.dtype)
+        many = weights.shape[0] + 1
+        predicted = step(jnp.concatenate([x] * many) if many > 1 else x, one)
+        change = row.gains * combined(predicted.astype(jnp.float32), weights)
+        if x.dtype != jnp.float32:
+            change = round_to(change, x.dtype)
+        state = _product(row, state, change, drawn)
+        return state if kept is None else (_keep(row.keep, state[0], kept), *state[1:])
 
-    def step(x, inputs):
-        level, following, modulation = inputs
+    def skip_or_advance(state: State, inputs: tuple) -> tuple[State, None]:
+        return jax.lax.cond(
+            inputs[0].active, partial(advance, inputs), lambda state: state, state
+        ), None
 
-        def advance(x):
-            change = (following - level) * velocity(x, modulation)
-            if x.dtype != jnp.float32:
-                change = round_to(change, x.dtype)
-            return (x.astype(jnp.float32) + change).astype(x.dtype)
-
-        return jax.lax.cond(level == following, lambda x: x, advance, x), None
-
-    return jax.lax.scan(step, latents, (levels[:-1], levels[1:], modulations))[0]
+    drawn = None if noise is None else jnp.moveaxis(noise, 1, 0)
+    return jax.lax.scan(skip_or_advance, state, (schedule, each, passes, drawn))[0]
 
 
-def _apply(model: FluxTransformer, params: Params, name: str, *args) -> Any:
-    return model.apply(variables(params), *args, method=name)
+def combined(
+    predicted: Float[Array, "passes_b *shape"], weights: Float[Array, "differences"]
+) -> Float[Array, "b *shape"]:
+    """The passes, stacked in the batch, added up: the last one, and each weight times the
+    difference of its pass to the next.
 
-
-def part_of(levels: Float[np.ndarray, "padded"], first: int, last: int) -> np.ndarray:
-    """Levels with which the same program runs only the steps first ... last - 1.
-
-    The others get length zero and are skipped, so a run in parts, for a progress bar, compiles
-    nothing and equals the run in one call.
+    One weight is classifier-free guidance, negative + scale (positive - negative), rounded as in
+    the references; two are three-way guidance. Any sum whose weights add up to 1 can be written so.
     """
-    return levels[np.clip(np.arange(len(levels)), first, last)]
+    each = jnp.split(predicted, weights.shape[0] + 1)
+    total = each[-1]
+    for i in range(weights.shape[0]):
+        total = total + weights[i] * (each[i] - each[i + 1])
+    return total
 
 
-def denoise_in_parts(
-    run: Callable[[Any, np.ndarray], Array],
-    latents: Any,
-    levels: Float[np.ndarray, "padded"],
-    steps: int,
+def _product(row: Schedule, state: State, change: Array, noise: Array | None) -> State:
+    """matrices @ [Z; m; noise]; row by row, so that no state is copied into one array."""
+    if row.matrices is None:
+        (x,) = state
+        return ((x.astype(jnp.float32) + change).astype(x.dtype),)
+    columns = [*state, change, *([] if noise is None else [noise])]
+
+    def sum_of(weights: Array, like: AnyArray) -> Array:
+        terms = [weights[j] * x.astype(jnp.float32) for j, x in enumerate(columns)]
+        return sum(terms[1:], terms[0]).astype(like.dtype)
+
+    return tuple(sum_of(row.matrices[i], x) for i, x in enumerate(state))
+
+
+def _keep(weights: AnyArray | None, x: AnyArray, kept: Kept) -> Array:
+    assert weights is not None, "a schedule with `keep` says how much noise is kept with a picture"
+    mask, picture, noise = (leaf.astype(jnp.float32) for leaf in kept)
+    other = weights[0] * picture + weights[1] * noise
+    return (mask * x.astype(jnp.float32) + (1.0 - mask) * other).astype(x.dtype)
+
+
+def in_parts(
+    run: Callable[[Any, Schedule], Any],
+    state: Any,
+    schedule: Schedule,
     *,
     progress: Callable[[int], None] | None = None,
     on_step: Callable[[int, Any], None] | None = None,
     every: int = 1,
     seconds: float = 0.25,
 ) -> Any:
-    """`run(latents, levels)` in parts; the result is that of one call.
+    """`run(state, schedule)` in parts; the result is that of one call.
 
     `progress(steps done)` is called after parts of about `seconds` each, `on_step(steps done,
-    latents)` after every `every`-th step and after the last one; what it raises ends the run.
+    state)` after every `every`-th step and after the last one; what it raises ends the run.
     Parts, because a program that calls back to the host is kept out of the compilation cache. On
     several processes the clock of the first counts: all run the same parts.
     """
+    steps = schedule.steps
     first, size = 0, steps if progress is None else 1
     while first < steps:
         last, start = min(first + size, steps), time.perf_counter()
         if on_step is not None:
             last = min(last, first - first % every + every)
-        latents = wait(run(latents, part_of(levels, first, last)))
+        state = wait(run(state, schedule.part(first, last)))
         if progress is not None:
             progress(last)
             rate = (last - first) / (time.perf_counter() - start)
             size = from_first(partial(max, 1, round(seconds * rate)))
         if on_step is not None and (last % every == 0 or last == steps):
-            on_step(last, latents)
+            on_step(last, state)
         first = last
-    return latents
+    return state
 
 
-def wait(array: Array) -> Array:
-    """Block until `array` is computed, open to Ctrl-C (`block_until_ready` is not)."""
-    while not array.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
-        time.sleep(0.001)
-    return array.block_until_ready()
+def wait(tree: Any) -> Any:
+    """Block until all arrays are computed, open to Ctrl-C (`block_until_ready` is not)."""
+    for array in jax.tree.leaves(tree):
+        while not array.is_ready():
+            time.sleep(0.001)
+        array.block_until_ready()
+    return tree

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from fluxjax.checkpoint.component_json import read_json
 from fluxjax.checkpoint.lora_file import read_lora
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.source import (
@@ -21,6 +22,7 @@ from fluxjax.checkpoint.source import (
 )
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig
+from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
 from fluxjax.models.lora import adapt, combine_loras
 from fluxjax.models.stacking import scan_by_default
@@ -74,11 +76,12 @@ def load_pipeline(
         raise ConfigError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     path = find(model, "model", read_config)
     if path.is_file():
+        family = FLUX
         networks, config, tokenizers = _of_file(path, text_encoders, vae)
     elif text_encoders is not None or vae is not None:
         raise ConfigError(f"text encoders and vae are given for a BFL file, and {path} is none")
     else:
-        networks, config, tokenizers = _of_folder(path)
+        family, networks, config, tokenizers = _of_folder(path)
     config.require_text_to_image(path)
     if scan_layers is None:
         scan_layers = scan_by_default(config.transformer)
@@ -95,6 +98,7 @@ def load_pipeline(
     scaled = [_scaled(lora) for lora in loras]
     lora = _read_loras(scaled, config, scan_layers)
     return Pipeline(
+        family,
         config,
         partial(_load, networks, dtype, scan_layers, lora, mesh),
         partial(_tokenizers, tokenizers),
@@ -112,12 +116,13 @@ def load_pipeline(
     )
 
 
-def _of_folder(path: Path) -> tuple[dict[str, OpenNetwork], PipelineConfig, Path]:
+def _of_folder(path: Path) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:
     config = read_config(path)
+    family = family_of(read_json(path / "model_index.json")["_class_name"])
     networks = {name: open_component(path, name, part) for name, part in config.networks.items()}
     # The tensors may tell more than config.json does.
     parts: dict[str, Any] = {name: network.config for name, network in networks.items()}
-    return networks, replace(config, **parts), path
+    return family, networks, replace(config, **parts), path
 
 
 def _of_file(

@@ -19,23 +19,24 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
 from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.families.family import Conditioning, Family
 from fluxjax.models import latents as layout
 from fluxjax.models.autoencoder import denormalize_latents
 from fluxjax.parallel.mesh import AXES, gathered, make_mesh, pad_rows, replicated
 from fluxjax.parallel.sequence import SequenceAttention
 from fluxjax.picture_files import upright_rgb
-from fluxjax.sample import denoise as sampler
-from fluxjax.sample import noise, schedule
-from fluxjax.sample.denoise import Guidance, wait
+from fluxjax.sample import noise
+from fluxjax.sample.denoise import State, in_parts, wait
+from fluxjax.sample.executables import Executables
 from fluxjax.sample.pictures import to_bytes
-from fluxjax.sample.programs import COMPONENTS, Name, Programs
+from fluxjax.sample.programs import COMPONENTS, Drawn, Name, programs, tiled
 from fluxjax.sample.reference import pixels, preferred_size, read_reference
 from fluxjax.sample.refusals import require_both, require_finite, unknown_options
 from fluxjax.sample.save_picture import tell_made
 from fluxjax.sample.settings import Noise, Rounding, Settings, defaults, override
 from fluxjax.sample.sources import Sources
+from fluxjax.schedules.schedule import Schedule, bucket, pad
 from fluxjax.shapes import Params
-from fluxjax.text.conditioning import Conditioning, PromptIds, tokenize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from fluxjax.text.tokenizers import PromptTokenizer
 
 PHASES = ("loading", "compiling", "encoding", "denoising", "decoding")
-UNTILED_LATENTS = 256 * 256
 TILE = 64
 AnyArray = Array | np.ndarray
 OnStep = Callable[[int, AnyArray], None]
@@ -59,6 +59,7 @@ class Pipeline:
 
     def __init__(
         self,
+        family: Family,
         config: PipelineConfig,
         load_params: Callable[[str], Params],
         load_tokenizers: Callable[[], tuple[PromptTokenizer, PromptTokenizer]],
@@ -70,11 +71,13 @@ class Pipeline:
         sequence: SequenceAttention = "auto",
         sources: Sources | None = None,
     ):
-        self.config = config
+        self.family, self.config = family, config
         self.defaults = defaults(config)
         self.dtype = jnp.dtype(dtype)
         self.mesh = mesh
-        self.programs = Programs(config, dtype, scan_layers, lora, mesh, sequence)
+        self.executables = Executables(
+            family, config, dtype, scan_layers, lora=lora, mesh=mesh, sequence=sequence
+        )
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
         self.sources = sources
@@ -186,12 +189,12 @@ class Pipeline:
         start = self.draw_noise(settings, settings.seed if seeds is None else seeds, count)
         if reference is None and settings.reference is not None:
             reference, _ = read_reference(settings.reference, settings.reference_sha256)
-        seen = None if reference is None else self.reference_size(reference)
-        self.prepare(settings, count, seen)
+        size = None if reference is None else self.reference_size(reference)
+        self.prepare(settings, count, size)
         for component in itertools.chain(*COMPONENTS.values()):
             self.params(component)  # while the programs compile
         encode = partial(self.encode_prompt, max_sequence_length=settings.max_sequence_length)
-        together = self.programs.rows("encode", 1)
+        together = self.executables.rows("encode", 1)
         groups = [prompts[i : i + together] for i in range(0, len(prompts), together)]
         each = [encode(group, settings.prompt_2) for group in groups]
         conditioning = jax.tree.map(lambda *c: np.repeat(np.concatenate(c), number, axis=0), *each)
@@ -202,7 +205,7 @@ class Pipeline:
         seen = None if reference is None else self.encode_reference(reference)
         latents = self.denoise(
             conditioning, start, steps=settings.steps, guidance=settings.guidance,
-            negative=negative, true_cfg=settings.true_cfg, reference=seen,
+            negative=negative, true_cfg=settings.true_cfg, reference_latents=seen,
             rounding=settings.rounding, progress=progress, on_step=on_step, every=every,
         )  # fmt: skip
         pictures = self.decode(latents)
@@ -224,7 +227,9 @@ class Pipeline:
                 self._tokenizers = self._load_tokenizers()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         second = None if prompt_2 is None else [prompt_2] * len(prompts)
-        ids, notes = tokenize(*self._tokenizers, prompts, second, max_sequence_length=length)
+        ids, notes = self.family.tokenize(
+            *self._tokenizers, prompts, second, max_sequence_length=length
+        )
         self.notes += notes
         return self._run("encode", ids, len(prompts), phase="encoding")
 
@@ -248,13 +253,12 @@ class Pipeline:
         return self._run("reference", pictures, len(pictures), phase="encoding")
 
     def draw_noise(
-        self, settings: Settings, seeds: int | Sequence[int], pictures: int = 1
+        self, settings: Settings, seeds: int | Sequence[int], count: int = 1
     ) -> Float[np.ndarray, "n c h w"]:
-        """What a run starts from; one seed draws all pictures at once, as diffusers does."""
-        rows, columns = layout.latent_size(settings.width, settings.height, self.config.vae)
-        shape = (pictures, self.config.vae.latent_channels, rows, columns)
+        """What a run of `count` pictures starts from; one seed draws all at once, as diffusers."""
+        shape = self.family.state_shape(self.config, settings.width, settings.height)
         dtype = np.float32 if settings.rounding == "none" else self.dtype
-        return noise.draw(seeds, shape, kind=settings.noise, dtype=dtype)
+        return noise.draw(seeds, (count, *shape), kind=settings.noise, dtype=dtype)
 
     def denoise(
         self,
@@ -265,7 +269,7 @@ class Pipeline:
         guidance: float | None = None,
         negative: Conditioning | None = None,
         true_cfg: float = 1.0,
-        reference: Float[AnyArray, "_ c _ _"] | None = None,
+        reference_latents: Float[AnyArray, "_ c _ _"] | None = None,
         rounding: Rounding = "diffusers",
         progress: Callable[[int], None] | None = None,
         on_step: OnStep | None = None,
@@ -274,46 +278,45 @@ class Pipeline:
         """Latents from noise (see `draw_noise`), still normalised as the transformer sees them.
 
         `steps`: their number, or sigmas before the shift. `guidance` is ignored by models without
-        a guidance embedding. `reference`: latents of one picture to edit, or of one for each.
+        a guidance embedding. `reference_latents`: of one picture to edit, or of one for each.
         `progress` and `on_step` (see `__call__`) cut the run in parts.
         """
-        pictures, _, rows, columns = noise.shape
         if every < 1:
             raise ConfigError(f"every must be at least 1 step, got {every}")
-        tokens = rows * columns // layout.PATCH**2
-        steps = self.config.steps if steps is None else steps
-        levels = schedule.sigmas(steps, tokens, self.config.scheduler)
-        padded = schedule.pad(levels)
-        embedded = np.full(
-            pictures, self.config.guidance if guidance is None else guidance, np.float32
+        count = noise.shape[0]
+        schedule = pad(
+            self.family.schedule(
+                self.config, self.config.steps if steps is None else steps, *noise.shape[2:]
+            )
         )
-        if not self.config.transformer.guidance_embeds:
-            embedded = None
-        guides = Guidance(embedded, negative, np.float32(true_cfg))
-        if reference is not None:
-            reference = np.broadcast_to(reference, (pictures, *reference.shape[1:]))
-        inputs = (conditioning, guides, reference)
+        passes = self.family.passes(len(schedule.times), None if negative is None else true_cfg)
+        guidance = self.config.guidance if guidance is None else guidance
+        if reference_latents is not None:
+            reference_latents = np.broadcast_to(
+                reference_latents, (count, *reference_latents.shape[1:])
+            )
+        conditionings = (conditioning,) if negative is None else (conditioning, negative)
+        each: Any = (conditionings, np.full(count, guidance, np.float32), reference_latents)
         if self.mesh is not None:
-            noise, *inputs = pad_rows((noise, *inputs), self.programs.rows("denoise", pictures))
-        program = self._program("denoise", noise, padded, *inputs, rounding=rounding)
+            noise, *each = pad_rows((noise, *each), self.executables.rows("denoise", count))
+        drawn = Drawn(schedule, passes, *each)
+        program = self._executable("denoise", (noise,), drawn, rounding=rounding)
         params = self.params("transformer")
 
-        def whole(latents: Array) -> AnyArray:
-            return latents if self.mesh is None else gathered(latents)[:pictures]
+        def run(state: State, schedule: Schedule) -> State:
+            return program(params, state, drawn._replace(schedule=schedule))
+
+        def latents(state: Any) -> AnyArray:
+            return state[0] if self.mesh is None else gathered(state[0])[:count]
 
         with self._timed("denoising"):
             if progress is None and on_step is None:
-                return whole(wait(program(params, noise, padded, *inputs)))
-            latents = sampler.denoise_in_parts(
-                lambda latents, part: program(params, latents, part, *inputs),
-                noise,
-                padded,
-                len(levels) - 1,
-                progress=progress,
-                on_step=on_step and (lambda step, latents: on_step(step, whole(latents))),
-                every=every,
-            )
-            return whole(latents)
+                return latents(wait(run((noise,), schedule)))
+            state = in_parts(
+                run, (noise,), schedule, progress=progress, every=every,
+                on_step=on_step and (lambda step, state: on_step(step, latents(state))),
+            )  # fmt: skip
+            return latents(state)
 
     def decode(
         self, latents: Float[AnyArray, "n c h w"], *, tile: int | None = None
@@ -323,11 +326,11 @@ class Pipeline:
         Beyond 2048 x 2048 pixels, or with `tile` latents given, they are decoded in tiles: slower,
         with the memory of one tile; on a mesh every device decodes tiles.
         """
-        if tile is None and not self._tiled(latents):
+        if tile is None and not tiled(*latents.shape[2:]):
             return self._run("decode", latents, len(latents), phase="decoding")
         from fluxjax.models.tiled_decode import decode_tiled
 
-        params, (model,) = self.params("vae"), self.programs.modules("decode")
+        params, (model,) = self.params("vae"), self.executables.modules("decode")
         with self._timed("decoding"):
             x = denormalize_latents(jnp.moveaxis(jnp.asarray(latents), 1, -1), model.config)
             if self.mesh is None:
@@ -347,9 +350,6 @@ class Pipeline:
                 spread=lambda tiles: jax.device_put(tiles, place),
             )
 
-    def _tiled(self, latents: Any) -> bool:
-        return latents.shape[2] * latents.shape[3] > UNTILED_LATENTS
-
     def is_loaded(self, component: str) -> bool:
         return component in self._params
 
@@ -363,57 +363,34 @@ class Pipeline:
                 self._params[component] = self._load_params(component)
         return self._params[component]
 
+    def use(self, component: str, params: Params) -> None:
+        """Take `params` in place of those that there are, of the same shapes."""
+        self._params[component] = params
+
     def prepare(
-        self, settings: Settings, pictures: int = 1, reference: tuple[int, int] | None = None
+        self, settings: Settings, count: int = 1, reference_size: tuple[int, int] | None = None
     ) -> None:
-        """Start to compile, in the background, every program that `draw` will need.
+        """Start to compile, in the background, every program that `count` pictures will need.
 
-        `reference`: the (width, height) at which one is seen.
+        `reference_size`: the (width, height) at which a reference is seen.
         """
-        rows, columns = layout.latent_size(settings.width, settings.height, self.config.vae)
-        text, config = settings.max_sequence_length, self.config
-        state = jnp.float32 if settings.rounding == "none" else self.dtype
-        spec: Any = jax.ShapeDtypeStruct
-        pictures, drawn = self.programs.rows("denoise", pictures), pictures
-        latents = spec((pictures, config.vae.latent_channels, rows, columns), state)
-        conditioning = Conditioning(
-            spec((pictures, text, config.text_encoder_2.d_model), self.dtype),
-            spec((pictures, config.text_encoder.hidden_size), self.dtype),
-        )
-        guides = Guidance(
-            spec((pictures,), jnp.float32) if config.transformer.guidance_embeds else None,
-            conditioning if settings.uses_true_cfg else None,
-            spec((), jnp.float32),
-        )
-        levels = spec((schedule.bucket(settings.steps) + 1,), jnp.float32)
-        start = self.programs.start
-        seen = None
-        if reference is not None:
-            size = layout.latent_size(*reference, config.vae)
-            seen = spec((pictures, config.vae.latent_channels, *size), self.dtype)
-        # The longest to compile first, then in the order of need.
-        start("denoise", latents, levels, conditioning, guides, seen, rounding=settings.rounding)
-        prompts = self.programs.rows("encode", 1)
-        clip = spec((prompts, config.text_encoder.max_position_embeddings), jnp.int32)
-        t5 = spec((prompts, text), jnp.int32)
-        start("encode", PromptIds(clip, t5, t5))
-        if reference is not None:
-            rows = self.programs.rows("reference", 1)
-            start("reference", spec((rows, *reference[::-1], 3), jnp.float32))
-        if not self._tiled(latents):
-            start("decode", spec((self.programs.rows("decode", drawn), *latents.shape[1:]), state))
+        for program in programs(
+            self.family, self.config, settings, dtype=self.dtype, steps=bucket(settings.steps),
+            pictures=count, reference_size=reference_size, rows=self.executables.rows,
+        ):  # fmt: skip
+            self.executables.start(program)
 
-    def _run(self, name: Name, inputs: Any, rows: int, *, phase: str) -> Any:
+    def _run(self, name: Name, inputs: Any, count: int, *, phase: str) -> Any:
         params = [self.params(component) for component in COMPONENTS[name]]
         if self.mesh is not None:
-            inputs = pad_rows(inputs, self.programs.rows(name, rows))
-        program = self._program(name, inputs)
+            inputs = pad_rows(inputs, self.executables.rows(name, count))
+        program = self._executable(name, inputs)
         with self._timed(phase):
-            return jax.tree.map(lambda x: gathered(wait(x))[:rows], program(*params, inputs))
+            return jax.tree.map(lambda x: gathered(wait(x))[:count], program(*params, inputs))
 
-    def _program(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
+    def _executable(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
         with self._timed("compiling"):
-            return self.programs.get(name, *inputs, rounding=rounding)
+            return self.executables.get(name, *inputs, rounding=rounding)
 
     @contextmanager
     def _timed(self, phase: str):

@@ -15,8 +15,8 @@ from fluxjax.atomic_write import write_bytes, write_new
 from fluxjax.config import AutoencoderConfig
 from fluxjax.models.latents import PATCH
 from fluxjax.picture_sheet import picture_sheet
-from fluxjax.sample import schedule
 from fluxjax.sample.pictures import to_bytes
+from fluxjax.schedules.flow_euler import sigmas
 from fluxjax.terminal import say
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Preview:
         self._map = None if decoder else linear_map(pipe)
         self._last = np.asarray(pipe.draw_noise(settings, seeds, pictures), np.float32)
         tokens = self._last.shape[2] * self._last.shape[3] // PATCH**2
-        self._levels = schedule.sigmas(settings.steps, tokens, pipe.config.scheduler)
+        self._levels = sigmas(settings.steps, tokens, pipe.config.scheduler)
         self._step = 0
 
     def __call__(self, step: int, latents: Float[Any, "n c h w"]) -> None:

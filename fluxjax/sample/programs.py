@@ -1,38 +1,24 @@
-"""The compiled programs of a pipeline, and compiling them in the background."""
+"""The programs of a pipeline as pure functions, and the list of those that a picture needs."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import PipelineConfig
-from fluxjax.models import latents as layout
+from fluxjax.families.family import AnyArray, Conditioning, Extras, Family, Tokens
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
-from fluxjax.models.clip import CLIPTextModel
-from fluxjax.models.compilation import compiler_options
-from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.lora import adapt
-from fluxjax.models.t5 import T5Encoder
-from fluxjax.parallel.activations import attention_on
-from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, place, replicated
-from fluxjax.parallel.rules import state_shardings
-from fluxjax.parallel.sequence import SequenceAttention
+from fluxjax.models.lora import variables
 from fluxjax.sample import denoise as sampler
-from fluxjax.sample.denoise import Conditioning, Guidance
-from fluxjax.sample.settings import Rounding
+from fluxjax.sample.settings import Rounding, Settings
+from fluxjax.schedules.schedule import Schedule
 from fluxjax.shapes import Params
-from fluxjax.text.conditioning import encode_prompts
 
 Name = Literal["encode", "reference", "denoise", "decode"]
 COMPONENTS: dict[Name, tuple[str, ...]] = {
@@ -41,29 +27,46 @@ COMPONENTS: dict[Name, tuple[str, ...]] = {
     "denoise": ("transformer",),
     "decode": ("vae",),
 }
-_OF_PICTURES = ("reference", "decode")
-KEPT = 8  # executables of each name: one of a small model is 26 MB
+OF_PICTURES: tuple[Name, ...] = ("reference", "decode")
+UNTILED_LATENTS = 256 * 256
 
 
-@partial(jax.jit, static_argnames="model")
+class Drawn(NamedTuple):
+    """What `denoise_pictures` draws with: schedule and weights of passes are data for all pictures,
+    the rest has a row for each."""
+
+    schedule: Schedule
+    passes: Float[AnyArray, "steps differences"]
+    conditionings: tuple[Conditioning, ...]
+    """One for each pass."""
+    guidance: Float[AnyArray, "n"]
+    reference: Float[AnyArray, "n c rows columns"] | None = None
+    """Latents of a picture to edit, perhaps of another size."""
+
+
+@partial(jax.jit, static_argnames=("family", "module"))
 def denoise_pictures(
-    model: FluxTransformer,
-    params: Params,
-    latents: Float[Array, "n c h w"],
-    levels: Float[Array, "padded"],
-    conditioning: Conditioning,
-    guidance: Guidance,
-    reference: Float[Array, "n c rows columns"] | None = None,
-) -> Float[Array, "n c h w"]:
-    """`denoise` from unpacked latents to unpacked latents; `reference` may have another size."""
-    rows, columns = latents.shape[2:]
-    ids = layout.image_ids(rows, columns)
-    tokens = layout.pack(latents)
-    if reference is not None:
-        ids = jnp.concatenate([ids, layout.image_ids(*reference.shape[2:], index=1)])
-        reference = layout.pack(reference)
-    tokens = sampler.denoise(model, params, tokens, levels, conditioning, guidance, ids, reference)
-    return layout.unpack(tokens, rows, columns)
+    family: Family, module: Any, params: Params, state: sampler.State, drawn: Drawn
+) -> sampler.State:
+    """Runs the schedule on a state of unpacked latents (n, c, h, w).
+
+    `params` may come with a LoRA (`fluxjax.models.lora.adapt`).
+    """
+    rows, columns = state[0].shape[2:]
+    first, many = family.pack(state[0]), len(drawn.conditionings)
+    stack = partial(jax.tree.map, lambda *leaves: jnp.concatenate(leaves))
+    reference = None
+    if drawn.reference is not None:
+        tokens = family.pack(drawn.reference, reference=True)
+        reference = Tokens(stack(*[tokens.values] * many), tokens.positions)
+    # One pass over a batch of twice the size, not two passes over the weights.
+    extras = Extras(first.positions, jnp.tile(drawn.guidance, many), reference)
+    each, step = family.hoist(
+        module, variables(params), drawn.schedule.times, stack(*drawn.conditionings), extras
+    )
+    packed = (first.values, *(family.pack(latents).values for latents in state[1:]))
+    packed = sampler.denoise(step, each, packed, drawn.schedule, drawn.passes)
+    return tuple(family.unpack(tokens, rows, columns) for tokens in packed)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -85,133 +88,83 @@ def encode_pictures(
     return rearrange(normalize_latents(posterior.mean, model.config), "n h w c -> n c h w")
 
 
-class Programs:
-    """Executables by program and shapes; two are compiled at a time.
+class Program(NamedTuple):
+    """A program and the shapes of its inputs, which follow the parameters of COMPONENTS[name].
 
-    Of each program those of the KEPT shapes that were asked for last are kept.
-    On a mesh the transformer and the text encoders are split as the table of rules has it, and the
-    autoencoder's pictures over all devices.
+    `function`, jitted, takes `static` arguments and the networks before all.
     """
 
-    def __init__(
-        self,
-        config: PipelineConfig,
-        dtype: Any,
-        scan_layers: bool,
-        lora: Params | None = None,
-        mesh: Mesh | None = None,
-        sequence: SequenceAttention = "auto",
-    ):
-        self.config, self.dtype, self.scan_layers = config, jnp.dtype(dtype), scan_layers
-        self.lora, self.mesh = lora, mesh
-        self.sequence: SequenceAttention = sequence
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
-        self._futures: dict[Name, OrderedDict[Any, Future]] = {
-            name: OrderedDict() for name in COMPONENTS
-        }
-
-    def start(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Future:
-        """Begin to compile `name` for inputs of these shapes (arrays or ShapeDtypeStructs)."""
-        specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-        leaves, structure = jax.tree.flatten(specs)
-        key, kept = (rounding, structure, tuple(leaves)), self._futures[name]
-        if key not in kept:
-            kept[key] = self._pool.submit(self._compile, name, rounding, specs)
-        kept.move_to_end(key)
-        while len(kept) > KEPT:
-            kept.popitem(last=False)
-        return kept[key]
-
-    def get(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
-        """The executable, a function of (params of each of COMPONENTS, *inputs)."""
-        return self.start(name, *inputs, rounding=rounding).result()
-
-    def rows(self, name: Name, rows: int) -> int:
-        """The batch that `name` runs for so many pictures or prompts: up to what can be split."""
-        if self.mesh is None:
-            return rows
-        parts = self.mesh.size if name in _OF_PICTURES else batch_parts(self.mesh)
-        return -(-rows // parts) * parts
-
-    def modules(self, name: Name, rounding: Rounding = "diffusers") -> tuple[Any, ...]:
-        """The networks that a program runs, in the order of COMPONENTS."""
-        config = self.config
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
-        stacked = {**types, "scan_layers": self.scan_layers}
-        if name in _OF_PICTURES:
-            return (Autoencoder(config.vae, **types),)
-        if name == "encode":
-            clip = CLIPTextModel(config.text_encoder, **stacked)
-            modules = clip, T5Encoder(config.text_encoder_2, **stacked)
-        else:
-            flux = FluxTransformer(config.transformer, **stacked, timestep_rounding=rounding)
-            modules = (flux,)
-        if self.mesh is None:
-            return modules
-        from fluxjax.parallel.networks import on_mesh
-
-        return tuple(on_mesh(module, self.mesh, self.sequence) for module in modules)
-
-    def _compile(self, name: Name, rounding: Rounding, specs: tuple) -> Any:
-        functions: dict[Name, Any] = {
-            "encode": encode_prompts,
-            "reference": encode_pictures,
-            "denoise": denoise_pictures,
-            "decode": decode_latents,
-        }
-        function, modules = functions[name], self.modules(name, rounding)
-        params = [self._shapes(component) for component in COMPONENTS[name]]
-        if self.mesh is not None:
-            function, specs = _split(function, name, len(modules), specs, self.mesh)
-        # float32 means float32 on accelerators too, where JAX would multiply in less.
-        precision: Any = "highest" if self.dtype == jnp.float32 else None
-        with jax.default_matmul_precision(precision):
-            lowered = function.lower(*modules, *params, *specs)
-            compiled = lowered.compile(compiler_options=compiler_options())
-        return compiled if jax.process_count() == 1 else partial(_placed, compiled, specs)
-
-    def _shapes(self, component: str) -> Params:
-        stacked = self.scan_layers and component != "vae"
-        template = abstract_params(getattr(self.config, component), stacked=stacked)
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), template)
-        spec: Any = jax.ShapeDtypeStruct
-        if component == "transformer" and self.lora is not None:
-            lora = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), self.lora)
-            shapes = adapt(shapes, lora)
-        if self.mesh is None:
-            return shapes
-        return jax.tree.map(
-            lambda leaf, place: spec(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            state_shardings(shapes, self.mesh),
-        )
+    name: Name
+    function: Any
+    inputs: tuple
+    static: tuple = ()
+    rounding: Rounding = "diffusers"
 
 
-def _placed(compiled: Any, specs: tuple, *arguments: Any) -> Any:
-    """A program over several processes; it takes no arrays that only one of them holds."""
-    count = len(arguments) - len(specs)
-    places = jax.tree.map(lambda spec: spec.sharding, specs)
-    return compiled(*arguments[:count], *place(arguments[count:], places))
+def program(family: Family, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Program:
+    """`name` for inputs of these shapes (arrays or ShapeDtypeStructs)."""
+    functions: dict[Name, Any] = {
+        "encode": family.encode,
+        "reference": encode_pictures,
+        "denoise": denoise_pictures,
+        "decode": decode_latents,
+    }
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    return Program(name, functions[name], shapes, (family,) * (name == "denoise"), rounding)
 
 
-def _split(function: Any, name: Name, modules: int, specs: tuple, mesh: Mesh) -> tuple[Any, tuple]:
-    """`function`, jitted for `mesh`, and `specs` with shardings: batches split, the rest whole."""
-    whole = replicated(mesh)
-    batch = NamedSharding(mesh, P(AXES if name in _OF_PICTURES else BATCH))
+def programs(
+    family: Family,
+    config: PipelineConfig,
+    settings: Settings,
+    *,
+    dtype: Any,
+    steps: int,
+    pictures: int = 1,
+    prompts: int = 1,
+    reference_size: tuple[int, int] | None = None,
+    rows: Callable[[Name, int], int] = lambda name, count: count,
+) -> list[Program]:
+    """All that pictures of `settings` need, the longest to compile first, then in order of need.
 
-    def spec(leaf: Any) -> Any:
-        sharding = batch if leaf.ndim > 1 else whole
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    Args:
+      dtype: of weights and computation.
+      steps: how many are compiled, see `fluxjax.schedules.schedule.bucket`.
+      pictures, prompts: drawn and encoded together.
+      reference_size: (width, height) at which a reference is seen.
+      rows: the batch that a program runs for so many pictures or prompts.
+    """
+    spec: Any = jax.ShapeDtypeStruct
+    state = jnp.float32 if settings.rounding == "none" else dtype
+    n, text = rows("denoise", pictures), settings.max_sequence_length
+    shape = family.state_shape(config, settings.width, settings.height)
+    _, conditioning = family.text_shapes(config, n, text, dtype)
+    many = 2 if settings.uses_true_cfg else 1
+    column = spec((steps,), jnp.float32)
+    reference = None
+    if reference_size is not None:
+        reference = spec((n, *family.state_shape(config, *reference_size)), dtype)
+    drawn = Drawn(
+        Schedule(column, column, spec((steps,), jnp.bool_)),
+        spec((steps, many - 1), jnp.float32),
+        (conditioning,) * many,
+        spec((n,), jnp.float32),
+        reference,
+    )
+    listed = partial(program, family)
+    ids, _ = family.text_shapes(config, rows("encode", prompts), text, dtype)
+    found = [
+        listed("denoise", (spec((n, *shape), state),), drawn, rounding=settings.rounding),
+        listed("encode", ids),
+    ]
+    if reference_size is not None:
+        size = rows("reference", 1), *reference_size[::-1], 3
+        found.append(listed("reference", spec(size, jnp.float32)))
+    if not tiled(*shape[1:]):
+        found.append(listed("decode", spec((rows("decode", pictures), *shape), state)))
+    return found
 
-    # Unwrapped: a trace made for one mesh must serve no other.
-    body = whole_batch = function.__wrapped__
-    if name in _OF_PICTURES:
 
-        def body(model, params, inputs):
-            # Gathered once: the pictures are large, the network is small.
-            params = jax.lax.with_sharding_constraint(params, whole)
-            with attention_on(mesh, AXES, None):
-                return whole_batch(model, params, inputs)
-
-    jitted = jax.jit(body, static_argnums=tuple(range(modules)), out_shardings=batch)
-    return jitted, jax.tree.map(spec, specs)
+def tiled(rows: int, columns: int) -> bool:
+    """Whether latents are decoded in tiles, by programs of `fluxjax.models.tiled_decode`."""
+    return rows * columns > UNTILED_LATENTS

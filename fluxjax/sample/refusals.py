@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array
 
 from fluxjax.config import ConfigError
+from fluxjax.families.family import Conditioning
 from fluxjax.sample.settings import FIELDS, Settings
-from fluxjax.text.conditioning import Conditioning
 
 _Array = Array | np.ndarray
 
@@ -57,8 +57,8 @@ def require_finite(
     if np.isfinite(np.asarray(pictures, np.float32)).all():
         return
     outputs = {
-        "the CLIP text encoder (text_encoder)": [one.pooled for one in heard],
-        "the T5 text encoder (text_encoder_2)": [one.prompt_embeds for one in heard],
+        "the CLIP text encoder (text_encoder)": [one.vector for one in heard],
+        "the T5 text encoder (text_encoder_2)": [one.sequence for one in heard],
         "the autoencoder (vae), encoding the reference": [] if reference is None else [reference],
         "the transformer": [latents],
         "the autoencoder (vae)": [pictures],

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config.scheduler import MAX_STEPS
 
 Rounding = Literal["diffusers", "bfl", "none"]
 Noise = Literal["torch", "jax"]
 Dtype = Literal["float32", "bfloat16"]
-MAX_STEPS = 1000
 MAX_SEQUENCE_LENGTH = 512
 SEED_LIMIT = 2**64
 MAX_SIDE = 16384  # pixels; one million tokens, more than any of these models can draw

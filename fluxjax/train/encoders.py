@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from fluxjax.families import FLUX, Conditioning
 from fluxjax.file_hash import hash_files
 from fluxjax.models.latents import PATCH
 
@@ -20,8 +21,8 @@ class Encoders(NamedTuple):
     They must run on this process alone: which entries a cache lacks differs between processes.
     """
 
-    encode_image: Callable[[Any], Any]  # (n, height, width, 3) in [-1, 1] -> (n, image, channels)
-    encode_text: Callable[[list[str]], tuple[Any, Any]]  # n captions -> ((n, text, d), (n, p))
+    encode_image: Callable[[Any], Any]  # (n, height, width, 3) in [-1, 1] -> (n, c, h, w)
+    encode_text: Callable[[list[str]], Conditioning]  # of n captions
     image_hash: str
     text_hash: str
     unit: int = 1
@@ -51,17 +52,19 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
 
     @functools.cache
     def image() -> Callable[[Any], Any]:
-        from fluxjax.train.embedded.transformer import image_encoder
+        from fluxjax.models.autoencoder import Autoencoder
+        from fluxjax.sample.programs import encode_pictures
 
-        return image_encoder(config, params("vae", stacked=False))
+        return functools.partial(
+            encode_pictures, Autoencoder(config.vae), params("vae", stacked=False)
+        )
 
     @functools.cache
-    def text() -> Callable[[list[str]], tuple[Any, Any]]:
+    def text() -> Callable[[list[str]], Conditioning]:
         import jax.numpy as jnp
 
         from fluxjax.models.clip import CLIPTextModel
         from fluxjax.models.t5 import T5Encoder
-        from fluxjax.text.conditioning import encode_prompts, tokenize
         from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 
         tokenizers = (
@@ -73,10 +76,10 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         t5 = T5Encoder(config.text_encoder_2, **kind)
         weights = params("text_encoder", stacked=True), params("text_encoder_2", stacked=True)
 
-        def encode(texts: list[str]) -> tuple[Any, Any]:
+        def encode(texts: list[str]) -> Conditioning:
             length = config.max_sequence_length
-            ids, _ = tokenize(*tokenizers, texts, max_sequence_length=length)
-            return tuple(encode_prompts(clip, t5, *weights, ids))
+            ids, _ = FLUX.tokenize(*tokenizers, texts, max_sequence_length=length)
+            return FLUX.encode(clip, t5, *weights, ids)
 
         return encode
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,17 @@ from jax.sharding import Mesh
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.families import FLUX, Conditioning
 from fluxjax.file_hash import hash_files
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import latent_size, unpack
-from fluxjax.models.lora import init_lora, split_scales
+from fluxjax.models.latents import latent_size
+from fluxjax.models.lora import init_lora, join_scales, split_scales
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import param_shardings, state_shardings
+from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.reference import read_reference
-from fluxjax.text.conditioning import Conditioning
 from fluxjax.train.data.buckets import fit
 from fluxjax.train.data.cache_file import usable_folder
 from fluxjax.train.data.catalogue import Report
@@ -64,7 +66,9 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         data = _open_data(recipe, recipe.data, encoders, mesh, report)
         data.fill(report)
     prompts = data.captions([*recipe.validation.prompts]) if recipe.validation.prompts else None
-    references = None if seen is None else _encode(seen, encoders, config)
+    references = None
+    if seen is not None:  # one picture after the other
+        references = np.concatenate([np.asarray(encoders.encode_image(one[None])) for one in seen])
     held = _held_out(recipe, data, encoders, mesh)
     # The encoders have done their work: their memory is the transformer's.
     encoders.release()
@@ -73,16 +77,16 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     optimizer = make_optimizer(recipe.optimizer, rates)
     state = _initial_state(trained, optimizer, mesh, ema=recipe.decay > 0)
     step = make_step(
-        finetune_loss(model, recipe.objective), optimizer, seed=recipe.seed,
+        finetune_loss(FLUX, model, recipe.objective), optimizer, seed=recipe.seed,
         ema_decay=recipe.decay, accumulate=recipe.accumulate,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
     )  # fmt: skip
-    empty = Conditioning(*(replicate(x, mesh) for x in data.captions([""])))
+    empty = jax.tree.map(lambda x: replicate(x, mesh), data.captions([""]))
     validation = None
     if recipe.validation.every:
-        states = None if prompts is None else Conditioning(*map(jnp.asarray, prompts))
-        validation = _validation(recipe, config, model, mesh, held, states, references)
-        frozen["vae"] = validation.vae
+        lora = join_scales(trained, frozen["scales"]) if "scales" in frozen else None
+        lora = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lora)
+        validation = _validation(recipe, config, model, mesh, held, prompts, references, lora)
     notes = [note] * bool(note) + _notes(recipe, config, data)
     return Job(
         config=config, mesh=mesh, model=model, data=data, frozen=frozen, state=state, step=step,
@@ -205,27 +209,31 @@ def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[in
     return settings.width or config.width, settings.height or config.height
 
 
-def _encode(pictures: np.ndarray, encoders: Encoders, config: PipelineConfig) -> np.ndarray:
-    """Latents (n, c, rows, columns), one picture after the other."""
-    tokens = [np.asarray(encoders.encode_image(picture[None])) for picture in pictures]
-    size = latent_size(pictures.shape[2], pictures.shape[1], config.vae)
-    return np.asarray(unpack(jnp.asarray(np.concatenate(tokens)), *size))
-
-
 def _validation(
     recipe: FinetuneRecipe, config: PipelineConfig, model: FluxTransformer, mesh: Mesh,
     held: list[DataBatch], states: Conditioning | None, references: np.ndarray | None,
+    lora: Tree | None,
 ) -> Validation:  # fmt: skip
-    vae = None
-    if states is not None:
-        vae = load_params(
-            recipe.model_folder, "vae", config.vae, stacked=False, dtype=jnp.bfloat16,
-            shardings=param_shardings(abstract_params(config.vae), mesh),
+    devices = mesh if mesh.size > 1 else None
+
+    def load(component: Any) -> Tree:
+        part = getattr(config, component)
+        return load_params(
+            recipe.model_folder, component, part, stacked=False, dtype=model.dtype,
+            shardings=param_shardings(abstract_params(part), mesh),
         )  # fmt: skip
+
+    def no_tokenizers() -> NoReturn:
+        raise AssertionError("validation's prompts are encoded with the data")
+
+    pipeline = Pipeline(
+        FLUX, config, load, no_tokenizers, dtype=model.dtype, scan_layers=model.scan_layers,
+        lora=lora, mesh=devices, sequence=recipe.sequence,
+    )  # fmt: skip
     return Validation(
-        config, model, recipe.validation, recipe.objective, mesh,
+        pipeline, model, recipe.validation, recipe.objective, mesh,
         batches=[place_rows(batch, mesh, config) for batch in held], states=states,
-        references=references, vae=vae, seed=recipe.seed,
+        references=references, seed=recipe.seed,
     )  # fmt: skip
 
 

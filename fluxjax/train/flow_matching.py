@@ -6,20 +6,18 @@ Source: Liu et al. 2022 (rectified flow); Esser et al. 2024 (SD3).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fluxjax.families.family import Conditioning, Extras, Family, Tokens
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import text_ids
 from fluxjax.models.lora import adapt, join_scales, variables
-from fluxjax.text.conditioning import Conditioning
 from fluxjax.train.objectives import (
     Objective,
     density_times,
-    interpolate,
     time_weights,
     velocity_loss,
 )
@@ -36,14 +34,14 @@ class Rows(NamedTuple):
     """
 
     latents: Float[Array, "b image c"]
-    text: Float[Array, "b text d"]
-    pooled: Float[Array, "b p"]
+    conditioning: Conditioning
     index: Int[Array, "b"]
     reference: Float[Array, "b image c"] | None = None
     mask: Float[Array, "b image 4"] | None = None
 
 
-def velocity(
+def predict(
+    family: Family,
     model: FluxTransformer,
     variables: Tree,
     x: Float[Array, "b image c"],
@@ -52,20 +50,13 @@ def velocity(
     ids: Float[Array, "image 3"],
     guidance: float,
 ) -> Float[Array, "b image c"]:
-    """The model's prediction; `guidance` reaches only models that have an embedding for it.
-
-    A reference follows the picture's tokens, free of noise, with 1 as the first of its ids.
-    Source: FLUX.1 Kontext (Black Forest Labs 2025).
-    """
-    embeds, tokens = model.config.guidance_embeds, x.shape[1]
+    """The family's forward, for a batch. A reference is as large as its picture, and stands where
+    that does but for the first axis."""
+    tokens = None
     if rows.reference is not None:
-        x = jnp.concatenate([x, rows.reference.astype(x.dtype)], axis=1)
-        ids = jnp.concatenate([ids, ids.at[:, 0].set(1.0)])
-    predicted: Any = model.apply(
-        variables, x, rows.text, rows.pooled, t, ids, text_ids(rows.text.shape[1]),
-        jnp.full(t.shape, guidance) if embeds else None,
-    )  # fmt: skip
-    return predicted[:, :tokens]
+        tokens = Tokens(rows.reference, jnp.asarray(ids).at[:, 0].set(1.0))
+    extras = Extras(ids, jnp.full(t.shape, guidance), tokens)
+    return family.forward(model, variables, x, t, rows.conditioning, extras)
 
 
 def error_weights(
@@ -81,8 +72,9 @@ def error_weights(
     return weights * jnp.tile(counted, rows.latents.shape[-1] // counted.shape[-1])
 
 
-@partial(jax.jit, static_argnames=("model", "objective"))
+@partial(jax.jit, static_argnames=("family", "model", "objective"))
 def fixed_loss(
+    family: Family,
     model: FluxTransformer,
     objective: Objective,
     variables: Tree,
@@ -97,9 +89,11 @@ def fixed_loss(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows.index)
     drawn = jax.vmap(lambda k: jax.random.normal(k, rows.latents.shape[1:]))(keys)
     t = density_times(objective, quantiles, mu)
-    x = interpolate(rows.latents, drawn, t)
-    predicted = velocity(model, variables, x, rows, t, ids, objective.guidance)
-    return velocity_loss(predicted, drawn - rows.latents, error_weights(objective, rows, t))
+    x = family.noised(rows.latents, drawn, t)
+    predicted = predict(family, model, variables, x, rows, t, ids, objective.guidance)
+    return velocity_loss(
+        predicted, family.target(rows.latents, drawn), error_weights(objective, rows, t)
+    )
 
 
 def assemble(model: FluxTransformer, trained: Tree, frozen: dict[str, Tree]) -> Tree:
@@ -110,7 +104,7 @@ def assemble(model: FluxTransformer, trained: Tree, frozen: dict[str, Tree]) -> 
     return jax.tree.map(lambda leaf: leaf.astype(model.dtype), trained)
 
 
-def finetune_loss(model: FluxTransformer, objective: Objective):
+def finetune_loss(family: Family, model: FluxTransformer, objective: Objective):
     """`loss(trained, key, rows, frozen, empty, ids, mu)`: a scalar, and a mean over rows.
 
     A row's timestep, noise and dropped caption depend on the key and its `index` alone, so that
@@ -129,13 +123,17 @@ def finetune_loss(model: FluxTransformer, objective: Objective):
         shape = rows.latents.shape[1:]
         quantiles, noise, chance = jax.vmap(lambda i: draw(key, i, shape))(rows.index)
         drop = chance < objective.caption_dropout
-        text = jnp.where(drop[:, None, None], empty.prompt_embeds, rows.text)
-        pooled = jnp.where(drop[:, None], empty.pooled, rows.pooled)
+
+        def heard(dropped: Array, said: Array) -> Array:
+            return jnp.where(drop.reshape(-1, *[1] * (said.ndim - 1)), dropped, said)
+
+        rows = rows._replace(conditioning=jax.tree.map(heard, empty, rows.conditioning))
         t = density_times(objective, quantiles, mu)
-        x = interpolate(rows.latents, noise, t)
-        heard = rows._replace(text=text, pooled=pooled)
+        x = family.noised(rows.latents, noise, t)
         leaves = variables(assemble(model, trained, frozen))
-        predicted = velocity(model, leaves, x, heard, t, ids, objective.guidance)
-        return velocity_loss(predicted, noise - rows.latents, error_weights(objective, rows, t))
+        predicted = predict(family, model, leaves, x, rows, t, ids, objective.guidance)
+        return velocity_loss(
+            predicted, family.target(rows.latents, noise), error_weights(objective, rows, t)
+        )
 
     return loss  # fmt: skip

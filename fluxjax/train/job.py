@@ -16,12 +16,12 @@ from jaxtyping import Array
 from fluxjax.atomic_write import write_bytes
 from fluxjax.cli import sentence
 from fluxjax.config import PipelineConfig
+from fluxjax.families import Conditioning
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, latent_size
 from fluxjax.models.lora import variables
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import batch_sharding, replicated
-from fluxjax.text.conditioning import Conditioning
 from fluxjax.train.curve import draw_curve
 from fluxjax.train.data.dataset import DataBatch, Dataset
 from fluxjax.train.export import export
@@ -56,13 +56,9 @@ class Job(NamedTuple):
 def place_rows(batch: DataBatch, mesh: Mesh, config: PipelineConfig) -> tuple[Rows, Array, Array]:
     """A batch of this process's rows as (global rows on the devices, image ids, mu)."""
     where = batch_sharding(mesh)
-    leaves = {name: getattr(batch, name) for name in Rows._fields}
-    rows = Rows(
-        **{
-            name: jax.make_array_from_process_local_data(where, np.asarray(leaf))
-            for name, leaf in leaves.items()
-            if leaf is not None
-        }
+    leaves = Rows(*(getattr(batch, name) for name in Rows._fields))
+    rows = jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(where, np.asarray(leaf)), leaves
     )
     return rows, *_of_size(batch.width, batch.height, mesh, config)
 
@@ -192,7 +188,8 @@ def _flops(recipe: FinetuneRecipe, config: PipelineConfig, rows: Rows) -> float:
     """Of one step without what is computed twice; a LoRA needs no gradient of its base."""
     passes = 2 if recipe.method == "lora" else 3
     pictures = (rows.latents, rows.reference)
-    image, text = sum(x.shape[1] for x in pictures if x is not None), rows.text.shape[1]
+    image = sum(x.shape[1] for x in pictures if x is not None)
+    text = rows.conditioning.sequence.shape[1]
     flops = network_of(config.transformer).flops
     return recipe.batch * passes * flops(config.transformer, image, text) if flops else 0.0
 

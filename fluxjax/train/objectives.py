@@ -111,14 +111,6 @@ def time_weights(weight: Weight, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return jnp.ones_like(t)
 
 
-def interpolate(
-    latents: Float[Array, "b *shape"], noise: Float[Array, "b *shape"], t: Float[Array, "b"]
-) -> Float[Array, "b *shape"]:
-    """x_t = (1 - t) x_0 + t noise (rectified flow, Liu et al. 2022)."""
-    t = t.reshape(t.shape + (1,) * (latents.ndim - 1))
-    return (1.0 - t) * latents + t * noise
-
-
 def velocity_loss(
     velocity: Float[Array, "b *shape"],
     target: Float[Array, "b *shape"],

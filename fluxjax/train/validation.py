@@ -13,16 +13,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from fluxjax.atomic_write import whole_or_nothing
-from fluxjax.config import ConfigError, PipelineConfig
-from fluxjax.models.autoencoder import Autoencoder
+from fluxjax.config import ConfigError
+from fluxjax.families.family import Conditioning
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import PATCH, latent_size
-from fluxjax.parallel.mesh import batch_parts, batch_sharding, replicated
+from fluxjax.parallel.mesh import batch_sharding
 from fluxjax.picture_sheet import picture_sheet
-from fluxjax.sample import noise, pictures, schedule
-from fluxjax.sample.denoise import Guidance
-from fluxjax.sample.programs import decode_latents, denoise_pictures
-from fluxjax.text.conditioning import Conditioning
+from fluxjax.sample.pictures import to_bytes
+from fluxjax.sample.pipeline import Pipeline
+from fluxjax.sample.settings import override
 from fluxjax.train.flow_matching import Rows, fixed_loss
 from fluxjax.train.objectives import Objective
 from fluxjax.train.step import Tree
@@ -70,7 +68,7 @@ class Validation:
 
     def __init__(
         self,
-        config: PipelineConfig,
+        pipeline: Pipeline,
         model: FluxTransformer,
         settings: ValidationSettings,
         objective: Objective,
@@ -79,17 +77,15 @@ class Validation:
         batches: Sequence[tuple[Rows, Float[Array, "image 3"], Float[Array, ""]]],
         states: Conditioning | None,
         references: Float[np.ndarray, "prompts c rows columns"] | None,
-        vae: Tree,
         seed: int,
     ) -> None:
-        """`batches` are (rows, image ids, mu); `states` and `references` those of the prompts."""
-        self.config, self.model, self.settings, self.objective = config, model, settings, objective
-        self.mesh, self.batches, self.vae, self.seed = mesh, batches, vae, jnp.int32(seed)
-        width, height = settings.width or config.width, settings.height or config.height
-        self.rows, self.columns = latent_size(width, height, config.vae)
+        """`pipeline` draws; `batches` are (rows, image ids, mu); `states` and `references` those of
+        the prompts."""
+        self.pipeline, self.model, self.settings, self.objective = (
+            pipeline, model, settings, objective,
+        )  # fmt: skip
+        self.mesh, self.batches, self.seed = mesh, batches, jnp.int32(seed)
         self._states, self._references = states, references
-        dtype = jnp.dtype(model.dtype)
-        self._decoder = Autoencoder(config.vae, dtype=dtype, param_dtype=jnp.bfloat16)
 
     def loss(self, variables: Tree) -> float:
         """Mean over the batches; timesteps are the evenly spaced quantiles of the density."""
@@ -103,43 +99,32 @@ class Validation:
             quantiles = ((order + 0.5) / total).astype(np.float32)
             first += count
             placed = self._place(quantiles)
-            values.append(
-                fixed_loss(
-                    self.model, self.objective, variables, rows, placed, self.seed, ids, mu
-                )
+            value = fixed_loss(
+                self.pipeline.family, self.model, self.objective, variables, rows, placed,
+                self.seed, ids, mu,
             )  # fmt: skip
+            values.append(value)
         return float(np.mean(jax.device_get(values)))
 
     def pictures(self, params: Tree) -> UInt8[np.ndarray, "n height width 3"]:
         """A row per prompt and a column per seed; `params` may carry a LoRA (`lora.adapt`)."""
         assert self._states is not None
-        prompts, seeds = self._states.pooled.shape[0], self.settings.seeds
-        count = prompts * len(seeds)
-        latents = noise.draw(
-            [*seeds] * prompts, (count, self.config.vae.latent_channels, self.rows, self.columns)
+        asked, pipeline = self.settings, self.pipeline
+        prompts, columns = len(self._states.vector), len(asked.seeds)
+        states, references = jax.tree.map(
+            lambda x: np.repeat(np.asarray(x), columns, axis=0), (self._states, self._references)
         )
-        each, seen = jax.tree.map(
-            lambda x: np.repeat(np.asarray(x), len(seeds), axis=0),
-            (self._states, self._references),
+        # In float32 and without the rounding of a sampler, whatever the network computes in.
+        chosen = override(
+            pipeline.defaults,
+            {"width": asked.width, "height": asked.height, "rounding": "none"},
         )
-        padded = -count % batch_parts(self.mesh)
-        fill = lambda x: np.concatenate([x, x[:1].repeat(padded, 0)])  # noqa: E731
-        latents, each, seen = jax.tree.map(lambda x: self._place(fill(x)), (latents, each, seen))
-        tokens = self.rows * self.columns // PATCH**2
-        levels = schedule.pad(
-            schedule.sigmas(self.settings.steps or self.config.steps, tokens, self.config.scheduler)
+        noise = pipeline.draw_noise(chosen, [*asked.seeds] * prompts, prompts * columns)
+        pipeline.use("transformer", params)
+        latents = pipeline.denoise(
+            states, noise, steps=asked.steps, guidance=asked.guidance, reference_latents=references
         )
-        strength = self.settings.guidance
-        strength = self.config.guidance if strength is None else strength
-        embedded = None
-        if self.config.transformer.guidance_embeds:
-            embedded = self._place(np.full(count + padded, strength, np.float32))
-        drawn = denoise_pictures(
-            self.model, params, latents, jnp.asarray(levels), each, Guidance(embedded), seen
-        )
-        decoded = decode_latents(self._decoder, self.vae, drawn)
-        whole = jax.jit(lambda x: x, out_shardings=replicated(self.mesh))(decoded)
-        return pictures.to_bytes(np.asarray(whole, np.float32)[:count])
+        return to_bytes(pipeline.decode(latents))
 
     def _place(self, x: np.ndarray) -> Array:
         where = batch_sharding(self.mesh)

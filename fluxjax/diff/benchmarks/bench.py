@@ -145,8 +145,8 @@ def denoising(folder: Path, rounds: int) -> list[Measure]:
     theirs = FluxPipeline.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
     inputs = {
-        "prompt_embeds": torch.from_numpy(np.array(conditioning.prompt_embeds)),
-        "pooled_prompt_embeds": torch.from_numpy(np.array(conditioning.pooled)),
+        "prompt_embeds": torch.from_numpy(np.array(conditioning.sequence)),
+        "pooled_prompt_embeds": torch.from_numpy(np.array(conditioning.vector)),
         "latents": theirs._pack_latents(torch.from_numpy(np.array(noise)), *noise.shape),
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,

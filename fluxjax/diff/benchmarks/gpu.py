@@ -20,11 +20,12 @@ import numpy as np
 from fluxjax.checkpoint.templates import Config, abstract_params
 from fluxjax.config import DEV
 from fluxjax.diff.benchmarks.bench import Measure
+from fluxjax.families import FLUX, Conditioning
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.sample.denoise import Conditioning, Guidance
-from fluxjax.sample.programs import decode_latents, denoise_pictures
-from fluxjax.sample.schedule import pad, sigmas
+from fluxjax.sample.programs import Drawn, decode_latents, denoise_pictures
+from fluxjax.schedules.flow_euler import sigmas
+from fluxjax.schedules.schedule import pad
 
 BACKENDS = ("native", "_native_cudnn", "_native_flash")
 STEPS, ROWS, TOKENS, TEXT = DEV.steps, 128, 4096, DEV.max_sequence_length
@@ -88,13 +89,15 @@ def _ours(rounds: int) -> dict[str, float]:
 
     noise = normal(1, DEV.vae.latent_channels, ROWS, ROWS)
     conditioning = Conditioning(
-        normal(1, TEXT, DEV.text_encoder_2.d_model), normal(1, DEV.text_encoder.hidden_size)
+        normal(1, TEXT, DEV.text_encoder_2.d_model), None, normal(1, DEV.text_encoder.hidden_size)
     )
-    guidance = Guidance(jnp.full((1,), DEV.guidance, jnp.float32))
-    levels = pad(sigmas(STEPS, TOKENS, DEV.scheduler))
+    schedule = pad(FLUX.schedule(DEV, STEPS, ROWS, ROWS))
+    passes = FLUX.passes(len(schedule.times), None)
+    guidance = jnp.full((1,), DEV.guidance, jnp.float32)
+    drawn = Drawn(schedule, passes, (conditioning,), guidance)
 
     def denoise() -> jax.Array:
-        latents = denoise_pictures(transformer, params, noise, levels, conditioning, guidance)
+        (latents,) = denoise_pictures(FLUX, transformer, params, (noise,), drawn)
         return latents.block_until_ready()
 
     denoising = _median(denoise, rounds)

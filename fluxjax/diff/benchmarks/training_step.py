@@ -25,10 +25,10 @@ def _measure(folder: Path, rounds: int, *, lora: bool) -> Measure:
 
     from fluxjax.checkpoint.pipeline_folder import load_params, read_config
     from fluxjax.checkpoint.templates import abstract_params
+    from fluxjax.families import FLUX, Conditioning
     from fluxjax.models.flux import FluxTransformer
     from fluxjax.models.latents import image_ids, latent_size, text_ids
     from fluxjax.models.lora import LoraConfig, init_lora, split_scales
-    from fluxjax.text.conditioning import Conditioning
     from fluxjax.train.flow_matching import Rows, finetune_loss
     from fluxjax.train.objectives import Objective
     from fluxjax.train.optimizers import OptimizerSettings, learning_rates, make_optimizer
@@ -62,10 +62,10 @@ def _measure(folder: Path, rounds: int, *, lora: bool) -> Measure:
         trained, scales = split_scales(init_lora(jax.random.key(0), abstract, adapter))
         frozen = {"params": params, "scales": scales}
     state = init_state(trained, optimizer, ema=False)
-    step = make_step(finetune_loss(model, Objective()), optimizer, seed=0, ema_decay=0.0)
+    step = make_step(finetune_loss(FLUX, model, Objective()), optimizer, seed=0, ema_decay=0.0)
     latents, states, pooled = map(jnp.asarray, arrays)
-    rows = Rows(latents, states, pooled, jnp.arange(BATCH))
-    empty = Conditioning(states[:1], pooled[:1])
+    rows = Rows(latents, Conditioning(states, None, pooled), jnp.arange(BATCH))
+    empty = Conditioning(states[:1], None, pooled[:1])
     mu = jnp.float32(config.scheduler.mu(image))
 
     def run_ours() -> None:

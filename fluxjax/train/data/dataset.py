@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from fluxjax.atomic_write import remove_leftovers
 from fluxjax.config import ConfigError
+from fluxjax.families import Conditioning
 from fluxjax.picture_files import quiet
 from fluxjax.train.data.cache_file import data_folder
 from fluxjax.train.data.catalogue import (
@@ -29,7 +30,7 @@ from fluxjax.train.data.catalogue import (
     pixels,
     read_catalogue,
 )
-from fluxjax.train.data.encoding_cache import EncodingCache, TextStates
+from fluxjax.train.data.encoding_cache import EncodingCache
 from fluxjax.train.data.order import Order
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Dtype, Encoders, folder_encoders
@@ -41,8 +42,7 @@ class DataBatch(NamedTuple):
     """This process's rows of one global batch; `index` is step * global batch + global row."""
 
     latents: Float[np.ndarray, "b image c"]
-    text: Float[np.ndarray, "b text d"]
-    pooled: Float[np.ndarray, "b p"]
+    conditioning: Conditioning
     index: Int[np.ndarray, "b"]
     width: int
     height: int
@@ -112,7 +112,7 @@ class Dataset:
         first = self.process_index * rows
         chosen = [self.entries[i] for i in self._order(step, range(first, first + rows))]
         latents = np.stack([self._states.latents(entry) for entry in chosen])
-        text, pooled = self.captions([entry.item.caption for entry in chosen])
+        conditioning = self.captions([entry.item.caption for entry in chosen])
         index = np.arange(first, first + rows, dtype=np.int32) + np.int32(step * self.batch)
         reference = mask = None
         if references := [e.reference for e in chosen if e.reference is not None]:
@@ -120,7 +120,7 @@ class Dataset:
         if chosen[0].mask is not None:
             mask = np.stack([self._states.mask(e, latents.shape[1]) for e in chosen])
         size = chosen[0].width, chosen[0].height
-        return DataBatch(latents, text, pooled, index, *size, reference, mask)
+        return DataBatch(latents, conditioning, index, *size, reference, mask)
 
     def iterate(self, start_step: int = 0) -> Iterator[DataBatch]:
         """Endless batches from `start_step` on, read ahead by threads. Close it when done."""
@@ -133,7 +133,7 @@ class Dataset:
         finally:
             iterator.close()
 
-    def captions(self, texts: list[str]) -> TextStates:
+    def captions(self, texts: list[str]) -> Conditioning:
         """States of any captions, through the cache; [""] is what dropped captions become."""
         return self._states.text(texts)
 

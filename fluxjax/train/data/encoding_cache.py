@@ -12,26 +12,19 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from fluxjax.cli import sentence
+from fluxjax.families import Conditioning
 from fluxjax.models.latents import PATCH, pack
 from fluxjax.train.data.cache_file import compact, read_arrays, write_arrays
 from fluxjax.train.data.catalogue import Entry, pixels
 from fluxjax.train.encoders import Encoders
 
 _CROP = "middle"
-
-
-class TextStates(NamedTuple):
-    """What the transformer hears of captions."""
-
-    text: Float[np.ndarray, "b text d"]
-    pooled: Float[np.ndarray, "b p"]
+_LAYOUT = "n c h w"  # of the latents in an entry; they were once packed
 
 
 class EncodingCache:
@@ -45,7 +38,7 @@ class EncodingCache:
 
     def latents_path(self, entry: Entry) -> Path:
         size = f"{entry.width}x{entry.height}"
-        return self._path("latents", entry.digest, self.encoders.image_hash, size, _CROP)
+        return self._path("latents", entry.digest, self.encoders.image_hash, size, _CROP, _LAYOUT)
 
     def text_path(self, caption: str) -> Path:
         return self._path("text", caption, self.encoders.text_hash)
@@ -57,7 +50,9 @@ class EncodingCache:
     def latents(
         self, entry: Entry, picture: Float[np.ndarray, "h w 3"] | None = None
     ) -> Float[np.ndarray, "image c"]:
-        """Packed, normalised posterior means. `picture` is given where it is decoded already.
+        """Packed, normalised posterior means; an entry holds them unpacked, for any family.
+
+        `picture` is given where it is decoded already.
 
         Raises ValueError where the picture is no longer what it was when it was listed.
         """
@@ -66,7 +61,8 @@ class EncodingCache:
             image = pixels(entry, self.max_megapixels) if picture is None else picture
             return {"latents": np.asarray(self.encoders.encode_image(image[None]))[0]}
 
-        return self._find(self.latents_path(entry), make, entry.item.name)["latents"]
+        found = self._find(self.latents_path(entry), make, entry.item.name)["latents"]
+        return np.asarray(pack(found[None]))[0]
 
     def mask(self, entry: Entry, tokens: int) -> Float[np.ndarray, "image 4"]:
         """How much each latent of the tokens counts: 1 where the mask is white, 0 where black."""
@@ -78,26 +74,29 @@ class EncodingCache:
             side = math.isqrt(math.prod(size) // tokens) // PATCH  # of a latent, in pixels
             rows, columns = (length // side for length in grey.shape)
             each = grey.reshape(rows, side, columns, side).mean((1, 3))
-            return {"mask": np.asarray(pack(jnp.asarray(each)[None, None]))[0]}
+            return {"mask": np.asarray(pack(each[None, None]))[0]}
 
         path = self._path("mask", mask.digest, "{}x{}".format(*size), str(tokens), _CROP)
         return self._find(path, make, mask.item.name)["mask"]
 
-    def text(self, captions: list[str]) -> TextStates:
+    def text(self, captions: list[str]) -> Conditioning:
         """States of each caption."""
 
         def one(caption: str) -> dict[str, np.ndarray]:
             def make() -> dict[str, np.ndarray]:
-                text, pooled = self.encoders.encode_text([caption])
-                return {"text": np.asarray(text)[0], "pooled": np.asarray(pooled)[0]}
+                heard = self.encoders.encode_text([caption])
+                return {
+                    "text": np.asarray(heard.sequence)[0],
+                    "pooled": np.asarray(heard.vector)[0],
+                }
 
             return self._find(self.text_path(caption), make, f"the caption {caption!r:.60}")
 
         rows = {caption: one(caption) for caption in dict.fromkeys(captions)}
-        return TextStates(
-            np.stack([rows[caption]["text"] for caption in captions]),
-            np.stack([rows[caption]["pooled"] for caption in captions]),
+        sequence, vector = (
+            np.stack([rows[caption][name] for caption in captions]) for name in ("text", "pooled")
         )
+        return Conditioning(sequence, None, vector)
 
     def _find(
         self, path: Path, make: Callable[[], dict[str, np.ndarray]], what: str

@@ -285,7 +285,7 @@ def evaluate_pipeline(
         # A batch is filled up: fewer prompts than that would only cost more.
         batch = min(settings.batch, n)
         if pipeline.mesh is not None:
-            batch = pipeline.programs.rows("denoise", batch)
+            batch = pipeline.executables.rows("denoise", batch)
         drawn = draw_pictures(
             pipeline, [c.text for c in prompts.captions], replace(chosen, **size), batch=batch,
             progress=lambda i, done=done: progress(done + i),

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config, save_params
 from fluxjax.config import PipelineConfig
+from fluxjax.families.flux import PromptIds, encode_prompts
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
-from fluxjax.text.conditioning import PromptIds, encode_prompts
 from fluxjax.text.tokenizers import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train.embedded.phrasing import Caption, captions_and_plain, vary
 from fluxjax.train.embedded.scenes import sample_scenes
@@ -242,8 +242,8 @@ def train_paraphrases(
     def errors(params: Tree, lesson: Lesson) -> dict[str, Array]:
         target = jax.lax.stop_gradient(both(teacher, teacher.params, lesson.plain))
         found = both(student, params, lesson.ids)
-        words, others = distance(found.prompt_embeds, target.prompt_embeds, lesson)
-        pooled = jnp.square(found.pooled - target.pooled).mean() / jnp.square(target.pooled).mean()
+        words, others = distance(found.sequence, target.sequence, lesson)
+        pooled = jnp.square(found.vector - target.vector).mean() / jnp.square(target.vector).mean()
         return {"words": words, "others": others, "pooled": pooled}
 
     def loss(params: Tree, key: Array, lesson: Lesson) -> Array:

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from fluxjax.checkpoint.pipeline_folder import load_params, save_params, write_config
 from fluxjax.config import TINY, PipelineConfig
+from fluxjax.families.flux import encode_prompts, tokenize
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.sample.known_words import words_of
-from fluxjax.text.conditioning import encode_prompts, tokenize
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train.embedded import text_encoders
 from fluxjax.train.embedded.autoencoder import (
@@ -175,7 +175,8 @@ def make_conditioner(pipeline: Path, config: PipelineConfig) -> Conditioner:
         ids, _ = tokenize(
             clip_tokenizer, t5_tokenizer, texts, max_sequence_length=config.max_sequence_length
         )
-        return tuple(encode_prompts(clip, t5, clip_params, t5_params, ids))
+        heard = encode_prompts(clip, t5, clip_params, t5_params, ids)
+        return heard.sequence, heard.vector
 
     return Conditioner(image_encoder(config, params("vae", config.vae)), encode_text)
 

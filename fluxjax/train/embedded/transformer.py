@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from fluxjax.config import PipelineConfig
+from fluxjax.families.flux import noised
 from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, latent_size, pack, text_ids
@@ -24,7 +25,7 @@ from fluxjax.models.products import BFLOAT16
 from fluxjax.train.embedded.phrasing import captions, vary
 from fluxjax.train.embedded.scenes import render, sample_scenes
 from fluxjax.train.loop import Run, RunSettings
-from fluxjax.train.objectives import guided_velocity, interpolate, sample_times, velocity_loss
+from fluxjax.train.objectives import guided_velocity, sample_times, velocity_loss
 from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.step import Tree, init_state, make_step
 
@@ -92,7 +93,8 @@ def image_encoder(config: PipelineConfig, params: Tree):
     @jax.jit
     def encode(images: Float[Array, "n h w 3"]) -> Float[Array, "n image c"]:
         posterior: Any = model.apply({"params": params}, images, method=model.encode)
-        return pack(jnp.moveaxis(normalize_latents(posterior.mean, config.vae), -1, 1))
+        packed: Any = pack(jnp.moveaxis(normalize_latents(posterior.mean, config.vae), -1, 1))
+        return packed
 
     return encode
 
@@ -178,7 +180,7 @@ def _noised(key: jax.Array, batch: Batch, mu: float | Array):
     times, noises = jax.random.split(key)
     t = sample_times(times, batch.latents.shape[0], mu)
     noise = jax.random.normal(noises, batch.latents.shape)
-    return t, noise, interpolate(jnp.asarray(batch.latents), noise, t)
+    return t, noise, noised(jnp.asarray(batch.latents), noise, t)
 
 
 def flow_matching_loss(model: FluxTransformer, dropout: float):

@@ -1,4 +1,4 @@
-"""Noise levels of the steps: linear in time, shifted towards noise for large pictures.
+"""Flow matching with Euler steps: levels linear in time, shifted towards noise for large pictures.
 
 Source: diffusers `FlowMatchEulerDiscreteScheduler` and `calculate_shift`; BFL `get_schedule`.
 """
@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.config import ConfigError, SchedulerConfig
-from fluxjax.sample.settings import MAX_STEPS
-
-SMALLEST_BUCKET = 4
+from fluxjax.config.scheduler import MAX_STEPS
+from fluxjax.schedules.schedule import Schedule
 
 
 def sigmas(
@@ -67,12 +66,7 @@ def start_step(steps: int, strength: float) -> int:
     return int(max(steps - min(steps * strength, steps), 0))
 
 
-def bucket(steps: int) -> int:
-    """The compiled number of steps that runs `steps`: 4, 8, 16, 32, ... 1024."""
-    return max(SMALLEST_BUCKET, 1 << (max(steps, 1) - 1).bit_length())
-
-
-def pad(levels: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "padded"]:
-    """`levels` followed by steps of length zero, which are skipped, up to the bucket's length."""
-    steps = len(levels) - 1
-    return np.pad(levels, (0, bucket(steps) - steps), mode="edge")
+def flow_euler(levels: Float[np.ndarray, "levels"]) -> Schedule:
+    """The Euler steps along `levels`: x + (next - level) v. Steps of length zero are skipped."""
+    gains = np.diff(levels)
+    return Schedule(levels[:-1], gains, gains != 0)

@@ -1,0 +1,256 @@
+"""FLUX.1: CLIP and T5, a transformer over packed latents, flow matching.
+
+Source: diffusers `FluxPipeline`, `FluxKontextPipeline`; BFL `sampling.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fluxjax.config import PipelineConfig
+from fluxjax.families.family import Conditioning, Extras, Family, Tokens
+from fluxjax.models import latents as layout
+from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
+from fluxjax.models.flux import FluxTransformer, Modulations
+from fluxjax.models.t5 import T5Encoder
+from fluxjax.schedules.flow_euler import flow_euler, sigmas
+from fluxjax.schedules.schedule import Schedule
+from fluxjax.shapes import Params
+
+if TYPE_CHECKING:
+    from fluxjax.text.tokenizers import PromptTokenizer
+
+
+class PromptIds(NamedTuple):
+    """Token ids of a batch of prompts; `t5_mask` is 1 where T5 reads a token, 0 at padding."""
+
+    clip: Int[Array | np.ndarray, "b l"]
+    t5: Int[Array | np.ndarray, "b text"]
+    t5_mask: Int[Array | np.ndarray, "b text"]
+
+
+def tokenize(
+    clip: PromptTokenizer,
+    t5: PromptTokenizer,
+    prompts: Sequence[str],
+    prompts_2: Sequence[str] | None = None,
+    *,
+    max_sequence_length: int,
+) -> tuple[PromptIds, list[str]]:
+    """Token ids, and one line for each prompt whose end T5 does not read, with that end's first and
+    last words.
+
+    T5 reads `prompts_2` where given. CLIP's 77 tokens are cut silently while T5 hears the whole:
+    CLIP only sets the mood. Raises ValueError when the numbers of prompts differ.
+    """
+    second = prompts if prompts_2 is None else prompts_2
+    if len(second) != len(prompts):
+        raise ValueError(f"got {len(prompts)} prompts, but {len(second)} second prompts")
+    heard, read = clip(prompts), t5(second, max_sequence_length)
+    notes = [
+        f"the prompt is longer than {max_sequence_length} tokens; left out: {_ends(rest)}"
+        for rest in read.removed
+        if rest
+    ]
+    return PromptIds(heard.input_ids, read.input_ids, read.attention_mask), notes
+
+
+def _ends(text: str, count: int = 6) -> str:
+    """Its first and last words, and how many there are; all of it where that is no longer."""
+    words = text.split()
+    if len(words) <= 2 * count and len(text) <= 200:
+        return repr(text)
+    first, last = " ".join(words[:count])[:80], " ".join(words[-count:])[-80:]
+    return f"{first!r} ... {last!r} ({len(words)} words)"
+
+
+@partial(jax.jit, static_argnames=("clip", "t5", "mask_padding"))
+def encode_prompts(
+    clip: CLIPTextModel,
+    t5: T5Encoder,
+    clip_params: Params,
+    t5_params: Params,
+    ids: PromptIds,
+    *,
+    mask_padding: bool = False,
+) -> Conditioning:
+    """T5's states and CLIP's pooled state.
+
+    FLUX was trained with T5 reading its padding, and so reads it here. With `mask_padding` T5 does
+    not attend to padding and its states there are zero, which some fine-tunes are trained with.
+    """
+    output = clip.apply({"params": clip_params}, ids.clip)
+    assert isinstance(output, CLIPTextOutput)
+    mask = ids.t5_mask if mask_padding else None
+    states = jnp.asarray(t5.apply({"params": t5_params}, ids.t5, mask))
+    if mask_padding:
+        states = states * ids.t5_mask[:, :, None].astype(states.dtype)
+    return Conditioning(states, None, output.pooler_output)
+
+
+def text_shapes(
+    config: PipelineConfig, count: int, length: int, dtype: Any
+) -> tuple[PromptIds, Conditioning]:
+    """Shapes of what `tokenize` and `encode_prompts` make of `count` prompts."""
+    spec: Any = jax.ShapeDtypeStruct
+    clip = spec((count, config.text_encoder.max_position_embeddings), jnp.int32)
+    t5 = spec((count, length), jnp.int32)
+    sequence = spec((count, length, config.text_encoder_2.d_model), dtype)
+    vector = spec((count, config.text_encoder.hidden_size), dtype)
+    return PromptIds(clip, t5, t5), Conditioning(sequence, None, vector)
+
+
+def state_shape(config: PipelineConfig, width: int, height: int) -> tuple[int, int, int]:
+    """(channels, rows, columns) of the latents of a picture of `width` x `height` pixels.
+
+    Raises ConfigError unless both are positive multiples of 16.
+    """
+    return config.vae.latent_channels, *layout.latent_size(width, height, config.vae)
+
+
+def pack(latents: Float[Array | np.ndarray, "n c h w"], *, reference: bool = False) -> Tokens:
+    """2 x 2 latents as one token. A reference's positions have another first axis."""
+    positions = layout.image_ids(*latents.shape[2:], index=int(reference))
+    return Tokens(layout.pack(latents), positions)
+
+
+def schedule(
+    config: PipelineConfig, steps: int | Sequence[float], rows: int, columns: int
+) -> Schedule:
+    """Of a picture of so many latent rows and columns; see `flow_euler.sigmas`."""
+    tokens = rows * columns // layout.PATCH**2
+    return flow_euler(sigmas(steps, tokens, config.scheduler))
+
+
+def passes(steps: int, true_cfg: float | None) -> Float[np.ndarray, "steps differences"]:
+    """How the passes are added up, see `fluxjax.sample.denoise.combined`.
+
+    One pass, or with `true_cfg` two, the prompt's and the negative one's.
+    """
+    return np.full((steps, 0 if true_cfg is None else 1), true_cfg or 0.0, np.float32)
+
+
+def forward(
+    module: FluxTransformer,
+    variables: Params,
+    x: Float[Array, "b image d"],
+    t: Float[Array, " b"],
+    conditioning: Conditioning,
+    extras: Extras,
+    **capture: Any,
+) -> Any:
+    """The velocity (noise - data) of packed latents at the noise levels `t`, 1 = pure noise.
+
+    `variables` is what `Module.apply` takes (see `fluxjax.models.lora.variables`). With `capture`,
+    flax's `mutable` and `capture_intermediates`, the result is (velocity, state).
+    """
+    returned: Any = module.apply(
+        variables,
+        _seen(x, extras),
+        conditioning.sequence,
+        conditioning.vector,
+        t,
+        _positions(extras),
+        layout.text_ids(conditioning.sequence.shape[1]),
+        _guidance(module, extras),
+        **capture,
+    )
+    length = x.shape[1]
+    return (returned[0][:, :length], returned[1]) if capture else returned[:, :length]
+
+
+def hoist(
+    module: FluxTransformer,
+    variables: Params,
+    times: Float[Array, "steps"],
+    conditioning: Conditioning,
+    extras: Extras,
+) -> tuple[Modulations, Callable[[Array, Modulations], Array]]:
+    """`forward` for the steps of a run: one entry per step, and what each step does with its own.
+
+    Rotary tables, text and modulations are the same whatever the picture is: they are computed
+    here, once, and all modulations in one pass over their weights.
+    """
+
+    def method(name: str, *args: Any) -> Any:
+        return module.apply(variables, *args, method=name)
+
+    length = conditioning.sequence.shape[1]
+    rope = method("rope", layout.text_ids(length), _positions(extras))
+    text = method("embed_text", conditioning.sequence.astype(module.dtype))
+    each = method("step_modulations", times, conditioning.vector, _guidance(module, extras))
+
+    def step(x: Array, modulations: Modulations) -> Array:
+        seen = _seen(x.astype(module.dtype), extras)
+        return method("denoise", seen, text, modulations, rope)[:, : x.shape[1]]
+
+    return each, step
+
+
+def _seen(x: Array, extras: Extras) -> Array:
+    """The tokens that the network sees, of which the first are the state's."""
+    if extras.channels is not None:
+        x = jnp.concatenate([x, extras.channels.astype(x.dtype)], axis=-1)
+    if extras.tokens is not None:
+        x = jnp.concatenate([x, extras.tokens.values.astype(x.dtype)], axis=1)
+    return x
+
+
+def _positions(extras: Extras) -> Array:
+    if extras.tokens is None:
+        return jnp.asarray(extras.positions)
+    return jnp.concatenate([extras.positions, extras.tokens.positions])
+
+
+def _guidance(module: FluxTransformer, extras: Extras) -> Any:
+    return extras.guidance if module.config.guidance_embeds else None
+
+
+def noised(
+    latents: Float[Array, "b *shape"], noise: Float[Array, "b *shape"], t: Float[Array, "b"]
+) -> Float[Array, "b *shape"]:
+    """x_t = (1 - t) x_0 + t noise (rectified flow, Liu et al. 2022)."""
+    t = t.reshape(t.shape + (1,) * (latents.ndim - 1))
+    return (1.0 - t) * latents + t * noise
+
+
+def target(
+    latents: Float[Array, "b *shape"], noise: Float[Array, "b *shape"]
+) -> Float[Array, "b *shape"]:
+    """What `forward` is trained to predict."""
+    return noise - latents
+
+
+FLUX = Family(
+    components=("transformer", "vae", "text_encoder", "text_encoder_2"),
+    tasks={
+        "FluxPipeline": (),
+        "FluxKontextPipeline": ("reference",),
+        "FluxImg2ImgPipeline": ("picture",),
+        "FluxInpaintPipeline": ("picture", "mask"),
+        "FluxKontextInpaintPipeline": ("picture", "mask", "reference"),
+        "FluxFillPipeline": ("picture", "mask"),
+        "FluxControlPipeline": ("control",),
+        "FluxControlImg2ImgPipeline": ("control", "picture"),
+        "FluxControlInpaintPipeline": ("control", "picture", "mask"),
+    },
+    tokenize=tokenize,
+    encode=encode_prompts,
+    text_shapes=text_shapes,
+    state_shape=state_shape,
+    pack=pack,
+    unpack=layout.unpack,
+    schedule=schedule,
+    passes=passes,
+    forward=forward,
+    hoist=hoist,
+    noised=noised,
+    target=target,
+)

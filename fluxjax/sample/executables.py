@@ -1,0 +1,167 @@
+"""Programs compiled, in the background and on meshes; each only once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.config import PipelineConfig
+from fluxjax.families.family import Family
+from fluxjax.models.autoencoder import Autoencoder
+from fluxjax.models.clip import CLIPTextModel
+from fluxjax.models.compilation import compiler_options
+from fluxjax.models.flux import FluxTransformer
+from fluxjax.models.lora import adapt
+from fluxjax.models.t5 import T5Encoder
+from fluxjax.parallel.activations import attention_on
+from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, place, replicated
+from fluxjax.parallel.rules import state_shardings
+from fluxjax.parallel.sequence import SequenceAttention
+from fluxjax.sample.programs import COMPONENTS, OF_PICTURES, Drawn, Name, Program, program
+from fluxjax.sample.settings import Rounding
+from fluxjax.shapes import Params
+
+KEPT = 8  # executables of each name: one of a small model is 26 MB
+
+
+class Executables:
+    """Of a model's programs those of the KEPT shapes of each that were asked for last; two are
+    compiled at a time.
+
+    On a mesh the transformer and the text encoders are split as the table of rules has it, and the
+    autoencoder's pictures over all devices.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: PipelineConfig,
+        dtype: Any,
+        scan_layers: bool,
+        lora: Params | None = None,
+        mesh: Mesh | None = None,
+        sequence: SequenceAttention = "auto",
+    ):
+        self.family, self.config = family, config
+        self.dtype, self.scan_layers = jnp.dtype(dtype), scan_layers
+        self.lora, self.mesh = lora, mesh
+        self.sequence: SequenceAttention = sequence
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
+        self._futures: dict[Name, OrderedDict[Any, Future]] = {n: OrderedDict() for n in COMPONENTS}
+
+    def start(self, program: Program) -> Future:
+        """Begin to compile it."""
+        leaves, structure = jax.tree.flatten(program.inputs)
+        key, kept = (program.rounding, structure, tuple(leaves)), self._futures[program.name]
+        if key not in kept:
+            kept[key] = self._pool.submit(self.compile, program)
+        kept.move_to_end(key)
+        while len(kept) > KEPT:
+            kept.popitem(last=False)
+        return kept[key]
+
+    def get(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
+        """The executable for inputs of these shapes, a function of (params of each of COMPONENTS,
+        *inputs)."""
+        return self.start(program(self.family, name, *inputs, rounding=rounding)).result()
+
+    def rows(self, name: Name, rows: int) -> int:
+        """The batch that `name` runs for so many pictures or prompts: up to what can be split."""
+        if self.mesh is None:
+            return rows
+        parts = self.mesh.size if name in OF_PICTURES else batch_parts(self.mesh)
+        return -(-rows // parts) * parts
+
+    def modules(self, name: Name, rounding: Rounding = "diffusers") -> tuple[Any, ...]:
+        """The networks that a program runs, in the order of COMPONENTS."""
+        config = self.config
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
+        stacked = {**types, "scan_layers": self.scan_layers}
+        if name in OF_PICTURES:
+            return (Autoencoder(config.vae, **types),)
+        if name == "encode":
+            clip = CLIPTextModel(config.text_encoder, **stacked)
+            modules = clip, T5Encoder(config.text_encoder_2, **stacked)
+        else:
+            flux = FluxTransformer(config.transformer, **stacked, timestep_rounding=rounding)
+            modules = (flux,)
+        if self.mesh is None:
+            return modules
+        from fluxjax.parallel.networks import on_mesh
+
+        return tuple(on_mesh(module, self.mesh, self.sequence) for module in modules)
+
+    def compile(self, program: Program) -> Any:
+        """Now and in this thread; `get` keeps what it makes, this does not."""
+        modules = (*program.static, *self.modules(program.name, program.rounding))
+        params = [self._shapes(component) for component in COMPONENTS[program.name]]
+        function, inputs = program.function, program.inputs
+        if self.mesh is not None:
+            function, inputs = _split(program, len(modules), self.mesh)
+        # float32 means float32 on accelerators too, where JAX would multiply in less.
+        precision: Any = "highest" if self.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(precision):
+            lowered = function.lower(*modules, *params, *inputs)
+            compiled = lowered.compile(compiler_options=compiler_options())
+        return compiled if jax.process_count() == 1 else partial(_placed, compiled, inputs)
+
+    def _shapes(self, component: str) -> Params:
+        stacked = self.scan_layers and component != "vae"
+        template = abstract_params(getattr(self.config, component), stacked=stacked)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), template)
+        spec: Any = jax.ShapeDtypeStruct
+        if component == "transformer" and self.lora is not None:
+            lora = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), self.lora)
+            shapes = adapt(shapes, lora)
+        if self.mesh is None:
+            return shapes
+        return jax.tree.map(
+            lambda leaf, place: spec(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            state_shardings(shapes, self.mesh),
+        )
+
+
+def _placed(compiled: Any, specs: tuple, *arguments: Any) -> Any:
+    """A program over several processes; it takes no arrays that only one of them holds."""
+    count = len(arguments) - len(specs)
+    places = jax.tree.map(lambda spec: spec.sharding, specs)
+    return compiled(*arguments[:count], *place(arguments[count:], places))
+
+
+def _split(program: Program, static: int, mesh: Mesh) -> tuple[Any, tuple]:
+    """The function, jitted for `mesh`, and its inputs with shardings: batches split, the rest
+    whole."""
+    whole, of_pictures = replicated(mesh), program.name in OF_PICTURES
+    batch = NamedSharding(mesh, P(AXES if of_pictures else BATCH))
+
+    def placed(tree: Any, sharding: NamedSharding) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        )
+
+    inputs = placed(program.inputs, batch)
+    if program.name == "denoise":
+        state, drawn = inputs
+        tables = placed((drawn.schedule, drawn.passes), whole)
+        inputs = state, Drawn(*tables, *drawn[2:])
+    # Unwrapped: a trace made for one mesh must serve no other.
+    body = whole_batch = program.function.__wrapped__
+    if of_pictures:
+
+        def body(model, params, inputs):
+            # Gathered once: the pictures are large, the network is small.
+            params = jax.lax.with_sharding_constraint(params, whole)
+            with attention_on(mesh, AXES, None):
+                return whole_batch(model, params, inputs)
+
+    return jax.jit(body, static_argnums=tuple(range(static)), out_shardings=batch), inputs

@@ -1,0 +1,95 @@
+"""A family's parts agree: what a run hoists is its forward; state, sizes and class names."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusers import pipelines
+from torch_reference import relative_l2
+
+from fluxjax.config import DEV, TINY, ConfigError, FluxConfig
+from fluxjax.families import FAMILIES, FLUX, Conditioning, Extras, family_of
+from fluxjax.models.flux import FluxTransformer
+
+SMALL = FluxConfig(
+    num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+    joint_attention_dim=12, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4),
+)  # fmt: skip
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["text", "reference", "channels", "schnell"])
+def test_what_a_run_hoists_is_the_forward(kind, dtype):
+    """For every step of two pictures, with all that can come beside text."""
+    config = replace(
+        SMALL, guidance_embeds=kind != "schnell", in_channels=96 if kind == "channels" else 64
+    )
+    module = FluxTransformer(config, dtype=dtype, param_dtype=dtype)
+    latents = FLUX.pack(normal(0, 2, 16, 4, 6))
+    extras = Extras(latents.positions, jnp.array([3.5, 1.0]))
+    if kind == "reference":
+        extras = extras._replace(tokens=FLUX.pack(normal(1, 2, 16, 6, 4), reference=True))
+    if kind == "channels":
+        extras = extras._replace(channels=normal(1, 2, 6, 32))
+    text = Conditioning(normal(2, 2, 5, 12), None, normal(3, 2, 6))
+    times = jnp.array([1.0, 0.6875, 0.3])
+    shapes = jax.eval_shape(
+        lambda: module.init(
+            jax.random.key(0), jnp.zeros((1, 6, config.in_channels)), text.sequence[:1],
+            text.vector[:1], times[:1], latents.positions, jnp.zeros((5, 3)), times[:1],
+        )
+    )  # fmt: skip
+    leaves, tree = jax.tree.flatten(shapes)
+    random = [0.3 * normal(i, *leaf.shape).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
+    variables = tree.unflatten(random)
+
+    @jax.jit
+    def both(variables, x):
+        each, step = FLUX.hoist(module, variables, times, text, extras)
+        hoisted = [step(x, jax.tree.map(lambda leaf, i=i: leaf[i], each)) for i in range(3)]
+        plain = [FLUX.forward(module, variables, x, jnp.full(2, t), text, extras) for t in times]
+        return jnp.stack(hoisted), jnp.stack(plain)
+
+    hoisted, plain = both(variables, latents.values)
+    assert plain.shape == (3, *latents.values.shape)
+    assert relative_l2(hoisted, plain) <= (1e-6 if dtype == jnp.float32 else 1e-2)
+    assert relative_l2(plain[1:], plain[:-1]) > 1e-2, "the time matters"
+    if kind in ("reference", "channels"):
+        blank = jnp.zeros((2, 6, 32)) if kind == "channels" else None
+        others = Extras(latents.positions, extras.guidance, channels=blank)
+        given, without = (
+            FLUX.forward(module, variables, latents.values, times[:2], text, beside)
+            for beside in (extras, others)
+        )
+        assert relative_l2(given, without) > 1e-2, "what comes beside matters"
+
+
+def test_state_packs_and_unpacks():
+    assert FLUX.state_shape(DEV, 1024, 768) == (16, 96, 128)
+    with pytest.raises(ConfigError, match="height must be a multiple of 16, got 40"):
+        FLUX.state_shape(TINY, 64, 40)
+    latents = np.random.default_rng(0).standard_normal((2, 16, 4, 6)).astype(np.float32)
+    tokens = FLUX.pack(latents)
+    assert tokens.values.shape == (2, 6, 64) and tokens.positions.shape == (6, 3)
+    np.testing.assert_array_equal(FLUX.unpack(tokens.values, 4, 6), latents)
+    assert (FLUX.pack(latents, reference=True).positions[:, 0] == 1).all()
+    assert not np.any(tokens.positions[:, 0])
+
+
+def test_families_are_found_by_class_names_that_diffusers_has():
+    assert family_of("FluxPipeline") is FLUX
+    for name in FAMILIES:
+        assert hasattr(pipelines, name)
+    with pytest.raises(ConfigError, match="PixArtAlphaPipeline is no family that is known: Flux"):
+        family_of("PixArtAlphaPipeline")
+
+
+def test_one_pass_or_the_weight_of_a_difference():
+    assert FLUX.passes(8, None).shape == (8, 0)
+    assert (FLUX.passes(8, 2.5) == np.float32(2.5)).all() and FLUX.passes(8, 2.5).shape == (8, 1)
