@@ -26,6 +26,7 @@ from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import DEV, ConfigError
 from fluxjax.convert import convert
 from fluxjax.lock import InUse
+from fluxjax.networks import network_of
 from fluxjax.networks.flux import BFL
 
 COMMAND = [sys.executable, "-m", "fluxjax.convert"]
@@ -260,7 +261,8 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
     sources = []
     for seed in (0, 1):
         tree = make.random_tree(make.SMALL.vae, np.float32, seed)
-        arrays = {n: t.read() for n, t in engine.to_theirs(tree, tables.bfl_autoencoder(2)).items()}
+        table = network_of(make.SMALL.vae).dialect("bfl").table(make.SMALL.vae)
+        arrays = {n: t.read() for n, t in engine.to_theirs(tree, table).items()}
         (tmp_path / f"{seed}").mkdir()
         sources.append(tmp_path / f"{seed}" / "ae.safetensors")
         write_safetensors(sources[-1], {name: of_array(array) for name, array in arrays.items()})

@@ -410,7 +410,7 @@ def test_embedded_model_precomputes_and_the_files_of_the_user_stay_as_they_are(t
     np.testing.assert_allclose(read.vector[1], heard.vector[0], rtol=5e-4, atol=1e-6)
     # Packed when they are read: an entry is any family's.
     for file in (Path(settings.cache) / "latents").rglob("*.safetensors"):
-        assert read_arrays(file)["latents"].shape == (16, 4, 4)
+        assert read_arrays(file, file.stem)["latents"].shape == (16, 4, 4)
     assert batch.latents.shape == (2, 4, 64) and 0.1 < batch.latents.std() < 10
     assert encoders.image_hash != encoders.text_hash != folder_encoders(TINY).text_hash
 

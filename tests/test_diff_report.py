@@ -1,5 +1,6 @@
 """The rows, their verdicts, JSON and plot; pairing of layers by name."""
 
+import io
 import json
 import math
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from fluxjax.diff.layers import Layer, captured, common_name, pair_layers, recorded
 from fluxjax.diff.report import (
     Report,
+    Row,
     closing_line,
     compare,
     plot_report,
@@ -96,6 +98,14 @@ def test_plot_is_a_picture(tmp_path):
 )
 def test_names_meet(theirs, ours):
     assert common_name(theirs) == common_name(ours)
+
+
+def test_names_stay_whole_where_there_is_no_terminal():
+    name = "encoder.block.23.layer.1.DenseReluDense.wi_0." * 3
+    row = Row(tensor=name, shape=(1,), max_abs=1e-7, relative_l2=1e-7, cosine=1.0, bound=1e-5)
+    output = io.StringIO()
+    print_report(Report(title="a comparison", rows=(row,)), Console(file=output, width=80))
+    assert name in output.getvalue() and "0.99999…" not in output.getvalue()
 
 
 class _Twice(torch.nn.Module):

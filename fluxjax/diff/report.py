@@ -146,6 +146,9 @@ def print_report(report: Report, console: Console) -> None:
             cells.append("" if row.own_error is None else f"{row.own_error:.2e}")
         style = "" if row.passed else "bold red"
         table.add_row(*map(escape, cells), escape(row.verdict), style=style)
+    if not console.is_terminal:  # who reads a pipe or a file searches it for whole names
+        wide = console.options.update(width=1000)
+        console.width = max(console.width, console.measure(table, options=wide).maximum)
     console.print(table)
     for note in report.notes:
         console.print(escape(note), highlight=False, soft_wrap=True)
