@@ -144,7 +144,8 @@ def test_pool_is_the_same_after_a_resume():
     resumed = transformer.Pool(0, stage, _conditioner(), 5).batch(5)
     for one, other in zip(straight, resumed, strict=True):
         assert sorted(one.sum((-1,)).ravel().tolist()) == sorted(other.sum((-1,)).ravel().tolist())
-    assert straight.latents.shape == (4, 6, 64)
+    # A bucket of smaller pictures has more of them, for about as many tokens.
+    assert straight.latents.shape == (8, 6, 64)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
         x = x * (1.0 / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon))
-        return multiply_scale(x.astype(self.dtype), scale.astype(self.dtype), self.precision)
+        return multiply_scale(x.astype(self.dtype), jnp.asarray(scale, self.dtype), self.precision)
 
 
 class LayerNorm(nn.Module):
