@@ -99,6 +99,7 @@ def test_normalisation_is_flux_ones():
     np.testing.assert_allclose(denormalize_latents(normalize_latents(z, DEV.vae), DEV.vae), z)
 
 
+@pytest.mark.slow
 def test_tiles_leave_no_seam():
     """Twelve pictures in one, so that tiles have unlike statistics, through the embedded model."""
     folder = tiny_folder()

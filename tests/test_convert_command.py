@@ -224,6 +224,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_recipe_round_trip(tmp_path):
     """convert/round_trip.sh and convert/tensors.py, on a small random pipeline."""
     recipe = Path(__file__).resolve().parents[1] / "convert" / "round_trip.sh"

@@ -28,6 +28,7 @@ def test_ratio_above_one_is_faster(capsys):
     assert "1.50" in out and "2 s" in out and "other" in out
 
 
+@pytest.mark.slow
 def test_both_transformers_compute_the_same():
     (measure,) = wide_transformer(1, heads=1)
     assert "width 128" in measure.what

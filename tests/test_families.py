@@ -24,7 +24,9 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kind", ["text", "reference", "channels", "schnell"])
+@pytest.mark.parametrize(
+    "kind", ["text", pytest.param("reference", marks=pytest.mark.slow), "channels", "schnell"]
+)
 def test_what_a_run_hoists_is_the_forward(kind, dtype):
     """For every step of two pictures, with all that can come beside text."""
     config = replace(

@@ -186,6 +186,7 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_a_value_or_a_sentence(tmp_path: Path, name: str) -> None:
     make, read = READERS[name]
