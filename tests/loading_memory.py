@@ -61,7 +61,7 @@ def load(folder: Path) -> None:
 
     network = open_component(folder, "transformer")
     template = abstract_params(network.config, stacked=True)
-    places = param_shardings(template, make_mesh("fsdp=4,tensor=2"))
+    places = param_shardings(network.config, template, make_mesh("fsdp=4,tensor=2"))
     jax.device_put(np.ones(8)).block_until_ready()
     before = resident("VmRSS")
     params = network.params(stacked=True, shardings=places)

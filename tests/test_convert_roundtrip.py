@@ -245,7 +245,7 @@ def test_an_orbax_folder_laid_out_for_a_mesh(tmp_path, pipeline):
     for name, network in open_source(pipeline).items():
         template = abstract_params(network.config)
         wanted = engine.to_tree(network.tensors, template)
-        shardings = param_shardings(template, mesh)
+        shardings = param_shardings(network.config, template, mesh)
         flat, found = engine.flatten(wanted), chunks_of(folder / name / "params")
         assert found.keys() == flat.keys()
         for path, sharding in engine.flatten(shardings).items():
@@ -272,7 +272,9 @@ def test_large_parts_are_stored_in_several(tmp_path, pipeline, monkeypatch):
     (network,) = open_source(pipeline / "text_encoder").values()
     folder = run(pipeline / "text_encoder", tmp_path / "orbax", "orbax", mesh=parse_mesh("fsdp=2"))
     template = abstract_params(network.config)
-    shardings = engine.flatten(param_shardings(template, make_mesh("fsdp=2,data=4")))
+    shardings = engine.flatten(
+        param_shardings(network.config, template, make_mesh("fsdp=2,data=4"))
+    )
     found, divided = chunks_of(folder / "params"), 0
     for path, leaf in engine.flatten(template).items():
         shard, chunk = shardings[path].shard_shape(leaf.shape), found[path]

@@ -87,7 +87,7 @@ def test_sharded_and_orbax_loading_and_training_see_it(model, tmp_path):
             with pytest.raises(ConfigError, match=f"{name} has .*1 infinite"):
                 pipeline_folder.load_params(
                     folder, "transformer", config, stacked=True, dtype=jnp.float32,
-                    shardings=param_shardings(abstract_params(config, stacked=True), mesh),
+                    shardings=param_shardings(config, abstract_params(config, stacked=True), mesh),
                 )  # fmt: skip
 
 

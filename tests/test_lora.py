@@ -213,8 +213,8 @@ def test_forward_equals_merged_weights_also_sharded(stacked):
     assert jnp.abs(plain - expected).max() >= 0.01 * size
     mesh = make_mesh("fsdp=4,tensor=2")
     placed = {
-        "params": jax.device_put(params, param_shardings(params, mesh)),
-        "lora": jax.device_put(lora, state_shardings(lora, mesh)),
+        "params": jax.device_put(params, param_shardings(CONFIG, params, mesh)),
+        "lora": jax.device_put(lora, state_shardings(CONFIG, lora, mesh)),
     }
     kernel = placed["params"]["transformer_blocks"]["attn"]["to_q"]["kernel"]
     assert not kernel.sharding.is_fully_replicated

@@ -16,9 +16,9 @@ from fluxjax.config import FluxConfig
 from fluxjax.models.attention import dot_product_attention
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.parallel.activations import attend_in_parts, attention_on
+from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import batch_sharding, make_mesh, replicated
-from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import param_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
 
@@ -68,11 +68,11 @@ def transformer_inputs() -> tuple:
     )
 
 
-def training_step(model, params, *inputs):
+def training_step(apply, params, *inputs):
     """The output, and parameters after one step of gradient descent on its squares."""
 
     def loss(params):
-        out = model.apply({"params": params}, *inputs)
+        out = apply({"params": params}, *inputs)
         return jnp.mean(jnp.square(out - inputs[0])), out
 
     (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(params)
@@ -84,7 +84,7 @@ def training_step(model, params, *inputs):
 @cache
 def expected():
     model = FluxTransformer(CONFIG, scan_layers=True)
-    step = jax.jit(partial(training_step, model))
+    step = jax.jit(partial(training_step, model.apply))
     return jax.device_get(step(random_params(CONFIG), *transformer_inputs()))
 
 
@@ -103,10 +103,10 @@ def on_mesh(mesh, inputs: tuple) -> tuple:
 def sharded_step(text: str, kind: str):
     mesh = make_mesh(text)
     params = random_params(CONFIG)
-    places = param_shardings(params, mesh)
+    places = param_shardings(CONFIG, params, mesh)
     model = FluxTransformer(CONFIG, scan_layers=True)
-    model = shard_transformer(model, mesh, kind)  # pyright: ignore[reportArgumentType]
-    step = jax.jit(partial(training_step, model), out_shardings=(batch_sharding(mesh), places))
+    apply = partial(apply_on, mesh, model, sequence=kind)
+    step = jax.jit(partial(training_step, apply), out_shardings=(batch_sharding(mesh), places))
     return step(jax.device_put(params, places), *on_mesh(mesh, transformer_inputs()))
 
 
@@ -193,16 +193,14 @@ def test_bfloat16_on_meshes_differs_by_its_rounding_alone():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(CONFIG))
     inputs = transformer_inputs()
 
-    def forward(model, params, inputs):
-        return jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))(
-            params, *inputs
-        )
+    def forward(apply, params, inputs):
+        return jax.jit(lambda params, *inputs: apply({"params": params}, *inputs))(params, *inputs)
 
-    one = forward(model, params, inputs)
+    one = forward(model.apply, params, inputs)
     assert one.dtype == jnp.bfloat16
     for text, bound in (("fsdp=8", 2e-3), ("tensor=4,fsdp=2", 3e-2)):
         mesh = make_mesh(text)
-        placed = jax.device_put(params, param_shardings(params, mesh))
-        out = forward(shard_transformer(model, mesh), placed, on_mesh(mesh, inputs))
+        placed = jax.device_put(params, param_shardings(CONFIG, params, mesh))
+        out = forward(partial(apply_on, mesh, model), placed, on_mesh(mesh, inputs))
         print(text, f"{relative(out, one):.1e}")
         assert relative(out, one) <= bound

@@ -1,16 +1,23 @@
-"""One rule for every parameter, and specs that fit the mesh."""
+"""One role for every parameter, and specs that fit the mesh."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from fluxjax import config as presets
 from fluxjax.checkpoint.engine import flatten
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import PRESETS, AutoencoderConfig, ConfigError, FluxConfig
+from fluxjax.config import DEV, PRESETS, AutoencoderConfig, CLIPConfig, ConfigError
+from fluxjax.networks import NETWORKS, network_of
 from fluxjax.parallel.mesh import (
     AXES,
     MeshShape,
@@ -20,42 +27,70 @@ from fluxjax.parallel.mesh import (
     parse_mesh,
 )
 from fluxjax.parallel.rules import (
-    RULES,
+    SPECS,
     bytes_per_device,
-    matching_rules,
     param_shardings,
+    role_of,
     spec_of,
     state_shardings,
 )
 
+FLUX = DEV.transformer
 MESHES = ("data=8", "fsdp=8", "tensor=4,fsdp=2", "sequence=4,data=2", "fsdp=2,tensor=2,sequence=2")
 CONFIGS = {part for preset in PRESETS.values() for part in preset.networks.values()} | {
     value for name, value in vars(presets).items() if name.startswith(("T5_", "CLIP_"))
 }
 CONFIGS |= {AutoencoderConfig(use_quant_conv=True, use_post_quant_conv=True)}
+TEXT = replace(presets.CLIP_L_TEXT, with_projection=True)
+VISION = replace(presets.CLIP_L_VISION, with_projection=True)
+CONFIGS |= {TEXT, VISION, CLIPConfig(text_config=TEXT, vision_config=VISION)}
+# Of each network's leaves, blocks without their numbers: the mesh axes of each dimension.
+RECORDED = json.loads((Path(__file__).parent / "sharding_specs.json").read_text())
 
 
-def paths(stacked: bool):
-    for config in CONFIGS:
+def leaves(config):
+    """(path, shape) of every leaf, in both forms."""
+    for stacked in (False, True):
         for path, leaf in flatten(abstract_params(config, stacked=stacked)).items():
-            yield "/".join(path), leaf.shape
+            yield path, leaf.shape
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_every_parameter_of_every_preset_has_exactly_one_rule(stacked):
-    wrong = {path: found for path, _ in paths(stacked) if len(found := matching_rules(path)) != 1}
-    assert not wrong
-    mesh = make_mesh("fsdp=2,tensor=2,sequence=2")
-    for path, shape in paths(stacked):
-        spec = spec_of(path, shape, mesh)
-        assert spec is not None, f"the rule's rank is not {shape} of {path}"
+def unnumbered(network, path) -> str:
+    groups = "|".join(("down_blocks", "up_blocks", "resnets", *network.scanned))
+    return "/".join(re.sub(rf"^({groups})_\d+$", r"\1", part) for part in path)
 
 
-def test_every_rule_is_used_and_none_repeats_an_axis():
-    used = {pattern for path, _ in paths(True) for pattern, _ in matching_rules(path)}
-    lora = {pattern for pattern, _ in RULES if pattern.endswith((")/a", ")/b", ")/scale"))}
-    assert {pattern for pattern, _ in RULES} <= used | lora
-    for _, spec in RULES:
+def test_every_leaf_of_every_network_has_one_role_and_lies_as_recorded():
+    assert {type(config) for config in CONFIGS} == set(NETWORKS)
+    mesh = AbstractMesh((2, 2, 2, 2), AXES)
+    for config in CONFIGS:
+        network = network_of(config)
+        recorded = {
+            path: tuple(None if axes == "-" else tuple(axes.split("+")) for axes in spec.split())
+            for spec, paths in RECORDED[network.component].items()
+            for path in paths
+        }
+        for path, shape in leaves(config):
+            roles = {role_of(network, path[:-1]), role_of(network, path)} - {None}
+            assert len(roles) == 1, (path, roles)
+            wide = tuple(4 * size for size in shape)  # every dimension divides by two axes
+            axes = recorded[unnumbered(network, path)]
+            if any(axes):
+                axes = (*(None,) * any(part in network.scanned for part in path), *axes)
+            assert spec_of(network, path, wide, mesh) == P(*axes), path
+
+
+def test_every_role_is_used_and_no_spec_repeats_an_axis():
+    for kind, network in NETWORKS.items():
+        configs = [config for config in CONFIGS if type(config) is kind]
+        paths = {unnumbered(network, path) for config in configs for path, _ in leaves(config)}
+        unused = [
+            end
+            for end in network.roles
+            if not any(re.search(rf"(^|/){end}(/|$)", path) for path in paths)
+        ]
+        assert not unused, network.words
+    for spec in (spec for specs in SPECS.values() for spec in specs.values()):
         axes = [axis for axes in spec if axes for axis in ([axes] if axes in AXES else axes)]
         assert set(axes) <= set(AXES)
         assert len(axes) == len(set(axes))
@@ -63,46 +98,47 @@ def test_every_rule_is_used_and_none_repeats_an_axis():
 
 def test_stacked_and_single_blocks_and_states_that_hold_parameters():
     mesh = make_mesh("tensor=4,fsdp=2")
-    for path, shape, spec in (
-        ("transformer_blocks/attn/to_q/kernel", (19, 96, 96), P(None, "fsdp", "tensor")),
-        ("transformer_blocks_7/attn/to_q/kernel", (96, 96), P("fsdp", "tensor")),
-        ("single_transformer_blocks_7/proj_out/kernel", (96, 96), P(("tensor", "fsdp"), None)),
-        ("opt/0/mu/single_transformer_blocks/proj_out/kernel", (3, 96, 96),
+    flux, t5 = network_of(FLUX), network_of(DEV.text_encoder_2)
+    for network, path, shape, spec in (
+        (flux, "transformer_blocks/attn/to_q/kernel", (9, 96, 96), P(None, "fsdp", "tensor")),
+        (flux, "transformer_blocks_7/attn/to_q/kernel", (96, 96), P("fsdp", "tensor")),
+        (flux, "single_transformer_blocks_7/proj_out/kernel", (96, 8), P(("tensor", "fsdp"), None)),
+        (flux, "opt/0/mu/single_transformer_blocks/proj_out/kernel", (3, 96, 96),
          P(None, ("tensor", "fsdp"), None)),
-        ("transformer_blocks/ff/net_2/kernel", (3, 6, 96), P(None, "fsdp", None)),
-        ("proj_out/kernel", (96, 64), P("fsdp", None)),
-        ("opt/0/proj_out/kernel", (96, 64), P("fsdp", None)),
-        ("ema/single_transformer_blocks/proj_mlp/bias", (3, 96), P(None, "tensor")),
-        ("x/encoder/block/layer_0/SelfAttention/o/kernel", (2, 3, 5), P()),
-        ("lora/transformer_blocks/attn/to_q/b", (19, 4, 96), P(None, None, "tensor")),
-        ("lora/transformer_blocks/attn/to_q/scale", (19,), P()),
-        ("lora/transformer_blocks/attn/to_q/scale", (), P()),
-        ("opt/0/v_row/transformer_blocks/attn/to_q/kernel", (19, 96), None),
-        ("step", (), None),
+        (flux, "transformer_blocks/ff/net_2/kernel", (3, 6, 96), P(None, "fsdp", None)),
+        (flux, "proj_out/kernel", (96, 64), P("fsdp", None)),
+        (flux, "opt/0/proj_out/kernel", (96, 64), P("fsdp", None)),
+        (flux, "ema/single_transformer_blocks/proj_mlp/bias", (3, 96), P(None, "tensor")),
+        (t5, "x/encoder/block/layer_0/SelfAttention/o/kernel", (2, 3, 5), P()),
+        (flux, "lora/transformer_blocks/attn/to_q/b", (19, 4, 96), P(None, None, "tensor")),
+        (flux, "lora/transformer_blocks/attn/to_q/scale", (19,), P()),
+        (flux, "lora/transformer_blocks/attn/to_q/scale", (), P()),
+        (flux, "opt/0/v_row/transformer_blocks/attn/to_q/kernel", (19, 96), None),
+        (flux, "step", (), None),
     ):  # fmt: skip
-        found = spec_of(path, shape, mesh)
+        found = spec_of(network, tuple(path.split("/")), shape, mesh)
         assert found == spec, path
 
 
 def test_an_optimiser_is_split_as_its_parameters_are():
     mesh = make_mesh("fsdp=8")
-    params = abstract_params(PRESETS["dev"].transformer, stacked=True)
+    params = abstract_params(FLUX, stacked=True)
     state = jax.eval_shape(optax.adamw(1e-4).init, params)
-    held = bytes_per_device(params, param_shardings(params, mesh))
+    held = bytes_per_device(params, param_shardings(FLUX, params, mesh))
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     assert total == 4 * 11_901_408_320
     assert total / 8 <= held <= 1.02 * total / 8
-    moments = bytes_per_device(state, state_shardings(state, mesh))
+    moments = bytes_per_device(state, state_shardings(FLUX, state, mesh))
     assert 2 * held <= moments <= 2 * held + 64
     # Factored moments follow no rule, and are small.
     factored = jax.eval_shape(optax.adafactor(1e-4).init, params)
-    assert bytes_per_device(factored, state_shardings(factored, mesh)) < held / 50
+    assert bytes_per_device(factored, state_shardings(FLUX, factored, mesh)) < held / 50
 
 
-def test_what_no_rule_is_for_is_named():
+def test_what_has_no_role_is_named():
     tree = {"attn": {"to_q": {"kernel": jnp.ones((4, 4))}, "gate": jnp.ones(3)}}
-    with pytest.raises(ValueError, match=r"no sharding rule is for:\n  attn/gate \[3\]"):
-        param_shardings(tree, make_mesh("fsdp=8"))
+    with pytest.raises(ValueError, match=r"no role is known of:\n  attn/gate \[3\]"):
+        param_shardings(FLUX, tree, make_mesh("fsdp=8"))
 
 
 def test_meshes_are_read_and_made():
@@ -139,8 +175,8 @@ def test_impossible_meshes_are_named(text, words):
 
 
 def test_the_transformer_is_split_over_every_axis_that_it_can_be():
-    params = abstract_params(FluxConfig(), stacked=True)
+    params = abstract_params(FLUX, stacked=True)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     for text, parts in (("fsdp=8", 8), ("tensor=4,fsdp=2", 8), ("fsdp=2,tensor=2,sequence=2", 4)):
         mesh = make_mesh(text)
-        assert bytes_per_device(params, param_shardings(params, mesh)) <= 1.02 * total / parts
+        assert bytes_per_device(params, param_shardings(FLUX, params, mesh)) <= 1.02 * total / parts

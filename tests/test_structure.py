@@ -3,6 +3,8 @@
 Nothing of the real size is computed: shapes are lowered and compiled for eight simulated devices.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV
 from fluxjax.models.flux import FluxTransformer
+from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
-from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import param_shardings, state_shardings
 
 TEXT, FLOAT = 512, 4
@@ -63,7 +65,7 @@ def test_loops_products_and_collectives_are_counted():
 
 
 def flux(text: str, batch: int, image: int, *, remat: str = "none"):
-    """(model, abstract parameters, their shardings, inputs) on a mesh, in float32."""
+    """(apply, abstract parameters, their shardings, inputs) on a mesh, in float32."""
     mesh = make_mesh(text)
     model = FluxTransformer(DEV.transformer, scan_layers=True, attention="xla", remat=remat)
     params = abstract_params(DEV.transformer, stacked=True)
@@ -78,15 +80,20 @@ def flux(text: str, batch: int, image: int, *, remat: str = "none"):
         spec((TEXT, 3), whole),
         spec((batch,), rows),
     )
-    return shard_transformer(model, mesh), params, param_shardings(params, mesh), inputs
+    return (
+        partial(apply_on, mesh, model),
+        params,
+        param_shardings(DEV.transformer, params, mesh),
+        inputs,
+    )
 
 
 def compiled_forward(text: str, batch: int, image: int = 4096):
-    model, params, places, inputs = flux(text, batch, image)
+    apply, params, places, inputs = flux(text, batch, image)
     tokens = P(("data", "fsdp"), "sequence") if batch > 1 else P(None, "sequence")
     forward = jax.jit(
-        lambda params, *inputs: model.apply({"params": params}, *inputs),
-        out_shardings=NamedSharding(model.mesh, tokens),
+        lambda params, *inputs: apply({"params": params}, *inputs),
+        out_shardings=NamedSharding(make_mesh(text), tokens),
     )
     found = measure(forward.lower(placed(params, places), *inputs).compile())
     print(text, {kind: f"{size / 1e9:.3f} GB" for kind, size in found.collective_bytes.items()})
@@ -137,14 +144,14 @@ def test_tensor_parallelism_gathers_its_weights_and_sums_once_after_each_pair():
 
 @pytest.mark.slow
 def test_a_training_step_splits_the_optimiser_and_sums_gradients_once():
-    model, params, places, inputs = flux("fsdp=8", 8, 1024, remat="full")
+    apply, params, places, inputs = flux("fsdp=8", 8, 1024, remat="full")
     optimizer = optax.adamw(1e-5)
     state = jax.eval_shape(optimizer.init, params)
-    state_places = state_shardings(state, model.mesh)
+    state_places = state_shardings(DEV.transformer, state, make_mesh("fsdp=8"))
 
     def step(params, state, *inputs):
         def loss(params):
-            out = model.apply({"params": params}, *inputs)
+            out = apply({"params": params}, *inputs)
             return jnp.mean(jnp.square(out - inputs[0]))
 
         gradients = jax.grad(loss)(params)

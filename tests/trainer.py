@@ -129,7 +129,7 @@ def _train(options: argparse.Namespace) -> None:
     shapes = QUICK if options.quick else abstract_params(CONFIG, stacked=False)
     drawn = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
     start = partial(init_state, optimizer=optimizer)
-    where = state_shardings(jax.eval_shape(start, drawn), mesh)
+    where = state_shardings(CONFIG, jax.eval_shape(start, drawn), mesh)
     params = jax.tree.map(place, drawn, where.params)
     state = jax.jit(start, out_shardings=where)(params)
     loss = distance if options.quick else finetune_loss(FLUX, model, Objective())

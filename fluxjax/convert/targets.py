@@ -19,7 +19,7 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import AXES, MeshShape
-from fluxjax.parallel.rules import state_shardings
+from fluxjax.parallel.rules import param_shardings
 
 Target = Literal["diffusers", "bfl", "orbax"]
 
@@ -62,7 +62,7 @@ def _plan(network: OpenNetwork, target: Target, mesh: MeshShape | None, folder: 
     if target == "orbax":
         template = abstract_params(network.config)
         tree = engine.to_tree(network.tensors, template, place=lambda _, tensor: tensor)
-        chunks = _shard_shapes(template, mesh) if mesh is not None else None
+        chunks = _shard_shapes(network.config, template, mesh) if mesh is not None else None
         return Weights("orbax", folder / PARAMS, network.tensors, tree, {}, chunks)
     if target == "diffusers":
         tensors = network.record.restore(network.tensors, "reference", fp8=False)
@@ -82,10 +82,10 @@ def _plan(network: OpenNetwork, target: Target, mesh: MeshShape | None, folder: 
     )
 
 
-def _shard_shapes(template: Mapping[str, Any], mesh: MeshShape) -> dict[str, Any]:
+def _shard_shapes(config: Any, template: Mapping[str, Any], mesh: MeshShape) -> dict[str, Any]:
     """The shape of each leaf's part on a device of `mesh`, of which none is needed here."""
     sizes = (mesh.data or 1, mesh.fsdp, mesh.tensor, mesh.sequence)
-    shardings = state_shardings(template, AbstractMesh(sizes, AXES))  # no rule for logit_scale
+    shardings = param_shardings(config, template, AbstractMesh(sizes, AXES))
     return jax.tree.map(
         lambda leaf, sharding: sharding.shard_shape(leaf.shape), template, shardings
     )

@@ -8,7 +8,7 @@ come in through the same converter as any checkpoint. torch is not needed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from fluxjax.diff.report import Report, Row, compare
 from fluxjax.families import FLUX, Conditioning, Extras, Tokens
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.flux import FluxTransformer
+from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import make_mesh
-from fluxjax.parallel.networks import on_mesh
 from fluxjax.parallel.rules import param_shardings
 from fluxjax.sample.denoise import denoise
 from fluxjax.schedules.flow_euler import flow_euler, sigmas
@@ -79,14 +79,13 @@ def check_golden(path: Path, mesh: str | None = None) -> tuple[Report, Arrays]:
     except KeyError as missing:
         raise ConfigError(f"{path}: the recorded configuration lacks {missing}") from None
     devices = None if mesh is None else make_mesh(mesh)
-    places = None if devices is None else param_shardings(abstract_params(network), devices)
+    places = (
+        None if devices is None else param_shardings(network, abstract_params(network), devices)
+    )
     weights = from_bfl_params(groups["weights"], network, shardings=places)
     # A GPU would otherwise multiply float32 in TF32.
     with jax.default_matmul_precision("highest"):
-        if isinstance(network, AutoencoderConfig):
-            ours = _autoencoder(network, weights, inputs)
-        else:
-            ours = _flux(network, config, weights, inputs, devices)
+        ours = OURS[type(network)](network, config, weights, inputs, devices)
     rows = [
         compare(
             f"outputs.{name}",
@@ -134,7 +133,13 @@ def _parse(path: Path, text: str | None) -> dict[str, Any]:
     return config
 
 
-def _autoencoder(config: AutoencoderConfig, params: Params, inputs: _Recorded) -> Arrays:
+def _autoencoder(
+    config: AutoencoderConfig,
+    recorded: Mapping[str, Any],
+    params: Params,
+    inputs: _Recorded,
+    devices: Mesh | None,
+) -> Arrays:
     """Encode the picture, decode those latents: channels second, as recorded."""
 
     @jax.jit
@@ -144,7 +149,7 @@ def _autoencoder(config: AutoencoderConfig, params: Params, inputs: _Recorded) -
             return latents, module.decode(denormalize_latents(latents, config))
 
         pixels = jnp.moveaxis(image, 1, -1)
-        pair: Any = Autoencoder(config).apply({"params": params}, pixels, method=both)
+        pair = apply_on(devices, Autoencoder(config), {"params": params}, pixels, method=both)
         latents, decoded = pair
         return {"latents": jnp.moveaxis(latents, -1, 1), "image": jnp.moveaxis(decoded, -1, 1)}
 
@@ -152,12 +157,15 @@ def _autoencoder(config: AutoencoderConfig, params: Params, inputs: _Recorded) -
 
 
 def _flux(
-    config: FluxConfig, recorded: Mapping[str, Any], params: Params, inputs: _Recorded,
+    config: FluxConfig,
+    recorded: Mapping[str, Any],
+    params: Params,
+    inputs: _Recorded,
     devices: Mesh | None,
-) -> Arrays:  # fmt: skip
+) -> Arrays:
     """One forward at the recorded timesteps, and the Euler run over the recorded schedule."""
     model = FluxTransformer(config, timestep_rounding="bfl")
-    model = model if devices is None else on_mesh(model, devices)
+    apply = partial(apply_on, devices)
     if inputs["txt_ids"].any():
         raise ConfigError(f"{inputs.path}: inputs.txt_ids are zero in every run of FLUX")
     text = Conditioning(jnp.asarray(inputs["txt"]), None, jnp.asarray(inputs["vec"]))
@@ -175,12 +183,13 @@ def _flux(
             x = jnp.concatenate([x, tokens.values], axis=1)
             positions = jnp.concatenate([extras.positions, tokens.positions])
             extras = extras._replace(positions=positions, tokens=None)
-        return FLUX.forward(model, {"params": params}, x, t, text, extras)
+        return FLUX.forward(model, {"params": params}, x, t, text, extras, apply=apply)
 
     @jax.jit
     def run(params: Any, noise: Any, schedule: Schedule, guidance: Any) -> Any:
         extras = guided(guidance)
-        each, step = FLUX.hoist(model, {"params": params}, schedule.times, text, extras)
+        variables = {"params": params}
+        each, step = FLUX.hoist(model, variables, schedule.times, text, extras, apply=apply)
         passes = jnp.asarray(FLUX.passes(len(schedule.times), None))
         return denoise(step, each, (FLUX.pack(noise).values,), schedule, passes)
 
@@ -194,6 +203,9 @@ def _flux(
         "latents": FLUX.unpack(latents, *noise.shape[2:]),
     }
     return {name: np.asarray(value) for name, value in outputs.items()}
+
+
+OURS: dict[type, Callable[..., Arrays]] = {AutoencoderConfig: _autoencoder, FluxConfig: _flux}
 
 
 def _ids(inputs: _Recorded, name: str) -> jax.Array:

@@ -6,12 +6,14 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.sharded import read_sharded
@@ -20,10 +22,10 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import AutoencoderConfig, CLIPTextConfig, FluxConfig, T5Config
 from fluxjax.diff.layers import Layer, Outputs, captured, common_name, pair_layers, recorded
 from fluxjax.diff.report import Report, compare, relative_l2
-from fluxjax.models.autoencoder import Autoencoder
+from fluxjax.families import FLUX, Conditioning, Extras
 from fluxjax.networks import network_of
-from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh
-from fluxjax.parallel.networks import on_mesh
+from fluxjax.parallel.apply import apply_on
+from fluxjax.parallel.mesh import make_mesh
 from fluxjax.parallel.rules import param_shardings
 
 Network = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
@@ -107,12 +109,29 @@ def run_theirs(folder: Path, network: Network, inputs: Arrays, dtype: Dtype) -> 
     return layers + [Layer(OUTPUT + k, 0, (v.float().numpy(),)) for k, v in outputs.items()]
 
 
+def _flux(devices: Mesh | None, module: Any, variables: Any, inputs: Any, capture: Any) -> Any:
+    text = Conditioning(inputs["encoder_hidden_states"], None, inputs["pooled_projections"])
+    extras = Extras(inputs["img_ids"], inputs.get("guidance"))
+    apply = partial(apply_on, devices)
+    state, times = inputs["hidden_states"], inputs["timestep"]
+    return FLUX.forward(module, variables, state, times, text, extras, apply=apply, **capture)
+
+
+def _plain(devices: Mesh | None, module: Any, variables: Any, inputs: Any, capture: Any) -> Any:
+    method = network_of(module.config).method
+    return apply_on(devices, module, variables, **inputs, method=method, **capture)
+
+
+# (devices, module, variables, inputs, what to capture) -> (what it returns, what was captured).
+OURS: dict[type, Callable[..., tuple[Any, Any]]] = {FluxConfig: _flux}
+
+
 def run_ours(
     folder: Path, network: Network, inputs: Arrays, dtype: Dtype, mesh: str | None = None
 ) -> dict[str, list[Outputs]]:
     """Every captured layer and the outputs of our network by common name, as float32 arrays.
 
-    On a mesh weights are split as the table of rules has it, the batch of two where it divides, and
+    On a mesh weights are split by the roles of their layers, the batch of two where it divides, and
     the transformer's tokens over `sequence`; its layers come back whole and in PyTorch's order.
     """
     loaded = open_component(folder, network, read_config(folder).networks[network])
@@ -120,25 +139,18 @@ def run_ours(
     types: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
     module = description.build(loaded.config, **types)
     arrays = {k: jnp.asarray(v) for k, v in inputs.items()}
+    devices = None if mesh is None else make_mesh(mesh)
     places = None
-    if mesh is not None:
-        devices = make_mesh(mesh)
-        places = param_shardings(abstract_params(loaded.config), devices)
-        if not isinstance(module, Autoencoder):
-            module = on_mesh(module, devices)
-        elif len(arrays["image"]) % batch_parts(devices) == 0:
-            arrays = jax.device_put(arrays, batch_sharding(devices))
+    if devices is not None:
+        places = param_shardings(loaded.config, abstract_params(loaded.config), devices)
     params = loaded.params(stacked=False, dtype=jnp.dtype(dtype), shardings=places)
+
+    call = OURS.get(type(loaded.config), _plain)
 
     @jax.jit
     def run(params: Any, arrays: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], Any]:
-        returned, state = module.apply(
-            {"params": params},
-            **arrays,
-            method=description.method,
-            capture_intermediates=True,
-            mutable=["intermediates"],
-        )
+        capture = {"capture_intermediates": True, "mutable": ["intermediates"]}
+        returned, state = call(devices, module, {"params": params}, arrays, capture)
         return description.outputs(returned), state["intermediates"]
 
     # A GPU would otherwise multiply float32 in TF32.

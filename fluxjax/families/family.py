@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 AnyArray = Array | np.ndarray
+Apply = Callable[..., Any]
+"""`flax.linen.Module.apply`, or what takes its place on a mesh (`parallel.apply.apply_on`)."""
 
 
 class Conditioning(NamedTuple):

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fluxjax.config import PipelineConfig
-from fluxjax.families.family import Conditioning, Extras, Family, Tokens
+from fluxjax.families.family import Apply, Conditioning, Extras, Family, Tokens
 from fluxjax.models import latents as layout
 from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
 from fluxjax.models.flux import FluxTransformer, Modulations
@@ -71,7 +72,7 @@ def _ends(text: str, count: int = 6) -> str:
     return f"{first!r} ... {last!r} ({len(words)} words)"
 
 
-@partial(jax.jit, static_argnames=("clip", "t5", "mask_padding"))
+@partial(jax.jit, static_argnames=("clip", "t5", "mask_padding", "apply"))
 def encode_prompts(
     clip: CLIPTextModel,
     t5: T5Encoder,
@@ -80,16 +81,17 @@ def encode_prompts(
     ids: PromptIds,
     *,
     mask_padding: bool = False,
+    apply: Apply = nn.Module.apply,
 ) -> Conditioning:
     """T5's states and CLIP's pooled state.
 
     FLUX was trained with T5 reading its padding, and so reads it here. With `mask_padding` T5 does
     not attend to padding and its states there are zero, which some fine-tunes are trained with.
     """
-    output = clip.apply({"params": clip_params}, ids.clip)
+    output = apply(clip, {"params": clip_params}, ids.clip)
     assert isinstance(output, CLIPTextOutput)
     mask = ids.t5_mask if mask_padding else None
-    states = jnp.asarray(t5.apply({"params": t5_params}, ids.t5, mask))
+    states = jnp.asarray(apply(t5, {"params": t5_params}, ids.t5, mask))
     if mask_padding:
         states = states * ids.t5_mask[:, :, None].astype(states.dtype)
     return Conditioning(states, None, output.pooler_output)
@@ -144,6 +146,8 @@ def forward(
     t: Float[Array, " b"],
     conditioning: Conditioning,
     extras: Extras,
+    *,
+    apply: Apply = nn.Module.apply,
     **capture: Any,
 ) -> Any:
     """The velocity (noise - data) of packed latents at the noise levels `t`, 1 = pure noise.
@@ -151,7 +155,8 @@ def forward(
     `variables` is what `Module.apply` takes (see `fluxjax.models.lora.variables`). With `capture`,
     flax's `mutable` and `capture_intermediates`, the result is (velocity, state).
     """
-    returned: Any = module.apply(
+    returned: Any = apply(
+        module,
         variables,
         _seen(x, extras),
         conditioning.sequence,
@@ -172,6 +177,8 @@ def hoist(
     times: Float[Array, "steps"],
     conditioning: Conditioning,
     extras: Extras,
+    *,
+    apply: Apply = nn.Module.apply,
 ) -> tuple[Modulations, Callable[[Array, Modulations], Array]]:
     """`forward` for the steps of a run: one entry per step, and what each step does with its own.
 
@@ -180,7 +187,7 @@ def hoist(
     """
 
     def method(name: str, *args: Any) -> Any:
-        return module.apply(variables, *args, method=name)
+        return apply(module, variables, *args, method=name)
 
     length = conditioning.sequence.shape[1]
     rope = method("rope", layout.text_ids(length), _positions(extras))

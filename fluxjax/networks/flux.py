@@ -233,11 +233,11 @@ _ROLES: dict[str, Role] = {
     "x_embedder": "whole",
     "context_embedder": "whole",
     "proj_out": "whole",
-    # Modulations and the embedders of timestep, guidance and text.
-    "norm/linear": "columns",
-    "norm1/linear": "columns",
-    "norm1_context/linear": "columns",
-    "norm_out/linear": "columns",
+    "norm/linear": "modulation",
+    "norm1/linear": "modulation",
+    "norm1_context/linear": "modulation",
+    "norm_out/linear": "modulation",
+    # The embedders of timestep, guidance and text.
     "timestep_embedder/linear_1": "columns",
     "timestep_embedder/linear_2": "rows",
     "guidance_embedder/linear_1": "columns",

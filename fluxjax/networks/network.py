@@ -18,9 +18,10 @@ from fluxjax.networks.tables import Table
 
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = dict[str, np.ndarray]
-Role = Literal["columns", "rows", "whole", "convolution", "copied"]
-"""How a layer shares out its parameters: by outputs or inputs over `tensor` (and the inputs over
-`fsdp`), over `fsdp` alone, a convolution over `fsdp` alone, or the same on every device."""
+Role = Literal["columns", "modulation", "rows", "whole", "convolution", "copied"]
+"""How a layer shares out its parameters: by outputs (columns) or inputs (rows) over `tensor`, and
+the inputs over `fsdp`; over `fsdp` alone (whole, and a convolution); the same on every device. A
+modulation is split by columns, and what it returns, a vector for all tokens, is not."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class TokenSplit:
     """The method whose arguments are tokens; what else the network does is done whole."""
     arguments: tuple[tuple[str, int] | None, ...]
     """For each argument of `method`, "image", "text" or "joint" (text first) and the axis of its
-    tokens in every leaf; None where there are none. The result has the first argument's tokens."""
+    tokens in every leaf; None where there are none. The result has the image's tokens."""
     whole: Callable[..., tuple]
     """(run, *arguments of the network) -> arguments of `method`; `run(name, *inputs)` is another
     method of the network."""

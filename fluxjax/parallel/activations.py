@@ -1,4 +1,4 @@
-"""Where activations lie: as the table of rules has the kernels that they meet.
+"""Where activations lie: as the kernels that they meet.
 
 Where a kernel is split over `fsdp`, so is the batch it meets, and one of the two must be gathered;
 between `tensor` and `fsdp` the compiler, left to itself, gathers activations in some layers, which
@@ -21,8 +21,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fluxjax.models.attention import spread_kernels
+from fluxjax.networks.network import Network
 from fluxjax.parallel.mesh import BATCH, batch_parts
-from fluxjax.parallel.rules import matching_rules
+from fluxjax.parallel.rules import SPECS, role_of
 
 
 def pin(x: jax.Array, mesh: Mesh, features: Any = None) -> jax.Array:
@@ -39,10 +40,10 @@ def pin(x: jax.Array, mesh: Mesh, features: Any = None) -> jax.Array:
 
 
 @contextmanager
-def activations_on(mesh: Mesh) -> Iterator[None]:
-    """While networks are traced inside, dense layers' inputs and outputs and attention's q, k and v
-    are told how they lie."""
-    with pinned_layers(mesh), attention_on(mesh):
+def activations_on(mesh: Mesh, network: Network) -> Iterator[None]:
+    """While a `network` is traced inside, dense layers' inputs and outputs and attention's q, k and
+    v are told how they lie."""
+    with pinned_layers(mesh, network), attention_on(mesh):
         yield
 
 
@@ -92,20 +93,19 @@ def attend_in_parts(
     return spread(q, k, v, key_lengths)
 
 
-def pinned_layers(mesh: Mesh) -> AbstractContextManager:
-    """While networks are traced inside, every dense layer's inputs and outputs are pinned."""
+def pinned_layers(mesh: Mesh, network: Network) -> AbstractContextManager:
+    """While a `network` is traced inside, every dense layer's inputs and outputs are pinned."""
+
+    def over_tensor(axes: Any) -> str | None:
+        return "tensor" if axes == "tensor" or "tensor" in (axes or ()) else None
 
     def intercept(call, args, kwargs, context):
         module = context.module
         if not isinstance(module, nn.Dense) or context.method_name != "__call__":
             return call(*args, **kwargs)
-        rules = matching_rules("/".join((*module.path, "kernel")))
-        inputs, outputs = (
-            "tensor" if axes == "tensor" or "tensor" in (axes or ()) else None
-            for axes in (rules[0][1] if rules else (None, None))
-        )
-        if module.name == "linear":  # modulation: a vector per picture, which all tokens take
-            outputs = None
+        role = role_of(network, module.path)
+        inputs, outputs = map(over_tensor, SPECS[role]["kernel"] if role else (None, None))
+        outputs = None if role == "modulation" else outputs
         return pin(call(pin(args[0], mesh, inputs), *args[1:], **kwargs), mesh, outputs)
 
     return nn.intercept_methods(intercept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +18,9 @@ from fluxjax.models.attention import auto_attention
 from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import LoraConfig, init_lora, split_scales
+from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.compiled_program import Structure, measure
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
-from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import bytes_per_device, param_shardings, state_shardings
 from fluxjax.plan.attention import flash_like
 from fluxjax.plan.options import Options, device_count, mesh_shape, tokens
@@ -91,8 +92,9 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     weights: dict[str, int] = {}
     for name, network in config.networks.items():
         template = abstract_params(network, stacked=True)
-        weights[name] = _size(_placed(template, param_shardings(template, mesh), dtype))
-    executables = Executables(FLUX, config, dtype, True, mesh=mesh if mesh.size > 1 else None)
+        weights[name] = _size(_placed(template, param_shardings(network, template, mesh), dtype))
+    devices = mesh if mesh.size > 1 else None
+    executables = Executables(FLUX, config, dtype, True, mesh=devices, sequence=options.sequence)
     n, needed = options.batch, defaults(config)
     listed = programs(
         FLUX, config, needed, dtype=dtype, steps=config.steps, pictures=n, prompts=n,
@@ -121,25 +123,24 @@ def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         config.transformer, dtype=dtype, param_dtype=dtype if lora else jnp.float32,
         scan_layers=True, remat=options.remat,
     )  # fmt: skip
-    if mesh.size > 1:
-        model = shard_transformer(model, mesh, options.sequence)
     base = abstract_params(config.transformer, stacked=True)
-    shardings = param_shardings(base, mesh)
+    shardings = param_shardings(config.transformer, base, mesh)
     frozen: dict[str, Any] = {}
     trained = _placed(base, shardings)
     if lora:
         made = jax.eval_shape(
             lambda: split_scales(init_lora(jax.random.key(0), base, LoraConfig(rank=options.rank)))
         )
-        trained, scales = _placed(made, state_shardings(made, mesh))
+        trained, scales = _placed(made, state_shardings(config.transformer, made, mesh))
         frozen = {"params": _placed(base, shardings, dtype), "scales": scales}
     settings = OptimizerSettings(name=options.optimizer)
     optimizer = make_optimizer(settings, learning_rates(settings, 1000, 1e-4))
     state = jax.eval_shape(lambda p: init_state(p, optimizer, ema=options.ema), trained)
-    where = state_shardings(state, mesh)
+    where = state_shardings(config.transformer, state, mesh)
     state = _placed(state, where)
+    apply = partial(apply_on, mesh if mesh.size > 1 else None, sequence=options.sequence)
     step = make_step(
-        finetune_loss(FLUX, model, Objective()), optimizer, seed=0, ema_decay=0.999,
+        finetune_loss(FLUX, model, Objective(), apply), optimizer, seed=0, ema_decay=0.999,
         accumulate=options.accumulate, out_shardings=(where, replicated(mesh)), donate=True,
     )  # fmt: skip
     image, text = tokens(config), config.max_sequence_length

@@ -23,6 +23,7 @@ from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import adapt
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.parallel.activations import attention_on
+from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, place, replicated
 from fluxjax.parallel.rules import state_shardings
 from fluxjax.parallel.sequence import SequenceAttention
@@ -37,7 +38,7 @@ class Executables:
     """Of a model's programs those of the KEPT shapes of each that were asked for last; two are
     compiled at a time.
 
-    On a mesh the transformer and the text encoders are split as the table of rules has it, and the
+    On a mesh the transformer and the text encoders are split by the roles of their layers, and the
     autoencoder's pictures over all devices.
     """
 
@@ -94,11 +95,7 @@ class Executables:
         else:
             flux = FluxTransformer(config.transformer, **stacked, timestep_rounding=rounding)
             modules = (flux,)
-        if self.mesh is None:
-            return modules
-        from fluxjax.parallel.networks import on_mesh
-
-        return tuple(on_mesh(module, self.mesh, self.sequence) for module in modules)
+        return modules
 
     def compile(self, program: Program) -> Any:
         """Now and in this thread; `get` keeps what it makes, this does not."""
@@ -106,7 +103,7 @@ class Executables:
         params = [self._shapes(component) for component in COMPONENTS[program.name]]
         function, inputs = program.function, program.inputs
         if self.mesh is not None:
-            function, inputs = _split(program, len(modules), self.mesh)
+            function, inputs = _split(program, len(modules), self.mesh, self.sequence)
         # float32 means float32 on accelerators too, where JAX would multiply in less.
         precision: Any = "highest" if self.dtype == jnp.float32 else None
         with jax.default_matmul_precision(precision):
@@ -116,7 +113,8 @@ class Executables:
 
     def _shapes(self, component: str) -> Params:
         stacked = self.scan_layers and component != "vae"
-        template = abstract_params(getattr(self.config, component), stacked=stacked)
+        config = getattr(self.config, component)
+        template = abstract_params(config, stacked=stacked)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), template)
         spec: Any = jax.ShapeDtypeStruct
         if component == "transformer" and self.lora is not None:
@@ -127,7 +125,7 @@ class Executables:
         return jax.tree.map(
             lambda leaf, place: spec(leaf.shape, leaf.dtype, sharding=place),
             shapes,
-            state_shardings(shapes, self.mesh),
+            state_shardings(config, shapes, self.mesh),
         )
 
 
@@ -138,7 +136,9 @@ def _placed(compiled: Any, specs: tuple, *arguments: Any) -> Any:
     return compiled(*arguments[:count], *place(arguments[count:], places))
 
 
-def _split(program: Program, static: int, mesh: Mesh) -> tuple[Any, tuple]:
+def _split(
+    program: Program, static: int, mesh: Mesh, sequence: SequenceAttention
+) -> tuple[Any, tuple]:
     """The function, jitted for `mesh`, and its inputs with shardings: batches split, the rest
     whole."""
     whole, of_pictures = replicated(mesh), program.name in OF_PICTURES
@@ -155,13 +155,15 @@ def _split(program: Program, static: int, mesh: Mesh) -> tuple[Any, tuple]:
         tables = placed((drawn.schedule, drawn.passes), whole)
         inputs = state, Drawn(*tables, *drawn[2:])
     # Unwrapped: a trace made for one mesh must serve no other.
-    body = whole_batch = program.function.__wrapped__
+    function = program.function.__wrapped__
     if of_pictures:
 
         def body(model, params, inputs):
             # Gathered once: the pictures are large, the network is small.
             params = jax.lax.with_sharding_constraint(params, whole)
             with attention_on(mesh, AXES, None):
-                return whole_batch(model, params, inputs)
+                return function(model, params, inputs)
+    else:
+        body = partial(function, apply=partial(apply_on, mesh, sequence=sequence))
 
     return jax.jit(body, static_argnums=tuple(range(static)), out_shardings=batch), inputs

@@ -173,7 +173,8 @@ def _load(
     lora_places = jax.tree.map(lambda _: places, lora)
     if mesh is not None:
         template = abstract_params(network.config, stacked=stacked)
-        places, lora_places = param_shardings(template, mesh), state_shardings(lora, mesh)
+        places = param_shardings(network.config, template, mesh)
+        lora_places = state_shardings(network.config, lora, mesh)
     params = network.params(stacked=stacked, dtype=dtype, shardings=places)
     return adapt(params, place(lora, lora_places) if component == "transformer" else None)
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
 from fluxjax.config import PipelineConfig
-from fluxjax.families.family import AnyArray, Conditioning, Extras, Family, Tokens
+from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.lora import variables
 from fluxjax.sample import denoise as sampler
@@ -44,9 +45,14 @@ class Drawn(NamedTuple):
     """Latents of a picture to edit, perhaps of another size."""
 
 
-@partial(jax.jit, static_argnames=("family", "module"))
+@partial(jax.jit, static_argnames=("family", "module", "apply"))
 def denoise_pictures(
-    family: Family, module: Any, params: Params, state: sampler.State, drawn: Drawn
+    family: Family,
+    module: Any,
+    params: Params,
+    state: sampler.State,
+    drawn: Drawn,
+    apply: Apply = nn.Module.apply,
 ) -> sampler.State:
     """Runs the schedule on a state of unpacked latents (n, c, h, w).
 
@@ -62,7 +68,12 @@ def denoise_pictures(
     # One pass over a batch of twice the size, not two passes over the weights.
     extras = Extras(first.positions, jnp.tile(drawn.guidance, many), reference)
     each, step = family.hoist(
-        module, variables(params), drawn.schedule.times, stack(*drawn.conditionings), extras
+        module,
+        variables(params),
+        drawn.schedule.times,
+        stack(*drawn.conditionings),
+        extras,
+        apply=apply,
     )
     packed = (first.values, *(family.pack(latents).values for latents in state[1:]))
     packed = sampler.denoise(step, each, packed, drawn.schedule, drawn.passes)

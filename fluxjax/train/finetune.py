@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,15 +15,16 @@ from jax.sharding import Mesh
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import ConfigError, FluxConfig, PipelineConfig
 from fluxjax.families import FLUX, Conditioning
+from fluxjax.families.family import Apply
 from fluxjax.file_hash import hash_files
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import latent_size
 from fluxjax.models.lora import init_lora, join_scales, split_scales
 from fluxjax.models.stacking import scan_by_default
+from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
-from fluxjax.parallel.networks import shard_transformer
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.reference import read_reference
@@ -75,12 +77,15 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     model, frozen, trained = _networks(recipe, config, mesh)
     rates = learning_rates(recipe.optimizer, recipe.steps, 1e-4 if "params" in frozen else 1e-5)
     optimizer = make_optimizer(recipe.optimizer, rates)
-    state = _initial_state(trained, optimizer, mesh, ema=recipe.decay > 0)
+    state = _initial_state(config.transformer, trained, optimizer, mesh, ema=recipe.decay > 0)
     step = make_step(
-        finetune_loss(FLUX, model, recipe.objective), optimizer, seed=recipe.seed,
-        ema_decay=recipe.decay, accumulate=recipe.accumulate,
+        finetune_loss(FLUX, model, recipe.objective, _apply(recipe, mesh)),
+        optimizer,
+        seed=recipe.seed,
+        ema_decay=recipe.decay,
+        accumulate=recipe.accumulate,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
-    )  # fmt: skip
+    )
     empty = jax.tree.map(lambda x: replicate(x, mesh), data.captions([""]))
     validation = None
     if recipe.validation.every:
@@ -142,6 +147,10 @@ def share_of_process(mesh: Mesh, batch: int) -> tuple[int, int]:
     return first // (last - first), batch // (last - first)
 
 
+def _apply(recipe: FinetuneRecipe, mesh: Mesh) -> Apply:
+    return partial(apply_on, mesh if mesh.size > 1 else None, sequence=recipe.sequence)
+
+
 def _networks(
     recipe: FinetuneRecipe, config: PipelineConfig, mesh: Mesh
 ) -> tuple[FluxTransformer, dict[str, Tree], Tree]:
@@ -153,12 +162,10 @@ def _networks(
         config.transformer, dtype=dtype, param_dtype=stored, scan_layers=stacked,
         remat=recipe.remat, attention=recipe.attention,
     )  # fmt: skip
-    if mesh.size > 1:
-        model = shard_transformer(model, mesh, recipe.sequence)
     abstract = abstract_params(config.transformer, stacked=stacked)
     params = load_params(
         recipe.model_folder, "transformer", config.transformer, stacked=stacked, dtype=stored,
-        shardings=param_shardings(abstract, mesh),
+        shardings=param_shardings(config.transformer, abstract, mesh),
     )  # fmt: skip
     if not lora:
         return model, {}, params
@@ -167,18 +174,23 @@ def _networks(
     def start() -> tuple[Tree, Tree]:
         return split_scales(init_lora(key, abstract, recipe.lora))
 
-    where = state_shardings(jax.eval_shape(start), mesh)
+    where = state_shardings(config.transformer, jax.eval_shape(start), mesh)
     trained, scales = jax.jit(start, out_shardings=where)()
     return model, {"params": params, "scales": scales}, trained
 
 
 def _initial_state(
-    trained: Tree, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool
+    config: FluxConfig,
+    trained: Tree,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool,
 ) -> TrainState:
     def start(params: Tree) -> TrainState:
         return init_state(params, optimizer, ema=ema)
 
-    where = state_shardings(jax.eval_shape(start, trained), mesh)
+    where = state_shardings(config, jax.eval_shape(start, trained), mesh)
     return jax.jit(start, out_shardings=where, donate_argnums=0)(trained)
 
 
@@ -220,7 +232,7 @@ def _validation(
         part = getattr(config, component)
         return load_params(
             recipe.model_folder, component, part, stacked=False, dtype=model.dtype,
-            shardings=param_shardings(abstract_params(part), mesh),
+            shardings=param_shardings(part, abstract_params(part), mesh),
         )  # fmt: skip
 
     def no_tokenizers() -> NoReturn:
@@ -233,7 +245,7 @@ def _validation(
     return Validation(
         pipeline, model, recipe.validation, recipe.objective, mesh,
         batches=[place_rows(batch, mesh, config) for batch in held], states=states,
-        references=references, seed=recipe.seed,
+        references=references, seed=recipe.seed, apply=_apply(recipe, mesh),
     )  # fmt: skip
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fluxjax.families.family import Conditioning, Extras, Family, Tokens
+from fluxjax.families.family import Apply, Conditioning, Extras, Family, Tokens
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import adapt, join_scales, variables
 from fluxjax.train.objectives import (
@@ -49,6 +50,7 @@ def predict(
     t: Float[Array, "b"],
     ids: Float[Array, "image 3"],
     guidance: float,
+    apply: Apply,
 ) -> Float[Array, "b image c"]:
     """The family's forward, for a batch. A reference is as large as its picture, and stands where
     that does but for the first axis."""
@@ -56,7 +58,7 @@ def predict(
     if rows.reference is not None:
         tokens = Tokens(rows.reference, jnp.asarray(ids).at[:, 0].set(1.0))
     extras = Extras(ids, jnp.full(t.shape, guidance), tokens)
-    return family.forward(model, variables, x, t, rows.conditioning, extras)
+    return family.forward(model, variables, x, t, rows.conditioning, extras, apply=apply)
 
 
 def error_weights(
@@ -72,7 +74,7 @@ def error_weights(
     return weights * jnp.tile(counted, rows.latents.shape[-1] // counted.shape[-1])
 
 
-@partial(jax.jit, static_argnames=("family", "model", "objective"))
+@partial(jax.jit, static_argnames=("family", "model", "objective", "apply"))
 def fixed_loss(
     family: Family,
     model: FluxTransformer,
@@ -83,6 +85,7 @@ def fixed_loss(
     seed: Int[Array, ""],
     ids: Float[Array, "image 3"],
     mu: Float[Array, ""],
+    apply: Apply = nn.Module.apply,
 ) -> Float[Array, ""]:
     """The training loss at given quantiles of the timestep density, with noise by sample."""
     key = jax.random.fold_in(jax.random.key(seed), _VALIDATION)
@@ -90,7 +93,7 @@ def fixed_loss(
     drawn = jax.vmap(lambda k: jax.random.normal(k, rows.latents.shape[1:]))(keys)
     t = density_times(objective, quantiles, mu)
     x = family.noised(rows.latents, drawn, t)
-    predicted = predict(family, model, variables, x, rows, t, ids, objective.guidance)
+    predicted = predict(family, model, variables, x, rows, t, ids, objective.guidance, apply)
     return velocity_loss(
         predicted, family.target(rows.latents, drawn), error_weights(objective, rows, t)
     )
@@ -104,7 +107,12 @@ def assemble(model: FluxTransformer, trained: Tree, frozen: dict[str, Tree]) -> 
     return jax.tree.map(lambda leaf: leaf.astype(model.dtype), trained)
 
 
-def finetune_loss(family: Family, model: FluxTransformer, objective: Objective):
+def finetune_loss(
+    family: Family,
+    model: FluxTransformer,
+    objective: Objective,
+    apply: Apply = nn.Module.apply,
+):
     """`loss(trained, key, rows, frozen, empty, ids, mu)`: a scalar, and a mean over rows.
 
     A row's timestep, noise and dropped caption depend on the key and its `index` alone, so that
@@ -131,7 +139,7 @@ def finetune_loss(family: Family, model: FluxTransformer, objective: Objective):
         t = density_times(objective, quantiles, mu)
         x = family.noised(rows.latents, noise, t)
         leaves = variables(assemble(model, trained, frozen))
-        predicted = predict(family, model, leaves, x, rows, t, ids, objective.guidance)
+        predicted = predict(family, model, leaves, x, rows, t, ids, objective.guidance, apply)
         return velocity_loss(
             predicted, family.target(rows.latents, noise), error_weights(objective, rows, t)
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.config import ConfigError
-from fluxjax.families.family import Conditioning
+from fluxjax.families.family import Apply, Conditioning
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.parallel.mesh import batch_sharding
 from fluxjax.picture_sheet import picture_sheet
@@ -78,6 +79,7 @@ class Validation:
         states: Conditioning | None,
         references: Float[np.ndarray, "prompts c rows columns"] | None,
         seed: int,
+        apply: Apply = nn.Module.apply,
     ) -> None:
         """`pipeline` draws; `batches` are (rows, image ids, mu); `states` and `references` those of
         the prompts."""
@@ -85,6 +87,7 @@ class Validation:
             pipeline, model, settings, objective,
         )  # fmt: skip
         self.mesh, self.batches, self.seed = mesh, batches, jnp.int32(seed)
+        self._apply = apply
         self._states, self._references = states, references
 
     def loss(self, variables: Tree) -> float:
@@ -101,7 +104,7 @@ class Validation:
             placed = self._place(quantiles)
             value = fixed_loss(
                 self.pipeline.family, self.model, self.objective, variables, rows, placed,
-                self.seed, ids, mu,
+                self.seed, ids, mu, self._apply,
             )  # fmt: skip
             values.append(value)
         return float(np.mean(jax.device_get(values)))

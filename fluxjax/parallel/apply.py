@@ -1,0 +1,139 @@
+"""Networks on a mesh: the same modules, parameters and methods, applied across devices."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from fluxjax.networks import network_of
+from fluxjax.networks.network import TokenSplit
+from fluxjax.parallel.activations import activations_on, attend_in_parts, pin
+from fluxjax.parallel.mesh import BATCH
+from fluxjax.parallel.sequence import AXIS, Layout, SequenceAttention, attention_over
+
+
+def apply_on(
+    mesh: Mesh | None,
+    module: Any,
+    variables: Any,
+    *args: Any,
+    sequence: SequenceAttention = "auto",
+    method: Any = None,
+    mutable: Any = False,
+    capture_intermediates: Any = False,
+    **options: Any,
+) -> Any:
+    """`module.apply(variables, *args, ...)` of any network on `mesh`, for use inside a compiled
+    program; without a mesh just that.
+
+    Parameters are placed by `rules.param_shardings`. `sequence`: how attention works where the mesh
+    splits the tokens, see `parallel.sequence`. Captured intermediates are whole and in the order of
+    tokens on every mesh.
+    """
+    kept = {"mutable": mutable, "capture_intermediates": capture_intermediates}
+    if mesh is None:
+        return module.apply(variables, *args, method=method, **kept, **options)
+    network = network_of(module.config)
+    split, called = network.token_split, method in (None, "__call__")
+    if split is None or mesh.shape[AXIS] == 1 or not (called or method == split.method):
+        with activations_on(mesh, network):
+            return module.apply(variables, *args, method=method, **kept, **options)
+    if not called:
+        return _split(mesh, module, split, sequence, kept, variables, *args, **options)
+    states: dict[Any, Any] = {}
+
+    def run(name: str, *inputs: Any) -> Any:
+        returned = apply_on(
+            mesh, module, variables, *inputs, sequence=sequence, method=name, **kept
+        )
+        if mutable is False:
+            return returned
+        states.update(flatten_dict(returned[1]))
+        return returned[0]
+
+    out = run(split.method, *split.whole(run, *args, **options))
+    return out if mutable is False else (out, unflatten_dict(states))
+
+
+def _split(
+    mesh: Mesh,
+    module: nn.Module,
+    split: TokenSplit,
+    sequence: SequenceAttention,
+    kept: dict[str, Any],
+    variables: Any,
+    *args: Any,
+) -> Any:
+    """`split.method` of `module` with text and image tokens split over `sequence`.
+
+    `kept`: flax's `mutable` and `capture_intermediates`; with `mutable` the result is (out, state).
+    """
+    config: Any = module.config  # pyright: ignore[reportAttributeAccessIssue]
+    kind: Any = module.attention  # pyright: ignore[reportAttributeAccessIssue]
+    arguments = list(zip(split.arguments, args, strict=True))
+    lengths = {
+        where[0]: jax.tree.leaves(value)[0].shape[where[1]]
+        for where, value in arguments
+        if where is not None
+    }
+    heads, layout = split.heads(config), Layout(lengths["text"], lengths["image"], mesh.shape[AXIS])
+    attention = attention_over(layout, heads, sequence, kind)
+    # The partitioner gathers batch and heads around a collective that it did not make itself.
+    over = "tensor" if heads % (mesh.shape["tensor"] * layout.devices) == 0 else None
+    inner = module.clone(attention=partial(attend_in_parts, mesh, BATCH, over, attention))
+
+    def part(variables: Any, *pieces: tuple[Any, ...]) -> Any:
+        whole = (
+            jax.tree.map(lambda *x, axis=where[1]: jnp.concatenate(x, axis), *piece)
+            if where and len(piece) > 1
+            else piece[0]
+            for where, piece in zip(split.arguments, pieces, strict=True)
+        )
+        with activations_on(mesh, network_of(config)):
+            return inner.apply(variables, *whole, method=split.method, **kept)
+
+    out: Any = jax.shard_map(
+        part,
+        mesh=mesh,
+        axis_names={AXIS},
+        in_specs=(
+            P(),
+            *(P(*(None,) * where[1], AXIS) if where else P() for where in split.arguments),
+        ),
+        out_specs=P(None, AXIS),
+        check_vma=False,  # as inside, where attention kernels are spread
+    )(variables, *(_pieces(layout, mesh, *argument) for argument in arguments))
+    if kept["mutable"] is False:
+        return layout.in_order(out, lengths["image"])
+    apply = partial(module.apply, method=split.method, **kept)
+    whole = jax.eval_shape(apply, variables, *args)
+    return jax.tree.map(lambda x, like: layout.in_order(x, like.shape[1]), out, whole)
+
+
+def _pieces(layout: Layout, mesh: Mesh, where: tuple[str, int] | None, value: Any) -> tuple:
+    """What is split of an argument: its tokens, or, where they are joint, text and image."""
+    if where is None:
+        return (value,)
+    kind, axis = where
+
+    def cut(start: int, stop: int | None) -> Any:
+        def one(x: Array) -> Array:
+            x = jax.lax.slice_in_dim(x, start, stop, axis=axis)
+            missing = -x.shape[axis] % layout.devices
+            if missing:
+                x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+            return pin(x, mesh) if axis else x
+
+        return jax.tree.map(one, value)
+
+    if kind == "joint":
+        return cut(0, layout.text), cut(layout.text, None)
+    return (cut(0, None),)
