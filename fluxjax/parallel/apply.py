@@ -91,12 +91,7 @@ def _split(
     inner = module.clone(attention=partial(attend_in_parts, mesh, BATCH, over, attention))
 
     def part(variables: Any, *pieces: tuple[Any, ...]) -> Any:
-        whole = (
-            jax.tree.map(lambda *x, axis=where[1]: jnp.concatenate(x, axis), *piece)
-            if where and len(piece) > 1
-            else piece[0]
-            for where, piece in zip(split.arguments, pieces, strict=True)
-        )
+        whole = map(_joined, split.arguments, pieces)
         with activations_on(mesh, network_of(config)):
             return inner.apply(variables, *whole, method=split.method, **kept)
 
@@ -118,7 +113,16 @@ def _split(
     return jax.tree.map(lambda x, like: layout.in_order(x, like.shape[1]), out, whole)
 
 
-def _pieces(layout: Layout, mesh: Mesh, where: tuple[str, int] | None, value: Any) -> tuple:
+def _joined(where: tuple[str, int] | None, pieces: tuple[Any, ...]) -> Any:
+    """On one device, the argument that `_pieces` took apart."""
+    if where is None or len(pieces) == 1:
+        return pieces[0]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, where[1]), *pieces)
+
+
+def _pieces(
+    layout: Layout, mesh: Mesh, where: tuple[str, int] | None, value: Any
+) -> tuple[Any, ...]:
     """What is split of an argument: its tokens, or, where they are joint, text and image."""
     if where is None:
         return (value,)
