@@ -56,7 +56,11 @@ def denoise(
             x = (row.scales * x.astype(jnp.float32)).astype(x.dtype)
         many = weights.shape[0] + 1
         predicted = step(jnp.concatenate([x] * many) if many > 1 else x, one)
-        change = row.gains * combined(predicted.astype(jnp.float32), weights)
+        predicted = combined(predicted.astype(jnp.float32), weights)
+        if row.log_variances is not None:
+            predicted, variance = _halves(predicted, x.shape)
+            drawn = None if drawn is None else drawn * _deviation(row.log_variances, variance)
+        change = row.gains * predicted
         if x.dtype != jnp.float32:
             change = round_to(change, x.dtype)
         state = _product(row, state, change, drawn)
@@ -88,17 +92,45 @@ def combined(
 
 
 def _product(row: Schedule, state: State, change: Array, noise: Array | None) -> State:
-    """matrices @ [Z; m; noise]; row by row, so that no state is copied into one array."""
+    """matrices @ [Z; m; p; noise]; row by row, so that no state is copied into one array."""
     if row.matrices is None:
         (x,) = state
         return ((x.astype(jnp.float32) + change).astype(x.dtype),)
-    columns = [*state, change, *([] if noise is None else [noise])]
+    columns = [*state, change]
+    if row.clips is not None:
+        columns.append(_clamped(row, state[0], change))
+    columns += [] if noise is None else [noise]
 
     def sum_of(weights: Array, like: AnyArray) -> Array:
         terms = [weights[j] * x.astype(jnp.float32) for j, x in enumerate(columns)]
         return sum(terms[1:], terms[0]).astype(like.dtype)
 
     return tuple(sum_of(row.matrices[i], x) for i, x in enumerate(state))
+
+
+def _clamped(row: Schedule, x: AnyArray, change: Array) -> Array:
+    """The predicted picture, within its limits."""
+    of_x, of_change, limit = row.clips  # pyright: ignore[reportGeneralTypeIssues]
+    picture = of_x * x.astype(jnp.float32) + of_change * change
+    if row.thresholds is None:
+        return jnp.clip(picture, -limit, limit)
+    ratio, largest = row.thresholds
+    each = jnp.abs(picture).reshape(len(picture), -1)
+    bound = jnp.clip(jnp.quantile(each, ratio, axis=1), 1.0, largest)
+    bound = bound.reshape((-1,) + (1,) * (picture.ndim - 1))
+    return jnp.clip(picture, -bound, bound) / bound
+
+
+def _halves(predicted: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """The prediction and its variance, along the axis that is twice as long as the state's."""
+    axis = next(i for i, size in enumerate(shape) if predicted.shape[i] == 2 * size)
+    mean, variance = jnp.split(predicted, 2, axis)
+    return mean, variance
+
+
+def _deviation(log_variances: AnyArray, variance: Array) -> Array:
+    share = (variance + 1.0) / 2.0
+    return jnp.exp(0.5 * (share * log_variances[1] + (1.0 - share) * log_variances[0]))
 
 
 def _keep(weights: AnyArray | None, x: AnyArray, kept: Kept) -> Array:

@@ -12,8 +12,11 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.config import ConfigError, SchedulerConfig
+from fluxjax.config.sampler import SamplerConfig
 from fluxjax.config.scheduler import MAX_STEPS
 from fluxjax.schedules.schedule import Schedule
+from fluxjax.schedules.sigma_levels import flow_levels
+from fluxjax.schedules.step_table import NOISE, OUTPUT, SAMPLE, Run, StepTable, X
 
 
 def sigmas(
@@ -70,3 +73,25 @@ def flow_euler(levels: Float[np.ndarray, "levels"]) -> Schedule:
     """The Euler steps along `levels`: x + (next - level) v. Steps of length zero are skipped."""
     gains = np.diff(levels)
     return Schedule(levels[:-1], gains, gains != 0)
+
+
+def sampled_flow(
+    config: SamplerConfig,
+    steps: int,
+    first: int = 0,
+    *,
+    mu: float | None = None,
+    own: Sequence[float] | None = None,
+) -> Run:
+    """The same steps in the program that all samplers share, and with stochastic sampling, which
+    predicts the picture and noises it anew. `mu`, `own`: see `flow_levels`."""
+    levels, times = flow_levels(config, steps, mu, own)
+    table = StepTable(config)
+    for i in range(first, len(times)):
+        s, after = levels[i], levels[i + 1]
+        x, gain = X + (after - s) * OUTPUT, after - s
+        if config.stochastic_sampling:
+            x, gain = (1 - after) * (X - s * OUTPUT) + after * NOISE, s
+        draws = bool(config.stochastic_sampling)
+        table.add(times[i], {SAMPLE: x}, (1 - s, s), gain=gain, draws=draws)
+    return table.run()

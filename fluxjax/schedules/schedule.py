@@ -20,11 +20,12 @@ class Schedule(NamedTuple):
     """The steps of a run. The state is n latents Z, of which Z[0] is the picture so far:
 
         m = gains * network(scales * Z[0], times), rounded to the state's dtype
-        Z = matrices @ [Z; m; noise], in float32, rounded to the state's dtype
+        p = clips @ [Z[0]; m], clamped
+        Z = matrices @ [Z; m; p; noise], in float32, rounded to the state's dtype
         Z[0] = Z[0] where the picture is drawn, elsewhere keep @ [picture; noise]
 
     The rounding of m is diffusers': a step size times a bfloat16 output is bfloat16, and only the
-    sum is float32. A column that is None is not computed.
+    sum is float32. A column that is None is not computed, and p not without `clips`.
     """
 
     times: Float[np.ndarray, "steps"]
@@ -34,10 +35,18 @@ class Schedule(NamedTuple):
     """Steps that are not are skipped: those of padding, and those of other parts of the run."""
     scales: Float[np.ndarray, "steps"] | None = None
     """None: 1."""
-    matrices: Float[np.ndarray, "steps n n_and_two"] | None = None
+    matrices: Float[np.ndarray, "steps n columns"] | None = None
     """None: n = 1 and Z + m, which is what every Euler step is."""
     keep: Float[np.ndarray, "steps 2"] | None = None
     """None: all of the picture is drawn."""
+    clips: Float[np.ndarray, "steps 3"] | None = None
+    """Of Z[0] and of m in the predicted picture p, and the largest value that p may have."""
+    thresholds: Float[np.ndarray, "steps 2"] | None = None
+    """Dynamic thresholding in place of that largest value: p is clamped to the quantile [0] of its
+    absolute values, which is taken to lie from 1 to [1], and divided by it."""
+    log_variances: Float[np.ndarray, "steps 2"] | None = None
+    """The network predicts, in a second half of its channels, where from -1 to 1 the logarithm of
+    the noise's variance lies between these two; the noise is scaled accordingly."""
 
     @property
     def latents(self) -> int:

@@ -1,0 +1,239 @@
+"""Any sampler's scheduler_config.json, as the classes of diffusers read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fluxjax.config.base import ConfigError, check_types, from_dict, in_range, require
+from fluxjax.config.scheduler import MAX_STEPS
+
+SamplerClass = Literal[
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "LCMScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+Spacing = Literal["leading", "linspace", "trailing"]
+Respacing = Literal["plain", "karras", "exponential", "beta", "lu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """What a file gives; None stands for the default of the class, see `complete`.
+
+    The names are diffusers', so that one class's file can be read as another's, as `from_config`
+    does: what a file leaves out has the default of the class that reads it.
+    """
+
+    sampler: SamplerClass = "DDIMScheduler"
+    num_train_timesteps: int | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
+    trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool | None = None
+    """Whether the last timestep is noise alone."""
+    prediction_type: Prediction | None = None
+    timestep_spacing: Spacing | None = None
+    steps_offset: int | None = None
+    use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
+    use_lu_lambdas: bool | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    final_sigmas_type: Literal["zero", "sigma_min"] | None = None
+    interpolation_type: Literal["linear", "log_linear"] | None = None
+    timestep_type: Literal["discrete", "continuous"] | None = None
+    set_alpha_to_one: bool | None = None
+    """Whether the last step ends free of noise, or at the first timestep's level."""
+    clip_sample: bool | None = None
+    clip_sample_range: float | None = None
+    thresholding: bool | None = None
+    dynamic_thresholding_ratio: float | None = None
+    sample_max_value: float | None = None
+    variance_type: (
+        Literal["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"] | None
+    ) = None
+    skip_prk_steps: bool | None = None
+    """Whether PNDM starts without Runge-Kutta."""
+    solver_order: int | None = None
+    solver_type: Literal["midpoint", "heun", "logrho", "bh1", "bh2"] | None = None
+    algorithm_type: (
+        Literal["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis"] | None
+    ) = None
+    lower_order_final: bool | None = None
+    euler_at_final: bool | None = None
+    lambda_min_clipped: float | None = None
+    predict_x0: bool | None = None
+    disable_corrector: tuple[int, ...] | None = None
+    original_inference_steps: int | None = None
+    timestep_scaling: float | None = None
+    use_flow_sigmas: bool | None = None
+    flow_shift: float | None = None
+    shift: float | None = None
+    use_dynamic_shifting: bool | None = None
+    time_shift_type: Literal["exponential", "linear"] | None = None
+    shift_terminal: float | None = None
+    invert_sigmas: bool | None = None
+    stochastic_sampling: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, lowest, highest in (
+            ("num_train_timesteps", 2, 10**5),
+            ("beta_start", 1e-9, 1.0),
+            ("beta_end", 1e-9, 1.0),
+            ("steps_offset", 0, MAX_STEPS),
+            ("solver_order", 1, 3),
+            ("original_inference_steps", 1, MAX_STEPS),
+            ("sigma_min", 1e-9, 1e9),
+            ("sigma_max", 1e-9, 1e9),
+            ("clip_sample_range", 1e-6, 1e6),
+            ("dynamic_thresholding_ratio", 0, 1),
+            ("sample_max_value", 1, 1e6),
+            ("shift", 1e-6, 1e6),
+            ("flow_shift", 1e-6, 1e6),
+            ("shift_terminal", 0, 0.999),
+        ):
+            if getattr(self, name) is not None:
+                in_range(self, lowest, highest, name)
+        if self.trained_betas is not None:
+            require(
+                2 <= len(self.trained_betas) <= 10**5
+                and all(0 < b < 1 for b in self.trained_betas),
+                "SamplerConfig.trained_betas must be numbers between 0 and 1",
+            )
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it samples a model of flow matching."""
+        return self.sampler.startswith("FlowMatch") or self.prediction_type == "flow_prediction"
+
+    def complete(self) -> SamplerConfig:
+        """With the class's defaults for what is None, and without what the class does not have.
+
+        Raises ConfigError for what the class refuses.
+        """
+        defaults = DEFAULTS[self.sampler]
+        kept = {name: getattr(self, name) for name in defaults}
+        values = {name: defaults[name] if v is None else v for name, v in kept.items()}
+        config = SamplerConfig(sampler=self.sampler, **values)
+        spaced = [
+            name
+            for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+            if getattr(config, name)
+        ]
+        require(len(spaced) < 2, f"only one of {' and '.join(spaced)} can be true")
+        return config
+
+    @property
+    def respacing(self) -> Respacing:
+        """How the noise levels of a completed configuration are spaced."""
+        if self.use_karras_sigmas:
+            return "karras"
+        if self.use_lu_lambdas:
+            return "lu"
+        if self.use_exponential_sigmas:
+            return "exponential"
+        return "beta" if self.use_beta_sigmas else "plain"
+
+
+_TABLE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "steps_offset": 0,
+}
+_ZERO_SNR = {"rescale_betas_zero_snr": False}
+_THRESHOLD = {
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+}
+_CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
+_SIGMAS = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+_LEADING, _LINSPACE = {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace"}
+_FLOW = {
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+}
+_SOLVER = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
+
+DEFAULTS: Mapping[SamplerClass, Mapping[str, Any]] = {
+    "DDPMScheduler": {
+        **_TABLE, **_LEADING, **_CLIP, **_THRESHOLD, **_ZERO_SNR, "variance_type": "fixed_small",
+    },
+    "DDIMScheduler": {
+        **_TABLE, **_LEADING, **_CLIP, **_THRESHOLD, **_ZERO_SNR, "set_alpha_to_one": True,
+    },
+    "PNDMScheduler": {
+        **_TABLE, **_LEADING, "skip_prk_steps": False, "set_alpha_to_one": False,
+    },
+    "EulerDiscreteScheduler": {
+        **_TABLE, **_LINSPACE, **_SIGMAS, **_ZERO_SNR, "interpolation_type": "linear",
+        "sigma_min": None, "sigma_max": None, "timestep_type": "discrete",
+        "final_sigmas_type": "zero",
+    },
+    "EulerAncestralDiscreteScheduler": {**_TABLE, **_LINSPACE, **_ZERO_SNR},
+    "HeunDiscreteScheduler": {
+        **_TABLE, **_LINSPACE, **_SIGMAS, **_CLIP, "clip_sample": False, "beta_start": 0.00085,
+        "beta_end": 0.012,
+    },
+    "DPMSolverMultistepScheduler": {
+        **_TABLE, **_LINSPACE, **_SIGMAS, **_THRESHOLD, **_ZERO_SNR, **_FLOW, **_SOLVER,
+        "use_lu_lambdas": False, "algorithm_type": "dpmsolver++", "solver_type": "midpoint",
+        "euler_at_final": False, "lambda_min_clipped": None, "variance_type": None,
+    },
+    "UniPCMultistepScheduler": {
+        **_TABLE, **_LINSPACE, **_SIGMAS, **_THRESHOLD, **_ZERO_SNR, **_FLOW, **_SOLVER,
+        "predict_x0": True, "solver_type": "bh2", "disable_corrector": (), "sigma_min": None,
+        "sigma_max": None, "shift_terminal": None,
+    },
+    "LCMScheduler": {
+        **_TABLE, **_LEADING, **_CLIP, **_THRESHOLD, **_ZERO_SNR, "clip_sample": False,
+        "set_alpha_to_one": True, "original_inference_steps": 50, "timestep_scaling": 10.0,
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    },
+    "FlowMatchEulerDiscreteScheduler": {
+        "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
+        "time_shift_type": "exponential", "shift_terminal": None, "invert_sigmas": False,
+        "stochastic_sampling": False, **_SIGMAS,
+    },
+    "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
+}  # fmt: skip
+
+
+def sampler_config(values: Mapping[str, Any], sampler: str | None = None) -> SamplerConfig:
+    """Of the values of a scheduler_config.json, as `sampler` reads them or the class it names.
+
+    Raises ConfigError for a class that is not known, and for what no sampler has.
+    """
+    name = values.get("_class_name") if sampler is None else sampler
+    if name not in DEFAULTS:
+        raise ConfigError(
+            f"{str(name)[:100]!r} is no sampler here: there are {', '.join(DEFAULTS)}"
+        )
+    known = {field.name for field in dataclasses.fields(SamplerConfig)} - {"sampler"}
+    given = {key: value for key, value in values.items() if key in known}
+    return from_dict(SamplerConfig, {**given, "sampler": name})
