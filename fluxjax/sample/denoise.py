@@ -112,9 +112,9 @@ def _clamped(row: Schedule, x: AnyArray, change: Array) -> Array:
     """The predicted picture, within its limits."""
     of_x, of_change, limit = row.clips  # pyright: ignore[reportGeneralTypeIssues]
     picture = of_x * x.astype(jnp.float32) + of_change * change
-    if row.thresholds is None:
+    if row.quantiles is None:
         return jnp.clip(picture, -limit, limit)
-    ratio, largest = row.thresholds
+    ratio, largest = row.quantiles
     each = jnp.abs(picture).reshape(len(picture), -1)
     bound = jnp.clip(jnp.quantile(each, ratio, axis=1), 1.0, largest)
     bound = bound.reshape((-1,) + (1,) * (picture.ndim - 1))

@@ -41,7 +41,7 @@ class Schedule(NamedTuple):
     """None: all of the picture is drawn."""
     clips: Float[np.ndarray, "steps 3"] | None = None
     """Of Z[0] and of m in the predicted picture p, and the largest value that p may have."""
-    thresholds: Float[np.ndarray, "steps 2"] | None = None
+    quantiles: Float[np.ndarray, "steps 2"] | None = None
     """Dynamic thresholding in place of that largest value: p is clamped to the quantile [0] of its
     absolute values, which is taken to lie from 1 to [1], and divided by it."""
     log_variances: Float[np.ndarray, "steps 2"] | None = None

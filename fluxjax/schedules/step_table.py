@@ -124,7 +124,7 @@ class StepTable:
             scales=np.array(self.scales, np.float32),
             matrices=matrices.astype(np.float32),
             clips=np.array(self.clips, np.float32) if self.clamps else None,
-            thresholds=np.tile(np.array(limits, np.float32), (count, 1))
+            quantiles=np.tile(np.array(limits, np.float32), (count, 1))
             if self.thresholds
             else None,
             log_variances=np.array(self.log_variances, np.float32) if self.log_variances else None,
