@@ -53,7 +53,7 @@ def whole_or_nothing(destination: Path) -> Iterator[Path]:
         try:
             yield part
             if replaces:
-                _exchange(part, destination)
+                take_place(part, destination)
             elif not _rename_new(part, destination):
                 raise FileExistsError(errno.EEXIST, "appeared while it was written", destination)
         finally:
@@ -79,12 +79,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _exchange(part: Path, destination: Path) -> None:
-    """In one step where the system can; else a kill in between is healed at the next writing."""
-    if part.is_file() and destination.is_file():
+def take_place(part: Path, destination: Path) -> None:
+    """Give what was written as `part` its name; what has that name goes.
+
+    In one step where the system can; else a kill in between is healed at the next writing by
+    `whole_or_nothing`. Raises OSError.
+    """
+    if (part.is_file() and destination.is_file()) or not os.path.lexists(destination):
         os.replace(part, destination)
         return
     if _renameat2(part, destination, _RENAME_EXCHANGE):
+        _remove(part)
         return
     old = destination.with_name(f".{destination.name}.old")
     os.rename(destination, old)

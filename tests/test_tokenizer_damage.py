@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from fluxjax.config import TINY as TINY_CONFIG
+from fluxjax.sample.loading import load_pipeline
 from fluxjax.text.tokenizers import (
     check_charsmap,
     load_clip_tokenizer,
@@ -15,6 +18,7 @@ from fluxjax.text.tokenizers import (
     read_sentencepiece,
     undamaged,
 )
+from fluxjax.train.encoders import folder_encoders
 
 TINY = Path(__file__).parents[1] / "fluxjax" / "assets" / "tiny"
 
@@ -122,3 +126,22 @@ def test_damaged_settings_are_a_sentence(tmp_path, file, text):
     (tmp_path / "tokenizer_2" / file).write_text(text)
     with pytest.raises(ValueError, match="tokenizer_2"):
         load_t5_tokenizer(tmp_path / "tokenizer_2")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path, name):
+    """A tokenizer of another model, here of one that has learnt a word more."""
+    encoder = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}[name]
+    size = getattr(TINY_CONFIG, encoder).vocab_size
+    shutil.copytree(TINY, tmp_path / "model")
+    settings = tmp_path / "model" / name / "tokenizer_config.json"
+    values = json.loads(settings.read_text())
+    words = {"content": "<mine>", "special": True}
+    values.setdefault("added_tokens_decoder", {})[str(size)] = words
+    settings.write_text(json.dumps(values))
+    file = {"tokenizer": "tokenizer/vocab.json", "tokenizer_2": "tokenizer_2/tokenizer.json"}[name]
+    expected = f"{file} is another model's: it gives '<mine>' the id {size}, .* is {size}$"
+    with pytest.raises(ValueError, match=expected):
+        load_pipeline(tmp_path / "model")("a star")
+    with pytest.raises(ValueError, match=expected):
+        folder_encoders(tmp_path / "model").encode_text(["a star"])

@@ -2,7 +2,7 @@
 
 `folder/<step>/state` is Orbax's, `folder/<step>/state.sha256.json` its manifest. Until both are
 written the folder is called `<step>.saving`, and one rename announces it. Nothing that ends in
-.saving or .deleting is ever read.
+.saving, .deleting or .old is ever read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fluxjax.atomic_write import take_place
 from fluxjax.checkpoint.component_json import read_json, write_json
 from fluxjax.checkpoint.manifest import check_manifest, manifest_path, write_manifest
 from fluxjax.parallel import hosts
@@ -159,7 +160,7 @@ class StateStore:
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
-            if path.is_dir() and path.suffix in (".saving", ".deleting"):
+            if path.is_dir() and path.suffix in (".saving", ".deleting", ".old"):
                 shutil.rmtree(path)
 
     def _check_shared(self) -> None:
@@ -215,9 +216,7 @@ class StateStore:
         write_json(saving / "state" / _IDENTITY, {**identity, _STEP: str(step)})
         write_manifest(saving / "state")
         _flush(saving / "state" / _IDENTITY, manifest_path(saving / "state"), saving)
-        if path.exists():  # damaged, or of a run that took the same steps before
-            self._delete(path)
-        saving.rename(path)
+        take_place(saving, path)  # of one that is damaged, or of a run that took the same steps
         _flush(self.folder)
         self._damaged.discard(step)
         self._say(f"saved step {step}")

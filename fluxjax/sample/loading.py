@@ -101,7 +101,7 @@ def load_pipeline(
         family,
         config,
         partial(_load, networks, dtype, scan_layers, lora, mesh),
-        partial(_tokenizers, tokenizers),
+        partial(_tokenizers, tokenizers, config),
         dtype=dtype,
         scan_layers=scan_layers,
         lora=lora,
@@ -195,7 +195,10 @@ def _read_loras(
     return combine_loras(trees)
 
 
-def _tokenizers(folder: Path):
+def _tokenizers(folder: Path, config: PipelineConfig):
     from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 
-    return load_clip_tokenizer(folder / "tokenizer"), load_t5_tokenizer(folder / "tokenizer_2")
+    return (
+        load_clip_tokenizer(folder / "tokenizer", config.text_encoder.vocab_size),
+        load_t5_tokenizer(folder / "tokenizer_2", config.text_encoder_2.vocab_size),
+    )

@@ -79,14 +79,14 @@ def _removed(prompt: str, encoding: Any) -> str:
     return ""
 
 
-def load_clip_tokenizer(folder: Path) -> PromptTokenizer:
+def load_clip_tokenizer(folder: Path, vocab_size: int | None = None) -> PromptTokenizer:
     """CLIP's byte-level BPE from vocab.json and merges.txt (or tokenizer.json).
 
-    Raises FileNotFoundError when the folder holds neither, ValueError when a file is damaged or
-    another network's.
+    `vocab_size` is the network's. Raises FileNotFoundError when the folder holds neither,
+    ValueError when a file is damaged, another network's, or has ids that the network has not.
     """
     with undamaged(str(folder)):
-        return _clip_tokenizer(folder)
+        return _with_rows(_clip_tokenizer(folder), vocab_size)
 
 
 def _clip_tokenizer(folder: Path) -> PromptTokenizer:
@@ -133,17 +133,28 @@ def _clip_tokenizer(folder: Path) -> PromptTokenizer:
     backend.post_processor = processors.RobertaProcessing(
         (eos, _id(backend, eos)), (bos, _id(backend, bos)), False, False
     )
-    return PromptTokenizer(backend, pad, settings.max_length(77), str(folder))
+    return PromptTokenizer(backend, pad, settings.max_length(77), settings.file(vocab_file))
 
 
-def load_t5_tokenizer(folder: Path) -> PromptTokenizer:
+def load_t5_tokenizer(folder: Path, vocab_size: int | None = None) -> PromptTokenizer:
     """T5's SentencePiece unigram model from tokenizer.json or spiece.model.
 
-    Raises FileNotFoundError when the folder holds neither, ValueError when a file is damaged or
-    another network's.
+    `vocab_size` is the network's. Raises FileNotFoundError when the folder holds neither,
+    ValueError when a file is damaged, another network's, or has ids that the network has not.
     """
     with undamaged(str(folder)):
-        return _t5_tokenizer(folder)
+        return _with_rows(_t5_tokenizer(folder), vocab_size)
+
+
+def _with_rows(tokenizer: PromptTokenizer, vocab_size: int | None) -> PromptTokenizer:
+    """The same one. An id beyond the network's embedding would read its last row, or any."""
+    token, largest = max(tokenizer.backend.get_vocab().items(), key=lambda item: item[1])
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(
+            f"{tokenizer.where} is another model's: it gives {token[:40]!r} the id {largest}, and "
+            f"the network's vocabulary (vocab_size) is {vocab_size}"
+        )
+    return tokenizer
 
 
 def _t5_tokenizer(folder: Path) -> PromptTokenizer:
@@ -184,7 +195,7 @@ def _t5_tokenizer(folder: Path) -> PromptTokenizer:
     backend.post_processor = processors.TemplateProcessing(
         single=["$A", eos], special_tokens=[(eos, _id(backend, eos))]
     )
-    return PromptTokenizer(backend, pad, settings.max_length(512), str(folder))
+    return PromptTokenizer(backend, pad, settings.max_length(512), settings.file(folder / "spiece.model"))
 
 
 class _Settings:
@@ -208,6 +219,10 @@ class _Settings:
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 1:
             raise ValueError(f"{self.folder}: model_max_length is {str(value)[:60]}")
         return int(value) if value < 1e6 else default  # transformers writes 1e30 for "none"
+
+    def file(self, alternative: Path) -> str:
+        """Where the vocabulary was read from."""
+        return str(self.folder / "tokenizer.json" if "model" in self.values else alternative)
 
     def require_type(self, kind: str, name: str) -> None:
         """Raises ValueError for a tokenizer.json with another model than `kind`."""

@@ -68,8 +68,8 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 
         tokenizers = (
-            load_clip_tokenizer(model / "tokenizer"),
-            load_t5_tokenizer(model / "tokenizer_2"),
+            load_clip_tokenizer(model / "tokenizer", config.text_encoder.vocab_size),
+            load_t5_tokenizer(model / "tokenizer_2", config.text_encoder_2.vocab_size),
         )
         kind = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype), "scan_layers": True}
         clip = CLIPTextModel(config.text_encoder, **kind)
