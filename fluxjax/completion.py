@@ -15,7 +15,9 @@ from fluxjax.convert.options import Options as Convert
 from fluxjax.diff.commands import Bench, Golden, Live
 from fluxjax.plan.options import Options as Plan
 from fluxjax.sample.command import Options as Sample
+from fluxjax.train.command import ExportOptions
 from fluxjax.train.command import Options as Training
+from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 from fluxjax.train.recipe import FinetuneRecipe
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -27,6 +29,17 @@ class _Recipe(Training[FinetuneRecipe]):
     """Train by a recipe."""
 
     file: Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Train(_Recipe):
+    """Train by a recipe, or what else has to do with one."""
+
+    verb: (
+        Annotated[_Recipe, _verb("precompute")]
+        | Annotated[ExportOptions, _verb("export")]
+        | Annotated[EvaluateSettings, _verb("evaluate")]
+    )
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class _Diff:
 
 _Command = tyro.conf.OmitSubcommandPrefixes[
     Annotated[Sample, _verb("sample")]
-    | Annotated[_Recipe, _verb("train")]
+    | Annotated[_Train, _verb("train")]
     | Annotated[Convert, _verb("convert")]
     | Annotated[_Diff, _verb("diff")]
     | Annotated[Plan, _verb("plan")]
@@ -58,5 +71,10 @@ def print_completion(arguments: Sequence[str]) -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         tyro.cli(_Command, prog="fluxjax", args=["--tyro-print-completion", arguments[0]])
+    # A description of several lines would be taken for more words.
+    lines = (
+        line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC") else line
+        for line in printed.getvalue().splitlines(keepends=True)
+    )
     # Where no option fits, bash offers files: recipes, models, pictures.
-    print(printed.getvalue().replace("complete -F ", "complete -o default -F "), end="")
+    print("".join(lines).replace("complete -F ", "complete -o default -F "), end="")

@@ -21,7 +21,8 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import TINY
 from fluxjax.convert import convert
-from fluxjax.parallel.mesh import make_mesh, parse_mesh
+from fluxjax.parallel.mesh import make_mesh
+from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.parallel.rules import param_shardings
 
 FP8 = ml_dtypes.float8_e4m3fn

@@ -47,7 +47,7 @@ def parse(verb: str, arguments: list[str]) -> None:
     from fluxjax.plan.options import Options as Plan
     from fluxjax.sample.command import Options as Sample
     from fluxjax.train.command import read_options
-    from fluxjax.train.embedded.evaluate import EvaluateSettings
+    from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 
     if verb == "diff":
         kinds = {"golden": Golden, "live": Live, "bench": Bench}

@@ -36,6 +36,7 @@ from fluxjax.config import (
     CLIPTextConfig,
     ConfigError,
     FluxConfig,
+    LoraConfig,
     PipelineConfig,
     T5Config,
 )
@@ -43,7 +44,6 @@ from fluxjax.families import FLUX, Conditioning
 from fluxjax.hub import tiny_folder
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, unpack
-from fluxjax.models.lora import LoraConfig
 from fluxjax.networks.flux import flops as flux_flops
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.train import command, finetune, progress
@@ -54,10 +54,9 @@ from fluxjax.train.export import export_run
 from fluxjax.train.flow_matching import Rows, fixed_loss
 from fluxjax.train.job import train
 from fluxjax.train.metrics import read_metrics
-from fluxjax.train.objectives import Objective, density_times
-from fluxjax.train.optimizers import OptimizerSettings
+from fluxjax.train.objectives import density_times
 from fluxjax.train.recipe import FinetuneRecipe
-from fluxjax.train.validation import ValidationSettings
+from fluxjax.train.settings import Objective, OptimizerSettings, ValidationSettings
 
 RECIPES = Path(__file__).parents[1] / "train"
 pytestmark = pytest.mark.usefixtures("quick_compiler")

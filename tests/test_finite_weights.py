@@ -18,9 +18,9 @@ from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetens
 from fluxjax.checkpoint.source import open_component
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
-from fluxjax.config import ConfigError
+from fluxjax.config import ConfigError, LoraConfig
 from fluxjax.convert import convert
-from fluxjax.models.lora import LoraConfig, init_lora
+from fluxjax.models.lora import init_lora
 from fluxjax.parallel.mesh import make_mesh
 from fluxjax.parallel.rules import param_shardings
 

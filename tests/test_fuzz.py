@@ -30,8 +30,8 @@ from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetens
 from fluxjax.checkpoint.sharded import read_sharded
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_array
-from fluxjax.config import TINY
-from fluxjax.models.lora import LoraConfig, init_lora
+from fluxjax.config import TINY, LoraConfig
+from fluxjax.models.lora import init_lora
 from fluxjax.sample.picture_formats import encode_picture, read_record
 from fluxjax.text.tokenizers import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train.data.archives import parquet_items, tar_items

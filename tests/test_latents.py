@@ -7,6 +7,7 @@ import torch
 from diffusers import FluxPipeline
 
 from fluxjax.config import DEV, ConfigError
+from fluxjax.config.latents import latent_size
 from fluxjax.models import latents as L
 
 
@@ -35,8 +36,8 @@ def test_noise_line():
 @pytest.mark.parametrize(("width", "height", "word"), [(33, 64, "width"), (64, 0, "height")])
 def test_sizes_that_no_token_fits_are_named(width, height, word):
     with pytest.raises(ConfigError, match=f"{word} must be a multiple of 16"):
-        L.latent_size(width, height, DEV.vae)
+        latent_size(width, height, DEV.vae)
 
 
 def test_latent_size_is_rows_then_columns():
-    assert L.latent_size(96, 64, DEV.vae) == (8, 12)
+    assert latent_size(96, 64, DEV.vae) == (8, 12)

@@ -12,7 +12,7 @@ from diffusers.training_utils import (
 )
 from optax.contrib import prodigy
 
-from fluxjax.train.objectives import Objective, density_times, time_weights, velocity_loss
+from fluxjax.train.objectives import density_times, time_weights, velocity_loss
 from fluxjax.train.optimizers import (
     OptimizerSettings,
     learning_rates,
@@ -20,6 +20,7 @@ from fluxjax.train.optimizers import (
     matrices,
     muon_dimensions,
 )
+from fluxjax.train.settings import Objective
 from fluxjax.train.step import init_state, make_step
 
 

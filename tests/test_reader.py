@@ -12,7 +12,8 @@ from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings
 from fluxjax.train.embedded import evaluate as measure
-from fluxjax.train.embedded.evaluate import EvaluateSettings, count_right, draw_prompts
+from fluxjax.train.embedded.evaluate import count_right, draw_prompts
+from fluxjax.train.embedded.evaluate_settings import EvaluateSettings, Kind
 from fluxjax.train.embedded.phrasing import Caption
 from fluxjax.train.embedded.reader import (
     ATTRIBUTES,
@@ -215,7 +216,7 @@ class Painter(Pipeline):
 
 
 def test_evaluation_counts_by_kind_writes_a_sheet_and_prints(tmp_path, capsys, monkeypatch):
-    kinds = measure.KINDS | {"other sizes": measure.Kind("sentence", ((128, 64),))}
+    kinds = measure.KINDS | {"other sizes": Kind("sentence", ((128, 64),))}
     monkeypatch.setattr(measure, "KINDS", kinds)
     pipeline = Painter(wrong=3)
     settings = EvaluateSettings(

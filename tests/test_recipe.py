@@ -18,7 +18,7 @@ from fluxjax.train.recipe import (
     recipe_toml,
     without_places,
 )
-from fluxjax.train.validation import ValidationSettings
+from fluxjax.train.settings import ValidationSettings
 
 RECIPES = sorted((Path(__file__).parents[1] / "train").glob("*.toml"))
 

@@ -17,9 +17,9 @@ from test_parallel import MESHES, relative
 import fluxjax
 from fluxjax.checkpoint.lora_file import write_lora
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import ConfigError
+from fluxjax.config import ConfigError, LoraConfig
 from fluxjax.families import Conditioning
-from fluxjax.models.lora import LoraConfig, init_lora
+from fluxjax.models.lora import init_lora
 from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import pad_rows
 from fluxjax.sample.pictures import to_bytes

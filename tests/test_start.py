@@ -12,6 +12,7 @@ from ctrl_c import heeding_ctrl_c
 
 from fluxjax import __version__
 
+ROOT = Path(__file__).parents[1]
 VERBS = ("sample", "train", "convert", "diff", "plan")
 
 
@@ -55,20 +56,45 @@ def test_mistakes_in_a_verb_are_one_sentence(arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--width", "7"], "width must be a multiple of 16, got 7; 16 would do"),
-        (["--height", "1000"], "height must be a multiple of 16, got 1000; 992 would do"),
-        (["--steps", "0"], "steps must be from 1 to 1000, got 0"),
-        (["--guidance", "nan"], "guidance must be a number, got nan"),
-        (["--number", "0"], "number must be at least 1"),
+        ("sample star --width 7", "width must be a multiple of 16, got 7; 16 would do"),
+        ("sample star --height 1000", "height must be a multiple of 16, got 1000; 992 would do"),
+        ("sample star --steps 0", "steps must be from 1 to 1000, got 0"),
+        ("sample star --guidance nan", "guidance must be a number, got nan"),
+        ("sample star --number 0", "number must be at least 1"),
+        ("sample star --mesh x=2", "a mesh is written as axis=number"),
+        ("sample star --reference none.png", "there is no reference picture"),
+        ("sample star --lora none.safetensors", "there is no LoRA file"),
+        ("sample --prompts none.txt", "there is no file none.txt"),
+        ("plan dev --batch 0", "batch must be at least 1, got 0"),
+        ("plan dev --mesh fsdp=3 --devices 4", "the mesh 'fsdp=3' does not fit 4 devices"),
+        ("plan dev --chips abacus", "no chip is called 'abacus'"),
+        ("plan dev --task lora --rank 0", "rank must be at least 1, got 0"),
+        ("plan {tiny} --width 7", "width must be a multiple of 16, got 7"),
+        ("plan nowhere", "'nowhere' is neither a preset"),
+        ("train nowhere.toml", "there is no recipe nowhere.toml"),
+        ("train {recipe} --steps -1", "steps must be at least 1, got -1"),
+        ("train {recipe} --lora.rank 0", "the LoRA's rank must be at least 1, got 0"),
+        ("train precompute {recipe} --data.resolution 0", "resolution must be above 0"),
+        ("train export nowhere", "there is no recipe nowhere/recipe.toml"),
+        ("train evaluate --prompts 0", "prompts and batch must be at least 1"),
+        ("convert nowhere model", "there is no file nowhere"),
+        ("convert {tiny} model --mesh x=2", "a mesh is written as axis=number"),
+        ("diff live nowhere", "there is no model folder nowhere"),
+        ("diff live --steps 0", "steps must be from 1 to 1000, got 0"),
+        ("diff golden none.safetensors", "there is no recorded file none.safetensors"),
+        ("diff bench --rounds 0", "--rounds and --threads must be at least 1, got 0"),
     ],
 )
 def test_a_bad_option_is_refused_before_jax_is_imported(arguments, words):
-    ended = run("-X", "importtime", "-m", "fluxjax.sample", "a star", *arguments)
+    places = {"tiny": ROOT / "fluxjax/assets/tiny", "recipe": ROOT / "train/tiny_lora.toml"}
+    filled = arguments.format(**places).split()
+    ended = run("-X", "importtime", "-m", "fluxjax", *filled)
     assert ended.returncode == 2
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
-    assert {"tyro", "fluxjax.sample.command"} <= imported
-    assert not imported & {"jax", "numpy", "einops", "transformers", "rich.progress"}
-    assert f"error: {words}" in ended.stderr
+    assert {"tyro", "fluxjax.config"} <= imported
+    assert not imported & {"jax", "torch", "einops", "transformers", "rich.progress"}
+    said = (ended.stdout + ended.stderr).replace("│", " ").split()  # tyro draws a box around some
+    assert words in " ".join(said)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +102,9 @@ def test_a_bad_option_is_refused_before_jax_is_imported(arguments, words):
     [
         (["sample"], "--negative-prompt"),
         (["train"], "--optimizer.learning-rate"),
+        (["train"], "fluxjax train export RUN"),
+        (["train"], "fluxjax train evaluate"),
+        (["train", "export"], "--step"),
         (["train", "precompute"], "--data.source"),
         (["train", "evaluate"], "--prompts"),
         (["convert"], "DESTINATION"),
@@ -96,19 +125,24 @@ def test_help_fits_a_pipe_of_80_columns(arguments, words):
 def test_completion_knows_every_verb_and_its_options(tmp_path):
     script = tmp_path / "completion.bash"
     script.write_text(fluxjax("completion", "bash").stdout)
-    words = "fluxjax train precompute recipe.toml --optimizer.l"
-    program = (
-        f"source {script}; COMP_WORDS=({words}); COMP_CWORD=4; _tyro_fluxjax; "
-        'echo "${COMPREPLY[@]}"; COMP_WORDS=(fluxjax ""); COMP_CWORD=1; _tyro_fluxjax; '
-        'echo "${COMPREPLY[@]}"'
-    )
+    asked = (
+        "", "train e", "train recipe.toml --optimizer.l", "train export --st",
+        "train precompute recipe.toml --optimizer.l", "train evaluate --held", "train --sil",
+    )  # fmt: skip
+    program = f"source {script}\n"
+    for words in asked:
+        line = ["fluxjax", *words.split(" ")]
+        program += f"COMP_WORDS=({' '.join(w or chr(34) * 2 for w in line)})\n"
+        program += f'COMP_CWORD={len(line) - 1}; _tyro_fluxjax; echo "${{COMPREPLY[@]}}"\n'
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ended = subprocess.run(
         ["bash", "-c", program], env={**os.environ, "PATH": path}, capture_output=True, text=True
     )
-    option, verbs = ended.stdout.splitlines()
-    assert option == "--optimizer.learning-rate"
+    verbs, *rest = ended.stdout.splitlines()
     assert set(VERBS) <= set(verbs.split())
+    rate = "--optimizer.learning-rate"
+    held = "--held-out"
+    assert rest == ["evaluate export", rate, "--step", rate, held, "--silence"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -39,7 +39,7 @@ from fluxjax.train.data.dataset import open_dataset
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.loop import Run, RunSettings, run_folder
-from fluxjax.train.objectives import Objective
+from fluxjax.train.settings import Objective
 from fluxjax.train.step import init_state, make_step
 
 CONFIG = FluxConfig(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold a JSON object, got {type(values).__name__}")
     return values
+
+
+def pipeline_class(folder: Path) -> str:
+    """The class that a pipeline folder's model_index.json names.
+
+    Raises FileNotFoundError, ValueError; ConfigError, naming it, for one that is not FLUX.1's.
+    """
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if not isinstance(name, str) or not re.fullmatch(r"Flux([A-Z]\w*)?Pipeline", name):
+        what = f"a {name}" if isinstance(name, str) and name else "a pipeline without a name"
+        raise ConfigError(f"{folder} holds {what}, which fluxjax cannot read yet, "
+                          "not a FLUX.1 pipeline")  # fmt: skip
+    return name
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -28,8 +28,8 @@ from fluxjax.checkpoint.peft_config import (
 )
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.tensors import Tensor, of_array
-from fluxjax.config import ConfigError
-from fluxjax.models.lora import LoraConfig, Site, dense_sites
+from fluxjax.config import ConfigError, LoraConfig
+from fluxjax.models.lora import Site, dense_sites
 from fluxjax.models.names import flatten, is_stacked, module_name, unflatten
 from fluxjax.networks.flux import BFL
 from fluxjax.networks.tables import Rule

@@ -1,7 +1,8 @@
 """The diffusers pipeline folder: configurations and weights of a whole FLUX pipeline.
 
 model_index.json, one folder per component with config.json and safetensors under PyTorch names
-(one file or shards with an index), and fluxjax.json beside with the sampling defaults.
+(one file or shards with an index), and fluxjax.json beside with the sampling defaults. JAX is
+imported only for weights: options are checked before that.
 """
 
 from __future__ import annotations
@@ -13,16 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from fluxjax.checkpoint import engine, tensors
 from fluxjax.checkpoint.component_json import (
     config_json,
+    pipeline_class,
     read_config_json,
     read_json,
     write_json,
 )
-from fluxjax.checkpoint.sharded import write_sharded
-from fluxjax.checkpoint.source import RECORD_FILE, open_component, pipeline_class
-from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, ConfigError, FluxConfig, PipelineConfig, SchedulerConfig
 from fluxjax.networks import Config, network_of
 
@@ -123,6 +121,8 @@ def load_params(
     Raises engine.MappingError listing every tensor that does not fit, ConfigError naming one with
     NaN or infinite values.
     """
+    from fluxjax.checkpoint.source import open_component
+
     network = open_component(Path(folder), component, config)
     return network.params(stacked=stacked, dtype=dtype, shardings=shardings)
 
@@ -135,6 +135,11 @@ def save_params(
     `params` stacked or per layer; `dtype` None keeps each leaf's own.
     Raises engine.MappingError if the tree is not that of `config`.
     """
+    from fluxjax.checkpoint import engine, tensors
+    from fluxjax.checkpoint.sharded import write_sharded
+    from fluxjax.checkpoint.source import RECORD_FILE
+    from fluxjax.checkpoint.templates import abstract_params
+
     folder = Path(folder) / component
     reference = engine.from_tree(params)
     leaves = engine.reference_leaves(abstract_params(config))

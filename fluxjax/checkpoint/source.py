@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fluxjax.checkpoint import engine, tensors
-from fluxjax.checkpoint.component_json import network_config, read_json
+from fluxjax.checkpoint.component_json import network_config, pipeline_class, read_json
 from fluxjax.checkpoint.detect import (
     detect_network,
     infer_config,
@@ -324,20 +324,6 @@ def open_source(path: Path, config_file: Path | None = None) -> dict[str, OpenNe
         network = open_folder(path, config=config)
         return {network.component: network}
     return {part: open_component(path, part) for part in parts}
-
-
-def pipeline_class(folder: Path) -> str:
-    """The class that a pipeline folder's model_index.json names.
-
-    Raises FileNotFoundError, ValueError; ConfigError, naming it, for one that is not FLUX.1's.
-    """
-    index = read_json(folder / "model_index.json")
-    name = index.get("_class_name")
-    if not isinstance(name, str) or not re.fullmatch(r"Flux([A-Z]\w*)?Pipeline", name):
-        what = f"a {name}" if isinstance(name, str) and name else "a pipeline without a name"
-        raise ConfigError(f"{folder} holds {what}, which fluxjax cannot read yet, "
-                          "not a FLUX.1 pipeline")  # fmt: skip
-    return name
 
 
 def _flat_files(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from fluxjax.config.clip import (
     CLIPVisionConfig,
 )
 from fluxjax.config.flux import FluxConfig
+from fluxjax.config.lora import LoraConfig
 from fluxjax.config.pipeline import (
     CONTROL,
     DEV,
@@ -46,6 +47,7 @@ __all__ = [
     "CLIPVisionConfig",
     "ConfigError",
     "FluxConfig",
+    "LoraConfig",
     "PipelineConfig",
     "SchedulerConfig",
     "T5Config",

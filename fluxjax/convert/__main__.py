@@ -20,21 +20,26 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
     if not 0 < options.shard_gb < float("inf"):
         raise ValueError(f"--shard-gb must be a positive number, got {options.shard_gb}")
+    from fluxjax.hub import find
+    from fluxjax.parallel.mesh_shape import parse_mesh
+
+    mesh = None if options.mesh is None else parse_mesh(options.mesh)
+    cli.begin()
+    source = find(options.source, "checkpoint")
+    if not source.exists():
+        raise FileNotFoundError(f"there is no file {source}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes are traced, nothing is computed
     from rich.console import Console
 
     from fluxjax.convert import convert
     from fluxjax.convert.progress import byte_progress
-    from fluxjax.hub import find
-    from fluxjax.parallel.mesh import parse_mesh
 
-    cli.begin()
     conversion = convert.plan(
-        find(options.source, "checkpoint"),
+        source,
         options.destination,
         options.to,
         dtype=options.dtype,
-        mesh=None if options.mesh is None else parse_mesh(options.mesh),
+        mesh=mesh,
         config_file=options.config,
         shard_bytes=int(options.shard_gb * 1e9),
         overwrite=options.overwrite,

@@ -25,7 +25,7 @@ from fluxjax.config import ConfigError
 from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.destination import check_destination
 from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
-from fluxjax.parallel.mesh import MeshShape
+from fluxjax.parallel.mesh_shape import MeshShape
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 Progress = Callable[[str, int], None]

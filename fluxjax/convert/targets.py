@@ -18,7 +18,7 @@ from fluxjax.checkpoint.source import METADATA_KEY, PARAMS, RECORD_FILE, OpenNet
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.networks import network_of
-from fluxjax.parallel.mesh import AXES, MeshShape
+from fluxjax.parallel.mesh_shape import AXES, MeshShape
 from fluxjax.parallel.rules import param_shardings
 
 Target = Literal["diffusers", "bfl", "orbax"]

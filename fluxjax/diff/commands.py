@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from fluxjax.parallel.mesh_shape import parse_mesh
+from fluxjax.sample.settings import Settings, override
 from fluxjax.side_output import check_side_output
 
 if TYPE_CHECKING:
@@ -38,14 +40,18 @@ class Golden:
     """Print JSON instead of tables."""
 
     def reports(self) -> list[Report]:
-        from fluxjax.diff.golden import check_golden, save_outputs
-
         if not self.files:
             raise ValueError("golden needs at least one recorded FILE")
+        for path in self.files:
+            if not path.is_file():
+                raise FileNotFoundError(f"there is no recorded file {path}")
         if self.save and len(self.files) != 1:
             raise ValueError(f"--save takes the outputs of one FILE, got {len(self.files)}")
         if self.save:
             check_side_output(self.save, "outputs")
+        parse_mesh(self.mesh or "")
+        from fluxjax.diff.golden import check_golden, save_outputs
+
         reports = []
         for path in self.files:
             report, outputs = check_golden(path, self.mesh)
@@ -87,12 +93,19 @@ class Live:
     """Draw the error of every layer on a log axis into this picture file."""
 
     def reports(self) -> list[Report]:
-        from fluxjax.diff.live import compare_network, require_torch
         from fluxjax.hub import find
 
         if self.plot:
             check_side_output(self.plot, "plot")
+        parse_mesh(self.mesh or "")
+        override(Settings(), {"seed": self.seed, "steps": self.steps})
         folder = find(self.folder)
+        for path in (folder, self.against or folder):
+            if not path.is_dir():
+                raise FileNotFoundError(f"there is no model folder {path}")
+        # PyTorch and JAX are imported only for what can be compared.
+        from fluxjax.diff.live import compare_network, require_torch
+
         require_torch()
         if self.component == "pipeline":
             from fluxjax.diff.pipeline import compare_pipeline
@@ -138,6 +151,9 @@ def execute(command: Golden | Live | Bench) -> int:
     from rich.console import Console
 
     if isinstance(command, Bench):
+        if command.rounds < 1 or command.threads < 1:
+            given = f"{command.rounds} and {command.threads}"
+            raise ValueError(f"--rounds and --threads must be at least 1, got {given}")
         from fluxjax.diff.benchmarks.bench import run_bench
 
         return run_bench(command)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fluxjax.config import PipelineConfig
+from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.families.family import Apply, Conditioning, Extras, Family, Tokens
 from fluxjax.models import latents as layout
 from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
@@ -114,7 +115,7 @@ def state_shape(config: PipelineConfig, width: int, height: int) -> tuple[int, i
 
     Raises ConfigError unless both are positive multiples of 16.
     """
-    return config.vae.latent_channels, *layout.latent_size(width, height, config.vae)
+    return config.vae.latent_channels, *latent_size(width, height, config.vae)
 
 
 def pack(latents: Float[Array | np.ndarray, "n c h w"], *, reference: bool = False) -> Tokens:
@@ -127,7 +128,7 @@ def schedule(
     config: PipelineConfig, steps: int | Sequence[float], rows: int, columns: int
 ) -> Schedule:
     """Of a picture of so many latent rows and columns; see `flow_euler.sigmas`."""
-    tokens = rows * columns // layout.PATCH**2
+    tokens = rows * columns // PATCH**2
     return flow_euler(sigmas(steps, tokens, config.scheduler))
 
 

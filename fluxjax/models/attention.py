@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fluxjax.config.choices import Implementation
 from fluxjax.models.chunked_attention import chunked_attention
 
-Implementation = Literal["auto", "xla", "cudnn", "splash", "chunked"]
 Kernel = Callable[..., Array]
 """`kernel(q, k, v, key_lengths)`; `key_lengths` may be None."""
 AttentionKind = Implementation | Kernel

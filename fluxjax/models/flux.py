@@ -21,7 +21,7 @@ step-invariant work once instead, inside its one jitted program:
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,12 +29,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from fluxjax.config import FluxConfig
+from fluxjax.config.choices import Remat
 from fluxjax.models.attention import AttentionKind
 from fluxjax.models.dense import COLLECTION, Part
 from fluxjax.models.embeddings import Rope, TimestepRounding, TimeTextEmbed, rope_table
 from fluxjax.models.flux_blocks import AdaLayerNorm, DoubleBlock, SingleBlock
-
-Remat = Literal["none", "dots", "full"]
 
 
 class Modulations(NamedTuple):

@@ -10,20 +10,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fluxjax.config import AutoencoderConfig, multiple
-
-PATCH = 2  # latent rows and columns per token
-
-
-def latent_size(width: int, height: int, config: AutoencoderConfig) -> tuple[int, int]:
-    """(latent rows, latent columns) of a picture of `width` x `height` pixels.
-
-    Raises ConfigError unless both are positive multiples of the pixels of one token (16 for FLUX).
-    """
-    unit = PATCH * config.scale
-    for name, size in (("width", width), ("height", height)):
-        multiple(name, size, unit)
-    return height // config.scale, width // config.scale
+from fluxjax.config.latents import PATCH
 
 
 def pack(latents: Float[Array | np.ndarray, "n c h w"]) -> Float[Array | np.ndarray, "n image d"]:

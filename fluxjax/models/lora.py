@@ -15,58 +15,15 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fluxjax.config import ConfigError
+from fluxjax.config import ConfigError, LoraConfig
 from fluxjax.models.dense import COLLECTION
 from fluxjax.models.names import flatten, is_stacked, module_name, unflatten
 from fluxjax.shapes import Params
-
-# What diffusers' FLUX scripts adapt: attention and feed-forward of the double blocks, and queries,
-# keys and values of the single blocks.
-TARGETS = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """`targets` are reference module names, their last parts, or regular expressions of them.
-
-    The adapter's output is multiplied by `alpha / rank`.
-    """
-
-    rank: int = 16
-    alpha: float = 16.0
-    targets: tuple[str, ...] = TARGETS
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"the LoRA's rank must be at least 1, got {self.rank}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ConfigError(f"the LoRA's alpha must be a positive number, got {self.alpha}")
-        if not self.targets:
-            raise ConfigError("the LoRA's targets are empty: name at least one module")
-        for target in self.targets:
-            try:
-                re.compile(target)
-            except re.error as error:
-                raise ConfigError(f"the LoRA's target {target!r} is no pattern: {error}") from None
 
 
 class Site(NamedTuple):

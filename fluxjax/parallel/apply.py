@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from fluxjax.config.choices import SequenceAttention
 from fluxjax.networks import network_of
 from fluxjax.networks.network import TokenSplit
 from fluxjax.parallel.activations import activations_on, attend_in_parts, pin
 from fluxjax.parallel.mesh import BATCH
-from fluxjax.parallel.sequence import AXIS, Layout, SequenceAttention, attention_over
+from fluxjax.parallel.sequence import AXIS, Layout, attention_over
 
 
 def apply_on(

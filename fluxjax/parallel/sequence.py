@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fluxjax.config import ConfigError
+from fluxjax.config.choices import SequenceAttention
 from fluxjax.models.attention import AttentionKind, Kernel, dot_product_attention
 
-SequenceAttention = Literal["auto", "ulysses", "ring"]
 AXIS = "sequence"
 
 # Logits that a device holds at a time in the ring, of all its pictures and heads: 256 MB.

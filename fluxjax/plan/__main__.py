@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.plan") -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import jax
     import tyro
 
-    from fluxjax.plan.command import plan
-    from fluxjax.plan.options import Options, device_count
+    from fluxjax.plan.options import Options, check, device_count
 
     options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
+    check(options)
+    # JAX is imported only for what can be planned.
+    import jax
+
+    from fluxjax.plan.command import plan
+
     # No backend is up yet: the plan's devices are simulated, whatever this machine has.
     count = device_count(options)
     flags = os.environ.get("XLA_FLAGS", "")

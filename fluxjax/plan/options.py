@@ -12,12 +12,11 @@ import tyro
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.chips import CHIPS, Chip
 from fluxjax.config import PRESETS, ConfigError, PipelineConfig
-from fluxjax.hub import find
-from fluxjax.models.flux import Remat
-from fluxjax.models.latents import PATCH, latent_size
-from fluxjax.parallel.mesh import MeshShape, parse_mesh
-from fluxjax.parallel.sequence import SequenceAttention
-from fluxjax.train.optimizers import Optimizer
+from fluxjax.config.choices import Remat, SequenceAttention
+from fluxjax.config.latents import PATCH, latent_size
+from fluxjax.hub import find, hub_name
+from fluxjax.parallel.mesh_shape import MeshShape, parse_mesh
+from fluxjax.train.settings import Optimizer
 
 Task = Literal["sample", "lora", "full"]
 _Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -65,6 +64,16 @@ class Options:
     """By default all that are known, such as H100, A100, v5p."""
     json: bool = False
     """Print JSON instead of tables."""
+
+
+def check(options: Options) -> None:
+    """Raises ConfigError, or OSError, for what cannot be; before JAX is imported."""
+    device_count(options)
+    find_chips(options.chips)
+    if options.rank < 1:
+        raise ConfigError(f"rank must be at least 1, got {options.rank}")
+    if hub_name(options.model) is None:  # what is to be downloaded is checked when it is there
+        read_model(options)
 
 
 def device_count(options: Options) -> int:

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import ConfigError, LoraConfig, PipelineConfig
 from fluxjax.families import FLUX
 from fluxjax.models.attention import auto_attention
 from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.lora import LoraConfig, init_lora, split_scales
+from fluxjax.models.lora import init_lora, split_scales
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.compiled_program import Structure, measure
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
@@ -28,8 +28,8 @@ from fluxjax.sample.executables import Executables
 from fluxjax.sample.programs import programs
 from fluxjax.sample.settings import defaults
 from fluxjax.train.flow_matching import Rows, finetune_loss
-from fluxjax.train.objectives import Objective
-from fluxjax.train.optimizers import OptimizerSettings, learning_rates, make_optimizer
+from fluxjax.train.optimizers import learning_rates, make_optimizer
+from fluxjax.train.settings import Objective, OptimizerSettings
 from fluxjax.train.step import init_state, make_step
 
 Say = Callable[[str], None]

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import PipelineConfig
+from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Family
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.clip import CLIPTextModel
@@ -26,7 +27,6 @@ from fluxjax.parallel.activations import attention_on
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, place, replicated
 from fluxjax.parallel.rules import state_shardings
-from fluxjax.parallel.sequence import SequenceAttention
 from fluxjax.sample.programs import COMPONENTS, OF_PICTURES, Drawn, Name, Program, program
 from fluxjax.sample.settings import Rounding
 from fluxjax.shapes import Params

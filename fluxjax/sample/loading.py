@@ -22,14 +22,16 @@ from fluxjax.checkpoint.source import (
 )
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig
+from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
 from fluxjax.models.lora import adapt, combine_loras
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.networks import network_of
-from fluxjax.parallel.mesh import MeshShape, make_mesh, place
+from fluxjax.parallel.mesh import make_mesh, place
+from fluxjax.parallel.mesh_shape import MeshShape
 from fluxjax.parallel.rules import param_shardings, state_shardings
-from fluxjax.parallel.sequence import AXIS, Layout, SequenceAttention, attention_over
+from fluxjax.parallel.sequence import AXIS, Layout, attention_over
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Dtype
 from fluxjax.sample.sources import Sources, absolute, split_scale

@@ -12,9 +12,11 @@ import tyro
 
 from fluxjax.config import ConfigError, multiple
 from fluxjax.hub import size_unit
+from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
 from fluxjax.sample.file_names import FORMATS, PATTERN, check_pattern, is_picture_name
 from fluxjax.sample.picture_record import remembered
+from fluxjax.sample.prompts_file import STANDARD_INPUT
 from fluxjax.sample.settings import FIELDS, Dtype, Noise, Rounding, Settings, brief, override
 from fluxjax.sample.sources import TINY, absolute, absolute_lora, is_name
 
@@ -167,7 +169,12 @@ def check(options: Options) -> None:
     for name in ("width", "height"):
         if given[name] is not None:
             multiple(name, given[name], unit)
-    _check_model(given_sources(options)["model"])
+    sources = given_sources(options)
+    _check_model(sources["model"])
+    for kind, path in (("reference picture", given["reference"]), ("file", options.prompts)):
+        if path is not None and path != STANDARD_INPUT and not Path(path).exists():
+            raise FileNotFoundError(f"there is no {kind} {path}")
+    parse_mesh(options.mesh or "")
     check_pattern(options.name)
     destination(options)
     if options.like is not None:

@@ -7,14 +7,13 @@ import itertools
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxjax.config import ConfigError
 from fluxjax.sample.options import MOST_PICTURES, Options, given_settings
 from fluxjax.sample.prompts_file import Line
 from fluxjax.sample.settings import Settings, override
-from fluxjax.sample.sources import absolute_lora, is_name, split_scale
+from fluxjax.sample.sources import absolute_lora
 
 if TYPE_CHECKING:
     from fluxjax.sample.pipeline import Pipeline
@@ -41,7 +40,7 @@ def picture_jobs(
 
     Raises ConfigError, beginning with the line where one is to blame.
     """
-    from fluxjax.models.latents import latent_size
+    from fluxjax.config.latents import latent_size
 
     given = given_settings(options)
     base = override(override(pipe.defaults, repeated, str(options.like)), given)
@@ -55,7 +54,7 @@ def picture_jobs(
             latent_size(settings.width, settings.height, pipe.config.vae)
             if all(one.get("seed") is None for one in (given, line.values, repeated)):
                 settings = dataclasses.replace(settings, seed=secrets.randbelow(2**32))
-            loras = lora if line.lora is None else tuple(map(_lora, line.lora))
+            loras = lora if line.lora is None else tuple(map(absolute_lora, line.lora))
             for i in range(options.number if line.number is None else line.number):
                 one = dataclasses.replace(settings, seed=settings.seed + i)
                 found.append(Job(one, loras, len(found)))
@@ -82,14 +81,6 @@ def _sized(settings: Settings, given: Iterable[Mapping], pipe: Pipeline) -> Sett
     size = dict(zip(("width", "height"), pipe.reference_size(picture), strict=True))
     free = {name: size[name] for name in size if all(one.get(name) is None for one in given)}
     return dataclasses.replace(settings, reference_sha256=found, **free)
-
-
-def _lora(text: str) -> str:
-    text = absolute_lora(text)
-    file, _ = split_scale(text)
-    if not is_name(file) and not Path(file).exists():
-        raise FileNotFoundError(f"there is no LoRA file {file}")
-    return text
 
 
 def batches(asked: Sequence[Job], size: int) -> Iterator[list[Job]]:

@@ -19,11 +19,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
 from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config.choices import SequenceAttention
+from fluxjax.config.latents import PATCH
 from fluxjax.families.family import Conditioning, Family
-from fluxjax.models import latents as layout
 from fluxjax.models.autoencoder import denormalize_latents
 from fluxjax.parallel.mesh import AXES, gathered, make_mesh, pad_rows, replicated
-from fluxjax.parallel.sequence import SequenceAttention
 from fluxjax.picture_files import upright_rgb
 from fluxjax.sample import noise
 from fluxjax.sample.denoise import State, in_parts, wait
@@ -239,7 +239,7 @@ class Pipeline:
             picture.width,
             picture.height,
             area=self.defaults.width * self.defaults.height,
-            unit=layout.PATCH * self.config.vae.scale,
+            unit=PATCH * self.config.vae.scale,
         )
 
     def encode_reference(self, picture: Image) -> Float[np.ndarray, "1 c h w"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 from fluxjax.atomic_write import write_bytes, write_new
 from fluxjax.config import AutoencoderConfig
-from fluxjax.models.latents import PATCH
+from fluxjax.config.latents import PATCH
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.schedules.flow_euler import sigmas

@@ -110,7 +110,10 @@ def absolute(source: str) -> str:
 
 
 def absolute_lora(text: str) -> str:
+    """FILE:SCALE with the file in full. Raises FileNotFoundError where there is none."""
     file, scale = split_scale(text)
+    if not is_name(file) and not Path(absolute(file)).exists():
+        raise FileNotFoundError(f"there is no LoRA file {absolute(file)}")
     return f"{absolute(file)}:{scale:g}"
 
 

@@ -195,7 +195,9 @@ def _t5_tokenizer(folder: Path) -> PromptTokenizer:
     backend.post_processor = processors.TemplateProcessing(
         single=["$A", eos], special_tokens=[(eos, _id(backend, eos))]
     )
-    return PromptTokenizer(backend, pad, settings.max_length(512), settings.file(folder / "spiece.model"))
+    return PromptTokenizer(
+        backend, pad, settings.max_length(512), settings.file(folder / "spiece.model")
+    )
 
 
 class _Settings:

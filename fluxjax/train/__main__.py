@@ -19,9 +19,11 @@ def main(
     if verb == "evaluate":
         import tyro
 
-        from fluxjax.train.embedded.evaluate import EvaluateSettings, evaluate
+        from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 
         settings = tyro.cli(EvaluateSettings, args=rest, prog=f"{prog} evaluate")
+        from fluxjax.train.embedded.evaluate import evaluate
+
         cli.begin()
         evaluate(settings)
         return None

@@ -42,6 +42,8 @@ fluxjax train RECIPE ... trains, or goes on where it stopped.
 
 fluxjax train precompute RECIPE ... encodes pictures and captions.
 
+fluxjax train export RUN ... writes the result as of a checkpoint.
+
 fluxjax train evaluate ... reads what the embedded model draws.
 
 Recipes to copy are in train/. RECIPE --help shows its values.
@@ -150,23 +152,30 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
             print(done)
 
 
+def _given(metavar: str) -> Any:
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """Write the LoRA file, or the pipeline, of a fine-tuning run as of a checkpoint."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder, in which training may still go on."""
-    step: int | None = None
+    step: Annotated[int | None, _given("INT")] = None
     """The checkpoint's; by default the newest."""
-    model: str | None = None
+    model: Annotated[str | None, _given("TEXT")] = None
     """Where the run's model is now, if it has moved."""
-    out: Path | None = None
+    out: Annotated[Path | None, _given("PATH")] = None
     """What to write; by default lora_STEP.safetensors or pipeline_STEP in the run's folder."""
 
 
 def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export") -> None:
     """Write the result of a run as of one of its checkpoints, and print where it is."""
     options = tyro.cli(ExportOptions, args=list(arguments), prog=name)
+    from fluxjax.train.recipe import read_recipe
+
+    read_recipe(options.run / "recipe.toml")  # what is no run is told before JAX is imported
     from fluxjax.train.export import export_run
 
     cli.begin()

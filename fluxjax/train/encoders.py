@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from fluxjax.config.latents import PATCH
 from fluxjax.families import FLUX, Conditioning
 from fluxjax.file_hash import hash_files
-from fluxjax.models.latents import PATCH
 
 Dtype = Literal["float32", "bfloat16"]
 _VERSION = "1"  # raised when the same weights would give other latents or text states

@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, FluxConfig, PipelineConfig
+from fluxjax.config.latents import latent_size
 from fluxjax.families import FLUX, Conditioning
 from fluxjax.families.family import Apply
 from fluxjax.file_hash import hash_files
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import latent_size
 from fluxjax.models.lora import init_lora, join_scales, split_scales
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.parallel.apply import apply_on

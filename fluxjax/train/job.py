@@ -16,9 +16,10 @@ from jaxtyping import Array
 from fluxjax.atomic_write import write_bytes
 from fluxjax.cli import sentence
 from fluxjax.config import PipelineConfig
+from fluxjax.config.latents import latent_size
 from fluxjax.families import Conditioning
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import image_ids, latent_size
+from fluxjax.models.latents import image_ids
 from fluxjax.models.lora import variables
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import batch_sharding, replicated

@@ -3,51 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from fluxjax.config import ConfigError
 from fluxjax.models.autoencoder import Posterior
-
-Density = Literal["flux_shift", "uniform", "logit_normal", "sigmoid", "shift", "mode"]
-Weight = Literal["none", "sigma_sqrt", "cosmap"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Flow matching: which timesteps are drawn, how their errors weigh, what is left out."""
-
-    density: Density = "flux_shift"
-    """flux_shift: sigmoid of a normal, shifted by the picture's size as in sampling."""
-    mean: float = 0.0
-    """Of logit_normal."""
-    std: float = 1.0
-    """Of logit_normal."""
-    shift: float = 3.1582
-    """Of the density shift."""
-    mode_scale: float = 1.29
-    """Of the density mode."""
-    weight: Weight = "none"
-    """Of each row's squared error: none, 1 / t^2 (sigma_sqrt) or 2 / (pi (1 - 2t + 2t^2))."""
-    unmasked_weight: float = 0.0
-    """Of the error where a mask is black; where it is white the weight is 1."""
-    guidance: float = 1.0
-    """Fed to the guidance embedding; models without one ignore it."""
-    caption_dropout: float = 0.1
-    """Share of the captions that are replaced by the empty one."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout <= 1:
-            raise ConfigError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
-        if not 0 <= self.unmasked_weight <= 1:
-            raise ConfigError(f"unmasked_weight must be in [0, 1], got {self.unmasked_weight}")
-        for name in ("std", "shift"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+from fluxjax.train.settings import Objective, Weight
 
 
 def autoencoder_loss(

@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon, prodigy
 
-from fluxjax.config import ConfigError
+from fluxjax.train.settings import OptimizerSettings
 
 Tree = Any
 Rates = Callable[[Any], Any]  # step -> learning rate
-Optimizer = Literal["adamw", "adafactor", "lion", "prodigy", "muon"]
-Schedule = Literal["constant", "cosine", "linear"]
 
 # Of AdamW's learning rate: Lion takes steps of unit size (Chen et al. 2023 advise 3 to 10 times
 # less); Prodigy finds its own, which is multiplied by this.
 _RELATIVE = {"lion": 1 / 3}
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """How gradients become updates."""
-
-    name: Optimizer = "adamw"
-    learning_rate: float | None = None
-    """By default that of the method: LoRA 1e-4, full 1e-5; Lion a third of it, Prodigy 1."""
-    schedule: Schedule = "constant"
-    """After the warm-up: constant, or down to `final` of the learning rate at the last step."""
-    warmup: int = 100
-    """Steps in which the learning rate rises from 0, at most a tenth of the run."""
-    final: float = 0.0
-    """Share of the learning rate at the last step of cosine and linear."""
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    """Decoupled, on matrices alone."""
-    clip: float = 1.0
-    """Global norm to which gradients are clipped; 0 does not clip."""
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "warmup", "final", "weight_decay", "clip"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} must not be negative, got {value}")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 def learning_rates(settings: OptimizerSettings, steps: int, default: float) -> Rates:

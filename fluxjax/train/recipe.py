@@ -9,21 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-
 from fluxjax.checkpoint.pipeline_folder import read_config
-from fluxjax.config import ConfigError
+from fluxjax.config import ConfigError, LoraConfig
+from fluxjax.config.choices import Implementation, Remat, SequenceAttention
 from fluxjax.hub import find
-from fluxjax.models.attention import Implementation
-from fluxjax.models.flux import Remat
-from fluxjax.models.lora import LoraConfig
-from fluxjax.parallel.sequence import SequenceAttention
 from fluxjax.train.data.settings import DataSettings
-from fluxjax.train.objectives import Objective
-from fluxjax.train.optimizers import OptimizerSettings
+from fluxjax.train.settings import Objective, OptimizerSettings, ValidationSettings
 from fluxjax.train.toml_file import build, check_values, nearest, read_toml, to_toml
-from fluxjax.train.validation import ValidationSettings
 
 Method = Literal["lora", "full"]
 _MAX_COUNT = 2**31 - 4  # of rows in a run, and of steps: they are counted in int32
@@ -120,6 +112,9 @@ class FinetuneRecipe:
 
     @property
     def compute_dtype(self) -> Any:
+        import jax
+        import jax.numpy as jnp
+
         if self.dtype != "auto":
             return jnp.dtype(self.dtype)
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import flax.linen as nn
@@ -14,7 +13,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from fluxjax.atomic_write import whole_or_nothing
-from fluxjax.config import ConfigError
 from fluxjax.families.family import Apply, Conditioning
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.parallel.mesh import batch_sharding
@@ -23,45 +21,8 @@ from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import override
 from fluxjax.train.flow_matching import Rows, fixed_loss
-from fluxjax.train.objectives import Objective
+from fluxjax.train.settings import Objective, ValidationSettings
 from fluxjax.train.step import Tree
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationSettings:
-    """Pictures of fixed prompts and seeds, and the loss on fixed timesteps and noise."""
-
-    every: int = 500
-    """Steps between validations; 0 validates never."""
-    prompts: tuple[str, ...] = ()
-    """A row of pictures each; without prompts only the loss is measured."""
-    references: tuple[str, ...] = ()
-    """Training to edit: for each prompt the file of the picture that it edits, cut to the size."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """A column of pictures each."""
-    width: int | None = None
-    """Of the pictures, in pixels; by default the model's own, as the next three."""
-    height: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    batches: int = 4
-    """Batches whose loss is measured."""
-    source: str = ""
-    """A source like that of the data, of pictures that are not trained on; by default the loss is
-    measured on the first batches of the training data."""
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.batches < 0:
-            raise ConfigError(
-                f"every and batches must not be negative, got {self.every}, {self.batches}"
-            )
-        if self.prompts and not self.seeds:
-            raise ConfigError("prompts need at least one seed")
-        if self.references and len(self.references) != len(self.prompts):
-            raise ConfigError(
-                f"there are {len(self.prompts)} prompts and {len(self.references)} references: "
-                "each prompt edits one"
-            )
 
 
 class Validation:

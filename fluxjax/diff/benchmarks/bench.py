@@ -69,10 +69,6 @@ def run_bench(command: Bench) -> int:
     from fluxjax.diff.live import require_torch
     from fluxjax.hub import find
 
-    if command.rounds < 1 or command.threads < 1:
-        raise ValueError(
-            f"--rounds and --threads must be at least 1, got {command.rounds} and {command.threads}"
-        )
     torch = require_torch()
     torch.set_num_threads(command.threads)
     folder = find(command.folder)

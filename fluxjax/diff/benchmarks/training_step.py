@@ -25,13 +25,15 @@ def _measure(folder: Path, rounds: int, *, lora: bool) -> Measure:
 
     from fluxjax.checkpoint.pipeline_folder import load_params, read_config
     from fluxjax.checkpoint.templates import abstract_params
+    from fluxjax.config import LoraConfig
+    from fluxjax.config.latents import latent_size
     from fluxjax.families import FLUX, Conditioning
     from fluxjax.models.flux import FluxTransformer
-    from fluxjax.models.latents import image_ids, latent_size, text_ids
-    from fluxjax.models.lora import LoraConfig, init_lora, split_scales
+    from fluxjax.models.latents import image_ids, text_ids
+    from fluxjax.models.lora import init_lora, split_scales
     from fluxjax.train.flow_matching import Rows, finetune_loss
-    from fluxjax.train.objectives import Objective
-    from fluxjax.train.optimizers import OptimizerSettings, learning_rates, make_optimizer
+    from fluxjax.train.optimizers import learning_rates, make_optimizer
+    from fluxjax.train.settings import Objective, OptimizerSettings
     from fluxjax.train.step import init_state, make_step
 
     config = read_config(folder)

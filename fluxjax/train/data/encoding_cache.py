@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.cli import sentence
+from fluxjax.config.latents import PATCH
 from fluxjax.families import Conditioning
-from fluxjax.models.latents import PATCH, pack
+from fluxjax.models.latents import pack
 from fluxjax.train.data.cache_file import compact, read_arrays, write_arrays
 from fluxjax.train.data.catalogue import Entry, pixels
 from fluxjax.train.encoders import Encoders

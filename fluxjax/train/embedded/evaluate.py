@@ -13,20 +13,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import tyro
 from jaxtyping import Float, UInt8
 
-from fluxjax.config import ConfigError
 from fluxjax.parallel.mesh import pad_rows
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings, override
 from fluxjax.side_output import check_side_output, marker, side_output
+from fluxjax.train.embedded.evaluate_settings import KINDS, EvaluateSettings
 from fluxjax.train.embedded.phrasing import Caption, captions, names_in_order, vary
 from fluxjax.train.embedded.reader import ATTRIBUTES, Tally, read, score
 from fluxjax.train.embedded.scenes import COLOURS, Scene, render, sample_scenes
@@ -35,23 +34,6 @@ SHEET_COLUMNS = 6
 SHEET_SIDE = 192  # pixels; smaller pictures are doubled where that fits, larger ones shrunk
 
 
-class Kind(NamedTuple):
-    """How prompts of one kind are written, and in which sizes they are drawn (None: one's own)."""
-
-    manner: str
-    sizes: tuple[tuple[int, int], ...] | None = None
-
-
-OTHER_SIZES = (
-    (64, 64), (128, 128), (160, 160), (128, 64), (80, 160), (144, 112),
-)  # fmt: skip
-KINDS = {
-    "sentences": Kind("sentence"),
-    "terse": Kind("terse"),
-    "X and Y": Kind("and"),
-    "other orders": Kind("order"),
-    "other sizes": Kind("sentence", OTHER_SIZES),
-}
 READER = "reader"
 CHUNK = 256  # scenes drawn at once: one compilation whatever the number of prompts
 # Apart from every seed that a training stage draws its scenes with.
@@ -59,55 +41,6 @@ _STREAM = 0x0DD5EED
 
 Counts = dict[str, Tally]
 Bytes = UInt8[np.ndarray, "n height width 3"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateSettings:
-    """Draw prompts that training never saw and read back what the pictures show."""
-
-    model: str = "tiny"
-    """tiny (the embedded model) or a pipeline folder."""
-    prompts: int = 48
-    """Of each kind: sentences, terse, "X and Y", other orders of words, other sizes."""
-    kinds: tuple[str, ...] = tuple(KINDS)
-    """Which kinds."""
-    held_out: bool = True
-    """Scenes with objects and pairs that training holds out; else ordinary ones."""
-    colours: tuple[str, ...] = tuple(COLOURS)
-    """Scenes whose objects have these colours alone."""
-    guidance: float | None = None
-    """Embedded guidance; the model's own by default."""
-    steps: int | None = None
-    """Denoising steps; the model's own by default."""
-    true_cfg_scale: float = 1.0
-    """Above 1: classifier-free guidance against the empty prompt, two passes per step."""
-    seed: int = 0
-    """Of scenes, captions and noise."""
-    batch: int = 24
-    """Pictures drawn at once; on a mesh made up to what it splits them by."""
-    mesh: str | None = None
-    """Devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2; the rest is data."""
-    sheet: Path | None = None
-    """Write a contact sheet to this PNG, a row for each kind."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the numbers as JSON instead of a table."""
-
-    def __post_init__(self) -> None:
-        if self.prompts < 1 or self.batch < 1:
-            raise ConfigError(
-                f"prompts and batch must be at least 1, got {self.prompts} and {self.batch}"
-            )
-        for kind in self.kinds:
-            if kind not in KINDS:
-                known = ", ".join(map(repr, KINDS))
-                raise ConfigError(f"kinds must be of {known}, got {kind!r}")
-        for colour in self.colours:
-            if colour not in COLOURS:
-                raise ConfigError(f"colours must be of {', '.join(COLOURS)}, got {colour!r}")
-        if not self.kinds:
-            raise ConfigError("kinds must name at least one kind of prompts")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}")
 
 
 class Prompts(NamedTuple):

@@ -18,28 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
+from fluxjax.train.embedded.colours import BACKGROUNDS, COLOURS
+
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
-COLOURS = {
-    "red": (218, 32, 38),
-    "orange": (247, 133, 18),
-    "yellow": (250, 216, 40),
-    "green": (36, 152, 62),
-    "cyan": (54, 200, 212),
-    "blue": (38, 76, 208),
-    "purple": (128, 46, 160),
-    "pink": (246, 134, 188),
-    "brown": (122, 70, 36),
-    "white": (250, 250, 250),
-    "black": (16, 16, 20),
-    "gray": (150, 150, 154),
-}
-BACKGROUNDS = {
-    "white": (250, 250, 250),
-    "black": (16, 16, 20),
-    "gray": (150, 150, 154),
-    "beige": (236, 222, 190),
-    "navy": (22, 32, 74),
-}
 SIZES = {"small": 0.125, "medium": 0.17, "large": 0.225}
 RELATIONS = ("left of", "right of", "above", "below")
 SPLITS = ("plain", "top and bottom", "left and right")

@@ -17,10 +17,11 @@ import optax
 from jaxtyping import Array, Float
 
 from fluxjax.config import PipelineConfig
+from fluxjax.config.latents import latent_size
 from fluxjax.families.flux import noised
 from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import image_ids, latent_size, pack, text_ids
+from fluxjax.models.latents import image_ids, pack, text_ids
 from fluxjax.models.products import BFLOAT16
 from fluxjax.train.embedded.phrasing import captions, vary
 from fluxjax.train.embedded.scenes import render, sample_scenes

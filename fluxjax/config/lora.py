@@ -1,0 +1,51 @@
+"""A LoRA that is trained: its rank, and the layers that it adapts."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from fluxjax.config.base import ConfigError
+
+# What diffusers' FLUX scripts adapt: attention and feed-forward of the double blocks, and queries,
+# keys and values of the single blocks.
+TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """`targets` are reference module names, their last parts, or regular expressions of them.
+
+    The adapter's output is multiplied by `alpha / rank`.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"the LoRA's rank must be at least 1, got {self.rank}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"the LoRA's alpha must be a positive number, got {self.alpha}")
+        if not self.targets:
+            raise ConfigError("the LoRA's targets are empty: name at least one module")
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ConfigError(f"the LoRA's target {target!r} is no pattern: {error}") from None

@@ -1,0 +1,114 @@
+"""The parts of a recipe: what is minimised, by what, and how it is judged. Imports no JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fluxjax.config import ConfigError
+
+Density = Literal["flux_shift", "uniform", "logit_normal", "sigmoid", "shift", "mode"]
+Weight = Literal["none", "sigma_sqrt", "cosmap"]
+Optimizer = Literal["adamw", "adafactor", "lion", "prodigy", "muon"]
+Schedule = Literal["constant", "cosine", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Flow matching: which timesteps are drawn, how their errors weigh, what is left out."""
+
+    density: Density = "flux_shift"
+    """flux_shift: sigmoid of a normal, shifted by the picture's size as in sampling."""
+    mean: float = 0.0
+    """Of logit_normal."""
+    std: float = 1.0
+    """Of logit_normal."""
+    shift: float = 3.1582
+    """Of the density shift."""
+    mode_scale: float = 1.29
+    """Of the density mode."""
+    weight: Weight = "none"
+    """Of each row's squared error: none, 1 / t^2 (sigma_sqrt) or 2 / (pi (1 - 2t + 2t^2))."""
+    unmasked_weight: float = 0.0
+    """Of the error where a mask is black; where it is white the weight is 1."""
+    guidance: float = 1.0
+    """Fed to the guidance embedding; models without one ignore it."""
+    caption_dropout: float = 0.1
+    """Share of the captions that are replaced by the empty one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise ConfigError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
+        if not 0 <= self.unmasked_weight <= 1:
+            raise ConfigError(f"unmasked_weight must be in [0, 1], got {self.unmasked_weight}")
+        for name in ("std", "shift"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """How gradients become updates."""
+
+    name: Optimizer = "adamw"
+    learning_rate: float | None = None
+    """By default that of the method: LoRA 1e-4, full 1e-5; Lion a third of it, Prodigy 1."""
+    schedule: Schedule = "constant"
+    """After the warm-up: constant, or down to `final` of the learning rate at the last step."""
+    warmup: int = 100
+    """Steps in which the learning rate rises from 0, at most a tenth of the run."""
+    final: float = 0.0
+    """Share of the learning rate at the last step of cosine and linear."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Decoupled, on matrices alone."""
+    clip: float = 1.0
+    """Global norm to which gradients are clipped; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "warmup", "final", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} must not be negative, got {value}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """Pictures of fixed prompts and seeds, and the loss on fixed timesteps and noise."""
+
+    every: int = 500
+    """Steps between validations; 0 validates never."""
+    prompts: tuple[str, ...] = ()
+    """A row of pictures each; without prompts only the loss is measured."""
+    references: tuple[str, ...] = ()
+    """Training to edit: for each prompt the file of the picture that it edits, cut to the size."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """A column of pictures each."""
+    width: int | None = None
+    """Of the pictures, in pixels; by default the model's own, as the next three."""
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    batches: int = 4
+    """Batches whose loss is measured."""
+    source: str = ""
+    """A source like that of the data, of pictures that are not trained on; by default the loss is
+    measured on the first batches of the training data."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.batches < 0:
+            raise ConfigError(
+                f"every and batches must not be negative, got {self.every}, {self.batches}"
+            )
+        if self.prompts and not self.seeds:
+            raise ConfigError("prompts need at least one seed")
+        if self.references and len(self.references) != len(self.prompts):
+            raise ConfigError(
+                f"there are {len(self.prompts)} prompts and {len(self.references)} references: "
+                "each prompt edits one"
+            )
