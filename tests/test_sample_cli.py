@@ -156,7 +156,7 @@ def test_an_edit_repeats_while_its_reference_is_the_same_file(
         (("a", "--true-cfg", "3"), "--true-cfg needs --negative-prompt"),
         (("a", "--negative-prompt", "b"), "--negative-prompt needs --true-cfg"),
         (("a", "--out", "file/x"), "file"),
-        (("--prompts", "missing.jsonl"), "missing.jsonl: No such file"),
+        (("--prompts", "missing.jsonl"), "there is no file missing.jsonl"),
         (("--prompts", "bad.jsonl"), "bad.jsonl, line 1: 'colour' is no setting"),
         (("--prompts", "types.jsonl"), "types.jsonl, line 1: steps must be an integer, got 'many'"),
         (("--prompts", "broken.jsonl"), "broken.jsonl, line 3: not JSON"),

@@ -42,13 +42,13 @@ class Golden:
     def reports(self) -> list[Report]:
         if not self.files:
             raise ValueError("golden needs at least one recorded FILE")
-        for path in self.files:
-            if not path.is_file():
-                raise FileNotFoundError(f"there is no recorded file {path}")
         if self.save and len(self.files) != 1:
             raise ValueError(f"--save takes the outputs of one FILE, got {len(self.files)}")
         if self.save:
             check_side_output(self.save, "outputs")
+        for path in self.files:
+            if not path.is_file():
+                raise FileNotFoundError(f"there is no recorded file {path}")
         parse_mesh(self.mesh or "")
         from fluxjax.diff.golden import check_golden, save_outputs
 
