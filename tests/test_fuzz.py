@@ -20,12 +20,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_files import gguf_bytes, key, text
 from mutations import mutated
 from PIL import Image
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.lora_file import read_lora, write_lora
 from fluxjax.checkpoint.orbax_params import read_orbax
+from fluxjax.checkpoint.quantised.gguf import read_gguf
+from fluxjax.checkpoint.quantised.reader import unquantised
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.sharded import read_sharded
 from fluxjax.checkpoint.templates import abstract_params
@@ -57,6 +60,33 @@ def read_all(tensors: Mapping[str, Tensor]) -> None:
 
 def make_safetensors(folder: Path) -> None:
     write_safetensors(folder / "x.safetensors", small_tensors(), {"format": "pt"})
+
+
+def make_gguf(folder: Path) -> None:
+    tensors = {"a.weight": (12, (2, 256), bytes(288)), "b": (0, (4,), bytes(16))}
+    keys = [key("general.architecture", 8, text("flux"))]
+    (folder / "x.gguf").write_bytes(gguf_bytes(tensors, keys))
+
+
+def make_quantised(folder: Path) -> None:
+    """One layer of each form; their parts are named beside each other, so that they mix."""
+    nf4 = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [2, 64],
+                      "nested_blocksize": 256, "nested_offset": 0.5})  # fmt: skip
+    form = json.dumps({"format": "nvfp4", "convrot": True, "convrot_groupsize": 64})
+    arrays = {
+        "a.weight": np.zeros((64, 1), np.uint8), "a.weight.absmax": np.zeros(2, np.uint8),
+        "a.weight.quant_map": np.zeros(16, np.float32),
+        "a.weight.nested_absmax": np.ones(1, np.float32),
+        "a.weight.nested_quant_map": np.zeros(256, np.float32),
+        "a.weight.quant_state.bitsandbytes__nf4": np.frombuffer(nf4.encode(), np.uint8),
+        "b.weight": np.zeros((2, 32), np.uint8), "b.weight_scale": np.zeros((2, 4), np.uint8),
+        "b.weight_scale_2": np.ones((), np.float32),
+        "b.comfy_quant": np.frombuffer(form.encode(), np.uint8),
+        "c.weight": np.zeros((2, 64), np.int8), "c.SCB": np.ones(2, np.float32),
+        "d._weight_qdata": np.zeros((2, 64), np.int8), "d._weight_scale": np.ones((2, 1), "f"),
+        "e.weight._data": np.zeros((2, 64), np.int8), "e.weight._scale": np.ones((2, 1), "f"),
+    }  # fmt: skip
+    write_safetensors(folder / "x.safetensors", {n: of_array(a) for n, a in arrays.items()})
 
 
 def make_shards(folder: Path) -> None:
@@ -170,6 +200,9 @@ def make_parquet(folder: Path) -> None:
 SETTINGS = DataSettings(source="")
 READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "safetensors": (make_safetensors, lambda f: read_all(read_safetensors(f / "x.safetensors")[0])),
+    "gguf": (make_gguf, lambda f: read_all(read_gguf(f / "x.gguf")[0])),
+    "quantised": (make_quantised, lambda f: read_all(
+        unquantised(read_safetensors(f / "x.safetensors")[0]))),
     "shards": (make_shards, lambda f: read_all(read_sharded(f))),
     "lora": (make_lora, read_loras),
     "orbax": (make_orbax, read_orbax_whole),

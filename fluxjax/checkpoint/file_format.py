@@ -7,7 +7,7 @@ from pathlib import Path
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 _USE_SAFETENSORS = "use the .safetensors file of the same model"
 _STARTS = (
-    (b"GGUF", f"it is a GGUF file, which is not read: {_USE_SAFETENSORS}"),
+    (b"GGUF", "it is a GGUF file: give it the ending .gguf"),
     (
         b"PK\x03\x04",
         f"it is a zip archive, such as torch.save writes, with pickles: {_USE_SAFETENSORS}",

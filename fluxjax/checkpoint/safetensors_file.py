@@ -32,6 +32,7 @@ DTYPES: dict[str, np.dtype] = {
         "BF16": ml_dtypes.bfloat16,
         "F8_E4M3": ml_dtypes.float8_e4m3fn,
         "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
         "I64": np.int64,
         "I32": np.int32,
         "I16": np.int16,
@@ -123,15 +124,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _bad(path, f"its data should end at byte {start + position}, not at its end")
     return {
         name: Tensor(
-            shape, dtype, partial(_read_rows, path, start + begin, shape, dtype), by_rows=True
+            shape, dtype, partial(read_rows, path, start + begin, shape, dtype), by_rows=True
         )
         for name, (dtype, shape, begin, _) in entries.items()
     }, metadata
 
 
-def _read_rows(
+def read_rows(
     path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, start: int, stop: int
 ) -> np.ndarray:
+    """Rows [start, stop) of a tensor that begins at byte `offset` of a file. Raises OSError."""
     row = int(np.prod(shape[1:], dtype=np.int64))
     out = memory.empty((stop - start, *shape[1:]) if shape else (), dtype)
     with open(path, "rb", buffering=0) as file:

@@ -27,6 +27,9 @@ from fluxjax.checkpoint.detect import (
 from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.orbax_params import is_orbax, read_orbax
 from fluxjax.checkpoint.placement import load_tree
+from fluxjax.checkpoint.quantised import comfy
+from fluxjax.checkpoint.quantised.gguf import MAGIC, read_gguf
+from fluxjax.checkpoint.quantised.reader import refuse_packed, unquantised
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.sharded import read_sharded
 from fluxjax.checkpoint.source_record import Record, dequantise, is_fp8_extra
@@ -80,13 +83,16 @@ def make_network(
     config: Any = None,
     record: Record | None = None,
     family: str = "",
+    layers: Mapping[str, dict[str, Any]] | None = None,
 ) -> OpenNetwork:
     """Detect, dequantise, name and check one network's tensors.
 
-    `family`: "FLUX.1" where these are known to be a part of it.
+    `family`: "FLUX.1" where these are known to be a part of it. `layers`: see `unquantised`.
     Raises ConfigError or engine.MappingError, naming `where`.
     """
     try:
+        refuse_packed(raw)
+        raw = unquantised(raw, layers)
         network, dialect = detect_network({name: tensor.shape for name, tensor in raw.items()})
         if component in network.parts:
             if type(config) is network.config:
@@ -165,7 +171,7 @@ def _other_names(
 def open_file(
     path: Path, config: Config | None = None, component: str = "", family: str = ""
 ) -> dict[str, OpenNetwork]:
-    """The networks of one safetensors file: BFL's, ComfyUI's all-in-one, or any single network.
+    """The networks of one file, safetensors or GGUF: BFL's, ComfyUI's all-in-one, or any one.
 
     `config` where shapes do not tell it; `family` where it is known, as by the names under which
     FLUX's files are published. Raises FileNotFoundError, ValueError.
@@ -175,19 +181,20 @@ def open_file(
         raise FileNotFoundError(f"there is no file {path}")
     if path.suffix.lower() in PICKLES:
         raise ValueError(pickle_refusal(path))
-    if path.suffix.lower() == ".gguf":
-        raise ValueError(f"{path} is GGUF, which is not read: use the .safetensors of this model")
-    raw, metadata = read_safetensors(path)
+    raw, metadata = read_gguf(path) if is_gguf(path) else read_safetensors(path)
     saved = _saved(metadata.get(METADATA_KEY), path)
     try:
+        refuse_packed(raw)
         refuse_foreign({name: tensor.shape for name, tensor in raw.items()})
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        layers = comfy.layers_of(metadata.get(comfy.METADATA_KEY))
+    except ValueError as error:
+        raise type(error)(f"{path}: {error}") from None
     groups = split_prefixes(raw)
     if len(groups) > 1 and "" in groups:
         names = ", ".join(map(repr, sorted(groups[""])))
         raise ConfigError(f"{path} holds tensors that belong to none of its networks: {names}")
-    if "transformer" in groups or any(fnmatch(path.name, n) for n in SINGLE_FILES.values()):
+    name = f"{path.stem}.safetensors"
+    if "transformer" in groups or any(fnmatch(name, files) for files in SINGLE_FILES.values()):
         family = "FLUX.1"
     networks = {}
     for prefixed, names in groups.items():
@@ -199,6 +206,11 @@ def open_file(
             config=(config or saved.get("config")) if wanted else None,
             record=saved.get("record"),
             family=family,
+            layers={
+                short.removesuffix(".weight"): layers[full.removesuffix(".weight")]
+                for short, full in names.items()
+                if full.removesuffix(".weight") in layers
+            },
         )
         networks[network.component] = network
     return networks
@@ -216,6 +228,13 @@ def _saved(text: str | None, path: Path) -> dict[str, Any]:
         return saved
     except (KeyError, TypeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path}: the metadata under {METADATA_KEY!r} is damaged") from None
+
+
+def is_gguf(path: Path) -> bool:
+    """By its content, or by its name where it has none."""
+    with open(path, "rb") as file:
+        start = file.read(len(MAGIC))
+    return start == MAGIC or path.suffix.lower() == ".gguf"
 
 
 def open_folder(
@@ -265,7 +284,7 @@ def component_weights(folder: Path, component: str) -> Path:
     """
     own = folder / component
     if not _has_weights(own):
-        files = sorted(folder.glob(SINGLE_FILES.get(component, "?")))
+        files = [*_flat_files(folder, component), *sorted(own.glob("*.gguf"))]
         if len(files) > 1:
             names = ", ".join(path.name for path in files)
             raise ValueError(f"{folder} holds several {component} files, keep one of: {names}")
@@ -289,10 +308,10 @@ def weights_of(folder: Path) -> dict[str, Path]:
         pipeline_class(folder)
         index = read_json(folder / "model_index.json")
         parts = [part for part in SINGLE_FILES if index.get(part) not in (None, [None, None])]
-    elif _has_weights(folder) and not any(_flat_files(folder)):
+    elif _has_weights(folder) and not any(_flat_files(folder, part) for part in SINGLE_FILES):
         return {"": folder}
     else:
-        parts = [part for part in SINGLE_FILES if any(folder.glob(SINGLE_FILES[part]))]
+        parts = [part for part in SINGLE_FILES if _flat_files(folder, part)]
         parts += [part for part in SINGLE_FILES if part not in parts]
         parts = [part for part in parts if component_weights(folder, part) != folder / part
                  or _has_weights(folder / part)]  # fmt: skip
@@ -303,7 +322,7 @@ def weights_of(folder: Path) -> dict[str, Path]:
         raise ValueError(pickle_refusal(pickles[0]))
     raise FileNotFoundError(
         f"{folder} holds no model: a diffusers folder has model_index.json or config.json with "
-        "safetensors, BFL's has flux1-*.safetensors or ae.safetensors, ours has params/"
+        "safetensors, BFL's has flux1-*.safetensors (or .gguf) or ae.safetensors, ours has params/"
     )
 
 
@@ -326,8 +345,11 @@ def open_source(path: Path, config_file: Path | None = None) -> dict[str, OpenNe
     return {part: open_component(path, part) for part in parts}
 
 
-def _flat_files(folder: Path) -> list[Path]:
-    return [file for pattern in SINGLE_FILES.values() for file in folder.glob(pattern)]
+def _flat_files(folder: Path, component: str) -> list[Path]:
+    """Single files of one network, safetensors and GGUF, as they lie beside others."""
+    pattern = SINGLE_FILES.get(component, "?.safetensors")
+    both = (pattern, f"{pattern.removesuffix('.safetensors')}.gguf")
+    return sorted(file for each in both for file in folder.glob(each))
 
 
 def with_dtype(network: OpenNetwork, dtype: Any) -> OpenNetwork:

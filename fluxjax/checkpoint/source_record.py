@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from fluxjax.checkpoint.quantised.parts import column
 from fluxjax.checkpoint.safetensors_file import DTYPES, dtype_name
 from fluxjax.checkpoint.tensors import Tensor, astype, of_array
+from fluxjax.models.quantised import Quantised
 
 _SCALES = ("scale_weight", "weight_scale")
 _OF_FP8 = re.compile(
@@ -71,7 +73,7 @@ class Record:
                 raise TypeError
             renamed, doubled, scaled = maps
             dialect = values["dialect"]
-            if dialect not in ("reference", "bfl") or any(
+            if dialect not in ("reference", "bfl", "gguf") or any(
                 DTYPES[dtype] not in _FP8 for dtype in scaled.values()
             ):
                 raise ValueError
@@ -166,7 +168,10 @@ def _dequantised(weight: Tensor, scale: Tensor) -> Tensor:
         values *= _factors(scale, weight, start, stop)
         return values.astype(dtype)
 
-    return Tensor(weight.shape, dtype, rows, weight.by_rows)
+    packed = None
+    if len(weight.shape) == 2:
+        packed = Quantised("fp8", {"codes": weight, "scale": column(scale, weight.shape[0])})
+    return Tensor(weight.shape, dtype, rows, weight.by_rows, packed)
 
 
 def _quantise(weight: Tensor, scale: Tensor, dtype: np.dtype) -> Tensor:

@@ -14,18 +14,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from fluxjax.models.quantised import Quantised, decode
+
+_AT_ONCE = 2**22  # elements that are decoded at once
+
 
 @dataclass(frozen=True)
 class Tensor:
     """`rows(start, stop)` reads that range of the first axis; a scalar is read as (0, 0).
 
     `by_rows`: reading a range costs no more than its share, so a large tensor may be read in parts.
+    `packed`: the codes of a file that these values are decoded from, as lazy tensors of its rows.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     rows: Callable[[int, int], np.ndarray]
     by_rows: bool = False
+    packed: Quantised | None = None
 
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0] if self.shape else 0)
@@ -70,9 +76,9 @@ def slice_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
     if (start, stop) == (0, tensor.shape[0]):
         return tensor
     shape = (stop - start, *tensor.shape[1:])
-    return Tensor(
-        shape, tensor.dtype, lambda a, b: tensor.rows(start + a, start + b), tensor.by_rows
-    )
+    packed = tensor.packed and tensor.packed.map(lambda part: slice_rows(part, start, stop))
+    rows = lambda a, b: tensor.rows(start + a, start + b)  # noqa: E731
+    return Tensor(shape, tensor.dtype, rows, tensor.by_rows, packed)
 
 
 def concatenate(tensors: Sequence[Tensor]) -> Tensor:
@@ -93,7 +99,41 @@ def concatenate(tensors: Sequence[Tensor]) -> Tensor:
         return out
 
     shape = (int(starts[-1]), *tensors[0].shape[1:])
-    return Tensor(shape, tensors[0].dtype, rows, all(part.by_rows for part in tensors))
+    by_rows = all(part.by_rows for part in tensors)
+    return Tensor(shape, tensors[0].dtype, rows, by_rows, _joined([t.packed for t in tensors]))
+
+
+def _joined(packed: Sequence[Quantised | None]) -> Quantised | None:
+    """Of parts that are all quantised in one way, with the same number of columns."""
+    first = packed[0]
+    if first is None:
+        return None
+    forms = {p and (p.kind, *((k, t.shape[1:], t.dtype) for k, t in sorted(p.parts.items())))
+             for p in packed}  # fmt: skip
+    if len(forms) > 1:
+        return None
+    return Quantised(
+        first.kind,
+        {name: concatenate([p.parts[name] for p in packed if p]) for name in first.parts},
+    )
+
+
+def unpacked(packed: Quantised, dtype: Any = np.float32) -> Tensor:
+    """The values of lazy codes, a few rows decoded at a time."""
+    dtype = np.dtype(dtype)
+    shape = (packed.shape[0], packed.columns)
+    step = max(1, _AT_ONCE // shape[1])
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, shape[1]), dtype)
+        for a in range(start, stop, step):
+            b = min(a + step, stop)
+            with np.errstate(over="ignore", invalid="ignore"):  # who uses values, checks them
+                values = decode(packed.map(lambda part, a=a, b=b: part.rows(a, b)))
+                out[a - start : b - start] = values
+        return out
+
+    return Tensor(shape, dtype, rows, by_rows=True, packed=packed)
 
 
 def swap_halves(tensor: Tensor) -> Tensor:

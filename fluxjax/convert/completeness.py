@@ -75,7 +75,8 @@ def _left_out(folder: Path, read: Mapping[str, Path]) -> list[str]:
     for path in _weights(folder):
         # A variant, or what other libraries read, has the network's folder; BFL's file lies above.
         same = (path.parent in folders and "model" in path.stem) or (
-            path.parent == folder and any(path.match(pattern) for pattern in singles)
+            path.parent == folder
+            and any(path.with_suffix(".safetensors").match(pattern) for pattern in singles)
         )
         if path not in used:
             (beside if same else others).append(path)

@@ -111,8 +111,7 @@ def plan(
         )
     copies = {} if single_file else _copies(source)
     files = {} if single_file else _files(networks, target, copies, whole=_is_pipeline(source))
-    if dtype != "keep":
-        files |= _with_dtype_name(copies, dtype)
+    files |= _as_written(copies, dtype)
     return Conversion(
         source,
         destination,
@@ -165,14 +164,22 @@ def _files(
     return {path: values for path, values in files.items() if path not in copies}
 
 
-def _with_dtype_name(copies: dict[Path, Path], dtype: str) -> dict[Path, dict[str, Any]]:
-    """transformers casts to the dtype that config.json names: those files must name the new one."""
+def _as_written(copies: dict[Path, Path], dtype: Dtype) -> dict[Path, dict[str, Any]]:
+    """Files of configurations that must say something else of the weights than the source's do.
+
+    transformers casts to the dtype that is named there, and both libraries expect quantised
+    weights where a quantisation is.
+    """
     changed = {}
     for name, path in copies.items():
-        values = read_json(path) if name.name == "config.json" else {}
-        keys = values.keys() & {"torch_dtype", "dtype"}
-        if keys:
-            changed[name] = {**values, **dict.fromkeys(keys, dtype)}
+        if name.name != "config.json":
+            continue
+        given = read_json(path)
+        values = {key: value for key, value in given.items() if key != "quantization_config"}
+        if dtype != "keep":
+            values |= dict.fromkeys(values.keys() & {"torch_dtype", "dtype"}, dtype)
+        if values != given:
+            changed[name] = values
     for name in changed:
         del copies[name]
     return changed

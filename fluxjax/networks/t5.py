@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxjax.config import T5Config
+from fluxjax.config import ConfigError, T5Config
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Shapes, count
 from fluxjax.networks.tables import Rule, Table
 
@@ -16,6 +16,28 @@ REFERENCE = Table(
     identity=True,
     ignored=(r"decoder\..*", r"lm_head\..*", "logit_scale"),
 )
+
+
+def _gguf() -> Table:
+    """llama.cpp's names; they say nothing of the kind of position buckets, which are T5's."""
+    block = "encoder.block.{}.layer"
+    parts = {f"attn_{x}": f"0.SelfAttention.{x}" for x in "qkvo"}
+    parts |= {"attn_rel_b": "0.SelfAttention.relative_attention_bias", "attn_norm": "0.layer_norm"}
+    parts |= {
+        "ffn_gate": "1.DenseReluDense.wi_0", "ffn_up": "1.DenseReluDense.wi_1",
+        "ffn_down": "1.DenseReluDense.wo", "ffn_norm": "1.layer_norm",
+    }  # fmt: skip
+    rules = [
+        Rule("token_embd", ("shared",)),
+        Rule("enc.output_norm", ("encoder.final_layer_norm",)),
+    ]
+    rules += [
+        Rule(f"enc.blk.{{}}.{theirs}", (f"{block}.{ours}",)) for theirs, ours in parts.items()
+    ]
+    return Table("T5 encoder of GGUF", tuple(rules), ignored=(r"dec\..*", r"output\.weight"))
+
+
+GGUF = _gguf()
 
 
 def _infer(shapes: Shapes, family: str) -> T5Config:
@@ -34,6 +56,25 @@ def _infer(shapes: Shapes, family: str) -> T5Config:
         relative_attention_num_buckets=buckets,
         is_gated_act=gated,
         dense_act_fn="gelu_pytorch_tanh" if gated else "relu",
+    )
+
+
+def _infer_gguf(shapes: Shapes, family: str) -> T5Config:
+    buckets, heads = shapes["enc.blk.0.attn_rel_b.weight"]
+    inner, width = shapes["enc.blk.0.attn_q.weight"]
+    gated = "enc.blk.0.ffn_gate.weight" in shapes
+    if not gated:
+        raise ConfigError("only the gated T5 (version 1.1) is read from GGUF")
+    return T5Config(
+        vocab_size=shapes["token_embd.weight"][0],
+        d_model=width,
+        d_kv=inner // heads,
+        d_ff=shapes["enc.blk.0.ffn_down.weight"][1],
+        num_layers=count(shapes, r"enc\.blk\.(\d+)\."),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        is_gated_act=True,
+        dense_act_fn="gelu_pytorch_tanh",
     )
 
 
@@ -97,6 +138,7 @@ T5 = Network(
             lambda config: REFERENCE,
             _infer,
         ),
+        Dialect("gguf", (r"enc\.blk\.0\.attn_q\.weight",), lambda config: GGUF, _infer_gguf),
     ),
     roles={
         "shared": "whole",
@@ -113,7 +155,7 @@ T5 = Network(
         "DenseReluDense/wo": "rows",
     },
     prefixes=("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
-    files="t5xxl*.safetensors",
+    files="t5*xxl*.safetensors",
     file_name=lambda config: "t5xxl.safetensors",
     scanned=("block",),
 )

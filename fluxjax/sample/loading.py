@@ -54,8 +54,8 @@ def load_pipeline(
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
     Args:
-      model: "tiny", a diffusers folder, an Orbax folder, or a BFL file (flux1-*.safetensors), which
-        needs the two below. Here and below a hub's name will do as well, such as
+      model: "tiny", a diffusers folder, an Orbax folder, or a BFL file (flux1-*.safetensors or
+        .gguf), which needs the two below. Here and below a hub's name will do as well, such as
         "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
       dtype: of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
       text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2.

@@ -71,7 +71,7 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
     if not entries:  # a folder of text encoders, or one network's
         names = [entry.name for entry in path.iterdir() if entry.is_dir()]
     parts = {name: hash_files(path, [name]) for name in sorted(names) if (path / name).is_dir()}
-    single = sorted(file.name for file in path.glob("*.safetensors"))
+    single = sorted(f.name for end in ("safetensors", "gguf") for f in path.glob(f"*.{end}"))
     if single and len(parts) < len([name for name in names if not name.startswith("_")]):
         parts["files"] = hash_files(path, single)
     parts["index"] = hash_files(path, [name for name in _INDEX if (path / name).is_file()])
@@ -93,7 +93,7 @@ def is_name(source: str) -> bool:
 
 def model_name(model: str) -> str:
     """As a picture's name and its parameters have it."""
-    return Path(model).stem if model.endswith(".safetensors") else Path(model).name
+    return Path(model).stem if model.endswith((".safetensors", ".gguf")) else Path(model).name
 
 
 def absolute(source: str) -> str:
