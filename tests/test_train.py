@@ -13,11 +13,14 @@ import optax
 import pytest
 
 from fluxjax.config import TINY, ConfigError
+from fluxjax.families import FLUX, Conditioning
 from fluxjax.families.flux import noised
 from fluxjax.models.autoencoder import Posterior
 from fluxjax.train import objectives
 from fluxjax.train.embedded import tiny, transformer
+from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.loop import Run, RunSettings
+from fluxjax.train.objectives import Objective
 from fluxjax.train.optimizers import muon_dimensions, muon_optimizer
 from fluxjax.train.step import TrainState, init_state, make_step
 
@@ -132,7 +135,9 @@ def _conditioner() -> transformer.Conditioner:
 
     def encode_text(texts):
         rows = np.array([[len(t), t.count("red")] for t in texts], np.float32)
-        return np.tile(rows[:, None, :1], (1, 4, 16)), np.tile(rows[:, 1:], (1, 8))
+        return Conditioning(
+            np.tile(rows[:, None, :1], (1, 4, 16)), None, np.tile(rows[:, 1:], (1, 8))
+        )
 
     return transformer.Conditioner(encode_image, encode_text)
 
@@ -142,7 +147,7 @@ def test_pool_is_the_same_after_a_resume():
     pool = transformer.Pool(0, stage, _conditioner(), 0)
     straight = [pool.batch(step) for step in range(6)][-1]
     resumed = transformer.Pool(0, stage, _conditioner(), 5).batch(5)
-    for one, other in zip(straight, resumed, strict=True):
+    for one, other in zip(*map(jax.tree.leaves, (straight, resumed)), strict=True):
         assert sorted(one.sum((-1,)).ravel().tolist()) == sorted(other.sum((-1,)).ravel().tolist())
     # A bucket of smaller pictures has more of them, for about as many tokens.
     assert straight.latents.shape == (8, 6, 64)
@@ -154,35 +159,35 @@ def network():
     keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
     leaves, tree = jax.tree.flatten(params)
     noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    batch = transformer.Batch(
-        jax.random.normal(keys[0], (4, 4, 64)), jax.random.normal(keys[1], (4, 3, 16)),
-        jax.random.normal(keys[2], (4, 8)),
-    )  # fmt: skip
-    empty = transformer.Batch(jnp.zeros((1, 1, 1)), jnp.zeros((1, 3, 16)), jnp.zeros((1, 8)))
+    said = jax.random.normal(keys[1], (4, 3, 16)), None, jax.random.normal(keys[2], (4, 8))
+    rows = Rows(jax.random.normal(keys[0], (4, 4, 64)), Conditioning(*said), jnp.arange(4))
+    empty = Conditioning(jnp.zeros((1, 3, 16)), None, jnp.zeros((1, 8)))
     ids = transformer.image_ids(4, 4)
-    return model, jax.tree.unflatten(tree, noisy), batch, empty, ids
+    return model, jax.tree.unflatten(tree, noisy), rows, empty, ids
 
 
 def test_flow_matching_depends_on_the_caption_unless_it_is_dropped(network):
-    model, params, batch, empty, ids = network
-    other = batch._replace(text=batch.text + 1.0)
+    model, params, rows, empty, ids = network
+    heard = rows.conditioning
+    other = rows._replace(conditioning=heard._replace(sequence=heard.sequence + 1.0))
     key = jax.random.key(3)
 
     def losses(dropout):
-        loss = jax.jit(transformer.flow_matching_loss(model, dropout))
-        return [float(loss(params, key, b, empty, ids, jnp.float32(0.5))) for b in (batch, other)]
+        loss = jax.jit(finetune_loss(FLUX, model, Objective(caption_dropout=dropout)))
+        mu = jnp.float32(0.5)
+        return [float(loss(params, key, each, {}, empty, ids, mu)) for each in (rows, other)]
 
     heard, dropped = losses(0.0), losses(1.0)
     assert heard[0] != heard[1] and dropped[0] == dropped[1]
 
 
 def test_teacher_is_its_own_student_at_guidance_one(network):
-    model, params, batch, empty, ids = network
+    model, params, rows, empty, ids = network
     mu = jnp.float32(0.5)
     values = []
     for scales in ((1.0, 1.0), (3.0, 3.0)):
         loss = jax.jit(transformer.guidance_distillation_loss(model, scales))
-        values.append(float(loss(params, jax.random.key(3), params, batch, empty, ids, mu)))
+        values.append(float(loss(params, jax.random.key(3), rows, params, empty, ids, mu)))
     assert values[0] < 1e-9 < 1e-3 < values[1]
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fluxjax.families.family import Apply, Conditioning, Extras, Family, Tokens
+from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import adapt, join_scales, variables
 from fluxjax.train.objectives import (
@@ -34,9 +34,9 @@ class Rows(NamedTuple):
     2 x 2 latents counts, 0 to 1.
     """
 
-    latents: Float[Array, "b image c"]
+    latents: Float[AnyArray, "b image c"]
     conditioning: Conditioning
-    index: Int[Array, "b"]
+    index: Int[AnyArray, "b"]
     reference: Float[Array, "b image c"] | None = None
     mask: Float[Array, "b image 4"] | None = None
 

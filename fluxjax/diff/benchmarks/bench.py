@@ -223,6 +223,7 @@ def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
     from fluxjax.checkpoint.tensors import of_array
     from fluxjax.config import DEV
     from fluxjax.diff.report import relative_l2
+    from fluxjax.families import FLUX, Conditioning, Extras
     from fluxjax.models.compilation import compiler_options
     from fluxjax.models.flux import FluxTransformer
     from fluxjax.models.latents import image_ids, text_ids
@@ -249,7 +250,7 @@ def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape, np.float32)
 
-    inputs = {
+    arrays = {
         "hidden_states": normal(1, 1024, config.in_channels),
         "encoder_hidden_states": normal(1, 512, config.joint_attention_dim),
         "pooled_projections": normal(1, config.pooled_projection_dim),
@@ -258,15 +259,18 @@ def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
         "txt_ids": np.array(text_ids(512)),
         "guidance": np.array([1.0], np.float32),
     }
-    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    state, times = arrays["hidden_states"], arrays["timestep"]
+    text = Conditioning(arrays["encoder_hidden_states"], None, arrays["pooled_projections"])
+    extras = Extras(arrays["img_ids"], arrays["guidance"])
     forward = jax.jit(
-        lambda params, inputs: model.apply({"params": params}, **inputs),
+        lambda params, *inputs: FLUX.forward(model, {"params": params}, *inputs),
         compiler_options=compiler_options(),
     )
     results: dict[str, np.ndarray] = {}
 
     def run_ours() -> None:
-        results["ours"] = np.asarray(forward(params, inputs))
+        results["ours"] = np.asarray(forward(params, state, times, text, extras))
 
     def run_theirs() -> None:
         with torch.no_grad():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from fluxjax.checkpoint.pipeline_folder import load_params, save_params, write_config
 from fluxjax.config import TINY, PipelineConfig
+from fluxjax.families import Conditioning
 from fluxjax.families.flux import encode_prompts, tokenize
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.clip import CLIPTextModel
@@ -171,12 +172,11 @@ def make_conditioner(pipeline: Path, config: PipelineConfig) -> Conditioner:
     clip_params = params("text_encoder", config.text_encoder)
     t5_params = params("text_encoder_2", config.text_encoder_2)
 
-    def encode_text(texts: list[str]):
+    def encode_text(texts: list[str]) -> Conditioning:
         ids, _ = tokenize(
             clip_tokenizer, t5_tokenizer, texts, max_sequence_length=config.max_sequence_length
         )
-        heard = encode_prompts(clip, t5, clip_params, t5_params, ids)
-        return heard.sequence, heard.vector
+        return encode_prompts(clip, t5, clip_params, t5_params, ids)
 
     return Conditioner(image_encoder(config, params("vae", config.vae)), encode_text)
 

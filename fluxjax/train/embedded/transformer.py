@@ -18,15 +18,16 @@ from jaxtyping import Array, Float
 
 from fluxjax.config import PipelineConfig
 from fluxjax.config.latents import latent_size
-from fluxjax.families.flux import noised
+from fluxjax.families import FLUX, Conditioning, Extras
 from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, pack, text_ids
 from fluxjax.models.products import BFLOAT16
 from fluxjax.train.embedded.phrasing import captions, vary
 from fluxjax.train.embedded.scenes import render, sample_scenes
+from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.loop import Run, RunSettings
-from fluxjax.train.objectives import guided_velocity, sample_times, velocity_loss
+from fluxjax.train.objectives import Objective, guided_velocity, sample_times, velocity_loss
 from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.step import Tree, init_state, make_step
 
@@ -68,23 +69,13 @@ class DistillStage(TransformerStage):
     seed: int = 4
 
 
-class Batch(NamedTuple):
-    """What the transformer reads and predicts, before noise."""
-
-    latents: Float[Array | np.ndarray, "b image c"]
-    text: Float[Array | np.ndarray, "b text d"]
-    pooled: Float[Array | np.ndarray, "b p"]
-
-
 class Conditioner(NamedTuple):
     """Frozen networks around the transformer, as functions with their parameters bound."""
 
-    encode_image: Callable[
-        [Any], Any
-    ]  # (n, height, width, 3) -> (n, image, channels), normalised and packed
-    encode_text: Callable[
-        [list[str]], tuple[Any, Any]
-    ]  # list of n captions -> ((n, text, d), (n, p))
+    encode_image: Callable[[Any], Any]
+    """(n, height, width, 3) -> (n, image, channels), normalised and packed."""
+    encode_text: Callable[[list[str]], Conditioning]
+    """Of n captions."""
 
 
 def image_encoder(config: PipelineConfig, params: Tree):
@@ -122,13 +113,14 @@ class Pool:
         chunks = stage.pool // self.CHUNK
         self.next = self._due(step)
         first = [self._draw(i) for i in range(self.next - chunks, self.next)]
-        self.rows = Batch(*(np.concatenate(parts) for parts in zip(*first, strict=True)))
+        self.rows = tuple(np.concatenate(parts) for parts in zip(*first, strict=True))
 
     def _due(self, step: int) -> int:
         """How many chunks have been drawn once `step` begins."""
         return self.stage.pool // self.CHUNK + step * self.stage.fresh // self.CHUNK
 
-    def _draw(self, index: int) -> Batch:
+    def _draw(self, index: int) -> tuple[np.ndarray, ...]:
+        """Latents, and T5's and CLIP's states, of one chunk."""
         seed = self.stage.seed * 1_000_003 + self.bucket
         key = jax.random.fold_in(jax.random.key(seed), index)
         scenes = sample_scenes(key, self.CHUNK, width=self.width, height=self.height)
@@ -137,10 +129,11 @@ class Pool:
         latents = self.conditioner.encode_image(
             render(scenes, width=self.width, height=self.height)
         )
-        text, pooled = self.conditioner.encode_text(texts)
-        return Batch(*(np.asarray(v, np.float16) for v in (latents, text, pooled)))
+        heard = self.conditioner.encode_text(texts)
+        each = latents, heard.sequence, heard.vector
+        return tuple(np.asarray(value, np.float16) for value in each)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Rows:
         while self.next < self._due(step):
             row = self.next * self.CHUNK % self.stage.pool
             for old, new in zip(self.rows, self._draw(self.next), strict=True):
@@ -148,11 +141,13 @@ class Pool:
             self.next += 1
         rng = np.random.default_rng((self.stage.seed, step))
         rows = rng.integers(self.stage.pool, size=self.taken)
-        return Batch(*(v[rows].astype(np.float32) for v in self.rows))
+        latents, text, pooled = (value[rows].astype(np.float32) for value in self.rows)
+        index = np.arange(self.taken, dtype=np.int32)
+        return Rows(latents, Conditioning(text, None, pooled), index)
 
 
 class Batches:
-    """All buckets; `self(step)` gives (batch, image ids, mu)."""
+    """All buckets; `self(step)` gives (rows, image ids, mu)."""
 
     def __init__(self, config: PipelineConfig, stage: TransformerStage, conditioner: Conditioner):
         self.config, self.stage, self.conditioner = config, stage, conditioner
@@ -168,67 +163,33 @@ class Batches:
         return self.pools[size].batch(step), ids, mu
 
 
-def _predict(model: FluxTransformer, params: Tree, x: Array, batch: Batch, t, ids, guidance) -> Any:
-    if not model.config.guidance_embeds:
-        guidance = None
-    return model.apply(
-        {"params": params}, x, batch.text, batch.pooled, t, ids, text_ids(batch.text.shape[1]),
-        guidance,
-    )  # fmt: skip
-
-
-def _noised(key: jax.Array, batch: Batch, mu: float | Array):
-    times, noises = jax.random.split(key)
-    t = sample_times(times, batch.latents.shape[0], mu)
-    noise = jax.random.normal(noises, batch.latents.shape)
-    return t, noise, noised(jnp.asarray(batch.latents), noise, t)
-
-
-def flow_matching_loss(model: FluxTransformer, dropout: float):
-    """`loss(params, key, batch, empty, ids, mu)`: velocity MSE with captions dropped to `empty`.
-
-    Guidance 1 is fed to the embedding, as trainers of FLUX.1-dev do.
-    """
-
-    def loss(params: Tree, key: jax.Array, batch: Batch, empty: Batch, ids, mu) -> jax.Array:
-        drop_key, key = jax.random.split(key)
-        n = batch.latents.shape[0]
-        drop = jax.random.bernoulli(drop_key, dropout, (n,))
-        text = jnp.where(drop[:, None, None], empty.text, batch.text)
-        pooled = jnp.where(drop[:, None], empty.pooled, batch.pooled)
-        batch = Batch(batch.latents, text, pooled)
-        t, noise, x = _noised(key, batch, mu)
-        velocity = _predict(model, params, x, batch, t, ids, jnp.ones(n))
-        return velocity_loss(velocity, noise - jnp.asarray(batch.latents))
-
-    return loss
-
-
 def guidance_distillation_loss(model: FluxTransformer, scales: tuple[float, float]):
-    """`loss(params, key, teacher, batch, empty, ids, mu)`: one pass learns two passes' guidance.
+    """`loss(params, key, rows, teacher, empty, ids, mu)`: one pass learns two passes' guidance.
 
     Source: Meng et al. 2022, On distillation of guided diffusion models, stage one.
     """
 
+    def velocity(params: Tree, x: Array, t: Array, heard: Conditioning, ids, guidance: Array):
+        return FLUX.forward(model, {"params": params}, x, t, heard, Extras(ids, guidance))
+
     def loss(
-        params: Tree, key: jax.Array, teacher: Tree, batch: Batch, empty: Batch, ids, mu
+        params: Tree, key: jax.Array, rows: Rows, teacher: Tree, empty: Conditioning, ids, mu
     ) -> jax.Array:
-        scale_key, key = jax.random.split(key)
-        n = batch.latents.shape[0]
+        scale_key, time_key, noise_key = jax.random.split(key, 3)
+        n = rows.latents.shape[0]
         scale = jax.random.uniform(scale_key, (n,), minval=scales[0], maxval=scales[1])
-        t, _, x = _noised(key, batch, mu)
-        blank = Batch(
-            batch.latents,
-            jnp.broadcast_to(empty.text, batch.text.shape),
-            jnp.broadcast_to(empty.pooled, batch.pooled.shape),
+        t = sample_times(time_key, n, mu)
+        x = FLUX.noised(rows.latents, jax.random.normal(noise_key, rows.latents.shape), t)
+        both = jax.tree.map(
+            lambda said, blank: jnp.concatenate([said, jnp.broadcast_to(blank, said.shape)]),
+            rows.conditioning,
+            empty,
         )
-        both = jax.tree.map(lambda *v: jnp.concatenate(v), batch, blank)
-        twice = _predict(
-            model, teacher, jnp.tile(x, (2, 1, 1)), both, jnp.tile(t, 2), ids, jnp.ones(2 * n)
-        )
-        conditional, unconditional = jnp.split(jax.lax.stop_gradient(twice), 2)
+        twice = jnp.tile(x, (2, 1, 1)), jnp.tile(t, 2)
+        taught = velocity(teacher, *twice, both, ids, jnp.ones(2 * n))
+        conditional, unconditional = jnp.split(jax.lax.stop_gradient(taught), 2)
         target = guided_velocity(conditional, unconditional, scale)
-        return velocity_loss(_predict(model, params, x, batch, t, ids, scale), target)
+        return velocity_loss(velocity(params, x, t, rows.conditioning, ids, scale), target)
 
     return loss
 
@@ -267,19 +228,19 @@ def train_transformer(
         lambda step: warm(step) * decay(step), weight_decay=stage.weight_decay
     )
     batches = Batches(config, stage, conditioner)
-    empty_text, empty_pooled = conditioner.encode_text([""])
-    empty = Batch(jnp.zeros((1, 1, 1)), jnp.asarray(empty_text), jnp.asarray(empty_pooled))
+    empty = jax.tree.map(jnp.asarray, conditioner.encode_text([""]))
+    frozen: Tree = {}
     if isinstance(stage, DistillStage):
-        loss, frozen = guidance_distillation_loss(model, stage.scales), (start,)
+        loss, frozen = guidance_distillation_loss(model, stage.scales), start
     else:
-        loss, frozen = flow_matching_loss(model, stage.caption_dropout), ()
+        loss = finetune_loss(FLUX, model, Objective(caption_dropout=stage.caption_dropout))
     step = make_step(
         loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay, precision=precision
     )
 
     def advance(state, index: int):
-        batch, ids, mu = batches(index)
-        return step(state, *frozen, batch, empty, ids, jnp.float32(mu))
+        rows, ids, mu = batches(index)
+        return step(state, rows, frozen, empty, ids, jnp.float32(mu))
 
     run = Run(RunSettings(steps=stage.steps, folder=folder), advance)
     return run.to_end(init_state(params, optimizer)).ema
