@@ -25,7 +25,8 @@ PUBLIC = {
     "Models by name": ["fluxjax.hub:find", "fluxjax.hub:tiny_folder"],
     "Converting": [
         "fluxjax.convert.convert:plan", "fluxjax.convert.convert:run",
-        "fluxjax.convert.convert:Conversion", "fluxjax.checkpoint.lora_file:read_lora",
+        "fluxjax.convert.convert:Conversion", "fluxjax.checkpoint.lora.reader:read_adapters",
+        "fluxjax.checkpoint.lora.reader:read_lora", "fluxjax.checkpoint.lora.merge:merge",
     ],
     "Training": ["fluxjax.train.recipe:read_recipe", "fluxjax.train.finetune:finetune"],
     "Configurations": [

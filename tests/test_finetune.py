@@ -19,7 +19,7 @@ from drawn_files import encoded
 from PIL import Image
 from random_checkpoints import random_tree
 
-from fluxjax.checkpoint.lora_file import read_lora
+from fluxjax.checkpoint.lora.reader import read_lora
 from fluxjax.checkpoint.pipeline_folder import (
     load_params,
     save_params,

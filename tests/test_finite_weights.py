@@ -13,7 +13,8 @@ import fluxjax
 from fluxjax.checkpoint import pipeline_folder
 from fluxjax.checkpoint.engine import MappingError, flatten
 from fluxjax.checkpoint.finite import is_finite, not_finite
-from fluxjax.checkpoint.lora_file import read_lora, write_lora
+from fluxjax.checkpoint.lora.reader import read_lora
+from fluxjax.checkpoint.lora.writer import write_lora
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.source import open_component
 from fluxjax.checkpoint.templates import abstract_params

@@ -25,7 +25,8 @@ from mutations import mutated
 from PIL import Image
 
 from fluxjax.checkpoint import engine
-from fluxjax.checkpoint.lora_file import read_lora, write_lora
+from fluxjax.checkpoint.lora.reader import read_lora
+from fluxjax.checkpoint.lora.writer import write_lora
 from fluxjax.checkpoint.orbax_params import read_orbax
 from fluxjax.checkpoint.quantised.gguf import read_gguf
 from fluxjax.checkpoint.quantised.reader import unquantised

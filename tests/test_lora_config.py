@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 
 from fluxjax.checkpoint.engine import MappingError
-from fluxjax.checkpoint.lora_file import read_lora
-from fluxjax.checkpoint.peft_config import PEFT_METADATA, Patterns, PeftConfig, read_peft_config
+from fluxjax.checkpoint.lora.peft_config import (
+    PEFT_METADATA,
+    Patterns,
+    PeftConfig,
+    read_peft_config,
+)
+from fluxjax.checkpoint.lora.reader import read_lora
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
@@ -102,9 +107,10 @@ def test_as_recorded_from_peft(shared: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"use_dora": True}, "use_dora = True, which is more than LoRA"),
+        ({"use_dora": True}, "missing: magnitude of base_model.model.single"),
         ({"use_something_new": True}, "use_something_new"),
-        ({"lora_bias": True}, "lora_bias"),
+        ({"lora_bias": True}, "missing: the bias of B .up. of base_model"),
+        ({"lora_bias": "yes"}, "lora_bias is 'yes'"),
         ({"bias": "all"}, "bias = all"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
@@ -143,7 +149,7 @@ def test_numbers_beyond_any_float(tmp_path: Path) -> None:
             read_lora(tmp_path, TEMPLATE)
         metadata = {PEFT_METADATA: text.replace("lora", "transformer.lora")}
         with pytest.raises(ConfigError, match="damaged"):
-            read_peft_config(tmp_path / "x", metadata)
+            read_peft_config(tmp_path / "x", metadata, "transformer")
 
 
 def test_many_targets_and_patterns_cost_little() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from test_parallel import MESHES, relative
 
 import fluxjax
-from fluxjax.checkpoint.lora_file import write_lora
+from fluxjax.checkpoint.lora.writer import write_lora
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, LoraConfig
 from fluxjax.families import Conditioning

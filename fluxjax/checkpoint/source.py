@@ -354,7 +354,11 @@ def _flat_files(folder: Path, component: str) -> list[Path]:
 
 def with_dtype(network: OpenNetwork, dtype: Any) -> OpenNetwork:
     """Values cast; what the record says of fp8 is then forgotten."""
-    extras = {k: v for k, v in network.record.extras.items() if not is_fp8_extra(k)}
-    record = replace(network.record, extras=extras, scaled={})
     cast = {name: tensors.astype(t, np.dtype(dtype)) for name, t in network.tensors.items()}
-    return replace(network, tensors=cast, record=record)
+    return without_fp8(replace(network, tensors=cast))
+
+
+def without_fp8(network: OpenNetwork) -> OpenNetwork:
+    """As if it had never been fp8: for values that are others now."""
+    extras = {k: v for k, v in network.record.extras.items() if not is_fp8_extra(k)}
+    return replace(network, record=replace(network.record, extras=extras, scaled={}))

@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
     if not 0 < options.shard_gb < float("inf"):
         raise ValueError(f"--shard-gb must be a positive number, got {options.shard_gb}")
+    from fluxjax.checkpoint.lora.scaled_file import split_scale
     from fluxjax.hub import find
     from fluxjax.parallel.mesh_shape import parse_mesh
 
@@ -28,6 +29,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     source = find(options.source, "checkpoint")
     if not source.exists():
         raise FileNotFoundError(f"there is no file {source}")
+    loras = [(find(file, "lora"), scale) for file, scale in map(split_scale, options.lora)]
+    missing = [path for path, _ in loras if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"there is no LoRA file {missing[0]}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes are traced, nothing is computed
     from rich.console import Console
 
@@ -39,6 +44,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
         options.destination,
         options.to,
         dtype=options.dtype,
+        loras=loras,
         mesh=mesh,
         config_file=options.config,
         shard_bytes=int(options.shard_gb * 1e9),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import numpy as np
 from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.component_json import read_json, write_json
 from fluxjax.checkpoint.detect import describe
+from fluxjax.checkpoint.lora.merge import merge_files
 from fluxjax.checkpoint.orbax_params import write_orbax
 from fluxjax.checkpoint.pipeline_folder import model_index, scheduler_of
 from fluxjax.checkpoint.safetensors_file import write_safetensors
@@ -25,6 +26,7 @@ from fluxjax.config import ConfigError
 from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.destination import check_destination
 from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
+from fluxjax.networks import network_of
 from fluxjax.parallel.mesh_shape import MeshShape
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -85,13 +87,15 @@ def plan(
     target: Target,
     *,
     dtype: Dtype = "keep",
+    loras: Sequence[tuple[Path, float]] = (),
     mesh: MeshShape | None = None,
     config_file: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> Conversion:
-    """Open and check everything; reads headers only.
+    """Open and check everything; of weights reads headers only.
 
+    `loras`: files of adapters to merge into the weights, and their strengths.
     `mesh`: the devices whose parts of the weights an Orbax folder stores one by one.
     Raises FileNotFoundError, OSError, or ValueError (ConfigError, engine.MappingError).
     """
@@ -102,6 +106,7 @@ def plan(
     networks = open_source(source, config_file)
     if dtype != "keep":
         networks = {k: with_dtype(network, _DTYPES[dtype]) for k, network in networks.items()}
+    plain, networks = networks, merge_files(networks, loras)
     weights = plan_weights(networks, target, mesh)
     single_file = destination.suffix == ".safetensors"
     if single_file and (target != "bfl" or len(networks) > 1):
@@ -110,8 +115,9 @@ def plan(
             f"{target} make a folder; only --to bfl of one network is a file"
         )
     copies = {} if single_file else _copies(source)
+    widened = {} if single_file else _without_old_configs(copies, plain, networks)
     files = {} if single_file else _files(networks, target, copies, whole=_is_pipeline(source))
-    files |= _as_written(copies, dtype)
+    files |= widened | _as_written(copies, dtype)
     return Conversion(
         source,
         destination,
@@ -162,6 +168,26 @@ def _files(
         files[Path("model_index.json")] = model_index(configs)
         files[Path("scheduler/scheduler_config.json")] = scheduler_of(transformer.config)
     return {path: values for path, values in files.items() if path not in copies}
+
+
+def _without_old_configs(
+    copies: dict[Path, Path],
+    before: Mapping[str, OpenNetwork],
+    after: Mapping[str, OpenNetwork],
+) -> dict[Path, dict[str, Any]]:
+    """Takes away copies that are wrong of networks with other configurations now: config.json,
+    which is written anew, and the pipeline's index, given back with the class of the pipeline."""
+    changed = [name for name in after if after[name].config != before[name].config]
+    files = {}
+    for name in changed:
+        copies.pop(Path(name) / "config.json", None)
+        index = copies.pop(Path("model_index.json"), None)
+        if len(after) == 1:
+            copies.pop(Path("config.json"), None)
+        if index is not None:
+            pipeline = network_of(after[name].config).widened[2]
+            files[Path("model_index.json")] = {**read_json(index), "_class_name": pipeline}
+    return files
 
 
 def _as_written(copies: dict[Path, Path], dtype: Dtype) -> dict[Path, dict[str, Any]]:

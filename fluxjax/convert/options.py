@@ -12,6 +12,11 @@ _Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 _Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
 _Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 _Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+_Loras = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="FILE[:SCALE]", help_behavior_hint=""),
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,9 @@ class Options:
     """The form to write."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Cast all tensors; keep changes no value (scaled fp8 becomes bfloat16, and fp8 again)."""
+    lora: _Loras = ()
+    """Merge an adapter (LoRA, DoRA, LoKr, LoHa, OFT and others) into the weights, or several:
+    --lora A.safetensors --lora B.safetensors:0.5."""
     mesh: _Text = None
     """With --to orbax: store each device's part by itself, for devices such as fsdp=4,tensor=2."""
     config: _Path = None

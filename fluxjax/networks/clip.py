@@ -243,7 +243,12 @@ CLIP_TEXT = Network(
     file_name=lambda config: "clip_l.safetensors",
     scanned=("layers",),
     fit=_fit_text,
-)
+    adapter_prefixes=(
+        "text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "text_encoder.",
+        "base_model.model.", "lora_te1_", "lora_te_",
+    ),
+    adapter_rules=TEXT_REFERENCE.rules,
+)  # fmt: skip
 CLIP_VISION = Network(
     config=CLIPVisionConfig,
     component="image_encoder",

@@ -72,6 +72,17 @@ def _bfl() -> Table:
 
 
 BFL = _bfl()
+_DOUBLE, _SINGLE = "transformer_blocks.{}.attn", "single_transformer_blocks.{}"
+_QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+# Adapters of x-flux. A single block's qkv_lora sees the first rows of linear1 only.
+_XLABS = (
+    Rule("double_blocks.{}.processor.qkv_lora1", tuple(f"{_DOUBLE}.{name}" for name in _QKV)),
+    Rule("double_blocks.{}.processor.qkv_lora2", tuple(f"{_DOUBLE}.{name}" for name in _ADDED)),
+    Rule("double_blocks.{}.processor.proj_lora1", (f"{_DOUBLE}.to_out.0",)),
+    Rule("double_blocks.{}.processor.proj_lora2", (f"{_DOUBLE}.to_add_out",)),
+    Rule("single_blocks.{}.processor.qkv_lora", tuple(f"{_SINGLE}.attn.{name}" for name in _QKV)),
+    Rule("single_blocks.{}.processor.proj_lora", (f"{_SINGLE}.proj_out",)),
+)
 
 
 def _infer_reference(shapes: Shapes, family: str) -> FluxConfig:
@@ -310,5 +321,11 @@ FLUX = Network(
         _whole,
         lambda config: config.num_attention_heads,
     ),
+    adapter_prefixes=(
+        "model.diffusion_model.", "diffusion_model.", "base_model.model.", "transformer.",
+        "lora_transformer_", "lora_unet_", "oft_unet_", "lycoris_", "",
+    ),
+    adapter_rules=(*BFL.rules, *_XLABS),
+    widened=("x_embedder", "in_channels", "FluxControlPipeline"),
     flops=flops,
-)
+)  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fluxjax.networks.tables import Table
+from fluxjax.networks.tables import Rule, Table
 
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = dict[str, np.ndarray]
@@ -121,6 +121,14 @@ class Network:
     """Networks that are read out of this one's files: component -> field of the configuration."""
     fit: Callable[[Any, Shapes], Any] = lambda config, names: config
     """(configuration, tensors) -> the configuration with what only the tensors tell."""
+    adapter_prefixes: tuple[str, ...] = ()
+    """What stands before the names of its modules in adapters (LoRA and others), longest first;
+    none where there are no adapters."""
+    adapter_rules: tuple[Rule, ...] = ()
+    """Names that adapters have for its modules besides the reference's own."""
+    widened: tuple[str, str, str] = ("", "", "")
+    """A first layer that adapters may give more inputs: the module, the field of the configuration
+    and the class of the pipeline that has something to feed them."""
     flops: Callable[[Any, int, int], float] | None = None
     """(configuration, image tokens, text tokens) -> FLOPs of one forward of one picture."""
 

@@ -158,4 +158,9 @@ T5 = Network(
     files="t5*xxl*.safetensors",
     file_name=lambda config: "t5xxl.safetensors",
     scanned=("block",),
-)
+    # OneTrainer counts FLUX's text encoders from 1, kohya also those that FLUX has not.
+    adapter_prefixes=(
+        "text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "text_encoder_2.",
+        "base_model.model.", "lora_te2_", "lora_te3_",
+    ),
+)  # fmt: skip

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from fluxjax.checkpoint.component_json import read_json
-from fluxjax.checkpoint.lora_file import read_lora
+from fluxjax.checkpoint.lora.changes import Adapter
+from fluxjax.checkpoint.lora.merge import Scaled, adaptable, merge
+from fluxjax.checkpoint.lora.reader import low_rank_tree, read_adapters, split_low_rank
+from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.source import (
     OpenNetwork,
@@ -34,9 +38,10 @@ from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Dtype
-from fluxjax.sample.sources import Sources, absolute, split_scale
+from fluxjax.sample.sources import Sources, absolute
 from fluxjax.shapes import Params
 
+LowRank = list[tuple[dict[str, Adapter], float]]
 _TEXT_COMPONENTS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
 
 
@@ -62,8 +67,8 @@ def load_pipeline(
       vae: a diffusers autoencoder's folder, or BFL's ae.safetensors.
       scan_layers: compile one block of each kind and scan over them, or each block for itself,
         which on CPUs runs 1.3 times faster and by default is done for up to 12 blocks.
-      loras: files of low-rank adapters for the transformer, "FILE", "FILE:scale" or (FILE, scale);
-        all of them are in effect.
+      loras: files of adapters (LoRA, DoRA, LoKr, LoHa, OFT and others) for the transformer and the
+        text encoders, "FILE", "FILE:scale" or (FILE, scale); all of them are in effect.
       mesh: spread weights and work over devices, such as "fsdp=4,tensor=2" (see
         `fluxjax.parallel.mesh`); by default all is on the first device. Where several processes
         have joined (`fluxjax.parallel.hosts`) the mesh is of all their devices, by default "", all
@@ -84,6 +89,12 @@ def load_pipeline(
         raise ConfigError(f"text encoders and vae are given for a BFL file, and {path} is none")
     else:
         family, networks, config, tokenizers = _of_folder(path)
+    scaled = [_scaled(lora) for lora in loras]
+    low_rank: LowRank = []
+    if loras:
+        networks, low_rank = _adapted(networks, scaled)
+        parts: dict[str, Any] = {name: networks[name].config for name in config.networks}
+        config = replace(config, **parts)
     config.require_text_to_image(path)
     if scan_layers is None:
         scan_layers = scan_by_default(config.transformer)
@@ -97,8 +108,7 @@ def load_pipeline(
     if mesh is not None:  # heads that ulysses cannot split are a mistake now
         heads = config.transformer.num_attention_heads
         attention_over(Layout(1, 1, mesh.shape[AXIS]), heads, sequence, "auto")
-    scaled = [_scaled(lora) for lora in loras]
-    lora = _read_loras(scaled, config, scan_layers)
+    lora = _tree(low_rank, config, scan_layers)
     return Pipeline(
         family,
         config,
@@ -187,14 +197,31 @@ def _scaled(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, fl
     return split_scale(lora) if isinstance(lora, str) else (lora, 1.0)
 
 
-def _read_loras(
-    loras: Sequence[tuple[str | Path, float]], config: PipelineConfig, stacked: bool
-) -> Params | None:
-    if not loras:
+def _adapted(
+    networks: dict[str, OpenNetwork], loras: Sequence[tuple[str | Path, float]]
+) -> tuple[dict[str, OpenNetwork], LowRank]:
+    """All that adapters change other than by low-rank products in the transformer's layers, merged;
+    and those products, which are computed beside the weights."""
+    templates = adaptable(networks)
+    low_rank: LowRank = []
+    merged: dict[str, list[Scaled]] = {name: [] for name in templates}
+    for file, strength in loras:
+        for name, changes in read_adapters(find(file, "lora"), templates).changes.items():
+            others = changes
+            if name == "transformer":
+                adapters, others = split_low_rank(changes, templates[name])
+                low_rank.append((adapters, strength))
+            merged[name].append((others, strength))
+    # In float32: to what the pipeline computes in, weights are cast when they are loaded.
+    changed = {n: merge(networks[n], mine, dtype=np.float32) for n, mine in merged.items()}
+    return networks | changed, low_rank
+
+
+def _tree(low_rank: LowRank, config: PipelineConfig, stacked: bool) -> Params | None:
+    if not any(adapters for adapters, _ in low_rank):
         return None
     template = abstract_params(config.transformer, stacked=stacked)
-    trees = [(read_lora(find(file, "lora"), template).tree, scale) for file, scale in loras]
-    return combine_loras(trees)
+    return combine_loras([(low_rank_tree(a, template), scale) for a, scale in low_rank if a])
 
 
 def _tokenizers(folder: Path, config: PipelineConfig):

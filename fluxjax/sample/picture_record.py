@@ -17,13 +17,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fluxjax import __version__
+from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
 from fluxjax.file_hash import hash_file
 from fluxjax.hub import is_cached
 from fluxjax.sample import known_places
 from fluxjax.sample.picture_formats import read_record
 from fluxjax.sample.settings import Dtype, Settings, brief, override
-from fluxjax.sample.sources import TINY, Sources, changed, hashes_of, is_name, split_scale
+from fluxjax.sample.sources import TINY, Sources, changed, hashes_of, is_name
 
 _OPTIONS = {"model": "--model", "text_encoders": "--text-encoders", "vae": "--vae",
             "reference": "--reference"}  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxjax import __version__
 from fluxjax.atomic_write import write_new
+from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
 from fluxjax.sample.file_names import file_name
 from fluxjax.sample.opened_model import OpenedModel
@@ -16,7 +17,7 @@ from fluxjax.sample.parameters_line import parameters_text
 from fluxjax.sample.picture_formats import encode_picture
 from fluxjax.sample.picture_jobs import Job
 from fluxjax.sample.picture_record import record_of
-from fluxjax.sample.sources import model_name, split_scale
+from fluxjax.sample.sources import model_name
 from fluxjax.terminal import print_line
 
 if TYPE_CHECKING:

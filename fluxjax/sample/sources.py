@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
 from fluxjax.file_hash import hash_file, hash_files
 from fluxjax.hub import Kind, find, hub_name
@@ -42,18 +42,6 @@ class Sources:
             for kind, path in self.files().items()
             for part, digest in hashes_of(path, kind).items()
         }
-
-
-def split_scale(text: str) -> tuple[str, float]:
-    """ "FILE:0.8" -> (FILE, 0.8); without a number, 1."""
-    file, _, number = text.rpartition(":")
-    try:
-        scale = float(number) if file else 1.0
-    except ValueError:
-        return text, 1.0
-    if not math.isfinite(scale):
-        raise ConfigError(f"the scale of a LoRA must be a number, got {text!r}")
-    return (file, scale) if file else (text, 1.0)
 
 
 def hashes_of(source: str, kind: str) -> dict[str, str]:

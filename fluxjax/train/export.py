@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.atomic_write import whole_or_nothing
-from fluxjax.checkpoint.lora_file import write_lora
+from fluxjax.checkpoint.lora.writer import write_lora
 from fluxjax.checkpoint.pipeline_folder import read_config, save_params, write_config
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.training_state import read_state

@@ -22,7 +22,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # True or filled, each changes more than low-rank products or needs other base weights.
 _REFUSED = (
-    "lora_bias",
     "fan_in_fan_out",
     "modules_to_save",
     "trainable_token_indices",
@@ -79,6 +78,8 @@ class PeftConfig:
     alpha: float | None = None
     rank: float | None = None
     rank_stabilised: bool = False
+    dora: bool = False
+    lora_bias: bool = False
     alphas: Patterns = field(default_factory=lambda: Patterns({}))
     ranks: Patterns = field(default_factory=lambda: Patterns({}))
     targets: frozenset[str] = frozenset()
@@ -96,12 +97,16 @@ class PeftConfig:
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def targeted(self, names: Iterable[str]) -> list[str]:
-        """Those of the names that are said to be adapted."""
-        return [name for name in names if not self.targets.isdisjoint(_suffixes(name))]
+        """Those of the names that are said to be adapted. What is one's whole name is of no other:
+        PEFT also writes whole names, of which one may be the end of others."""
+        names = list(names)
+        ends = self.targets.difference(names)
+        return [n for n in names if n in self.targets or not ends.isdisjoint(_suffixes(n))]
 
 
-def read_peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
-    """Of the LoRA file `path`: what its metadata say, else what lies beside it.
+def read_peft_config(path: Path, metadata: Mapping[str, str], component: str) -> PeftConfig:
+    """Of one network's adapters in the file `path`: what its metadata say, else what lies beside
+    it, which does not say of which network it is.
 
     Raises ConfigError for what is damaged, and for adapters that are more than LoRA.
     """
@@ -113,7 +118,7 @@ def read_peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
             raise ConfigError(f"{where} are damaged: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{where} are damaged: they are no JSON object")
-        prefix = "transformer."
+        prefix = f"{component}."
         values = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
         return _checked(values, where)
     beside = path.with_name(ADAPTER_CONFIG)
@@ -128,7 +133,8 @@ def read_peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
 
 
 def _checked(values: Mapping[str, Any], where: str) -> PeftConfig:
-    flags = [key for key in values if key.startswith("use_") and key != "use_rslora"]
+    known = ("use_rslora", "use_dora")
+    flags = [key for key in values if key.startswith("use_") and key not in known]
     more = [key for key in (*_REFUSED, *flags) if values.get(key)]
     if values.get("bias", "none") not in ("none", None):
         more.append("bias")
@@ -141,20 +147,26 @@ def _checked(values: Mapping[str, Any], where: str) -> PeftConfig:
             "and is not read"
         )
     try:
-        stabilised = values.get("use_rslora") or False
-        if not isinstance(stabilised, bool):
-            raise ValueError(f"use_rslora is {str(stabilised)[:60]!r}")
         return PeftConfig(
             where=where,
             alpha=_number(values, "lora_alpha"),
             rank=_number(values, "r"),
-            rank_stabilised=stabilised,
+            rank_stabilised=_flag(values, "use_rslora"),
+            dora=_flag(values, "use_dora"),
+            lora_bias=_flag(values, "lora_bias"),
             alphas=_patterns(values, "alpha_pattern"),
             ranks=_patterns(values, "rank_pattern"),
             targets=_targets(values),
         )
     except (ValueError, re.error) as error:
         raise ConfigError(f"{where} has no usable alpha and rank: {error}") from None
+
+
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    value = values.get(key) or False
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} is {str(value)[:60]!r}")
+    return value
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:

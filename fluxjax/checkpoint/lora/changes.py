@@ -1,0 +1,83 @@
+"""What an adapter makes of each parameter of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+Read = Callable[[str], np.ndarray]
+"""Reference name -> the parameter before any adapter, float32, its inputs widened with zeros."""
+
+
+class Adapter(NamedTuple):
+    """What one module of a model gets: x (a b) scale, in the file's layout."""
+
+    a: np.ndarray  # (rank, in)
+    b: np.ndarray  # (out, rank)
+    scale: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one parameter W: W + t delta(W) at strength t, or `value` in its place at any strength.
+
+    `low_rank`: the same as delta where it is a product. `inputs`: of W, where they become more.
+    """
+
+    delta: Callable[[Read], np.ndarray] | None = None
+    value: np.ndarray | None = None
+    low_rank: Adapter | None = None
+    inputs: int | None = None
+
+
+def low_rank(adapter: Adapter, inputs: int | None = None) -> Change:
+    def delta(read: Read) -> np.ndarray:
+        return (adapter.b @ adapter.a) * np.float32(adapter.scale)
+
+    return Change(delta, low_rank=None if inputs else adapter, inputs=inputs)
+
+
+def constant(delta: np.ndarray, inputs: int | None = None) -> Change:
+    return Change(lambda read: delta, inputs=inputs)
+
+
+Form = Callable[[np.ndarray], np.ndarray]
+
+
+class Formed:
+    """The change of one module of a file, formed for all the modules of ours that it holds.
+
+    `form`: W of all of them, one under the other, -> what is added; W is empty where it is not
+    used. A Kronecker block need not end where a module ends, so rows are split only afterwards.
+    """
+
+    def __init__(
+        self, sizes: Mapping[str, int], form: Form, *, uses_weight: bool, swap_halves: bool
+    ):
+        self._sizes, self._form = sizes, form
+        self._uses_weight, self._swap_halves = uses_weight, swap_halves
+        self._left: dict[str, np.ndarray] = {}
+
+    def change(self, name: str, inputs: int | None = None) -> Change:
+        """Of the parameter `name`."""
+        return Change(lambda read: self._rows(name, read), inputs=inputs)
+
+    def _rows(self, name: str, read: Read) -> np.ndarray:
+        rows = self._left.pop(name, None)
+        if rows is not None:
+            return rows
+        weight = np.empty((0, 0), np.float32)
+        if self._uses_weight:
+            weight = np.concatenate([read(part) for part in self._sizes])
+        whole = self._swapped(self._form(self._swapped(weight)))
+        ends = np.cumsum(list(self._sizes.values()))[:-1]
+        parts = dict(zip(self._sizes, np.split(whole, ends), strict=True))
+        rows = parts.pop(name)
+        self._left = parts  # each is asked for once; then nothing is kept
+        return rows
+
+    def _swapped(self, rows: np.ndarray) -> np.ndarray:
+        return np.roll(rows, len(rows) // 2, axis=0) if self._swap_halves else rows

@@ -1,0 +1,229 @@
+"""One module's tensors in a file -> the changes of our parameters, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+
+from fluxjax.checkpoint.finite import is_finite, not_finite
+from fluxjax.checkpoint.lora import kinds
+from fluxjax.checkpoint.lora.changes import Adapter, Change, Formed, constant, low_rank
+from fluxjax.checkpoint.lora.kinds import LORA, Kind
+from fluxjax.checkpoint.lora.names import Group
+from fluxjax.checkpoint.lora.peft_config import PeftConfig
+from fluxjax.networks import by_component
+
+_WORDS = {"a": "A (down)", "b": "B (up)", "b_bias": "the bias of B (up)", "magnitude": "magnitude"}
+_WHOLE = ("on_input", "reshape_weight")  # numbers that are no weights
+Found = tuple[dict[str, Change], list[str]]
+
+
+class _Wrong(ValueError):
+    """What is wrong with a group, one line for each fault."""
+
+
+def changes_of(group: Group, config: PeftConfig) -> Found:
+    """By reference name of a parameter, and what is wrong with the group."""
+    try:
+        values = _read(group)
+        inputs = _inputs(group, values)
+        if set(values) == {"weight"} or "set_weight" in values:
+            return _replaced(group, values, inputs), []
+        found: dict[str, Change] = {}
+        kind = kinds.kind_of(values)
+        if kind is not None:
+            found = _weights(group, kind, values, inputs, config)
+        if "bias" in values:
+            found |= _biases(group, values.pop("bias"), 1.0)
+        if not found or values:
+            raise _Wrong("\n".join(f"unknown: {group.keys[part]} {list(group.tensors[part].shape)}"
+                                   for part in sorted(values) or group.keys))  # fmt: skip
+        return found, []
+    except _Wrong as error:
+        return {}, str(error).split("\n")
+
+
+def _read(group: Group) -> dict[str, np.ndarray]:
+    """Every tensor, float32; on_input and reshape_weight as they are."""
+    values, damaged = {}, []
+    for part, tensor in group.tensors.items():
+        whole = part in _WHOLE
+        if (whole and tensor.size > 8) or (
+            not whole and not jnp.issubdtype(tensor.dtype, jnp.floating)
+        ):
+            raise _Wrong(f"no weights: {group.keys[part]} is {tensor.dtype} {list(tensor.shape)}")
+        with np.errstate(over="ignore", invalid="ignore"):  # said below
+            values[part] = tensor.read().astype(np.int64 if whole else np.float32)
+        if not whole and not is_finite(values[part]):
+            damaged.append(f"{_WORDS.get(part, part)} ({not_finite(values[part])})")
+    if damaged:
+        raise _Wrong(f"not finite: {group.module}: {', '.join(damaged)}")
+    return values
+
+
+def _inputs(group: Group, values: dict[str, np.ndarray]) -> int | None:
+    """More inputs than the module has, which a first layer may be given."""
+    names, shapes = group.parts.names, group.network.shapes
+    first = by_component(group.network.component).widened[0]
+    asked = values.pop("reshape_weight", None)
+    has = shapes.get(f"{names[0]}.weight", (0,))
+    if names != (first,) or len(has) != 2:
+        if asked is not None:
+            raise _Wrong(f"unknown: {group.keys['reshape_weight']}: only {first} may be widened")
+        return None
+    found = next((values[p].shape[1] for p in ("a", "diff", "set_weight")
+                  if p in values and values[p].ndim == 2), has[1])  # fmt: skip
+    if asked is not None and asked.tolist() != [has[0], found]:
+        raise _Wrong(f"shape: {group.module} is reshaped to {asked.tolist()}, and is "
+                     f"{[has[0], found]} as its other tensors have it")  # fmt: skip
+    return found if found > has[1] else None
+
+
+def _sizes(group: Group, leaf: str) -> dict[str, int]:
+    """Rows of each of our parameters, in the order in which the file has them."""
+    names = [f"{name}.{leaf}" for name in group.parts.names]
+    missing = [name for name in names if name not in group.network.shapes]
+    if missing:
+        raise _Wrong("\n".join(f"unknown: {group.module} changes {n}, which the model has not"
+                               for n in missing))  # fmt: skip
+    return {name: group.network.shapes[name][0] for name in names}
+
+
+def _weights(
+    group: Group, kind: Kind, values: dict[str, np.ndarray], inputs: int | None, config: PeftConfig
+) -> dict[str, Change]:
+    """Takes what it uses out of `values`."""
+    rows = _sizes(group, "weight")
+    axes = group.network.shapes[next(iter(rows))]
+    missing = [name for name in kind.shapes if name not in values]
+    missing += ["magnitude"] if kind is LORA and config.dora and "magnitude" not in values else []
+    missing += ["b_bias"] if kind is LORA and config.lora_bias and "b_bias" not in values else []
+    if missing:
+        raise _Wrong("\n".join(f"missing: {_WORDS.get(name, name)} of {group.module}"
+                               for name in missing))  # fmt: skip
+    out, fan_in = sum(rows.values()), inputs or (axes[1] if len(axes) == 2 else 0)
+    tensors = {name: values.pop(name) for name in kind.shapes}
+    if kind is kinds.FULL and len(axes) == 1:
+        return _vector(group, tensors["diff"], rows, out)
+    sizes = _checked_sizes(group, kind, tensors, out, fan_in)
+    extras = {name: values.pop(name) for name in kind.may if name in values}
+    scale = _scale(group, kind, extras.get("alpha"), sizes.get(kind.rank, 0), config)
+    found = _biases(group, extras["b_bias"], scale) if "b_bias" in extras else {}
+    magnitude = extras.get("magnitude")
+    if kind is LORA and magnitude is None:
+        return found | _products(group, tensors, scale, rows, inputs)
+    if "rescale" in extras:
+        if extras["rescale"].size != out:
+            raise _Wrong(f"shape: {group.keys['rescale']} is {list(extras['rescale'].shape)}, "
+                         f"expected [{out}, 1]")  # fmt: skip
+        tensors["rescale"] = extras["rescale"].reshape(out, 1)
+    form = partial(kind.form, tensors, scale)
+    if magnitude is not None:
+        over_rows = magnitude.shape == (1, fan_in) and magnitude.shape != (out, 1)
+        if not over_rows and magnitude.shape not in ((out,), (out, 1)):
+            raise _Wrong(f"shape: {group.keys['magnitude']} is {list(magnitude.shape)}, expected "
+                         f"[{out}] or [{out}, 1], or [1, {fan_in}]")  # fmt: skip
+        inner = form
+
+        def form(weight: np.ndarray) -> np.ndarray:
+            return kinds.with_magnitude(weight, inner(weight), magnitude, over_rows)
+
+    formed = Formed(rows, form, uses_weight=kind.uses_weight or magnitude is not None,
+                    swap_halves=group.parts.swap_halves)  # fmt: skip
+    return found | {name: formed.change(name, inputs) for name in rows}
+
+
+def _checked_sizes(
+    group: Group, kind: Kind, tensors: Mapping[str, np.ndarray], out: int, fan_in: int
+) -> kinds.Sizes:
+    shapes = {name: array.shape for name, array in tensors.items()}
+    sizes = kinds.sizes_of(kind, shapes, out, fan_in)
+    if sizes is not None and "on_input" in tensors:
+        over = fan_in if tensors["on_input"].item() else out
+        sizes = sizes if sizes["changed"] == over else None
+    if sizes is None:
+        got = " and ".join(str(list(shape)) for shape in shapes.values())
+        ends = {"out": out, "in": fan_in}
+        want = " and ".join(kinds.expected_shape(axes, ends) for axes in kind.shapes.values())
+        more = f" for a change of [{out}, {fan_in}]" * (kind is not LORA)
+        raise _Wrong(f"shape: {group.module} has {got}, expected {want}{more}")
+    return sizes
+
+
+def _scale(
+    group: Group, kind: Kind, alpha: np.ndarray | None, rank: int, config: PeftConfig
+) -> float:
+    """alpha / rank: alpha of the tensors (kohya), of PEFT's config or the rank. Of OFT, alpha."""
+    if alpha is not None and alpha.size != 1:
+        raise _Wrong(f"shape: {group.module}.alpha is {list(alpha.shape)}, expected one number")
+    if kind.name == "OFT":
+        return 0.0 if alpha is None else float(alpha.reshape(()))
+    if not kind.rank:
+        return 1.0
+    if alpha is None:
+        with np.errstate(over="ignore"):
+            scale = np.float32(config.scale(group.plain, rank))
+    else:
+        scale = np.float32(alpha.reshape(()) / np.float32(rank))
+    if scale == 0:
+        raise _Wrong(f"alpha of {group.module} is 0, which some take for its rank and some for 0")
+    if not np.isfinite(scale):
+        raise _Wrong(f"not finite: {group.module}: alpha / rank")
+    return float(scale)
+
+
+def _products(
+    group: Group, tensors: dict[str, np.ndarray], scale: float, rows: Mapping[str, int],
+    inputs: int | None,
+) -> dict[str, Change]:  # fmt: skip
+    a, b = tensors["a"], tensors["b"]
+    if group.parts.swap_halves:
+        b = np.roll(b, len(b) // 2, axis=0)
+    found = {}
+    ends = np.cumsum(list(rows.values()))[:-1]
+    for name, part in zip(rows, np.split(b, ends), strict=True):
+        # Of a block-diagonal B, a part needs only the ranks that reach it.
+        used = part.any(axis=0) if len(rows) > 1 and b.any() else np.ones(len(a), bool)
+        if used.any():
+            found[name] = low_rank(Adapter(a[used], part[:, used], scale), inputs)
+    return found
+
+
+def _vector(
+    group: Group, diff: np.ndarray, rows: Mapping[str, int], out: int, scale: float = 1.0
+) -> dict[str, Change]:
+    """Of biases and of norms' scales."""
+    if diff.shape != (out,):
+        raise _Wrong(f"shape: {group.module} changes {', '.join(rows)} by {list(diff.shape)}, "
+                     f"expected [{out}]")  # fmt: skip
+    if group.parts.swap_halves:
+        diff = np.roll(diff, out // 2)
+    ends = np.cumsum(list(rows.values()))[:-1]
+    parts = np.split(diff * np.float32(scale), ends)
+    return {name: constant(part) for name, part in zip(rows, parts, strict=True)}
+
+
+def _biases(group: Group, diff: np.ndarray, scale: float) -> dict[str, Change]:
+    rows = _sizes(group, "bias")
+    return _vector(group, diff, rows, sum(rows.values()), scale)
+
+
+def _replaced(group: Group, values: dict[str, np.ndarray], inputs: int | None) -> dict[str, Change]:
+    """Norms' scales that stand in a file whole, and what says that it is set."""
+    part = "set_weight" if "set_weight" in values else "weight"
+    value, rows = values.pop(part), _sizes(group, "weight")
+    shape = group.network.shapes[next(iter(rows))]
+    out = (sum(rows.values()), *shape[1:])
+    if values or (part == "weight" and len(shape) != 1):
+        keys = [group.keys[name] for name in values or (part,)]
+        raise _Wrong("\n".join(f"unknown: {key} (a whole weight)" for key in keys))
+    if value.shape != (out if inputs is None else (out[0], inputs)):
+        raise _Wrong(f"shape: {group.keys[part]} is {list(value.shape)}, expected {list(out)}")
+    if group.parts.swap_halves:
+        value = np.roll(value, len(value) // 2, axis=0)
+    ends = np.cumsum(list(rows.values()))[:-1]
+    parts = zip(rows, np.split(value, ends), strict=True)
+    return {name: Change(value=rows, inputs=inputs) for name, rows in parts}

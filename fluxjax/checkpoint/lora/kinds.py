@@ -1,0 +1,174 @@
+"""The kinds of adapters, as data: which tensors each has, of which shapes, and what they add up to.
+
+Formulas are those of PEFT and of LyCORIS' forward (its own merging applies alpha twice). All is
+float32, in the reference's layout: W is (out, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+Sizes = Mapping[str, int]
+Form = Callable[[Arrays, float, np.ndarray], np.ndarray]
+"""(tensors, alpha / rank, W) -> what is added to W. W is empty for kinds that do not use it."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`shapes`: of each tensor that it needs, "out", "in" or the name of a size that is free."""
+
+    name: str
+    shapes: Mapping[str, tuple[str, ...]]
+    form: Form
+    rank: str = ""
+    """The free size that alpha is divided by; "" where alpha counts for nothing."""
+    may: tuple[str, ...] = ()
+    uses_weight: bool = False
+    fits: Callable[[Sizes], bool] = lambda sizes: True
+    """Whether the sizes make up (out, in), where that is more than equality."""
+
+
+def _pair(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
+    return (t["b"] @ t["a"]) * np.float32(scale)
+
+
+def _factor(t: Arrays, name: str) -> np.ndarray:
+    return t[name] if name in t else t[f"{name}_a"] @ t[f"{name}_b"]
+
+
+def _lokr(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
+    return np.kron(_factor(t, "lokr_w1"), _factor(t, "lokr_w2")) * np.float32(scale)
+
+
+def _loha(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
+    return _factor(t, "hada_w1") * _factor(t, "hada_w2") * np.float32(scale)
+
+
+def _glora(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
+    return (t["b1"] @ t["b2"] + (weight @ t["a1"]) @ t["a2"]) * np.float32(scale)
+
+
+def _ia3(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
+    change = t["weight"].reshape(-1)
+    return weight * (change[None] if t["on_input"].item() else change[:, None])
+
+
+def _oft(t: Arrays, constraint: float, weight: np.ndarray) -> np.ndarray:
+    """Rows in blocks, each turned by the Cayley transform of a skew matrix. Here the second
+    argument is alpha itself: the largest norm per row that the skew matrices may have, 0: any."""
+    blocks = t["oft_blocks"].astype(np.float64)
+    skew = blocks - blocks.transpose(0, 2, 1)
+    limit, norm = constraint * len(weight), np.linalg.norm(skew)
+    if limit > 0 and norm > limit:
+        skew *= limit / norm
+    one = np.eye(blocks.shape[1])
+    turn = ((one + skew) @ np.linalg.inv(one - skew)).astype(np.float32)
+    rows = weight.reshape(len(blocks), blocks.shape[1], -1)
+    turned = np.einsum("knm,kni->kmi", turn, rows, optimize=True).reshape(weight.shape)
+    return turned * t.get("rescale", np.float32(1)) - weight
+
+
+def _lokr_kind(first: tuple[str, ...], second: tuple[str, ...]) -> Kind:
+    sides = {
+        "lokr_w1": ("rows of w1", "columns of w1"),
+        "lokr_w2": ("rows of w2", "columns of w2"),
+    }
+    shapes: dict[str, tuple[str, ...]] = {}
+    rank = ""
+    for name, ends in (("lokr_w1", first), ("lokr_w2", second)):
+        rows, columns = sides[name]
+        if not ends:
+            shapes[name] = (rows, columns)
+        else:
+            rank = f"rank of {name[-2:]}"  # that of w2 where both are decomposed
+            shapes |= {f"{name}_a": (rows, rank), f"{name}_b": (rank, columns)}
+
+    def fits(sizes: Sizes) -> bool:
+        return (
+            sizes["rows of w1"] * sizes["rows of w2"] == sizes["out"]
+            and sizes["columns of w1"] * sizes["columns of w2"] == sizes["in"]
+        )
+
+    return Kind("LoKr", shapes, _lokr, rank, may=("alpha", "magnitude"), fits=fits)
+
+
+_AB = ("a", "b")
+_SCALED = ("alpha", "magnitude")
+LORA = Kind(
+    "LoRA", {"a": ("rank", "in"), "b": ("out", "rank")}, _pair, "rank", (*_SCALED, "b_bias")
+)
+FULL = Kind("full difference", {"diff": ("out", "in")}, lambda t, scale, weight: t["diff"])
+KINDS = (
+    LORA,
+    _lokr_kind((), ()),
+    _lokr_kind(_AB, ()),
+    _lokr_kind((), _AB),
+    _lokr_kind(_AB, _AB),
+    Kind(
+        "LoHa",
+        {
+            "hada_w1_a": ("out", "rank"), "hada_w1_b": ("rank", "in"),
+            "hada_w2_a": ("out", "rank"), "hada_w2_b": ("rank", "in"),
+        },
+        _loha, "rank", _SCALED,
+    ),
+    Kind(
+        "GLoRA",
+        {"a1": ("in", "rank"), "a2": ("rank", "in"), "b1": ("out", "rank"), "b2": ("rank", "in")},
+        _glora, "rank", _SCALED, uses_weight=True,
+    ),
+    Kind(
+        "OFT", {"oft_blocks": ("blocks", "size", "size")}, _oft, "", ("alpha", "rescale"),
+        uses_weight=True, fits=lambda sizes: sizes["blocks"] * sizes["size"] == sizes["out"],
+    ),
+    Kind("(IA)3", {"weight": ("changed",), "on_input": ()}, _ia3, uses_weight=True),
+    FULL,
+)  # fmt: skip
+
+
+def kind_of(parts: Mapping[str, object]) -> Kind | None:
+    """The kind with most of its tensors among the parts; None if there is none of any."""
+    found = max(KINDS, key=lambda kind: _share(kind, parts))
+    return found if _share(found, parts)[0] else None
+
+
+def _share(kind: Kind, parts: Mapping[str, object]) -> tuple[int, int]:
+    there = sum(name in parts for name in kind.shapes)
+    return there, there - len(kind.shapes)
+
+
+def expected_shape(axes: tuple[str, ...], known: Sizes) -> str:
+    return f"[{', '.join(str(known.get(axis, axis)) for axis in axes)}]"
+
+
+def sizes_of(
+    kind: Kind, shapes: Mapping[str, tuple[int, ...]], out: int, fan_in: int
+) -> Sizes | None:
+    """Every size of an adapter of that kind; None if its tensors do not fit each other or W."""
+    sizes = {"out": out, "in": fan_in}
+    for name, axes in kind.shapes.items():
+        shape = shapes[name]
+        if len(shape) != len(axes):
+            return None
+        for axis, size in zip(axes, shape, strict=True):
+            if size < 1 or sizes.setdefault(axis, size) != size:
+                return None
+    return sizes if kind.fits(sizes) else None
+
+
+def with_magnitude(
+    weight: np.ndarray, delta: np.ndarray, magnitude: np.ndarray, over_rows: bool
+) -> np.ndarray:
+    """What DoRA adds to W: m (W + delta) / ||W + delta|| - W.
+
+    The norm is over the inputs of each row, or (`over_rows`, older LyCORIS) over each column.
+    """
+    new = weight + delta
+    axis = 0 if over_rows else 1
+    norm = np.sqrt(np.square(new, dtype=np.float64).sum(axis=axis, keepdims=True))
+    ratio = magnitude.reshape(norm.shape) / norm
+    return new * ratio.astype(np.float32) - weight

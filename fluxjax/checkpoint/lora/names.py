@@ -1,0 +1,159 @@
+"""Whose module a tensor of an adapter belongs to, and which part of the adapter it is.
+
+A key is PREFIX MODULE SUFFIX. The prefix tells the networks that may be meant, the suffix the
+part; a module is looked up with its dots as underscores among the network's own names and those of
+its original code, since names that are joined by underscores cannot be told apart otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fluxjax.checkpoint.engine import reference_leaves
+from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.networks import by_component
+from fluxjax.shapes import Params
+
+
+def _suffixes() -> dict[str, str]:
+    """suffix -> part, of every spelling."""
+    found = {}
+    for part, spellings in {
+        "a": ("lora_A", "lora_down", "lora.down", "lora_linear_layer.down", "down"),
+        "b": ("lora_B", "lora_up", "lora.up", "lora_linear_layer.up", "up"),
+    }.items():
+        for spelling in spellings:
+            found |= {f"{spelling}.weight": part, f"{spelling}.default.weight": part}
+            if part == "b":
+                found |= {f"{spelling}.bias": "b_bias", f"{spelling}.default.bias": "b_bias"}
+    magnitudes = ("lora_magnitude_vector", "lora_magnitude_vector.default", "dora_scale")
+    found |= {name: "magnitude" for name in (*magnitudes, "magnitude")}
+    found |= {f"{name}.weight": "magnitude" for name in magnitudes}
+    found |= {f"{name}.weight": name for name in ("a1", "a2", "b1", "b2")}
+    found |= {f"{kind}_w{n}{end}": f"{kind}_w{n}{end}" for kind in ("lokr", "hada") for n in "12"
+              for end in ("", "_a", "_b")}  # fmt: skip
+    found |= {name: name for name in ("alpha", "oft_blocks", "rescale", "on_input", "diff",
+                                      "set_weight", "reshape_weight")}  # fmt: skip
+    return found | {"diff_b": "bias", "b_norm": "bias", "w_norm": "diff", "weight": "weight",
+                    "scale": "weight"}  # fmt: skip
+
+
+SUFFIXES = _suffixes()
+# Of a whole parameter just as well; every other suffix is only an adapter's.
+_PLAIN = ("weight", "scale")
+_OLDEST = {"_lora.down.weight": "a", "_lora.up.weight": "b"}
+_WORDS = 4  # of the longest suffix
+
+
+class Parts(NamedTuple):
+    """Reference modules whose outputs one module of a file holds, one after the other."""
+
+    names: tuple[str, ...]
+    swap_halves: bool = False
+
+
+@dataclass(frozen=True)
+class Known:
+    """A network that a file may adapt. `shapes`: of every parameter, by reference name.
+
+    `modules`: what a file may call them, dots as underscores.
+    """
+
+    component: str
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, Parts]
+    prefixes: tuple[str, ...]
+
+    @property
+    def linear(self) -> list[str]:
+        """Modules with a matrix, by reference name."""
+        return [name.removesuffix(".weight") for name, shape in self.shapes.items()
+                if name.endswith(".weight") and len(shape) == 2]  # fmt: skip
+
+
+def known_network(component: str, params: Params) -> Known:
+    """Of a network whose parameters look like `params` (arrays or shapes, stacked or not)."""
+    network = by_component(component)
+    shapes = {name: leaf.shape for name, leaf in reference_leaves(params).items()}
+    own = {name.rpartition(".")[0] for name in shapes}
+    modules: dict[str, Parts] = {}
+    for name in own:
+        modules[_flat(name)] = Parts((name,))
+        if len(shapes.get(f"{name}.weight", ())) == 1:  # a norm's scale is named itself
+            modules[_flat(f"{name}.weight")] = Parts((name,))
+    numbers = {word for name in own for word in name.split(".") if word.isdigit()}
+    for rule in network.adapter_rules:
+        for i in numbers if "{}" in rule.theirs else ("",):
+            names = tuple(ours.replace("{}", i) for ours in rule.ours)
+            if all(name in own for name in names):
+                parts = Parts(names, rule.swap_halves)
+                theirs = rule.theirs.replace("{}", i)
+                modules.setdefault(_flat(theirs), parts)
+                if rule.leaves[0][0] != "weight":
+                    modules.setdefault(_flat(f"{theirs}.{rule.leaves[0][0]}"), parts)
+    return Known(component, shapes, modules, network.adapter_prefixes)
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+@dataclass
+class Group:
+    """The tensors of a file that change one module. `module`: what it is called there, in full;
+    `plain`: without the prefix. `keys`: their names, by part."""
+
+    network: Known
+    module: str
+    plain: str
+    parts: Parts
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def grouped(raw: Mapping[str, Tensor], networks: Iterable[Known]) -> tuple[list[Group], list[str]]:
+    """The groups of a file, and what is wrong with each tensor that belongs to none."""
+    networks, groups, errors = list(networks), {}, []
+    for key, tensor in raw.items():
+        for network, prefix, module, part in _readings(key, networks):
+            plain = module.removeprefix(prefix)
+            # diffusers once named the attention's processor too.
+            names = _flat(plain), _flat(plain).replace("_attn_processor_", "_attn_", 1)
+            parts = next((network.modules[n] for n in names if n in network.modules), None)
+            if parts is not None:
+                group = groups.setdefault(
+                    (network.component, module), Group(network, module, plain, parts)
+                )
+                if part in group.tensors:
+                    errors.append(f"doubled: {key}")
+                group.tensors[part], group.keys[part] = tensor, key
+                break
+        else:
+            errors.append(f"unknown: {key} {list(tensor.shape)}")
+    return list(groups.values()), errors
+
+
+def _readings(key: str, networks: list[Known]) -> Iterator[tuple[Known, str, str, str]]:
+    """(network, prefix, module with prefix, part): every way to read a key, the likeliest first."""
+    cuts = [
+        (key.removesuffix(suffix), part) for suffix, part in _OLDEST.items() if key.endswith(suffix)
+    ]
+    words = key.split(".")
+    for count in range(min(_WORDS, len(words) - 1), 0, -1):
+        part = SUFFIXES.get(".".join(words[-count:]))
+        if part is not None:
+            cuts.append((".".join(words[:-count]), part))
+    for module, part in cuts:
+        for network in networks:
+            for prefix in network.prefixes:
+                if module.startswith(prefix):
+                    yield network, prefix, module, part
+
+
+def is_of_adapter(key: str) -> bool:
+    """Whether its suffix is one that only adapters have."""
+    words = key.split(".")
+    tails = (".".join(words[-count:]) for count in range(1, min(_WORDS, len(words) - 1) + 1))
+    return any(tail in SUFFIXES and tail not in _PLAIN for tail in tails)

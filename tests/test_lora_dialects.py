@@ -1,0 +1,172 @@
+"""Every dialect and kind of adapter: what each recorded file makes of the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxjax.checkpoint.engine import MappingError, reference_leaves
+from fluxjax.checkpoint.lora.changes import Change
+from fluxjax.checkpoint.lora.merge import merge
+from fluxjax.checkpoint.lora.reader import read_adapters
+from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from fluxjax.checkpoint.source import OpenNetwork
+from fluxjax.checkpoint.source_record import Record
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.tensors import of_array
+from fluxjax.config import TINY, ConfigError
+
+COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")
+TEMPLATES = {name: abstract_params(getattr(TINY, name)) for name in COMPONENTS}
+DIALECTS = (
+    "bfl_control", "comfy", "comfy_alpha", "diffusers_alpha_tensors", "diffusers_down_up",
+    "diffusers_old", "dora_kohya", "fal", "full_diff", "full_kohya", "glora_kohya", "ia3_kohya",
+    "kohya", "kohya_edges", "kohya_split_qkv", "kohya_text_encoders", "locon_simpletuner",
+    "loha_kohya", "loha_simpletuner", "lokr_dots", "lokr_kohya", "lokr_simpletuner",
+    "no_alpha_mixed_ranks", "oft_kohya", "onetrainer", "peft_bias", "peft_dora", "peft_folder",
+    "peft_metadata", "peft_rslora", "text_encoders_diffusers", "xlabs",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def goldens(shared: Path) -> Path:
+    return shared / "goldens" / "lora"
+
+
+@pytest.fixture(scope="module")
+def networks(goldens: Path) -> dict[str, OpenNetwork]:
+    """Random weights, and those that were recorded in their places."""
+    recorded, found = read_safetensors(goldens / "base.safetensors")[0], {}
+    for component, template in TEMPLATES.items():
+        random, tensors = np.random.default_rng(0), {}
+        for name, leaf in reference_leaves(template).items():
+            key = name if component == "transformer" else f"{component}/{name}"
+            values = recorded[key].read() if key in recorded else random.normal(size=leaf.shape)
+            tensors[name] = of_array(values.astype(np.float32))
+        config = getattr(TINY, component)
+        found[component] = OpenNetwork(component, config, tensors, Record(), "reference", goldens)
+    return found
+
+
+def golden_file(goldens: Path, dialect: str) -> Path:
+    return next(p for p in (goldens / f"{dialect}.safetensors", goldens / dialect) if p.exists())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_recorded_file_changes_what_was_recorded(goldens, networks, dialect) -> None:
+    expected = read_safetensors(goldens / "expected.safetensors")[0]
+    probe = expected["probe"].read()
+    changes, _ = read_adapters(golden_file(goldens, dialect), TEMPLATES)
+    touched, worst = set(), 0.0
+    for component, mine in changes.items():
+        base = networks[component]
+        after = merge(base, [(mine, 1.0)])
+        for name, change in mine.items():
+            old, new = base.tensors[name].read(), after.tensors[name].read()
+            key = (
+                f"{dialect}|{name}"
+                if component == "transformer"
+                else f"{dialect}|{component}/{name}"
+            )
+            touched.add(key)
+            if change.value is not None:
+                np.testing.assert_array_equal(new, expected[f"{key}|value"].read())
+                continue
+            if new.shape != old.shape:
+                old = np.pad(old, ((0, 0), (0, new.shape[1] - old.shape[1])))
+            # What is added, not what is left of it beside the weights in float32.
+            delta = change.delta(reader(base, name, new.shape))
+            np.testing.assert_allclose(new - old, delta, atol=1e-6 * np.abs(new).max())
+            want = expected[f"{key}|probe"] if f"{key}|probe" in expected else expected[key]
+            got = delta @ probe[: delta.shape[1]] if f"{key}|probe" in expected else delta
+            error = np.abs(got - want.read()).max() / np.abs(want.read()).max()
+            worst = max(worst, error)
+    recorded = {k.removesuffix("|probe").removesuffix("|value") for k in expected
+                if k.startswith(f"{dialect}|")}  # fmt: skip
+    assert touched == recorded
+    print(f"{dialect}: {worst:.1e}")
+    assert worst <= (1e-4 if dialect == "oft_kohya" else 1e-5)
+
+
+def reader(network: OpenNetwork, wide: str, shape: tuple[int, ...]):
+    def read(name: str) -> np.ndarray:
+        base = network.tensors[name].read().astype(np.float32)
+        return (
+            np.pad(base, ((0, 0), (0, shape[1] - base.shape[1])))
+            if name == wide and base.ndim == 2
+            else base
+        )
+
+    return read
+
+
+def refused(path: Path) -> str:
+    with pytest.raises((MappingError, ConfigError)) as error:
+        read_adapters(path, TEMPLATES)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+OPTIONAL = ("alpha", "lora_B.bias", "dora_scale", "rescale", "diff", "diff_b", "scale")
+"""Of these a file may have fewer: what is left is another whole adapter."""
+
+
+@pytest.mark.parametrize("dialect", [name for name in DIALECTS if name != "peft_folder"])
+def test_a_damaged_file_is_refused_whole_and_says_where(goldens, tmp_path, dialect) -> None:
+    """Each of its tensors in turn not finite, of another shape, of integers, left out, misnamed."""
+    tensors, metadata = read_safetensors(golden_file(goldens, dialect))
+    arrays = {name: tensor.read() for name, tensor in tensors.items()}
+    path, last = tmp_path / "a.safetensors", {key.rpartition(".")[2]: key for key in arrays}
+
+    def damaged(key: str, *, keep: bool = True, **changed) -> str:
+        mine = {k: v for k, v in arrays.items() if keep or k != key}
+        mine |= {k or key: v for k, v in changed.items()}
+        write_safetensors(path, {k: of_array(v) for k, v in mine.items()}, metadata)
+        return refused(path)
+
+    for key in last.values():
+        value, short = arrays[key], key.rpartition(".")[2]
+        module = key.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
+        module = module.removesuffix(".lora")
+        if short != "on_input":
+            bad = value.copy()
+            bad.reshape(-1)[-1] = np.nan
+            assert f"not finite: {module}" in damaged(key, **{key: bad})
+            assert module in damaged(key, **{key: np.zeros(value.shape, np.int8)})
+        assert module in damaged(key, **{key: np.zeros((3, *value.shape, 5), value.dtype)})
+        assert f"{key}x" in damaged(key, keep=False, **{f"{key}x": value})
+        if short not in OPTIONAL and not key.endswith(("_B.bias", "diff")):
+            assert module in damaged(key, keep=False)
+
+
+def test_strengths_orders_and_types(goldens, networks) -> None:
+    """Every change counts from the weights as they were, whatever else is added."""
+    base, name = networks["transformer"], "transformer_blocks.0.attn.to_out.0.weight"
+    read = [read_adapters(golden_file(goldens, d), TEMPLATES).changes["transformer"]
+            for d in ("dora_kohya", "glora_kohya", "oft_kohya")]  # fmt: skip
+    old = base.tensors[name].read()
+    deltas = [merge(base, [(one, 1.0)]).tensors[name].read() - old for one in read]
+    assert all(np.abs(delta).max() > 0.01 for delta in deltas)
+    strengths = (0.5, -2.0, 0.25)
+    expected = old + sum(s * d for s, d in zip(strengths, deltas, strict=True))
+    pairs = list(zip(read, strengths, strict=True))
+    for order in (pairs, pairs[::-1]):
+        np.testing.assert_allclose(merge(base, order).tensors[name].read(), expected, atol=2e-6)
+    assert merge(base, [(read[0], 0.0)]).tensors[name] is base.tensors[name]
+    half = merge(base, pairs, dtype=np.float16).tensors[name]
+    assert half.dtype == half.read().dtype == np.float16
+    with pytest.raises(ConfigError, match=r"to_out\.0\.weight is not finite in float16"):
+        merge(base, [(read[0], 1e6)], dtype=np.float16).tensors[name].read()
+    control = read_adapters(golden_file(goldens, "bfl_control"), TEMPLATES).changes["transformer"]
+    other = {n: Change(value=np.zeros_like(c.value)) for n, c in control.items()
+             if c.value is not None}  # fmt: skip
+    wide = merge(base, [(control, 0.5)])
+    assert wide.config.in_channels == 128 and wide.config.out_channels == 64
+    assert not np.allclose(wide.tensors["x_embedder.weight"].read()[:, 64:], 0)
+    for one, change in control.items():
+        if change.value is not None:  # replaced at any strength
+            np.testing.assert_array_equal(wide.tensors[one].read(), change.value)
+    with pytest.raises(ConfigError, match="two adapters put different values"):
+        merge(base, [(control, 1.0), (other, 1.0)])
