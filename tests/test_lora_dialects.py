@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fluxjax.checkpoint.engine import MappingError, reference_leaves
+import fluxjax
+from fluxjax.checkpoint.engine import MappingError, from_tree, reference_leaves
 from fluxjax.checkpoint.lora.changes import Change
 from fluxjax.checkpoint.lora.merge import merge
 from fluxjax.checkpoint.lora.reader import read_adapters
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
-from fluxjax.checkpoint.source import OpenNetwork
+from fluxjax.checkpoint.source import OpenNetwork, open_source
 from fluxjax.checkpoint.source_record import Record
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import TINY, ConfigError
+from fluxjax.convert.__main__ import main as convert
+from fluxjax.hub import tiny_folder
+from fluxjax.models.names import flatten, unflatten
 
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")
 TEMPLATES = {name: abstract_params(getattr(TINY, name)) for name in COMPONENTS}
@@ -170,3 +177,65 @@ def test_strengths_orders_and_types(goldens, networks) -> None:
             np.testing.assert_array_equal(wide.tensors[one].read(), change.value)
     with pytest.raises(ConfigError, match="two adapters put different values"):
         merge(base, [(control, 1.0), (other, 1.0)])
+
+
+def converted(goldens: Path, out: Path, *options: str, dialects=("kohya", "kohya_text_encoders")):
+    """The embedded model with recorded adapters in its weights, written by the command."""
+    loras = [f"--lora={golden_file(goldens, dialect)}" for dialect in dialects]
+    assert convert([str(tiny_folder()), str(out), "--dtype", "float32", *loras, *options]) == 0
+    return open_source(out)
+
+
+@pytest.mark.parametrize("target", ["diffusers", "bfl", "orbax"])
+def test_the_command_merges_into_every_form(goldens, tmp_path, target) -> None:
+    dialects = ("kohya", "kohya_text_encoders", "full_diff")
+    expected = read_safetensors(goldens / "expected.safetensors")[0]
+    probe = expected["probe"].read()
+    after = converted(goldens, tmp_path / "out", "--to", target, dialects=dialects)
+    before, seen = open_source(tiny_folder()), 0
+    for component, network in after.items():
+        for name, tensor in network.tensors.items():
+            key = name if component == "transformer" else f"{component}/{name}"
+            delta = tensor.read().astype(np.float64) - before[component].tensors[name].read()
+            probed = partial(_probed, probe)
+            wanted: Any = 0.0
+            for one in dialects:
+                golden, already = expected.get(f"{one}|{key}"), expected.get(f"{one}|{key}|probe")
+                if golden is not None or already is not None:
+                    seen += 1
+                    wanted = wanted + (probed(golden.read()) if golden else already.read())
+            got = probed(delta)
+            np.testing.assert_allclose(got, np.broadcast_to(wanted, got.shape), atol=3e-5)
+    assert seen == sum(key.split("|")[0] in dialects for key in expected)
+
+
+def _probed(probe: np.ndarray, delta: np.ndarray) -> np.ndarray:
+    return delta @ probe[: delta.shape[1]] if delta.ndim == 2 else delta
+
+
+def test_a_control_adapter_widens_the_model_that_it_is_merged_into(goldens, tmp_path) -> None:
+    networks = converted(goldens, tmp_path / "out", dialects=("bfl_control",))
+    assert networks["transformer"].config.in_channels == 128
+    assert networks["transformer"].tensors["x_embedder.weight"].shape == (192, 128)
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == "FluxControlPipeline"
+
+
+def test_a_pipeline_has_all_changes_beside_or_in_its_weights(goldens, tmp_path) -> None:
+    """Low-rank products beside the transformer, the rest merged: together what `convert` bakes."""
+    dialects = ("kohya", "kohya_text_encoders", "lokr_kohya", "peft_dora", "peft_bias")
+    files = [golden_file(goldens, dialect) for dialect in dialects]
+    baked = converted(goldens, tmp_path / "out", dialects=dialects)
+    pipe = fluxjax.load_pipeline("tiny", loras=files, scan_layers=False)
+    for component in COMPONENTS:
+        variables = pipe.params(component)
+        params = dict(flatten(variables.get("params", variables)))
+        if component == "transformer":
+            lora = flatten(variables["lora"])
+            for path in {path[:-1] for path in lora}:
+                a, b, scale = (np.asarray(lora[*path, leaf]) for leaf in ("a", "b", "scale"))
+                params[*path, "kernel"] = np.asarray(params[*path, "kernel"]) + a @ b * scale
+            assert len(lora) > 20 and not any("norm_q" in path for path in lora)
+        tensors = from_tree(unflatten(params))
+        for name, tensor in baked[component].tensors.items():
+            np.testing.assert_allclose(tensors[name].read(), tensor.read(), atol=3e-6)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fluxjax.checkpoint.finite import is_finite, not_finite
 from fluxjax.checkpoint.lora import kinds
-from fluxjax.checkpoint.lora.changes import Adapter, Change, Formed, constant, low_rank
+from fluxjax.checkpoint.lora.changes import Adapter, Change, Form, Formed, constant, low_rank
 from fluxjax.checkpoint.lora.kinds import LORA, Kind
 from fluxjax.checkpoint.lora.names import Group
 from fluxjax.checkpoint.lora.peft_config import PeftConfig
@@ -120,20 +120,22 @@ def _weights(
             raise _Wrong(f"shape: {group.keys['rescale']} is {list(extras['rescale'].shape)}, "
                          f"expected [{out}, 1]")  # fmt: skip
         tensors["rescale"] = extras["rescale"].reshape(out, 1)
-    form = partial(kind.form, tensors, scale)
+    form: Form = partial(kind.form, tensors, scale)
     if magnitude is not None:
-        over_rows = magnitude.shape == (1, fan_in) and magnitude.shape != (out, 1)
-        if not over_rows and magnitude.shape not in ((out,), (out, 1)):
-            raise _Wrong(f"shape: {group.keys['magnitude']} is {list(magnitude.shape)}, expected "
-                         f"[{out}] or [{out}, 1], or [1, {fan_in}]")  # fmt: skip
-        inner = form
-
-        def form(weight: np.ndarray) -> np.ndarray:
-            return kinds.with_magnitude(weight, inner(weight), magnitude, over_rows)
-
+        form = _with_magnitude(group, form, magnitude, out, fan_in)
     formed = Formed(rows, form, uses_weight=kind.uses_weight or magnitude is not None,
                     swap_halves=group.parts.swap_halves)  # fmt: skip
     return found | {name: formed.change(name, inputs) for name in rows}
+
+
+def _with_magnitude(group: Group, form: Form, magnitude: np.ndarray, out: int, fan_in: int) -> Form:
+    over_rows = magnitude.shape == (1, fan_in) and magnitude.shape != (out, 1)
+    if not over_rows and magnitude.shape not in ((out,), (out, 1)):
+        raise _Wrong(
+            f"shape: {group.keys['magnitude']} is {list(magnitude.shape)}, expected [{out}] or "
+            f"[{out}, 1], or [1, {fan_in}]"
+        )
+    return lambda weight: kinds.with_magnitude(weight, form(weight), magnitude, over_rows)
 
 
 def _checked_sizes(
