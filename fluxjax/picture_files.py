@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def decode(data: bytes, max_megapixels: float) -> Picture:
-    """The picture as it is meant to be seen: upright, sRGB, transparency over white.
+def decode(
+    data: bytes, max_megapixels: float, convert: Callable[[Picture], Picture] | None = None
+) -> Picture:
+    """The picture as it is meant to be seen: upright, sRGB, transparency over white; or what
+    `convert` makes of it.
 
     Formats are an allow-list and the size is checked before any pixel is decoded. Raises
     BadPicture.
@@ -58,7 +61,7 @@ def decode(data: bytes, max_megapixels: float) -> Picture:
             frames = 1 if picture.format in ("JPEG", "MPO") else getattr(picture, "n_frames", 1)
             if frames > 1:
                 raise BadPicture(f"it has {frames} frames, and only still pictures are used")
-            return upright_rgb(picture)
+            return (convert or upright_rgb)(picture)
         except (BadPicture, MemoryError):
             raise
         except Exception as error:
@@ -82,8 +85,11 @@ def _kind(data: bytes) -> str:
     return f"it is no picture in a known format ({', '.join(_formats())})"
 
 
-def upright_rgb(picture: Picture) -> Picture:
-    """As it is meant to be seen. Raises BadPicture for values of no known range."""
+def upright_rgb(picture: Picture, ground: str = "white") -> Picture:
+    """As it is meant to be seen, transparency over `ground`.
+
+    Raises BadPicture for values of no known range.
+    """
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -95,10 +101,19 @@ def upright_rgb(picture: Picture) -> Picture:
         raise BadPicture("it has 32-bit values, whose range is not known")
     if picture.has_transparency_data:
         picture = _managed(picture.convert("RGBA"))
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+        return Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture).convert(
             "RGB"
         )
     return _managed(picture).convert("RGB")
+
+
+def upright_holes(picture: Picture) -> Picture:
+    """White where it is transparent, black where not. Raises BadPicture if nothing can be."""
+    from PIL import ImageOps
+
+    if not picture.has_transparency_data:
+        raise BadPicture("it has no transparency")
+    return ImageOps.invert(ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A"))
 
 
 def _managed(picture: Picture) -> Picture:

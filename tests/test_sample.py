@@ -9,7 +9,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxPipeline
+from diffusers import (
+    FluxControlInpaintPipeline,
+    FluxKontextInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+)
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 from torch_pipeline import random_pipeline  # noqa: F401
@@ -24,6 +29,7 @@ from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.reference import preferred_size
 from fluxjax.sample.refusals import OTHER_NAMES
 
+THEIR_CLASSES = (FluxPipeline, FluxControlInpaintPipeline, FluxKontextInpaintPipeline)
 SMALL = {"width": 96, "height": 64, "steps": 5}
 
 
@@ -365,7 +371,8 @@ def test_names_of_diffusers_are_answered_with_ours(ours):
         "'colour' is no setting; there are ",
     ):
         assert words in said
-    assert set(OTHER_NAMES) <= set(inspect.signature(FluxPipeline.__call__).parameters) | {"image"}
+    known = [inspect.signature(kind.__call__).parameters for kind in THEIR_CLASSES]
+    assert set(OTHER_NAMES) <= {name for parameters in known for name in parameters}
 
 
 @pytest.mark.parametrize(

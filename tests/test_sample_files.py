@@ -262,17 +262,18 @@ def test_pictures_name_files_without_telling_where_they_lie(here, tmp_path, monk
     assert record["settings"]["reference"] == "p.png"
     assert record["sha256"]["lora 2"] == hashlib.sha256(b"far.st").hexdigest()
     # The one who drew it finds them again; so does one who has them beside the picture.
-    sources, reference = find_all(remembered(drawn), {}, every=False)
-    assert sources.lora == (f"{near}:0.5", f"{far}:0.5") and reference == str(photo)
+    sources, pictures = find_all(remembered(drawn), {}, every=False)
+    assert sources.lora == (f"{near}:0.5", f"{far}:0.5")
+    assert pictures == {"reference": str(photo)}
     stranger = tmp_path / "elsewhere"
     stranger.mkdir()
     (stranger / "a.png").write_bytes(drawn.read_bytes())
     monkeypatch.setenv("XDG_CACHE_HOME", str(stranger / "cache"))
     for name in ("near.st", "far.st", "p.png"):
         (stranger / name).write_text(name)
-    sources, reference = find_all(remembered(stranger / "a.png"), {}, every=False)
+    sources, pictures = find_all(remembered(stranger / "a.png"), {}, every=False)
     assert [one.split("/")[-1] for one in sources.lora] == ["near.st:0.5", "far.st:0.5"]
-    assert reference == str(stranger / "p.png")
+    assert pictures == {"reference": str(stranger / "p.png")}
     (stranger / "far.st").unlink()
     with pytest.raises(ConfigError, match=r"made with the LoRA 'far\.st', which is not .* --lora"):
         find_all(remembered(stranger / "a.png"), {}, every=False)
@@ -289,7 +290,7 @@ def test_a_strangers_picture_opens_only_the_usual_places_unless_told_to(here, tm
         find_all(remembered(drawn), {}, every=False)
     if (here / "out" / where).exists():
         opened = find_all(remembered(drawn), {}, every=True)[1]
-        assert opened == os.path.normpath(here / "out" / where)
+        assert opened["reference"] == os.path.normpath(here / "out" / where)
     for bad in ("x" * 5000, "a\0b", "~nosuchuser/x"):
         drawn = saved("out/b.png", {"settings": {}, "lora": [bad]})
         with pytest.raises(ConfigError):

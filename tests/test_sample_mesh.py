@@ -22,6 +22,7 @@ from fluxjax.families import Conditioning
 from fluxjax.models.lora import init_lora
 from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import pad_rows
+from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pictures import to_bytes
 
 PROMPTS = ["a red circle", "two small green rings", "a large blue star left of a heart"]
@@ -114,7 +115,7 @@ def test_a_reference_on_a_mesh(expected):
     seen, seen_there = (pipe.encode_reference(Image.fromarray(row)) for pipe in (one, many))
     assert seen.shape == (1, 16, 10, 14) and relative(seen_there, seen) <= 1e-5
     latents, latents_there = (
-        pipe.denoise(conditioning, expected["noise"], steps=3, reference_latents=seen)
+        pipe.denoise(conditioning, expected["noise"], steps=3, inputs=Inputs(seen))
         for pipe in (one, many)
     )
     assert relative(latents_there, latents) <= 1e-5

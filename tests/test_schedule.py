@@ -59,8 +59,22 @@ def test_own_levels_are_shifted_as_diffusers_does():
 @pytest.mark.parametrize(("steps", "strength"), [(28, 1.0), (28, 0.6), (10, 0.33), (4, 0.1)])
 def test_image_to_image_starts_where_diffusers_does(steps, strength):
     start = int(max(steps - min(steps * strength, steps), 0))
-    got = flow_euler.sigmas(steps, 256, DEV.scheduler, strength=strength)
-    np.testing.assert_array_equal(got, flow_euler.sigmas(steps, 256, DEV.scheduler)[start:])
+    assert flow_euler.start_step(steps, strength) == start
+    levels = flow_euler.sigmas(steps, 256, DEV.scheduler)
+    run = schedule.pad(flow_euler.flow_euler(levels, first=start, keeps=True))
+    assert (run.first, run.steps) == (start, steps) and run.active.sum() == steps - start
+    np.testing.assert_array_equal(run.keep[:steps], np.stack([1 - levels[1:], levels[1:]], -1))
+    assert run.thresholds[start] == 1 and (np.diff(run.thresholds[start:steps]) < 0).all()
+
+
+def test_bfl_starts_a_step_earlier_where_its_product_falls_short():
+    """(1 - 0.8) x 50 is 9.999... in floating point."""
+    for steps, strength in ((20, 0.8), (25, 0.8), (50, 0.8), (30, 0.9)):
+        bfl = flow_euler.start_step(steps, strength, rounding="bfl")
+        assert bfl == flow_euler.start_step(steps, strength) - 1
+    assert flow_euler.start_step(28, 1e-20) == 27, "at least one"
+    with pytest.raises(ConfigError, match="strength must be above 0"):
+        flow_euler.start_step(28, 0.0)
 
 
 def test_padding_adds_only_steps_of_length_zero():
@@ -86,4 +100,4 @@ def test_impossible_levels_and_strength_are_named():
     with pytest.raises(ConfigError, match="sigmas must fall"):
         flow_euler.sigmas([0.5, 0.9], 256, DEV.scheduler)
     with pytest.raises(ConfigError, match=r"strength .* 1\.5"):
-        flow_euler.sigmas(4, 256, DEV.scheduler, strength=1.5)
+        flow_euler.start_step(4, 1.5)

@@ -20,11 +20,14 @@ from transformers import (
 )
 
 
-def save_random_pipeline(folder: Path, tokenizers: Path, *, guidance_embeds: bool = True) -> Path:
+def save_random_pipeline(
+    folder: Path, tokenizers: Path, *, guidance_embeds: bool = True, in_channels: int = 64
+) -> Path:
     """Weights are drawn wide enough that prompt, guidance and seed all change the picture."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
-        in_channels=64,
+        in_channels=in_channels,
+        out_channels=64,
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=16,

@@ -47,9 +47,14 @@ class PipelineConfig:
         names = ("transformer", "vae", "text_encoder", "text_encoder_2")
         return {name: getattr(self, name) for name in names}
 
-    def require_text_to_image(self, model: object) -> None:
-        """Raises ConfigError, which names `model`, unless text and noise fill the transformer."""
+    def require_text_to_image(self, model: object, *, or_tool: bool = False) -> None:
+        """Raises ConfigError, which names `model`, unless text and noise fill the transformer;
+        `or_tool`: or these and pictures, as those of FLUX.1 Fill and Control do."""
         transformer = self.transformer
+        tokens = 4 * self.vae.latent_channels
+        tools = (2 * tokens, 2 * tokens + 4 * self.vae.scale**2)
+        if or_tool and transformer.in_channels in tools:
+            tokens = transformer.in_channels
         made, decoded = transformer.out_channels // 4, self.vae.latent_channels
         require(
             made == decoded,
@@ -57,7 +62,7 @@ class PipelineConfig:
             f"{decoded}: it belongs to another model",
         )
         for name, reads, given in (
-            ("in_channels", transformer.in_channels, 4 * self.vae.latent_channels),
+            ("in_channels", transformer.in_channels, tokens),
             ("joint_attention_dim", transformer.joint_attention_dim, self.text_encoder_2.d_model),
             (
                 "pooled_projection_dim",

@@ -43,6 +43,32 @@ class Extras(NamedTuple):
     """More channels of the state's tokens, after its own (FLUX.1 Fill and Control)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What one of diffusers' pipeline classes draws from besides text.
+
+    Pictures are a `reference` (seen beside the new picture), an `image` (what the new one starts
+    from), its `mask` (white is painted anew) and a `control` (what the new one is shaped like).
+    `masked` is the image with its mask cut out.
+    """
+
+    pictures: frozenset[str] = frozenset()
+    draws: tuple[str, ...] = ("noise",)
+    """What noise is drawn for, one after the other from one generator: `noise` and `control` for
+    each new picture, `image` and `masked` once for all. Of what is not here the posterior's mean is
+    taken."""
+    channels: tuple[str, ...] = ()
+    """What is joined to the state's channels, in this order."""
+    keeps: bool = False
+    """Whether the image is put back after each step where the mask is black."""
+    strength: float | None = None
+    """Of its image, unless told; None where there is none."""
+
+    def row_count(self, draw: str, count: int) -> int:
+        """Rows of noise that are drawn for `count` pictures from one seed."""
+        return count if draw in ("noise", "control") else 1
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """Module-level functions, so that programs are compiled once; their types are those of FLUX's
@@ -53,8 +79,10 @@ class Family:
     """
 
     components: tuple[str, ...]
-    tasks: Mapping[str, tuple[str, ...]]
-    """The class names in model_index.json, each with the pictures that it takes."""
+    tasks: Mapping[str, Task]
+    """By the class names in model_index.json."""
+    find_task: Callable[..., Task]
+    mask_channels: Callable[..., Float[np.ndarray, "n c rows columns"]]
     tokenize: Callable[..., tuple[Any, list[str]]]
     encode: Callable[..., Conditioning]
     text_shapes: Callable[..., tuple[Any, Conditioning]]

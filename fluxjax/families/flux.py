@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from fluxjax.config import PipelineConfig
 from fluxjax.config.latents import PATCH, latent_size
-from fluxjax.families.family import Apply, Conditioning, Extras, Family, Tokens
+from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
+from fluxjax.families.flux_tasks import TASKS, find_task, mask_channels
 from fluxjax.models import latents as layout
 from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
 from fluxjax.models.flux import FluxTransformer, Modulations
@@ -125,11 +126,17 @@ def pack(latents: Float[Array | np.ndarray, "n c h w"], *, reference: bool = Fal
 
 
 def schedule(
-    config: PipelineConfig, steps: int | Sequence[float], rows: int, columns: int
+    config: PipelineConfig,
+    steps: int | Sequence[float],
+    rows: int,
+    columns: int,
+    *,
+    first: int = 0,
+    keeps: bool = False,
 ) -> Schedule:
-    """Of a picture of so many latent rows and columns; see `flow_euler.sigmas`."""
+    """Of a picture of so many latent rows and columns; see `flow_euler`."""
     tokens = rows * columns // PATCH**2
-    return flow_euler(sigmas(steps, tokens, config.scheduler))
+    return flow_euler(sigmas(steps, tokens, config.scheduler), first=first, keeps=keeps)
 
 
 def passes(steps: int, true_cfg: float | None) -> Float[np.ndarray, "steps differences"]:
@@ -222,8 +229,10 @@ def _guidance(module: FluxTransformer, extras: Extras) -> Any:
 
 
 def noised(
-    latents: Float[Array, "b *shape"], noise: Float[Array, "b *shape"], t: Float[Array, "b"]
-) -> Float[Array, "b *shape"]:
+    latents: Float[AnyArray, "b *shape"],
+    noise: Float[AnyArray, "b *shape"],
+    t: Float[AnyArray, "#b"],
+) -> Float[AnyArray, "b *shape"]:
     """x_t = (1 - t) x_0 + t noise (rectified flow, Liu et al. 2022)."""
     t = t.reshape(t.shape + (1,) * (latents.ndim - 1))
     return (1.0 - t) * latents + t * noise
@@ -238,17 +247,9 @@ def target(
 
 FLUX = Family(
     components=("transformer", "vae", "text_encoder", "text_encoder_2"),
-    tasks={
-        "FluxPipeline": (),
-        "FluxKontextPipeline": ("reference",),
-        "FluxImg2ImgPipeline": ("picture",),
-        "FluxInpaintPipeline": ("picture", "mask"),
-        "FluxKontextInpaintPipeline": ("picture", "mask", "reference"),
-        "FluxFillPipeline": ("picture", "mask"),
-        "FluxControlPipeline": ("control",),
-        "FluxControlImg2ImgPipeline": ("control", "picture"),
-        "FluxControlInpaintPipeline": ("control", "picture", "mask"),
-    },
+    tasks=TASKS,
+    find_task=find_task,
+    mask_channels=mask_channels,
     tokenize=tokenize,
     encode=encode_prompts,
     text_shapes=text_shapes,

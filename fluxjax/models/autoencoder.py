@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fluxjax.config import AutoencoderConfig
@@ -31,8 +32,8 @@ class Posterior(NamedTuple):
 
 
 def normalize_latents(
-    latents: Float[Array, "*shape"], config: AutoencoderConfig
-) -> Float[Array, "*shape"]:
+    latents: Float[Array | np.ndarray, "*shape"], config: AutoencoderConfig
+) -> Float[Array | np.ndarray, "*shape"]:
     """From the autoencoder's latents to those that the transformer denoises."""
     return (latents - config.shift_factor) * config.scaling_factor
 

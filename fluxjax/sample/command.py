@@ -18,7 +18,7 @@ from fluxjax.sample.picture_jobs import Job, batches, picture_jobs
 from fluxjax.sample.picture_record import Remembered, remembered
 from fluxjax.sample.picture_shelf import PictureShelf
 from fluxjax.sample.prompts_file import Line, read_prompts
-from fluxjax.sample.settings import Settings
+from fluxjax.sample.settings import PICTURES, Settings
 from fluxjax.sample.sources import TINY, Sources, replaced
 from fluxjax.terminal import say
 
@@ -87,23 +87,24 @@ def _sources(
     if options.like is None:
         return replaced(Sources(), given), {}, options.dtype
     said = remembered(options.like)
-    given_all = {**given, "reference": given_settings(options)["reference"]}
-    sources, reference = picture_record.find_all(said, given_all, every=options.like_paths)
-    repeated = {**said.settings, "reference": reference}
-    _tell_opened(said, sources, reference, note)
+    chosen = given_settings(options)
+    given_all = {**given, **{name: chosen[name] for name in PICTURES}}
+    sources, pictures = picture_record.find_all(said, given_all, every=options.like_paths)
+    repeated = {**said.settings, **pictures}
+    _tell_opened(said, sources, pictures, note)
     sources = replaced(sources, given)
     _verify(said, sources, given, options, note)
     if options.like_anyway:
-        repeated["reference_sha256"] = None
+        repeated |= {f"{name}_sha256": None for name in PICTURES}
     return sources, repeated, options.dtype or said.dtype
 
 
 def _tell_opened(
-    said: Remembered, sources: Sources, reference: str | None, note: Callable[[str], None]
+    said: Remembered, sources: Sources, pictures: dict[str, str], note: Callable[[str], None]
 ) -> None:
     """Which files a picture, perhaps a stranger's, has made us open."""
     named = [f"{kind} {path}" for kind, path in sources.files().items() if path != TINY]
-    named += [f"reference {reference}"] if reference is not None else []
+    named += [f"{name} {path}" for name, path in pictures.items()]
     if named:
         note(f"{said.path} names: {', '.join(named)}")
 
@@ -159,7 +160,8 @@ def _draw_all(
         ends = done + len(batch)
         what = f"picture {ends} of {len(wanted)}" if len(wanted) > 1 else "picture"
         prompts, seeds = zip(*((j.settings.prompt, j.settings.seed) for j in batch), strict=True)
-        with step_progress(settings.steps, what, quiet=options.quiet) as progress, ExitStack() as s:
+        steps = settings.steps - settings.first_step
+        with step_progress(steps, what, quiet=options.quiet) as progress, ExitStack() as s:
             on_step, every = None, options.preview or 1
             if options.preview is not None:
                 path, decoder = shelf.path(batch[0]), options.preview_decoder

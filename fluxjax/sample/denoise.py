@@ -26,11 +26,13 @@ Step = Callable[[Any, Any], Any]
 
 
 class Kept(NamedTuple):
-    """What stays where `mask` is 0, and the noise with which it goes along (inpainting)."""
+    """What stays where `mask` is 0, and the noise with which it goes along (inpainting).
 
-    mask: Float[Array, "b *#shape"]
-    picture: Float[Array, "b *shape"]
-    noise: Float[Array, "b *shape"]
+    With `Schedule.thresholds` it stays where `mask` is below the step's."""
+
+    mask: Float[AnyArray, "b *#shape"]
+    picture: Float[AnyArray, "b *shape"]
+    noise: Float[AnyArray, "b *shape"]
 
 
 def denoise(
@@ -64,7 +66,7 @@ def denoise(
         if x.dtype != jnp.float32:
             change = round_to(change, x.dtype)
         state = _product(row, state, change, drawn)
-        return state if kept is None else (_keep(row.keep, state[0], kept), *state[1:])
+        return state if kept is None else (_keep(row, state[0], kept), *state[1:])
 
     def skip_or_advance(state: State, inputs: tuple) -> tuple[State, None]:
         return jax.lax.cond(
@@ -133,10 +135,12 @@ def _deviation(log_variances: AnyArray, variance: Array) -> Array:
     return jnp.exp(0.5 * (share * log_variances[1] + (1.0 - share) * log_variances[0]))
 
 
-def _keep(weights: AnyArray | None, x: AnyArray, kept: Kept) -> Array:
-    assert weights is not None, "a schedule with `keep` says how much noise is kept with a picture"
+def _keep(row: Schedule, x: AnyArray, kept: Kept) -> Array:
+    assert row.keep is not None, "a schedule with `keep` says how much noise is kept with a picture"
     mask, picture, noise = (leaf.astype(jnp.float32) for leaf in kept)
-    other = weights[0] * picture + weights[1] * noise
+    if row.thresholds is not None:
+        mask = (mask >= row.thresholds).astype(jnp.float32)
+    other = row.keep[0] * picture + row.keep[1] * noise
     return (mask * x.astype(jnp.float32) + (1.0 - mask) * other).astype(x.dtype)
 
 
@@ -154,16 +158,18 @@ def in_parts(
 
     `progress(steps done)` is called after parts of about `seconds` each, `on_step(steps done,
     state)` after every `every`-th step and after the last one; what it raises ends the run.
-    Parts, because a program that calls back to the host is kept out of the compilation cache. On
-    several processes the clock of the first counts: all run the same parts.
+    Steps are counted from the first that is active. Parts, because a program that calls back to the
+    host is kept out of the compilation cache. On several processes the clock of the first counts:
+    all run the same parts.
     """
-    steps = schedule.steps
+    begin = schedule.first
+    steps = schedule.steps - begin
     first, size = 0, steps if progress is None else 1
     while first < steps:
         last, start = min(first + size, steps), time.perf_counter()
         if on_step is not None:
             last = min(last, first - first % every + every)
-        state = wait(run(state, schedule.part(first, last)))
+        state = wait(run(state, schedule.part(begin + first, begin + last)))
         if progress is not None:
             progress(last)
             rate = (last - first) / (time.perf_counter() - start)

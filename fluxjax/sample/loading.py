@@ -95,7 +95,7 @@ def load_pipeline(
         networks, low_rank = _adapted(networks, scaled)
         parts: dict[str, Any] = {name: networks[name].config for name in config.networks}
         config = replace(config, **parts)
-    config.require_text_to_image(path)
+    config.require_text_to_image(path, or_tool=True)
     if scan_layers is None:
         scan_layers = scan_by_default(config.transformer)
     for name in ("tokenizer", "tokenizer_2"):

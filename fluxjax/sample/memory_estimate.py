@@ -55,7 +55,7 @@ def weight_bytes(pipe: Pipeline) -> int:
 def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> int:
     """On one device, of the larger one of denoising and decoding."""
     from fluxjax.config.latents import PATCH
-    from fluxjax.sample.pipeline import TILE
+    from fluxjax.sample.decoding import TILE
     from fluxjax.sample.programs import UNTILED_LATENTS
 
     config, scale = pipe.config, pipe.config.vae.scale

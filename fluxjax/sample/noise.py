@@ -7,7 +7,7 @@ Source: ATen's `CPUGeneratorImpl`, `normal_fill` (native/cpu/DistributionTemplat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -98,12 +98,36 @@ def draw(
     diffusers does for one generator and for a list of them. Raises ConfigError for a seed outside
     0 ... 2**64 - 1 and for a wrong number of seeds.
     """
+    return draw_each(seed, {"noise": shape}, kind=kind, dtype=dtype)["noise"]
+
+
+def draw_each(
+    seed: int | Sequence[int],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    kind: Noise = "torch",
+    dtype: DTypeLike = np.float32,
+) -> dict[str, Float[np.ndarray, "rows c h w"]]:
+    """Several draws, one after the other; `noise`, which is among them, has a row per picture.
+
+    With a sequence of seeds every draw has a row per picture, and each picture's draws are those
+    that it has alone. Errors are those of `draw`.
+    """
     if not isinstance(seed, int):
-        if len(seed) != shape[0]:
-            raise ConfigError(f"{shape[0]} pictures need {shape[0]} seeds, got {len(seed)}")
-        one = (1, *shape[1:])
-        return np.concatenate([draw(int(s), one, kind=kind, dtype=dtype) for s in seed])
+        count = shapes["noise"][0]
+        if len(seed) != count:
+            raise ConfigError(f"{count} pictures need {count} seeds, got {len(seed)}")
+        one = {name: (1, *shape[1:]) for name, shape in shapes.items()}
+        each = [draw_each(int(s), one, kind=kind, dtype=dtype) for s in seed]
+        return {name: np.concatenate([drawn[name] for drawn in each]) for name in shapes}
     if kind == "torch":
-        return TorchGenerator(seed).randn(shape, dtype)
+        generator = TorchGenerator(seed)
+        return {name: generator.randn(shape, dtype) for name, shape in shapes.items()}
     words = jnp.array([check_seed(seed) >> 32, seed & 0xFFFFFFFF], jnp.uint32)
-    return np.asarray(jax.random.normal(jax.random.wrap_key_data(words), shape, dtype))
+    key = jax.random.wrap_key_data(words)
+    # The noise of a picture does not depend on what else is drawn.
+    keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(shapes)} | {"noise": key}
+    return {
+        name: np.asarray(jax.random.normal(keys[name], shape, dtype))
+        for name, shape in shapes.items()
+    }

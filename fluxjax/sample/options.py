@@ -17,7 +17,17 @@ from fluxjax.picture_files import EXTENSIONS
 from fluxjax.sample.file_names import FORMATS, PATTERN, check_pattern, is_picture_name
 from fluxjax.sample.picture_record import remembered
 from fluxjax.sample.prompts_file import STANDARD_INPUT
-from fluxjax.sample.settings import FIELDS, Dtype, Noise, Rounding, Settings, brief, override
+from fluxjax.sample.settings import (
+    ALPHA,
+    FIELDS,
+    PICTURES,
+    Dtype,
+    Noise,
+    Rounding,
+    Settings,
+    brief,
+    override,
+)
 from fluxjax.sample.sources import TINY, absolute, absolute_lora, is_name
 
 MOST_PICTURES = 2**20  # of one run
@@ -43,11 +53,33 @@ def _number(kind: Callable[[str], Any], words: str, metavar: str) -> Any:
 
 _INTEGER, _REAL = _number(int, "an integer", "INT"), _number(float, "a number", "FLOAT")
 
+
+def _integers(words: str, metavar: str) -> Any:
+    """An option's numbers, with commas between them, or None."""
+
+    def parsed(texts: Sequence[str]) -> Any:
+        try:
+            return tuple(int(text) for text in texts[0].split(","))
+        except ValueError:
+            raise ValueError(f"must be {words}, got {brief(texts[0])}") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=parsed,
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+_SIDES = _integers("four integers, such as 0,0,256,0", "LEFT,TOP,RIGHT,BOTTOM")
+
 # None stands for "not given": the model's own value, or that of --like.
 _Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 _Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 _Int = Annotated[int | None, _INTEGER, tyro.conf.arg(help_behavior_hint="")]
 _Float = Annotated[float | None, _REAL, tyro.conf.arg(help_behavior_hint="")]
+_Sides = Annotated[tuple[int, int, int, int] | None, _SIDES, tyro.conf.arg(help_behavior_hint="")]
 _Dtype = Annotated[Dtype | None, tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="")]
 _Rounding = Annotated[
     Rounding | None, tyro.conf.arg(metavar="{diffusers,bfl,none}", help_behavior_hint="")
@@ -91,12 +123,26 @@ class Options:
     """Classifier-free guidance above 1; needs --negative-prompt, which may be empty."""
     prompt_2: _Text = None
     """Another prompt for T5; CLIP reads PROMPT."""
-    reference: _Path = None
-    """A picture to edit (FLUX.1 Kontext); the new one takes its shape unless a size is given."""
+    image: _Text = None
+    """A picture to start from; the new one takes its size, as it does that of the three below."""
+    mask: _Text = None
+    """White where the image is painted anew; "alpha": where the image is transparent."""
+    control: _Text = None
+    """The edges or depths that the new picture is to have (FLUX.1 Canny and Depth)."""
+    reference: _Text = None
+    """A picture to edit (FLUX.1 Kontext); with --mask only where that is white."""
+    strength: _Float = None
+    """How much of the image is drawn anew, above 0 and up to 1."""
+    mask_crop: _Int = None
+    """Draw the mask's surroundings alone, with so many pixels around, as large as the whole."""
+    soft_mask: bool = False
+    """The greyer the mask, the fewer steps change the image."""
+    expand: _Sides = None
+    """LEFT,TOP,RIGHT,BOTTOM: a border of so many pixels round the image, painted anew."""
     width: _Int = None
-    """Pixels, a multiple of 16."""
+    """Pixels, a multiple of 16; by default the given picture's, rounded down, or the model's."""
     height: _Int = None
-    """Pixels, a multiple of 16."""
+    """Likewise."""
     number: Annotated[int, _INTEGER, tyro.conf.arg(aliases=["-n"])] = 1
     """Pictures per prompt, with seeds seed, seed + 1, ..."""
     seed: _Int = None
@@ -142,7 +188,7 @@ class Options:
     like: _Path = None
     """Repeat a picture from the settings it carries; options given beside it take precedence."""
     like_anyway: bool = False
-    """Repeat it although its model, LoRA or reference has changed."""
+    """Repeat it although its model, a LoRA or a picture has changed."""
     like_paths: bool = False
     """Open every path that the picture names, not only those in the usual places."""
 
@@ -171,8 +217,9 @@ def check(options: Options) -> None:
             multiple(name, given[name], unit)
     sources = given_sources(options)
     _check_model(sources["model"])
-    for kind, path in (("reference picture", given["reference"]), ("file", options.prompts)):
-        if path is not None and path != STANDARD_INPUT and not Path(path).exists():
+    named = [(f"{name} picture", given[name]) for name in PICTURES]
+    for kind, path in (*named, ("file", options.prompts)):
+        if path not in (None, STANDARD_INPUT, ALPHA) and not Path(path).exists():
             raise FileNotFoundError(f"there is no {kind} {path}")
     parse_mesh(options.mesh or "")
     check_pattern(options.name)
@@ -199,8 +246,10 @@ def given_settings(options: Options) -> dict[str, Any]:
     """The settings on the command line; None is what is not there."""
     given = {name: getattr(options, name, None) for name in FIELDS}
     given["prompt"] = " ".join(options.prompt) if options.prompt else None
-    given["reference"] = options.reference and absolute(str(options.reference))
-    return given
+    for name in PICTURES:
+        if given[name] is not None and (name, str(given[name])) != ("mask", ALPHA):
+            given[name] = absolute(str(given[name]))
+    return {**given, "soft_mask": options.soft_mask or None}
 
 
 def given_sources(options: Options) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,7 @@ def picture_jobs(
     for line in lines:
         try:
             settings = override(base, line.values)
-            if settings.reference is not None:
-                settings = _sized(settings, (repeated, given, line.values), pipe)
+            settings = _completed(settings, (repeated, given, line.values), pipe)
             _check_guidance(settings)
             latent_size(settings.width, settings.height, pipe.config.vae)
             if all(one.get("seed") is None for one in (given, line.values, repeated)):
@@ -72,15 +71,14 @@ def _check_guidance(settings: Settings) -> None:
         raise ConfigError("--negative-prompt needs --true-cfg above 1, such as --true-cfg 3.5")
 
 
-def _sized(settings: Settings, given: Iterable[Mapping], pipe: Pipeline) -> Settings:
-    """With the hash of the reference, and with its shape where no width or height is given."""
-    from fluxjax.sample.reference import read_reference
+def _completed(settings: Settings, given: Sequence[Mapping], pipe: Pipeline) -> Settings:
+    """With the hashes of its pictures, and what follows from them where nothing else is given."""
+    from fluxjax.sample.given_pictures import read_given
 
-    assert settings.reference is not None
-    picture, found = read_reference(settings.reference, settings.reference_sha256)
-    size = dict(zip(("width", "height"), pipe.reference_size(picture), strict=True))
-    free = {name: size[name] for name in size if all(one.get(name) is None for one in given)}
-    return dataclasses.replace(settings, reference_sha256=found, **free)
+    pictures, settings = read_given(settings)
+    sides = ("width", "height")
+    fixed = [name for name in sides if any(one.get(name) is not None for one in given)]
+    return pipe.complete(settings, pictures, fixed)
 
 
 def batches(asked: Sequence[Job], size: int) -> Iterator[list[Job]]:

@@ -23,11 +23,13 @@ from fluxjax.file_hash import hash_file
 from fluxjax.hub import is_cached
 from fluxjax.sample import known_places
 from fluxjax.sample.picture_formats import read_record
-from fluxjax.sample.settings import Dtype, Settings, brief, override
+from fluxjax.sample.settings import ALPHA, PICTURES, Dtype, Settings, brief, override
 from fluxjax.sample.sources import TINY, Sources, changed, hashes_of, is_name
 
-_OPTIONS = {"model": "--model", "text_encoders": "--text-encoders", "vae": "--vae",
-            "reference": "--reference"}  # fmt: skip
+_OPTIONS = {
+    "text_encoders": "--text-encoders",
+    **{name: f"--{name}" for name in ("model", "vae", *PICTURES)},
+}
 _MOST_LORAS = 100
 
 
@@ -44,14 +46,12 @@ def record_of(
 
     Paths in `sources` are absolute. Names of files outside are remembered with their places.
     """
-    reference = settings.reference
-    if reference is not None:
-        digest = {"": settings.reference_sha256 or hash_file(Path(reference))}
-        settings = dataclasses.replace(
-            settings,
-            reference=_stored(reference, folder, digest),
-            reference_sha256=digest[""],
-        )
+    for name in PICTURES:
+        path = getattr(settings, name)
+        if path is not None and (name, path) != ("mask", ALPHA):
+            digest = {"": getattr(settings, f"{name}_sha256") or hash_file(Path(path))}
+            stored = {name: _stored(path, folder, digest), f"{name}_sha256": digest[""]}
+            settings = dataclasses.replace(settings, **stored)
     record: dict[str, Any] = {"fluxjax": __version__, "dtype": dtype}
     for kind, path in sources.files().items():
         if not kind.startswith("lora"):
@@ -185,8 +185,8 @@ def find(said: Remembered, kind: str, where: str, hashes: Mapping[str, str], eve
 
 def find_all(
     said: Remembered, given: Mapping[str, Any], *, every: bool
-) -> tuple[Sources, str | None]:
-    """(sources, reference) in full, save those that the command line has `given`."""
+) -> tuple[Sources, dict[str, str]]:
+    """(sources, pictures by name) in full, save those that the command line has `given`."""
     wanted = said.sources
 
     def place(kind: str) -> str | None:
@@ -205,11 +205,14 @@ def find_all(
             for i, (file, scale) in enumerate(map(split_scale, loras), start=1)
         ),
     )
-    reference = said.settings.get("reference")
-    if reference is not None and given.get("reference") is None:
-        digest = said.settings.get("reference_sha256")
-        reference = find(said, "reference", reference, {"": digest} if digest else {}, every)
-    return sources, reference
+    pictures: dict[str, str] = {}
+    for name in PICTURES:
+        where = said.settings.get(name)
+        if where is None or (name, where) == ("mask", ALPHA) or given.get(name) is not None:
+            continue
+        digest = said.settings.get(f"{name}_sha256")
+        pictures[name] = find(said, name, where, {"": digest} if digest else {}, every)
+    return sources, pictures
 
 
 def differences(said: Remembered, now: Mapping[str, str], kinds: list[str]) -> list[str]:

@@ -97,9 +97,10 @@ class Preview:
     ) -> None:
         self._pipe, self._show = pipe, show
         self._map = None if decoder else linear_map(pipe)
-        self._last = np.asarray(pipe.draw_noise(settings, seeds, pictures), np.float32)
+        self._last = np.asarray(pipe.begin(settings, seeds, pictures), np.float32)
         tokens = self._last.shape[2] * self._last.shape[3] // PATCH**2
-        self._levels = sigmas(settings.steps, tokens, pipe.config.scheduler)
+        levels = sigmas(settings.steps, tokens, pipe.config.scheduler)
+        self._levels = levels[settings.first_step :]
         self._step = 0
 
     def __call__(self, step: int, latents: Float[Any, "n c h w"]) -> None:

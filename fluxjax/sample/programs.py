@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from fluxjax.config import PipelineConfig
-from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
+from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Task, Tokens
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.lora import variables
 from fluxjax.sample import denoise as sampler
@@ -21,15 +21,17 @@ from fluxjax.sample.settings import Rounding, Settings
 from fluxjax.schedules.schedule import Schedule
 from fluxjax.shapes import Params
 
-Name = Literal["encode", "reference", "denoise", "decode"]
+Name = Literal["encode", "reference", "posterior", "denoise", "decode"]
 COMPONENTS: dict[Name, tuple[str, ...]] = {
     "encode": ("text_encoder", "text_encoder_2"),
     "reference": ("vae",),
+    "posterior": ("vae",),
     "denoise": ("transformer",),
     "decode": ("vae",),
 }
-OF_PICTURES: tuple[Name, ...] = ("reference", "decode")
+OF_PICTURES: tuple[Name, ...] = ("reference", "posterior", "decode")
 UNTILED_LATENTS = 256 * 256
+TEXT_ALONE = Task()
 
 
 class Drawn(NamedTuple):
@@ -43,6 +45,10 @@ class Drawn(NamedTuple):
     guidance: Float[AnyArray, "n"]
     reference: Float[AnyArray, "n c rows columns"] | None = None
     """Latents of a picture to edit, perhaps of another size."""
+    channels: Float[AnyArray, "n more h w"] | None = None
+    """What is joined to the state's channels."""
+    kept: sampler.Kept | None = None
+    """Its mask has one channel."""
 
 
 @partial(jax.jit, static_argnames=("family", "module", "apply"))
@@ -65,8 +71,11 @@ def denoise_pictures(
     if drawn.reference is not None:
         tokens = family.pack(drawn.reference, reference=True)
         reference = Tokens(stack(*[tokens.values] * many), tokens.positions)
+    channels = None
+    if drawn.channels is not None:
+        channels = stack(*[family.pack(drawn.channels).values] * many)
     # One pass over a batch of twice the size, not two passes over the weights.
-    extras = Extras(first.positions, jnp.tile(drawn.guidance, many), reference)
+    extras = Extras(first.positions, jnp.tile(drawn.guidance, many), reference, channels)
     each, step = family.hoist(
         module,
         variables(params),
@@ -76,7 +85,11 @@ def denoise_pictures(
         apply=apply,
     )
     packed = (first.values, *(family.pack(latents).values for latents in state[1:]))
-    packed = sampler.denoise(step, each, packed, drawn.schedule, drawn.passes)
+    kept = None
+    if drawn.kept is not None:
+        mask = jnp.broadcast_to(drawn.kept.mask, state[0].shape)
+        kept = jax.tree.map(lambda x: family.pack(x).values, drawn.kept._replace(mask=mask))
+    packed = sampler.denoise(step, each, packed, drawn.schedule, drawn.passes, kept=kept)
     return tuple(family.unpack(tokens, rows, columns) for tokens in packed)
 
 
@@ -99,6 +112,16 @@ def encode_pictures(
     return rearrange(normalize_latents(posterior.mean, model.config), "n h w c -> n c h w")
 
 
+@partial(jax.jit, static_argnames="model")
+def encode_posterior(
+    model: Autoencoder, params: Params, pictures: Float[Array, "n height width 3"]
+) -> tuple[Float[Array, "n c h w"], Float[Array, "n c h w"]]:
+    """Of pictures in [-1, 1] the posterior's mean and standard deviation, not normalised."""
+    posterior: Any = model.apply({"params": params}, pictures, method="encode")
+    both = posterior.mean, jnp.exp(0.5 * posterior.logvar)
+    return jax.tree.map(lambda x: rearrange(x, "n h w c -> n c h w"), both)
+
+
 class Program(NamedTuple):
     """A program and the shapes of its inputs, which follow the parameters of COMPONENTS[name].
 
@@ -117,6 +140,7 @@ def program(family: Family, name: Name, *inputs: Any, rounding: Rounding = "diff
     functions: dict[Name, Any] = {
         "encode": family.encode,
         "reference": encode_pictures,
+        "posterior": encode_posterior,
         "denoise": denoise_pictures,
         "decode": decode_latents,
     }
@@ -131,6 +155,7 @@ def programs(
     *,
     dtype: Any,
     steps: int,
+    task: Task = TEXT_ALONE,
     pictures: int = 1,
     prompts: int = 1,
     reference_size: tuple[int, int] | None = None,
@@ -141,6 +166,7 @@ def programs(
     Args:
       dtype: of weights and computation.
       steps: how many are compiled, see `fluxjax.schedules.schedule.bucket`.
+      task: which pictures are given.
       pictures, prompts: drawn and encoded together.
       reference_size: (width, height) at which a reference is seen.
       rows: the batch that a program runs for so many pictures or prompts.
@@ -152,15 +178,25 @@ def programs(
     _, conditioning = family.text_shapes(config, n, text, dtype)
     many = 2 if settings.uses_true_cfg else 1
     column = spec((steps,), jnp.float32)
-    reference = None
-    if reference_size is not None:
+    schedule = Schedule(column, column, spec((steps,), jnp.bool_))
+    reference = channels = kept = None
+    if "reference" in task.pictures and reference_size is not None:
         reference = spec((n, *family.state_shape(config, *reference_size)), dtype)
+    if task.channels:
+        joined = config.transformer.in_channels // config.transformer.out_channels * shape[0]
+        channels = spec((n, joined - shape[0], *shape[1:]), dtype)
+    if task.keeps:
+        schedule = schedule._replace(keep=spec((steps, 2), jnp.float32), thresholds=column)
+        noise = spec((n, *shape), state)
+        kept = sampler.Kept(spec((n, 1, *shape[1:]), jnp.float32), noise, noise)
     drawn = Drawn(
-        Schedule(column, column, spec((steps,), jnp.bool_)),
+        schedule,
         spec((steps, many - 1), jnp.float32),
         (conditioning,) * many,
         spec((n,), jnp.float32),
         reference,
+        channels,
+        kept,
     )
     listed = partial(program, family)
     ids, _ = family.text_shapes(config, rows("encode", prompts), text, dtype)
@@ -168,9 +204,13 @@ def programs(
         listed("denoise", (spec((n, *shape), state),), drawn, rounding=settings.rounding),
         listed("encode", ids),
     ]
-    if reference_size is not None:
-        size = rows("reference", 1), *reference_size[::-1], 3
-        found.append(listed("reference", spec(size, jnp.float32)))
+    own = (settings.width, settings.height)
+    seen = {} if reference is None else {("reference", reference_size): None}
+    if task.pictures - {"reference"}:
+        sampled = task.draws != ("noise",) and settings.rounding != "bfl"
+        seen["posterior" if sampled else "reference", own] = None
+    for name, (width, height) in seen:
+        found.append(listed(name, spec((rows(name, 1), height, width, 3), jnp.float32)))
     if not tiled(*shape[1:]):
         found.append(listed("decode", spec((rows("decode", pictures), *shape), state)))
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fluxjax.config import ConfigError
-from fluxjax.sample.settings import FIELDS, Settings, brief, override
+from fluxjax.sample.settings import ALPHA, FIELDS, PICTURES, Settings, brief, override
 
 STANDARD_INPUT = Path("-")
 _JSON_NAMES = (".jsonl", ".ndjson", ".json")
@@ -105,8 +105,9 @@ def _settings(where: str, text: str, folder: Path) -> Line:
     if unknown:
         known = ", ".join((*FIELDS, "lora", "number"))
         raise ConfigError(f"{where}: {brief(unknown[0])} is no setting; there are {known}")
-    if isinstance(values.get("reference"), str):
-        values["reference"] = _beside(values["reference"], folder, where)
+    for name in PICTURES:
+        if isinstance(values.get(name), str) and (name, values[name]) != ("mask", ALPHA):
+            values[name] = _beside(values[name], folder, where)
     override(Settings(), values, where)  # what is wrong shows before the first picture
     return Line(where, values, lora, number)
 

@@ -1,20 +1,17 @@
-"""The picture that FLUX.1 Kontext edits: read, sized and made pixels as diffusers does.
+"""Sizes and pixels of the pictures that a model sees, as diffusers has them.
 
-Source: diffusers `FluxKontextPipeline`.
+Source: diffusers `FluxKontextPipeline`, `VaeImageProcessor`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
 from fluxjax.config import ConfigError
-from fluxjax.picture_files import BadPicture, decode, quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -26,29 +23,6 @@ PREFERRED = (
     (1456, 720), (1504, 688), (1568, 672),
 )  # fmt: skip
 AREA = 1024**2
-MEGAPIXELS = 200.0  # more is refused before it is decoded
-
-
-def read_reference(path: str | Path, sha256: str | None = None) -> tuple[Picture, str]:
-    """The picture in a file, upright sRGB, and the file's hash.
-
-    Raises FileNotFoundError, or ConfigError for what is no picture or, if `sha256` is given,
-    another file than that.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no reference picture {path}")
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 not in (None, found):
-        raise ConfigError(
-            f"{path} has changed since it was the reference: its SHA-256 is {found}, not {sha256}"
-        )
-    try:
-        with quiet():
-            return decode(data, MEGAPIXELS), found
-    except BadPicture as error:
-        raise ConfigError(f"{path} cannot be the reference: {error}") from None
 
 
 def preferred_size(width: int, height: int, *, area: int, unit: int) -> tuple[int, int]:
@@ -66,6 +40,18 @@ def preferred_size(width: int, height: int, *, area: int, unit: int) -> tuple[in
     scale = math.sqrt(area / AREA) / unit
     width, height = (max(1, round(side * scale)) * unit for side in sides)
     return width, height
+
+
+def whole_size(width: int, height: int, *, unit: int) -> tuple[int, int]:
+    """The (width, height) of what is drawn from a picture: its own, rounded down.
+
+    Raises ConfigError for a picture smaller than `unit`.
+    """
+    if min(width, height) < unit:
+        raise ConfigError(
+            f"a picture has at least {unit} pixels on each side, got {width} x {height}"
+        )
+    return width // unit * unit, height // unit * unit
 
 
 def pixels(picture: Picture, width: int, height: int) -> Float[np.ndarray, "1 height width 3"]:

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from fluxjax.config import ConfigError
 from fluxjax.families.family import Conditioning
+from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.settings import FIELDS, Settings
 
 _Array = Array | np.ndarray
@@ -20,7 +21,10 @@ OTHER_NAMES = {
     "true_cfg_scale": "true_cfg",
     "num_images_per_prompt": "number",
     "generator": "seed",
-    "image": "reference",
+    "mask_image": "mask",
+    "control_image": "control",
+    "image_reference": "reference",
+    "padding_mask_crop": "mask_crop",
     "callback_on_step_end": "on_step",
     "output_type": "draw(settings), which gives bytes",
     "latents": "denoise(conditioning, noise)",
@@ -34,7 +38,7 @@ def unknown_options(names: list[str]) -> str:
     known = [f"{name} is called {OTHER_NAMES[name]} here" for name in names if name in OTHER_NAMES]
     rest = [repr(name) for name in names if name not in OTHER_NAMES]
     if rest:
-        fields = ", ".join(name for name in FIELDS if name not in ("prompt", "reference_sha256"))
+        fields = ", ".join(f for f in FIELDS if f != "prompt" and not f.endswith("_sha256"))
         known.append(f"{', '.join(rest)} is no setting; there are {fields}")
     return "; ".join(known)
 
@@ -49,17 +53,19 @@ def require_both(settings: Settings) -> None:
 
 def require_finite(
     pictures: Array | np.ndarray,
-    heard: Sequence[Conditioning],
-    reference: Array | np.ndarray | None,
+    heard: Sequence[Conditioning | None],
+    inputs: Inputs,
     latents: Array | np.ndarray,
 ) -> None:
     """ConfigError naming the first network on the pictures' way whose output is not finite."""
     if np.isfinite(np.asarray(pictures, np.float32)).all():
         return
+    said = [one for one in heard if one is not None]
+    seen = [one for one in inputs if one is not None]
     outputs = {
-        "the CLIP text encoder (text_encoder)": [one.vector for one in heard],
-        "the T5 text encoder (text_encoder_2)": [one.sequence for one in heard],
-        "the autoencoder (vae), encoding the reference": [] if reference is None else [reference],
+        "the CLIP text encoder (text_encoder)": [one.vector for one in said],
+        "the T5 text encoder (text_encoder_2)": [one.sequence for one in said],
+        "the autoencoder (vae), encoding a picture": seen,
         "the transformer": [latents],
         "the autoencoder (vae)": [pictures],
     }

@@ -18,6 +18,8 @@ MAX_SEQUENCE_LENGTH = 512
 SEED_LIMIT = 2**64
 MAX_SIDE = 16384  # pixels; one million tokens, more than any of these models can draw
 MAX_GUIDANCE = 1000.0
+PICTURES = ("reference", "image", "mask", "control")
+ALPHA = "alpha"  # the mask that is the image's own transparency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,8 @@ class Settings:
     `guidance` feeds the guidance embedding of distilled models. True classifier-free guidance is on
     with a `negative_prompt` and `true_cfg` above 1. `rounding` names the reference whose rounding
     is followed: of timesteps in bfloat16, of the state between steps, and of the pixels (diffusers
-    rounds them, bfl truncates); "none" avoids rounding wherever it can. `reference` is the file of
-    a picture to edit; with `reference_sha256` it must still be the file with that hash.
+    rounds them, bfl truncates), and what else differs between their tools; "none" avoids rounding
+    wherever it can. PICTURES are files; with a `_sha256` it must still be the file with that hash.
     """
 
     prompt: str = ""
@@ -45,14 +47,39 @@ class Settings:
     max_sequence_length: int = 512
     reference: str | None = None
     reference_sha256: str | None = None
+    image: str | None = None
+    image_sha256: str | None = None
+    mask: str | None = None
+    """White is painted anew; "alpha": where the image is transparent."""
+    mask_sha256: str | None = None
+    control: str | None = None
+    control_sha256: str | None = None
+    strength: float | None = None
+    """How much of its steps image to image runs; None: the task's own."""
+    mask_crop: int | None = None
+    """Only the surroundings of the mask are drawn, with a margin of so many pixels."""
+    soft_mask: bool = False
+    """Grey in the mask is painted in the later steps only."""
+    expand: tuple[int, int, int, int] | None = None
+    """A border of so many pixels (left, top, right, bottom) round the image, painted anew."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.expand, list):  # as JSON has it
+            object.__setattr__(self, "expand", tuple(self.expand))
         for name in ("guidance", "true_cfg"):
             value, most = getattr(self, name), MAX_GUIDANCE
             _require(math.isfinite(value), name, "a number", self)
             _require(abs(value) <= most, name, f"from {-most:g} to {most:g}", self)
         for name in ("width", "height"):
             _require(1 <= getattr(self, name) <= MAX_SIDE, name, f"from 1 to {MAX_SIDE}", self)
+        if self.strength is not None:
+            _require(0 < self.strength <= 1, "strength", "above 0 and at most 1", self)
+        if self.mask_crop is not None:
+            _require(0 <= self.mask_crop <= MAX_SIDE, "mask_crop", f"from 0 to {MAX_SIDE}", self)
+        if self.expand is not None:
+            fits = len(self.expand) == 4 and all(0 <= side <= MAX_SIDE for side in self.expand)
+            wanted = f"four numbers of pixels from 0 to {MAX_SIDE}, not all of them 0"
+            _require(fits and any(self.expand), "expand", wanted, self)
         for name in _TEXTS:
             check_text(name, getattr(self, name) or "")
         _require(1 <= self.steps <= MAX_STEPS, "steps", f"from 1 to {MAX_STEPS}", self)
@@ -63,6 +90,14 @@ class Settings:
             f"from 1 to {MAX_SEQUENCE_LENGTH}",
             self,
         )
+
+    @property
+    def first_step(self) -> int:
+        """The first that is run."""
+        from fluxjax.schedules.flow_euler import start_step
+
+        strength = 1.0 if self.strength is None else self.strength
+        return start_step(self.steps, strength, rounding=self.rounding)
 
     @property
     def uses_true_cfg(self) -> bool:
@@ -98,9 +133,12 @@ def check_text(name: str, text: str) -> None:
 _TEXTS = ("prompt", "prompt_2", "negative_prompt")
 _KINDS = {
     **dict.fromkeys(("steps", "width", "height", "seed", "max_sequence_length"), "an integer"),
-    **dict.fromkeys(("guidance", "true_cfg"), "a number"),
+    **dict.fromkeys(("guidance", "true_cfg", "strength"), "a number"),
     **dict.fromkeys(_TEXTS, "a text"),
-    **dict.fromkeys(("reference", "reference_sha256"), "a text"),
+    **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
+    "mask_crop": "an integer",
+    "soft_mask": "true or false",
+    "expand": "a list of integers",
     "noise": " or ".join(get_args(Noise)),
     "rounding": " or ".join(get_args(Rounding)),
 }
@@ -116,6 +154,11 @@ def _typed(name: str, value: Any) -> Any:
             return float(value)
         except OverflowError:  # an integer of hundreds of digits
             return math.inf
+    if kind == "true or false" and isinstance(value, bool):
+        return value
+    listed = kind == "a list of integers" and isinstance(value, list | tuple)
+    if listed and all(type(one) is int for one in value):
+        return tuple(value)
     if isinstance(value, str) and (kind == "a text" or value in kind.split(" or ")):
         return value
     raise ConfigError(f"{name} must be {kind}, got {brief(value)}")
@@ -133,7 +176,7 @@ def defaults(config: PipelineConfig) -> Settings:
 def override(settings: Settings, values: Mapping[str, Any], where: str = "") -> Settings:
     """`settings` with some of them replaced; values that are None are left aside.
 
-    A new reference makes the hash of the old one void.
+    A new picture makes the hash of the old one void.
 
     Raises ConfigError, beginning with `where`, for a name that is no setting.
     """
@@ -143,8 +186,9 @@ def override(settings: Settings, values: Mapping[str, Any], where: str = "") -> 
         raise ConfigError(f"{prefix}{unknown} is no setting; there are {', '.join(FIELDS)}")
     try:
         given = {name: _typed(name, value) for name, value in values.items() if value is not None}
-        if "reference" in given:
-            given.setdefault("reference_sha256", None)
+        for name in PICTURES:
+            if name in given:
+                given.setdefault(f"{name}_sha256", None)
         return dataclasses.replace(settings, **given)
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from None

@@ -23,8 +23,6 @@ def sigmas(
     steps: int | Sequence[float],
     image_tokens: int,
     config: SchedulerConfig,
-    *,
-    strength: float = 1.0,
 ) -> Float[np.ndarray, "levels"]:
     """The noise levels of a run, from 1 (noise) down to 0 (picture): one more than steps, float32.
 
@@ -33,9 +31,8 @@ def sigmas(
     Args:
       steps: their number, or own levels before the shift (without the last 0), as diffusers takes.
       image_tokens: tokens of one picture, for the dynamic shift.
-      strength: below 1, image to image: only the last steps are run, see `start_step`.
 
-    Raises ConfigError for steps outside 1 ... 1000, or a strength outside 0 ... 1.
+    Raises ConfigError for steps outside 1 ... 1000.
     """
     count = check_steps(steps if isinstance(steps, int) else len(steps))
     one = np.float32(1.0)
@@ -51,8 +48,7 @@ def sigmas(
     else:
         shift = np.float32(config.shift)
         levels = shift * levels / (one + (shift - one) * levels)
-    levels = np.append(levels, np.float32(0.0)).astype(np.float32)
-    return levels[start_step(count, strength) :]
+    return np.append(levels, np.float32(0.0)).astype(np.float32)
 
 
 def check_steps(steps: int) -> int:
@@ -62,17 +58,34 @@ def check_steps(steps: int) -> int:
     return steps
 
 
-def start_step(steps: int, strength: float) -> int:
-    """The first step that image to image runs: strength 1 starts from noise, 0 runs no step."""
-    if not 0.0 <= strength <= 1.0:
-        raise ConfigError(f"strength must be from 0 to 1, got {strength}")
-    return int(max(steps - min(steps * strength, steps), 0))
+def start_step(steps: int, strength: float, *, rounding: str = "diffusers") -> int:
+    """The first step that image to image runs: strength 1 starts from noise.
+
+    BFL multiplies (1 - strength) by the steps, which for 0.8 and 0.9 comes out one step earlier at
+    some numbers of steps. Raises ConfigError for a strength of no step, 0, and outside 0 ... 1.
+    """
+    if not 0.0 < strength <= 1.0:
+        raise ConfigError(f"strength must be above 0 and at most 1, got {strength}")
+    first = (1.0 - strength) * steps if rounding == "bfl" else steps - steps * strength
+    return min(int(first), steps - 1)
 
 
-def flow_euler(levels: Float[np.ndarray, "levels"]) -> Schedule:
-    """The Euler steps along `levels`: x + (next - level) v. Steps of length zero are skipped."""
+def flow_euler(
+    levels: Float[np.ndarray, "levels"], *, first: int = 0, keeps: bool = False
+) -> Schedule:
+    """The Euler steps along `levels`: x + (next - level) v. Steps of length zero are skipped.
+
+    Image to image runs from the step `first`. With `keeps` the schedule says how noisy a kept
+    picture is after each step, and from which grey of a mask on it is painted: that white is
+    painted in all steps and black in none is ComfyUI's `DifferentialDiffusion`.
+    """
     gains = np.diff(levels)
-    return Schedule(levels[:-1], gains, gains != 0)
+    schedule = Schedule(levels[:-1], gains, gains != 0)
+    if keeps:
+        keep = np.stack([1 - levels[1:], levels[1:]], axis=-1)
+        thresholds = np.minimum(levels[:-1] / levels[first], 1)
+        schedule = schedule._replace(keep=keep, thresholds=thresholds.astype(np.float32))
+    return schedule.part(first, len(gains))
 
 
 def sampled_flow(

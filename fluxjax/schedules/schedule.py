@@ -47,11 +47,18 @@ class Schedule(NamedTuple):
     log_variances: Float[np.ndarray, "steps 2"] | None = None
     """The network predicts, in a second half of its channels, where from -1 to 1 the logarithm of
     the noise's variance lies between these two; the noise is scaled accordingly."""
+    thresholds: Float[np.ndarray, "steps"] | None = None
+    """From which grey of its mask on the picture is drawn; None: both are blended by the mask."""
 
     @property
     def latents(self) -> int:
         """n, the number of latents in the state."""
         return 1 if self.matrices is None else self.matrices.shape[1]
+
+    @property
+    def first(self) -> int:
+        """The first step that is active."""
+        return int(np.argmax(self.active))
 
     @property
     def steps(self) -> int:

@@ -26,8 +26,8 @@ from fluxjax.models.stacking import scan_by_default
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import param_shardings, state_shardings
+from fluxjax.sample.given_pictures import read_picture
 from fluxjax.sample.pipeline import Pipeline
-from fluxjax.sample.reference import read_reference
 from fluxjax.train.data.buckets import fit
 from fluxjax.train.data.cache_file import usable_folder
 from fluxjax.train.data.catalogue import Report
@@ -212,7 +212,7 @@ def _references(recipe: FinetuneRecipe, config: PipelineConfig) -> np.ndarray | 
     if not (settings.every and settings.references):
         return None
     size = _validation_size(recipe, config)
-    return np.stack([fit(read_reference(path)[0], *size) for path in settings.references])
+    return np.stack([fit(read_picture(path)[0], *size) for path in settings.references])
 
 
 def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from fluxjax.families.family import Apply, Conditioning
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.parallel.mesh import batch_sharding
 from fluxjax.picture_sheet import picture_sheet
+from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import override
@@ -86,7 +87,7 @@ class Validation:
         noise = pipeline.draw_noise(chosen, [*asked.seeds] * prompts, prompts * columns)
         pipeline.use("transformer", params)
         latents = pipeline.denoise(
-            states, noise, steps=asked.steps, guidance=asked.guidance, reference_latents=references
+            states, noise, steps=asked.steps, guidance=asked.guidance, inputs=Inputs(references)
         )
         return to_bytes(pipeline.decode(latents))
 

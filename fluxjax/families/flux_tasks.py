@@ -1,0 +1,85 @@
+"""The tasks of FLUX.1: which pictures each of diffusers' pipeline classes takes, and how.
+
+Sources: diffusers `pipelines/flux`; BFL's tools follow with `rounding="bfl"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import Float
+
+from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.families.family import Task
+
+_IMAGE, _MASKED = frozenset({"image"}), frozenset({"image", "mask"})
+
+TASKS: dict[str, Task] = {
+    "FluxPipeline": Task(),
+    "FluxKontextPipeline": Task(pictures=frozenset({"reference"})),
+    "FluxImg2ImgPipeline": Task(pictures=_IMAGE, draws=("image", "noise"), strength=0.6),
+    "FluxInpaintPipeline": Task(
+        pictures=_MASKED, draws=("image", "noise"), keeps=True, strength=0.85
+    ),
+    "FluxKontextInpaintPipeline": Task(pictures=_MASKED | {"reference"}, keeps=True, strength=1.0),
+    "FluxFillPipeline": Task(
+        pictures=_MASKED,
+        draws=("image", "noise", "masked"),
+        channels=("masked", "mask"),
+        strength=1.0,
+    ),
+    "FluxControlPipeline": Task(
+        pictures=frozenset({"control"}), draws=("control", "noise"), channels=("control",)
+    ),
+    "FluxControlImg2ImgPipeline": Task(
+        pictures=_IMAGE | {"control"},
+        draws=("control", "image", "noise"),
+        channels=("control",),
+        strength=0.6,
+    ),
+    # diffusers encodes the masked image first and makes no use of it but of the noise it took.
+    "FluxControlInpaintPipeline": Task(
+        pictures=_MASKED | {"control"},
+        draws=("masked", "control", "image", "noise"),
+        channels=("control",),
+        keeps=True,
+        strength=0.85,
+    ),
+}
+
+
+def find_task(config: PipelineConfig, given: Iterable[str]) -> Task:
+    """The task of a model that is given these pictures.
+
+    Raises ConfigError, which says what the model takes, if there is none.
+    """
+    given = frozenset(given)
+    latent, mask = config.vae.latent_channels, config.vae.scale**2
+    joined = config.transformer.in_channels // 4 - latent
+    size = {"control": latent, "masked": latent, "mask": mask}
+    mine = [task for task in TASKS.values() if sum(map(size.__getitem__, task.channels)) == joined]
+    for task in mine:
+        if task.pictures == given:
+            return task
+    takes = [_in_words(task.pictures) for task in mine]
+    raise ConfigError(
+        f"this model draws from {', or from '.join(takes)}; it was given {_in_words(given)}"
+    )
+
+
+def _in_words(pictures: Iterable[str]) -> str:
+    order = ("reference", "control", "image", "mask")
+    names = [f"{'an' if name == 'image' else 'a'} {name}" for name in order if name in pictures]
+    if not names:
+        return "text alone"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def mask_channels(
+    mask: Float[np.ndarray, "n height width"], config: PipelineConfig
+) -> Float[np.ndarray, "n c rows columns"]:
+    """The pixels of a mask as channels of the latents under them (FLUX.1 Fill)."""
+    scale = config.vae.scale
+    return rearrange(mask, "n (h y) (w x) -> n (y x) h w", y=scale, x=scale)

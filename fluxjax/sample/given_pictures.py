@@ -1,0 +1,140 @@
+"""The pictures that a run is given: read, checked, made ready; before any size is known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxjax.config import ConfigError
+from fluxjax.picture_files import BadPicture, decode, quiet, upright_holes, upright_rgb
+from fluxjax.sample.masks import expanded
+from fluxjax.sample.settings import ALPHA, PICTURES, Settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+MEGAPIXELS = 200.0  # more is refused before it is decoded
+# Transparent parts of a mask are not painted: strokes on nothing are the strokes.
+_READ: dict[str, Callable[[Picture], Picture]] = {"mask": partial(upright_rgb, ground="black")}
+
+
+@dataclass(frozen=True)
+class Given:
+    """Upright RGB pictures, as `fluxjax.families.family.Task` names them."""
+
+    reference: Picture | None = None
+    image: Picture | None = None
+    mask: Picture | None = None
+    control: Picture | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(name for name in PICTURES if getattr(self, name) is not None)
+
+
+NO_PICTURES = Given()
+
+
+def apart(**given: Picture | str | Path | None) -> tuple[dict[str, str], dict[str, Picture]]:
+    """(paths in full, pictures) of what is given by name. Raises ConfigError for anything else."""
+    from PIL.Image import Image
+
+    files: dict[str, str] = {}
+    pictures: dict[str, Picture] = {}
+    for name, one in given.items():
+        if (name, one) == ("mask", ALPHA):
+            files[name] = ALPHA
+        elif isinstance(one, str | Path):
+            files[name] = str(Path(one).expanduser().absolute())
+        elif isinstance(one, Image):
+            pictures[name] = one
+        elif one is not None:
+            kind = type(one).__name__
+            raise ConfigError(f"{name} must be a picture of Pillow or a file's path, got {kind}")
+    return files, pictures
+
+
+def read_picture(
+    path: str | Path,
+    what: str = "reference",
+    sha256: str | None = None,
+    convert: Callable[[Picture], Picture] | None = None,
+) -> tuple[Picture, str]:
+    """The picture in a file, upright sRGB, and the file's hash.
+
+    Raises FileNotFoundError, or ConfigError for what is no picture or, if `sha256` is given,
+    another file than that; `what` it was to be is in the message.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {what} picture {path}")
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 not in (None, found):
+        raise ConfigError(
+            f"{path} has changed since it was the {what}: its SHA-256 is {found}, not {sha256}"
+        )
+    try:
+        with quiet():
+            return decode(data, MEGAPIXELS, convert or _READ.get(what)), found
+    except BadPicture as error:
+        raise ConfigError(f"{path} cannot be the {what}: {error}") from None
+
+
+def read_given(
+    settings: Settings, pictures: Mapping[str, Picture] | None = None
+) -> tuple[Given, Settings]:
+    """What a run is given, and its settings with the hashes of the files.
+
+    `pictures` stand in for files. Raises FileNotFoundError, ConfigError.
+    """
+    found: dict[str, Any] = {}
+    hashes: dict[str, str] = {}
+    objects = pictures or {}
+    for name in PICTURES:
+        path = getattr(settings, name)
+        if name in objects:
+            found[name] = _READ.get(name, upright_rgb)(objects[name])
+        elif path is not None and (name, path) != ("mask", ALPHA):
+            digest = getattr(settings, f"{name}_sha256")
+            found[name], hashes[f"{name}_sha256"] = read_picture(path, name, digest)
+    if settings.mask == ALPHA and "mask" not in objects:
+        found["mask"] = _alpha(settings, objects.get("image"))
+    return _ready(Given(**found), settings), replace(settings, **hashes)
+
+
+def _alpha(settings: Settings, image: Picture | None) -> Picture:
+    """The image's holes as its mask."""
+    try:
+        if image is not None:
+            return upright_holes(image).convert("RGB")
+        if settings.image is not None:
+            return read_picture(settings.image, "mask", convert=upright_holes)[0].convert("RGB")
+    except BadPicture as error:
+        raise ConfigError(f"the image cannot be its own mask: {error}") from None
+    raise ConfigError("a mask that is the alpha of an image needs an image")
+
+
+def _ready(given: Given, settings: Settings) -> Given:
+    """Bordered, and with a reference that is to be painted as its own image."""
+    if given.mask is not None and given.image is None and given.reference is not None:
+        given = replace(given, image=given.reference)
+    if given.mask is not None and given.image is not None and given.mask.size != given.image.size:
+        (w, h), (width, height) = given.mask.size, given.image.size
+        raise ConfigError(
+            f"a mask is as large as its image: this one has {w} x {h} pixels, the image "
+            f"{width} x {height}"
+        )
+    if settings.expand is not None:
+        if given.image is None:
+            raise ConfigError("expand draws a border round an image: give an image")
+        image, mask = expanded(given.image, given.mask, settings.expand)
+        given = replace(given, image=image, mask=mask)
+    for name, needed in (("mask_crop", "mask"), ("soft_mask", "mask")):
+        if getattr(settings, name) and getattr(given, needed) is None:
+            raise ConfigError(f"{name} says how a mask is taken: give a mask")
+    return given

@@ -1,0 +1,117 @@
+"""From the pictures of a run to what its network is given: latents, masks and channels.
+
+Source: diffusers' pipelines of `fluxjax.families.flux_tasks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from fluxjax.families.family import AnyArray, Task
+from fluxjax.models.autoencoder import normalize_latents
+from fluxjax.sample.denoise import Kept
+from fluxjax.sample.given_pictures import Given
+from fluxjax.sample.masks import Box, crop_box, cropped, mask_values, pasted
+from fluxjax.sample.reference import pixels
+
+if TYPE_CHECKING:
+    from fluxjax.sample.pipeline import Pipeline
+    from fluxjax.sample.settings import Settings
+
+Latents = Float[AnyArray, "_ c h w"]
+
+
+class Inputs(NamedTuple):
+    """What `Pipeline.denoise` is given besides text and noise: a row for each picture, or one for
+    all."""
+
+    reference: Float[AnyArray, "_ c _ _"] | None = None
+    """Latents of a picture to edit."""
+    channels: Float[AnyArray, "_ more h w"] | None = None
+    """What is joined to the state's channels (FLUX.1 Fill and Control)."""
+    image: Latents | None = None
+    """Where image to image starts."""
+    mask: Float[AnyArray, "_ 1 h w"] | None = None
+    """At 0 the image is put back after each step."""
+
+
+NOTHING = Inputs()
+
+
+def box_of(given: Given, settings: Settings) -> Box | None:
+    """Where the image is cropped, with `mask_crop`."""
+    if settings.mask_crop is None or given.mask is None:
+        return None
+    return crop_box(given.mask, settings.width, settings.height, settings.mask_crop)
+
+
+def make_inputs(
+    pipe: Pipeline,
+    task: Task,
+    given: Given,
+    settings: Settings,
+    draws: Mapping[str, Float[np.ndarray, "_ c h w"]],
+) -> Inputs:
+    """`draws`: the noise of the task; BFL's rounding encodes by the posterior's mean."""
+    size, box = (settings.width, settings.height), box_of(given, settings)
+    seen: dict[str, Float[np.ndarray, "1 height width 3"]] = {}
+    if given.control is not None:
+        seen["control"] = pixels(given.control, *size)
+    if given.image is not None:
+        whole = given.image if box is None else cropped(given.image, box, *size)
+        seen["image"] = pixels(whole, *size)
+    values = None
+    if given.mask is not None:
+        whole = given.mask if box is None else cropped(given.mask, box, *size)
+        soft = settings.soft_mask or (settings.rounding == "bfl" and "mask" in task.channels)
+        values = mask_values(whole, *size, soft=soft)
+        seen["masked"] = seen["image"] * (1 - values[..., None])
+
+    def encoded(name: str) -> Latents:
+        if name not in draws or settings.rounding == "bfl":
+            return pipe.encode_pictures(seen[name])
+        mean, deviation = pipe.encode_posterior(seen[name])
+        sample = mean + deviation * draws[name].astype(mean.dtype)
+        return np.asarray(normalize_latents(sample, pipe.config.vae))
+
+    def channel(name: str) -> Float[np.ndarray, "_ c h w"]:
+        return pipe.family.mask_channels(values, pipe.config) if name == "mask" else encoded(name)
+
+    channels = [channel(name) for name in task.channels]
+    rows = max((len(one) for one in channels), default=1)
+    joined = [np.repeat(one, rows, axis=0) if len(one) < rows else one for one in channels]
+    scale = pipe.config.vae.scale
+    return Inputs(
+        None if given.reference is None else pipe.encode_reference(given.reference),
+        np.concatenate([one.astype(pipe.dtype) for one in joined], axis=1) if joined else None,
+        None if given.image is None else encoded("image"),
+        values[:, None, ::scale, ::scale] if task.keeps and values is not None else None,
+    )
+
+
+def kept(inputs: Inputs, noise: Latents) -> Kept | None:
+    """What inpainting puts back, with a row for each picture."""
+    if inputs.mask is None:
+        return None
+    assert inputs.image is not None, "what is kept is an image's"
+    count, dtype = len(noise), noise.dtype
+    mask = np.broadcast_to(inputs.mask, (count, *inputs.mask.shape[1:])).astype(np.float32)
+    return Kept(mask, np.broadcast_to(inputs.image, noise.shape).astype(dtype), noise)
+
+
+def finished(
+    pictures: UInt8[np.ndarray, "n height width 3"], given: Given, settings: Settings
+) -> UInt8[np.ndarray, "n _ _ 3"]:
+    """With `mask_crop` the images that the crops are drawn into."""
+    from PIL.Image import fromarray
+
+    if (box := box_of(given, settings)) is None:
+        return pictures
+    assert given.image is not None and given.mask is not None
+    return np.stack([
+        np.asarray(pasted(fromarray(one), given.image, given.mask, box)) for one in pictures
+    ])  # fmt: skip

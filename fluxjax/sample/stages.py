@@ -1,0 +1,274 @@
+"""The stages of a pipeline, each usable alone: text, pictures and noise -> latents -> pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config.choices import SequenceAttention
+from fluxjax.config.latents import PATCH
+from fluxjax.families.family import Conditioning, Family, Task
+from fluxjax.parallel.mesh import gathered, pad_rows
+from fluxjax.sample import noise
+from fluxjax.sample.decoding import TILE, decode_in_tiles
+from fluxjax.sample.denoise import State, in_parts, wait
+from fluxjax.sample.executables import Executables
+from fluxjax.sample.given_pictures import NO_PICTURES, Given
+from fluxjax.sample.picture_inputs import NOTHING, Inputs, kept
+from fluxjax.sample.programs import COMPONENTS, TEXT_ALONE, Drawn, Name, programs, tiled
+from fluxjax.sample.reference import pixels, preferred_size
+from fluxjax.sample.settings import Rounding, Settings, defaults
+from fluxjax.sample.sources import Sources
+from fluxjax.schedules.schedule import Schedule, bucket, pad
+from fluxjax.shapes import Params
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fluxjax.text.tokenizers import PromptTokenizer
+
+PHASES = ("loading", "compiling", "encoding", "denoising", "decoding")
+AnyArray = Array | np.ndarray
+OnStep = Callable[[int, AnyArray], None]
+
+
+class Stages:
+    """Networks, tokenizers and compiled programs of one model.
+
+    Weights are loaded when they are first needed, programs compiled once per shape, in the
+    background while weights load. `seconds` adds up what each of PHASES kept the caller waiting;
+    `notes` collects remarks for the user.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: PipelineConfig,
+        load_params: Callable[[str], Params],
+        load_tokenizers: Callable[[], tuple[PromptTokenizer, PromptTokenizer]],
+        *,
+        dtype: Any,
+        scan_layers: bool = True,
+        lora: Params | None = None,
+        mesh: Mesh | None = None,
+        sequence: SequenceAttention = "auto",
+        sources: Sources | None = None,
+    ):
+        self.family, self.config = family, config
+        self.defaults = defaults(config)
+        self.dtype = jnp.dtype(dtype)
+        self.mesh = mesh
+        self.executables = Executables(
+            family, config, dtype, scan_layers, lora=lora, mesh=mesh, sequence=sequence
+        )
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.notes: list[str] = []
+        self.sources = sources
+        self._load_params, self._load_tokenizers = load_params, load_tokenizers
+        self._tokenizers: tuple[PromptTokenizer, PromptTokenizer] | None = None
+        self._params: dict[str, Params] = {}
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        prompt_2: str | None = None,
+        *,
+        max_sequence_length: int | None = None,
+    ) -> Conditioning:
+        """Conditioning of one prompt or several; `prompt_2` is what T5 reads instead of them."""
+        length = max_sequence_length or self.config.max_sequence_length
+        with self._timed("loading"):
+            if self._tokenizers is None:
+                self._tokenizers = self._load_tokenizers()
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        second = None if prompt_2 is None else [prompt_2] * len(prompts)
+        ids, notes = self.family.tokenize(
+            *self._tokenizers, prompts, second, max_sequence_length=length
+        )
+        self.notes += notes
+        return self._run("encode", ids, len(prompts), phase="encoding")
+
+    def reference_size(self, picture: Image) -> tuple[int, int]:
+        """(width, height) at which a reference is seen, about as large as the model's pictures."""
+        return preferred_size(
+            picture.width,
+            picture.height,
+            area=self.defaults.width * self.defaults.height,
+            unit=PATCH * self.config.vae.scale,
+        )
+
+    def encode_reference(self, picture: Image) -> Float[np.ndarray, "1 c h w"]:
+        """Latents of an RGB picture to edit, for `denoise`."""
+        return self.encode_pictures(pixels(picture, *self.reference_size(picture)))
+
+    def encode_pictures(
+        self, pictures: Float[np.ndarray, "n height width 3"]
+    ) -> Float[np.ndarray, "n c h w"]:
+        """Normalised posterior means of pictures in [-1, 1]; `decode` leads back."""
+        return self._run("reference", pictures, len(pictures), phase="encoding")
+
+    def encode_posterior(
+        self, pictures: Float[np.ndarray, "n height width 3"]
+    ) -> tuple[Float[np.ndarray, "n c h w"], Float[np.ndarray, "n c h w"]]:
+        """The posterior's mean and standard deviation, not normalised."""
+        return self._run("posterior", pictures, len(pictures), phase="encoding")
+
+    def draw_noise(
+        self, settings: Settings, seeds: int | Sequence[int], count: int = 1
+    ) -> Float[np.ndarray, "n c h w"]:
+        """What a run of `count` pictures starts from; one seed draws all at once, as diffusers."""
+        return self.draw_each(settings, seeds, count, TEXT_ALONE)["noise"]
+
+    def draw_each(
+        self, settings: Settings, seeds: int | Sequence[int], count: int, task: Task
+    ) -> dict[str, Float[np.ndarray, "_ c h w"]]:
+        """All that is drawn for a task, see `Task.draws`; BFL draws the noise alone."""
+        shape = self.family.state_shape(self.config, settings.width, settings.height)
+        dtype = np.float32 if settings.rounding == "none" else self.dtype
+        draws = ("noise",) if settings.rounding == "bfl" else task.draws
+        shapes = {draw: (task.row_count(draw, count), *shape) for draw in draws}
+        return noise.draw_each(seeds, shapes, kind=settings.noise, dtype=dtype)
+
+    def start(
+        self, noise: Float[AnyArray, "n c h w"], inputs: Inputs, schedule: Schedule
+    ) -> Float[AnyArray, "n c h w"]:
+        """The latents before the first step: noise, or an image with so much of it."""
+        if inputs.image is None:
+            return noise
+        level = np.asarray(schedule.times[[schedule.first]], noise.dtype)
+        image = np.broadcast_to(inputs.image, noise.shape).astype(noise.dtype)
+        return self.family.noised(image, noise, level)
+
+    def denoise(
+        self,
+        conditioning: Conditioning,
+        noise: Float[AnyArray, "n c h w"],
+        *,
+        steps: int | Sequence[float] | None = None,
+        guidance: float | None = None,
+        negative: Conditioning | None = None,
+        true_cfg: float = 1.0,
+        inputs: Inputs = NOTHING,
+        first: int = 0,
+        rounding: Rounding = "diffusers",
+        progress: Callable[[int], None] | None = None,
+        on_step: OnStep | None = None,
+        every: int = 1,
+    ) -> Float[AnyArray, "n c h w"]:
+        """Latents from noise (see `draw_noise`), still normalised as the transformer sees them.
+
+        `steps`: their number, or sigmas before the shift. `guidance` is ignored by models without
+        a guidance embedding. `inputs`: of pictures that are given. `first`: the first step that is
+        run, see `Settings.first_step`. `progress` and `on_step` cut the run in parts.
+        """
+        if every < 1:
+            raise ConfigError(f"every must be at least 1 step, got {every}")
+        count = noise.shape[0]
+        schedule = pad(
+            self.family.schedule(
+                self.config, self.config.steps if steps is None else steps, *noise.shape[2:],
+                first=first, keeps=inputs.mask is not None,
+            )
+        )  # fmt: skip
+        passes = self.family.passes(len(schedule.times), None if negative is None else true_cfg)
+        guidance = self.config.guidance if guidance is None else guidance
+
+        def for_each(one: AnyArray | None) -> AnyArray | None:
+            return None if one is None else np.broadcast_to(one, (count, *one.shape[1:]))
+
+        conditionings = (conditioning,) if negative is None else (conditioning, negative)
+        each: Any = (
+            conditionings, np.full(count, guidance, np.float32), for_each(inputs.reference),
+            for_each(inputs.channels), kept(inputs, noise),
+        )  # fmt: skip
+        noise = self.start(noise, inputs, schedule)
+        if self.mesh is not None:
+            noise, *each = pad_rows((noise, *each), self.executables.rows("denoise", count))
+        drawn = Drawn(schedule, passes, *each)
+        program = self._executable("denoise", (noise,), drawn, rounding=rounding)
+        params = self.params("transformer")
+
+        def run(state: State, schedule: Schedule) -> State:
+            return program(params, state, drawn._replace(schedule=schedule))
+
+        def latents(state: Any) -> AnyArray:
+            return state[0] if self.mesh is None else gathered(state[0])[:count]
+
+        with self._timed("denoising"):
+            if progress is None and on_step is None:
+                return latents(wait(run((noise,), schedule)))
+            state = in_parts(
+                run, (noise,), schedule, progress=progress, every=every,
+                on_step=on_step and (lambda step, state: on_step(step, latents(state))),
+            )  # fmt: skip
+            return latents(state)
+
+    def decode(
+        self, latents: Float[AnyArray, "n c h w"], *, tile: int | None = None
+    ) -> Float[np.ndarray, "n height width 3"]:
+        """Pictures, nominally in [-1, 1]; `pictures.to_bytes` makes bytes of them.
+
+        Beyond 2048 x 2048 pixels, or with `tile` latents given, they are decoded in tiles: slower,
+        with the memory of one tile; on a mesh every device decodes tiles.
+        """
+        if tile is None and not tiled(*latents.shape[2:]):
+            return self._run("decode", latents, len(latents), phase="decoding")
+        params, (model,) = self.params("vae"), self.executables.modules("decode")
+        with self._timed("decoding"):
+            return decode_in_tiles(model, params, latents, tile=tile or TILE, mesh=self.mesh)
+
+    def is_loaded(self, component: str) -> bool:
+        return component in self._params
+
+    def params(self, component: str) -> Params:
+        """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5).
+
+        With a LoRA the transformer's are those of `fluxjax.models.lora.adapt`.
+        """
+        if component not in self._params:
+            with self._timed("loading"):
+                self._params[component] = self._load_params(component)
+        return self._params[component]
+
+    def use(self, component: str, params: Params) -> None:
+        """Take `params` in place of those that there are, of the same shapes."""
+        self._params[component] = params
+
+    def prepare(self, settings: Settings, count: int = 1, given: Given = NO_PICTURES) -> None:
+        """Start to compile, in the background, every program that `count` pictures will need."""
+        seen = given.reference and self.reference_size(given.reference)
+        for program in programs(
+            self.family, self.config, settings, dtype=self.dtype, steps=bucket(settings.steps),
+            task=self.family.find_task(self.config, given.names), pictures=count,
+            reference_size=seen, rows=self.executables.rows,
+        ):  # fmt: skip
+            self.executables.start(program)
+
+    def _run(self, name: Name, inputs: Any, count: int, *, phase: str) -> Any:
+        params = [self.params(component) for component in COMPONENTS[name]]
+        if self.mesh is not None:
+            inputs = pad_rows(inputs, self.executables.rows(name, count))
+        program = self._executable(name, inputs)
+        with self._timed(phase):
+            return jax.tree.map(lambda x: gathered(wait(x))[:count], program(*params, inputs))
+
+    def _executable(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
+        with self._timed("compiling"):
+            return self.executables.get(name, *inputs, rounding=rounding)
+
+    @contextmanager
+    def _timed(self, phase: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
