@@ -71,7 +71,7 @@ def make_inputs(
         values = mask_values(whole, *size, soft=soft)
         seen["masked"] = seen["image"] * (1 - values[..., None])
 
-    def encoded(name: str) -> Latents:
+    def encoded(name: str) -> Float[np.ndarray, "_ c h w"]:
         if name not in draws or settings.rounding == "bfl":
             return pipe.encode_pictures(seen[name])
         mean, deviation = pipe.encode_posterior(seen[name])

@@ -109,7 +109,8 @@ def encode_pictures(
 ) -> Float[Array, "n c h w"]:
     """Of pictures in [-1, 1] the posterior mean, normalised as the transformer sees it."""
     posterior: Any = model.apply({"params": params}, pictures, method="encode")
-    return rearrange(normalize_latents(posterior.mean, model.config), "n h w c -> n c h w")
+    latents: Any = normalize_latents(posterior.mean, model.config)
+    return rearrange(latents, "n h w c -> n c h w")
 
 
 @partial(jax.jit, static_argnames="model")
@@ -204,11 +205,12 @@ def programs(
         listed("denoise", (spec((n, *shape), state),), drawn, rounding=settings.rounding),
         listed("encode", ids),
     ]
-    own = (settings.width, settings.height)
-    seen = {} if reference is None else {("reference", reference_size): None}
+    seen: dict[tuple[Name, tuple[int, int]], None] = {}
+    if reference_size is not None and "reference" in task.pictures:
+        seen["reference", reference_size] = None
     if task.pictures - {"reference"}:
         sampled = task.draws != ("noise",) and settings.rounding != "bfl"
-        seen["posterior" if sampled else "reference", own] = None
+        seen["posterior" if sampled else "reference", (settings.width, settings.height)] = None
     for name, (width, height) in seen:
         found.append(listed(name, spec((rows(name, 1), height, width, 3), jnp.float32)))
     if not tiled(*shape[1:]):

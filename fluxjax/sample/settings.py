@@ -156,8 +156,11 @@ def _typed(name: str, value: Any) -> Any:
             return math.inf
     if kind == "true or false" and isinstance(value, bool):
         return value
-    listed = kind == "a list of integers" and isinstance(value, list | tuple)
-    if listed and all(type(one) is int for one in value):
+    if (
+        kind == "a list of integers"
+        and isinstance(value, list | tuple)
+        and all(type(one) is int for one in value)
+    ):
         return tuple(value)
     if isinstance(value, str) and (kind == "a text" or value in kind.split(" or ")):
         return value
