@@ -11,9 +11,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch_reference import relative_l2
 
+import fluxjax
+from fluxjax.families import Conditioning
 from fluxjax.sample.denoise import Kept, denoise, in_parts
-from fluxjax.schedules.flow_euler import flow_euler
-from fluxjax.schedules.schedule import Schedule, pad
+from fluxjax.sample.executables import Executables
+from fluxjax.schedules.flow_euler import flow_euler, sigmas
+from fluxjax.schedules.schedule import Schedule, pad, with_gains_in
 
 COMPILED: list[int] = []
 
@@ -191,43 +194,74 @@ def test_passes_are_added_up_by_weights_of_each_step():
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-SIXTEENTHS = (1.0, 0.6875, 0.25)  # 5 and 7 sixteenths apart, which bfloat16 holds
+def bfloat16(tensor):
+    return jnp.asarray(tensor.float().numpy()).astype(jnp.bfloat16)
 
 
-@pytest.mark.parametrize("levels", [SIXTEENTHS, tuple(np.linspace(1, 1 / 28, 28))])
-def test_bfloat16_steps_round_as_diffusers_does(levels):
-    """Element by element: the product in bfloat16, the sum in float32, the state in bfloat16.
+@pytest.mark.parametrize("rounding", ["diffusers", "bfl"])
+def test_bfloat16_steps_round_as_the_references_do(rounding):
+    """Element by element. diffusers: the step size and the product in bfloat16, the sum in float32,
+    the state in bfloat16. BFL: the step size is a Python number, which is not rounded.
 
-    On CPUs PyTorch also rounds the step size to bfloat16, because it stands before the tensor, and
-    on GPUs it does not. Where the two agree its scheduler itself is followed, elsewhere its formula
-    with the step size behind the tensor.
+    FluxPipeline has the noise levels on the latents' device; there a GPU rounds as a CPU does.
     """
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0 if levels == SIXTEENTHS else 3.0)
-    scheduler.set_timesteps(sigmas=list(levels))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=list(np.linspace(1, 1 / 28, 28)))
     draw = np.random.default_rng(3).standard_normal
     outputs, start = (
         torch.from_numpy(draw(shape).astype(np.float32)).to(torch.bfloat16)
-        for shape in ((len(levels), 1, 256, 64), (1, 256, 64))
+        for shape in ((28, 1, 256, 64), (1, 256, 64))
     )
     x = start
     for i, output in enumerate(outputs):
-        if levels == SIXTEENTHS:
+        if rounding == "diffusers":
             x = scheduler.step(output, scheduler.timesteps[i], x, return_dict=False)[0]
         else:
-            size = scheduler.sigmas[i + 1] - scheduler.sigmas[i]
-            x = (x.to(torch.float32) + output * size).to(output.dtype)
+            x = x + (scheduler.sigmas[i + 1] - scheduler.sigmas[i]).item() * output
     assert x.dtype == torch.bfloat16
 
-    def ours(tensor):
-        return jnp.asarray(tensor.float().numpy()).astype(jnp.bfloat16)
+    def ours(table: Schedule):
+        schedule = jax.tree.map(jnp.asarray, table)
+        (got,) = jax.jit(denoise, static_argnums=0)(
+            lambda x, one: one, bfloat16(outputs), (bfloat16(start),), schedule, jnp.zeros((28, 0))
+        )
+        assert got.dtype == jnp.bfloat16
+        return got.astype(jnp.float32)
 
-    schedule = jax.tree.map(jnp.asarray, flow_euler(scheduler.sigmas.numpy()))
-    (got,) = jax.jit(denoise, static_argnums=0)(
-        lambda x, one: one, ours(outputs), (ours(start),), schedule, jnp.zeros((len(levels), 0))
-    )
-    assert got.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(got.astype(jnp.float32), x.float().numpy())
-    plain = ours(start)
-    for gain, output in zip(schedule.gains, ours(outputs), strict=True):
-        plain = (plain.astype(jnp.float32) + gain * output.astype(jnp.float32)).astype(jnp.bfloat16)
-    assert (plain != got).mean() > 0.01, "the rule matters"
+    exact = flow_euler(scheduler.sigmas.numpy())
+    rounded = with_gains_in(exact, jnp.bfloat16)
+    good, other = (rounded, exact) if rounding == "diffusers" else (exact, rounded)
+    np.testing.assert_array_equal(ours(good), x.float().numpy())
+    assert (ours(other) != x.float().numpy()).mean() > 0.01, "the rule matters"
+
+
+def test_where_pytorch_rounds_a_step_size():
+    """A tensor without axes that stands before takes the other's dtype; one that stands behind, or
+    a Python number, is multiplied in float32 on CPUs."""
+    draw = np.random.default_rng(4).standard_normal(4096)
+    output, size = torch.from_numpy(draw).to(torch.bfloat16), torch.tensor(-0.0357142)
+    rounded = (size.to(torch.bfloat16).float() * output.float()).to(torch.bfloat16)
+    exact = (size * output.float()).to(torch.bfloat16)
+    assert (rounded != exact).float().mean() > 0.1
+    assert (size * output == rounded).all()
+    assert (output * size == exact).all() and (size.item() * output == exact).all()
+
+
+def test_the_pipeline_steps_as_its_rounding_says(monkeypatch):
+    seen = {}
+
+    def executable(self, name, state, drawn, *, rounding):
+        seen[rounding] = np.asarray(drawn.schedule.gains)
+        raise InterruptedError
+
+    monkeypatch.setattr(Executables, "get", executable)
+    pipe = fluxjax.load_pipeline("tiny", dtype="bfloat16")
+    states = Conditioning(np.zeros((1, 4, 128), np.float32), None, np.zeros((1, 128), np.float32))
+    for rounding in ("diffusers", "bfl", "none"):
+        with pytest.raises(InterruptedError):
+            pipe.denoise(states, np.zeros((1, 16, 4, 4)), steps=4, rounding=rounding)
+    exact = flow_euler(sigmas(4, 4, pipe.config.scheduler)).gains
+    for rounding, gains in seen.items():
+        expected = exact.astype(jnp.bfloat16) if rounding == "diffusers" else exact
+        np.testing.assert_array_equal(gains, expected.astype(np.float32))
+    assert len(seen) == 3 and (seen["diffusers"] != seen["bfl"]).any()

@@ -28,7 +28,7 @@ from fluxjax.sample.programs import COMPONENTS, TEXT_ALONE, Drawn, Name, program
 from fluxjax.sample.reference import pixels, preferred_size
 from fluxjax.sample.settings import Rounding, Settings, defaults
 from fluxjax.sample.sources import Sources
-from fluxjax.schedules.schedule import Schedule, bucket, pad
+from fluxjax.schedules.schedule import Schedule, bucket, pad, with_gains_in
 from fluxjax.shapes import Params
 
 if TYPE_CHECKING:
@@ -179,6 +179,8 @@ class Stages:
                 first=first, keeps=inputs.mask is not None,
             )
         )  # fmt: skip
+        if rounding == "diffusers":
+            schedule = with_gains_in(schedule, self.dtype)
         passes = self.family.passes(len(schedule.times), None if negative is None else true_cfg)
         guidance = self.config.guidance if guidance is None else guidance
 

@@ -8,7 +8,7 @@ about compilation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -24,8 +24,9 @@ class Schedule(NamedTuple):
         Z = matrices @ [Z; m; p; noise], in float32, rounded to the state's dtype
         Z[0] = Z[0] where the picture is drawn, elsewhere keep @ [picture; noise]
 
-    The rounding of m is diffusers': a step size times a bfloat16 output is bfloat16, and only the
-    sum is float32. A column that is None is not computed, and p not without `clips`.
+    The rounding of m is diffusers' and BFL's: a step size times a bfloat16 output is bfloat16. The
+    step size itself: see `with_gains_in`. A column that is None is not computed, and p not without
+    `clips`.
     """
 
     times: Float[np.ndarray, "steps"]
@@ -69,6 +70,16 @@ class Schedule(NamedTuple):
         """The same table, so the same program, running only the steps first ... last - 1."""
         steps = np.arange(len(self.times))
         return self._replace(active=self.active & (first <= steps) & (steps < last))
+
+
+def with_gains_in(schedule: Schedule, dtype: Any) -> Schedule:
+    """As diffusers steps along noise levels that lie where the latents do, a GPU or a CPU: the step
+    size, a tensor without axes, takes the dtype of the output it is multiplied with.
+
+    PyTorch keeps a step size in float32 only if it is a Python number, as BFL's, or a CPU's tensor
+    beside a GPU's.
+    """
+    return schedule._replace(gains=schedule.gains.astype(dtype).astype(np.float32))
 
 
 def pad(schedule: Schedule) -> Schedule:

@@ -35,7 +35,7 @@ from fluxjax.train.data.dataset import DataBatch, Dataset, open_dataset
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Encoders, folder_encoders
 from fluxjax.train.flow_matching import finetune_loss
-from fluxjax.train.job import Job, place_rows, replicate, train
+from fluxjax.train.job import Job, Placement, replicate, train
 from fluxjax.train.loop import run_folder
 from fluxjax.train.optimizers import learning_rates, make_optimizer
 from fluxjax.train.progress import Filling
@@ -244,7 +244,7 @@ def _validation(
     )  # fmt: skip
     return Validation(
         pipeline, model, recipe.validation, recipe.objective, mesh,
-        batches=[place_rows(batch, mesh, config) for batch in held], states=states,
+        batches=list(map(Placement(mesh, config), held)), states=states,
         references=references, seed=recipe.seed, apply=_apply(recipe, mesh),
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,21 +53,29 @@ class Job(NamedTuple):
     base: str  # hash of the weights that training starts from
 
 
-def place_rows(batch: DataBatch, mesh: Mesh, config: PipelineConfig) -> tuple[Rows, Array, Array]:
-    """A batch of this process's rows as (global rows on the devices, image ids, mu)."""
-    where = batch_sharding(mesh)
-    leaves = Rows(*(getattr(batch, name) for name in Rows._fields))
-    rows = jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(where, np.asarray(leaf)), leaves
-    )
-    return rows, *_of_size(batch.width, batch.height, mesh, config)
+class Placement:
+    """Brings batches of this process's rows onto the devices of all.
 
+    What depends on a picture's size alone is placed once: made anew it would wait for the step
+    before to end.
+    """
 
-@cache
-def _of_size(width: int, height: int, mesh: Mesh, config: PipelineConfig) -> tuple[Array, Array]:
-    """Image ids and mu, kept: made anew they would wait for the step before to end."""
-    ids = image_ids(*latent_size(width, height, config.vae))
-    return replicate(ids, mesh), replicate(np.float32(config.scheduler.mu(len(ids))), mesh)
+    def __init__(self, mesh: Mesh, config: PipelineConfig) -> None:
+        self.mesh, self.config = mesh, config
+        self._of_size: dict[tuple[int, int], tuple[Array, Array]] = {}
+
+    def __call__(self, batch: DataBatch) -> tuple[Rows, Array, Array]:
+        """(global rows on the devices, image ids, mu)."""
+        where, size = batch_sharding(self.mesh), (batch.width, batch.height)
+        leaves = Rows(*(getattr(batch, name) for name in Rows._fields))
+        rows = jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(where, np.asarray(leaf)), leaves
+        )
+        if size not in self._of_size:
+            ids = image_ids(*latent_size(*size, self.config.vae))
+            mu = np.float32(self.config.scheduler.mu(len(ids)))
+            self._of_size[size] = replicate(ids, self.mesh), replicate(mu, self.mesh)
+        return rows, *self._of_size[size]
 
 
 def replicate(x: Any, mesh: Mesh) -> Array:
@@ -103,6 +110,7 @@ class _Training:
         self._frozen = {
             name: job.frozen[name] for name in ("params", "scales") if name in job.frozen
         }
+        self._place = Placement(job.mesh, job.config)
         self._batches: Iterator[DataBatch] | None = None
 
     def run(self) -> Run:
@@ -142,7 +150,7 @@ class _Training:
         # Otherwise the devices still had the step before to do.
         if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
             self.progress.waited += time.perf_counter() - start
-        rows, ids, mu = place_rows(batch, job.mesh, job.config)
+        rows, ids, mu = self._place(batch)
         self.progress.flops += _flops(self.recipe, job.config, rows)
         return job.step(state, rows, self._frozen, job.empty, ids, mu)
 
