@@ -165,7 +165,7 @@ def test_the_lora_file_is_what_was_trained_and_changes_the_picture(lora_run, rec
     tree, metadata = read_lora(path, job.frozen["params"])
     assert 'task = "finetune"' in metadata["recipe"]
     rebuilt = tree["transformer_blocks_0"]["attn"]["to_q"]
-    assert rebuilt["scale"] == 0.5 and np.abs(rebuilt["b"]).max() > 1e-4
+    assert rebuilt["scale"] == 1 and np.abs(rebuilt["b"]).max() > 5e-5
     size = {"width": 32, "height": 32, "steps": 2, "seed": 3, "max_sequence_length": 32}
     plain = load_pipeline(recipe.model)("a star", **size)[0]
     adapted = load_pipeline(recipe.model, loras=[path])("a star", **size)[0]

@@ -239,3 +239,42 @@ def test_a_pipeline_has_all_changes_beside_or_in_its_weights(goldens, tmp_path) 
         tensors = from_tree(unflatten(params))
         for name, tensor in baked[component].tensors.items():
             np.testing.assert_allclose(tensors[name].read(), tensor.read(), atol=3e-6)
+
+
+LOW_RANK = ("kohya", "kohya_split_qkv", "kohya_text_encoders", "peft_metadata", "xlabs")
+
+
+@pytest.mark.parametrize("naming", ["peft", "kohya", "comfy"])
+def test_other_names_keep_what_is_added(goldens, tmp_path, naming) -> None:
+    def deltas(path: Path) -> dict[str, np.ndarray]:
+        found = {}
+        for component, changes in read_adapters(path, TEMPLATES).changes.items():
+            for name, change in changes.items():
+                assert change.low_rank is not None
+                a, b, scale = change.low_rank
+                assert path.parent != tmp_path or scale == 1
+                found[f"{component}/{name}"] = b @ a * scale
+        return found
+
+    for dialect in LOW_RANK:
+        source, out = golden_file(goldens, dialect), tmp_path / f"{dialect}.{naming}.safetensors"
+        assert convert([str(source), str(out), "--to", naming, "--config", str(tiny_folder())]) == 0
+        before, after = deltas(source), deltas(out)
+        assert before.keys() == after.keys()
+        for name, delta in before.items():
+            bound = 1e-6 * np.abs(delta).max()
+            np.testing.assert_allclose(after[name], delta, atol=bound, err_msg=name)
+    back = tmp_path / "back.safetensors"
+    convert([str(out), str(back), "--to", "peft", "--config", str(tiny_folder())])
+    for name, delta in deltas(back).items():
+        np.testing.assert_allclose(delta, before[name], atol=1e-6 * np.abs(delta).max())
+
+
+def test_what_is_no_low_rank_product_is_not_written_in_other_names(goldens, tmp_path) -> None:
+    for dialect, name in (("lokr_kohya", "to_q.weight"), ("peft_bias", "to_q.bias")):
+        options = ["--to", "comfy", "--config", str(tiny_folder())]
+        with pytest.raises(ConfigError, match=f"more than a low-rank(.|\n)*{name}"):
+            convert([str(golden_file(goldens, dialect)), str(tmp_path / "a.safetensors"), *options])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"written as one \.safetensors file"):
+        convert([str(golden_file(goldens, "kohya")), str(tmp_path / "a"), "--to", "peft"])

@@ -8,3 +8,5 @@ SequenceAttention = Literal["auto", "ulysses", "ring"]
 """Of attention over tokens that are split over devices."""
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes again of each block."""
+LoraNaming = Literal["peft", "kohya", "comfy"]
+"""Whose names a LoRA file is written in."""

@@ -36,6 +36,21 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes are traced, nothing is computed
     from rich.console import Console
 
+    if options.to in ("peft", "kohya", "comfy"):
+        from fluxjax.convert.adapters import convert_adapters
+
+        if loras or mesh is not None:
+            raise ValueError(f"--lora and --mesh are for models, and --to {options.to} for a LoRA")
+        written = convert_adapters(
+            source,
+            options.destination,
+            options.to,
+            config=options.config,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+        )
+        print(f"{options.destination}: {written}")
+        return 0
     from fluxjax.convert import convert
     from fluxjax.convert.progress import byte_progress
 

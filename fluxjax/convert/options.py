@@ -30,9 +30,9 @@ class Options:
     """A diffusers or transformers folder, a BFL or ComfyUI .safetensors file, an Orbax folder, or
     the name of one on a hub: OWNER/NAME."""
     destination: _Destination
-    """A folder; for one network --to bfl, also a .safetensors file."""
-    to: Literal["diffusers", "bfl", "orbax"] = "diffusers"
-    """The form to write."""
+    """A folder; for one network --to bfl, also a .safetensors file; for a LoRA such a file."""
+    to: Literal["diffusers", "bfl", "orbax", "peft", "kohya", "comfy"] = "diffusers"
+    """The form to write: of a model the first three, of a LoRA the others."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Cast all tensors; keep changes no value (scaled fp8 becomes bfloat16, and fp8 again)."""
     lora: _Loras = ()
@@ -41,7 +41,8 @@ class Options:
     mesh: _Text = None
     """With --to orbax: store each device's part by itself, for devices such as fsdp=4,tensor=2."""
     config: _Path = None
-    """config.json of a network whose shapes do not tell everything (heads other than 128)."""
+    """config.json of a network whose shapes do not tell everything (heads other than 128); of a
+    LoRA, the model that it adapts if that is not of FLUX.1's size: its folder or config.json."""
     shard_gb: float = 10.0
     """Size of a shard of a diffusers folder, in GB."""
     overwrite: bool = False

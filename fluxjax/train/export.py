@@ -50,7 +50,9 @@ def export(
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             metadata = {"recipe": recipe_toml(without_places(recipe))}
-            write_lora(path, tree, recipe.lora, metadata)
+            shapes = abstract_params(config.transformer)
+            naming = recipe.lora_naming
+            write_lora(path, tree, recipe.lora, metadata, naming=naming, params=shapes)
         return path
     params = _on_first_host(trained, jnp.dtype(recipe.save_dtype))
     if jax.process_index() == 0:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.config import ConfigError, LoraConfig
-from fluxjax.config.choices import Implementation, Remat, SequenceAttention
+from fluxjax.config.choices import Implementation, LoraNaming, Remat, SequenceAttention
 from fluxjax.hub import find
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.settings import Objective, OptimizerSettings, ValidationSettings
@@ -50,6 +50,9 @@ class FinetuneRecipe:
     """Of the computation, and of a LoRA's frozen model; auto: float32 on CPUs, else bfloat16."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the finished transformer (a LoRA is always float32)."""
+    lora_naming: LoraNaming = "peft"
+    """Whose names the LoRA file has: diffusers', kohya's or ComfyUI's. In all of them alpha is the
+    rank, so that every program reads the same."""
     remat: Remat = "none"
     """Compute again in the backward pass: nothing, all but the dense layers, or every block."""
     attention: Implementation = "auto"

@@ -1,4 +1,4 @@
-"""Writing LoRA files in the names of PEFT (diffusers') and of kohya."""
+"""Writing LoRA files in the names of PEFT (diffusers'), kohya and ComfyUI."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +15,27 @@ from fluxjax.checkpoint.lora.peft_config import PEFT_METADATA
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import ConfigError, LoraConfig
+from fluxjax.config.choices import LoraNaming
 from fluxjax.models.lora import dense_sites
 from fluxjax.models.names import flatten, is_stacked, module_name
 from fluxjax.networks.flux import BFL
 from fluxjax.shapes import Params
 
-Naming = Literal["peft", "kohya"]
 OWN_METADATA = "fluxjax_lora"
+_PREFIXES: dict[LoraNaming, dict[str, str]] = {
+    "peft": {
+        "transformer": "transformer.", "text_encoder": "text_encoder.",
+        "text_encoder_2": "text_encoder_2.",
+    },
+    "kohya": {
+        "transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_",
+    },
+    "comfy": {
+        "transformer": "diffusion_model.",
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.t5xxl.transformer.",
+    },
+}  # fmt: skip
 
 
 def write_lora(
@@ -30,40 +44,62 @@ def write_lora(
     config: LoraConfig | None = None,
     metadata: Mapping[str, str] | None = None,
     *,
-    naming: Naming = "peft",
+    naming: LoraNaming = "peft",
     params: Params | None = None,
     dtype: Any = None,
 ) -> None:
-    """Write a LoRA as safetensors. Layers with scale 0 are left out.
+    """Write a LoRA of the transformer; layers with scale 0 are left out. See `write_adapters`.
 
-    `peft`: `transformer.<module>.lora_A.weight` and alpha in the metadata, as diffusers has it.
-    Tools that do not read the metadata assume that alpha is the rank: train with that, or write
-    `kohya`, whose files carry each alpha; qkv are fused there (block-diagonal, of threefold rank),
-    for which the shapes of the model's `params` are needed if only some of a fused module's parts
-    are adapted. `config` and `metadata` (the recipe, say) are kept beside it; `dtype` None keeps
-    the leaves'.
+    `params`: as the model's look. `config` and `metadata` (the recipe, say) are kept beside it.
     """
-    adapters = _from_tree(tree)
-    texts = {"format": "pt", **(metadata or {})}
+    texts = dict(metadata or {})
     if config is not None:
         values = {"rank": config.rank, "alpha": config.alpha, "targets": config.targets}
         texts[OWN_METADATA] = json.dumps(values)
-    arrays: dict[str, np.ndarray] = {}
-    if naming == "kohya":
-        for module, adapter in _fused(adapters, _widths(params)).items():
-            name = f"lora_unet_{module.replace('.', '_')}"
-            arrays[f"{name}.lora_down.weight"] = adapter.a
-            arrays[f"{name}.lora_up.weight"] = adapter.b
-            arrays[f"{name}.alpha"] = np.asarray(adapter.scale * len(adapter.a), np.float32)
-    else:
+    adapters = {"transformer": _from_tree(tree)}
+    write_adapters(path, adapters, texts, naming=naming, params=params, dtype=dtype)
+
+
+def write_adapters(
+    path: Path,
+    adapters: Mapping[str, Mapping[str, Adapter]],
+    metadata: Mapping[str, str],
+    *,
+    naming: LoraNaming = "peft",
+    params: Params | None = None,
+    dtype: Any = None,
+) -> None:
+    """Write low-rank products, by component and module, as safetensors.
+
+    Every scale is multiplied into B, so that alpha is the rank for every reader: those that read
+    it in the file (kohya), in the metadata (diffusers) or nowhere (ComfyUI). `peft` has the
+    reference's names; `kohya` and `comfy` have BFL's, whose qkv are one module (block-diagonal, of
+    threefold rank), for which the shapes of the transformer's `params` are needed if only some of
+    its parts are adapted. `dtype` None keeps that of the arrays.
+    """
+    texts, arrays = {"format": "pt", **metadata}, dict[str, np.ndarray]()
+    if naming == "peft":
         texts[PEFT_METADATA] = json.dumps(_peft_metadata(adapters))
-        for module, adapter in adapters.items():
-            arrays[f"transformer.{module}.lora_A.weight"] = adapter.a
-            arrays[f"transformer.{module}.lora_B.weight"] = adapter.b
+    down, up = ("lora_down", "lora_up") if naming == "kohya" else ("lora_A", "lora_B")
+    for component, mine in adapters.items():
+        mine = {module: _with_alpha_as_rank(adapter) for module, adapter in mine.items()}
+        if naming != "peft" and component == "transformer":
+            mine = _fused(mine, _widths(params))
+        for module, adapter in mine.items():
+            name = module.replace(".", "_") if naming == "kohya" else module
+            name = _PREFIXES[naming][component] + name
+            arrays[f"{name}.{down}.weight"], arrays[f"{name}.{up}.weight"] = adapter.a, adapter.b
+            if naming == "kohya":
+                arrays[f"{name}.alpha"] = np.asarray(len(adapter.a), np.float32)
     if dtype is not None:
         arrays = {name: array.astype(dtype) for name, array in arrays.items()}
     tensors = {name: of_array(np.ascontiguousarray(arrays[name])) for name in sorted(arrays)}
     write_safetensors(Path(path), tensors, texts)
+
+
+def _with_alpha_as_rank(adapter: Adapter) -> Adapter:
+    b = adapter.b.astype(np.float32) * np.float32(adapter.scale)
+    return Adapter(adapter.a, b.astype(adapter.b.dtype), 1.0)
 
 
 def _from_tree(tree: Params) -> dict[str, Adapter]:
@@ -79,20 +115,22 @@ def _from_tree(tree: Params) -> dict[str, Adapter]:
     return adapters
 
 
-def _peft_metadata(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """PEFT's LoraConfig; modules that differ from the first have their own rank and alpha."""
-    ranks = {name: len(adapter.a) for name, adapter in adapters.items()}
-    # Six digits: scales are float32, and 0.6666667 times 24 is meant to be 16.
-    alphas = {n: float(f"{adapter.scale * len(adapter.a):.6g}") for n, adapter in adapters.items()}
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    values = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted(adapters),
-        "rank_pattern": {f"^{name}": r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != alpha},
-    }
-    return {f"transformer.{key}": value for key, value in values.items()}
+def _peft_metadata(adapters: Mapping[str, Mapping[str, Adapter]]) -> dict[str, Any]:
+    """PEFT's LoraConfig of each network; modules that differ from the first have their own rank."""
+    found: dict[str, Any] = {}
+    for component, mine in adapters.items():
+        ranks = {name: len(adapter.a) for name, adapter in mine.items()}
+        rank = next(iter(ranks.values()), 1)
+        others = {f"^{name}": r for name, r in ranks.items() if r != rank}
+        values = {
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": sorted(mine),
+            "rank_pattern": others,
+            "alpha_pattern": others,
+        }
+        found |= {f"{component}.{key}": value for key, value in values.items()}
+    return found
 
 
 def _widths(params: Params | None) -> dict[str, int]:
@@ -114,7 +152,7 @@ def _fused(adapters: Mapping[str, Adapter], widths: Mapping[str, int]) -> dict[s
             unknown = [part for part in names if part not in left and part not in widths]
             if unknown:
                 raise ConfigError(
-                    f"{theirs} is one module in kohya's naming and the LoRA adapts only a part of "
+                    f"{theirs} is one module in BFL's naming and the LoRA adapts only a part of "
                     f"it: the shapes of the model are needed for {', '.join(unknown)}"
                 )
             joined = _join([left.pop(part) if part in left else widths[part] for part in names])
