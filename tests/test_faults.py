@@ -61,11 +61,12 @@ class Server:
         stdin.flush()
         return json.loads(stdout.readline())
 
-    def start(self, log: str, *arguments) -> "Run":
+    def start(self, log: str, *arguments, program: str = "train") -> "Run":
         path = self.folder / f"{log}.txt"
         path.touch()
         words = [str(word) for word in arguments]
-        return Run(self, self.ask(arguments=words, log=str(path)), path)
+        process = self.ask(program=program, arguments=words, log=str(path))
+        return Run(self, process, path)
 
 
 class Run:

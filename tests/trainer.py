@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -37,6 +38,7 @@ from fluxjax.parallel.mesh import batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import state_shardings
 from fluxjax.train.data.dataset import open_dataset
 from fluxjax.train.data.settings import DataSettings
+from fluxjax.train.export import export_run
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.loop import Run, RunSettings, run_folder
 from fluxjax.train.settings import Objective
@@ -178,6 +180,27 @@ def _train(options: argparse.Namespace) -> None:
         print("digest", digest.hexdigest())
 
 
+def export_endlessly(arguments: list[str]) -> None:
+    """The LoRAs of a run's steps 1 and 2 in turn to the same file."""
+    run, out = map(Path, arguments)
+    for number in itertools.count():
+        export_run(run, step=1 + number % 2, out=out)
+        print("written", flush=True)
+
+
+def precompute(arguments: list[str]) -> None:
+    """Fill the cache of a folder of pictures."""
+    source, cache = arguments
+    open_dataset(cached(source, cache), ENCODERS, batch=1, seed=0).fill()
+
+
+def cached(source: str, cache: str) -> DataSettings:
+    return DataSettings(source=source, resolution=48, bucket_step=8, cache=cache)
+
+
+PROGRAMS = {"train": train, "export": export_endlessly, "precompute": precompute}
+
+
 def serve() -> None:
     """Answers each line with the process id of the run, or with the exit code asked for."""
     warnings.filterwarnings("ignore", message=".*os.fork.*")
@@ -192,7 +215,7 @@ def serve() -> None:
             for descriptor in (1, 2):
                 os.dup2(log, descriptor)
             os.setsid()
-            cli.run(partial(train, request["arguments"]))
+            cli.run(partial(PROGRAMS[request["program"]], request["arguments"]))
 
 
 def _wait(child: int, timeout: float) -> int | None:
