@@ -36,6 +36,14 @@ def quick_compiler():
         yield
 
 
+@pytest.fixture
+def no_type_checks(monkeypatch):
+    """As users run it, who have no beartype: what files hold is checked by ourselves alone."""
+    from jaxtyping import config
+
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of recorded references that lies beside the checkout."""

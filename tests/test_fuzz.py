@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import random_checkpoints
 from gguf_files import gguf_bytes, key, text
 from mutations import mutated
 from PIL import Image
@@ -28,15 +29,19 @@ from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.lora.reader import read_lora
 from fluxjax.checkpoint.lora.writer import write_lora
 from fluxjax.checkpoint.orbax_params import read_orbax
+from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.quantised.gguf import read_gguf
 from fluxjax.checkpoint.quantised.reader import unquantised
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.sharded import read_sharded
+from fluxjax.checkpoint.source import open_source
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import TINY, LoraConfig
+from fluxjax.convert import convert
 from fluxjax.models.lora import init_lora
 from fluxjax.sample.picture_formats import encode_picture, read_record
+from fluxjax.sample.prompts_file import read_prompts
 from fluxjax.text.tokenizers import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train.data.archives import parquet_items, tar_items
 from fluxjax.train.data.settings import DataSettings
@@ -198,6 +203,57 @@ def make_parquet(folder: Path) -> None:
     pq.write_table(pa.table(rows), folder / "a.parquet")
 
 
+def make_prompts(folder: Path) -> None:
+    first = {"prompt": "a ring", "seed": 3, "lora": ["x.safetensors:0.5"], "number": 2}
+    last = {"prompt": "ü", "guidance": 2.5, "width": 64, "reference": "a.png"}
+    lines = [first, "a star", last]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    (folder / "prompts.txt").write_bytes(b"\xef\xbb\xbfa star\r\n\r\na ring\n")
+
+
+def read_lines(folder: Path) -> None:
+    for name in ("prompts.jsonl", "prompts.txt"):
+        try:
+            assert read_prompts(folder / name)
+        except ValueError as error:
+            assert f"{name}, line " in str(error) or f"{name} has no prompts" in str(error)
+
+
+def make_pipeline(folder: Path) -> None:
+    random_checkpoints.pipeline_folder(folder / "model")
+
+
+def read_pipeline(folder: Path) -> None:
+    with contextlib.suppress(ValueError, OSError):  # each reader by itself
+        read_config(folder / "model")
+    for network in open_source(folder / "model").values():
+        read_all(network.tensors)
+
+
+def make_network(folder: Path) -> None:
+    """An autoencoder in two forms, one with a record of where it came from."""
+    config = random_checkpoints.SMALL.vae
+    write_safetensors(
+        folder / "ae.safetensors",
+        {n: of_array(a) for n, a in random_checkpoints.bfl_arrays(config).items()},
+    )
+    convert.run(convert.plan(folder / "ae.safetensors", folder / "vae", "diffusers"))
+
+
+def converted(folder: Path) -> None:
+    """Both forms into each other: whole, or nothing is left of it."""
+    for source, target in (("ae.safetensors", "diffusers"), ("vae", "bfl")):
+        out = folder.parent / f"converted-{source}"
+        try:
+            convert.run(convert.plan(folder / source, out, target))
+        except (ValueError, OSError) as error:
+            assert str(error) and not list(folder.parent.glob(f"*{out.name}*"))
+        else:
+            for network in open_source(out).values():
+                read_all(network.tensors)
+            shutil.rmtree(out)
+
+
 SETTINGS = DataSettings(source="")
 READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "safetensors": (make_safetensors, lambda f: read_all(read_safetensors(f / "x.safetensors")[0])),
@@ -214,6 +270,9 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "recipe": (make_recipe, lambda f: read_recipe(f / "recipe.toml")),
     "picture": (make_picture, lambda f: read_record(f / "a.png")),
     "tar": (make_tar, lambda f: read_items(tar_items(f / "a.tar", "a.tar", SETTINGS))),
+    "prompts": (make_prompts, read_lines),
+    "pipeline": (make_pipeline, read_pipeline),
+    "conversion": (make_network, converted),
     "rows": (make_rows, lambda f: read_items(list_items(DataSettings(source=str(f))))),
     "parquet": (make_parquet, lambda f: read_items(
         parquet_items(f / "a.parquet", "a.parquet", SETTINGS))),
@@ -221,6 +280,7 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_a_value_or_a_sentence(tmp_path: Path, name: str) -> None:
     make, read = READERS[name]
