@@ -98,7 +98,7 @@ def test_the_autoencoders_of_open_sora(shared):
     [
         ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"}, "a LoRA"),
         ({"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1"}, "a LoRA"),
-        ({"controlnet_x_embedder.weight", "x_embedder.weight"}, "a ControlNet"),
+        ({"controlnet_cond_embedding.conv_in.weight"}, "a ControlNet of Stable Diffusion"),
         ({"distilled_guidance_layer.in_proj.weight", "img_in.weight"}, "Chroma's"),
         ({"transformer.resblocks.0.attn.in_proj_weight"}, "OpenCLIP, in its own names"),
         ({"cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"}, "OpenCLIP"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from typing import Any
 
@@ -49,7 +48,7 @@ def detect_network(shapes: Shapes) -> tuple[Network, Dialect]:
     found: dict[str, tuple[Network, Dialect]] = {}
     for network in NETWORKS.values():
         for dialect in network.dialects:
-            if all(any(re.fullmatch(s, name) for name in shapes) for s in dialect.signature):
+            if dialect.fits(shapes):
                 found.setdefault(network.component, (network, dialect))
     for network, _ in list(found.values()):
         for part in network.parts:

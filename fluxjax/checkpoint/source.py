@@ -254,6 +254,34 @@ def open_folder(
     )
 
 
+def open_network(path: Path, component: str) -> OpenNetwork:
+    """One network by itself: a file, its folder, or a pipeline's folder with it in a subfolder.
+
+    Raises FileNotFoundError, and what `open_file` and `open_folder` raise for another network.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return open_file(path, component=component, family="FLUX.1")[component]
+    for folder in (path, *sorted(inner for inner in path.iterdir() if inner.is_dir())):
+        if _describes(folder / "config.json", component):
+            return open_folder(folder, component)
+    files = _flat_files(path, component)
+    if len(files) == 1:
+        return open_file(files[0], component=component, family="FLUX.1")[component]
+    return open_folder(path, component, family="FLUX.1")
+
+
+def _describes(config_file: Path, component: str) -> bool:
+    """Whether it is of that kind of weights, or of a kind that holds it."""
+    if not config_file.is_file():
+        return False
+    try:
+        network = network_of(network_config(read_json(config_file), config_file))
+    except ValueError:
+        return False
+    return component == network.component or component in network.parts
+
+
 def orbax_folder(folder: Path) -> Path | None:
     """Where the parameters are in a folder of our own, or of Orbax."""
     return next((f for f in (folder / PARAMS, folder, folder / "default") if is_orbax(f)), None)
@@ -346,10 +374,23 @@ def open_source(path: Path, config_file: Path | None = None) -> dict[str, OpenNe
 
 
 def _flat_files(folder: Path, component: str) -> list[Path]:
-    """Single files of one network, safetensors and GGUF, as they lie beside others."""
-    pattern = SINGLE_FILES.get(component, "?.safetensors")
-    both = (pattern, f"{pattern.removesuffix('.safetensors')}.gguf")
-    return sorted(file for each in both for file in folder.glob(each))
+    """Single files of one network, safetensors and GGUF, as they lie beside others.
+
+    Where the names of several networks fit, as flux1* does a Redux projector, the longest decides.
+    """
+    if component not in SINGLE_FILES:
+        return []
+    longer = {n for n in SINGLE_FILES.values() if len(n) > len(SINGLE_FILES[component])}
+    return sorted(
+        file
+        for name in _both(SINGLE_FILES[component])
+        for file in folder.glob(name)
+        if not any(fnmatch(file.name, other) for each in longer for other in _both(each))
+    )
+
+
+def _both(name: str) -> tuple[str, str]:
+    return name, f"{name.removesuffix('.safetensors')}.gguf"
 
 
 def with_dtype(network: OpenNetwork, dtype: Any) -> OpenNetwork:

@@ -11,7 +11,9 @@ from fluxjax.config.clip import (
     CLIPTextConfig,
     CLIPVisionConfig,
 )
+from fluxjax.config.controlnet import CONTROL_MODES, UNION, UNION_2, XLABS, ControlNetConfig
 from fluxjax.config.flux import FluxConfig
+from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
 from fluxjax.config.lora import LoraConfig
 from fluxjax.config.pipeline import (
     CONTROL,
@@ -23,7 +25,9 @@ from fluxjax.config.pipeline import (
     TINY,
     PipelineConfig,
 )
+from fluxjax.config.redux import REDUX, ReduxConfig
 from fluxjax.config.scheduler import SchedulerConfig
+from fluxjax.config.siglip import SIGLIP_SO400M, SiglipVisionConfig
 from fluxjax.config.t5 import T5_SMALL, T5_XXL, T5Config
 
 __all__ = [
@@ -32,24 +36,35 @@ __all__ = [
     "CLIP_L_TEXT",
     "CLIP_L_VISION",
     "CONTROL",
+    "CONTROL_MODES",
     "DEV",
     "FILL",
+    "IP_ADAPTER",
     "KONTEXT",
     "PRESETS",
+    "REDUX",
     "SCHNELL",
+    "SIGLIP_SO400M",
     "T5_SMALL",
     "T5_XXL",
     "TINY",
+    "UNION",
+    "UNION_2",
+    "XLABS",
     "Activation",
     "AutoencoderConfig",
     "CLIPConfig",
     "CLIPTextConfig",
     "CLIPVisionConfig",
     "ConfigError",
+    "ControlNetConfig",
     "FluxConfig",
+    "IPAdapterConfig",
     "LoraConfig",
     "PipelineConfig",
+    "ReduxConfig",
     "SchedulerConfig",
+    "SiglipVisionConfig",
     "T5Config",
     "from_dict",
     "multiple",

@@ -71,10 +71,21 @@ class Live:
     """
 
     folder: Folder = "tiny"
-    """A diffusers pipeline folder, a hub's name, or "tiny" for the embedded model."""
-    component: Literal["transformer", "vae", "text_encoder", "text_encoder_2", "pipeline"] = (
-        "transformer"
-    )
+    """A diffusers pipeline folder, a hub's name, or "tiny" for the embedded model. A ControlNet,
+    SigLIP, Redux's image_embedder, CLIP's image_encoder and an IP-Adapter may also be a folder or
+    file of their own."""
+    component: Literal[
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "controlnet",
+        "siglip",
+        "image_embedder",
+        "image_encoder",
+        "ip_adapter",
+        "pipeline",
+    ] = "transformer"
     """Which network; "pipeline" draws one picture on both sides."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     against: Path | None = None

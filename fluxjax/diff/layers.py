@@ -47,7 +47,9 @@ def common_name(name: str) -> str:
 
 
 # T5: the table of position biases lies in the first block there and serves all blocks here.
+# IP-Adapters: diffusers names the projection otherwise than its files do.
 _RENAMED = {
+    "image_proj/image_embeds": "image_proj/proj",
     "encoder/embed_tokens": "shared",
     "encoder/block_0/layer_0/SelfAttention/relative_attention_bias": (
         "encoder/relative_attention_bias"
@@ -60,22 +62,29 @@ def recorded(network: torch.nn.Module) -> Iterator[list[Layer]]:
     """Record every submodule's outputs, in the order in which the calls return.
 
     A module returns after its children, so the first wrong entry is the innermost fault. In a
-    convolutional network pictures (b, c, h, w) come out as (b, h, w, c), as ours are laid out.
+    convolutional network, and from what holds a convolution, pictures (b, c, h, w) come out as
+    (b, h, w, c), as ours are laid out.
     """
     import torch
 
-    convolutional = any(isinstance(m, torch.nn.Conv2d) for m in network.modules())
+    def holds(module: torch.nn.Module, kind: type) -> bool:
+        return any(isinstance(part, kind) for part in module.modules())
+
+    convolutional = holds(network, torch.nn.GroupNorm)
     layers: list[Layer] = []
     calls: dict[str, int] = {}
 
-    def hook_for(name: str, group_norm: bool):
+    def hook_for(name: str, module: torch.nn.Module):
+        pictures = convolutional or holds(module, torch.nn.Conv2d)
+        group_norm = isinstance(module, torch.nn.GroupNorm)
+
         def hook(_module: object, _inputs: object, output: object) -> None:
             outputs = []
             for tensor in _tensors(output):
                 # numpy has no bfloat16; the copy guards against later in-place changes.
                 array = tensor.detach().float().cpu().numpy().copy()
                 # GroupNorm has its channels second even on the flattened (b, c, h w).
-                if convolutional and (array.ndim == 4 or (group_norm and array.ndim == 3)):
+                if pictures and (array.ndim == 4 or (group_norm and array.ndim == 3)):
                     array = np.moveaxis(array, 1, -1)
                 outputs.append(array)
             layers.append(Layer(name, calls.get(name, 0), tuple(outputs)))
@@ -84,7 +93,7 @@ def recorded(network: torch.nn.Module) -> Iterator[list[Layer]]:
         return hook
 
     handles = [
-        child.register_forward_hook(hook_for(name, isinstance(child, torch.nn.GroupNorm)))
+        child.register_forward_hook(hook_for(name, child))
         for name, child in network.named_modules()
         if name
     ]

@@ -17,9 +17,21 @@ from jax.sharding import Mesh
 
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.sharded import read_sharded
-from fluxjax.checkpoint.source import open_component
+from fluxjax.checkpoint.source import OpenNetwork, open_component, open_network
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import AutoencoderConfig, CLIPTextConfig, FluxConfig, T5Config
+from fluxjax.config import (
+    DEV,
+    AutoencoderConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ControlNetConfig,
+    FluxConfig,
+    IPAdapterConfig,
+    ReduxConfig,
+    SiglipVisionConfig,
+    T5Config,
+)
+from fluxjax.diff.adapters import controlnet, from_tensors, ip_adapter, vision
 from fluxjax.diff.layers import Layer, Outputs, captured, common_name, pair_layers, recorded
 from fluxjax.diff.report import Report, compare, relative_l2
 from fluxjax.families import FLUX, Conditioning, Extras
@@ -28,7 +40,17 @@ from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import make_mesh
 from fluxjax.parallel.rules import param_shardings
 
-Network = Literal["transformer", "vae", "text_encoder", "text_encoder_2"]
+Network = Literal[
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "controlnet",
+    "siglip",
+    "image_embedder",
+    "image_encoder",
+    "ip_adapter",
+]
 Dtype = Literal["float32", "bfloat16"]
 Arrays = dict[str, np.ndarray]
 
@@ -81,19 +103,40 @@ THEIRS: dict[type, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     T5Config: lambda model, x: {
         "last_hidden_state": model(x["input_ids"].long()).last_hidden_state
     },
+    ControlNetConfig: controlnet,
+    SiglipVisionConfig: vision,
+    CLIPVisionConfig: vision,
+    ReduxConfig: lambda model, x: {"image_embeds": model(x["states"]).image_embeds},
+    IPAdapterConfig: lambda model, x: model(x["image_embeds"]),
 }
+
+
+def opened(folder: Path, network: Network) -> OpenNetwork:
+    """A network of a pipeline folder, or an adapter in a file or folder of its own."""
+    if network in DEV.networks:
+        return open_component(folder, network, read_config(folder).networks[network])
+    return open_network(folder, network)
+
+
+def _theirs(loaded: OpenNetwork, dtype: Any) -> Any:
+    """PyTorch's module. It reads folders by itself; of files, which only we can name, it gets the
+    tensors."""
+    if isinstance(loaded.config, IPAdapterConfig):
+        return ip_adapter(loaded).to(dtype).eval()
+    form = network_of(loaded.config).json
+    cls = getattr(importlib.import_module(form.library), form.class_name(loaded.config))
+    if loaded.where.is_dir():
+        read_sharded(loaded.where)  # says in one sentence which file is missing or broken
+        path = str(loaded.where)
+        return cls.from_pretrained(path, local_files_only=True, dtype=dtype).eval()
+    return from_tensors(cls, loaded).to(dtype).eval()
 
 
 def run_theirs(folder: Path, network: Network, inputs: Arrays, dtype: Dtype) -> list[Layer]:
     """Every layer of PyTorch's network and, last, its outputs, as float32 arrays."""
     torch = require_torch()
-    config = read_config(folder).networks[network]
-    form = network_of(config).json
-    read_sharded(folder / network)  # says in one sentence which file is missing or broken
-    cls = getattr(importlib.import_module(form.library), form.class_names[0])
-    model = cls.from_pretrained(
-        str(folder / network), local_files_only=True, dtype=getattr(torch, dtype)
-    ).eval()
+    loaded = opened(folder, network)
+    model = _theirs(loaded, getattr(torch, dtype))
     tensors = {k: torch.from_numpy(v) for k, v in inputs.items()}
     # Ids and guidance stay float32, as in diffusers' pipeline; the network casts them itself.
     tensors = {
@@ -105,7 +148,7 @@ def run_theirs(folder: Path, network: Network, inputs: Arrays, dtype: Dtype) -> 
     if "timestep" in tensors:  # FluxPipeline casts 1000 t, then divides
         tensors["timestep"] = (1000 * tensors["timestep"]).to(getattr(torch, dtype)) / 1000
     with torch.no_grad(), recorded(model) as layers:
-        outputs = THEIRS[type(config)](model, tensors)
+        outputs = THEIRS[type(loaded.config)](model, tensors)
     return layers + [Layer(OUTPUT + k, 0, (v.float().numpy(),)) for k, v in outputs.items()]
 
 
@@ -134,7 +177,7 @@ def run_ours(
     On a mesh weights are split by the roles of their layers, the batch of two where it divides, and
     the transformer's tokens over `sequence`; its layers come back whole and in PyTorch's order.
     """
-    loaded = open_component(folder, network, read_config(folder).networks[network])
+    loaded = opened(folder, network)
     description = network_of(loaded.config)
     types: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
     module = description.build(loaded.config, **types)
@@ -172,7 +215,7 @@ def compare_network(
     outputs must be within 2e-2 and within 1.5 x PyTorch's own bfloat16 error, a layer inside
     within the larger of the two, since single layers scatter.
     """
-    config = read_config(folder).networks[network]
+    config = opened(folder, network).config
     inputs = network_of(config).inputs(config)
     layers = run_theirs(folder, network, inputs, "float32")
     ours = run_ours(against or folder, network, inputs, dtype, mesh)

@@ -15,10 +15,17 @@ from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from fluxjax.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ConfigError
+from fluxjax.config import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ConfigError,
+    SiglipVisionConfig,
+)
 from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import dot_product_attention
 
+EncoderConfig = CLIPTextConfig | CLIPVisionConfig | SiglipVisionConfig
 _PUBLISHED_EOS = 2  # what CLIP's published configs say eos_token_id is, though it is 49407
 
 
@@ -48,7 +55,7 @@ class CLIPVisionOutput(struct.PyTreeNode):
 
 
 class CLIPAttention(nn.Module):
-    config: CLIPTextConfig | CLIPVisionConfig
+    config: EncoderConfig
     causal: bool
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -77,7 +84,7 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    config: CLIPTextConfig | CLIPVisionConfig
+    config: EncoderConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -99,22 +106,22 @@ class CLIPMLP(nn.Module):
         return linear(c.hidden_size, out_std, "fc2")(ACTIVATIONS[c.hidden_act](y))
 
 
-def _layer_norm(epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
+def layer_norm(epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
     # The two-pass variance: E[x^2] - E[x]^2 cancels where CLIP's states have a large mean.
     return nn.LayerNorm(epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False)
 
 
 class CLIPEncoderLayer(nn.Module):
-    config: CLIPTextConfig | CLIPVisionConfig
+    config: EncoderConfig
     causal: bool
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
         dtypes = (self.dtype, self.param_dtype)
-        self.layer_norm1 = _layer_norm(self.config.layer_norm_eps, *dtypes)
+        self.layer_norm1 = layer_norm(self.config.layer_norm_eps, *dtypes)
         self.self_attn = CLIPAttention(self.config, self.causal, *dtypes)
-        self.layer_norm2 = _layer_norm(self.config.layer_norm_eps, *dtypes)
+        self.layer_norm2 = layer_norm(self.config.layer_norm_eps, *dtypes)
         self.mlp = CLIPMLP(self.config, *dtypes)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -123,7 +130,7 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    config: CLIPTextConfig | CLIPVisionConfig
+    config: EncoderConfig
     causal: bool
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -157,7 +164,7 @@ class CLIPEncoder(nn.Module):
         return x, before
 
 
-def _embedding(
+def embedding_table(
     count: int, features: int, dtype: Dtype, param_dtype: Dtype, init: Callable
 ) -> nn.Embed:
     return nn.Embed(count, features, dtype=dtype, param_dtype=param_dtype, embedding_init=init)
@@ -171,8 +178,8 @@ class CLIPTextEmbeddings(nn.Module):
     def setup(self) -> None:
         c = self.config
         options = (c.hidden_size, self.dtype, self.param_dtype, nn.initializers.normal(0.02))
-        self.token_embedding = _embedding(c.vocab_size, *options)
-        self.position_embedding = _embedding(c.max_position_embeddings, *options)
+        self.token_embedding = embedding_table(c.vocab_size, *options)
+        self.position_embedding = embedding_table(c.max_position_embeddings, *options)
 
     def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         length = input_ids.shape[1]
@@ -195,7 +202,7 @@ class CLIPTextTransformer(nn.Module):
         dtypes = (self.dtype, self.param_dtype)
         self.embeddings = CLIPTextEmbeddings(self.config, *dtypes)
         self.encoder = CLIPEncoder(self.config, True, *dtypes, self.scan_layers, self.remat)
-        self.final_layer_norm = _layer_norm(self.config.layer_norm_eps, *dtypes)
+        self.final_layer_norm = layer_norm(self.config.layer_norm_eps, *dtypes)
 
     def __call__(self, input_ids: Int[Array, "b l"]) -> CLIPTextOutput:
         last, before = self.encoder(self.embeddings(input_ids))
@@ -265,7 +272,7 @@ class CLIPVisionEmbeddings(nn.Module):
             kernel_init=init,
         )
         positions = (c.image_size // c.patch_size) ** 2 + 1
-        self.position_embedding = _embedding(
+        self.position_embedding = embedding_table(
             positions, c.hidden_size, self.dtype, self.param_dtype, init
         )
 
@@ -295,9 +302,9 @@ class CLIPVisionTransformer(nn.Module):
         dtypes = (self.dtype, self.param_dtype)
         epsilon = self.config.layer_norm_eps
         self.embeddings = CLIPVisionEmbeddings(self.config, *dtypes)
-        self.pre_layrnorm = _layer_norm(epsilon, *dtypes)  # spelled so in the checkpoints
+        self.pre_layrnorm = layer_norm(epsilon, *dtypes)  # spelled so in the checkpoints
         self.encoder = CLIPEncoder(self.config, False, *dtypes, self.scan_layers, self.remat)
-        self.post_layernorm = _layer_norm(epsilon, *dtypes)
+        self.post_layernorm = layer_norm(epsilon, *dtypes)
 
     def __call__(self, pixel_values: Float[Array, "b height width c"]) -> CLIPVisionOutput:
         last, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))

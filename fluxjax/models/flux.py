@@ -21,19 +21,28 @@ step-invariant work once instead, inside its one jitted program:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
 
 from fluxjax.config import FluxConfig
 from fluxjax.config.choices import Remat
 from fluxjax.models.attention import AttentionKind
 from fluxjax.models.dense import COLLECTION, Part
 from fluxjax.models.embeddings import Rope, TimestepRounding, TimeTextEmbed, rope_table
-from fluxjax.models.flux_blocks import AdaLayerNorm, DoubleBlock, SingleBlock
+from fluxjax.models.flux_blocks import (
+    NOTHING,
+    AdaLayerNorm,
+    Additions,
+    DoubleBlock,
+    ImagePrompt,
+    Samples,
+    SingleBlock,
+)
 
 
 class Modulations(NamedTuple):
@@ -42,11 +51,37 @@ class Modulations(NamedTuple):
     image: Float[Array, "*steps layers b 6 d"] | None
     text: Float[Array, "*steps layers b 6 d"] | None
     single: Float[Array, "*steps single_layers b 3 d"] | None
-    out: Float[Array, "*steps b 2 d"]
+    out: Float[Array, "*steps b 2 d"] | None
 
 
-class FluxTransformer(Part):
-    """Predicts the velocity (noise - data) of packed latents.
+class Guides(NamedTuple):
+    """What is added to the picture's tokens inside: by ControlNets, by an IP-Adapter.
+
+    Samples are spread over the blocks as `spread` says, one array of indices for each ControlNet.
+    """
+
+    double: Samples = ()
+    single: Samples = ()
+    double_index: tuple[Int[Array | np.ndarray, "layers"], ...] = ()
+    single_index: tuple[Int[Array | np.ndarray, "single_layers"], ...] = ()
+    prompt: ImagePrompt | None = None
+
+
+UNGUIDED = Guides()
+
+
+def spread(samples: int, blocks: int, *, repeat: bool = False) -> Int[np.ndarray, " blocks"]:
+    """Which of a ControlNet's samples each block takes: stretches of equal length, so that with 6
+    for 19 blocks (4 each) the last is never used; or with `repeat` in turn, as XLabs' do.
+
+    Source: diffusers `FluxTransformer2DModel`.
+    """
+    block = np.arange(blocks, dtype=np.int32)
+    return block % samples if repeat else block // np.int32(-(-blocks // samples))
+
+
+class FluxTrunk(Part):
+    """What the transformer and its ControlNets have in common: embedders and blocks.
 
     `scan_layers`: the blocks are scanned and their parameters stacked on a leading axis (see
     `fluxjax.models.stacking`); otherwise one subtree per block. `remat`: what the backward pass
@@ -60,6 +95,9 @@ class FluxTransformer(Part):
     timestep_rounding: TimestepRounding = "diffusers"
     attention: AttentionKind = "auto"
 
+    double_block: ClassVar[type[DoubleBlock]] = DoubleBlock
+    single_block: ClassVar[type[SingleBlock]] = SingleBlock
+
     def setup(self) -> None:
         config, init = self.config, nn.initializers.normal(0.02)
         self.time_text_embed = TimeTextEmbed(
@@ -67,10 +105,8 @@ class FluxTransformer(Part):
         )
         self.context_embedder = self.dense(config.inner_dim, kernel_init=init)
         self.x_embedder = self.dense(config.inner_dim, kernel_init=init)
-        self.transformer_blocks = self._blocks(DoubleBlock, config.num_layers)
-        self.single_transformer_blocks = self._blocks(SingleBlock, config.num_single_layers)
-        self.norm_out = AdaLayerNorm(config.inner_dim, 2, **self.types)
-        self.proj_out = self.dense(config.out_channels, kernel_init=nn.initializers.zeros_init())
+        self.transformer_blocks = self._blocks(self.double_block, config.num_layers)
+        self.single_transformer_blocks = self._blocks(self.single_block, config.num_single_layers)
 
     def _blocks(self, block: type, count: int):
         if self.remat != "none":
@@ -86,17 +122,23 @@ class FluxTransformer(Part):
             "length": count,
         }
         methods = {
-            "__call__": {**shared, "in_axes": (0, nn.broadcast)},
+            "__call__": {**shared, "in_axes": (0, nn.broadcast, 0, nn.broadcast)},
             "modulation": {**shared, "in_axes": nn.broadcast},
         }
         return nn.scan(block, methods=methods)(self.config, self.attention, **self.types)
 
-    def _run(self, blocks, carry, modulation, rope: Rope):
+    def _run(self, blocks, carry, modulation, rope: Rope, added=NOTHING, samples: Samples = ()):
+        """The last carry, and what the blocks kept, each with a leading axis of layers."""
+        if not blocks:
+            return carry, None
         if self.scan_layers:
-            return blocks(carry, modulation, rope)[0] if blocks else carry
+            return blocks(carry, modulation, rope, added, samples)
+        kept = []
         for i, block in enumerate(blocks):
-            carry, _ = block(carry, jax.tree.map(lambda leaf, i=i: leaf[i], modulation), rope)
-        return carry
+            one = jax.tree.map(lambda leaf, i=i: leaf[i], (modulation, added))
+            carry, each = block(carry, one[0], rope, one[1], samples)
+            kept.append(each)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
     def _modulate(self, blocks, vector: Float[Array, "n d"]):
         if not blocks:
@@ -128,7 +170,10 @@ class FluxTransformer(Part):
         double = self._modulate(self.transformer_blocks, vector)
         image, text = (None, None) if double is None else double
         single = self._modulate(self.single_transformer_blocks, vector)
-        return Modulations(image, text, single, self.norm_out.modulation(vector))
+        return Modulations(image, text, single, self._modulate_out(vector))
+
+    def _modulate_out(self, vector: Float[Array, "n d"]) -> Float[Array, "n 2 d"] | None:
+        return None
 
     def step_modulations(
         self,
@@ -151,21 +196,48 @@ class FluxTransformer(Part):
 
         return jax.tree.map(split, flat)
 
+
+class FluxTransformer(FluxTrunk):
+    """Predicts the velocity (noise - data) of packed latents."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.norm_out = AdaLayerNorm(self.config.inner_dim, 2, **self.types)
+        zeros = nn.initializers.zeros_init()
+        self.proj_out = self.dense(self.config.out_channels, kernel_init=zeros)
+
+    def _modulate_out(self, vector: Float[Array, "n d"]) -> Float[Array, "n 2 d"] | None:
+        return self.norm_out.modulation(vector)
+
     def denoise(
         self,
         hidden_states: Float[Array, "b image in_channels"],
         text: Float[Array, "b text d"],
         modulations: Modulations,
         rope: Rope,
+        guides: Guides = UNGUIDED,
     ) -> Float[Array, "b image out_channels"]:
         """One step, given what `embed_text`, `modulations` and `rope` return."""
         image = self.x_embedder(hidden_states)
-        image, text = self._run(
-            self.transformer_blocks, (image, text), (modulations.image, modulations.text), rope
+        (image, text), _ = self._run(
+            self.transformer_blocks,
+            (image, text),
+            (modulations.image, modulations.text),
+            rope,
+            Additions(guides.double_index, guides.prompt),
+            guides.double,
         )
         length = text.shape[1]
         joint = jnp.concatenate([text, image], axis=1)
-        joint = self._run(self.single_transformer_blocks, joint, modulations.single, rope)
+        joint, _ = self._run(
+            self.single_transformer_blocks,
+            joint,
+            modulations.single,
+            rope,
+            Additions(guides.single_index),
+            guides.single,
+        )
+        assert modulations.out is not None
         # diffusers' order, (scale, shift); BFL stores (shift, scale) and conversion swaps them.
         scale, shift = modulations.out[:, 0], modulations.out[:, 1]
         return self.proj_out(self.norm_out(joint[:, length:], shift, scale))
@@ -179,6 +251,7 @@ class FluxTransformer(Part):
         img_ids: Num[Array, "image axes"],
         txt_ids: Num[Array, "text axes"],
         guidance: Float[Array, " b"] | None = None,
+        guides: Guides = UNGUIDED,
     ) -> Float[Array, "b image out_channels"]:
         """`timestep` is the noise level in [0, 1], 1 = pure noise; ids are unbatched."""
         return self.denoise(
@@ -186,4 +259,5 @@ class FluxTransformer(Part):
             self.embed_text(encoder_hidden_states),
             self.modulations(timestep, pooled_projections, guidance),
             self.rope(txt_ids, img_ids),
+            guides,
         )

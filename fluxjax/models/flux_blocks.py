@@ -6,9 +6,12 @@ and gates, and `__call__` applies them. A sampler computes those of all its step
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from fluxjax.config import FluxConfig
 from fluxjax.models.attention import AttentionKind, dot_product_attention
@@ -17,6 +20,29 @@ from fluxjax.models.embeddings import Rope, apply_rope
 from fluxjax.models.norms import LayerNorm, RMSNorm
 
 _zeros = nn.initializers.zeros_init()
+Samples = tuple[Float[Array, "n b image d"], ...]
+"""What each ControlNet adds: its samples, of which every block takes one."""
+
+
+class ImagePrompt(NamedTuple):
+    """What the picture's tokens attend to besides the joint sequence (IP-Adapter). In a scanned
+    network every leaf has a leading axis of layers."""
+
+    keys: Float[Array, "*layers b tokens d"]
+    values: Float[Array, "*layers b tokens d"]
+    scale: Float[Array, "*layers"]
+
+
+class Additions(NamedTuple):
+    """What is added to the picture's tokens after one block, or with a leading axis after each."""
+
+    samples: tuple[Int[Array | np.ndarray, "*layers"], ...] = ()
+    """For each ControlNet, which of its samples."""
+    prompt: ImagePrompt | None = None
+    """Of double blocks."""
+
+
+NOTHING = Additions()
 
 
 class AdaLayerNorm(Part):
@@ -105,21 +131,39 @@ class JointAttention(Part):
         self.to_out_0, self.to_add_out = self.dense(dim), self.dense(dim)
 
     def __call__(
-        self, image: Float[Array, "b image d"], text: Float[Array, "b text d"], rope: Rope
-    ) -> tuple[Float[Array, "b image d"], Float[Array, "b text d"]]:
+        self,
+        image: Float[Array, "b image d"],
+        text: Float[Array, "b text d"],
+        rope: Rope,
+        prompt: ImagePrompt | None = None,
+    ) -> tuple[
+        Float[Array, "b image d"], Float[Array, "b text d"], Float[Array, "b image d"] | None
+    ]:
+        """Image, text, and what the image's tokens see of the image prompt, if there is one."""
         config = self.config
         q, k, v = (_heads(to(image), config) for to in (self.to_q, self.to_k, self.to_v))
         text_q, text_k, text_v = (
             _heads(to(text), config) for to in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         )
-        q = jnp.concatenate([self.norm_added_q(text_q), self.norm_q(q)], axis=1)
+        normed = self.norm_q(q)
+        q = jnp.concatenate([self.norm_added_q(text_q), normed], axis=1)
         k = jnp.concatenate([self.norm_added_k(text_k), self.norm_k(k)], axis=1)
         v = jnp.concatenate([text_v, v], axis=1)
         out = dot_product_attention(
             apply_rope(q, rope), apply_rope(k, rope), v, implementation=self.attention
         ).reshape(image.shape[0], -1, config.inner_dim)
         length = text.shape[1]
-        return self.to_out_0(out[:, length:]), self.to_add_out(out[:, :length])
+        seen = None if prompt is None else _see(normed, prompt, config)
+        return self.to_out_0(out[:, length:]), self.to_add_out(out[:, :length]), seen
+
+
+def _see(
+    q: Float[Array, "b image heads k"], prompt: ImagePrompt, config: FluxConfig
+) -> Float[Array, "b image d"]:
+    """Attention to an image prompt, by queries that are not rotated yet."""
+    keys, values = (_heads(x, config) for x in (prompt.keys, prompt.values))
+    out = dot_product_attention(q, keys, values, implementation="xla")
+    return prompt.scale.astype(q.dtype) * out.reshape(*q.shape[:2], -1)
 
 
 def _heads(x: Float[Array, "b l d"], config: FluxConfig) -> Float[Array, "b l heads k"]:
@@ -151,16 +195,25 @@ class DoubleBlock(Part):
         streams: tuple[Float[Array, "b image d"], Float[Array, "b text d"]],
         modulation: tuple[Float[Array, "b 6 d"], Float[Array, "b 6 d"]],
         rope: Rope,
+        added: Additions = NOTHING,
+        samples: Samples = (),
     ) -> tuple[tuple[Float[Array, "b image d"], Float[Array, "b text d"]], None]:
         image, text = streams
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _parts(modulation[0])
         c_shift, c_scale, c_gate, c_mlp_shift, c_mlp_scale, c_mlp_gate = _parts(modulation[1])
-        image_out, text_out = self.attn(
-            self.norm1(image, shift, scale), self.norm1_context(text, c_shift, c_scale), rope
+        image_out, text_out, seen = self.attn(
+            self.norm1(image, shift, scale),
+            self.norm1_context(text, c_shift, c_scale),
+            rope,
+            added.prompt,
         )
         image = image + gate[:, None, :] * image_out
         image_mlp = self.ff(_modulate(self.norm2(image), mlp_shift, mlp_scale))
         image = image + mlp_gate[:, None, :] * image_mlp
+        if seen is not None:
+            image = image + seen
+        for sample, index in zip(samples, added.samples, strict=True):
+            image = image + sample[index]
         text = text + c_gate[:, None, :] * text_out
         text_mlp = self.ff_context(_modulate(self.norm2_context(text), c_mlp_shift, c_mlp_scale))
         text = text + c_mlp_gate[:, None, :] * text_mlp
@@ -186,13 +239,22 @@ class SingleBlock(Part):
         return carry, self.norm.modulation(vector)
 
     def __call__(
-        self, x: Float[Array, "b l d"], modulation: Float[Array, "b 3 d"], rope: Rope
+        self,
+        x: Float[Array, "b l d"],
+        modulation: Float[Array, "b 3 d"],
+        rope: Rope,
+        added: Additions = NOTHING,
+        samples: Samples = (),
     ) -> tuple[Float[Array, "b l d"], None]:
         shift, scale, gate = _parts(modulation)
         normed = self.norm(x, shift, scale)
         mlp = nn.gelu(self.proj_mlp(normed), approximate=True)
         out = self.proj_out(jnp.concatenate([self.attn(normed, rope), mlp], axis=-1))
-        return x + gate[:, None, :] * out, None
+        x = x + gate[:, None, :] * out
+        for sample, index in zip(samples, added.samples, strict=True):
+            text = x.shape[1] - sample.shape[2]
+            x = jnp.concatenate([x[:, :text], x[:, text:] + sample[index]], axis=1)
+        return x, None
 
 
 def _parts(modulation: Float[Array, "b parts d"]) -> list[Float[Array, "b d"]]:

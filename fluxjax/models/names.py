@@ -10,8 +10,9 @@ from fluxjax.models.stacking import GROUPS
 
 # Reference names in which a number is a list index; elsewhere (linear_1, wi_0) it is the name's.
 _INDEXED = (
-    "transformer_blocks|single_transformer_blocks|block|layers|layer|to_out|net|down_blocks|"
-    "up_blocks|resnets|attentions|downsamplers|upsamplers"
+    "transformer_blocks|single_transformer_blocks|controlnet_blocks|controlnet_single_blocks|"
+    "ip_adapter|block|blocks|layers|layer|to_out|net|down_blocks|up_blocks|resnets|attentions|"
+    "downsamplers|upsamplers"
 )
 _INDEX = re.compile(rf"\b({_INDEXED})_(\d+)(?=\.|$)")
 _T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"

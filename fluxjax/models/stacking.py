@@ -15,8 +15,17 @@ import numpy as np
 
 from fluxjax.config import FluxConfig
 
-# FLUX's two kinds of blocks, T5's blocks, CLIP's layers.
-GROUPS = ("transformer_blocks", "single_transformer_blocks", "block", "layers")
+# FLUX's two kinds of blocks, a ControlNet's ends of them, an IP-Adapter's part of each, T5's
+# blocks, CLIP's layers.
+GROUPS = (
+    "transformer_blocks",
+    "single_transformer_blocks",
+    "controlnet_blocks",
+    "controlnet_single_blocks",
+    "ip_adapter",
+    "block",
+    "layers",
+)
 _MEMBER = re.compile(rf"({'|'.join(GROUPS)})_(\d+)")
 
 

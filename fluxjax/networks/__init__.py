@@ -5,19 +5,41 @@ from fluxjax.config import (
     CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
+    ControlNetConfig,
     FluxConfig,
+    IPAdapterConfig,
+    ReduxConfig,
+    SiglipVisionConfig,
     T5Config,
 )
 from fluxjax.networks.autoencoder import AUTOENCODER
 from fluxjax.networks.clip import CLIP, CLIP_TEXT, CLIP_VISION
+from fluxjax.networks.controlnet import CONTROLNET
 from fluxjax.networks.flux import FLUX
+from fluxjax.networks.ip_adapter import IP_ADAPTER
 from fluxjax.networks.network import Network
+from fluxjax.networks.redux import REDUX
+from fluxjax.networks.siglip import SIGLIP
 from fluxjax.networks.t5 import T5
 
 NETWORKS: dict[type, Network] = {
-    network.config: network for network in (FLUX, AUTOENCODER, CLIP_TEXT, T5, CLIP_VISION, CLIP)
-}
-Config = FluxConfig | AutoencoderConfig | CLIPTextConfig | T5Config | CLIPVisionConfig | CLIPConfig
+    network.config: network
+    for network in (
+        FLUX, AUTOENCODER, CLIP_TEXT, T5, CLIP_VISION, CLIP, CONTROLNET, SIGLIP, REDUX, IP_ADAPTER,
+    )
+}  # fmt: skip
+Config = (
+    FluxConfig
+    | AutoencoderConfig
+    | CLIPTextConfig
+    | T5Config
+    | CLIPVisionConfig
+    | CLIPConfig
+    | ControlNetConfig
+    | SiglipVisionConfig
+    | ReduxConfig
+    | IPAdapterConfig
+)
 
 
 def network_of(config: object) -> Network:

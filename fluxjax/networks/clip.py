@@ -12,7 +12,7 @@ from fluxjax.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ConfigE
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes, count
 from fluxjax.networks.tables import Rule, Table
 
-_LAYERS = tuple(
+LAYERS = tuple(
     f"encoder.layers.{{}}.{name}"
     for name in (
         "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "self_attn.q_proj",
@@ -28,7 +28,7 @@ TEXT_REFERENCE = Table(
             "embeddings.token_embedding",
             "embeddings.position_embedding",
             "final_layer_norm",
-            *_LAYERS,
+            *LAYERS,
         )
     ),
     identity=True,
@@ -45,7 +45,7 @@ VISION_REFERENCE = Table(
                 (name, (("weight", "weight"), ("bias", "bias")))
                 for name in (
                     "embeddings.patch_embedding", "embeddings.position_embedding",
-                    "pre_layrnorm", "post_layernorm", *_LAYERS,
+                    "pre_layrnorm", "post_layernorm", *LAYERS,
                 )
             ),
         )

@@ -21,6 +21,7 @@ from fluxjax.networks.network import (
 from fluxjax.networks.tables import Rule, Table
 
 REFERENCE = Table("diffusers FLUX transformer", identity=True)
+_CONTROLNET = (r"controlnet_blocks\.0\.weight|controlnet_x_embedder\.weight|pos_embed_input\..*",)
 _SCALE = (("scale", "weight"),)
 
 
@@ -85,11 +86,12 @@ _XLABS = (
 )
 
 
-def _infer_reference(shapes: Shapes, family: str) -> FluxConfig:
+def infer_reference(shapes: Shapes, family: str) -> FluxConfig:
     embed, double, single = "time_text_embed", "transformer_blocks", "single_transformer_blocks"
     return _infer(
         shapes,
-        ends=("x_embedder", "context_embedder", f"{embed}.text_embedder.linear_1", "proj_out"),
+        ends=("x_embedder", "context_embedder", f"{embed}.text_embedder.linear_1"),
+        last="proj_out",
         blocks=(double, single),
         norms=(f"{double}.0.attn.norm_q.weight", f"{single}.0.attn.norm_q.weight"),
         mlps=(f"{double}.0.ff.net.2.weight", f"{single}.0.proj_out.weight"),
@@ -98,11 +100,12 @@ def _infer_reference(shapes: Shapes, family: str) -> FluxConfig:
     )
 
 
-def _infer_bfl(shapes: Shapes, family: str) -> FluxConfig:
+def infer_bfl(shapes: Shapes, family: str) -> FluxConfig:
     double, single = "double_blocks", "single_blocks"
     return _infer(
         shapes,
-        ends=("img_in", "txt_in", "vector_in.in_layer", "final_layer.linear"),
+        ends=("img_in", "txt_in", "vector_in.in_layer"),
+        last="final_layer.linear",
         blocks=(double, single),
         norms=(f"{double}.0.img_attn.norm.query_norm.scale", f"{single}.0.norm.query_norm.scale"),
         mlps=(f"{double}.0.img_mlp.2.weight", f"{single}.0.linear2.weight"),
@@ -112,10 +115,10 @@ def _infer_bfl(shapes: Shapes, family: str) -> FluxConfig:
 
 
 def _infer(
-    shapes: Shapes, *, ends: tuple[str, ...], blocks: tuple[str, str], norms: tuple[str, str],
-    mlps: tuple[str, str], guidance: str, bias: tuple[str, ...],
+    shapes: Shapes, *, ends: tuple[str, ...], last: str, blocks: tuple[str, str],
+    norms: tuple[str, str], mlps: tuple[str, str], guidance: str, bias: tuple[str, ...],
 ) -> FluxConfig:  # fmt: skip
-    image, text, pooled, out = (shapes[f"{name}.weight"] for name in ends)
+    image, text, pooled = (shapes[f"{name}.weight"] for name in ends)
     inner = image[0]
     head_dim = next((shapes[name][0] for name in norms if name in shapes), 0)
     if head_dim != 128:
@@ -127,7 +130,8 @@ def _infer(
     mlp = shapes[mlps[0]][1] if mlps[0] in shapes else shapes[mlps[1]][1] - inner
     return FluxConfig(
         in_channels=image[1],
-        out_channels=out[0],
+        # A ControlNet's blocks have no end.
+        out_channels=shapes.get(f"{last}.weight", (image[1],))[0],
         num_layers=count(shapes, rf"{blocks[0]}\.(\d+)\."),
         num_single_layers=count(shapes, rf"{blocks[1]}\.(\d+)\."),
         attention_head_dim=head_dim,
@@ -170,14 +174,14 @@ def _write(config: FluxConfig, values: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "patch_size": 1}
 
 
-def _inputs(config: FluxConfig, rows: int = 6, columns: int = 5) -> Arrays:
+def inputs(config: FluxConfig, rows: int = 6, columns: int = 5) -> Arrays:
     # More image than text tokens, so that a mix-up of the two shows in the shapes.
     random = np.random.default_rng(0)
     text, image = 12, rows * columns
     img_ids = np.zeros((rows, columns, 3), np.float32)
     img_ids[..., 1] = np.arange(rows)[:, None]
     img_ids[..., 2] = np.arange(columns)[None, :]
-    inputs = {
+    found = {
         "hidden_states": random.standard_normal((2, image, config.in_channels)),
         "encoder_hidden_states": random.standard_normal((2, text, config.joint_attention_dim)),
         "pooled_projections": random.standard_normal((2, config.pooled_projection_dim)),
@@ -188,8 +192,8 @@ def _inputs(config: FluxConfig, rows: int = 6, columns: int = 5) -> Arrays:
         "txt_ids": np.zeros((text, 3)),
     }
     if config.guidance_embeds:
-        inputs["guidance"] = np.array([1.0, 0.5])
-    return {name: value.astype(np.float32) for name, value in inputs.items()}
+        found["guidance"] = np.array([1.0, 0.5])
+    return {name: value.astype(np.float32) for name, value in found.items()}
 
 
 def _whole(
@@ -240,7 +244,7 @@ def flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> float:
     return 2.0 * (blocks + embedded + ends)
 
 
-_ROLES: dict[str, Role] = {
+ROLES: dict[str, Role] = {
     "x_embedder": "whole",
     "context_embedder": "whole",
     "proj_out": "whole",
@@ -281,7 +285,7 @@ FLUX = Network(
     words="FLUX transformer",
     describe=_describe,
     module=_module,
-    inputs=_inputs,
+    inputs=inputs,
     outputs=lambda sample: {"sample": sample},
     json=JsonForm(
         "diffusers",
@@ -299,18 +303,20 @@ FLUX = Network(
                 r"time_text_embed\.timestep_embedder\.linear_1\.weight",
             ),
             lambda config: REFERENCE,
-            _infer_reference,
+            infer_reference,
+            unless=_CONTROLNET,
         ),
         Dialect(
             "bfl",
             (r"(double|single)_blocks\.0\.(img_attn\.qkv|linear1)\.weight",),
             lambda config: BFL,
-            _infer_bfl,
+            infer_bfl,
             "depth_single_blocks",
             _from_bfl,
+            unless=_CONTROLNET,
         ),
     ),
-    roles=_ROLES,
+    roles=ROLES,
     prefixes=("model.diffusion_model.",),
     files="flux1*.safetensors",
     file_name=lambda config: f"flux1-{_variant(config)}.safetensors",

@@ -51,7 +51,13 @@ FOREIGN = (
         "a LoRA, which only changes a model and is none itself",
         (r".*(lora_(A|B|down|up)|lokr_w1|hada_w1_a).*",),
     ),
-    Foreign("a ControlNet", (r"controlnet_.*|.*input_hint_block\..*|.*zero_convs\.0\..*",)),
+    Foreign(
+        "a ControlNet of Stable Diffusion",
+        (
+            r"controlnet_(cond_embedding|down_blocks|mid_block)\..*|.*zero_convs\.0\..*"
+            r"|pos_embed_input\.proj\..*",
+        ),
+    ),
     # Transformers of the FLUX kind.
     Foreign(
         "HunyuanVideo's transformer",
@@ -139,7 +145,7 @@ FOREIGN = (
         "OpenCLIP, in its own names",
         (r"(model\.)?(transformer|visual\.transformer)\.resblocks\.0\.attn\.in_proj_weight",),
     ),
-    Foreign("SigLIP", (r"vision_model\.head\.probe|logit_bias",)),
+    Foreign("a whole SigLIP, of which only the vision encoder is read", (r"logit_bias",)),
     Foreign(
         "a language model of the Llama kind",
         (

@@ -8,7 +8,7 @@ names and tables are needed long before a network is built.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +42,16 @@ class Dialect:
     """A key that only the original code's own configuration of this network has."""
     from_original: Callable[[Mapping[str, Any]], Any] | None = None
     """That configuration -> ours. Raises KeyError for a missing key."""
+    unless: tuple[str, ...] = ()
+    """Regular expressions of names that only another network has, which shares this signature."""
+
+    def fits(self, names: Collection[str]) -> bool:
+        """Whether these are a network's names in this dialect."""
+
+        def found(pattern: str) -> bool:
+            return any(re.fullmatch(pattern, name) for name in names)
+
+        return all(map(found, self.signature)) and not any(map(found, self.unless))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""ControlNets of FLUX.1, and the published sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fluxjax.config.base import in_range, require
+from fluxjax.config.flux import FluxConfig
+
+PICTURE_CHANNELS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetConfig(FluxConfig):
+    """Blocks of FLUX that see a control picture and add to the transformer's tokens.
+
+    Defaults are InstantX's and Shakker's union ControlNets for FLUX.1-dev. `in_channels` are those
+    of a token of the picture, and of the control picture's latents; `out_channels` has no meaning.
+    """
+
+    num_layers: int = 5
+    num_single_layers: int = 10
+    num_mode: int = 0
+    """Kinds of control pictures that one network has learnt, each with a token; 0 has none."""
+    conditioning_embedding_channels: int = 0
+    """Channels that convolutions make of the control picture's pixels (XLabs); with 0 it comes as
+    the autoencoder's latents."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range(self, 0, 2**12, "num_mode")
+        in_range(self, 0, 2**12, "conditioning_embedding_channels")
+        require(
+            self.conditioning_embedding_channels in (0, self.in_channels / 4),
+            "ControlNetConfig.conditioning_embedding_channels must be a quarter of in_channels="
+            f"{self.in_channels}, got {self.conditioning_embedding_channels}: 2 x 2 are a token",
+        )
+
+    @property
+    def sees_pixels(self) -> bool:
+        """Whether the control picture comes as pixels and not as latents."""
+        return self.conditioning_embedding_channels > 0
+
+
+UNION = ControlNetConfig(num_mode=10)
+UNION_2 = replace(UNION, num_layers=6, num_single_layers=0, num_mode=0)
+XLABS = replace(
+    UNION, num_layers=2, num_single_layers=0, num_mode=0, conditioning_embedding_channels=16
+)
+CONTROL_MODES: dict[str, int] = {
+    "canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "low-quality": 6,
+}  # fmt: skip
+"""The modes that InstantX and Shakker trained, of ten."""
