@@ -129,8 +129,8 @@ class FluxControlNet(FluxTrunk):
             )
         if not self.config.sees_pixels:
             return self.controlnet_x_embedder(control)
-        hint = jnp.moveaxis(self.input_hint_block(control), -1, 1)
-        return self.controlnet_x_embedder(pack(hint))
+        tokens: Any = pack(jnp.moveaxis(self.input_hint_block(control), -1, 1))
+        return self.controlnet_x_embedder(tokens)
 
     def embed_text(
         self,
