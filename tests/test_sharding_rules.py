@@ -44,6 +44,7 @@ CONFIGS |= {AutoencoderConfig(use_quant_conv=True, use_post_quant_conv=True)}
 TEXT = replace(presets.CLIP_L_TEXT, with_projection=True)
 VISION = replace(presets.CLIP_L_VISION, with_projection=True)
 CONFIGS |= {TEXT, VISION, CLIPConfig(text_config=TEXT, vision_config=VISION)}
+CONFIGS |= {presets.UNION, presets.XLABS, presets.SIGLIP_SO400M, presets.REDUX, presets.IP_ADAPTER}
 # Of each network's leaves, blocks without their numbers: the mesh axes of each dimension.
 RECORDED = json.loads((Path(__file__).parent / "sharding_specs.json").read_text())
 

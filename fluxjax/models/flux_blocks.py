@@ -145,8 +145,8 @@ class JointAttention(Part):
         text_q, text_k, text_v = (
             _heads(to(text), config) for to in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         )
-        normed = self.norm_q(q)
-        q = jnp.concatenate([self.norm_added_q(text_q), normed], axis=1)
+        text_q, normed = self.norm_added_q(text_q), self.norm_q(q)
+        q = jnp.concatenate([text_q, normed], axis=1)
         k = jnp.concatenate([self.norm_added_k(text_k), self.norm_k(k)], axis=1)
         v = jnp.concatenate([text_v, v], axis=1)
         out = dot_product_attention(
