@@ -1,4 +1,4 @@
-"""python -m fluxjax.convert SOURCE DESTINATION [--to diffusers|bfl|orbax] [--mesh AXIS=N,...]"""
+"""python -m fluxjax.convert SOURCE DESTINATION [--to diffusers|bfl|orbax] [--quantise KIND]"""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     if missing:
         raise FileNotFoundError(f"there is no LoRA file {missing[0]}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes are traced, nothing is computed
-    from rich.console import Console
-
     if options.to in ("peft", "kohya", "comfy"):
         from fluxjax.convert.adapters import convert_adapters
 
-        if loras or mesh is not None:
-            raise ValueError(f"--lora and --mesh are for models, and --to {options.to} for a LoRA")
+        if loras or mesh is not None or options.quantise:
+            raise ValueError(
+                f"--lora, --quantise and --mesh are for models, and --to {options.to} for a LoRA"
+            )
         written = convert_adapters(
             source,
             options.destination,
@@ -52,12 +52,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
         print(f"{options.destination}: {written}")
         return 0
     from fluxjax.convert import convert
-    from fluxjax.convert.progress import byte_progress
+    from fluxjax.convert.command import run
 
     conversion = convert.plan(
         source,
         options.destination,
         options.to,
+        quantised=options.quantise,
         dtype=options.dtype,
         loras=loras,
         mesh=mesh,
@@ -65,16 +66,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
         shard_bytes=int(options.shard_gb * 1e9),
         overwrite=options.overwrite,
     )
-    console = Console(stderr=True, highlight=False)
-    for line in conversion.summary():
-        console.print(line, markup=False, soft_wrap=True)
-    with byte_progress(console, conversion.nbytes) as progress:
-        seconds = convert.run(conversion, progress)
-    rate = conversion.nbytes / 1e6 / seconds
-    print(
-        f"{options.destination}: {conversion.nbytes / 1e6:.0f} MB in {seconds:.1f} s, "
-        f"{rate:.0f} MB/s"
-    )
+    run(conversion, report=options.quantise is not None)
     return 0
 
 

@@ -19,12 +19,14 @@ from fluxjax.checkpoint.detect import describe
 from fluxjax.checkpoint.lora.merge import merge_files
 from fluxjax.checkpoint.orbax_params import write_orbax
 from fluxjax.checkpoint.pipeline_folder import model_index, scheduler_of
+from fluxjax.checkpoint.quantised.gguf_writer import write_gguf
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
 from fluxjax.checkpoint.source import OpenNetwork, open_source, with_dtype
 from fluxjax.config import ConfigError
 from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.destination import check_destination
+from fluxjax.convert.quantise import Kind, form_of, is_gguf_kind
 from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh_shape import MeshShape
@@ -84,8 +86,9 @@ class Conversion:
 def plan(
     source: Path,
     destination: Path,
-    target: Target,
+    target: Target | None = None,
     *,
+    quantised: Kind | None = None,
     dtype: Dtype = "keep",
     loras: Sequence[tuple[Path, float]] = (),
     mesh: MeshShape | None = None,
@@ -96,28 +99,40 @@ def plan(
     """Open and check everything; of weights reads headers only.
 
     `loras`: files of adapters to merge into the weights, and their strengths.
+    `target`: by default what holds `quantised`, the kind of the codes, or diffusers' folders.
     `mesh`: the devices whose parts of the weights an Orbax folder stores one by one.
     Raises FileNotFoundError, OSError, or ValueError (ConfigError, engine.MappingError).
     """
-    if mesh is not None and target != "orbax":
-        raise ConfigError(f"--mesh lays out an Orbax folder; {target} files have none")
+    form: Target = form_of(quantised, target)
+    if mesh is not None and form != "orbax":
+        raise ConfigError(f"--mesh lays out an Orbax folder; {form} files have none")
     check_destination(source, destination, overwrite)
     beside = check_complete(source) if source.is_dir() else []
     networks = open_source(source, config_file)
     if dtype != "keep":
         networks = {k: with_dtype(network, _DTYPES[dtype]) for k, network in networks.items()}
     plain, networks = networks, merge_files(networks, loras)
-    weights = plan_weights(networks, target, mesh)
-    single_file = destination.suffix == ".safetensors"
-    if single_file and (target != "bfl" or len(networks) > 1):
+    weights = plan_weights(networks, form, mesh, quantised)
+    ending = ".gguf" if is_gguf_kind(quantised) else ".safetensors"
+    single_file = destination.suffix == ending
+    if destination.suffix in (".gguf", ".safetensors") and not single_file:
+        what = f"--quantise {quantised}" if quantised else "without a --quantise of its types"
+        raise ConfigError(f"{destination} ends in {destination.suffix}, but {what} a file ends "
+                          f"in {ending}")  # fmt: skip
+    if single_file and (form != "bfl" or len(networks) > 1):
         raise ConfigError(
             f"{destination} is named like a single file, but {len(networks)} network(s) as "
-            f"{target} make a folder; only --to bfl of one network is a file"
+            f"{form} make a folder; only --to bfl of one network is a file"
         )
     copies = {} if single_file else _copies(source)
     widened = {} if single_file else _without_old_configs(copies, plain, networks)
-    files = {} if single_file else _files(networks, target, copies, whole=_is_pipeline(source))
+    files = {} if single_file else _files(networks, form, copies, whole=_is_pipeline(source))
     files |= widened | _as_written(copies, dtype)
+    for part in weights:
+        if part.quantisation is not None:
+            path = part.path.parent / "config.json"
+            given = read_json(copies.pop(path)) if path in copies else files[path]
+            files[path] = {**given, "quantization_config": part.quantisation}
     return Conversion(
         source,
         destination,
@@ -224,7 +239,8 @@ def run(conversion: Conversion, progress: Progress | None = None) -> float:
         check_destination(conversion.source, conversion.destination, conversion.overwrite)
         if conversion.single_file:
             (weights,) = conversion.weights
-            write_safetensors(part, weights.tensors, weights.metadata, progress=progress)
+            write = write_gguf if weights.kind == "gguf" else write_safetensors
+            write(part, weights.tensors, weights.metadata, progress=progress)
             return time.perf_counter() - start
         part.mkdir()
         for name, path in conversion.copies.items():
@@ -242,8 +258,9 @@ def _write(part: Path, weights: Weights, shard_bytes: int, progress: Progress | 
     path.parent.mkdir(parents=True, exist_ok=True)
     if weights.kind == "orbax":
         write_orbax(path, weights.tree, chunks=weights.chunks, progress=progress)
-    elif weights.kind == "file":
-        write_safetensors(path, weights.tensors, weights.metadata, progress=progress)
+    elif weights.kind in ("file", "gguf"):
+        write = write_gguf if weights.kind == "gguf" else write_safetensors
+        write(path, weights.tensors, weights.metadata, progress=progress)
     else:
         write_sharded(
             path.parent, path.name, weights.tensors, shard_bytes=shard_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_MODEL_FILES = ("model_index.json", "*.safetensors", "params/_METADATA")
+_MODEL_FILES = ("model_index.json", "*.safetensors", "*.gguf", "params/_METADATA")
 
 
 def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
@@ -25,5 +25,5 @@ def check_destination(source: Path, destination: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"{destination} exists; give --overwrite to replace it")
     is_model = destination.is_dir() and any(any(destination.glob(name)) for name in _MODEL_FILES)
-    if not is_model and destination.suffix != ".safetensors":
+    if not is_model and destination.suffix not in (".safetensors", ".gguf"):
         raise FileExistsError(f"{destination} is no model, so it is not overwritten; remove it")

@@ -17,6 +17,14 @@ _Loras = Annotated[
     tyro.conf.UseAppendAction,
     tyro.conf.arg(metavar="FILE[:SCALE]", help_behavior_hint=""),
 ]
+_Form = Annotated[
+    Literal["diffusers", "bfl", "orbax", "peft", "kohya", "comfy"] | None,
+    tyro.conf.arg(help_behavior_hint=""),
+]
+_Kind = Annotated[
+    Literal["int8", "fp8", "nf4", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0"] | None,
+    tyro.conf.arg(help_behavior_hint=""),
+]
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,12 @@ class Options:
     the name of one on a hub: OWNER/NAME."""
     destination: _Destination
     """A folder; for one network --to bfl, also a .safetensors file; for a LoRA such a file."""
-    to: Literal["diffusers", "bfl", "orbax", "peft", "kohya", "comfy"] = "diffusers"
-    """The form to write: of a model the first three, of a LoRA the others."""
+    to: _Form = None
+    """The form to write: of a model the first three (diffusers, or with --quantise the one that
+    holds the codes, where nothing is said), of a LoRA the others."""
+    quantise: _Kind = None
+    """Keep the products of the transformer's and T5's blocks in 8 bits or less: int8 and nf4 as
+    diffusers folders (bitsandbytes), fp8 as ComfyUI's scaled files, the others as GGUF."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Cast all tensors; keep changes no value (scaled fp8 becomes bfloat16, and fp8 again)."""
     lora: _Loras = ()

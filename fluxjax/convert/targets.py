@@ -14,9 +14,18 @@ from jax.sharding import AbstractMesh
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json
 from fluxjax.checkpoint.pipeline_folder import weights_stem
+from fluxjax.checkpoint.quantised.gguf_writer import stored
 from fluxjax.checkpoint.source import METADATA_KEY, PARAMS, RECORD_FILE, OpenNetwork
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.convert.quantise import (
+    FORMS,
+    bitsandbytes_config,
+    gguf_keys,
+    is_gguf_kind,
+    quantise,
+    spelled,
+)
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh_shape import AXES, MeshShape
 from fluxjax.parallel.rules import param_shardings
@@ -28,34 +37,66 @@ Target = Literal["diffusers", "bfl", "orbax"]
 class Weights:
     """One set of weights to write. `path` is relative to the destination.
 
-    kind "file": a single safetensors file. "sharded": `path` is the stem of one file or of shards.
-    "orbax": `path` is a folder and `tree` its parameters, `chunks` the shapes they are stored in.
+    kind "file": a single safetensors file, "gguf": a GGUF file. "sharded": `path` is the stem of
+    one file or of shards. "orbax": `path` is a folder and `tree` its parameters, `chunks` the
+    shapes they are stored in. `quantisation`: what config.json says of the codes.
     """
 
-    kind: Literal["file", "sharded", "orbax"]
+    kind: Literal["file", "gguf", "sharded", "orbax"]
     path: Path
     tensors: dict[str, Tensor]
     tree: dict[str, Any]
-    metadata: dict[str, str]
+    metadata: Mapping[str, Any]
     chunks: dict[str, Any] | None = None
+    quantisation: dict[str, Any] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        tensors = self.tensors.values()
+        return sum((stored(t)[0] if self.kind == "gguf" else t).nbytes for t in tensors)
 
 
 def plan_weights(
-    networks: Mapping[str, OpenNetwork], target: Target, mesh: MeshShape | None = None
+    networks: Mapping[str, OpenNetwork],
+    target: Target,
+    mesh: MeshShape | None = None,
+    quantised: str | None = None,
 ) -> list[Weights]:
     """One network goes into the destination itself, several into one folder each.
 
     For BFL all are single files: flux1-*.safetensors, ae.safetensors, and with the reference's
     names, as ComfyUI has them, clip_l.safetensors and t5xxl.safetensors. `mesh` is for Orbax.
+    `quantised`: the kind of the codes of the networks that have large products.
     """
     return [
         _plan(network, target, mesh, Path(name if len(networks) > 1 else "."))
+        if quantised is None or not network_of(network.config).quantised
+        else _plan_quantised(network, quantised, Path(name if len(networks) > 1 else "."))
         for name, network in networks.items()
     ]
+
+
+def _plan_quantised(network: OpenNetwork, kind: str, folder: Path) -> Weights:
+    description = network_of(network.config)
+    gguf = is_gguf_kind(kind)
+    name = "reference" if kind in FORMS else "bfl"
+    dialect = description.dialect("gguf" if gguf and description.has_dialect("gguf") else name)
+    table = dialect.table(network.config)
+    tensors = engine.from_reference(network.tensors, table)
+    tensors = quantise(tensors, network.config, table, kind)
+    tensors = network.record.restore(tensors, dialect.name, fp8=False)
+    saved = json.dumps({"config": config_json(network.config)})
+    file = Path(description.file_name(network.config))
+    if gguf:
+        keys = gguf_keys(network.component, kind, saved)
+        tensors = dict(sorted(tensors.items()))
+        return Weights("gguf", file.with_suffix(".gguf"), tensors, {}, keys)
+    if name == "bfl":
+        return Weights("file", file, spelled(tensors, kind), {}, {METADATA_KEY: saved})
+    path = folder / weights_stem(network.config)
+    codes = dict(sorted(spelled(tensors, kind).items()))
+    config = bitsandbytes_config(tensors, kind)
+    return Weights("sharded", path, codes, {}, {}, quantisation=config)
 
 
 def _plan(network: OpenNetwork, target: Target, mesh: MeshShape | None, folder: Path) -> Weights:

@@ -320,6 +320,7 @@ FLUX = Network(
     prefixes=("model.diffusion_model.",),
     files="flux1*.safetensors",
     file_name=lambda config: f"flux1-{_variant(config)}.safetensors",
+    quantised=r"(single_)?transformer_blocks\.\d+\.(attn\.(?!norm)|ff|proj_).*\.weight",
     scanned=("transformer_blocks", "single_transformer_blocks"),
     token_split=TokenSplit(
         "denoise",

@@ -124,6 +124,9 @@ class Network:
     """configuration -> the name of such a file."""
     method: Callable[..., Any] | None = None
     """What takes `inputs` and touches every parameter, where that is not the module's call."""
+    quantised: str = ""
+    """Names of the matrices that are kept in few bits where that is asked for, as a regular
+    expression: the blocks' products. Embedders, norms, modulations and last layers are not."""
     scanned: tuple[str, ...] = ()
     """Groups of equal blocks that may be scanned, their parameters then stacked."""
     token_split: TokenSplit | None = None
@@ -146,6 +149,9 @@ class Network:
         """The linen module; `scan_layers` where it has something to scan."""
         scan = {"scan_layers": scan_layers} if self.scanned else {}
         return self.module()(config, **scan, **fields)
+
+    def has_dialect(self, name: str) -> bool:
+        return any(dialect.name == name for dialect in self.dialects)
 
     def dialect(self, name: str) -> Dialect:
         """The dialect of that name, or the reference's where the original code has none."""
