@@ -1,5 +1,6 @@
 """`python -m fluxjax.sample`: files, lines and errors; alone, without PyTorch."""
 
+import io
 import json
 import os
 import shutil
@@ -97,6 +98,22 @@ def test_a_file_of_prompts_with_settings_per_line(sample, tmp_path):
     assert len(printed) == 3
     assert printed[0].startswith("out/a-star-3.png") and pixels("out/a-star-3.png").shape[1] == 96
     assert printed[1].startswith("out/a-ring-") and printed[2].startswith("out/picture-")
+
+
+def test_prompts_from_standard_input(sample, monkeypatch):
+    def given(data: bytes):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        return sample("--prompts", "-", *SIZE, "-q")
+
+    lines = b'{"prompt": "a star", "seed": 3}\r\n\n{"prompt": "a ring", "seed": 4}'
+    code, printed, error = given(lines)
+    assert code == 0 and printed == ["out/a-star-3.png", "out/a-ring-4.png"], error
+    code, printed, error = given("ein größerer Ring\n".encode())
+    assert code == 0 and printed[0].startswith("out/ein-größerer-ring-"), error
+    assert given(b"a star\n\xff\n")[::2] == (
+        2, "error: standard input, line 2: not UTF-8 (byte 0xff at 1)\n",
+    )  # fmt: skip
+    assert given(b"")[::2] == (2, "error: standard input has no prompts\n")
 
 
 def test_an_edit_repeats_while_its_reference_is_the_same_file(
