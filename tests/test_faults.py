@@ -409,6 +409,21 @@ def test_a_process_that_stops_for_less_than_the_limit_is_waited_for(server, tmp_
 
 
 @pytest.mark.slow
+def test_a_process_that_stops_for_longer_than_the_limit_ends_both(server, tmp_path):
+    long = ("--quick", "--steps", 10**6, "--pause", 0.02, "--save-every", 1, "--silence", 4)
+    runs = pair(server, "silent", tmp_path, *long)
+    runs[0].until("saved step 2$")
+    runs[1].kill(signal.SIGSTOP)
+    (code,), seconds = _seconds(runs[:1])
+    runs[1].kill(signal.SIGCONT)
+    ended = hosts.ProcessLost.exit_code, -signal.SIGABRT
+    assert code in ended and runs[1].wait() in ended, runs[0].said + runs[1].said
+    assert seconds < 60, seconds
+    with StateStore(tmp_path / "checkpoints") as store:
+        assert store.newest() is not None and store.newest().step == store.steps()[-1]
+
+
+@pytest.mark.slow
 def test_a_stuck_process_ends_both(server, tmp_path):
     runs = pair(server, "hang", tmp_path, "--quick", "--hang", 4, second=("--stuck", 7))
     codes = [run.wait() for run in runs]

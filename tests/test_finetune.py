@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -397,31 +398,15 @@ def test_no_recipe_is_left_untried():
 @pytest.mark.slow
 def test_two_hosts_train_all_weights_and_leave_one_pipeline(recipe, tmp_path):
     """many_hosts.toml on two processes of four devices: every weight lies across both."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     more = (
         "--steps 3 --save-minutes 0 --log-every 2 --save-dtype float32 --dtype float32 "
         "--validation.every 3 --validation.width 24 --validation.height 32 --validation.steps 1 "
         "--validation.batches 1 --optimizer.warmup 0 --optimizer.learning-rate 0.01 "
-        f"--coordinator :{port} --num-processes 2 --validation.prompts"
+        "--validation.prompts"
     )
     options = [*_options(recipe, tmp_path), *more.split(), "a red circle"]
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    program = [sys.executable, "-m", "fluxjax.train", str(RECIPES / "many_hosts.toml")]
-    runs = [
-        subprocess.Popen(
-            [*program, "--process-id", str(i), *options], env={**os.environ, "XLA_FLAGS": flags},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        said = [run.communicate(timeout=400) for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    assert [run.returncode for run in runs] == [0, 0], said
+    codes, said = _on_two_hosts(options)
+    assert codes == [0, 0], said
     assert said[1][1] == "", "only process 0 speaks"
     # The time to save had come at every step; it is looked at with the metrics alone.
     rows = read_metrics(tmp_path / "metrics.jsonl")
@@ -439,6 +424,50 @@ def test_two_hosts_train_all_weights_and_leave_one_pipeline(recipe, tmp_path):
     assert not list(tmp_path.glob(".*")), "nothing half-written is left"
     with Image.open(tmp_path / "validation/0000003.png") as grid:
         assert grid.size == (4 * 28 + 4, 40)
+
+
+def _on_two_hosts(options: list[str], folders: Sequence[Path | None] = (None, None)):
+    """Exit codes and (stdout, stderr) of many_hosts.toml on two processes of four devices."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    program = [sys.executable, "-m", "fluxjax.train", str(RECIPES / "many_hosts.toml")]
+    together = ["--coordinator", f":{port}", "--num-processes", "2"]
+    root = str(RECIPES.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    runs = [
+        subprocess.Popen(
+            [*program, *together, "--process-id", str(i), *options], cwd=folder,
+            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i, folder in enumerate(folders)
+    ]  # fmt: skip
+    try:
+        said = [run.communicate(timeout=400) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    return [run.returncode for run in runs], said
+
+
+@pytest.mark.slow
+def test_other_base_weights_on_one_of_two_hosts_are_refused(recipe, model, tmp_path):
+    """The same recipe, whose model is another in the folder of each host."""
+    folders = [tmp_path / name for name in ("here", "there")]
+    for folder in folders:
+        shutil.copytree(model, folder / "model")
+    weights = folders[1] / "model/transformer/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    options = _options(replace(recipe, model="model"), tmp_path / "run")
+    codes, said = _on_two_hosts([*options, "--steps", "1", "--validation.every", "0"], folders)
+    assert codes == [2, 2], said
+    for _, error in said:
+        assert "not started alike, they differ in base weights (" in error, error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
