@@ -15,21 +15,16 @@ KINDS = {
     "opensora_vae": "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",
     "hunyuan_video": "HunyuanVideo's transformer",
     "opensora_v2": "Open-Sora 2.0's transformer",
-    "ldm_sd15": "Stable Diffusion 1's UNet",
-    "ldm_sdxl_base": "Stable Diffusion XL's UNet",
     "ldm_sd3_medium": "Stable Diffusion 3's transformer",
     "ldm_sd35_medium": "Stable Diffusion 3.5 medium's transformer",
     "ldm_sd35_large": "Stable Diffusion 3.5 large's transformer",
-    "sd15_unet": "Stable Diffusion 1's UNet",
-    "sd21_unet": "Stable Diffusion 2's UNet",
-    "sdxl_unet": "Stable Diffusion XL's UNet",
-    "sdxl_refiner_unet": "Stable Diffusion XL's refiner's UNet",
     "sd3_medium": "Stable Diffusion 3's transformer",
     "sd35_medium": "Stable Diffusion 3.5 medium's transformer",
     "sd35_large": "Stable Diffusion 3.5 large's transformer",
     "pixart_alpha_1024": "PixArt-alpha's transformer",
     "pixart_sigma_1024": "PixArt-Sigma's transformer (or PixArt-alpha's for 512 pixels)",
 }
+UNETS = {"ldm_sd15", "ldm_sdxl_base", "sd15_unet", "sd21_unet", "sdxl_unet", "sdxl_refiner_unet"}
 # Ours by their names, where the shapes leave something open.
 ASKED = {
     "sd_vae": ("autoencoder", "0.18215"),
@@ -48,7 +43,9 @@ def published(shared, name, key="tensors"):
 
 def test_every_published_file_is_tried(shared):
     files = {path.stem for path in (shared / "checkpoints").glob("*.json")}
-    assert files == KINDS.keys() | ASKED.keys() | {n for n in files if n.startswith("bfl_flux1")}
+    assert files == KINDS.keys() | ASKED.keys() | UNETS | {
+        n for n in files if n.startswith("bfl_flux1")
+    }
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -16,7 +16,14 @@ from jax.sharding import PartitionSpec as P
 from fluxjax import config as presets
 from fluxjax.checkpoint.engine import flatten
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import DEV, PRESETS, AutoencoderConfig, CLIPConfig, ConfigError
+from fluxjax.config import (
+    DEV,
+    PRESETS,
+    AutoencoderConfig,
+    CLIPConfig,
+    ConfigError,
+    UNetConfig,
+)
 from fluxjax.networks import NETWORKS, network_of
 from fluxjax.parallel.mesh import (
     AXES,
@@ -41,6 +48,15 @@ CONFIGS = {part for preset in PRESETS.values() for part in preset.networks.value
     value for name, value in vars(presets).items() if name.startswith(("T5_", "CLIP_"))
 }
 CONFIGS |= {AutoencoderConfig(use_quant_conv=True, use_post_quant_conv=True)}
+UNET = UNetConfig(
+    block_out_channels=(64, 128),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    transformer_layers_per_block=(1, 1),
+    attention_head_dim=(1, 2),
+)
+CONFIGS |= {UNET, replace(UNET, use_linear_projection=True, addition_embed_type="text_time")}
 TEXT = replace(presets.CLIP_L_TEXT, with_projection=True)
 VISION = replace(presets.CLIP_L_VISION, with_projection=True)
 CONFIGS |= {TEXT, VISION, CLIPConfig(text_config=TEXT, vision_config=VISION)}

@@ -29,6 +29,13 @@ from fluxjax.config.redux import REDUX, ReduxConfig
 from fluxjax.config.scheduler import SchedulerConfig
 from fluxjax.config.siglip import SIGLIP_SO400M, SiglipVisionConfig
 from fluxjax.config.t5 import T5_SMALL, T5_XXL, T5Config
+from fluxjax.config.unet import (
+    SD15_UNET,
+    SD21_UNET,
+    SDXL_REFINER_UNET,
+    SDXL_UNET,
+    UNetConfig,
+)
 
 __all__ = [
     "CLIP_BASE_TEXT",
@@ -44,6 +51,10 @@ __all__ = [
     "PRESETS",
     "REDUX",
     "SCHNELL",
+    "SD15_UNET",
+    "SD21_UNET",
+    "SDXL_REFINER_UNET",
+    "SDXL_UNET",
     "SIGLIP_SO400M",
     "T5_SMALL",
     "T5_XXL",
@@ -66,6 +77,7 @@ __all__ = [
     "SchedulerConfig",
     "SiglipVisionConfig",
     "T5Config",
+    "UNetConfig",
     "from_dict",
     "multiple",
 ]

@@ -46,11 +46,12 @@ def denormalize_latents(
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with float32 statistics, eps 1e-6."""
+    """Group normalisation with float32 statistics."""
 
     groups: int
     dtype: Dtype
     param_dtype: Dtype
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -69,7 +70,7 @@ class GroupNorm(nn.Module):
         # Two passes: E[x^2] - E[x]^2 loses the digits that parity needs.
         var = group_mean(jnp.square(y - mean))
         # One multiply-add per pixel: the statistics are folded into the affine.
-        gain = jax.lax.rsqrt(var + 1e-6) * scale.astype(jnp.float32)[None, None, None]
+        gain = jax.lax.rsqrt(var + self.epsilon) * scale.astype(jnp.float32)[None, None, None]
         offset = bias.astype(jnp.float32)[None, None, None] - mean * gain
         return (y * gain + offset).astype(self.dtype)
 

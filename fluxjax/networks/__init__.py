@@ -11,6 +11,7 @@ from fluxjax.config import (
     ReduxConfig,
     SiglipVisionConfig,
     T5Config,
+    UNetConfig,
 )
 from fluxjax.networks.autoencoder import AUTOENCODER
 from fluxjax.networks.clip import CLIP, CLIP_TEXT, CLIP_VISION
@@ -21,15 +22,18 @@ from fluxjax.networks.network import Network
 from fluxjax.networks.redux import REDUX
 from fluxjax.networks.siglip import SIGLIP
 from fluxjax.networks.t5 import T5
+from fluxjax.networks.unet import UNET
 
 NETWORKS: dict[type, Network] = {
     network.config: network
     for network in (
-        FLUX, AUTOENCODER, CLIP_TEXT, T5, CLIP_VISION, CLIP, CONTROLNET, SIGLIP, REDUX, IP_ADAPTER,
+        FLUX, UNET, AUTOENCODER, CLIP_TEXT, T5, CLIP_VISION, CLIP, CONTROLNET, SIGLIP, REDUX,
+        IP_ADAPTER,
     )
 }  # fmt: skip
 Config = (
     FluxConfig
+    | UNetConfig
     | AutoencoderConfig
     | CLIPTextConfig
     | T5Config

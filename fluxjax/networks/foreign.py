@@ -26,16 +26,6 @@ class Foreign:
 # What stands before the names in single files, pickles' contents and exports of trainers.
 _PREFIX = r"(?:.*\.)?"
 _LONGEST = 256  # no real name is longer, and expressions take the square of the time
-_CROSS_ATTENTION = re.compile(r".*transformer_blocks\.0\.attn2\.to_k\.weight")
-
-
-def _stable_diffusion(shapes: Shapes) -> str:
-    """By the width of the text that a UNet attends to."""
-    widths = {shape[1] for name, shape in shapes.items()
-              if _CROSS_ATTENTION.fullmatch(name) and len(shape) == 2}  # fmt: skip
-    known = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
-             1280: "Stable Diffusion XL's refiner"}  # fmt: skip
-    return known.get(max(widths, default=0), "a latent diffusion model")
 
 
 def _sd3(shapes: Shapes) -> str:
@@ -108,17 +98,6 @@ FOREIGN = (
     Foreign("Wan's transformer", (r"text_embedding\.0\..*", r"blocks\.0\.self_attn\..*")),
     Foreign("CogVideoX's transformer", (r"patch_embed\.(text_)?proj\.weight", r"norm_final\..*")),
     Foreign("Lumina 2's or Z-Image's transformer", (r"cap_embedder\..*", r"noise_refiner\..*")),
-    # UNets.
-    Foreign(
-        "{}'s UNet",
-        (r"input_blocks\.0\.0\.weight", r"output_blocks\.0\.0\..*"),
-        _stable_diffusion,
-    ),
-    Foreign(
-        "{}'s UNet",
-        (r"time_embedding\.linear_1\.weight", r"down_blocks\.0\.resnets\.0\..*", r"mid_block\..*"),
-        _stable_diffusion,
-    ),
     # Autoencoders.
     Foreign(
         "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",

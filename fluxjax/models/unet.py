@@ -1,0 +1,153 @@
+"""The UNet of Stable Diffusion 1, 2 and XL: latents, a timestep and text to a prediction.
+
+Names and order follow diffusers' `UNet2DConditionModel`; CompVis' `UNetModel` is the same network
+under other names. Latents are channels-last.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from fluxjax.config.unet import UNetConfig
+from fluxjax.models.autoencoder import GroupNorm
+from fluxjax.models.dense import Part
+from fluxjax.models.embeddings import TwoLayerEmbedder, sinusoid
+from fluxjax.models.unet_blocks import (
+    Downsample,
+    Resnet,
+    SpatialTransformer,
+    Upsample,
+    convolution,
+)
+
+
+class DownBlock(Part):
+    """Residual blocks, each with a transformer where there is attention; then half the size."""
+
+    config: UNetConfig
+    level: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], time: Float[Array, "b t"], text: Float[Array, "b l d"]
+    ) -> tuple[Array, list[Array]]:
+        """The result, and what is handed over to the way up."""
+        config, level, handed = self.config, self.level, []
+        width = config.block_out_channels[level]
+        for i in range(config.layers_per_block):
+            x = Resnet(config=config, features=width, **self.types, name=f"resnets_{i}")(x, time)
+            if config.down_block_types[level] == "CrossAttnDownBlock2D":
+                name = f"attentions_{i}"
+                x = SpatialTransformer(config=config, level=level, **self.types, name=name)(x, text)
+            handed.append(x)
+        if level < len(config.block_out_channels) - 1:
+            x = Downsample(**self.types, name="downsamplers_0")(x)
+            handed.append(x)
+        return x, handed
+
+
+class MidBlock(Part):
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], time: Float[Array, "b t"], text: Float[Array, "b l d"]
+    ) -> Float[Array, "b h w c"]:
+        config, last = self.config, len(self.config.block_out_channels) - 1
+        width = config.block_out_channels[last]
+        x = Resnet(config=config, features=width, **self.types, name="resnets_0")(x, time)
+        x = SpatialTransformer(config=config, level=last, **self.types, name="attentions_0")(
+            x, text
+        )
+        return Resnet(config=config, features=width, **self.types, name="resnets_1")(x, time)
+
+
+class UpBlock(Part):
+    """As `DownBlock`, but each residual block also reads what the way down handed over."""
+
+    config: UNetConfig
+    level: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        handed: list[Array],
+        time: Float[Array, "b t"],
+        text: Float[Array, "b l d"],
+    ) -> Float[Array, "b h2 w2 c2"]:
+        config, level = self.config, self.level
+        kind = config.up_block_types[len(config.block_out_channels) - 1 - level]
+        for i in range(config.layers_per_block + 1):
+            x = jnp.concatenate([x, handed.pop()], axis=-1)
+            width = config.block_out_channels[level]
+            x = Resnet(config=config, features=width, **self.types, name=f"resnets_{i}")(x, time)
+            if kind == "CrossAttnUpBlock2D":
+                name = f"attentions_{i}"
+                x = SpatialTransformer(config=config, level=level, **self.types, name=name)(x, text)
+        if level > 0:
+            # To the size of what comes next, which is odd where the latents' sides are.
+            _, *size, _ = handed[-1].shape
+            x = Upsample(**self.types, name="upsamplers_0")(x, tuple(size))
+        return x
+
+
+class UNet(Part):
+    """Source: diffusers `models/unets/unet_2d_condition.py`; Rombach et al. 2022."""
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        sample: Float[Array, "b h w c"],
+        timestep: Float[Array, " b"],
+        encoder_hidden_states: Float[Array, "b l d"],
+        text_embeds: Float[Array, "b pooled"] | None = None,
+        time_ids: Float[Array, "b ids"] | None = None,
+    ) -> Float[Array, "b h w out"]:
+        """The noise, or what else the model was trained to predict.
+
+        Timesteps are those of training, 0 (clean) to 999, and may have fractions. Only models
+        with `addition_embed_type` read `text_embeds`, the pooled text, and `time_ids`: height and
+        width of the original, top and left of the crop, then height and width of the target or, in
+        the refiner, an aesthetic score.
+        """
+        config, widths = self.config, self.config.block_out_channels
+        x, text = sample.astype(self.dtype), encoder_hidden_states.astype(self.dtype)
+        time = self._time(timestep)
+        if config.addition_embed_type is not None:
+            if text_embeds is None or time_ids is None:
+                raise ValueError("a UNet with an added embedding needs text_embeds and time_ids")
+            time = time + self._added(text_embeds, time_ids)
+        x = convolution(self, widths[0], 3, "conv_in")(x)
+        handed = [x]
+        for level in range(len(widths)):
+            block = DownBlock(config=config, level=level, **self.types, name=f"down_blocks_{level}")
+            x, more = block(x, time, text)
+            handed += more
+        x = MidBlock(config=config, **self.types, name="mid_block")(x, time, text)
+        for i, level in enumerate(reversed(range(len(widths)))):
+            block = UpBlock(config=config, level=level, **self.types, name=f"up_blocks_{i}")
+            x = block(x, handed, time, text)
+        types = jnp.dtype(self.dtype), jnp.dtype(self.param_dtype)
+        norm = GroupNorm(config.norm_num_groups, *types, config.norm_eps, name="conv_norm_out")
+        x = nn.silu(norm(x))
+        return convolution(self, config.out_channels, 3, "conv_out")(x)
+
+    def _time(self, timestep: Float[Array, " b"]) -> Float[Array, "b t"]:
+        first = self.config.block_out_channels[0]
+        embedder = TwoLayerEmbedder(4 * first, **self.types, name="time_embedding")
+        return embedder(sinusoid(timestep, first).astype(self.dtype))
+
+    def _added(
+        self, text_embeds: Float[Array, "b pooled"], time_ids: Float[Array, "b ids"]
+    ) -> Float[Array, "b t"]:
+        config, rows = self.config, len(text_embeds)
+        sizes = sinusoid(time_ids.reshape(-1), config.addition_time_embed_dim).reshape(rows, -1)
+        joined = jnp.concatenate([text_embeds.astype(jnp.float32), sizes], axis=-1)
+        width = 4 * config.block_out_channels[0]
+        embedder = TwoLayerEmbedder(width, **self.types, name="add_embedding")
+        return embedder(joined.astype(self.dtype))

@@ -1,0 +1,200 @@
+"""The UNet against diffusers, layer by layer, and the published names at their real size."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch_reference import from_torch, relative_l2
+
+from fluxjax.checkpoint import engine
+from fluxjax.checkpoint.component_json import config_json, parse_config
+from fluxjax.checkpoint.detect import detect_network, infer_config
+from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.tensors import Tensor, as_tensor
+from fluxjax.config import (
+    SD15_UNET,
+    SD21_UNET,
+    SDXL_REFINER_UNET,
+    SDXL_UNET,
+    ConfigError,
+    UNetConfig,
+)
+from fluxjax.diff.layers import captured, pair_layers, recorded
+from fluxjax.networks.unet import UNET
+
+TINY = UNetConfig(
+    block_out_channels=(32, 64, 64),
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    transformer_layers_per_block=(1, 1, 1),
+    attention_head_dim=(4, 4, 4),
+    cross_attention_dim=24,
+    norm_num_groups=8,
+)
+TINIES = {
+    "1.5": replace(TINY, in_channels=9),
+    "XL": replace(
+        TINY,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 8),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=64 + 6 * 32,
+    ),
+}
+REAL = {
+    "sd15_unet": ("stable-diffusion-v1-5", SD15_UNET),
+    "sd21_unet": ("stable-diffusion-2-1", SD21_UNET),
+    "sdxl_unet": ("stable-diffusion-xl-base-1.0", SDXL_UNET),
+    "sdxl_refiner_unet": ("stable-diffusion-xl-refiner-1.0", SDXL_REFINER_UNET),
+}
+
+
+def torch_unet(config):
+    torch.manual_seed(0)
+    values = {k: v for k, v in config_json(config).items() if not k.startswith("_")}
+    model = UNet2DConditionModel.from_config({**values, "_class_name": "UNet2DConditionModel"})
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(torch.randn(tensor.shape) * (0.2 if tensor.ndim == 1 else 0.03))
+    return model.eval()
+
+
+def run_theirs(model, inputs, dtype=torch.float32):
+    x = {k: torch.from_numpy(v) for k, v in inputs.items()}
+    added = {k: x[k] for k in ("text_embeds", "time_ids") if k in x}
+    with torch.no_grad():
+        sample = (model if dtype == torch.float32 else model.to(dtype))(
+            x["sample"].movedim(-1, 1).to(dtype), x["timestep"],
+            x["encoder_hidden_states"].to(dtype), added_cond_kwargs=added,
+        ).sample  # fmt: skip
+    return sample.float().movedim(1, -1).numpy()
+
+
+def quickly(function, *arguments):
+    """Compiling so many convolutions well takes longer than it saves."""
+    options = {"xla_backend_optimization_level": "0"}
+    return jax.jit(function).lower(*arguments).compile(options)(*arguments)
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_every_layer_equals_diffusers(name):
+    """With sides of 12 x 18, whose third is odd."""
+    config = TINIES[name]
+    model, inputs = torch_unet(config), UNET.inputs(config)
+    with recorded(model) as layers:
+        expected = run_theirs(model, inputs)
+    params, module = from_torch(model, config), UNET.build(config)
+    capture = {"capture_intermediates": True, "mutable": ["intermediates"]}
+    got, state = quickly(lambda p, x: module.apply({"params": p}, **x, **capture), params, inputs)
+    pairs = pair_layers(layers, captured(state["intermediates"]))
+    assert len(pairs) > 80
+    errors = {pair.name: relative_l2(pair.ours, pair.reference) for pair in pairs}
+    assert not {layer: error for layer, error in errors.items() if not error < 1e-5}
+    assert relative_l2(got, expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_good_as_torch():
+    config = TINIES["XL"]
+    model, inputs = torch_unet(config), UNET.inputs(config)
+    params = from_torch(model, config)
+    expected = run_theirs(model, inputs)
+    theirs = relative_l2(run_theirs(model, inputs, torch.bfloat16), expected)
+    module = UNET.build(config, dtype=jnp.bfloat16)
+    ours = quickly(lambda p, x: module.apply({"params": p}, **x), params, inputs)
+    assert relative_l2(ours.astype(jnp.float32), expected) <= 1.5 * theirs
+
+
+def lazy(shapes):
+    def read(start, stop):
+        raise AssertionError("nothing is read")
+
+    return {n: Tensor(tuple(s), np.dtype(np.float32), read) for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("sdxl")) for name in REAL],
+)
+def test_published_names_and_shapes(shared, name):
+    folder, config = REAL[name]
+    published = json.loads((shared / f"checkpoints/{name}.json").read_text())
+    path = shared / f"checkpoints/{folder}/unet/config.json"
+    assert parse_config(UNetConfig, json.loads(path.read_text()), path) == config
+    template = abstract_params(config)
+    shapes = {n: list(leaf.shape) for n, leaf in engine.reference_leaves(template).items()}
+    assert shapes == published["tensors"]
+    assert parameter_count(template) == published["parameters"]
+    expected = {n: tuple(s) for n, s in shapes.items()}
+    network, dialect = detect_network(expected)
+    assert (network.component, dialect.name) == ("unet", "reference")
+    assert infer_config(network, dialect, expected) == config
+    # Through the original names and back.
+    table = UNET.dialect("ldm").table(config)
+    theirs = engine.from_reference(lazy(shapes), table)
+    assert len(theirs) == len(shapes)
+    back = engine.to_reference(theirs, table, expected)
+    assert {n: t.shape for n, t in back.items()} == expected
+    network, dialect = detect_network({n: t.shape for n, t in theirs.items()})
+    assert dialect.name == "ldm"
+    assert infer_config(network, dialect, {n: t.shape for n, t in theirs.items()}) == config
+
+
+@pytest.mark.parametrize("name", ["ldm_sd15", "ldm_sdxl_base"])
+def test_the_original_files_names(shared, name):
+    published = json.loads((shared / f"checkpoints/{name}.json").read_text())["tensors"]
+    prefix = "model.diffusion_model."
+    original = {n[len(prefix) :]: s for n, s in published.items() if n.startswith(prefix)}
+    config = {"ldm_sd15": SD15_UNET, "ldm_sdxl_base": SDXL_UNET}[name]
+    leaves = engine.reference_leaves(abstract_params(config))
+    shapes = {n: leaf.shape for n, leaf in leaves.items()}
+    table = UNET.dialect("ldm").table(config)
+    reference = engine.to_reference(lazy(original), table, shapes)
+    assert reference.keys() == shapes.keys()
+    back = engine.from_reference(reference, table)
+    assert {n: list(t.shape) for n, t in back.items()} == original
+
+
+def test_values_land_where_diffusers_puts_them():
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    config = TINIES["XL"]
+    model = torch_unet(config)
+    ours = {
+        n: Tensor.of(t.numpy()) if hasattr(Tensor, "of") else t
+        for n, t in model.state_dict().items()
+    }
+
+    ours = {n: as_tensor(t.numpy()) for n, t in model.state_dict().items()}
+    theirs = engine.from_reference(ours, UNET.dialect("ldm").table(config))
+    original = {f"model.diffusion_model.{n}": torch.from_numpy(t.read()) for n, t in theirs.items()}
+    converted = convert_ldm_unet_checkpoint(original, dict(model.config))
+    assert converted.keys() == ours.keys()
+    for name, tensor in converted.items():
+        np.testing.assert_array_equal(tensor.numpy(), ours[name].read(), name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type='UNetMidBlock2D' is not supported"),
+        ({"attention_head_dim": [3, 3, 3, 3]}, "3 do not divide 320 channels"),
+        ({"block_out_channels": [320, 640]}, "has 4 entries where block_out_channels has 2"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types"),
+    ],
+)
+def test_other_unets_are_refused(tmp_path, changes, words):
+    values = {**config_json(SD15_UNET), **changes}
+    with pytest.raises(Exception, match=words) as error:
+        parse_config(UNetConfig, values, tmp_path / "config.json")
+    assert isinstance(error.value, ConfigError) or "down_block_types" in words
