@@ -14,9 +14,14 @@ from fluxjax.families import FAMILIES, FLUX, Conditioning, Extras, family_of
 from fluxjax.models.flux import FluxTransformer
 
 SMALL = FluxConfig(
-    num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-    joint_attention_dim=12, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4),
-)  # fmt: skip
+    num_layers=1,
+    num_single_layers=1,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    pooled_projection_dim=6,
+    axes_dims_rope=(2, 2, 4),
+)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -43,10 +48,16 @@ def test_what_a_run_hoists_is_the_forward(kind, dtype):
     times = jnp.array([1.0, 0.6875, 0.3])
     shapes = jax.eval_shape(
         lambda: module.init(
-            jax.random.key(0), jnp.zeros((1, 6, config.in_channels)), text.sequence[:1],
-            text.vector[:1], times[:1], latents.positions, jnp.zeros((5, 3)), times[:1],
+            jax.random.key(0),
+            jnp.zeros((1, 6, config.in_channels)),
+            text.sequence[:1],
+            text.vector[:1],
+            times[:1],
+            latents.positions,
+            jnp.zeros((5, 3)),
+            times[:1],
         )
-    )  # fmt: skip
+    )
     leaves, tree = jax.tree.flatten(shapes)
     random = [0.3 * normal(i, *leaf.shape).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
     variables = tree.unflatten(random)

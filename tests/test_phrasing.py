@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from fluxjax.train.embedded import phrasing
+from fluxjax.train.embedded import phrases, phrasing
 from fluxjax.train.embedded import scenes as world
 from fluxjax.train.embedded.phrasing import MANNERS, Caption, captions, captions_and_plain, vary
 from fluxjax.train.embedded.scenes import Scene, sample_scenes
@@ -29,7 +29,7 @@ def every(words) -> str:
     return rf"\b({'|'.join(re.escape(word) for word in words)})\b"
 
 
-SIZES = [word for words in phrasing.SIZE_WORDS for word in words]
+SIZES = [word for words in phrases.SIZE_WORDS for word in words]
 
 
 def meant(scene: Scene, name: str) -> set[str]:
@@ -37,19 +37,19 @@ def meant(scene: Scene, name: str) -> set[str]:
     kind, i = name[0], int(name[1:] or 0)
     if kind == "n":
         count = int(scene.count)
-        return {*phrasing._NUMBERS[count], *phrasing._BARE_NUMBERS[count]}
+        return {*phrases.NUMBERS[count], *phrases.BARE_NUMBERS[count]}
     if kind == "z":
-        return set(phrasing.SIZE_WORDS[scene.size[i]])
+        return set(phrases.SIZE_WORDS[scene.size[i]])
     if kind == "s":
         shape = world.SHAPES[scene.shape[i]]
-        words = phrasing.SHAPE_WORDS.get(shape, (shape,))
+        words = phrases.SHAPE_WORDS.get(shape, (shape,))
         counted = world.KINDS[scene.kind] == "count"
         return {phrasing._plural(word) if counted else word for word in words}
     if kind == "b":
         back = list(world.BACKGROUNDS)[scene.background[i]]
-        return set(phrasing.BACKGROUND_WORDS.get(back, (back,)))
+        return set(phrases.BACKGROUND_WORDS.get(back, (back,)))
     colour = list(world.COLOURS)[scene.colour[i]]
-    return set(phrasing.COLOUR_WORDS.get(colour, (colour,)))
+    return set(phrases.COLOUR_WORDS.get(colour, (colour,)))
 
 
 def test_the_same_seed_writes_the_same_captions_and_another_others():
@@ -130,8 +130,8 @@ def test_a_relation_puts_each_object_where_it_stands(manner, relation):
         colour=np.array([0, 5, 0]), size=np.array([0, 0, 0]), split=np.int32(0),
     )  # fmt: skip
     first = ("circle", "square")[relation % 2]
-    templates = {"sentence": phrasing._SENTENCES, "terse": phrasing._TERSE}
-    for template in templates.get(manner, phrasing._FRONTED)[relation]:
+    templates = {"sentence": phrases.SENTENCES, "terse": phrases.TERSE}
+    for template in templates.get(manner, phrases.FRONTED)[relation]:
         text = template.format(a="a red circle", b="a blue square")
         assert said_first(text) == {first}, text
     rng = np.random.default_rng(0)

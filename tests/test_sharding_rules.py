@@ -120,8 +120,12 @@ def test_stacked_and_single_blocks_and_states_that_hold_parameters():
         (flux, "transformer_blocks/attn/to_q/kernel", (9, 96, 96), P(None, "fsdp", "tensor")),
         (flux, "transformer_blocks_7/attn/to_q/kernel", (96, 96), P("fsdp", "tensor")),
         (flux, "single_transformer_blocks_7/proj_out/kernel", (96, 8), P(("tensor", "fsdp"), None)),
-        (flux, "opt/0/mu/single_transformer_blocks/proj_out/kernel", (3, 96, 96),
-         P(None, ("tensor", "fsdp"), None)),
+        (
+            flux,
+            "opt/0/mu/single_transformer_blocks/proj_out/kernel",
+            (3, 96, 96),
+            P(None, ("tensor", "fsdp"), None),
+        ),
         (flux, "transformer_blocks/ff/net_2/kernel", (3, 6, 96), P(None, "fsdp", None)),
         (flux, "proj_out/kernel", (96, 64), P("fsdp", None)),
         (flux, "opt/0/proj_out/kernel", (96, 64), P("fsdp", None)),
@@ -132,7 +136,7 @@ def test_stacked_and_single_blocks_and_states_that_hold_parameters():
         (flux, "lora/transformer_blocks/attn/to_q/scale", (), P()),
         (flux, "opt/0/v_row/transformer_blocks/attn/to_q/kernel", (19, 96), None),
         (flux, "step", (), None),
-    ):  # fmt: skip
+    ):
         found = spec_of(network, tuple(path.split("/")), shape, mesh)
         assert found == spec, path
 

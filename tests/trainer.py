@@ -45,10 +45,16 @@ from fluxjax.train.settings import Objective
 from fluxjax.train.step import init_state, make_step
 
 CONFIG = FluxConfig(
-    in_channels=8, out_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=16,
-    num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=8,
+    in_channels=8,
+    out_channels=8,
+    num_layers=1,
+    num_single_layers=1,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=16,
+    pooled_projection_dim=8,
     axes_dims_rope=(4, 6, 6),
-)  # fmt: skip
+)
 BATCH, TEXT, SIDE = 4, 3, 2
 QUICK = {
     name: {"kernel": jax.ShapeDtypeStruct(shape, "float32")}
@@ -136,11 +142,17 @@ def _train(options: argparse.Namespace) -> None:
     state = jax.jit(start, out_shardings=where)(params)
     loss = distance if options.quick else finetune_loss(FLUX, model, Objective())
     step = make_step(
-        loss, optimizer, seed=3, ema_decay=0.9,
+        loss,
+        optimizer,
+        seed=3,
+        ema_decay=0.9,
         out_shardings=(where, everywhere),
-    )  # fmt: skip
-    empty = Conditioning(place(np.zeros((1, TEXT, 16), np.float32), everywhere), None,
-                         place(np.zeros((1, 8), np.float32), everywhere))  # fmt: skip
+    )
+    empty = Conditioning(
+        place(np.zeros((1, TEXT, 16), np.float32), everywhere),
+        None,
+        place(np.zeros((1, 8), np.float32), everywhere),
+    )
     fixed = {}, empty, place(ids, everywhere), place(np.float32(0.5), everywhere)
 
     def batch(index: int) -> Rows:

@@ -19,7 +19,7 @@ import numpy as np
 
 from fluxjax.checkpoint import tensors
 from fluxjax.checkpoint.tensors import Tensor
-from fluxjax.models.names import flatten, is_stacked, reference_name, unflatten
+from fluxjax.models.names import flatten, is_stacked, published_name, unflatten
 from fluxjax.networks.tables import Rule, Table
 
 
@@ -51,7 +51,7 @@ def reference_leaves(template: Mapping[str, Any]) -> dict[str, Leaf]:
         if layout in _AXES:
             shape = tuple(shape[axis] for axis in _AXES[layout])
         for layer in range(value.shape[0]) if stacked else (None,):
-            leaves[reference_name(path, layer)] = Leaf(path, layer, layout, shape)
+            leaves[published_name(path, layer)] = Leaf(path, layer, layout, shape)
     return leaves
 
 

@@ -22,17 +22,21 @@ _AT_ONCE = 2**24  # bytes of a stacked leaf below which layer by layer is not wo
 
 
 def load_tree(
-    source: Mapping[str, Tensor], table: Table, template: Mapping[str, Any], *,
-    dtype: Any = None, shardings: Any = None,
-) -> dict[str, Any]:  # fmt: skip
+    source: Mapping[str, Tensor],
+    table: Table,
+    template: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    shardings: Any = None,
+) -> dict[str, Any]:
     """`engine.to_ours` onto devices. A stacked leaf that is split is filled layer by layer.
 
     The host then holds no more than one layer, or one leaf that is not stacked, and its parts.
     Raises ConfigError naming a tensor with NaN or infinite values, in `dtype` if that is given.
     """
-    cast = source if dtype is None else {
-        name: astype(tensor, np.dtype(dtype)) for name, tensor in source.items()
-    }  # fmt: skip
+    cast = source
+    if dtype is not None:
+        cast = {name: astype(tensor, np.dtype(dtype)) for name, tensor in source.items()}
     finite = {name: only_finite(tensor, name) for name, tensor in cast.items()}
     flat = engine.flatten(shardings) if isinstance(shardings, Mapping) else None
 

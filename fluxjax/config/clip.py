@@ -47,9 +47,7 @@ class CLIPTextConfig:
         check_types(self)
         in_range(self, 1, 2**21, "vocab_size")
         in_range(self, 1, 2**14, "max_position_embeddings")
-        positive(
-            self, "hidden_size", "intermediate_size", "projection_dim", "num_attention_heads"
-        )  # fmt: skip
+        positive(self, "hidden_size", "intermediate_size", "projection_dim", "num_attention_heads")
         layers(self, "num_hidden_layers")
         in_range(self, 0, 1, "layer_norm_eps")
         _heads_divide(self)
@@ -82,9 +80,7 @@ class CLIPVisionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        positive(
-            self, "hidden_size", "intermediate_size", "projection_dim", "num_attention_heads"
-        )  # fmt: skip
+        positive(self, "hidden_size", "intermediate_size", "projection_dim", "num_attention_heads")
         in_range(self, 1, 16, "num_channels")
         in_range(self, 1, 1024, "image_size", "patch_size")
         layers(self, "num_hidden_layers")

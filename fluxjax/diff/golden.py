@@ -86,16 +86,11 @@ def check_golden(path: Path, mesh: str | None = None) -> tuple[Report, Arrays]:
     # A GPU would otherwise multiply float32 in TF32.
     with jax.default_matmul_precision("highest"):
         ours = OURS[type(network)](network, config, weights, inputs, devices)
-    rows = [
-        compare(
-            f"outputs.{name}",
-            ours[name],
-            expected,
-            bound=SAMPLING_BOUND if name.startswith("latents") and "noise" in inputs
-            else FORWARD_BOUND,
-        )
-        for name, expected in recorded.items()
-    ]  # fmt: skip
+    sampled = SAMPLING_BOUND if "noise" in inputs else FORWARD_BOUND
+    rows: list[Row] = []
+    for name, expected in recorded.items():
+        bound = sampled if name.startswith("latents") else FORWARD_BOUND
+        rows.append(compare(f"outputs.{name}", ours[name], expected, bound=bound))
     if "schedule" in config:
         scheduler = DEV.scheduler if params["guidance_embed"] else SCHNELL.scheduler
         rows.append(_schedule_row("schedule", config["schedule"], _tokens(inputs), scheduler))
@@ -145,7 +140,7 @@ def _autoencoder(
     @jax.jit
     def run(params: Any, image: jax.Array) -> dict[str, jax.Array]:
         def both(module: Autoencoder, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-            latents = normalize_latents(module.encode(image).mean, config)
+            latents: Any = normalize_latents(module.encode(image).mean, config)
             return latents, module.decode(denormalize_latents(latents, config))
 
         pixels = jnp.moveaxis(image, 1, -1)

@@ -204,9 +204,13 @@ def run_ours(
 
 
 def compare_network(
-    folder: Path, network: Network, *, dtype: Dtype = "float32", against: Path | None = None,
+    folder: Path,
+    network: Network,
+    *,
+    dtype: Dtype = "float32",
+    against: Path | None = None,
     mesh: str | None = None,
-) -> Report:  # fmt: skip
+) -> Report:
     """Compare one network of the pipeline folder; `against` gives ours its weights instead.
 
     `mesh`: devices that ours runs on, as `parallel.mesh.parse_mesh` reads them; by default one.

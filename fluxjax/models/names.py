@@ -1,4 +1,4 @@
-"""Paths in our parameter trees and the reference (diffusers, transformers) names they stand for."""
+"""Paths in our parameter trees and the published (diffusers, transformers) names they stand for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fluxjax.models.stacking import GROUPS
 
-# Reference names in which a number is a list index; elsewhere (linear_1, wi_0) it is the name's.
+# Published names in which a number is a list index; elsewhere (linear_1, wi_0) it is the name's.
 _INDEXED = (
     "transformer_blocks|single_transformer_blocks|controlnet_blocks|controlnet_single_blocks|"
     "ip_adapter|block|blocks|layers|layer|to_out|net|down_blocks|up_blocks|resnets|attentions|"
@@ -42,7 +42,7 @@ def is_stacked(path: tuple[str, ...]) -> bool:
 
 
 def module_name(module: tuple[str, ...], layer: int | None) -> str:
-    """Reference name of a module; `layer` is the index on the layer axis of a stacked one."""
+    """Published name of a module; `layer` is the index on the layer axis of a stacked one."""
     parts = list(module)
     if layer is not None:
         group = next(key for key in module if key in GROUPS)
@@ -51,7 +51,7 @@ def module_name(module: tuple[str, ...], layer: int | None) -> str:
     return _T5_BIAS if name == "encoder.relative_attention_bias" else _INDEX.sub(r"\1.\2", name)
 
 
-def reference_name(path: tuple[str, ...], layer: int | None) -> str:
-    """Reference name of a parameter."""
+def published_name(path: tuple[str, ...], layer: int | None) -> str:
+    """Published name of a parameter."""
     leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
     return ".".join(filter(None, (module_name(path[:-1], layer), leaf)))

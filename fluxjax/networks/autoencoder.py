@@ -19,11 +19,14 @@ REFERENCE = Table(
         Rule(f"{attention}.{old}", (f"{attention}.{new}",))
         for attention in ("encoder.mid_block.attentions.{}", "decoder.mid_block.attentions.{}")
         for old, new in (
-            ("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"),
+            ("query", "to_q"),
+            ("key", "to_k"),
+            ("value", "to_v"),
+            ("proj_attn", "to_out.0"),
         )
     ),
     identity=True,
-)  # fmt: skip
+)
 
 
 def bfl(levels: int) -> Table:
@@ -109,10 +112,13 @@ def _from_bfl(params: Mapping[str, Any]) -> AutoencoderConfig:
 def _write(config: AutoencoderConfig, values: dict[str, Any]) -> dict[str, Any]:
     levels = len(config.block_out_channels)
     return values | {
-        "act_fn": "silu", "force_upcast": True, "mid_block_add_attention": True,
-        "sample_size": 1024, "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "act_fn": "silu",
+        "force_upcast": True,
+        "mid_block_add_attention": True,
+        "sample_size": 1024,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }  # fmt: skip
+    }
 
 
 def _inputs(config: AutoencoderConfig) -> Arrays:
@@ -130,9 +136,11 @@ def _both_ways(module: Any, image: Any, latents: Any) -> tuple[Any, Any, Any]:
 
 def _describe(config: AutoencoderConfig) -> str:
     of = {
-        0.3611: "FLUX autoencoder", 1.5305: "Stable Diffusion 3's autoencoder",
-        0.18215: "Stable Diffusion's autoencoder", 0.13025: "Stable Diffusion XL's autoencoder",
-    }.get(config.scaling_factor, "KL autoencoder")  # fmt: skip
+        0.3611: "FLUX autoencoder",
+        1.5305: "Stable Diffusion 3's autoencoder",
+        0.18215: "Stable Diffusion's autoencoder",
+        0.13025: "Stable Diffusion XL's autoencoder",
+    }.get(config.scaling_factor, "KL autoencoder")
     return f"{of}, {config.latent_channels} latent channels"
 
 
@@ -174,8 +182,12 @@ AUTOENCODER = Network(
         "diffusers",
         ("AutoencoderKL",),
         defaults={
-            "block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4,
-            "scaling_factor": 0.18215, "shift_factor": 0.0, "use_quant_conv": True,
+            "block_out_channels": [64],
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "scaling_factor": 0.18215,
+            "shift_factor": 0.0,
+            "use_quant_conv": True,
             "use_post_quant_conv": True,
         },
         required={"act_fn": "silu", "mid_block_add_attention": True},
@@ -210,4 +222,4 @@ AUTOENCODER = Network(
     files="ae.safetensors",
     file_name=lambda config: "ae.safetensors",
     method=_both_ways,
-)  # fmt: skip
+)

@@ -98,9 +98,11 @@ def join_hosts(
         where = f"process 0 at {coordinator}"
         options = dict(
             coordinator_address=bind if coordinator.startswith(":") else coordinator,
-            process_id=process_id, num_processes=num_processes, coordinator_bind_address=bind,
+            process_id=process_id,
+            num_processes=num_processes,
+            coordinator_bind_address=bind,
             cluster_detection_method="deactivate",
-        )  # fmt: skip
+        )
     elif where is None:
         return
     elif where == "Kubernetes" and find_spec("kubernetes") is None:

@@ -97,9 +97,15 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     executables = Executables(FLUX, config, dtype, True, mesh=devices, sequence=options.sequence)
     n, needed = options.batch, defaults(config)
     listed = programs(
-        FLUX, config, needed, dtype=dtype, steps=config.steps, pictures=n, prompts=n,
+        FLUX,
+        config,
+        needed,
+        dtype=dtype,
+        steps=config.steps,
+        pictures=n,
+        prompts=n,
         rows=executables.rows,
-    )  # fmt: skip
+    )
     reads = {
         "encode": weights["text_encoder"] + weights["text_encoder_2"],
         "denoise": weights["transformer"] * config.steps,
@@ -120,9 +126,12 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
 def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:
     lora, dtype, n = options.task == "lora", jnp.dtype(options.dtype), options.batch
     model = FluxTransformer(
-        config.transformer, dtype=dtype, param_dtype=dtype if lora else jnp.float32,
-        scan_layers=True, remat=options.remat,
-    )  # fmt: skip
+        config.transformer,
+        dtype=dtype,
+        param_dtype=dtype if lora else jnp.float32,
+        scan_layers=True,
+        remat=options.remat,
+    )
     base = abstract_params(config.transformer, stacked=True)
     shardings = param_shardings(config.transformer, base, mesh)
     frozen: dict[str, Any] = {}
@@ -140,9 +149,14 @@ def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     state = _placed(state, where)
     apply = partial(apply_on, mesh if mesh.size > 1 else None, sequence=options.sequence)
     step = make_step(
-        finetune_loss(FLUX, model, Objective(), apply), optimizer, seed=0, ema_decay=0.999,
-        accumulate=options.accumulate, out_shardings=(where, replicated(mesh)), donate=True,
-    )  # fmt: skip
+        finetune_loss(FLUX, model, Objective(), apply),
+        optimizer,
+        seed=0,
+        ema_decay=0.999,
+        accumulate=options.accumulate,
+        out_shardings=(where, replicated(mesh)),
+        donate=True,
+    )
     image, text = tokens(config), config.max_sequence_length
     heard, dropped = (FLUX.text_shapes(config, rows, text, jnp.float32)[1] for rows in (n, 1))
     rows = Rows(

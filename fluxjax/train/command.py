@@ -144,9 +144,12 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
             say(f"note: {note}")
         with Filling() as report:
             done = dataset.precompute(
-                recipe.data, recipe.model_folder, report=report,
-                process_index=jax.process_index(), process_count=jax.process_count(),
-            )  # fmt: skip
+                recipe.data,
+                recipe.model_folder,
+                report=report,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
         barrier("precomputed", _DAY)  # a process that ends early would be taken for lost
         if jax.process_index() == 0:
             print(done)

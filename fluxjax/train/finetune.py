@@ -94,9 +94,19 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         validation = _validation(recipe, config, model, mesh, held, prompts, references, lora)
     notes = [note] * bool(note) + _notes(recipe, config, data)
     return Job(
-        config=config, mesh=mesh, model=model, data=data, frozen=frozen, state=state, step=step,
-        rates=rates, empty=empty, validation=validation, notes=notes, base=base,
-    )  # fmt: skip
+        config=config,
+        mesh=mesh,
+        model=model,
+        data=data,
+        frozen=frozen,
+        state=state,
+        step=step,
+        rates=rates,
+        empty=empty,
+        validation=validation,
+        notes=notes,
+        base=base,
+    )
 
 
 def base_hash(model: Path) -> str:
@@ -129,14 +139,22 @@ def _notes(recipe: FinetuneRecipe, config: PipelineConfig, data: Dataset) -> lis
 
 
 def _open_data(
-    recipe: FinetuneRecipe, settings: DataSettings, encoders: Encoders, mesh: Mesh,
+    recipe: FinetuneRecipe,
+    settings: DataSettings,
+    encoders: Encoders,
+    mesh: Mesh,
     report: Report | None = None,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     index, count = share_of_process(mesh, recipe.batch)
     return open_dataset(
-        settings, encoders, batch=recipe.batch, seed=recipe.seed,
-        process_index=index, process_count=count, report=report,
-    )  # fmt: skip
+        settings,
+        encoders,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        process_index=index,
+        process_count=count,
+        report=report,
+    )
 
 
 def share_of_process(mesh: Mesh, batch: int) -> tuple[int, int]:
@@ -159,14 +177,22 @@ def _networks(
     stacked = scan_by_default(config.transformer)
     stored = dtype if lora else jnp.dtype("float32")
     model = FluxTransformer(
-        config.transformer, dtype=dtype, param_dtype=stored, scan_layers=stacked,
-        remat=recipe.remat, attention=recipe.attention,
-    )  # fmt: skip
+        config.transformer,
+        dtype=dtype,
+        param_dtype=stored,
+        scan_layers=stacked,
+        remat=recipe.remat,
+        attention=recipe.attention,
+    )
     abstract = abstract_params(config.transformer, stacked=stacked)
     params = load_params(
-        recipe.model_folder, "transformer", config.transformer, stacked=stacked, dtype=stored,
+        recipe.model_folder,
+        "transformer",
+        config.transformer,
+        stacked=stacked,
+        dtype=stored,
         shardings=param_shardings(config.transformer, abstract, mesh),
-    )  # fmt: skip
+    )
     if not lora:
         return model, {}, params
     key = jax.random.fold_in(jax.random.key(recipe.seed), 2**31 - 2)
@@ -222,31 +248,54 @@ def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[in
 
 
 def _validation(
-    recipe: FinetuneRecipe, config: PipelineConfig, model: FluxTransformer, mesh: Mesh,
-    held: list[DataBatch], states: Conditioning | None, references: np.ndarray | None,
+    recipe: FinetuneRecipe,
+    config: PipelineConfig,
+    model: FluxTransformer,
+    mesh: Mesh,
+    held: list[DataBatch],
+    states: Conditioning | None,
+    references: np.ndarray | None,
     lora: Tree | None,
-) -> Validation:  # fmt: skip
+) -> Validation:
     devices = mesh if mesh.size > 1 else None
 
     def load(component: Any) -> Tree:
         part = getattr(config, component)
         return load_params(
-            recipe.model_folder, component, part, stacked=False, dtype=model.dtype,
+            recipe.model_folder,
+            component,
+            part,
+            stacked=False,
+            dtype=model.dtype,
             shardings=param_shardings(part, abstract_params(part), mesh),
-        )  # fmt: skip
+        )
 
     def no_tokenizers() -> NoReturn:
         raise AssertionError("validation's prompts are encoded with the data")
 
     pipeline = Pipeline(
-        FLUX, config, load, no_tokenizers, dtype=model.dtype, scan_layers=model.scan_layers,
-        lora=lora, mesh=devices, sequence=recipe.sequence,
-    )  # fmt: skip
+        FLUX,
+        config,
+        load,
+        no_tokenizers,
+        dtype=model.dtype,
+        scan_layers=model.scan_layers,
+        lora=lora,
+        mesh=devices,
+        sequence=recipe.sequence,
+    )
     return Validation(
-        pipeline, model, recipe.validation, recipe.objective, mesh,
-        batches=list(map(Placement(mesh, config), held)), states=states,
-        references=references, seed=recipe.seed, apply=_apply(recipe, mesh),
-    )  # fmt: skip
+        pipeline,
+        model,
+        recipe.validation,
+        recipe.objective,
+        mesh,
+        batches=list(map(Placement(mesh, config), held)),
+        states=states,
+        references=references,
+        seed=recipe.seed,
+        apply=_apply(recipe, mesh),
+    )
 
 
 def finetune(recipe: FinetuneRecipe) -> Path:

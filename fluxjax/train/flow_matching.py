@@ -125,9 +125,14 @@ def finetune_loss(
         return jax.random.uniform(time_key), noise, jax.random.uniform(drop_key)
 
     def loss(
-        trained: Tree, key: Array, rows: Rows, frozen: dict[str, Tree], empty: Conditioning,
-        ids: Float[Array, "image 3"], mu: Float[Array, ""],
-    ) -> Float[Array, ""]:  # fmt: skip
+        trained: Tree,
+        key: Array,
+        rows: Rows,
+        frozen: dict[str, Tree],
+        empty: Conditioning,
+        ids: Float[Array, "image 3"],
+        mu: Float[Array, ""],
+    ) -> Float[Array, ""]:
         shape = rows.latents.shape[1:]
         quantiles, noise, chance = jax.vmap(lambda i: draw(key, i, shape))(rows.index)
         drop = chance < objective.caption_dropout
@@ -144,4 +149,4 @@ def finetune_loss(
             predicted, family.target(rows.latents, noise), error_weights(objective, rows, t)
         )
 
-    return loss  # fmt: skip
+    return loss

@@ -242,9 +242,11 @@ class Run:
         if streak >= self.settings.patience:
             self.store.close()
             latest = self.store.latest
-            good = "there is no checkpoint" if latest is None else (
-                f"the last good checkpoint in {self.settings.folder} is of step {latest}"
-            )  # fmt: skip
+            good = (
+                "there is no checkpoint"
+                if latest is None
+                else (f"the last good checkpoint in {self.settings.folder} is of step {latest}")
+            )
             self.say(f"error: {streak} updates in a row were not finite at step {step}; {good}")
             raise Diverged
 

@@ -45,9 +45,8 @@ class Validation:
     ) -> None:
         """`pipeline` draws; `batches` are (rows, image ids, mu); `states` and `references` those of
         the prompts."""
-        self.pipeline, self.model, self.settings, self.objective = (
-            pipeline, model, settings, objective,
-        )  # fmt: skip
+        self.pipeline, self.model = pipeline, model
+        self.settings, self.objective = settings, objective
         self.mesh, self.batches, self.seed = mesh, batches, jnp.int32(seed)
         self._apply = apply
         self._states, self._references = states, references
@@ -65,9 +64,17 @@ class Validation:
             first += count
             placed = self._place(quantiles)
             value = fixed_loss(
-                self.pipeline.family, self.model, self.objective, variables, rows, placed,
-                self.seed, ids, mu, self._apply,
-            )  # fmt: skip
+                self.pipeline.family,
+                self.model,
+                self.objective,
+                variables,
+                rows,
+                placed,
+                self.seed,
+                ids,
+                mu,
+                self._apply,
+            )
             values.append(value)
         return float(np.mean(jax.device_get(values)))
 

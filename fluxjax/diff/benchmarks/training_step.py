@@ -84,9 +84,10 @@ def _measure(folder: Path, rounds: int, *, lora: bool) -> Measure:
 
         theirs.requires_grad_(False)
         theirs.add_adapter(
-            PeftConfig(r=adapter.rank, lora_alpha=int(adapter.alpha),
-                       target_modules=list(adapter.targets))
-        )  # fmt: skip
+            PeftConfig(
+                r=adapter.rank, lora_alpha=int(adapter.alpha), target_modules=list(adapter.targets)
+            )
+        )
     learned = [p for p in theirs.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(learned, lr=1e-6, weight_decay=0.01, fused=True)
     clean, encoded, vector = map(torch.from_numpy, arrays)
@@ -99,9 +100,14 @@ def _measure(folder: Path, rounds: int, *, lora: bool) -> Measure:
         noise = torch.randn_like(clean)
         noisy = torch.lerp(clean, noise, t[:, None, None])
         velocity = theirs(
-            hidden_states=noisy, encoder_hidden_states=encoded, pooled_projections=vector,
-            timestep=t, img_ids=positions[0], txt_ids=positions[1], guidance=torch.ones(BATCH),
-        ).sample  # fmt: skip
+            hidden_states=noisy,
+            encoder_hidden_states=encoded,
+            pooled_projections=vector,
+            timestep=t,
+            img_ids=positions[0],
+            txt_ids=positions[1],
+            guidance=torch.ones(BATCH),
+        ).sample
         torch.nn.functional.mse_loss(velocity, noise - clean).backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         adamw.step()
@@ -111,5 +117,8 @@ def _measure(folder: Path, rounds: int, *, lora: bool) -> Measure:
     way = f"LoRA of rank {adapter.rank}" if lora else "full"
     return Measure(
         what=f"{folder.name}: training step, {way}, batch {BATCH}, float32",
-        ours=seconds["fluxjax"], theirs=seconds["torch"], beside="diffusers, AdamW", wanted="1.2",
-    )  # fmt: skip
+        ours=seconds["fluxjax"],
+        theirs=seconds["torch"],
+        beside="diffusers, AdamW",
+        wanted="1.2",
+    )

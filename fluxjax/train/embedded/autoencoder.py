@@ -95,9 +95,12 @@ def train_autoencoder(config: AutoencoderConfig, stage: AutoencoderStage, folder
         return autoencoder_loss(reconstruction, images, posterior, kl_weight=stage.kl_weight)
 
     step = make_step(
-        loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay,
+        loss,
+        optimizer,
+        seed=stage.seed,
+        ema_decay=stage.ema_decay,
         static_argnames=("size", "batch"),
-    )  # fmt: skip
+    )
 
     def advance(state, index: int):
         small = index < stage.small_steps

@@ -105,8 +105,10 @@ def draw_prompts(
         if len(chosen) >= n:
             break
     kept = list(chosen.values())[:n]
-    return Prompts(Scene(*map(np.stack, zip(*(scene for scene, _ in kept), strict=True))),
-                   [caption for _, caption in kept])  # fmt: skip
+    return Prompts(
+        Scene(*map(np.stack, zip(*(scene for scene, _ in kept), strict=True))),
+        [caption for _, caption in kept],
+    )
 
 
 def count_right(prompts: Prompts, pictures: Float[np.ndarray, "n height width 3"]) -> Counts:
@@ -212,17 +214,24 @@ def evaluate_pipeline(
     for name, n, width, height in _parts(settings, (chosen.width, chosen.height)):
         size = {"width": width, "height": height}
         prompts = draw_prompts(
-            n, seed=settings.seed, held_out=settings.held_out, manner=KINDS[name].manner,
-            colours=settings.colours, **size,
-        )  # fmt: skip
+            n,
+            seed=settings.seed,
+            held_out=settings.held_out,
+            manner=KINDS[name].manner,
+            colours=settings.colours,
+            **size,
+        )
         # A batch is filled up: fewer prompts than that would only cost more.
         batch = min(settings.batch, n)
         if pipeline.mesh is not None:
             batch = pipeline.executables.rows("denoise", batch)
         drawn = draw_pictures(
-            pipeline, [c.text for c in prompts.captions], replace(chosen, **size), batch=batch,
+            pipeline,
+            [c.text for c in prompts.captions],
+            replace(chosen, **size),
+            batch=batch,
             progress=lambda i, done=done: progress(done + i),
-        )  # fmt: skip
+        )
         done += n
         parts.append(_Drawn(name, prompts, size, drawn))
         true = np.asarray(render(prompts.scenes, **size))

@@ -21,8 +21,13 @@ class Kind(NamedTuple):
 
 
 OTHER_SIZES = (
-    (64, 64), (128, 128), (160, 160), (128, 64), (80, 160), (144, 112),
-)  # fmt: skip
+    (64, 64),
+    (128, 128),
+    (160, 160),
+    (128, 64),
+    (80, 160),
+    (144, 112),
+)
 KINDS = {
     "sentences": Kind("sentence"),
     "terse": Kind("terse"),

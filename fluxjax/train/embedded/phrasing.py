@@ -14,130 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fluxjax.train.embedded import phrases
 from fluxjax.train.embedded.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, Scene
 
 MANNERS = ("sentence", "terse", "and", "order")
 MANNER_PROBABILITIES = (0.34, 0.26, 0.12, 0.28)
 LONGEST = 29  # words and signs of a caption: T5 reads 32 tokens, and a rare word may be two
 
-SIZE_WORDS = (("small", "little", "tiny"), ("medium", "midsized"), ("large", "big", "huge"))
-COLOUR_WORDS = {
-    "purple": ("purple", "violet"),
-    "cyan": ("cyan", "turquoise"),
-    "gray": ("gray", "grey"),
-}
-BACKGROUND_WORDS = {"gray": ("gray", "grey"), "navy": ("navy", "navy", "navy blue")}
-SHAPE_WORDS = {
-    "cross": ("cross", "plus sign"),
-    "ring": ("ring", "donut"),
-    "diamond": ("diamond", "diamond", "rhombus"),
-}
-_PLURALS = {"rhombus": "rhombuses", "cross": "crosses"}
-_NUMBERS = {
-    1: ("one", "1", "a single"),
-    2: ("two", "2", "a pair of"),
-    3: ("three", "3", "a group of three"),
-}
-_BARE_NUMBERS = {1: ("one", "1", "single"), 2: ("two", "2", "pair of"), 3: ("three", "3")}
-_OPENINGS = (
-    *[""] * 7, "a picture of ", "an image of ", "a drawing of ", "there is ", "we see ", "i see ",
-    "draw ", "please draw ", "show me ", "i want ", "a picture with ",
-)  # fmt: skip
-
-# What stands where, in the order of RELATIONS; {a} is the object that stands so to {b}.
-_SENTENCES = (
-    ("{a} to the left of {b}", "{a} on the left of {b}", "{a} on the left side of {b}",
-     "{a} left of {b}", "{b} with {a} on its left",
-     "{a} on the left and {b} on the right", "on the left {a}, on the right {b}"),
-    ("{a} to the right of {b}", "{a} on the right of {b}", "{a} on the right side of {b}",
-     "{a} right of {b}", "{b} with {a} on its right",
-     "{a} on the right and {b} on the left", "on the right {a}, on the left {b}"),
-    ("{a} above {b}", "{a} over {b}", "{b} with {a} above it", "{a} on top and {b} below",
-     "{a} higher than {b}", "{a} on top of {b}"),
-    ("{a} below {b}", "{a} under {b}", "{b} with {a} below it", "{a} at the bottom and {b} on top",
-     "{a} beneath {b}", "{a} underneath {b}"),
-)  # fmt: skip
-_TERSE = (
-    ("{a} left of {b}", "{a} to left of {b}", "{a} to the left, {b} to the right",
-     "{a} left, {b} right", "{a} on left, {b} on right",
-     "left {a}, right {b}", "left: {a}, right: {b}", "{b}, {a} on its left"),
-    ("{a} right of {b}", "{a} to right of {b}", "{a} to the right, {b} to the left",
-     "{a} right, {b} left", "{a} on right, {b} on left",
-     "right {a}, left {b}", "right: {a}, left: {b}", "{b}, {a} on its right"),
-    ("{a} above {b}", "{a} over {b}", "{a} on top of {b}", "{a} top, {b} bottom",
-     "{a} above, {b} below", "top {a}, bottom {b}", "top: {a}, bottom: {b}", "{b}, {a} above it"),
-    ("{a} below {b}", "{a} under {b}", "{a} beneath {b}", "{a} underneath {b}",
-     "{a} bottom, {b} top", "{a} below, {b} above", "bottom {a}, top {b}", "{b}, {a} below it"),
-)  # fmt: skip
-_FRONTED = (
-    ("to the left of {b} there is {a}", "to the left of {b} is {a}", "left of {b} we see {a}",
-     "left of {b}, {a}", "{b} has {a} on its left", "{b}, and to its left {a}",
-     "{a} with {b} on its right", "{a} is to the left of {b}", "{a} is left of {b}"),
-    ("to the right of {b} there is {a}", "to the right of {b} is {a}", "right of {b} we see {a}",
-     "right of {b}, {a}", "{b} has {a} on its right", "{b}, and to its right {a}",
-     "{a} with {b} on its left", "{a} is to the right of {b}", "{a} is right of {b}"),
-    ("above {b} there is {a}", "over {b} there is {a}", "above {b} is {a}", "above {b}, {a}",
-     "on top of {b} there is {a}", "{b} has {a} above it", "{b}, and above it {a}",
-     "at the top {a}, at the bottom {b}", "{a} with {b} underneath",
-     "{a} at the top and {b} at the bottom", "{a} with {b} below it", "{a} is above {b}"),
-    ("below {b} there is {a}", "under {b} there is {a}", "beneath {b} is {a}", "under {b} is {a}",
-     "under {b}, {a}", "underneath {b} we see {a}", "{b} has {a} below it", "{b}, and under it {a}",
-     "at the bottom {a}, at the top {b}", "{a} at the bottom and {b} at the top",
-     "{a} with {b} above it", "{a} is below {b}"),
-)  # fmt: skip
-_ROWS = (
-    "{a}, {b} and {c}", "{a}, {b} and {c} in a row", "from left to right {a}, {b} and {c}",
-    "a row of {a}, {b} and {c}",
-)  # fmt: skip
-_TERSE_ROWS = (
-    "{a}, {b}, {c}", "{a}, {b}, {c} in a row", "row: {a}, {b}, {c}", "left to right: {a}, {b}, {c}",
-    "{a} left of {b} left of {c}", "row of {a}, {b} and {c}",
-)  # fmt: skip
-_FRONTED_ROWS = (
-    "in a row, {a}, {b} and {c}", "in a row: {a}, {b}, {c}", "from left to right: {a}, {b}, {c}",
-    "{a} on the left, {b} in the middle and {c} on the right", "side by side {a}, {b} and {c}",
-)  # fmt: skip
-# Named in reading order. With "next to" the two stand beside each other, whichever comes first.
-_AND = ("{a} and {b}", "{a} and {b}", "{a} and {b}", "{a} & {b}", "{a} with {b}", "{a}, {b}")
-_BESIDE = (
-    "{a} next to {b}", "{a} beside {b}", "{a} and {b} side by side", "{a} and {b} in a row",
-    "{a} by the side of {b}", "{a} and {b} next to each other", "{a} is next to {b}",
-)  # fmt: skip
-_AND_ROWS = ("{a}, {b} and {c}", "{a} and {b} and {c}", "{a} & {b} & {c}", "{a}, {b}, {c}",
-             "{a} next to {b} next to {c}", "{a}, {b}, and {c}")  # fmt: skip
-
-_LAST = (
-    ("on a {0} background", "on {0}", "against a {0} background", "with a {0} background",
-     "in front of a {0} background"),
-    ("on a background that is {0} above and {1} below",
-     "with a {0} top half and a {1} bottom half"),
-    ("with the left half {0} and the right half {1}",
-     "with a {0} left half and a {1} right half"),
-)  # fmt: skip
-_TERSE_LAST = (
-    (", {0} background", ", {0} background", " on {0}", " on {0} background", ", background {0}",
-     ", background color {0}", ", background: {0}", " against {0}", " with {0} background",
-     ", on {0}"),
-    (", {0} top half, {1} bottom half", ", top half {0}, bottom half {1}",
-     ", background {0} above, {1} below", ", {0} above and {1} below background"),
-    (", {0} left half, {1} right half", ", left half {0}, right half {1}",
-     ", background {0} left, {1} right"),
-)  # fmt: skip
-_TERSE_FIRST = (
-    ("{0} background, ", "{0} background: ", "{0} background with ", "on {0}: ", "on {0}, ",
-     "background {0}, "),
-    ("{0} top half, {1} bottom half, ", "top half {0}, bottom half {1}: "),
-    ("{0} left half, {1} right half, ", "left half {0}, right half {1}: "),
-)  # fmt: skip
-_FIRST = (
-    ("on a {0} background, ", "on a {0} background ", "on a {0} background there is ",
-     "a {0} background with ", "against a {0} background, ", "the background is {0}, with ",
-     "background colour {0}, ", "in front of a {0} background ", "on {0}, "),
-    ("with a {0} top half and a {1} bottom half, ", "on a background {0} above and {1} below, ",
-     "the top half is {0} and the bottom half {1}, with "),
-    ("with a {0} left half and a {1} right half, ",
-     "the left half is {0} and the right half {1}, with "),
-)  # fmt: skip
 _TAG = re.compile("\x02(\\w+)\x03([^\x04]*)\x04")
 
 
@@ -191,7 +74,7 @@ def _an(phrase: str) -> str:
 
 
 def _plural(word: str) -> str:
-    return _PLURALS.get(word, word + "s")
+    return phrases.PLURALS.get(word, word + "s")
 
 
 class _Words(NamedTuple):
@@ -210,20 +93,20 @@ class _Words(NamedTuple):
 
     def colour(self, i: int) -> str:
         name = list(COLOURS)[int(self.scene.colour[i])]
-        return _tag(f"c{i}", self.choose(COLOUR_WORDS.get(name, (name,))))
+        return _tag(f"c{i}", self.choose(phrases.COLOUR_WORDS.get(name, (name,))))
 
     def size(self, i: int) -> str:
-        return _tag(f"z{i}", self.choose(SIZE_WORDS[int(self.scene.size[i])]))
+        return _tag(f"z{i}", self.choose(phrases.SIZE_WORDS[int(self.scene.size[i])]))
 
     def shape(self, i: int) -> str:
         name = SHAPES[int(self.scene.shape[i])]
-        word = self.choose(SHAPE_WORDS.get(name, (name,)))
+        word = self.choose(phrases.SHAPE_WORDS.get(name, (name,)))
         return _tag(f"s{i}", _plural(word) if self.kind == "count" else word)
 
     def backgrounds(self) -> list[str]:
         names = [list(BACKGROUNDS)[int(i)] for i in self.scene.background]
         return [
-            _tag(f"b{i}", self.choose(BACKGROUND_WORDS.get(name, (name,))))
+            _tag(f"b{i}", self.choose(phrases.BACKGROUND_WORDS.get(name, (name,))))
             for i, name in enumerate(names)
         ]
 
@@ -252,13 +135,13 @@ def _objects(words: _Words, sizes: Sequence[bool], *, bare: bool, after: float) 
     count, kind = int(words.scene.count), words.kind
     if kind == "count":
         noun = words.noun(0, sizes[0], after)
-        number = words.choose((_BARE_NUMBERS if bare else _NUMBERS)[count])
+        number = words.choose((phrases.BARE_NUMBERS if bare else phrases.NUMBERS)[count])
         return [f"{_tag('n', number)} {noun}"]
     nouns = [words.noun(i, sizes[i], after) for i in range(count)]
     if bare and kind == "single" and not words.plain and words.rng.random() < 0.15:
-        return [f"{_pick(words.rng, _BARE_NUMBERS[1])} {nouns[0]}"]
+        return [f"{_pick(words.rng, phrases.BARE_NUMBERS[1])} {nouns[0]}"]
     if not bare and kind == "single" and not words.plain and words.rng.random() < 0.1:
-        return [f"{_pick(words.rng, _NUMBERS[1])} {nouns[0]}"]
+        return [f"{_pick(words.rng, phrases.NUMBERS[1])} {nouns[0]}"]
     return nouns if bare else [_an(noun) for noun in nouns]
 
 
@@ -317,12 +200,12 @@ def _sentence(words: _Words, sizes: tuple[bool, bool, bool], background: bool) -
     if words.plain:
         text = _plain_text(words, objects)
     else:
-        text = _named(_relation_template(words, _SENTENCES, _ROWS), objects)
+        text = _named(_relation_template(words, phrases.SENTENCES, phrases.ROWS), objects)
     if not words.plain and not text.startswith(("on ", "from ")):
-        opening = _pick(words.rng, _OPENINGS)
+        opening = _pick(words.rng, phrases.OPENINGS)
         text = (opening.replace("is", "are") if words.kind == "count" else opening) + text
     if background:
-        last = words.choose(_LAST[int(words.scene.split)])
+        last = words.choose(phrases.LAST[int(words.scene.split)])
         text += " " + last.format(*words.backgrounds())
     return _Said(text, sizes, background, _stated(words))
 
@@ -330,7 +213,7 @@ def _sentence(words: _Words, sizes: tuple[bool, bool, bool], background: bool) -
 def _terse(words: _Words, sizes: tuple[bool, bool, bool], background: bool) -> _Said:
     rng, split = words.rng, int(words.scene.split)
     text = _named(
-        _relation_template(words, _TERSE, _TERSE_ROWS),
+        _relation_template(words, phrases.TERSE, phrases.TERSE_ROWS),
         _objects(words, sizes, bare=True, after=0.15),
     )
     if words.kind == "count" and rng.random() < 0.1:
@@ -338,9 +221,9 @@ def _terse(words: _Words, sizes: tuple[bool, bool, bool], background: bool) -> _
     if background:
         colours = words.backgrounds()
         if rng.random() < 0.3:
-            text = _pick(rng, _TERSE_FIRST[split]).format(*colours) + text
+            text = _pick(rng, phrases.TERSE_FIRST[split]).format(*colours) + text
         else:
-            text += _pick(rng, _TERSE_LAST[split]).format(*colours)
+            text += _pick(rng, phrases.TERSE_LAST[split]).format(*colours)
     return _Said(text, sizes, background, _stated(words))
 
 
@@ -351,17 +234,18 @@ def _and(words: _Words, sizes: tuple[bool, bool, bool], background: bool) -> _Sa
     if _told_backwards(words.scene):
         objects.reverse()
     beside = words.kind == "pair" and rng.random() < 0.4
-    template = _pick(rng, _AND_ROWS if words.kind == "row" else _BESIDE if beside else _AND)
+    pair = phrases.BESIDE if beside else phrases.AND
+    template = _pick(rng, phrases.AND_ROWS if words.kind == "row" else pair)
     text = _named(template, objects)
     if background:
         colours = words.backgrounds()
         if rng.random() < 0.25:
-            first = _TERSE_FIRST if bare else _FIRST
+            first = phrases.TERSE_FIRST if bare else phrases.FIRST
             text = _pick(rng, first[split]).format(*colours) + text
         elif bare:
-            text += _pick(rng, _TERSE_LAST[split]).format(*colours)
+            text += _pick(rng, phrases.TERSE_LAST[split]).format(*colours)
         else:
-            text += " " + _pick(rng, _LAST[split]).format(*colours)
+            text += " " + _pick(rng, phrases.LAST[split]).format(*colours)
     return _Said(text, sizes, background, (0, 1) if beside else ())
 
 
@@ -371,17 +255,19 @@ def _order(words: _Words, sizes: tuple[bool, bool, bool], background: bool) -> _
     fronted = words.kind in ("pair", "row") and rng.random() < (0.35 if first else 0.8)
     after = 0.25 if first or fronted else 1.0
     objects = _objects(words, sizes, bare=False, after=after)
-    pairs, rows = (_FRONTED, _FRONTED_ROWS) if fronted else (_SENTENCES, _ROWS)
+    pairs, rows = phrases.SENTENCES, phrases.ROWS
+    if fronted:
+        pairs, rows = phrases.FRONTED, phrases.FRONTED_ROWS
     text = _named(_relation_template(words, pairs, rows), objects)
     if background:
         colours = words.backgrounds()
         if first:
-            opening = _pick(rng, _FIRST[split]).format(*colours)
+            opening = _pick(rng, phrases.FIRST[split]).format(*colours)
             text = (
                 opening.replace("there is", "there are") if words.kind == "count" else opening
             ) + text
         else:
-            text += " " + _pick(rng, _LAST[split]).format(*colours)
+            text += " " + _pick(rng, phrases.LAST[split]).format(*colours)
     return _Said(text, sizes, background, _stated(words))
 
 

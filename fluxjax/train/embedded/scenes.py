@@ -29,10 +29,18 @@ KIND_PROBABILITIES = (0.28, 0.42, 0.2, 0.1)
 
 # (colour, shape) and unordered (shape, shape) that training never shows.
 HELD_OUT_OBJECTS = (
-    ("red", "heart"), ("orange", "cross"), ("yellow", "ring"), ("green", "star"),
-    ("cyan", "triangle"), ("blue", "diamond"), ("purple", "square"), ("pink", "circle"),
-    ("white", "cross"), ("black", "ring"), ("gray", "heart"),
-)  # fmt: skip
+    ("red", "heart"),
+    ("orange", "cross"),
+    ("yellow", "ring"),
+    ("green", "star"),
+    ("cyan", "triangle"),
+    ("blue", "diamond"),
+    ("purple", "square"),
+    ("pink", "circle"),
+    ("white", "cross"),
+    ("black", "ring"),
+    ("gray", "heart"),
+)
 HELD_OUT_PAIRS = (("star", "ring"), ("heart", "square"), ("cross", "circle"))
 
 # Pixels between the places where an object's centre may lie, so that there are fewer pictures to

@@ -50,8 +50,12 @@ class TransformerStage:
     pool: int = 4096
     fresh: int = 8
     buckets: tuple[tuple[int, int], ...] = (
-        (96, 96), (112, 80), (96, 96), (80, 112), (96, 96),
-    )  # fmt: skip
+        (96, 96),
+        (112, 80),
+        (96, 96),
+        (80, 112),
+        (96, 96),
+    )
     products: Literal["float32", "bfloat16"] = "float32"
     time_shift: float = 0.0
     seed: int = 3
@@ -198,10 +202,15 @@ def init_transformer(config: PipelineConfig, seed: int) -> tuple[FluxTransformer
     model = FluxTransformer(config.transformer, scan_layers=False)
     c, tokens = config.transformer, image_ids(4, 4)
     params = jax.jit(model.init)(
-        jax.random.key(seed), jnp.zeros((1, 4, c.in_channels)),
-        jnp.zeros((1, 2, c.joint_attention_dim)), jnp.zeros((1, c.pooled_projection_dim)),
-        jnp.zeros(1), tokens, text_ids(2), jnp.zeros(1),
-    )["params"]  # fmt: skip
+        jax.random.key(seed),
+        jnp.zeros((1, 4, c.in_channels)),
+        jnp.zeros((1, 2, c.joint_attention_dim)),
+        jnp.zeros((1, c.pooled_projection_dim)),
+        jnp.zeros(1),
+        tokens,
+        text_ids(2),
+        jnp.zeros(1),
+    )["params"]
     return model, params
 
 
