@@ -20,7 +20,8 @@ class Dense(nn.Dense):
     """y = x W + b, and + (x a) b scale where "lora" has `a`, `b` and `scale` at this path.
 
     As in PEFT the low-rank path is computed in the adapter's own dtype and added before the result
-    is cast, so that a float32 adapter trains over bfloat16 weights. `scale` is never trained.
+    is cast, so that a float32 adapter trains over bfloat16 weights. `scale` is never trained. It is
+    one number, or (pictures, rank): x a is then multiplied by the numbers of each row's picture.
     Source: Hu et al. 2021, LoRA; PEFT's `tuners/lora/layer.py`.
     """
 
@@ -39,10 +40,15 @@ class Dense(nn.Dense):
         if not self.has_variable(COLLECTION, "a"):
             return y
         a, b, scale = (self.get_variable(COLLECTION, name) for name in ("a", "b", "scale"))
-        low = inputs.astype(a.dtype)
-        for kernel in (a, b):
-            low = affine(low, kernel, precision=self.precision)
-        return (y + low * jax.lax.stop_gradient(scale)).astype(y.dtype)
+        scale = jax.lax.stop_gradient(scale)
+        low = affine(inputs.astype(a.dtype), a, precision=self.precision)
+        if scale.ndim:
+            # The rows of a picture (those of its steps, say) lie together.
+            each = jnp.repeat(scale, inputs.shape[0] // scale.shape[0], axis=0)
+            low = low * each.reshape(each.shape[0], *(1,) * (low.ndim - 2), -1)
+            scale = jnp.ones((), low.dtype)
+        low = affine(low, b, precision=self.precision)
+        return (y + low * scale).astype(y.dtype)
 
 
 class Part(nn.Module, kw_only=True):

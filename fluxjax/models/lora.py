@@ -2,7 +2,8 @@
 
 A LoRA tree has the form (stacked or per block) of the parameters it adapts; where those have a
 `kernel` (in, out) it may have `a` (in, rank), `b` (rank, out) and a scalar `scale`, all with the
-leading layer axis of a stacked kernel. Layers that are not adapted have scale 0.
+leading layer axis of a stacked kernel. Layers that are not adapted have scale 0. A scale may also
+be (pictures, rank), of a batch whose pictures have adapters of their own.
 
     model.apply({"params": params, "lora": lora}, ...)
 
@@ -130,3 +131,16 @@ def adapt(params: Params, lora: Params | None) -> Params:
 def variables(params: Params) -> Params:
     """What `Module.apply` takes, of parameters with or without a LoRA (see `adapt`)."""
     return params if COLLECTION in params else {"params": params}
+
+
+def stack_passes(params: Params, passes: int) -> Params:
+    """With scales that are of pictures (see `adapt`) for so many passes, stacked in the batch."""
+    if COLLECTION not in params:
+        return params
+    flat = {
+        path: jnp.concatenate([leaf] * passes, axis=-2)
+        if path[-1] == "scale" and leaf.ndim >= 2
+        else leaf
+        for path, leaf in flatten(params[COLLECTION]).items()
+    }
+    return {**params, COLLECTION: unflatten(flat)}

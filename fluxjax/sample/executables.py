@@ -27,6 +27,7 @@ from fluxjax.parallel.activations import attention_on
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, place, replicated
 from fluxjax.parallel.rules import state_shardings
+from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.programs import COMPONENTS, OF_PICTURES, Drawn, Name, Program, program
 from fluxjax.sample.settings import Rounding
 from fluxjax.shapes import Params
@@ -51,10 +52,11 @@ class Executables:
         lora: Params | None = None,
         mesh: Mesh | None = None,
         sequence: SequenceAttention = "auto",
+        slots: LoraSlots | None = None,
     ):
         self.family, self.config = family, config
         self.dtype, self.scan_layers = jnp.dtype(dtype), scan_layers
-        self.lora, self.mesh = lora, mesh
+        self.lora, self.slots, self.mesh = lora, slots, mesh
         self.sequence: SequenceAttention = sequence
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
         self._futures: dict[Name, OrderedDict[Any, Future]] = {n: OrderedDict() for n in COMPONENTS}
@@ -101,6 +103,9 @@ class Executables:
         """Now and in this thread; `get` keeps what it makes, this does not."""
         modules = (*program.static, *self.modules(program.name, program.rounding))
         params = [self._shapes(component) for component in COMPONENTS[program.name]]
+        if self.slots is not None and program.name == "denoise":
+            pictures = program.inputs[0][0].shape[0]
+            params = [adapt(params[0], self.slots.shapes(pictures))]
         function, inputs = program.function, program.inputs
         if self.mesh is not None:
             function, inputs = _split(program, len(modules), self.mesh, self.sequence)

@@ -36,6 +36,7 @@ from fluxjax.parallel.mesh import make_mesh, place
 from fluxjax.parallel.mesh_shape import MeshShape
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
+from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Dtype
 from fluxjax.sample.sources import Sources, absolute
@@ -53,6 +54,7 @@ def load_pipeline(
     vae: str | Path | None = None,
     scan_layers: bool | None = None,
     loras: Sequence[str | Path | tuple[str | Path, float]] = (),
+    lora_slots: int = 0,
     mesh: Mesh | MeshShape | str | None = None,
     sequence: SequenceAttention = "auto",
 ) -> Pipeline:
@@ -69,6 +71,9 @@ def load_pipeline(
         which on CPUs runs 1.3 times faster and by default is done for up to 12 blocks.
       loras: files of adapters (LoRA, DoRA, LoKr, LoHa, OFT and others) for the transformer and the
         text encoders, "FILE", "FILE:scale" or (FILE, scale); all of them are in effect.
+      lora_slots: a rank that is kept free for adapters which each call of the pipeline chooses, and
+        for each picture, with no new compilation: pipe(..., lora=[("FILE", 0.8)]). Not with `loras`
+        or on a mesh.
       mesh: spread weights and work over devices, such as "fsdp=4,tensor=2" (see
         `fluxjax.parallel.mesh`); by default all is on the first device. Where several processes
         have joined (`fluxjax.parallel.hosts`) the mesh is of all their devices, by default "", all
@@ -108,6 +113,11 @@ def load_pipeline(
     if mesh is not None:  # heads that ulysses cannot split are a mistake now
         heads = config.transformer.num_attention_heads
         attention_over(Layout(1, 1, mesh.shape[AXIS]), heads, sequence, "auto")
+    slots = None
+    if lora_slots:
+        if loras or mesh is not None:
+            raise ConfigError("lora_slots go neither with loras nor with a mesh")
+        slots = LoraSlots(abstract_params(config.transformer, stacked=scan_layers), lora_slots)
     lora = _tree(low_rank, config, scan_layers)
     return Pipeline(
         family,
@@ -117,6 +127,7 @@ def load_pipeline(
         dtype=dtype,
         scan_layers=scan_layers,
         lora=lora,
+        slots=slots,
         mesh=mesh,
         sequence=sequence,
         sources=Sources(

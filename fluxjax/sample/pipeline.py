@@ -17,6 +17,7 @@ from fluxjax.config import ConfigError
 from fluxjax.config.latents import PATCH
 from fluxjax.families.family import Conditioning
 from fluxjax.sample.given_pictures import Given, apart, read_given
+from fluxjax.sample.lora_slots import LoraChoice
 from fluxjax.sample.picture_inputs import finished, make_inputs
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.programs import COMPONENTS
@@ -24,6 +25,7 @@ from fluxjax.sample.reference import whole_size
 from fluxjax.sample.refusals import require_both, require_finite, unknown_options
 from fluxjax.sample.save_picture import tell_made
 from fluxjax.sample.settings import Noise, Rounding, Settings, override
+from fluxjax.sample.sources import Sources, absolute
 from fluxjax.sample.stages import AnyArray, OnStep, Stages
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class Pipeline(Stages):
         max_sequence_length: int | None = None,
         noise: Noise | None = None,
         rounding: Rounding | None = None,
+        lora: LoraChoice | None = None,
         progress: Callable[[int], None] | None = None,
         on_step: OnStep | None = None,
         every: int = 1,
@@ -88,6 +91,8 @@ class Pipeline(Stages):
           max_sequence_length: T5 tokens, at most 512.
           noise: "torch" (what PyTorch's CPU generator draws for the seed) or "jax".
           rounding: whose rounding is followed: "diffusers", "bfl" or "none", see `Settings`.
+          lora: adapters of this call, each "FILE", "FILE:SCALE" or (FILE, SCALE), or a list of them
+            for each prompt; for pipelines that were loaded with `lora_slots`.
           progress: called with the number of steps done, a few times a second.
           on_step, every: `on_step(steps done, latents)` after every `every`-th step and after the
             last, with the unpacked latents (n, c, h, w) so far; what it raises ends the run.
@@ -112,15 +117,14 @@ class Pipeline(Stages):
         fixed = [name for name, value in settings.items() if value is not None]
         chosen = self.complete(chosen, given, fixed)
         pictures = self.draw(
-            chosen, prompts=prompts, seeds=seed, number=number,
+            chosen, prompts=prompts, seeds=seed, number=number, lora=lora,
             given=given, progress=progress, on_step=on_step, every=every,
         )  # fmt: skip
         images = [fromarray(picture) for picture in pictures]
         if self.sources is not None:
             why = f"its {' and '.join(sorted(objects))} had no file" if objects else ""
-            tell_made(
-                images, chosen, prompts, seed, self.sources, str(self.dtype), unrepeatable=why
-            )
+            sources = self._sources(lora, len(prompts), number)
+            tell_made(images, chosen, prompts, seed, sources, str(self.dtype), unrepeatable=why)
         return images
 
     def complete(self, settings: Settings, given: Given, fixed: Collection[str]) -> Settings:
@@ -146,6 +150,7 @@ class Pipeline(Stages):
         seeds: int | Sequence[int] | None = None,
         number: int = 1,
         given: Given | None = None,
+        lora: LoraChoice | None = None,
         progress: Callable[[int], None] | None = None,
         on_step: OnStep | None = None,
         every: int = 1,
@@ -159,6 +164,7 @@ class Pipeline(Stages):
         if count < 1:
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
         require_both(settings)
+        adapters = self._adapters(lora, len(prompts), number)
         if given is None:
             given, settings = read_given(settings)
         settings = self.complete(settings, given, ("width", "height"))
@@ -172,7 +178,8 @@ class Pipeline(Stages):
         latents = self.denoise(
             conditioning, draws["noise"], steps=settings.steps, guidance=settings.guidance,
             negative=negative, true_cfg=settings.true_cfg, inputs=inputs, first=settings.first_step,
-            rounding=settings.rounding, progress=progress, on_step=on_step, every=every,
+            rounding=settings.rounding, adapters=adapters,
+            progress=progress, on_step=on_step, every=every,
         )  # fmt: skip
         pictures = self.decode(latents)
         require_finite(pictures, [conditioning, negative], inputs, latents)
@@ -191,6 +198,25 @@ class Pipeline(Stages):
             return conditioning, None
         one, count = encode(settings.negative_prompt), len(prompts) * number
         return conditioning, jax.tree.map(lambda c: np.repeat(c, count, axis=0), one)
+
+    def _sources(self, lora: LoraChoice | None, prompts: int, number: int) -> list[Sources]:
+        """Of each picture what it is made of."""
+        assert self.sources is not None
+        found = []
+        for chosen in self._adapters(lora, prompts, number) or [{}] * (prompts * number):
+            files = tuple(f"{absolute(file)}:{scale:g}" for file, scale in chosen.items())
+            found.append(replace(self.sources, lora=files) if files else self.sources)
+        return found
+
+    def _adapters(
+        self, lora: LoraChoice | None, prompts: int, number: int
+    ) -> list[dict[str, float]] | None:
+        """Of each picture, where calls choose adapters."""
+        if self.slots is not None:
+            return self.slots.each(lora, prompts, number)
+        if lora:
+            raise ConfigError("to choose adapters per call, load the pipeline with lora_slots=RANK")
+        return None
 
     def picture_size(self, given: Given) -> tuple[int, int]:
         """(width, height) of what is drawn from these pictures unless another is asked for.

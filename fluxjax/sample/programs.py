@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from fluxjax.config import PipelineConfig
 from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Task, Tokens
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
-from fluxjax.models.lora import variables
+from fluxjax.models.lora import stack_passes, variables
 from fluxjax.sample import denoise as sampler
 from fluxjax.sample.settings import Rounding, Settings
 from fluxjax.schedules.schedule import Schedule
@@ -78,7 +78,7 @@ def denoise_pictures(
     extras = Extras(first.positions, jnp.tile(drawn.guidance, many), reference, channels)
     each, step = family.hoist(
         module,
-        variables(params),
+        stack_passes(variables(params), many),
         drawn.schedule.times,
         stack(*drawn.conditionings),
         extras,

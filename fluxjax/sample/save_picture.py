@@ -63,12 +63,12 @@ def tell_made(
     settings: Settings,
     prompts: Sequence[str],
     seeds: int | Sequence[int],
-    sources: Sources,
+    sources: Sequence[Sources],
     dtype: str,
     *,
     unrepeatable: str = "",
 ) -> None:
-    """Leave in each picture of a batch what it was made from."""
+    """Leave in each picture of a batch what it was made from; `sources` are of each."""
     number = len(pictures) // len(prompts)
     if isinstance(seeds, int):
         if len(pictures) > 1 and not unrepeatable:
@@ -76,4 +76,4 @@ def tell_made(
         seeds = [seeds] * len(pictures)
     for i, picture in enumerate(pictures):
         one = replace(settings, prompt=prompts[i // number], seed=seeds[i])
-        picture.info[SAVED] = Made(one, sources, dtype, unrepeatable)
+        picture.info[SAVED] = Made(one, sources[i], dtype, unrepeatable)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,14 @@ from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.config.latents import PATCH
 from fluxjax.families.family import Conditioning, Family, Task
+from fluxjax.models.lora import adapt
 from fluxjax.parallel.mesh import gathered, pad_rows
 from fluxjax.sample import noise
 from fluxjax.sample.decoding import TILE, decode_in_tiles
 from fluxjax.sample.denoise import State, in_parts, wait
 from fluxjax.sample.executables import Executables
 from fluxjax.sample.given_pictures import NO_PICTURES, Given
+from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.picture_inputs import NOTHING, Inputs, kept
 from fluxjax.sample.programs import COMPONENTS, TEXT_ALONE, Drawn, Name, programs, tiled
 from fluxjax.sample.reference import pixels, preferred_size
@@ -59,6 +61,7 @@ class Stages:
         dtype: Any,
         scan_layers: bool = True,
         lora: Params | None = None,
+        slots: LoraSlots | None = None,
         mesh: Mesh | None = None,
         sequence: SequenceAttention = "auto",
         sources: Sources | None = None,
@@ -68,11 +71,11 @@ class Stages:
         self.dtype = jnp.dtype(dtype)
         self.mesh = mesh
         self.executables = Executables(
-            family, config, dtype, scan_layers, lora=lora, mesh=mesh, sequence=sequence
+            family, config, dtype, scan_layers, lora=lora, slots=slots, mesh=mesh, sequence=sequence
         )
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
-        self.sources = sources
+        self.sources, self.slots = sources, slots
         self._load_params, self._load_tokenizers = load_params, load_tokenizers
         self._tokenizers: tuple[PromptTokenizer, PromptTokenizer] | None = None
         self._params: dict[str, Params] = {}
@@ -160,6 +163,7 @@ class Stages:
         inputs: Inputs = NOTHING,
         first: int = 0,
         rounding: Rounding = "diffusers",
+        adapters: Sequence[Mapping[str, float]] | None = None,
         progress: Callable[[int], None] | None = None,
         on_step: OnStep | None = None,
         every: int = 1,
@@ -168,7 +172,8 @@ class Stages:
 
         `steps`: their number, or sigmas before the shift. `guidance` is ignored by models without
         a guidance embedding. `inputs`: of pictures that are given. `first`: the first step that is
-        run, see `Settings.first_step`. `progress` and `on_step` cut the run in parts.
+        run, see `Settings.first_step`. `adapters`: of each picture, see `LoraSlots.each`.
+        `progress` and `on_step` cut the run in parts.
         """
         if every < 1:
             raise ConfigError(f"every must be at least 1 step, got {every}")
@@ -198,6 +203,8 @@ class Stages:
         drawn = Drawn(schedule, passes, *each)
         program = self._executable("denoise", (noise,), drawn, rounding=rounding)
         params = self.params("transformer")
+        if self.slots is not None:
+            params = adapt(params, self.slots.choose(adapters or [{}] * count))
 
         def run(state: State, schedule: Schedule) -> State:
             return program(params, state, drawn._replace(schedule=schedule))

@@ -1,0 +1,140 @@
+"""Adapters that each call chooses for each picture: arguments of one compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxjax.checkpoint.lora.changes import Adapter
+from fluxjax.checkpoint.lora.reader import read_adapters, split_low_rank
+from fluxjax.checkpoint.lora.scaled_file import split_scale
+from fluxjax.config import ConfigError
+from fluxjax.hub import find
+from fluxjax.models.lora import dense_sites
+from fluxjax.models.names import unflatten
+from fluxjax.shapes import Params
+
+Chosen = str | Path | tuple[str | Path, float]
+"""FILE, "FILE:SCALE" or (FILE, SCALE)."""
+LoraChoice = Sequence[Chosen] | Sequence[Sequence[Chosen]]
+"""Adapters of all pictures, or a list of them for each prompt."""
+_Each = list[dict[str, float]]
+
+
+class LoraSlots:
+    """`rank` columns of products beside every dense layer, shared by the adapters of one call.
+
+    Each adapter has columns of its own, in every layer the same, and each picture a factor for
+    every column: 0 for adapters of other pictures.
+    """
+
+    def __init__(self, params: Params, rank: int):
+        """`params`: shapes of the transformer's, stacked or not."""
+        if rank < 1:
+            raise ConfigError(f"lora_slots is a rank, at least 1, got {rank}")
+        self.rank, self._params = rank, params
+        self._sites = list(dense_sites(params))
+        self._files: dict[str, dict[str, Adapter]] = {}
+        self._filled: tuple[tuple[str, ...], dict[tuple[str, ...], Any]] = ((), {})
+
+    def each(self, lora: LoraChoice | None, prompts: int, number: int) -> _Each:
+        """For each picture {file: scale}; `number` of them for each prompt.
+
+        Raises ConfigError, and what reading a file raises; of all of them before anything runs.
+        """
+        chosen = list(lora or ())
+        groups: list[Any] = [chosen] * prompts
+        if chosen and all(isinstance(one, list) for one in chosen):
+            groups = chosen
+        if len(groups) != prompts:
+            raise ConfigError(f"lora has {len(groups)} lists for {prompts} prompts")
+        found: _Each = []
+        for group in groups:
+            scales: dict[str, float] = {}
+            for one in group:
+                file, scale = one if isinstance(one, tuple) else split_scale(str(one))
+                self._read(str(file))
+                scales[str(file)] = scales.get(str(file), 0.0) + float(scale)
+            found += [scales] * number
+        self._columns(found)
+        return found
+
+    def shapes(self, pictures: int) -> dict[str, Any]:
+        """Of `choose` for so many pictures."""
+        return jax.eval_shape(lambda: self._tree(self._zeros(jnp), [{}] * pictures, {}))
+
+    def choose(self, each: _Each) -> dict[str, Any]:
+        """The LoRA tree (see `fluxjax.models.lora`) of pictures with these adapters."""
+        columns = self._columns(each)
+        if self._filled[0] != tuple(columns) or not self._filled[1]:
+            self._filled = ((), {})  # never two banks at a time
+            self._filled = (tuple(columns), self._fill(columns))
+        return self._tree(self._filled[1], each, columns)
+
+    def _read(self, file: str) -> dict[str, Adapter]:
+        if file not in self._files:
+            path = find(file, "lora")
+            changes = read_adapters(path, {"transformer": self._params}).changes
+            adapters, others = split_low_rank(changes.get("transformer", {}), self._params)
+            if others:
+                raise ConfigError(
+                    f"{path} does more than add low-rank products (it changes "
+                    f"{next(iter(others))}): load the pipeline with it, as loras=[...]"
+                )
+            self._files[file] = adapters
+        return self._files[file]
+
+    def _columns(self, each: _Each) -> dict[str, slice]:
+        """Which columns each file has."""
+        found, start = {}, 0
+        for file in dict.fromkeys(file for scales in each for file in scales):
+            rank = max((len(one.a) for one in self._read(file).values()), default=0)
+            found[file] = slice(start, start + rank)
+            start += rank
+        if start > self.rank:
+            raise ConfigError(
+                f"the adapters of this call have rank {start} together and the pipeline has slots "
+                f"for {self.rank}: load it with lora_slots={start}"
+            )
+        return found
+
+    def _zeros(self, numpy: Any) -> dict[tuple[str, ...], Any]:
+        flat = {}
+        for site in self._sites:
+            (fan_in, out), layers = site.shape, (len(site.names),) * site.stacked
+            flat[*site.module, "a"] = numpy.zeros((*layers, fan_in, self.rank), np.float32)
+            flat[*site.module, "b"] = numpy.zeros((*layers, self.rank, out), np.float32)
+        return flat
+
+    def _fill(self, columns: dict[str, slice]) -> dict[tuple[str, ...], Any]:
+        flat = self._zeros(np)
+        for file, place in columns.items():
+            for site in self._sites:
+                for i, name in enumerate(site.names):
+                    adapter = self._files[file].get(name)
+                    if adapter is None:
+                        continue
+                    a, b = (flat[*site.module, leaf] for leaf in ("a", "b"))
+                    a, b = (a[i], b[i]) if site.stacked else (a, b)
+                    used = slice(place.start, place.start + len(adapter.a))
+                    a[:, used] = adapter.a.T
+                    b[used] = adapter.b.T * np.float32(adapter.scale)
+        return {path: jnp.asarray(leaf) for path, leaf in flat.items()}
+
+    def _tree(
+        self, bank: dict[tuple[str, ...], Any], each: _Each, columns: dict[str, slice]
+    ) -> dict[str, Any]:
+        factors = np.zeros((len(each), self.rank), np.float32)
+        for row, scales in zip(factors, each, strict=True):
+            for file, scale in scales.items():
+                row[columns[file]] = scale
+        flat = dict(bank)
+        for site in self._sites:
+            layers = (len(site.names),) * site.stacked
+            flat[*site.module, "scale"] = jnp.broadcast_to(factors, (*layers, *factors.shape))
+        return unflatten(flat)

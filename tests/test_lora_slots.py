@@ -1,0 +1,110 @@
+"""Adapters that each call, and each picture, chooses: one program, and the pictures of `loras`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fluxjax
+from fluxjax.checkpoint.lora.writer import write_lora
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.config import TINY, ConfigError, LoraConfig
+from fluxjax.models.dense import Dense
+from fluxjax.models.lora import init_lora, stack_passes
+from fluxjax.sample.executables import Executables
+
+SIZE = {"width": 64, "height": 48, "steps": 2, "max_sequence_length": 16}
+
+
+def lora_file(path: Path, seed: int, targets: tuple[str, ...], rank: int) -> Path:
+    template = abstract_params(TINY.transformer)
+    tree = init_lora(jax.random.key(seed), template, LoraConfig(rank=rank, targets=targets))
+    rng = np.random.default_rng(seed)
+    tree = jax.tree.map(
+        lambda leaf: leaf if leaf.any() else 0.3 * rng.standard_normal(leaf.shape, np.float32), tree
+    )
+    write_lora(path, tree)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("slots")
+    one = lora_file(folder / "one.safetensors", 1, ("attn.to_[qk]", "norm1.linear", "proj_mlp"), 3)
+    return one, lora_file(folder / "two.safetensors", 2, ("ff.net.2", "attn.to_q", "proj_out"), 2)
+
+
+def test_rows_of_a_batch_have_adapters_of_their_own() -> None:
+    """Rows of a picture lie together; passes are stacked in the batch."""
+    dense, rng = Dense(7), np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2 * 2 * 3, 5)), jnp.float32)  # passes, pictures, steps
+    params = dense.init(jax.random.key(0), x)["params"]
+    a, b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((5, 4), (4, 7)))
+    scale = jnp.asarray([[1.0, 0.5, 0.0, 0.0], [0.0, 0.0, -2.0, 0.0]])
+    adapted = {"params": params, "lora": {"a": a, "b": b, "scale": scale}}
+    got = dense.apply(stack_passes(adapted, 2), x)
+    plain = dense.apply({"params": params}, x).reshape(2, 2, 3, 7)
+    for i, factors in enumerate(scale):
+        expected = plain[:, i] + (x.reshape(2, 2, 3, 5)[:, i] @ a * factors[None, None]) @ b
+        np.testing.assert_allclose(got.reshape(2, 2, 3, 7)[:, i], expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_calls_choose_adapters_without_compiling(
+    files, monkeypatch, tmp_path, quick_compiler
+) -> None:
+    one, two = files
+    compiled, plain = [], Executables.compile
+    monkeypatch.setattr(
+        Executables,
+        "compile",
+        lambda self, program: compiled.append(program.name) or plain(self, program),
+    )
+    pipe = fluxjax.load_pipeline("tiny", lora_slots=6, scan_layers=True)
+
+    def draw(pipe, **lora):
+        prompts, seeds = ["a red circle", "two blue squares"], [3, 4]
+        return np.asarray(
+            [np.asarray(p, int) for p in pipe(prompts, seed=seeds, true_cfg=2.0,
+                                              negative_prompt="a star", **SIZE, **lora)]
+        )  # fmt: skip
+
+    none = draw(pipe)
+    first = compiled.count("denoise"), len(compiled)
+    assert first[0] == 1
+    chosen = {
+        "one": draw(pipe, lora=[(one, 0.7)]),
+        "two": draw(pipe, lora=[f"{two}:-0.5"]),
+        "both": draw(pipe, lora=[(one, 0.7), (two, -0.5)]),
+        "mixed": draw(pipe, lora=[[(one, 0.7)], [(two, -0.5)]]),
+        "again": draw(pipe, lora=[]),
+    }
+    assert (compiled.count("denoise"), len(compiled)) == first, "another adapter was compiled for"
+    np.testing.assert_array_equal(chosen["again"], none)
+    np.testing.assert_array_equal(chosen["mixed"][0], chosen["one"][0])
+    np.testing.assert_array_equal(chosen["mixed"][1], chosen["two"][1])
+    assert all(np.abs(chosen[name] - none).mean() > 1 for name in ("one", "two", "both"))
+    expected = draw(fluxjax.load_pipeline("tiny", loras=[(one, 0.7), (two, -0.5)]))
+    assert np.abs(chosen["both"] - expected).max() <= 1
+    picture = pipe("a star", seed=1, lora=[(one, 0.7)], **SIZE)[0]
+    assert picture.info["fluxjax made"].sources.lora == (f"{one}:0.7",)
+
+
+def test_what_does_not_fit_the_slots_is_refused(files, tmp_path, shared) -> None:
+    one, two = files
+    pipe = fluxjax.load_pipeline("tiny", lora_slots=4)
+    with pytest.raises(ConfigError, match=r"rank 5 together .* lora_slots=5"):
+        pipe("a star", lora=[one, two])
+    with pytest.raises(ConfigError, match="lora has 3 lists for 1 prompts"):
+        pipe("a star", lora=[[one], [], []])
+    with pytest.raises(ConfigError, match="more than add low-rank products"):
+        pipe("a star", lora=[shared / "goldens" / "lora" / "lokr_kohya.safetensors"])
+    with pytest.raises(ConfigError, match="load the pipeline with lora_slots=RANK"):
+        fluxjax.load_pipeline("tiny")("a star", lora=[one])
+    for wrong in ({"lora_slots": -1}, {"lora_slots": 4, "loras": [one]}):
+        with pytest.raises(ConfigError, match="lora_slots"):
+            fluxjax.load_pipeline("tiny", **wrong)
