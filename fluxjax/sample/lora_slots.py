@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ Chosen = str | Path | tuple[str | Path, float]
 """FILE, "FILE:SCALE" or (FILE, SCALE)."""
 LoraChoice = Sequence[Chosen] | Sequence[Sequence[Chosen]]
 """Adapters of all pictures, or a list of them for each prompt."""
-_Each = list[dict[str, float]]
+_Each = Sequence[Mapping[str, float]]
 
 
 class LoraSlots:
@@ -53,7 +53,7 @@ class LoraSlots:
             groups = chosen
         if len(groups) != prompts:
             raise ConfigError(f"lora has {len(groups)} lists for {prompts} prompts")
-        found: _Each = []
+        found: list[Mapping[str, float]] = []
         for group in groups:
             scales: dict[str, float] = {}
             for one in group:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -210,7 +210,7 @@ class Pipeline(Stages):
 
     def _adapters(
         self, lora: LoraChoice | None, prompts: int, number: int
-    ) -> list[dict[str, float]] | None:
+    ) -> Sequence[Mapping[str, float]] | None:
         """Of each picture, where calls choose adapters."""
         if self.slots is not None:
             return self.slots.each(lora, prompts, number)
