@@ -68,7 +68,7 @@ def _integers(words: str, metavar: str) -> Any:
         metavar=metavar,
         instance_from_str=parsed,
         is_instance=lambda value: value is None or isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
+        str_from_instance=lambda value: [",".join(map(str, value or ()))],
     )
 
 
