@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from fluxjax.checkpoint.templates import abstract_params, parameter_count
 from fluxjax.chips import CHIPS
-from fluxjax.config import TINY, ConfigError
+from fluxjax.config import PRESETS, TINY, ConfigError
 from fluxjax.models.attention import dot_product_attention
 from fluxjax.networks.flux import flops as flux_flops
 from fluxjax.parallel.compiled_program import Structure, measure
@@ -84,6 +84,30 @@ def test_counts_of_sampling_on_one_device():
     assert abs(denoise.structure.matmul_flops / (2 * 3 * each) - 1) < 0.03
     assert denoise.reads == 3 * placed.weights["transformer"]
     assert not denoise.structure.collectives and placed.optimizer == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["kontext", "fill", "control"])
+def test_every_tool_is_counted(model, monkeypatch):
+    """Kontext sees its reference, as large as the picture, beside it; Fill and Control encode one
+    picture, and their transformers read more channels."""
+    real = PRESETS[model]
+    image = tokens(real)
+    seen = 2 * image if model == "kontext" else image
+    if model == "kontext":
+        assert abs(flux_flops(real.transformer, seen, 512) / 165.458e12 - 1) < 1e-5
+    transformer = replace(TINY.transformer, in_channels=real.transformer.in_channels)
+    small = replace(TINY, transformer=transformer)
+    monkeypatch.setitem(PRESETS, model, small)
+    options = Options(model=model, steps=3, width=64, height=96, dtype="float32")
+    config = read_model(options)
+    placed = {program.name: program for program in compile_plan(options, config, quiet).programs}
+    encoder = "reference" if model == "kontext" else "posterior"
+    assert placed.keys() == {"denoise", "encode", "decode", encoder}
+    seen = tokens(config) * (2 if model == "kontext" else 1)
+    each = flux_flops(config.transformer, seen, config.max_sequence_length)
+    assert abs(placed["denoise"].structure.matmul_flops / (3 * each) - 1) < 0.03
+    assert placed[encoder].structure.matmul_flops > 0
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What is drawn from pictures: each task is that of diffusers' pipeline, seed for seed."""
 
+import json
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -8,11 +10,25 @@ import pytest
 import torch
 from diffusers import pipelines
 from diffusers.pipelines.flux import pipeline_flux_kontext_inpaint
+from einops import rearrange
 from PIL import Image, ImageDraw
-from test_sample import same_picture
+from test_sample import compilations, same_picture
 from torch_pipeline import save_random_pipeline
+from torch_reference import relative_l2
 
 import fluxjax
+from fluxjax.checkpoint.bfl import config_from_bfl, from_bfl_params
+from fluxjax.checkpoint.pipeline_folder import model_index, read_config
+from fluxjax.checkpoint.safetensors_file import read_safetensors
+from fluxjax.config import DEV, ConfigError
+from fluxjax.families import FLUX, Conditioning
+from fluxjax.models.flux import FluxTransformer
+from fluxjax.sample import edges
+from fluxjax.sample.noise import draw
+from fluxjax.sample.programs import Drawn, denoise_pictures
+from fluxjax.sample.reference import pixels
+from fluxjax.schedules.flow_euler import flow_euler
+from fluxjax.schedules.schedule import pad
 
 CHANNELS = {"text": 64, "control": 128, "fill": 384}
 SMALL = {"width": 96, "height": 64, "max_sequence_length": 24}
@@ -121,3 +137,226 @@ def test_same_pictures_as_diffusers(both, task, monkeypatch):
     for one, other in zip(got, expected, strict=True):
         same_picture(one, other)
     assert np.abs(np.asarray(got[0], int) - np.asarray(got[1], int)).mean() > 1
+
+
+def test_only_the_kind_of_task_compiles(both):
+    """Strengths of one number of steps, masks, their softness and pictures are data."""
+    ours, _ = both("text", "FluxPipeline")
+    chosen = {"width": 64, "height": 64, "max_sequence_length": 24, "steps": 8}
+    given = {"image": photo(), "mask": hole()}
+    with compilations() as seen:
+        first = ours("a star", **given, strength=0.5, **chosen)[0]
+    assert seen, "the count itself must work"
+    inverted = Image.eval(hole(), lambda value: 255 - value)
+    with compilations() as seen:
+        for change in (
+            {"strength": 0.9},
+            {"mask": inverted},
+            {"image": photo(3)},
+            {"soft_mask": True, "mask": Image.linear_gradient("L").resize((203, 121))},
+            {"mask_crop": 8},
+            {"steps": 6},
+        ):
+            other = ours("a star", **{**given, "strength": 0.5, **chosen, **change})[0]
+            assert np.asarray(other).tobytes() != np.asarray(first).tobytes(), change
+    assert not seen
+    with compilations() as seen:
+        for strength in (0.3, 1.0):
+            ours("a star", image=photo(), strength=strength, **chosen)
+        ours("a star", **chosen)
+    assert len(seen) == 1, "image to image is the program of text to image"
+
+
+def test_soft_masks_change_more_where_they_are_whiter(both):
+    ours, _ = both("text", "FluxPipeline")
+    chosen = {"max_sequence_length": 24, "steps": 8, "strength": 1.0, "width": 64, "height": 64}
+    image = photo(size=(64, 64))
+
+    def drawn(mask: Image.Image | None, **more) -> np.ndarray:
+        given = {} if mask is None else {"mask": mask, "soft_mask": True}
+        return np.asarray(ours("a star", image=image, **given, **{**chosen, **more})[0], int)
+
+    grey = [drawn(Image.new("L", (64, 64), value)) for value in (0, 60, 140, 255)]
+    np.testing.assert_array_equal(grey[3], drawn(None))
+    changed = [np.abs(one - grey[0]).mean() for one in grey]
+    assert changed == sorted(changed) and changed[1] > 0.5
+    half = hole((64, 64))
+    plain = ours("a star", image=image, mask=half, **chosen)[0]
+    np.testing.assert_array_equal(drawn(half), np.asarray(plain, int))
+
+
+def test_a_crop_leaves_the_rest_as_it_was_to_the_pixel(both):
+    ours, _ = both("text", "FluxPipeline")
+    image = photo()
+    (drawn,) = ours("a star", image=image, mask=hole(), mask_crop=5, steps=4, **SMALL)
+    assert drawn.size == image.size
+    apart = np.abs(np.asarray(drawn, int) - np.asarray(image, int)).max(-1)
+    white = np.asarray(hole()) > 0
+    assert not apart[~white].any() and apart[white].mean() > 5
+
+
+@pytest.mark.parametrize("kind", ["fill", "text"])
+def test_a_border_is_painted_and_the_picture_kept(both, kind):
+    ours, _ = both(kind, "FluxPipeline")
+    seen = {}
+    whole = ours.encode_posterior
+    ours.encode_posterior = lambda pixels: (
+        seen.setdefault("last", []).append(pixels) or whole(pixels)
+    )
+    try:
+        (drawn,) = ours(
+            "a star", image=photo(size=(96, 64)), expand=(32, 0, 0, 16), steps=4, strength=1.0,
+            max_sequence_length=24,
+        )  # fmt: skip
+    finally:
+        del ours.encode_posterior
+    assert drawn.size == (128, 80), "the picture's and its border's"
+    image = next(one[0] for one in seen["last"] if one.min() == -1 and (one[0, 64:] == -1).all())
+    assert (image[:64, :32] == -1).all()
+    np.testing.assert_array_equal(image[:64, 32:], pixels(photo(size=(96, 64)), 96, 64)[0])
+    if kind == "fill":  # what is cut out is grey
+        (masked,) = (one[0] for one in seen["last"] if one[0] is not image)
+        assert not masked[64:].any() and not masked[:, :32].any()
+        np.testing.assert_array_equal(masked[:60, 40:], image[:60, 40:])
+
+
+def test_pictures_of_every_kind_are_seen_upright_and_in_colour(both, tmp_path):
+    ours, _ = both("text", "FluxPipeline")
+    picture = photo(size=(64, 48))
+    files = {"plain.png": picture, "alpha.png": picture.convert("RGBA")}
+    for name, one in files.items():
+        one.save(tmp_path / name)
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned to the right
+    turned.save(tmp_path / "turned.png", exif=exif)
+    chosen = {"steps": 2, "strength": 0.5, "max_sequence_length": 24}
+    drawn = [
+        np.asarray(ours("a star", image=given, **chosen)[0])
+        for given in (picture, *(tmp_path / name for name in (*files, "turned.png")))
+    ]
+    assert drawn[0].shape == (48, 64, 3)
+    for one in drawn[1:]:
+        np.testing.assert_array_equal(one, drawn[0])
+    holes = picture.convert("RGBA")
+    holes.putalpha(Image.eval(hole((64, 48)), lambda value: 255 - value))
+    over_white = Image.alpha_composite(Image.new("RGBA", holes.size, "white"), holes)
+    expected = ours("a star", image=over_white, mask=hole((64, 48)), **chosen)[0]
+    got = ours("a star", image=holes, mask="alpha", **chosen)[0]
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+
+WRONG = [
+    ("text", {"mask": hole()}, "from text alone, .* or from an image and a mask.* given a mask"),
+    ("text", {"control": photo()}, "was given a control"),
+    ("text", {"image": photo(), "reference": photo()}, "was given a reference and an image"),
+    ("text", {"image": photo(), "mask": hole((50, 60))}, "has 50 x 60 pixels, the image 203 x 121"),
+    ("text", {"image": photo(), "strength": 0.0}, "strength must be above 0"),
+    ("text", {"strength": 0.5}, "give an image"),
+    ("text", {"image": photo(), "mask": Image.new("L", (203, 121)), "mask_crop": 3}, "all black"),
+    ("text", {"image": photo(size=(15, 90))}, "at least 16 pixels on each side, got 15 x 90"),
+    ("text", {"image": np.zeros((9, 9, 3))}, "image must be a picture of Pillow or a file's path"),
+    ("text", {"image": photo(), "mask": "alpha"}, "no transparency"),
+    ("text", {"canny": (50, 200)}, "give a control"),
+    ("text", {"expand": (1, 2, 3, 4)}, "give an image"),
+    ("fill", {}, "draws from an image and a mask; it was given text alone"),
+    ("fill", {"image": photo()}, "draws from an image and a mask; it was given an image"),
+    ("control", {}, "from a control, or from a control and an image, or from a control, an image "),
+    ("control", {"image": photo(), "mask": hole()}, "it was given an image and a mask"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "given", "words"), WRONG)
+def test_what_a_model_does_not_take_is_said(both, kind, given, words):
+    ours, _ = both(kind, "FluxPipeline")
+    with pytest.raises(ConfigError, match=words):
+        ours("a star", steps=2, **given)
+
+
+def test_each_model_has_its_published_defaults(folder, both, tmp_path):
+    defaults = {kind: both(kind, "FluxPipeline")[0].defaults for kind in CHANNELS}
+    assert (defaults["fill"].steps, defaults["fill"].guidance) == (50, 30.0)
+    assert (defaults["control"].steps, defaults["control"].guidance) == (28, 30.0)
+    assert (defaults["text"].steps, defaults["text"].guidance) == (28, 3.5)
+    depth = tmp_path / "FLUX.1-Depth-dev"
+    depth.symlink_to(folder("control"))
+    assert read_config(depth).guidance == 10.0
+    cached = tmp_path / "models--black-forest-labs--FLUX.1-Depth-dev" / "snapshots" / "0a1b"
+    cached.parent.mkdir(parents=True)
+    cached.symlink_to(folder("control"))
+    assert read_config(cached).guidance == 10.0
+    named = {kind: model_index(both(kind, "FluxPipeline")[0].config.networks) for kind in CHANNELS}
+    assert [one["_class_name"] for one in named.values()] == [
+        "FluxPipeline", "FluxControlPipeline", "FluxFillPipeline",
+    ]  # fmt: skip
+
+
+def test_edges_are_opencvs_at_the_size_that_is_drawn(both):
+    cv2 = pytest.importorskip("cv2")
+    ours, _ = both("control", "FluxControlPipeline")
+    chosen = {"steps": 2, **SMALL}
+    small = photo().resize((96, 64), Image.Resampling.LANCZOS)
+    edges = Image.fromarray(cv2.Canny(np.asarray(small), 50, 200))
+    assert 0 < np.asarray(edges).mean() < 250
+    expected = ours("a star", control=edges, **chosen)[0]
+    got = ours("a star", control=photo(), canny=(50, 200), **chosen)[0]
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+
+def test_without_opencv_a_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setattr(edges, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"canny needs OpenCV: pip install 'fluxjax\[control\]'"):
+        edges.canny_edges(photo(), 64, 64, (50, 200))
+
+
+def test_bfl_encodes_the_mean_keeps_masks_soft_and_reads_128_tokens(both, monkeypatch):
+    """BFL's Fill draws noise alone; its mask is what the picture says, in pixels and channels."""
+    ours, _ = both("fill", "FluxFillPipeline")
+    seen = {}
+    denoise = ours.denoise
+    monkeypatch.setattr(
+        ours, "denoise", lambda heard, noise, **all: seen.update(all, noise=noise, heard=heard)
+        or denoise(heard, noise, **all)
+    )  # fmt: skip
+    given = {"image": photo(size=(64, 64)), "mask": Image.new("L", (64, 64), 51)}
+    ours("a star", **given, steps=2, rounding="bfl", seed=3)
+    noise = draw(3, (1, 16, 8, 8))
+    np.testing.assert_array_equal(seen["noise"], noise)
+    assert seen["heard"].sequence.shape[1] == 128
+    channels = seen["inputs"].channels
+    np.testing.assert_allclose(channels[:, 16:], 0.2, atol=1e-6)
+    whole = ours.encode_pictures(0.8 * pixels(given["image"], 64, 64))
+    np.testing.assert_allclose(channels[:, :16], whole, atol=1e-5)
+    ours("a star", **given, steps=2, seed=3, max_sequence_length=24)
+    assert not seen["inputs"].channels[:, 16:].any() and not np.array_equal(seen["noise"], noise)
+
+
+def test_the_recorded_fill_is_drawn_by_the_sampler(shared):
+    """BFL's own run, its channels joined as the pipeline joins them."""
+    path = shared / "goldens" / "bfl_flux_fill.safetensors"
+    tensors, metadata = read_safetensors(path)
+    recorded = json.loads(metadata["config"])
+    config = config_from_bfl(recorded["params"])
+    weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k[:8] == "weights."}
+    inputs = {k[7:]: v.read() for k, v in tensors.items() if k.startswith("inputs.")}
+    noise, count = inputs["noise"], len(inputs["noise"])
+    channels = FLUX.unpack(inputs["img_cond"], *noise.shape[2:])
+    levels = np.asarray(recorded["schedule"], np.float32)
+    schedule = pad(flow_euler(levels))
+    drawn = Drawn(
+        schedule, FLUX.passes(len(schedule.times), None),
+        (Conditioning(inputs["txt"], None, inputs["vec"]),),
+        np.full(count, recorded["guidance"], np.float32), channels=channels,
+    )  # fmt: skip
+    module = FluxTransformer(config, timestep_rounding="bfl")
+    params = from_bfl_params(weights, config)
+    (latents,) = denoise_pictures(FLUX, module, params, (noise,), drawn)
+    expected = tensors["outputs.latents"].read()
+    assert relative_l2(np.asarray(latents), expected) <= 1e-4
+    # Its mask, in pixels, is packed as BFL packs it.
+    mask = np.random.default_rng(0).random((1, 32, 48), np.float32)
+    packed = FLUX.pack(FLUX.mask_channels(mask, DEV)).values
+    theirs = rearrange(mask, "b (h y) (w x) -> b (y x) h w", y=8, x=8)
+    theirs = rearrange(theirs, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    np.testing.assert_array_equal(packed, theirs)

@@ -21,7 +21,14 @@ from fluxjax.checkpoint.component_json import (
     read_json,
     write_json,
 )
-from fluxjax.config import DEV, ConfigError, FluxConfig, PipelineConfig, SchedulerConfig
+from fluxjax.config import (
+    DEV,
+    ConfigError,
+    FluxConfig,
+    PipelineConfig,
+    SchedulerConfig,
+    published_defaults,
+)
 from fluxjax.networks import Config, network_of
 
 _DEFAULTS_FILE = "fluxjax.json"
@@ -36,9 +43,12 @@ def weights_stem(config: Config) -> str:
 
 def model_index(networks: Mapping[str, Config]) -> dict[str, Any]:
     """model_index.json of a FLUX pipeline of these networks, by component."""
+    transformer: Any = networks.get("transformer")
+    inputs = 1 if transformer is None else transformer.in_channels // transformer.out_channels
+    tool = {1: "", 2: "Control"}.get(inputs, "Fill")
     forms = {name: (network_of(config).json, config) for name, config in networks.items()}
     return {
-        "_class_name": "FluxPipeline",
+        "_class_name": f"Flux{tool}Pipeline",
         "_diffusers_version": "0.30.0",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -74,10 +84,10 @@ def read_config(folder: Path) -> PipelineConfig:
     if (folder / _DEFAULTS_FILE).is_file():
         saved = read_json(folder / _DEFAULTS_FILE)
         parts |= {key: saved[key] for key in _DEFAULTS if key in saved}
-    elif not parts["transformer"].guidance_embeds:  # schnell's published defaults
-        parts |= {"max_sequence_length": 256, "steps": 4, "guidance": 0.0}
-    elif parts["transformer"].in_channels == 384:  # Fill's
-        parts |= {"steps": 50, "guidance": 30.0}
+    else:
+        place = folder.absolute()
+        name = place.parent.parent.name if place.parent.name == "snapshots" else place.name
+        parts |= published_defaults(parts["transformer"], name)
     try:
         return PipelineConfig(**parts)
     except ConfigError as error:

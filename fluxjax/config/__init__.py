@@ -24,6 +24,7 @@ from fluxjax.config.pipeline import (
     SCHNELL,
     TINY,
     PipelineConfig,
+    published_defaults,
 )
 from fluxjax.config.redux import REDUX, ReduxConfig
 from fluxjax.config.scheduler import SchedulerConfig
@@ -80,4 +81,5 @@ __all__ = [
     "UNetConfig",
     "from_dict",
     "multiple",
+    "published_defaults",
 ]

@@ -77,6 +77,19 @@ class PipelineConfig:
             )
 
 
+def published_defaults(transformer: FluxConfig, name: str) -> dict[str, Any]:
+    """What differs from FLUX.1-dev in how a model is sampled: steps, guidance, text length.
+
+    Canny and Depth are the same network: a Depth model is known by its file's or folder's `name`.
+    """
+    if not transformer.guidance_embeds:
+        return {"max_sequence_length": 256, "steps": 4, "guidance": 0.0}
+    inputs = transformer.in_channels // transformer.out_channels
+    if inputs > 2:
+        return {"steps": 50, "guidance": 30.0}
+    return {"guidance": 10.0 if "depth" in name.lower() else 30.0} if inputs == 2 else {}
+
+
 DEV = PipelineConfig()
 SCHNELL = replace(
     DEV,
@@ -88,7 +101,7 @@ SCHNELL = replace(
 )
 KONTEXT = DEV
 FILL = replace(DEV, transformer=replace(DEV.transformer, in_channels=384), steps=50, guidance=30.0)
-CONTROL = replace(DEV, transformer=replace(DEV.transformer, in_channels=128))
+CONTROL = replace(DEV, transformer=replace(DEV.transformer, in_channels=128), guidance=30.0)
 
 # The embedded model: every part of the published architecture, small, trained on drawn scenes.
 TINY = PipelineConfig(

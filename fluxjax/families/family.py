@@ -64,6 +64,9 @@ class Task:
     strength: float | None = None
     """Of its image, unless told; None where there is none."""
 
+    bfl_text: int | None = None
+    """The text length of BFL's own tool, where it is not the model's."""
+
     def row_count(self, draw: str, count: int) -> int:
         """Rows of noise that are drawn for `count` pictures from one seed."""
         return count if draw in ("noise", "control") else 1

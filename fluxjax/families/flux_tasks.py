@@ -29,6 +29,7 @@ TASKS: dict[str, Task] = {
         draws=("image", "noise", "masked"),
         channels=("masked", "mask"),
         strength=1.0,
+        bfl_text=128,
     ),
     "FluxControlPipeline": Task(
         pictures=frozenset({"control"}), draws=("control", "noise"), channels=("control",)
@@ -50,16 +51,21 @@ TASKS: dict[str, Task] = {
 }
 
 
+def tasks_of(config: PipelineConfig) -> list[Task]:
+    """Those whose channels a model's transformer reads."""
+    latent, mask = config.vae.latent_channels, config.vae.scale**2
+    size = {"control": latent, "masked": latent, "mask": mask}
+    joined = config.transformer.in_channels // 4 - latent
+    return [task for task in TASKS.values() if sum(map(size.__getitem__, task.channels)) == joined]
+
+
 def find_task(config: PipelineConfig, given: Iterable[str]) -> Task:
     """The task of a model that is given these pictures.
 
     Raises ConfigError, which says what the model takes, if there is none.
     """
     given = frozenset(given)
-    latent, mask = config.vae.latent_channels, config.vae.scale**2
-    joined = config.transformer.in_channels // 4 - latent
-    size = {"control": latent, "masked": latent, "mask": mask}
-    mine = [task for task in TASKS.values() if sum(map(size.__getitem__, task.channels)) == joined]
+    mine = tasks_of(config)
     for task in mine:
         if task.pictures == given:
             return task

@@ -28,6 +28,8 @@ def plan(options: Options) -> int:
     }
     if options.task == "sample":
         made["steps"] = config.steps
+        if options.pictures:
+            made["pictures"] = " ".join(options.pictures)
     else:
         made |= {"remat": options.remat, "optimizer": options.optimizer}
         made |= {"accumulate": options.accumulate, "ema": options.ema}

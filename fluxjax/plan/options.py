@@ -21,6 +21,10 @@ from fluxjax.train.settings import Optimizer
 Task = Literal["sample", "lora", "full"]
 _Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 _Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+_Pictures = Annotated[
+    tuple[Literal["reference", "image", "mask", "control"], ...],
+    tyro.conf.arg(metavar="NAME ...", help_behavior_hint=""),
+]
 _Chips = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
 
 
@@ -32,6 +36,9 @@ class Options:
     """A preset (dev, schnell, tiny, ...), a folder with a model's config files, or a hub's name."""
     task: Task = "sample"
     """Draw pictures, train a LoRA, or train all of the transformer."""
+    pictures: _Pictures = ()
+    """Sampling: what is given besides text, of reference, image, mask and control; by default what
+    the model needs."""
     mesh: str = ""
     """Such as fsdp=4,tensor=2; the rest of the devices shares out the batch."""
     devices: _Int = None
@@ -112,7 +119,7 @@ def read_model(options: Options) -> PipelineConfig:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     config = dataclasses.replace(config, **given)
     latent_size(config.width, config.height, config.vae)
-    config.require_text_to_image(options.model)
+    config.require_text_to_image(options.model, or_tool=options.task == "sample")
     return config
 
 

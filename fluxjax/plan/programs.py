@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, LoraConfig, PipelineConfig
-from fluxjax.families import FLUX
+from fluxjax.families import FLUX, Task
+from fluxjax.families.flux_tasks import tasks_of
 from fluxjax.models.attention import auto_attention
 from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flux import FluxTransformer
@@ -95,19 +96,15 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         weights[name] = _size(_placed(template, param_shardings(network, template, mesh), dtype))
     devices = mesh if mesh.size > 1 else None
     executables = Executables(FLUX, config, dtype, True, mesh=devices, sequence=options.sequence)
-    n, needed = options.batch, defaults(config)
+    n, needed, size = options.batch, defaults(config), (config.width, config.height)
     listed = programs(
-        FLUX,
-        config,
-        needed,
-        dtype=dtype,
-        steps=config.steps,
-        pictures=n,
-        prompts=n,
-        rows=executables.rows,
-    )
+        FLUX, config, needed, dtype=dtype, steps=config.steps, task=_task(options, config),
+        pictures=n, prompts=n, reference_size=size, rows=executables.rows,
+    )  # fmt: skip
     reads = {
         "encode": weights["text_encoder"] + weights["text_encoder_2"],
+        "reference": weights["vae"],
+        "posterior": weights["vae"],
         "denoise": weights["transformer"] * config.steps,
         "decode": weights["vae"],
     }
@@ -121,6 +118,13 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
             compiled = executables.compile(program)
         done.append(Program(program.name, measure(compiled), reads[program.name]))
     return Placed(weights, 0, tuple(done), notes)
+
+
+def _task(options: Options, config: PipelineConfig) -> Task:
+    """The one of the pictures that are named, or the simplest of the model's."""
+    if options.pictures or options.model == "kontext":
+        return FLUX.find_task(config, options.pictures or ("reference",))
+    return tasks_of(config)[0]
 
 
 def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:

@@ -25,7 +25,7 @@ from fluxjax.checkpoint.source import (
     open_folder,
 )
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig
+from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig, published_defaults
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
@@ -99,7 +99,10 @@ def load_pipeline(
     if loras:
         networks, low_rank = _adapted(networks, scaled)
         parts: dict[str, Any] = {name: networks[name].config for name in config.networks}
-        config = replace(config, **parts)
+        inputs, config = config.transformer.in_channels, replace(config, **parts)
+        if config.transformer.in_channels != inputs:  # a control LoRA, the only kind that widens
+            names = " ".join(str(file) for file, _ in scaled)
+            config = replace(config, **published_defaults(config.transformer, names))
     config.require_text_to_image(path, or_tool=True)
     if scan_layers is None:
         scan_layers = scan_by_default(config.transformer)
@@ -168,7 +171,8 @@ def _of_file(
         networks[component] = open_component(folder, component)
     parts: dict[str, Any] = {name: networks[name].config for name in DEV.networks}
     base = DEV if parts["transformer"].guidance_embeds else SCHNELL
-    return networks, replace(base, **parts), folder
+    own = published_defaults(parts["transformer"], path.name)
+    return networks, replace(base, **own, **parts), folder
 
 
 def _open_vae(path: Path) -> OpenNetwork:

@@ -14,6 +14,7 @@ from fluxjax.config import ConfigError, multiple
 from fluxjax.hub import size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
+from fluxjax.sample.edges import require_opencv
 from fluxjax.sample.file_names import FORMATS, PATTERN, check_pattern, is_picture_name
 from fluxjax.sample.picture_record import remembered
 from fluxjax.sample.prompts_file import STANDARD_INPUT
@@ -80,6 +81,11 @@ _Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint=
 _Int = Annotated[int | None, _INTEGER, tyro.conf.arg(help_behavior_hint="")]
 _Float = Annotated[float | None, _REAL, tyro.conf.arg(help_behavior_hint="")]
 _Sides = Annotated[tuple[int, int, int, int] | None, _SIDES, tyro.conf.arg(help_behavior_hint="")]
+_Thresholds = Annotated[
+    tuple[int, int] | None,
+    _integers("two integers, such as 50,200", "LOW,HIGH"),
+    tyro.conf.arg(help_behavior_hint=""),
+]
 _Dtype = Annotated[Dtype | None, tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="")]
 _Rounding = Annotated[
     Rounding | None, tyro.conf.arg(metavar="{diffusers,bfl,none}", help_behavior_hint="")
@@ -129,6 +135,8 @@ class Options:
     """White where the image is painted anew; "alpha": where the image is transparent."""
     control: _Text = None
     """The edges or depths that the new picture is to have (FLUX.1 Canny and Depth)."""
+    canny: _Thresholds = None
+    """LOW,HIGH, such as 50,200: draw by the edges of the control, which is a photograph."""
     reference: _Text = None
     """A picture to edit (FLUX.1 Kontext); with --mask only where that is white."""
     strength: _Float = None
@@ -222,6 +230,8 @@ def check(options: Options) -> None:
         if path not in (None, STANDARD_INPUT, ALPHA) and not Path(path).exists():
             raise FileNotFoundError(f"there is no {kind} {path}")
     parse_mesh(options.mesh or "")
+    if options.canny is not None:
+        require_opencv()
     check_pattern(options.name)
     destination(options)
     if options.like is not None:

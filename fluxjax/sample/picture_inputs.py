@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from fluxjax.families.family import AnyArray, Task
 from fluxjax.models.autoencoder import normalize_latents
 from fluxjax.sample.denoise import Kept
+from fluxjax.sample.edges import canny_edges
 from fluxjax.sample.given_pictures import Given
 from fluxjax.sample.masks import Box, crop_box, cropped, mask_values, pasted
 from fluxjax.sample.reference import pixels
@@ -60,7 +61,10 @@ def make_inputs(
     size, box = (settings.width, settings.height), box_of(given, settings)
     seen: dict[str, Float[np.ndarray, "1 height width 3"]] = {}
     if given.control is not None:
-        seen["control"] = pixels(given.control, *size)
+        control = given.control
+        if settings.canny is not None:
+            control = canny_edges(control, *size, settings.canny)
+        seen["control"] = pixels(control, *size)
     if given.image is not None:
         whole = given.image if box is None else cropped(given.image, box, *size)
         seen["image"] = pixels(whole, *size)

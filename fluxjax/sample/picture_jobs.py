@@ -76,8 +76,7 @@ def _completed(settings: Settings, given: Sequence[Mapping], pipe: Pipeline) -> 
     from fluxjax.sample.given_pictures import read_given
 
     pictures, settings = read_given(settings)
-    sides = ("width", "height")
-    fixed = [name for name in sides if any(one.get(name) is not None for one in given)]
+    fixed = [name for one in given for name, value in one.items() if value is not None]
     return pipe.complete(settings, pictures, fixed)
 
 

@@ -24,7 +24,7 @@ from fluxjax.sample.programs import COMPONENTS
 from fluxjax.sample.reference import whole_size
 from fluxjax.sample.refusals import require_both, require_finite, unknown_options
 from fluxjax.sample.save_picture import tell_made
-from fluxjax.sample.settings import Noise, Rounding, Settings, override
+from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, override
 from fluxjax.sample.sources import Sources, absolute
 from fluxjax.sample.stages import AnyArray, OnStep, Stages
 
@@ -53,6 +53,7 @@ class Pipeline(Stages):
         mask_crop: int | None = None,
         soft_mask: bool | None = None,
         expand: tuple[int, int, int, int] | None = None,
+        canny: tuple[int, int] | None = None,
         negative_prompt: str | None = None,
         true_cfg: float | None = None,
         prompt_2: str | None = None,
@@ -84,6 +85,7 @@ class Pipeline(Stages):
           mask_crop: draw the mask's surroundings alone, with so many pixels around, in the size of
             the whole, and leave what is not white as it is to the pixel.
           soft_mask: the greyer the mask, the fewer steps change the image.
+          canny: draw by the edges of the control, found with these thresholds, such as (50, 200).
           expand: a border of (left, top, right, bottom) pixels round the image, painted anew.
           negative_prompt, true_cfg: what not to draw, by classifier-free guidance above 1; both or
             neither.
@@ -111,6 +113,7 @@ class Pipeline(Stages):
             "max_sequence_length": max_sequence_length, "noise": noise, "rounding": rounding,
             "seed": seed if isinstance(seed, int) else 0, "strength": strength,
             "mask_crop": mask_crop, "soft_mask": soft_mask, "expand": expand,
+            "canny": canny,
         }  # fmt: skip
         chosen = override(self.defaults, {**settings, **files})
         given, chosen = read_given(chosen, objects)
@@ -128,7 +131,7 @@ class Pipeline(Stages):
         return images
 
     def complete(self, settings: Settings, given: Given, fixed: Collection[str]) -> Settings:
-        """With what follows from the pictures: a size, unless it is `fixed`, and a strength.
+        """With what follows from the pictures where it is not `fixed`: size and strength.
 
         Raises ConfigError, which says what the model takes, for pictures that it does not.
         """
@@ -139,6 +142,8 @@ class Pipeline(Stages):
         found: dict[str, Any] = {name: size[name] for name in size if name not in fixed}
         if not given.names:
             found = {}
+        if settings.rounding == "bfl" and task.bfl_text and "max_sequence_length" not in fixed:
+            found["max_sequence_length"] = min(settings.max_sequence_length, task.bfl_text)
         strength = settings.strength if settings.strength is not None else task.strength
         return replace(settings, strength=strength, **found)
 
@@ -167,7 +172,7 @@ class Pipeline(Stages):
         adapters = self._adapters(lora, len(prompts), number)
         if given is None:
             given, settings = read_given(settings)
-        settings = self.complete(settings, given, ("width", "height"))
+        settings = self.complete(settings, given, FIELDS)
         task = self.family.find_task(self.config, given.names)
         draws = self.draw_each(settings, settings.seed if seeds is None else seeds, count, task)
         self.prepare(settings, count, given)
@@ -236,7 +241,7 @@ class Pipeline(Stages):
     ) -> Float[AnyArray, "n c h w"]:
         """The latents that a run of `count` pictures starts from."""
         given, settings = read_given(settings)
-        settings = self.complete(settings, given, ("width", "height"))
+        settings = self.complete(settings, given, FIELDS)
         task = self.family.find_task(self.config, given.names)
         draws = self.draw_each(settings, seeds, count, task)
         noise, inputs = draws["noise"], make_inputs(self, task, given, settings, draws)

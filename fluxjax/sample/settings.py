@@ -18,6 +18,7 @@ MAX_SEQUENCE_LENGTH = 512
 SEED_LIMIT = 2**64
 MAX_SIDE = 16384  # pixels; one million tokens, more than any of these models can draw
 MAX_GUIDANCE = 1000.0
+MAX_THRESHOLD = 10_000  # of Canny's gradients, which are below
 PICTURES = ("reference", "image", "mask", "control")
 ALPHA = "alpha"  # the mask that is the image's own transparency
 
@@ -62,10 +63,13 @@ class Settings:
     """Grey in the mask is painted in the later steps only."""
     expand: tuple[int, int, int, int] | None = None
     """A border of so many pixels (left, top, right, bottom) round the image, painted anew."""
+    canny: tuple[int, int] | None = None
+    """The control's edges are drawn, found with these two thresholds."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.expand, list):  # as JSON has it
-            object.__setattr__(self, "expand", tuple(self.expand))
+        for name in ("expand", "canny"):
+            if isinstance(getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("guidance", "true_cfg"):
             value, most = getattr(self, name), MAX_GUIDANCE
             _require(math.isfinite(value), name, "a number", self)
@@ -80,6 +84,10 @@ class Settings:
             fits = len(self.expand) == 4 and all(0 <= side <= MAX_SIDE for side in self.expand)
             wanted = f"four numbers of pixels from 0 to {MAX_SIDE}, not all of them 0"
             _require(fits and any(self.expand), "expand", wanted, self)
+        if self.canny is not None:
+            fits = len(self.canny) == 2 and 0 <= self.canny[0] <= self.canny[1] <= MAX_THRESHOLD
+            wanted = f"two thresholds from 0 to {MAX_THRESHOLD}, the lower one first"
+            _require(fits, "canny", wanted, self)
         for name in _TEXTS:
             check_text(name, getattr(self, name) or "")
         _require(1 <= self.steps <= MAX_STEPS, "steps", f"from 1 to {MAX_STEPS}", self)
@@ -138,7 +146,7 @@ _KINDS = {
     **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
     "mask_crop": "an integer",
     "soft_mask": "true or false",
-    "expand": "a list of integers",
+    **dict.fromkeys(("expand", "canny"), "a list of integers"),
     "noise": " or ".join(get_args(Noise)),
     "rounding": " or ".join(get_args(Rounding)),
 }
