@@ -159,6 +159,41 @@ def test_an_edit_repeats_while_its_reference_is_the_same_file(
     )
 
 
+def test_pictures_from_pictures_repeat_while_their_files_are_the_same(sample, tmp_path):
+    (tmp_path / "in").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)
+    Image.fromarray(noise).save("in/photo.png")
+    Image.fromarray((np.indices((48, 80))[1] < 30).astype(np.uint8) * 255).save("in/mask.png")
+    few = ("--steps", "3", "--max-sequence-length", "16", "--seed", "5")
+    given = ("--image", "in/photo.png", "--mask", "in/mask.png")
+    code, (line,), error = sample("a ring", *given, "--soft-mask", *few)
+    assert code == 0, error
+    drawn = line.split()[0]
+    assert pixels(drawn).shape == (48, 80, 3)
+    settings = read_record(Path(drawn))["settings"]
+    assert (settings["image"], settings["mask"]) == ("../in/photo.png", "../in/mask.png")
+    assert settings["strength"] == 0.85 and settings["soft_mask"] is True
+    sample("--like", drawn, "--out", "same.png", model=None)
+    np.testing.assert_array_equal(pixels("same.png"), pixels(drawn))
+    lines = [
+        {"prompt": "a ring", "image": "photo.png", "mask": "mask.png", "strength": 1.0},
+        {"prompt": "a ring", "image": "photo.png", "expand": [16, 0, 0, 0]},
+        {"prompt": "a ring"},
+    ]
+    (tmp_path / "in" / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, printed, error = sample("--prompts", "in/all.jsonl", *few, "--grid")
+    assert code == 0, error
+    names = [line.split()[0] for line in printed]
+    assert [pixels(name).shape[:2] for name in names[:2]] == [(48, 80), (48, 96)]
+    sample("--like", names[1], "--out", "wide.png", model=None)
+    np.testing.assert_array_equal(pixels("wide.png"), pixels(names[1]))
+    Image.fromarray(noise[..., 0]).save("in/mask.png")
+    code, _, error = sample("--like", drawn, model=None)
+    assert code == 2 and "in/mask.png has changed since it was the mask" in error
+    code, _, error = sample("--like", drawn, "--like-anyway", "--out", "other.png", model=None)
+    assert code == 0 and (pixels("other.png") != pixels(drawn)).any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +26,10 @@ from fluxjax.families import FLUX, Conditioning
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.sample import edges
 from fluxjax.sample.noise import draw
+from fluxjax.sample.preview import Preview
 from fluxjax.sample.programs import Drawn, denoise_pictures
 from fluxjax.sample.reference import pixels
+from fluxjax.sample.settings import override
 from fluxjax.schedules.flow_euler import flow_euler
 from fluxjax.schedules.schedule import pad
 
@@ -85,7 +88,8 @@ def hole(size: tuple[int, int] = (203, 121)) -> Image.Image:
 
 TASKS = {
     "img2img": ("text", "FluxImg2ImgPipeline", ("image",), {"strength": 0.6}),
-    "inpaint": ("text", "FluxInpaintPipeline", ("image", "mask"), {"strength": 0.85}),
+    "inpaint": ("text", "FluxInpaintPipeline", ("image", "mask"), 
+        {"strength": 0.85, "negative_prompt": "a yellow heart", "true_cfg": 2.0}),
     "crop": ("text", "FluxInpaintPipeline", ("image", "mask"), {"strength": 1.0, "mask_crop": 9}),
     "fill": ("fill", "FluxFillPipeline", ("image", "mask"), {"strength": 1.0}),
     "fill a little": ("fill", "FluxFillPipeline", ("image", "mask"), {"strength": 0.7}),
@@ -104,7 +108,12 @@ TASKS = {
 THEIRS = {"mask": "mask_image", "control": "control_image", "reference": "image_reference"}
 
 
-@pytest.mark.parametrize("task", TASKS)
+QUICK = ("img2img", "inpaint", "crop", "fill", "control inpaint")
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param(t, marks=() if t in QUICK else pytest.mark.slow) for t in TASKS]
+)
 def test_same_pictures_as_diffusers(both, task, monkeypatch):
     """Two at once, from pictures of odd sizes, with noise of our own for the same seed."""
     kind, name, pictures, chosen = TASKS[task]
@@ -115,7 +124,8 @@ def test_same_pictures_as_diffusers(both, task, monkeypatch):
     if task == "kontext inpaint":
         names["reference"] = "image"
     crop = chosen.get("mask_crop")
-    options = {k: v for k, v in chosen.items() if k != "mask_crop"}
+    renamed = {"true_cfg": "true_cfg_scale"}
+    options = {renamed.get(k, k): v for k, v in chosen.items() if k != "mask_crop"}
     theirs_only = {} if crop is None else {"padding_mask_crop": crop}
     size = dict(SMALL)
     if "reference" in given:  # of the shape nearest to the picture's
@@ -258,6 +268,7 @@ WRONG = [
     ("text", {"image": np.zeros((9, 9, 3))}, "image must be a picture of Pillow or a file's path"),
     ("text", {"image": photo(), "mask": "alpha"}, "no transparency"),
     ("text", {"canny": (50, 200)}, "give a control"),
+    ("text", {"image": photo(), "mask_crop": 0}, "give a mask"),
     ("text", {"expand": (1, 2, 3, 4)}, "give an image"),
     ("fill", {}, "draws from an image and a mask; it was given text alone"),
     ("fill", {"image": photo()}, "draws from an image and a mask; it was given an image"),
@@ -360,3 +371,63 @@ def test_the_recorded_fill_is_drawn_by_the_sampler(shared):
     theirs = rearrange(mask, "b (h y) (w x) -> b (y x) h w", y=8, x=8)
     theirs = rearrange(theirs, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
     np.testing.assert_array_equal(packed, theirs)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_no_further_from_float32_than_diffusers_is(both, folder):
+    """Image to image and its mask, with the posterior sampled in bfloat16 too."""
+    ours, _ = both("text", "FluxInpaintPipeline")
+    half = fluxjax.load_pipeline(folder("text"), dtype="bfloat16")
+    theirs = pipelines.FluxInpaintPipeline.from_pretrained(folder("text"), dtype=torch.bfloat16)
+    theirs.set_progress_bar_config(disable=True)
+    given = {"image": photo(size=(96, 64)), "mask": hole((96, 64)).point(lambda v: v and 255)}
+    exact = np.asarray(ours("a star", **given, strength=0.9, steps=4, **SMALL)[0], int)
+    expected = theirs(
+        "a star", image=given["image"], mask_image=given["mask"], strength=0.9, guidance_scale=3.5,
+        num_inference_steps=4, generator=torch.Generator().manual_seed(0), **SMALL,
+    ).images[0]  # fmt: skip
+    bound = 1.5 * np.abs(np.asarray(expected, int) - exact).mean()
+    for rounding in ("diffusers", "none"):
+        got = half("a star", **given, strength=0.9, steps=4, rounding=rounding, **SMALL)[0]
+        assert 0 < np.abs(np.asarray(got, int) - exact).mean() <= bound, rounding
+
+
+@pytest.mark.slow
+def test_pictures_on_a_mesh(folder, both):
+    """Joined channels, a kept image and its mask, two passes, and pictures that devices share."""
+    chosen = {"steps": 3, **SMALL, "number": 2, "seed": [3, 4]}
+    for kind, given in (
+        ("fill", {"image": photo(), "mask": hole()}),
+        ("control", {"control": photo(1), "image": photo(), "mask": hole()}),
+    ):
+        one = both(kind, "FluxPipeline")[0]("a star", **given, **chosen)
+        many = fluxjax.load_pipeline(folder(kind), mesh="sequence=2,fsdp=2,data=2")
+        for got, expected in zip(many("a star", **given, **chosen), one, strict=True):
+            same_picture(got, expected)
+
+
+def test_each_of_several_pictures_is_that_of_its_own_seed(both):
+    ours, _ = both("control", "FluxPipeline")
+    given = {"control": photo(1), "image": photo(), "mask": hole()}
+    chosen = {"steps": 3, **SMALL}
+    pair = ours("a star", **given, seed=[5, 6], number=2, **chosen)
+    single = ours("a star", **given, seed=6, **chosen)[0]
+    assert np.abs(np.asarray(pair[1], int) - np.asarray(single, int)).max() <= 1
+
+
+def test_a_preview_begins_where_the_run_does(both):
+    """The first preview of a short way from a picture is that picture, hardly anything else."""
+    ours, _ = both("text", "FluxPipeline")
+    shown = {}
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "image.png"
+        photo(size=(64, 64)).save(path)
+        settings = override(ours.defaults, {
+            "image": str(path), "strength": 0.3, "steps": 10, "width": 64, "height": 64,
+            "max_sequence_length": 24,
+        })  # fmt: skip
+        preview = Preview(ours, settings, 0, shown.__setitem__, decoder=True)
+        drawn = ours.draw(settings, on_step=preview)
+    assert list(shown) == [1, 2, 3], "three steps of ten"
+    np.testing.assert_array_equal(shown[3], drawn)
+    assert np.abs(shown[1].astype(int) - drawn).mean() < 60

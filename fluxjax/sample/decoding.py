@@ -35,11 +35,11 @@ def decode_in_tiles(
     if jax.process_count() > 1:  # each process decodes for itself
         params = jax.tree.map(gathered, params)
         mesh = make_mesh("", jax.local_devices())
-    params: Any = jax.device_put(params, replicated(mesh))
+    held: Any = jax.device_put(params, replicated(mesh))
     place = NamedSharding(mesh, P(AXES))
     return decode_tiled(
         model,
-        params,
+        held,
         x,
         tile=tile,
         together=mesh.size,

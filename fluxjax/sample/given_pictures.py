@@ -135,7 +135,8 @@ def _ready(given: Given, settings: Settings) -> Given:
         image, mask = expanded(given.image, given.mask, settings.expand)
         given = replace(given, image=image, mask=mask)
     for name, needed in (("mask_crop", "mask"), ("soft_mask", "mask"), ("canny", "control")):
-        if getattr(settings, name) not in (None, False) and getattr(given, needed) is None:
+        value = getattr(settings, name)
+        if value is not None and value is not False and getattr(given, needed) is None:
             raise ConfigError(f"{name} says how a {needed} is taken: give a {needed}")
     if settings.mask_crop is not None and given.control is not None:
         raise ConfigError("mask_crop draws a part of an image, which a control does not follow")
