@@ -14,7 +14,7 @@ import tyro
 from fluxjax.convert.options import Options as Convert
 from fluxjax.diff.commands import Bench, Golden, Live
 from fluxjax.plan.options import Options as Plan
-from fluxjax.sample.command import Options as Sample
+from fluxjax.sample.options import Options as Sample
 from fluxjax.train.command import ExportOptions
 from fluxjax.train.command import Options as Training
 from fluxjax.train.embedded.evaluate_settings import EvaluateSettings

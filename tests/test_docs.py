@@ -45,7 +45,7 @@ def parse(verb: str, arguments: list[str]) -> None:
     from fluxjax.convert.options import Options as Convert
     from fluxjax.diff.commands import Bench, Golden, Live
     from fluxjax.plan.options import Options as Plan
-    from fluxjax.sample.command import Options as Sample
+    from fluxjax.sample.options import Options as Sample
     from fluxjax.train.command import read_options
     from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 

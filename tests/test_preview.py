@@ -85,7 +85,8 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_writes_previews_and_draws_the_same_picture(tmp_path, monkeypatch, capsys):
-    from fluxjax.sample.command import Options, draw
+    from fluxjax.sample.command import draw
+    from fluxjax.sample.options import Options
 
     monkeypatch.setenv("FLUXJAX_CACHE", "off")
     shown = []

@@ -134,7 +134,8 @@ def test_a_mesh_that_does_not_fit_is_named():
 
 
 def test_attention_over_split_tokens_is_chosen():
-    from fluxjax.sample.command import Options, draw
+    from fluxjax.sample.command import draw
+    from fluxjax.sample.options import Options
 
     pipe = fluxjax.load_pipeline(mesh="sequence=8", sequence="ring")
     assert pipe.executables.modules("denoise")[0].sequence == "ring"
@@ -145,7 +146,8 @@ def test_attention_over_split_tokens_is_chosen():
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     """A file of three prompts, and beside it their pictures drawn by one device."""
-    from fluxjax.sample.command import Options, draw
+    from fluxjax.sample.command import draw
+    from fluxjax.sample.options import Options
 
     folder = tmp_path_factory.mktemp("prompts")
     lines = [json.dumps({"prompt": text, "seed": 5 + i}) for i, text in enumerate(PROMPTS)]
@@ -167,7 +169,8 @@ def equal_to_those_of_one(prompts, folder) -> None:
 @pytest.mark.slow
 def test_a_file_of_prompts_is_drawn_in_batches(prompts, tmp_path, capsys):
     """Three pictures on eight devices are one batch; each is what it is alone."""
-    from fluxjax.sample.command import Options, draw
+    from fluxjax.sample.command import draw
+    from fluxjax.sample.options import Options
 
     assert draw(Options(prompts=prompts, mesh="fsdp=8", out=tmp_path, **QUICK)) == 0
     equal_to_those_of_one(prompts, tmp_path)

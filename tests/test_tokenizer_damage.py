@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import shutil
 import time
@@ -11,7 +13,9 @@ import pytest
 
 from fluxjax.config import TINY as TINY_CONFIG
 from fluxjax.sample.loading import load_pipeline
+from fluxjax.text import tokenizers
 from fluxjax.text.tokenizers import (
+    _WHOLE_MAPS,
     check_charsmap,
     load_clip_tokenizer,
     load_t5_tokenizer,
@@ -66,10 +70,34 @@ def test_a_crafted_character_map_is_refused(name, capfd):
     assert not capfd.readouterr().err
 
 
-def test_the_character_map_of_t5_is_whole(shared):
-    _, charsmap = read_sentencepiece(shared / "tokenizers" / "t5-v1_1-xxl" / "spiece.model")
-    assert len(charsmap) > 100_000
-    check_charsmap(charsmap)
+def test_the_character_maps_of_t5_and_of_our_own_model_are_whole(shared):
+    known = set()
+    for folder in (shared / "tokenizers" / "t5-v1_1-xxl", TINY / "tokenizer_2"):
+        _, charsmap = read_sentencepiece(folder / "spiece.model")
+        assert len(charsmap) > 100_000
+        check_charsmap(charsmap)
+        known.add(hashlib.sha256(charsmap).hexdigest())
+    assert known == _WHOLE_MAPS
+
+
+def test_a_character_map_with_one_bit_changed_is_looked_through(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(tokenizers, "check_charsmap", looked.append)
+    shutil.copytree(TINY / "tokenizer_2", tmp_path / "tokenizer_2")
+    load_t5_tokenizer(tmp_path / "tokenizer_2")
+    assert not looked
+    path = tmp_path / "tokenizer_2" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    (part,) = [
+        p for p in values["normalizer"].get("normalizers", [values["normalizer"]])
+        if p["type"] == "Precompiled"
+    ]  # fmt: skip
+    charsmap = bytearray(base64.b64decode(part["precompiled_charsmap"]))
+    charsmap[-2] ^= 1
+    part["precompiled_charsmap"] = base64.b64encode(charsmap).decode()
+    path.write_text(json.dumps(values))
+    load_t5_tokenizer(tmp_path / "tokenizer_2")
+    assert looked == [bytes(charsmap)]
 
 
 def test_a_panic_of_the_library_is_a_sentence():

@@ -17,12 +17,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tyro
 
-    from fluxjax.sample.command import Options, check, draw
+    from fluxjax.sample.options import Options, check
 
     options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
     check(options)
-    # JAX is imported only for what can be drawn.
+    # JAX, and all else, is imported only for what can be drawn.
     from fluxjax.parallel.hosts import joined_hosts
+    from fluxjax.sample.command import draw
 
     cli.begin()
     with joined_hosts(options.coordinator, options.process_id, options.num_processes):

@@ -13,7 +13,7 @@ from fluxjax import __version__
 from fluxjax.config import ConfigError
 from fluxjax.sample import picture_record
 from fluxjax.sample.opened_model import OpenedModel
-from fluxjax.sample.options import Options, check, given_settings, given_sources
+from fluxjax.sample.options import Options, given_settings, given_sources
 from fluxjax.sample.picture_jobs import Job, batches, picture_jobs
 from fluxjax.sample.picture_record import Remembered, remembered
 from fluxjax.sample.picture_shelf import PictureShelf
@@ -21,8 +21,6 @@ from fluxjax.sample.prompts_file import Line, read_prompts
 from fluxjax.sample.settings import PICTURES, Settings
 from fluxjax.sample.sources import TINY, Sources, replaced
 from fluxjax.terminal import say
-
-__all__ = ["Options", "check", "draw"]
 
 
 def draw(options: Options) -> int:
