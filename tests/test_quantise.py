@@ -9,13 +9,14 @@ from random_checkpoints import assert_same_bits, hf_arrays, read_arrays
 
 from fluxjax.checkpoint.component_json import config_json, write_json
 from fluxjax.checkpoint.quantised.gguf import read_gguf
-from fluxjax.checkpoint.quantised.quantise import KINDS, quantised
+from fluxjax.checkpoint.quantised.quantise import quantised
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.source import open_source
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import ConfigError, FluxConfig, T5Config
 from fluxjax.convert import convert
 from fluxjax.convert.__main__ import main as convert_command
+from fluxjax.models.quantised import KINDS
 
 # Rows of 256, so that the K types fit; shapes tell it all.
 SMALL = FluxConfig(

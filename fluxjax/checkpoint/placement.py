@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.finite import only_finite
 from fluxjax.checkpoint.mapped_memory import contiguous
+from fluxjax.checkpoint.quantised.quantise import quantised
 from fluxjax.checkpoint.tensors import Tensor, astype
+from fluxjax.models.names import is_stacked, published_name
+from fluxjax.models.quantised import Quantised
 from fluxjax.models.stacking import GROUPS
 from fluxjax.networks.tables import Table
 
@@ -50,6 +54,52 @@ def load_tree(
         return _put(tensor.read(), sharding)
 
     return engine.to_ours(finite, table, template, place=place)
+
+
+def load_quantised(
+    source: Mapping[str, Tensor], table: Table, template: Mapping[str, Any], kind: str, *,
+    dtype: Any = None, sharding: Sharding | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`load_tree` onto one device; matrices that are codes in `template` (`quantised_template`) are
+    quantised as they are read. Codes that a file has of that very kind and form are taken.
+    """
+    flat = engine.flatten(template)
+    codes = {path: leaf for path, leaf in flat.items() if isinstance(leaf, Quantised)}
+    rest = engine.unflatten({path: leaf for path, leaf in flat.items() if path not in codes})
+    names: dict[tuple[str, ...], list[str]] = {path: [] for path in codes}
+    for path, leaf in codes.items():
+        stacked = is_stacked(path)
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            names[path].append(published_name(path, layer))
+    taken = {name for each in names.values() for name in each}
+    plain = {name: tensor for name, tensor in source.items() if name not in taken}
+    loaded = engine.flatten(
+        load_tree(plain, table, rest, dtype=dtype, shardings=sharding)
+    )  # fmt: skip
+    for path, leaf in codes.items():
+        packed = [_packed(source[name], name, leaf, kind) for name in names[path]]
+        parts = {part: [one.parts[part] for one in packed] for part in leaf.parts}
+        loaded[path] = Quantised(leaf.kind, {
+            part: jax.device_put(
+                contiguous((engine.stack(each) if is_stacked(path) else each[0]).read()), sharding
+            )
+            for part, each in parts.items()
+        })  # fmt: skip
+    return engine.unflatten(loaded)
+
+
+def _packed(tensor: Tensor, name: str, leaf: Quantised, kind: str) -> Quantised:
+    """Raises ConfigError, naming the tensor, for values that are not finite."""
+    wanted = {part: (shape.shape[-2:], shape.dtype) for part, shape in leaf.parts.items()}
+    packed = tensor.packed
+    there = packed and {part: (each.shape, each.dtype) for part, each in packed.parts.items()}
+    if packed is not None and packed.kind == leaf.kind and there == wanted:
+        for _ in only_finite(tensor, name).blocks():
+            pass
+        return packed
+    made = quantised(only_finite(replace(tensor, packed=None), name), kind)
+    assert made is not None and made.packed is not None  # or the template would have no codes here
+    return made.packed
 
 
 def _layers_are_whole(sharding: Sharding) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -11,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.models.names import flatten, is_stacked, published_name, unflatten
+from fluxjax.models.quantised import abstract
 from fluxjax.models.stacking import unstack_layers
 from fluxjax.networks import Config, network_of
 
@@ -40,6 +44,20 @@ def _traced(config: Config) -> dict[str, Any]:
     }
     init = partial(module.init, method=network.method)
     return jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.uint32), **inputs)["params"]
+
+
+def quantised_template(tree: Mapping[str, Any], config: Config, kind: str) -> dict[str, Any]:
+    """A template in which the matrices of `Network.quantised` are codes of `kind`, as shapes.
+
+    Those whose columns are not whole blocks stay as they are.
+    """
+    pattern = network_of(config).quantised
+    flat = flatten(tree)
+    for path, leaf in flat.items():
+        name = published_name(path, 0 if is_stacked(path) else None)
+        if path[-1] == "kernel" and re.fullmatch(pattern, name):
+            flat[path] = abstract(kind, leaf.shape) or leaf
+    return unflatten(flat)
 
 
 def parameter_count(tree: Any) -> int:

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fluxjax.checkpoint import engine
-from fluxjax.checkpoint.quantised.quantise import KINDS, quantised
+from fluxjax.checkpoint.quantised.quantise import quantised
 from fluxjax.checkpoint.tensors import Tensor, of_array, reshape
 from fluxjax.config import ConfigError
-from fluxjax.models.quantised import LEVELS, Quantised
+from fluxjax.models.quantised import KINDS, LEVELS, Quantised
 from fluxjax.networks import network_of
 from fluxjax.networks.tables import Table
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fluxjax.models.products import Precision, affine
+from fluxjax.models.quantised import Quantised, decode
 
 COLLECTION = "lora"
 
@@ -28,10 +29,19 @@ class Dense(nn.Dense):
     precision: Precision = None
     promote_dtype: Any = promote_dtype  # flax's own type cannot be checked at run time
 
+    def _kernel(self, shape: tuple[int, int]) -> Float[Array, "k features"]:
+        """The parameter, decoded where it is kept in few bits: in the body of a scan, where only
+        one layer's is."""
+        if self.has_variable("params", "kernel"):
+            kernel = self.get_variable("params", "kernel")
+            if isinstance(kernel, Quantised):
+                return decode(kernel).astype(self.param_dtype).T
+        return self.param("kernel", self.kernel_init, shape, self.param_dtype)
+
     @nn.compact
     def __call__(self, inputs: Float[Array, "*rows k"]) -> Float[Array, "*rows features"]:
         shape = inputs.shape[-1], self.features
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        kernel = self._kernel(shape)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)

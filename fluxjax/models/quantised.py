@@ -59,6 +59,37 @@ class Quantised:
         return (*next(iter(self.parts.values())).shape[:-1], self.columns)
 
 
+KINDS = ("int8", "fp8", "nf4", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0")
+"""What weights can be quantised to, here and by `fluxjax.convert --quantise`."""
+
+
+def abstract(kind: str, shape: tuple[int, ...]) -> Quantised | None:
+    """Shapes of a kernel (..., in, out) in codes of one of KINDS.
+
+    None where its columns are not whole blocks.
+    """
+    *layers, columns, rows = shape
+    name = kind.upper() if kind.upper() in BLOCK_TYPES else kind
+    widths: dict[str, tuple[int, Any]]
+    if name in BLOCK_TYPES:
+        block, size = BLOCK_TYPES[name].elements, BLOCK_TYPES[name].size
+        widths = {"blocks": (columns // block * size, np.uint8)}
+    elif name in LEVELS:
+        block = GROUP
+        widths = {"codes": (columns // 2, np.uint8), "absmax": (columns // GROUP, np.float32)}
+    elif name == "int8":
+        block, widths = 1, {"codes": (columns, np.int8), "absmax": (1, np.float32)}
+    else:
+        fp8 = jax.numpy.float8_e4m3fn
+        block, widths = 1, {"codes": (columns, fp8), "scale": (1, np.float32)}
+    if columns % block:
+        return None
+    return Quantised(name, {
+        part: jax.ShapeDtypeStruct((*layers, rows, width), dtype)
+        for part, (width, dtype) in widths.items()
+    })  # fmt: skip
+
+
 def decode(matrix: Quantised) -> Any:
     """(..., out, in) in float32."""
     parts = matrix.parts

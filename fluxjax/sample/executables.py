@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.templates import abstract_params, quantised_template
 from fluxjax.config import PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Family
@@ -53,7 +53,9 @@ class Executables:
         mesh: Mesh | None = None,
         sequence: SequenceAttention = "auto",
         slots: LoraSlots | None = None,
+        quantise: str | None = None,
     ):
+        self.quantise = quantise
         self.family, self.config = family, config
         self.dtype, self.scan_layers = jnp.dtype(dtype), scan_layers
         self.lora, self.slots, self.mesh = lora, slots, mesh
@@ -121,6 +123,8 @@ class Executables:
         config = getattr(self.config, component)
         template = abstract_params(config, stacked=stacked)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), template)
+        if component == "transformer" and self.quantise is not None:
+            shapes = quantised_template(shapes, config, self.quantise)
         spec: Any = jax.ShapeDtypeStruct
         if component == "transformer" and self.lora is not None:
             lora = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), self.lora)

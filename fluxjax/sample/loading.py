@@ -30,6 +30,7 @@ from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
 from fluxjax.models.lora import adapt, combine_loras
+from fluxjax.models.quantised import KINDS
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import make_mesh, place
@@ -57,6 +58,7 @@ def load_pipeline(
     lora_slots: int = 0,
     mesh: Mesh | MeshShape | str | None = None,
     sequence: SequenceAttention = "auto",
+    quantise: str | None = None,
 ) -> Pipeline:
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
@@ -79,6 +81,9 @@ def load_pipeline(
         have joined (`fluxjax.parallel.hosts`) the mesh is of all their devices, by default "", all
         of them are called alike, and all of them get the pictures.
       sequence: how attention works where the mesh splits the tokens of a picture.
+      quantise: keep the products of the transformer's blocks in few bits: one of
+        `fluxjax.models.quantised.KINDS`, such as "int8" or "nf4"; they are decoded a layer at a
+        time. Not on a mesh.
 
     Raises FileNotFoundError, ConfigError or ValueError with one sentence naming what is wrong.
     """
@@ -113,6 +118,10 @@ def load_pipeline(
         mesh = ""
     if isinstance(mesh, str | MeshShape):
         mesh = make_mesh(mesh)
+    if quantise is not None and quantise not in KINDS:
+        raise ConfigError(f"quantise must be one of {', '.join(KINDS)}, got {quantise!r}")
+    if quantise is not None and mesh is not None:
+        raise ConfigError("quantised weights are for one device: give no mesh, or no quantise")
     if mesh is not None:  # heads that ulysses cannot split are a mistake now
         heads = config.transformer.num_attention_heads
         attention_over(Layout(1, 1, mesh.shape[AXIS]), heads, sequence, "auto")
@@ -125,7 +134,7 @@ def load_pipeline(
     return Pipeline(
         family,
         config,
-        partial(_load, networks, dtype, scan_layers, lora, mesh),
+        partial(_load, networks, dtype, scan_layers, lora, mesh, quantise),
         partial(_tokenizers, tokenizers, config),
         dtype=dtype,
         scan_layers=scan_layers,
@@ -133,6 +142,7 @@ def load_pipeline(
         slots=slots,
         mesh=mesh,
         sequence=sequence,
+        quantise=quantise,
         sources=Sources(
             model=absolute(str(model)),
             text_encoders=None if text_encoders is None else absolute(str(text_encoders)),
@@ -192,6 +202,7 @@ def _load(
     scan_layers: bool,
     lora: Params | None,
     mesh: Mesh | None,
+    quantise: str | None,
     component: str,
 ) -> Params:
     network = networks[component]
@@ -202,7 +213,8 @@ def _load(
         template = abstract_params(network.config, stacked=stacked)
         places = param_shardings(network.config, template, mesh)
         lora_places = state_shardings(network.config, lora, mesh)
-    params = network.params(stacked=stacked, dtype=dtype, shardings=places)
+    kind = quantise if component == "transformer" else None
+    params = network.params(stacked=stacked, dtype=dtype, shardings=places, quantise=kind)
     return adapt(params, place(lora, lora_places) if component == "transformer" else None)
 
 

@@ -126,6 +126,8 @@ class Pipeline(Stages):
         images = [fromarray(picture) for picture in pictures]
         if self.sources is not None:
             why = f"its {' and '.join(sorted(objects))} had no file" if objects else ""
+            if self.executables.quantise is not None:
+                why = f"its weights were kept in {self.executables.quantise}"
             sources = self._sources(lora, len(prompts), number)
             tell_made(images, chosen, prompts, seed, sources, str(self.dtype), unrepeatable=why)
         return images

@@ -64,6 +64,7 @@ class Stages:
         slots: LoraSlots | None = None,
         mesh: Mesh | None = None,
         sequence: SequenceAttention = "auto",
+        quantise: str | None = None,
         sources: Sources | None = None,
     ):
         self.family, self.config = family, config
@@ -71,7 +72,15 @@ class Stages:
         self.dtype = jnp.dtype(dtype)
         self.mesh = mesh
         self.executables = Executables(
-            family, config, dtype, scan_layers, lora=lora, slots=slots, mesh=mesh, sequence=sequence
+            family,
+            config,
+            dtype,
+            scan_layers,
+            lora=lora,
+            mesh=mesh,
+            sequence=sequence,
+            slots=slots,
+            quantise=quantise,
         )
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []

@@ -17,7 +17,6 @@ from fluxjax.checkpoint.tensors import Tensor, unpacked
 from fluxjax.models.gguf_blocks import BLOCK_TYPES
 from fluxjax.models.quantised import GROUP, LEVELS, Quantised
 
-KINDS = ("int8", "fp8", "nf4", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0")
 _LARGEST_FP8 = 448
 _TRIED = np.linspace(0.8, 1.05, 11, dtype=np.float32)  # parts of the full range
 
