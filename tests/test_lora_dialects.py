@@ -278,3 +278,7 @@ def test_what_is_no_low_rank_product_is_not_written_in_other_names(goldens, tmp_
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"written as one \.safetensors file"):
         convert([str(golden_file(goldens, "kohya")), str(tmp_path / "a"), "--to", "peft"])
+    with pytest.raises(ValueError, match="are for models, and --to peft for a LoRA"):
+        convert([str(tiny_folder()), str(tmp_path / "a"), "--to", "peft", "--lora", "x"])
+    with pytest.raises(FileNotFoundError, match=r"there is no LoRA file nothing\.st"):
+        convert([str(tiny_folder()), str(tmp_path / "a"), "--lora", "nothing.st:0.5"])

@@ -18,9 +18,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     from fluxjax.convert.options import Options
 
     options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
-    if not 0 < options.shard_gb < float("inf"):
-        raise ValueError(f"--shard-gb must be a positive number, got {options.shard_gb}")
-    from fluxjax.checkpoint.lora.scaled_file import split_scale
+    options.check()
+    from fluxjax.checkpoint.lora.scaled_file import found
     from fluxjax.hub import find
     from fluxjax.parallel.mesh_shape import parse_mesh
 
@@ -29,18 +28,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     source = find(options.source, "checkpoint")
     if not source.exists():
         raise FileNotFoundError(f"there is no file {source}")
-    loras = [(find(file, "lora"), scale) for file, scale in map(split_scale, options.lora)]
-    missing = [path for path, _ in loras if not path.exists()]
-    if missing:
-        raise FileNotFoundError(f"there is no LoRA file {missing[0]}")
+    loras = found(options.lora)
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes are traced, nothing is computed
     if options.to in ("peft", "kohya", "comfy"):
         from fluxjax.convert.adapters import convert_adapters
 
-        if loras or mesh is not None or options.quantise:
-            raise ValueError(
-                f"--lora, --quantise and --mesh are for models, and --to {options.to} for a LoRA"
-            )
         written = convert_adapters(
             source,
             options.destination,

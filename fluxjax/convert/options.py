@@ -59,3 +59,12 @@ class Options:
     """Size of a shard of a diffusers folder, in GB."""
     overwrite: bool = False
     """Replace the destination if it exists."""
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot be meant."""
+        if not 0 < self.shard_gb < float("inf"):
+            raise ValueError(f"--shard-gb must be a positive number, got {self.shard_gb}")
+        if self.to in ("peft", "kohya", "comfy") and (self.lora or self.mesh or self.quantise):
+            raise ValueError(
+                f"--lora, --quantise and --mesh are for models, and --to {self.to} for a LoRA"
+            )

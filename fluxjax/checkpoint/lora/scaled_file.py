@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
 
 from fluxjax.config import ConfigError
+from fluxjax.hub import find
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -17,3 +20,13 @@ def split_scale(text: str) -> tuple[str, float]:
     if not math.isfinite(scale):
         raise ConfigError(f"the scale of a LoRA must be a number, got {text!r}")
     return (file, scale) if file else (text, 1.0)
+
+
+def found(texts: Iterable[str]) -> list[tuple[Path, float]]:
+    """Their files on this machine, and their scales. Raises FileNotFoundError for one that is not
+    there, ConfigError, and what `find` raises."""
+    files = [(find(file, "lora"), scale) for file, scale in map(split_scale, texts)]
+    for path, _ in files:
+        if not path.exists():
+            raise FileNotFoundError(f"there is no LoRA file {path}")
+    return files
