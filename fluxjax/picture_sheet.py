@@ -18,18 +18,17 @@ def picture_sheet(
     columns: int | None = None,
     captions: Sequence[str] = (),
     gap: int = GAP,
-    zoom: int = 1,
 ) -> UInt8[np.ndarray, "_ _ 3"]:
     """Row by row in cells of the largest picture, `gap` apart and with a thin grey outline.
 
     Without `columns` the sheet has as many as rows, or one more. `captions`, one for each picture
-    or none at all, are written below and wrapped. `zoom` enlarges the pictures.
+    or none at all, are written below and wrapped.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
     rows = -(-len(pictures) // columns)
-    width, height = (zoom * max(picture.shape[axis] for picture in pictures) for axis in (1, 0))
+    width, height = (max(picture.shape[axis] for picture in pictures) for axis in (1, 0))
     font = ImageFont.load_default(13) if captions else None
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     texts = [_wrap(text, lambda line: pen.textlength(line, font), width) for text in captions]
@@ -40,9 +39,6 @@ def picture_sheet(
     for i, picture in enumerate(pictures):
         left, top = gap + i % columns * step_x, gap + i // columns * step_y
         image = Image.fromarray(picture)
-        if zoom > 1:
-            size = (zoom * image.width, zoom * image.height)
-            image = image.resize(size, Image.Resampling.BICUBIC)
         # White backgrounds end somewhere too.
         pen.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline=_OUTLINE)
         sheet.paste(image, (left, top))

@@ -35,9 +35,9 @@ def test_columns(number, columns, shape):
 
 
 def test_captions_stand_below_their_picture_and_are_wrapped():
-    pictures = [coloured(10, 60, 0)] * 2
-    short = picture_sheet(pictures, captions=["", "one"], zoom=2)
-    long = picture_sheet(pictures, captions=["", "as many words as need three lines"], zoom=2)
+    pictures = [coloured(20, 120, 0)] * 2
+    short = picture_sheet(pictures, captions=["", "one"])
+    long = picture_sheet(pictures, captions=["", "as many words as need three lines"])
     assert short.shape[1] == long.shape[1] == 2 * (120 + GAP) + GAP
     assert long.shape[0] > short.shape[0] > 20 + 2 * GAP
     below = long[20 + GAP + 1 :]

@@ -61,7 +61,6 @@ def test_loops_products_and_collectives_are_counted():
     assert kinds["all-reduce"] == pytest.approx(2 * FLOAT * 7 / 8)
     gathers = [one for one in found.collectives if one.kind == "all-gather"]
     assert [(one.calls, one.devices) for one in gathers] == [(5, 8)]
-    assert found.peak_bytes >= found.argument_bytes + FLOAT * 8 * 32
 
 
 def flux(text: str, batch: int, image: int, *, remat: str = "none"):

@@ -103,12 +103,10 @@ def test_contrastive_loss_equals_transformers():
 def test_masks_leave_padding_and_end_alone():
     ids = jnp.array([[7, 8, 9, 1, 0, 0]] * 400)
     mask = (ids != 0).astype(jnp.int32)
-    read, hidden = objectives.mask_tokens(
-        jax.random.key(0), ids, mask, mask_id=99, eos_id=1, rate=0.3
-    )
+    read, hidden = objectives.mask_tokens(jax.random.key(0), ids, mask, mask_id=99, eos_id=1)
     np.testing.assert_array_equal(read == 99, hidden)
     np.testing.assert_array_equal(read[:, 3:], ids[:, 3:])
-    np.testing.assert_allclose(hidden[:, :3].mean(), 0.3, atol=0.05)
+    np.testing.assert_allclose(hidden[:, :3].mean(), 0.15, atol=0.05)
     logits = 30.0 * jax.nn.one_hot(jnp.where(hidden, ids, 5), 10)  # right exactly where hidden
     assert objectives.masked_token_loss(logits, ids, hidden) < 1e-6
     assert objectives.masked_token_loss(logits, ids, ~hidden) > 1

@@ -47,11 +47,6 @@ class Structure:
             total[one.kind] += one.bytes * float(one.calls)  # pyright: ignore[reportArgumentType]
         return dict(total)
 
-    @property
-    def peak_bytes(self) -> int:
-        """Arguments, outputs that are no arguments, and temporaries."""
-        return self.argument_bytes + self.output_bytes - self.donated_bytes + self.temporary_bytes
-
 
 def measure(compiled: Any) -> Structure:
     """Of what `jax.jit(f).lower(...).compile()` returns."""

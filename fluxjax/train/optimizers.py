@@ -91,11 +91,11 @@ def _prodigy(settings: OptimizerSettings, rates: Rates) -> optax.GradientTransfo
 
 
 def muon_optimizer(
-    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, clip: float = 1.0
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
     """Muon on hidden matrices, AdamW elsewhere, one learning rate for both (RMS-matched, 0.2)."""
     return optax.chain(
-        optax.clip_by_global_norm(clip),
+        optax.clip_by_global_norm(1.0),
         muon(
             learning_rate,
             weight_decay=weight_decay,

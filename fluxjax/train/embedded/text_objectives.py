@@ -61,13 +61,12 @@ def mask_tokens(
     *,
     mask_id: int,
     eos_id: int,
-    rate: float = 0.15,
 ) -> tuple[Int[Array, "b l"], Bool[Array, "b l"]]:
-    """Hide tokens behind the sentinel `mask_id`, but never padding or the end token.
+    """Hide 15 % of the tokens behind the sentinel `mask_id`, but never padding or the end token.
 
     Returns the ids to read and which of them are hidden.
     """
-    hidden = jax.random.bernoulli(key, rate, input_ids.shape)
+    hidden = jax.random.bernoulli(key, 0.15, input_ids.shape)
     hidden = hidden & (attention_mask != 0) & (input_ids != eos_id)
     return jnp.where(hidden, mask_id, input_ids), hidden
 
