@@ -138,7 +138,7 @@ def test_attention_over_split_tokens_is_chosen():
     from fluxjax.sample.options import Options
 
     pipe = fluxjax.load_pipeline(mesh="sequence=8", sequence="ring")
-    assert pipe.executables.modules("denoise")[0].sequence == "ring"
+    assert pipe.executables.sequence == "ring"
     with pytest.raises(ConfigError, match="ulysses cannot split 6 heads over sequence=8"):
         draw(Options(prompt=("a star",), mesh="sequence=8", sequence="ulysses"))
 
