@@ -178,6 +178,10 @@ _FLOW = {
     "use_dynamic_shifting": False,
     "time_shift_type": "exponential",
 }
+_FLOW_LEVELS: dict[str, Any] = {
+    "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
+    "time_shift_type": "exponential", "shift_terminal": None, "invert_sigmas": False, **_SIGMAS,
+}  # fmt: skip
 _SOLVER = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
 
 DEFAULTS: Mapping[SamplerClass, Mapping[str, Any]] = {
@@ -215,12 +219,9 @@ DEFAULTS: Mapping[SamplerClass, Mapping[str, Any]] = {
         "set_alpha_to_one": True, "original_inference_steps": 50, "timestep_scaling": 10.0,
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     },
-    "FlowMatchEulerDiscreteScheduler": {
-        "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
-        "time_shift_type": "exponential", "shift_terminal": None, "invert_sigmas": False,
-        "stochastic_sampling": False, **_SIGMAS,
-    },
-    "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
+    "FlowMatchEulerDiscreteScheduler": {**_FLOW_LEVELS, "stochastic_sampling": False},
+    # In diffusers without a dynamic shift and other spacings: here it steps along Euler's levels.
+    "FlowMatchHeunDiscreteScheduler": _FLOW_LEVELS,
 }  # fmt: skip
 
 

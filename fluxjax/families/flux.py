@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fluxjax.config import PipelineConfig
+from fluxjax.config import ConfigError, PipelineConfig, SchedulerConfig
 from fluxjax.config.latents import PATCH, latent_size
+from fluxjax.config.sampler import Respacing, SamplerConfig
 from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
 from fluxjax.families.flux_tasks import TASKS, find_task, mask_channels
 from fluxjax.models import latents as layout
@@ -24,6 +25,7 @@ from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
 from fluxjax.models.flux import FluxTransformer, Modulations
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.schedules.flow_euler import flow_euler, sigmas
+from fluxjax.schedules.samplers import chosen, sampler_run
 from fluxjax.schedules.schedule import Schedule
 from fluxjax.shapes import Params
 
@@ -133,10 +135,37 @@ def schedule(
     *,
     first: int = 0,
     keeps: bool = False,
+    sampler: str | None = None,
+    spacing: Respacing | None = None,
 ) -> Schedule:
-    """Of a picture of so many latent rows and columns; see `flow_euler`."""
+    """Of a picture of so many latent rows and columns; see `flow_euler`.
+
+    `sampler` is one of `ON_FLOW`, `spacing` how its levels are spaced; they run in the program that
+    all samplers share, and from the first step on.
+    """
     tokens = rows * columns // PATCH**2
-    return flow_euler(sigmas(steps, tokens, config.scheduler), first=first, keeps=keeps)
+    if sampler is None and spacing is None:
+        return flow_euler(sigmas(steps, tokens, config.scheduler), first=first, keeps=keeps)
+    if first or keeps or not isinstance(steps, int):
+        raise ConfigError("another sampler or spacing draws from noise, not from an image")
+    return _sampled(config.scheduler, steps, tokens, sampler, spacing)
+
+
+def _sampled(
+    config: SchedulerConfig, steps: int, tokens: int, sampler: str | None, spacing: Respacing | None
+) -> Schedule:
+    own = SamplerConfig(
+        sampler="FlowMatchEulerDiscreteScheduler",
+        num_train_timesteps=config.num_train_timesteps,
+        shift=config.shift,
+        use_dynamic_shifting=config.use_dynamic_shifting,
+    )
+    asked = chosen(own, sampler, sigmas=spacing)
+    choices: dict[str, Any] = {"mu": config.mu(tokens) if config.use_dynamic_shifting else None}
+    if asked.sampler.startswith("FlowMatch"):
+        choices["own"] = np.linspace(1.0, 1.0 / steps, steps).tolist()
+    found = sampler_run(asked, steps, **choices).schedule
+    return found._replace(times=found.times / np.float32(config.num_train_timesteps))
 
 
 def passes(steps: int, true_cfg: float | None) -> Float[np.ndarray, "steps differences"]:

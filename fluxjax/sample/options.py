@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fluxjax.config import ConfigError, multiple
+from fluxjax.config.sampler import Respacing
 from fluxjax.hub import size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
@@ -94,6 +95,10 @@ _Sequence = Annotated[
     Literal["auto", "ulysses", "ring"] | None,
     tyro.conf.arg(metavar="{auto,ulysses,ring}", help_behavior_hint=""),
 ]
+_Respacing = Annotated[
+    Respacing | None,
+    tyro.conf.arg(metavar="{plain,karras,exponential,beta}", help_behavior_hint=""),
+]
 _Noise = Annotated[Noise | None, tyro.conf.arg(metavar="{torch,jax}", help_behavior_hint="")]
 _Loras = Annotated[
     tuple[str, ...],
@@ -121,6 +126,10 @@ class Options:
     """A LoRA for the transformer, or several: --lora A.safetensors --lora B.safetensors:0.5."""
     steps: _Int = None
     """Denoising steps."""
+    sampler: _Text = None
+    """Another sampler than the model's own: euler, heun, dpm++, dpm++1, dpm++3m or unipc."""
+    sigmas: _Respacing = None
+    """How the sampler's noise levels are spaced, for samplers that have them so."""
     guidance: _Float = None
     """Embedded guidance of distilled models, one pass per step."""
     negative_prompt: _Text = None

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from fluxjax.sample.settings import Settings
 
+_SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpm++": "DPM++ 2M", "dpm++1": "DPM++ 1",
+             "dpm++3m": "DPM++ 3M", "unipc": "UniPC"}  # fmt: skip
+
 
 def parameters_text(settings: Settings, model: str, version: str, loras: Mapping[str, str]) -> str:
     """Prompt, negative prompt, and one line of settings; `loras`: SHA-256 by name.
@@ -15,8 +18,8 @@ def parameters_text(settings: Settings, model: str, version: str, loras: Mapping
     scale = settings.true_cfg if settings.uses_true_cfg else 1.0
     values = {
         "Steps": settings.steps,
-        "Sampler": "Euler",
-        "Schedule type": "Simple",
+        "Sampler": _SAMPLERS.get(settings.sampler or "euler", settings.sampler),
+        "Schedule type": (settings.sigmas or "simple").replace("plain", "simple").capitalize(),
         "CFG scale": f"{scale:g}",
         "Distilled CFG Scale": f"{settings.guidance:g}",
         "Seed": settings.seed,

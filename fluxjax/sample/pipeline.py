@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 
 from fluxjax.config import ConfigError
 from fluxjax.config.latents import PATCH
+from fluxjax.config.sampler import Respacing
 from fluxjax.families.family import Conditioning
 from fluxjax.sample.given_pictures import Given, apart, read_given
 from fluxjax.sample.lora_slots import LoraChoice
@@ -58,6 +59,8 @@ class Pipeline(Stages):
         true_cfg: float | None = None,
         prompt_2: str | None = None,
         max_sequence_length: int | None = None,
+        sampler: str | None = None,
+        sigmas: Respacing | None = None,
         noise: Noise | None = None,
         rounding: Rounding | None = None,
         lora: LoraChoice | None = None,
@@ -91,6 +94,9 @@ class Pipeline(Stages):
             neither.
           prompt_2: what T5 reads instead of `prompt`.
           max_sequence_length: T5 tokens, at most 512.
+          sampler: another than the model's own: "euler", "heun", "dpm++", "dpm++1", "dpm++3m" or
+            "unipc"; from noise alone.
+          sigmas: how noise levels are spaced: "plain", "karras", "exponential" or "beta".
           noise: "torch" (what PyTorch's CPU generator draws for the seed) or "jax".
           rounding: whose rounding is followed: "diffusers", "bfl" or "none", see `Settings`.
           lora: adapters of this call, each "FILE", "FILE:SCALE" or (FILE, SCALE), or a list of them
@@ -114,6 +120,7 @@ class Pipeline(Stages):
             "seed": seed if isinstance(seed, int) else 0, "strength": strength,
             "mask_crop": mask_crop, "soft_mask": soft_mask, "expand": expand,
             "canny": canny,
+            "sampler": sampler, "sigmas": sigmas,
         }  # fmt: skip
         chosen = override(self.defaults, {**settings, **files})
         given, chosen = read_given(chosen, objects)
@@ -140,6 +147,9 @@ class Pipeline(Stages):
         task = self.family.find_task(self.config, given.names)
         if task.strength is None and settings.strength is not None:
             raise ConfigError("strength says how much of an image is drawn anew: give an image")
+        if task.strength is not None and (settings.sampler or settings.sigmas):
+            raise ConfigError("sampler and sigmas draw from noise, and an image by its own levels: "
+                              "give the one or the other")  # fmt: skip
         size = dict(zip(("width", "height"), self.picture_size(given), strict=True))
         found: dict[str, Any] = {name: size[name] for name in size if name not in fixed}
         if not given.names:
@@ -185,8 +195,8 @@ class Pipeline(Stages):
         latents = self.denoise(
             conditioning, draws["noise"], steps=settings.steps, guidance=settings.guidance,
             negative=negative, true_cfg=settings.true_cfg, inputs=inputs, first=settings.first_step,
-            rounding=settings.rounding, adapters=adapters,
-            progress=progress, on_step=on_step, every=every,
+            sampler=settings.sampler, sigmas=settings.sigmas, rounding=settings.rounding,
+            adapters=adapters, progress=progress, on_step=on_step, every=every,
         )  # fmt: skip
         pictures = self.decode(latents)
         require_finite(pictures, [conditioning, negative], inputs, latents)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.atomic_write import write_bytes, write_new
-from fluxjax.config import AutoencoderConfig
+from fluxjax.config import AutoencoderConfig, ConfigError
 from fluxjax.config.latents import PATCH
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.pictures import to_bytes
@@ -95,6 +95,9 @@ class Preview:
         pictures: int = 1,
         decoder: bool = False,
     ) -> None:
+        if settings.sampler is not None or settings.sigmas is not None:
+            raise ConfigError("a preview follows the model's own levels: leave out --sampler and "
+                              "--sigmas, or --preview")  # fmt: skip
         self._pipe, self._show = pipe, show
         self._map = None if decoder else linear_map(pipe)
         self._last = np.asarray(pipe.begin(settings, seeds, pictures), np.float32)

@@ -18,7 +18,7 @@ from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normali
 from fluxjax.models.lora import stack_passes, variables
 from fluxjax.sample import denoise as sampler
 from fluxjax.sample.settings import Rounding, Settings
-from fluxjax.schedules.schedule import Schedule
+from fluxjax.schedules.schedule import Schedule, pad
 from fluxjax.shapes import Params
 
 Name = Literal["encode", "reference", "posterior", "denoise", "decode"]
@@ -180,6 +180,12 @@ def programs(
     many = 2 if settings.uses_true_cfg else 1
     column = spec((steps,), jnp.float32)
     schedule = Schedule(column, column, spec((steps,), jnp.bool_))
+    if settings.sampler is not None or settings.sigmas is not None:
+        table = family.schedule(
+            config, settings.steps, *shape[1:], sampler=settings.sampler, spacing=settings.sigmas
+        )
+        schedule = jax.tree.map(lambda x: spec(x.shape, x.dtype), pad(table))
+        steps = len(schedule.times)
     reference = channels = kept = None
     if "reference" in task.pictures and reference_size is not None:
         reference = spec((n, *family.state_shape(config, *reference_size)), dtype)
@@ -199,10 +205,11 @@ def programs(
         channels,
         kept,
     )
+    states = (spec((n, *shape), state),) * schedule.latents
     listed = partial(program, family)
     ids, _ = family.text_shapes(config, rows("encode", prompts), text, dtype)
     found = [
-        listed("denoise", (spec((n, *shape), state),), drawn, rounding=settings.rounding),
+        listed("denoise", states, drawn, rounding=settings.rounding),
         listed("encode", ids),
     ]
     seen: dict[tuple[Name, tuple[int, int]], None] = {}

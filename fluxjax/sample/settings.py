@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config.sampler import Respacing
 from fluxjax.config.scheduler import MAX_STEPS
 
 Rounding = Literal["diffusers", "bfl", "none"]
@@ -46,6 +47,10 @@ class Settings:
     noise: Noise = "torch"
     rounding: Rounding = "diffusers"
     max_sequence_length: int = 512
+    sampler: str | None = None
+    """Of `fluxjax.schedules.samplers`; None: the model's own."""
+    sigmas: Respacing | None = None
+    """How noise levels are spaced; None: as the model has it."""
     reference: str | None = None
     reference_sha256: str | None = None
     image: str | None = None
@@ -88,6 +93,10 @@ class Settings:
             fits = len(self.canny) == 2 and 0 <= self.canny[0] <= self.canny[1] <= MAX_THRESHOLD
             wanted = f"two thresholds from 0 to {MAX_THRESHOLD}, the lower one first"
             _require(fits, "canny", wanted, self)
+        if self.sampler is not None:
+            from fluxjax.schedules.samplers import ON_FLOW
+
+            _require(self.sampler in ON_FLOW, "sampler", f"one of {', '.join(ON_FLOW)}", self)
         for name in _TEXTS:
             check_text(name, getattr(self, name) or "")
         _require(1 <= self.steps <= MAX_STEPS, "steps", f"from 1 to {MAX_STEPS}", self)
@@ -106,6 +115,13 @@ class Settings:
 
         strength = 1.0 if self.strength is None else self.strength
         return start_step(self.steps, strength, rounding=self.rounding)
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is run on all passes; Heun's steps take two, but the last."""
+        if self.sampler == "heun":
+            return 2 * self.steps - 1
+        return self.steps - self.first_step
 
     @property
     def uses_true_cfg(self) -> bool:
@@ -147,6 +163,8 @@ _KINDS = {
     "mask_crop": "an integer",
     "soft_mask": "true or false",
     **dict.fromkeys(("expand", "canny"), "a list of integers"),
+    "sampler": "a text",
+    "sigmas": " or ".join(get_args(Respacing)),
     "noise": " or ".join(get_args(Noise)),
     "rounding": " or ".join(get_args(Rounding)),
 }

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.config.latents import PATCH
+from fluxjax.config.sampler import Respacing
 from fluxjax.families.family import Conditioning, Family, Task
 from fluxjax.models.lora import adapt
 from fluxjax.parallel.mesh import gathered, pad_rows
@@ -171,6 +172,8 @@ class Stages:
         true_cfg: float = 1.0,
         inputs: Inputs = NOTHING,
         first: int = 0,
+        sampler: str | None = None,
+        sigmas: Respacing | None = None,
         rounding: Rounding = "diffusers",
         adapters: Sequence[Mapping[str, float]] | None = None,
         progress: Callable[[int], None] | None = None,
@@ -181,8 +184,9 @@ class Stages:
 
         `steps`: their number, or sigmas before the shift. `guidance` is ignored by models without
         a guidance embedding. `inputs`: of pictures that are given. `first`: the first step that is
-        run, see `Settings.first_step`. `adapters`: of each picture, see `LoraSlots.each`.
-        `progress` and `on_step` cut the run in parts.
+        run, see `Settings.first_step`. `sampler`, `sigmas`: see `Settings`. `adapters`: of each
+        picture, see `LoraSlots.each`. `progress` and `on_step` cut the run in parts, and count the
+        network's evaluations.
         """
         if every < 1:
             raise ConfigError(f"every must be at least 1 step, got {every}")
@@ -190,7 +194,7 @@ class Stages:
         schedule = pad(
             self.family.schedule(
                 self.config, self.config.steps if steps is None else steps, *noise.shape[2:],
-                first=first, keeps=inputs.mask is not None,
+                first=first, keeps=inputs.mask is not None, sampler=sampler, spacing=sigmas,
             )
         )  # fmt: skip
         if rounding == "diffusers":
@@ -210,7 +214,8 @@ class Stages:
         if self.mesh is not None:
             noise, *each = pad_rows((noise, *each), self.executables.rows("denoise", count))
         drawn = Drawn(schedule, passes, *each)
-        program = self._executable("denoise", (noise,), drawn, rounding=rounding)
+        state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
+        program = self._executable("denoise", state, drawn, rounding=rounding)
         params = self.params("transformer")
         if self.slots is not None:
             params = adapt(params, self.slots.choose(adapters or [{}] * count))
@@ -223,9 +228,9 @@ class Stages:
 
         with self._timed("denoising"):
             if progress is None and on_step is None:
-                return latents(wait(run((noise,), schedule)))
+                return latents(wait(run(state, schedule)))
             state = in_parts(
-                run, (noise,), schedule, progress=progress, every=every,
+                run, state, schedule, progress=progress, every=every,
                 on_step=on_step and (lambda step, state: on_step(step, latents(state))),
             )  # fmt: skip
             return latents(state)

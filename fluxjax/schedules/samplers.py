@@ -58,7 +58,7 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
 ON_FLOW: Mapping[str, Mapping[str, Any]] = {
     "euler": {"sampler": "FlowMatchEulerDiscreteScheduler"},
     "heun": {"sampler": "FlowMatchHeunDiscreteScheduler"},
-    **{name: NAMES[name] for name in ("dpm++", "dpm++1", "dpm++3m", "dpm++sde", "unipc")},
+    **{name: NAMES[name] for name in ("dpm++", "dpm++1", "dpm++3m", "unipc")},
 }
 """Those that sample a flow; the others have no meaning there."""
 
