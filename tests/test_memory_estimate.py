@@ -1,0 +1,27 @@
+"""The memory that a picture is said to need at least, beside what XLA counts."""
+
+import pytest
+
+import fluxjax
+from fluxjax.sample.memory_estimate import activation_bytes
+from fluxjax.sample.programs import programs
+from fluxjax.sample.settings import Settings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "height"), [(96, 96), (256, 128)])
+def test_the_estimate_is_below_what_the_programs_take_and_not_far(width, height):
+    """Measured at 96, 256 and 512 pixels a side: 2.5 times the estimate."""
+    pipe = fluxjax.load_pipeline("tiny")
+    settings = Settings(
+        prompt="a star", width=width, height=height, steps=1, max_sequence_length=32
+    )
+    needed = max(
+        pipe.executables.compile(program).memory_analysis().temp_size_in_bytes
+        for program in programs(
+            pipe.family, pipe.config, settings, dtype=pipe.dtype, steps=1,
+            rows=pipe.executables.rows,
+        )
+    )  # fmt: skip
+    estimate = activation_bytes(pipe, settings)
+    assert estimate <= needed <= 4 * estimate, (estimate, needed)
