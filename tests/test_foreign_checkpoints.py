@@ -10,11 +10,14 @@ from fluxjax.config import ConfigError
 from fluxjax.networks import NETWORKS
 from fluxjax.networks.foreign import FOREIGN, foreign_words
 
+WHOLE = "a whole Stable Diffusion checkpoint, in its original names"
 KINDS = {
     "hunyuan_vae": "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",
     "opensora_vae": "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",
     "hunyuan_video": "HunyuanVideo's transformer",
     "opensora_v2": "Open-Sora 2.0's transformer",
+    "ldm_sd15": WHOLE,
+    "ldm_sdxl_base": WHOLE,
     "ldm_sd3_medium": "Stable Diffusion 3's transformer",
     "ldm_sd35_medium": "Stable Diffusion 3.5 medium's transformer",
     "ldm_sd35_large": "Stable Diffusion 3.5 large's transformer",
@@ -24,7 +27,7 @@ KINDS = {
     "pixart_alpha_1024": "PixArt-alpha's transformer",
     "pixart_sigma_1024": "PixArt-Sigma's transformer (or PixArt-alpha's for 512 pixels)",
 }
-UNETS = {"ldm_sd15", "ldm_sdxl_base", "sd15_unet", "sd21_unet", "sdxl_unet", "sdxl_refiner_unet"}
+UNETS = {"sd15_unet", "sd21_unet", "sdxl_unet", "sdxl_refiner_unet"}
 # Ours by their names, where the shapes leave something open.
 ASKED = {
     "sd_vae": ("autoencoder", "0.18215"),

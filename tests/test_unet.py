@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.numpy import load_file
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.checkpoint import engine
@@ -24,6 +25,7 @@ from fluxjax.config import (
     ConfigError,
     UNetConfig,
 )
+from fluxjax.convert.__main__ import main
 from fluxjax.diff.layers import captured, pair_layers, recorded
 from fluxjax.networks.unet import UNET
 
@@ -140,13 +142,13 @@ def test_published_names_and_shapes(shared, name):
     assert (network.component, dialect.name) == ("unet", "reference")
     assert infer_config(network, dialect, expected) == config
     # Through the original names and back.
-    table = UNET.dialect("ldm").table(config)
+    table = UNET.dialect("bfl").table(config)
     theirs = engine.from_reference(lazy(shapes), table)
     assert len(theirs) == len(shapes)
     back = engine.to_reference(theirs, table, expected)
     assert {n: t.shape for n, t in back.items()} == expected
     network, dialect = detect_network({n: t.shape for n, t in theirs.items()})
-    assert dialect.name == "ldm"
+    assert dialect.name == "bfl"
     assert infer_config(network, dialect, {n: t.shape for n, t in theirs.items()}) == config
 
 
@@ -158,7 +160,7 @@ def test_the_original_files_names(shared, name):
     config = {"ldm_sd15": SD15_UNET, "ldm_sdxl_base": SDXL_UNET}[name]
     leaves = engine.reference_leaves(abstract_params(config))
     shapes = {n: leaf.shape for n, leaf in leaves.items()}
-    table = UNET.dialect("ldm").table(config)
+    table = UNET.dialect("bfl").table(config)
     reference = engine.to_reference(lazy(original), table, shapes)
     assert reference.keys() == shapes.keys()
     back = engine.from_reference(reference, table)
@@ -176,12 +178,26 @@ def test_values_land_where_diffusers_puts_them():
     }
 
     ours = {n: as_tensor(t.numpy()) for n, t in model.state_dict().items()}
-    theirs = engine.from_reference(ours, UNET.dialect("ldm").table(config))
+    theirs = engine.from_reference(ours, UNET.dialect("bfl").table(config))
     original = {f"model.diffusion_model.{n}": torch.from_numpy(t.read()) for n, t in theirs.items()}
     converted = convert_ldm_unet_checkpoint(original, dict(model.config))
     assert converted.keys() == ours.keys()
     for name, tensor in converted.items():
         np.testing.assert_array_equal(tensor.numpy(), ours[name].read(), name)
+
+
+def test_a_folder_is_converted_and_back_without_a_bit_lost(tmp_path):
+    torch_unet(TINIES["XL"]).save_pretrained(tmp_path / "unet")
+    main([str(tmp_path / "unet"), str(tmp_path / "original"), "--to", "bfl"])
+    names = load_file(tmp_path / "original" / "unet.safetensors").keys()
+    assert "input_blocks.0.0.weight" in names and "label_emb.0.0.weight" in names
+    main([str(tmp_path / "original"), str(tmp_path / "back"), "--to", "diffusers"])
+    file = "diffusion_pytorch_model.safetensors"
+    expected, got = (load_file(tmp_path / name / file) for name in ("unet", "back"))
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(got[name], tensor, name)
+    assert UNet2DConditionModel.from_pretrained(tmp_path / "back").config.block_out_channels
 
 
 @pytest.mark.parametrize(

@@ -96,5 +96,5 @@ class Family:
     passes: Callable[..., Float[np.ndarray, "steps differences"]]
     forward: Callable[..., Any]
     hoist: Callable[..., tuple[Any, Callable[[Any, Any], Any]]]
-    noised: Callable[..., Float[Array, "b *shape"]]
+    noised: Callable[..., Float[AnyArray, "b *shape"]]
     target: Callable[..., Float[Array, "b *shape"]]

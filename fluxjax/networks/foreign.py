@@ -98,6 +98,11 @@ FOREIGN = (
     Foreign("Wan's transformer", (r"text_embedding\.0\..*", r"blocks\.0\.self_attn\..*")),
     Foreign("CogVideoX's transformer", (r"patch_embed\.(text_)?proj\.weight", r"norm_final\..*")),
     Foreign("Lumina 2's or Z-Image's transformer", (r"cap_embedder\..*", r"noise_refiner\..*")),
+    # UNets are read by themselves.
+    Foreign(
+        "a whole Stable Diffusion checkpoint, in its original names",
+        (r"model\.diffusion_model\.input_blocks\.0\.0\.weight",),
+    ),
     # Autoencoders.
     Foreign(
         "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",

@@ -274,7 +274,7 @@ UNET = Network(
             _infer_reference,
         ),
         Dialect(
-            "ldm",
+            "bfl",
             (r"input_blocks\.0\.0\.weight", r"output_blocks\.0\.0\.in_layers\.0\.weight"),
             ldm,
             _infer_ldm,
