@@ -26,6 +26,7 @@ from fluxjax.families import FLUX, Conditioning
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.sample import edges
 from fluxjax.sample.noise import draw
+from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.preview import Preview
 from fluxjax.sample.programs import Drawn, denoise_pictures
 from fluxjax.sample.reference import pixels
@@ -386,6 +387,10 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers_is(both, folder):
         "a star", image=given["image"], mask_image=given["mask"], strength=0.9, guidance_scale=3.5,
         num_inference_steps=4, generator=torch.Generator().manual_seed(0), **SMALL,
     ).images[0]  # fmt: skip
+    assert half.start(
+        np.zeros((1, 16, 2, 2), half.dtype), Inputs(image=np.zeros((1, 16, 2, 2), half.dtype)),
+        pad(flow_euler(np.array([1.0, 0.5, 0.0], np.float32), first=1)),
+    ).dtype == half.dtype  # fmt: skip
     bound = 1.5 * np.abs(np.asarray(expected, int) - exact).mean()
     for rounding in ("diffusers", "none"):
         got = half("a star", **given, strength=0.9, steps=4, rounding=rounding, **SMALL)[0]

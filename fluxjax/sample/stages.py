@@ -159,7 +159,7 @@ class Stages:
             return noise
         level = np.asarray(schedule.times[[schedule.first]], noise.dtype)
         image = np.broadcast_to(inputs.image, noise.shape).astype(noise.dtype)
-        return self.family.noised(image, noise, level)
+        return self.family.noised(image, noise, level).astype(noise.dtype)
 
     def denoise(
         self,
