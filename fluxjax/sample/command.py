@@ -19,7 +19,7 @@ from fluxjax.sample.picture_record import Remembered, remembered
 from fluxjax.sample.picture_shelf import PictureShelf
 from fluxjax.sample.prompts_file import Line, read_prompts
 from fluxjax.sample.settings import PICTURES, Settings
-from fluxjax.sample.sources import TINY, Sources, replaced
+from fluxjax.sample.sources import SCALED, SINGLE, TINY, Sources, replaced
 from fluxjax.terminal import say
 
 
@@ -120,8 +120,10 @@ def _verify(
         note(f"{said.path} does not say which weights it was made with: they may have changed")
         return
     now = hosts.from_first(sources.hashes)
-    kinds = ["model", "text_encoders", "vae"]
-    kinds += [f"lora {i}" for i in range(1, 1 + max(len(sources.lora), len(said.sources.lora)))]
+    kinds = [*SINGLE]
+    for name in SCALED:
+        most = max(len(getattr(one, name)) for one in (sources, said.sources))
+        kinds += [f"{name} {i}" for i in range(1, 1 + most)]
     chosen = [kind for kind in kinds if given.get(kind.split()[0])]
     if other := picture_record.differences(said, now, chosen):
         note(f"what is given is not what {said.path} was made with: {', '.join(other)}")
@@ -143,12 +145,14 @@ def _draw_all(
 
     from fluxjax.sample.memory_estimate import require_room
     from fluxjax.sample.preview import previewed
+    from fluxjax.sample.redux import read_heard
     from fluxjax.sample.step_progress import step_progress
 
     first = jax.process_index() == 0
     once = cache(note)
     shelf = PictureShelf(options, opened, note)
     size = opened.pipeline(opened.sources.lora).executables.rows("denoise", 1)
+    heard, _ = read_heard(opened.sources.redux_image)
     done = 0
     for batch in batches(wanted, size):
         pipe, settings = opened.pipeline(batch[0].lora), batch[0].settings
@@ -165,7 +169,7 @@ def _draw_all(
                 path, decoder = shelf.path(batch[0]), options.preview_decoder
                 on_step = s.enter_context(previewed(pipe, settings, seeds, path, decoder=decoder))
             pictures = pipe.draw(
-                settings, prompts=prompts, seeds=seeds, progress=progress,
+                settings, prompts=prompts, seeds=seeds, heard=heard, progress=progress,
                 on_step=on_step, every=every,
             )  # fmt: skip
         done = ends

@@ -39,6 +39,7 @@ from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.pipeline import Pipeline
+from fluxjax.sample.redux import open_redux
 from fluxjax.sample.settings import Dtype
 from fluxjax.sample.sources import Sources, absolute
 from fluxjax.shapes import Params
@@ -59,6 +60,7 @@ def load_pipeline(
     mesh: Mesh | MeshShape | str | None = None,
     sequence: SequenceAttention = "auto",
     quantise: str | None = None,
+    redux: str | Path | None = None,
 ) -> Pipeline:
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
@@ -84,6 +86,7 @@ def load_pipeline(
       quantise: keep the products of the transformer's blocks in few bits: one of
         `fluxjax.models.quantised.KINDS`, such as "int8" or "nf4"; they are decoded a layer at a
         time. Not on a mesh.
+      redux: a folder of FLUX.1 Redux, which `redux_image` needs.
 
     Raises FileNotFoundError, ConfigError or ValueError with one sentence naming what is wrong.
     """
@@ -131,6 +134,9 @@ def load_pipeline(
             raise ConfigError("lora_slots go neither with loras nor with a mesh")
         slots = LoraSlots(abstract_params(config.transformer, stacked=scan_layers), lora_slots)
     lora = _tree(low_rank, config, scan_layers)
+    prior = None
+    if redux is not None:
+        prior = open_redux(find(redux, "checkpoint"), config.text_encoder_2.d_model, dtype)
     return Pipeline(
         family,
         config,
@@ -143,7 +149,9 @@ def load_pipeline(
         mesh=mesh,
         sequence=sequence,
         quantise=quantise,
+        redux=prior,
         sources=Sources(
+            redux=None if redux is None else absolute(str(redux)),
             model=absolute(str(model)),
             text_encoders=None if text_encoders is None else absolute(str(text_encoders)),
             vae=None if vae is None else absolute(str(vae)),

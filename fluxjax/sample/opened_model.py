@@ -45,6 +45,7 @@ class OpenedModel:
             text_encoders=sources.text_encoders,
             vae=sources.vae,
             loras=sources.lora,
+            redux=sources.redux,
             mesh=self.options.mesh,
             sequence=self.options.sequence or "auto",
         )

@@ -30,7 +30,7 @@ from fluxjax.sample.settings import (
     brief,
     override,
 )
-from fluxjax.sample.sources import TINY, absolute, absolute_lora, is_name
+from fluxjax.sample.sources import SCALED, SINGLE, TINY, absolute, absolute_scaled, is_name
 
 MOST_PICTURES = 2**20  # of one run
 
@@ -124,6 +124,11 @@ class Options:
     """For a BFL file: folder of a diffusers autoencoder, or ae.safetensors."""
     lora: _Loras = ()
     """A LoRA for the transformer, or several: --lora A.safetensors --lora B.safetensors:0.5."""
+    redux: _Path = None
+    """Folder of FLUX.1 Redux, through which pictures are heard beside the prompt."""
+    redux_image: _Loras = ()
+    """A picture for Redux, or several with weights: --redux-image A.png:0.6 --redux-image B.png.
+    """
     steps: _Int = None
     """Denoising steps."""
     sampler: _Text = None
@@ -234,6 +239,10 @@ def check(options: Options) -> None:
             multiple(name, given[name], unit)
     sources = given_sources(options)
     _check_model(sources["model"])
+    if options.like is None and (sources["redux"] is None) != (sources["redux_image"] == ()):
+        raise ConfigError("--redux FOLDER and --redux-image FILE belong together: give both")
+    if sources["redux"] and not (is_name(sources["redux"]) or Path(sources["redux"]).exists()):
+        raise FileNotFoundError(f"there is no Redux folder {sources['redux']}")
     named = [(f"{name} picture", given[name]) for name in PICTURES]
     for kind, path in (*named, ("file", options.prompts)):
         if path not in (None, STANDARD_INPUT, ALPHA) and not Path(path).exists():
@@ -273,9 +282,11 @@ def given_settings(options: Options) -> dict[str, Any]:
 
 def given_sources(options: Options) -> dict[str, Any]:
     """The fields of Sources on the command line, in full; None or () is what is not there."""
-    paths = {name: getattr(options, name) for name in ("model", "text_encoders", "vae")}
+    paths = {name: getattr(options, name) for name in SINGLE}
     given: dict[str, Any] = {name: p and absolute(str(p)) for name, p in paths.items()}
-    return {**given, "lora": tuple(map(absolute_lora, options.lora))}
+    for name, what in SCALED.items():
+        given[name] = tuple(absolute_scaled(one, what) for one in getattr(options, name))
+    return given
 
 
 def destination(options: Options) -> tuple[Path, Path | None]:

@@ -24,11 +24,20 @@ from fluxjax.hub import is_cached
 from fluxjax.sample import known_places
 from fluxjax.sample.picture_formats import read_record
 from fluxjax.sample.settings import ALPHA, PICTURES, Dtype, Settings, brief, override
-from fluxjax.sample.sources import TINY, Sources, changed, hashes_of, is_name
+from fluxjax.sample.sources import (
+    SCALED,
+    SINGLE,
+    TINY,
+    Sources,
+    changed,
+    hashes_of,
+    is_name,
+)
 
 _OPTIONS = {
     "text_encoders": "--text-encoders",
-    **{name: f"--{name}" for name in ("model", "vae", *PICTURES)},
+    "redux_image": "--redux-image",
+    **{name: f"--{name}" for name in ("model", "vae", "redux", *PICTURES)},
 }
 _MOST_LORAS = 100
 
@@ -54,13 +63,14 @@ def record_of(
             settings = dataclasses.replace(settings, **stored)
     record: dict[str, Any] = {"fluxjax": __version__, "dtype": dtype}
     for kind, path in sources.files().items():
-        if not kind.startswith("lora"):
+        if kind in SINGLE:
             record[kind] = _stored(path, folder, _of_kind(hashes, kind))
-    if sources.lora:
-        record["lora"] = [
-            f"{_stored(file, folder, _of_kind(hashes, f'lora {i}'))}:{scale:g}"
-            for i, (file, scale) in enumerate(map(split_scale, sources.lora), start=1)
-        ]
+    for name in SCALED:
+        if scaled := getattr(sources, name):
+            record[name] = [
+                f"{_stored(file, folder, _of_kind(hashes, f'{name} {i}'))}:{scale:g}"
+                for i, (file, scale) in enumerate(map(split_scale, scaled), start=1)
+            ]
     record |= {"sha256": dict(hashes), "settings": dataclasses.asdict(settings)}
     return record | ({"unrepeatable": unrepeatable} if unrepeatable else {})
 
@@ -116,17 +126,19 @@ def remembered(path: Path) -> Remembered:
     _check(isinstance(settings, dict), path, "settings", "an object", settings)
     _check(_are_texts(hashes, dict), path, "sha256", "an object of texts", hashes)
     override(Settings(), settings, str(path))
-    for name in ("model", "text_encoders", "vae", "dtype"):
+    for name in (*SINGLE, "dtype"):
         value = record.get(name)
         _check(isinstance(value, str | None), path, name, "a text", value)
-    lora = record.get("lora", [])
-    fine = _are_texts(lora, list) and len(lora) <= _MOST_LORAS
-    _check(fine, path, "lora", "a list of texts", lora)
+    scaled = {name: record.get(name, []) for name in SCALED}
+    for name, listed in scaled.items():
+        fine = _are_texts(listed, list) and len(listed) <= _MOST_LORAS
+        _check(fine, path, name, "a list of texts", listed)
     sources = Sources(
         model=record.get("model") or TINY,
         text_encoders=record.get("text_encoders"),
         vae=record.get("vae"),
-        lora=tuple(lora),
+        redux=record.get("redux"),
+        **{name: tuple(listed) for name, listed in scaled.items()},
     )
     version = record.get("fluxjax")
     version = version if isinstance(version, str) else ""
@@ -195,15 +207,20 @@ def find_all(
             return where
         return find(said, kind, where, _of_kind(said.hashes, kind), every)
 
-    loras = () if given.get("lora") else wanted.lora
+    def places(name: str) -> tuple[str, ...]:
+        listed = () if given.get(name) else getattr(wanted, name)
+        kind = "LoRA" if name == "lora" else name
+        return tuple(
+            f"{find(said, kind, file, _of_kind(said.hashes, f'{name} {i}'), every)}:{scale:g}"
+            for i, (file, scale) in enumerate(map(split_scale, listed), start=1)
+        )
+
     sources = Sources(
         model=place("model") or TINY,
         text_encoders=place("text_encoders"),
         vae=place("vae"),
-        lora=tuple(
-            f"{find(said, 'LoRA', file, _of_kind(said.hashes, f'lora {i}'), every)}:{scale:g}"
-            for i, (file, scale) in enumerate(map(split_scale, loras), start=1)
-        ),
+        redux=place("redux"),
+        **{name: places(name) for name in SCALED},
     )
     pictures: dict[str, str] = {}
     for name in PICTURES:

@@ -22,6 +22,7 @@ from fluxjax.sample.lora_slots import LoraChoice
 from fluxjax.sample.picture_inputs import finished, make_inputs
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.programs import COMPONENTS
+from fluxjax.sample.redux import Heard, read_heard
 from fluxjax.sample.reference import whole_size
 from fluxjax.sample.refusals import require_both, require_finite, unknown_options
 from fluxjax.sample.save_picture import tell_made
@@ -55,6 +56,7 @@ class Pipeline(Stages):
         soft_mask: bool | None = None,
         expand: tuple[int, int, int, int] | None = None,
         canny: tuple[int, int] | None = None,
+        redux_image: Any = None,
         negative_prompt: str | None = None,
         true_cfg: float | None = None,
         prompt_2: str | None = None,
@@ -90,6 +92,8 @@ class Pipeline(Stages):
           soft_mask: the greyer the mask, the fewer steps change the image.
           canny: draw by the edges of the control, found with these thresholds, such as (50, 200).
           expand: a border of (left, top, right, bottom) pixels round the image, painted anew.
+          redux_image: what is heard beside the prompt through FLUX.1 Redux: a picture or its file,
+            (either, weight), or a list of these.
           negative_prompt, true_cfg: what not to draw, by classifier-free guidance above 1; both or
             neither.
           prompt_2: what T5 reads instead of `prompt`.
@@ -124,18 +128,23 @@ class Pipeline(Stages):
         }  # fmt: skip
         chosen = override(self.defaults, {**settings, **files})
         given, chosen = read_given(chosen, objects)
+        heard, heard_files = read_heard(() if redux_image is None else redux_image)
         fixed = [name for name, value in settings.items() if value is not None]
         chosen = self.complete(chosen, given, fixed)
         pictures = self.draw(
             chosen, prompts=prompts, seeds=seed, number=number, lora=lora,
-            given=given, progress=progress, on_step=on_step, every=every,
+            given=given, heard=heard, progress=progress, on_step=on_step, every=every,
         )  # fmt: skip
         images = [fromarray(picture) for picture in pictures]
         if self.sources is not None:
-            why = f"its {' and '.join(sorted(objects))} had no file" if objects else ""
+            without = [*sorted(objects), *["redux_image"] * (heard_files is None)]
+            why = f"its {' and '.join(without)} had no file" if without else ""
             if self.executables.quantise is not None:
                 why = f"its weights were kept in {self.executables.quantise}"
-            sources = self._sources(lora, len(prompts), number)
+            sources = [
+                replace(one, redux=one.redux if heard else None, redux_image=heard_files or ())
+                for one in self._sources(lora, len(prompts), number)
+            ]
             tell_made(images, chosen, prompts, seed, sources, str(self.dtype), unrepeatable=why)
         return images
 
@@ -168,13 +177,14 @@ class Pipeline(Stages):
         number: int = 1,
         given: Given | None = None,
         lora: LoraChoice | None = None,
+        heard: Sequence[Heard] = (),
         progress: Callable[[int], None] | None = None,
         on_step: OnStep | None = None,
         every: int = 1,
     ) -> UInt8[np.ndarray, "n rows columns 3"]:
         """Pictures of `settings` as bytes; what else is given stands in for what is in it.
 
-        Arguments and errors are those of `__call__`.
+        `heard`: pictures for Redux and their weights. Arguments and errors are those of `__call__`.
         """
         prompts = [settings.prompt] if prompts is None else prompts
         count = len(prompts) * number
@@ -182,15 +192,20 @@ class Pipeline(Stages):
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
         require_both(settings)
         adapters = self._adapters(lora, len(prompts), number)
+        self._require_redux(settings, heard)
         if given is None:
             given, settings = read_given(settings)
         settings = self.complete(settings, given, FIELDS)
         task = self.family.find_task(self.config, given.names)
         draws = self.draw_each(settings, settings.seed if seeds is None else seeds, count, task)
-        self.prepare(settings, count, given)
+        more = self.redux.count if self.redux is not None and heard else 0
+        self.prepare(settings, count, given, more_text=more)
         for component in itertools.chain(*COMPONENTS.values()):
             self.params(component)  # while the programs compile
         conditioning, negative = self._heard(settings, prompts, number)
+        if self.redux is not None and heard:
+            with self._timed("encoding"):
+                conditioning = self.redux.heard(conditioning, heard)
         inputs = make_inputs(self, task, given, settings, draws)
         latents = self.denoise(
             conditioning, draws["noise"], steps=settings.steps, guidance=settings.guidance,
@@ -201,6 +216,17 @@ class Pipeline(Stages):
         pictures = self.decode(latents)
         require_finite(pictures, [conditioning, negative], inputs, latents)
         return finished(to_bytes(pictures, settings.rounding), given, settings)
+
+    def _require_redux(self, settings: Settings, heard: Sequence[Heard]) -> None:
+        if heard and self.redux is None:
+            raise ConfigError(
+                "redux_image is heard through FLUX.1 Redux: give its folder as redux (--redux)"
+            )
+        if heard and settings.uses_true_cfg:
+            raise ConfigError(
+                "redux_image makes the prompt longer than the negative prompt, which true_cfg "
+                "needs of the same length: leave out one of the two"
+            )
 
     def _heard(
         self, settings: Settings, prompts: Sequence[str], number: int

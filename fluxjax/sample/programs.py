@@ -160,6 +160,7 @@ def programs(
     pictures: int = 1,
     prompts: int = 1,
     reference_size: tuple[int, int] | None = None,
+    more_text: int = 0,
     rows: Callable[[Name, int], int] = lambda name, count: count,
 ) -> list[Program]:
     """All that pictures of `settings` need, the longest to compile first, then in order of need.
@@ -170,13 +171,14 @@ def programs(
       task: which pictures are given.
       pictures, prompts: drawn and encoded together.
       reference_size: (width, height) at which a reference is seen.
+      more_text: tokens beside those of the prompt (Redux).
       rows: the batch that a program runs for so many pictures or prompts.
     """
     spec: Any = jax.ShapeDtypeStruct
     state = jnp.float32 if settings.rounding == "none" else dtype
     n, text = rows("denoise", pictures), settings.max_sequence_length
     shape = family.state_shape(config, settings.width, settings.height)
-    _, conditioning = family.text_shapes(config, n, text, dtype)
+    _, conditioning = family.text_shapes(config, n, text + more_text, dtype)
     many = 2 if settings.uses_true_cfg else 1
     column = spec((steps,), jnp.float32)
     schedule = Schedule(column, column, spec((steps,), jnp.bool_))

@@ -14,6 +14,9 @@ from fluxjax.file_hash import hash_file, hash_files
 from fluxjax.hub import Kind, find, hub_name
 
 TINY = "tiny"
+SINGLE = ("model", "text_encoders", "vae", "redux")
+SCALED = {"lora": "LoRA file", "redux_image": "picture for Redux"}
+"""Fields of Sources that hold several FILE:SCALE, and what one is called."""
 _INDEX = ("model_index.json", "fluxjax.json")
 
 
@@ -25,12 +28,20 @@ class Sources:
     text_encoders: str | None = None
     vae: str | None = None
     lora: tuple[str, ...] = ()
+    redux: str | None = None
+    """A folder of FLUX.1 Redux."""
+    redux_image: tuple[str, ...] = ()
+    """The pictures that it reads, FILE:SCALE."""
 
     def files(self) -> dict[str, str]:
-        """Paths by what they are: model, text_encoders, vae, lora 1, lora 2 ..."""
-        named = {"model": self.model, "text_encoders": self.text_encoders, "vae": self.vae}
-        loras = {f"lora {i}": split_scale(one)[0] for i, one in enumerate(self.lora, start=1)}
-        return {kind: path for kind, path in (named | loras).items() if path is not None}
+        """Paths by what they are: model, text_encoders, vae, redux, lora 1, lora 2 ..."""
+        named = {name: getattr(self, name) for name in SINGLE}
+        scaled = {
+            f"{name} {i}": split_scale(one)[0]
+            for name in SCALED
+            for i, one in enumerate(getattr(self, name), start=1)
+        }
+        return {kind: path for kind, path in (named | scaled).items() if path is not None}
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 by what it is of: "lora 1", or "model transformer" of a folder's parts.
@@ -46,7 +57,9 @@ class Sources:
 
 def hashes_of(source: str, kind: str) -> dict[str, str]:
     """SHA-256 of a file under "", of a folder's parts under their names. Raises OSError."""
-    wanted: dict[str, Kind] = {"model": "model", "text_encoders": "text encoders", "vae": "vae"}
+    wanted: dict[str, Kind] = {
+        "model": "model", "text_encoders": "text encoders", "vae": "vae", "redux": "checkpoint",
+    }  # fmt: skip
     path = find(source, wanted.get(kind, "lora"))
     if path.is_file():
         return {"": hash_file(path)}
@@ -99,9 +112,14 @@ def absolute(source: str) -> str:
 
 def absolute_lora(text: str) -> str:
     """FILE:SCALE with the file in full. Raises FileNotFoundError where there is none."""
+    return absolute_scaled(text, SCALED["lora"])
+
+
+def absolute_scaled(text: str, what: str) -> str:
+    """As `absolute_lora`, of `what`."""
     file, scale = split_scale(text)
     if not is_name(file) and not Path(absolute(file)).exists():
-        raise FileNotFoundError(f"there is no LoRA file {absolute(file)}")
+        raise FileNotFoundError(f"there is no {what} {absolute(file)}")
     return f"{absolute(file)}:{scale:g}"
 
 

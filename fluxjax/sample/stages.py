@@ -37,6 +37,7 @@ from fluxjax.shapes import Params
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from fluxjax.sample.redux import Redux
     from fluxjax.text.tokenizers import PromptTokenizer
 
 PHASES = ("loading", "compiling", "encoding", "denoising", "decoding")
@@ -67,6 +68,7 @@ class Stages:
         sequence: SequenceAttention = "auto",
         quantise: str | None = None,
         sources: Sources | None = None,
+        redux: Redux | None = None,
     ):
         self.family, self.config = family, config
         self.defaults = defaults(config)
@@ -85,7 +87,7 @@ class Stages:
         )
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
-        self.sources, self.slots = sources, slots
+        self.sources, self.slots, self.redux = sources, slots, redux
         self._load_params, self._load_tokenizers = load_params, load_tokenizers
         self._tokenizers: tuple[PromptTokenizer, PromptTokenizer] | None = None
         self._params: dict[str, Params] = {}
@@ -266,13 +268,23 @@ class Stages:
         """Take `params` in place of those that there are, of the same shapes."""
         self._params[component] = params
 
-    def prepare(self, settings: Settings, count: int = 1, given: Given = NO_PICTURES) -> None:
-        """Start to compile, in the background, every program that `count` pictures will need."""
+    def prepare(
+        self,
+        settings: Settings,
+        count: int = 1,
+        given: Given = NO_PICTURES,
+        *,
+        more_text: int = 0,
+    ) -> None:
+        """Start to compile, in the background, every program that `count` pictures will need.
+
+        `more_text`: tokens beside those of the prompt.
+        """
         seen = given.reference and self.reference_size(given.reference)
         for program in programs(
             self.family, self.config, settings, dtype=self.dtype, steps=bucket(settings.steps),
             task=self.family.find_task(self.config, given.names), pictures=count,
-            reference_size=seen, rows=self.executables.rows,
+            reference_size=seen, rows=self.executables.rows, more_text=more_text,
         ):  # fmt: skip
             self.executables.start(program)
 

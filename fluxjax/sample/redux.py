@@ -1,0 +1,146 @@
+"""FLUX.1 Redux: pictures that are heard beside the prompt.
+
+Source: diffusers `FluxPriorReduxPipeline`; the pictures are read as SigLIP's processor reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fluxjax.checkpoint.source import OpenNetwork, open_network
+from fluxjax.config import ConfigError
+from fluxjax.families.family import Conditioning
+from fluxjax.networks import network_of
+from fluxjax.picture_files import upright_rgb
+from fluxjax.sample.given_pictures import read_picture
+from fluxjax.shapes import Params
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+Heard = tuple["Picture", float]
+"""A picture and its weight."""
+
+
+class Redux:
+    """SigLIP and the projector, whose weights are read when they are first needed."""
+
+    def __init__(self, encoder: OpenNetwork, projector: OpenNetwork, dtype: Any):
+        self.networks, self.dtype = (encoder, projector), jnp.dtype(dtype)
+        self.count: int = encoder.config.tokens
+        """Tokens that a picture becomes."""
+
+    @cached_property
+    def _params(self) -> tuple[Params, ...]:
+        return tuple(one.params(stacked=False, dtype=self.dtype) for one in self.networks)
+
+    def tokens(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "n tokens text"]:
+        """What the transformer reads of each picture, after T5's states."""
+        types = {"dtype": self.dtype, "param_dtype": self.dtype}
+        modules = [network_of(one.config).build(one.config, **types) for one in self.networks]
+        size = self.networks[0].config.image_size
+        seen = np.stack([_pixels(picture, size) for picture in pictures])
+        precision: Any = "highest" if self.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(precision):
+            return np.asarray(_tokens(*modules, *self._params, seen))
+
+    def heard(self, conditioning: Conditioning, pictures: Sequence[Heard]) -> Conditioning:
+        """The prompts' conditioning with the pictures' tokens joined.
+
+        The weighted sum over the pictures of text and tokens alike, as diffusers has it: a weight
+        of all pictures together other than 1 makes the text louder or softer too.
+        """
+        tokens = self.tokens([picture for picture, _ in pictures])
+        scales = np.asarray([scale for _, scale in pictures]).astype(self.dtype)
+
+        def summed(each: Sequence[np.ndarray]) -> np.ndarray:
+            scaled = [x * scale for x, scale in zip(each, scales, strict=True)]
+            return sum(x.astype(np.float32) for x in scaled).astype(self.dtype)  # pyright: ignore
+
+        sequence, vector = np.asarray(conditioning.sequence), np.asarray(conditioning.vector)
+        text = summed([sequence] * len(tokens))
+        more = np.broadcast_to(summed(list(tokens))[None], (len(text), *tokens.shape[1:]))
+        joined = np.concatenate([text, more], axis=1)
+        return Conditioning(joined, None, summed([vector] * len(tokens)))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _tokens(
+    encoder: Any,
+    projector: Any,
+    encoder_params: Params,
+    projector_params: Params,
+    pixels: Float[Array, "n height width 3"],
+) -> Float[Array, "n tokens text"]:
+    states = encoder.apply({"params": encoder_params}, pixels).last_hidden_state
+    return projector.apply({"params": projector_params}, states)
+
+
+def _pixels(picture: Picture, size: int) -> Float[np.ndarray, "height width 3"]:
+    """Stretched to the square that SigLIP reads; values in [-1, 1]."""
+    from PIL import Image
+
+    resized = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return (np.asarray(resized).astype(np.float32) * np.float32(1 / 255) - 0.5) / np.float32(0.5)
+
+
+def open_redux(folder: Path, width: int, dtype: Any) -> Redux:
+    """Of FLUX.1 Redux's pipeline folder, for a transformer that reads text of `width`.
+
+    Raises FileNotFoundError, ConfigError and what damaged files raise.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no Redux folder {folder}")
+    encoder, projector = (open_network(folder, part) for part in ("siglip", "image_embedder"))
+    seen, read = encoder.config.hidden_size, projector.config.redux_dim
+    if seen != read:
+        raise ConfigError(
+            f"{folder}: the Redux projector reads states of width {read}, its SigLIP gives {seen}"
+        )
+    if projector.config.txt_in_features != width:
+        raise ConfigError(
+            f"{folder} makes tokens of width {projector.config.txt_in_features}, and this model "
+            f"reads text of width {width}: it belongs to another model"
+        )
+    return Redux(encoder, projector, dtype)
+
+
+def read_heard(given: Any) -> tuple[list[Heard], tuple[str, ...] | None]:
+    """(pictures and weights, "FILE:SCALE" of each or None where one has no file) of what Python or
+    the command gives: a picture or its file, (either, scale), or a list of these.
+
+    Raises FileNotFoundError, ConfigError.
+    """
+    from PIL.Image import Image
+
+    from fluxjax.sample.sources import absolute_scaled, split_scale
+
+    if isinstance(given, str | Path | Image) or (
+        isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
+    ):
+        given = [given]
+    pictures: list[Heard] = []
+    files: list[str] | None = []
+    for one in given:
+        item, scale = one if isinstance(one, tuple) else (one, 1.0)
+        if isinstance(item, Image):
+            pictures.append((upright_rgb(item), float(scale)))
+            files = None
+            continue
+        if not isinstance(item, str | Path):
+            kind = type(item).__name__
+            raise ConfigError(f"redux_image must be a picture or a file's path, got {kind}")
+        text = f"{item}:{scale:g}" if isinstance(one, tuple) else str(item)
+        path, scale = split_scale(absolute_scaled(text, "picture for Redux"))
+        pictures.append((read_picture(path, "Redux")[0], scale))
+        if files is not None:
+            files.append(f"{path}:{scale:g}")
+    return pictures, None if files is None else tuple(files)
