@@ -44,7 +44,7 @@ class Redux:
 
     def tokens(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "n tokens text"]:
         """What the transformer reads of each picture, after T5's states."""
-        types = {"dtype": self.dtype, "param_dtype": self.dtype}
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
         modules = [network_of(one.config).build(one.config, **types) for one in self.networks]
         size = self.networks[0].config.image_size
         seen = np.stack([_pixels(picture, size) for picture in pictures])
