@@ -1,5 +1,6 @@
 """CLIP's text and vision encoders against transformers on tiny random configurations."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -10,9 +11,14 @@ import torch
 import transformers
 from torch_reference import from_torch, relative_l2
 
+from fluxjax.checkpoint.component_json import parse_config
+from fluxjax.checkpoint.engine import reference_leaves
+from fluxjax.checkpoint.templates import abstract_params, parameter_count
 from fluxjax.config import (
     CLIP_BASE_TEXT,
     CLIP_BASE_VISION,
+    CLIP_BIGG_TEXT,
+    CLIP_H_TEXT,
     CLIP_L_TEXT,
     CLIP_L_VISION,
     CLIPConfig,
@@ -168,6 +174,24 @@ def test_presets_have_the_published_size(config, count):
     inputs = jax.ShapeDtypeStruct(shape, dtype)
     shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "folder"),
+    [
+        (CLIP_H_TEXT, "openclip_h_23", "stable-diffusion-2-1/text_encoder"),
+        (CLIP_BIGG_TEXT, "clip_bigg", "stable-diffusion-xl-base-1.0/text_encoder_2"),
+    ],
+    ids=["H", "bigG"],
+)
+def test_openclip_has_the_published_names_and_shapes(shared, config, name, folder):
+    published = json.loads((shared / f"checkpoints/{name}.json").read_text())
+    path = shared / f"checkpoints/{folder}/config.json"
+    assert parse_config(CLIPTextConfig, json.loads(path.read_text()), path) == config
+    template = abstract_params(config)
+    shapes = {n: list(leaf.shape) for n, leaf in reference_leaves(template).items()}
+    assert shapes == published["tensors"]
+    assert parameter_count(template) == published["parameters"]
 
 
 def test_wrong_sizes_are_refused():

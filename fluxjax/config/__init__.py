@@ -5,6 +5,8 @@ from fluxjax.config.base import Activation, ConfigError, from_dict, multiple
 from fluxjax.config.clip import (
     CLIP_BASE_TEXT,
     CLIP_BASE_VISION,
+    CLIP_BIGG_TEXT,
+    CLIP_H_TEXT,
     CLIP_L_TEXT,
     CLIP_L_VISION,
     CLIPConfig,
@@ -41,6 +43,8 @@ from fluxjax.config.unet import (
 __all__ = [
     "CLIP_BASE_TEXT",
     "CLIP_BASE_VISION",
+    "CLIP_BIGG_TEXT",
+    "CLIP_H_TEXT",
     "CLIP_L_TEXT",
     "CLIP_L_VISION",
     "CONTROL",

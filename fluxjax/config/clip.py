@@ -118,6 +118,24 @@ CLIP_L_TEXT = CLIPTextConfig()
 CLIP_BASE_TEXT = CLIPTextConfig(
     hidden_size=512, intermediate_size=2048, projection_dim=512, num_attention_heads=8
 )
+# OpenCLIP's: Stable Diffusion 2.1's, whose file ends a layer early, and the second of XL and 3.
+CLIP_H_TEXT = CLIPTextConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    projection_dim=512,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    hidden_act="gelu",
+)
+CLIP_BIGG_TEXT = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    projection_dim=1280,
+    with_projection=True,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    hidden_act="gelu",
+)
 CLIP_L_VISION = CLIPVisionConfig()
 CLIP_BASE_VISION = CLIPVisionConfig(
     hidden_size=768,
