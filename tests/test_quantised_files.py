@@ -1,6 +1,7 @@
 """Quantised files of every form are read as the values that their own libraries give them."""
 
 import json
+import os
 import struct
 import tracemalloc
 
@@ -409,6 +410,12 @@ def test_hostile_gguf_is_refused(tmp_path, name):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert str(tmp_path / "x.gguf") in str(error.value) and peak < 2**22
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.gguf")
+    with pytest.raises(ValueError, match="is not a file"):
+        open_file(tmp_path / "x.gguf")
 
 
 def test_gguf_tensors_that_overlap_or_share_a_name_are_refused(tmp_path):

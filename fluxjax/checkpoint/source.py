@@ -247,6 +247,8 @@ def _saved(text: str | None, path: Path) -> dict[str, Any]:
 
 def is_gguf(path: Path) -> bool:
     """By its content, or by its name where it has none."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     with open(path, "rb") as file:
         start = file.read(len(MAGIC))
     return start == MAGIC or path.suffix.lower() == ".gguf"

@@ -29,9 +29,9 @@ class Dense(nn.Dense):
     precision: Precision = None
     promote_dtype: Any = promote_dtype  # flax's own type cannot be checked at run time
 
-    def _kernel(self, shape: tuple[int, int]) -> Float[Array, "k features"]:
-        """The parameter, decoded where it is kept in few bits: in the body of a scan, where only
-        one layer's is."""
+    def _kernel(self, shape: tuple[int, int]) -> Any:
+        """The parameter (k, features), decoded where it is kept in few bits: in the body of a scan,
+        where only one layer's is."""
         if self.has_variable("params", "kernel"):
             kernel = self.get_variable("params", "kernel")
             if isinstance(kernel, Quantised):
