@@ -18,10 +18,18 @@ WRONG = {
     '"seven"': "'seven'", "[1.5]": "(1.5,)", '{"a": 1}': "{'a': 1}", "true": "True", "2.5": "2.5",
     "7": "7",
 }  # fmt: skip
+# A number for all levels is diffusers' older form; pixels need another patch_size, which is said.
+ANOTHER_FORM = {
+    ("UNetConfig", "transformer_layers_per_block", "7"),
+    ("UNetConfig", "layers_per_block", "[1.5]"),
+    *(("ControlNetConfig", "conditioning_embedding_channels", given) for given in WRONG),
+}
 
 
 def fits(given: str, right: object) -> bool:
     value = json.loads(given)
+    if right is None:  # a size that not every model has
+        return type(value) is int
     if isinstance(right, float):
         return type(value) in (int, float)
     return type(value) is type(right) and not isinstance(value, str)
@@ -35,6 +43,8 @@ def test_a_value_of_a_wrong_type_is_named_with_its_file_and_key(tmp_path, cls):
     for key in fields:
         for given, shown in WRONG.items():
             right = written[key]
+            if (cls.__name__, key, given) in ANOTHER_FORM:
+                continue
             if fits(given, right) and not isinstance(right, list):
                 continue
             path.write_text(json.dumps(written | {key: json.loads(given)}))

@@ -143,7 +143,8 @@ def _infer(
 
 
 def _read(values: dict[str, Any]) -> dict[str, Any]:
-    levels = len(values.get("block_out_channels") or (0,) * 4)
+    widths = values.get("block_out_channels")
+    levels = len(widths) if isinstance(widths, list | tuple) else 4
 
     def each(name: str) -> list[Any]:
         value = values.get(name)
