@@ -39,7 +39,7 @@ def folder_of(path, config):
 @pytest.mark.parametrize(
     ("component", "config", "layer"),
     [
-        ("controlnet", NARROW, "controlnet_blocks.0"),
+        pytest.param("controlnet", NARROW, "controlnet_blocks.0", marks=pytest.mark.slow),
         ("controlnet", replace(HINTED, num_layers=1), "input_hint_block.blocks.5"),
         ("siglip", SIGLIP, "encoder.layers.1.mlp.fc2"),
         ("image_embedder", PROJECTOR, "redux_up"),
