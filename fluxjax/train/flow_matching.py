@@ -92,7 +92,7 @@ def fixed_loss(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows.index)
     drawn = jax.vmap(lambda k: jax.random.normal(k, rows.latents.shape[1:]))(keys)
     t = density_times(objective, quantiles, mu)
-    x = family.noised(rows.latents, drawn, t)
+    x = jnp.asarray(family.noised(rows.latents, drawn, t))
     predicted = predict(family, model, variables, x, rows, t, ids, objective.guidance, apply)
     return velocity_loss(
         predicted, family.target(rows.latents, drawn), error_weights(objective, rows, t)
@@ -142,7 +142,7 @@ def finetune_loss(
 
         rows = rows._replace(conditioning=jax.tree.map(heard, empty, rows.conditioning))
         t = density_times(objective, quantiles, mu)
-        x = family.noised(rows.latents, noise, t)
+        x = jnp.asarray(family.noised(rows.latents, noise, t))
         leaves = variables(assemble(model, trained, frozen))
         predicted = predict(family, model, leaves, x, rows, t, ids, objective.guidance, apply)
         return velocity_loss(
