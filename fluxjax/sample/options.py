@@ -15,7 +15,6 @@ from fluxjax.config.sampler import Respacing
 from fluxjax.hub import size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
-from fluxjax.sample.edges import require_opencv
 from fluxjax.sample.file_names import FORMATS, PATTERN, check_pattern, is_picture_name
 from fluxjax.sample.picture_record import remembered
 from fluxjax.sample.prompts_file import STANDARD_INPUT
@@ -249,6 +248,8 @@ def check(options: Options) -> None:
             raise FileNotFoundError(f"there is no {kind} {path}")
     parse_mesh(options.mesh or "")
     if options.canny is not None:
+        from fluxjax.sample.edges import require_opencv
+
         require_opencv()
     check_pattern(options.name)
     destination(options)
