@@ -183,7 +183,9 @@ def guidance_distillation_loss(model: FluxTransformer, scales: tuple[float, floa
         n = rows.latents.shape[0]
         scale = jax.random.uniform(scale_key, (n,), minval=scales[0], maxval=scales[1])
         t = sample_times(time_key, n, mu)
-        x = FLUX.noised(rows.latents, jax.random.normal(noise_key, rows.latents.shape), t)
+        x = jnp.asarray(
+            FLUX.noised(rows.latents, jax.random.normal(noise_key, rows.latents.shape), t)
+        )
         both = jax.tree.map(
             lambda said, blank: jnp.concatenate([said, jnp.broadcast_to(blank, said.shape)]),
             rows.conditioning,
