@@ -137,10 +137,10 @@ def test_bad_folders_are_one_sentence(folder, tmp_path):
         execute(Live(folder=str(half), component="vae"))
 
 
-def test_missing_torch_names_the_extra(monkeypatch):
+def test_missing_torch_names_the_extra(folder, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         live.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name)
     )
     with pytest.raises(ValueError, match=r"torch.*fluxjax\[test\]"):
-        execute(Live(folder="anywhere"))
+        execute(Live(folder=str(folder)))
