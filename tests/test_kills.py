@@ -63,8 +63,8 @@ def test_a_killed_precompute_leaves_whole_entries(server: Server, tmp_path):  # 
     """The next one goes on from them; every latent and text is of its own picture."""
     source, cache = write_folder(tmp_path / "pictures", PICTURES), tmp_path / "cache"
     given, chance, cut = cached(str(source), str(cache)), random.Random(0), 0
-    for number in range(8):
-        before, end = _entries(cache), time.monotonic() + 60
+    for number in range(6):
+        before, end = _entries(cache), time.monotonic() + 20
         child = server.start(f"fill{number}", source, cache, program="precompute")
         while _entries(cache) == before and time.monotonic() < end:
             pass

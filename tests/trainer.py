@@ -201,9 +201,15 @@ def export_endlessly(arguments: list[str]) -> None:
 
 
 def precompute(arguments: list[str]) -> None:
-    """Fill the cache of a folder of pictures."""
+    """Fill the cache of a folder of pictures, slowly enough to be killed amid it."""
     source, cache = arguments
-    open_dataset(cached(source, cache), ENCODERS, batch=1, seed=0).fill()
+
+    def slowly(images):
+        time.sleep(0.05)
+        return ENCODERS.encode_image(images)
+
+    slow = ENCODERS._replace(encode_image=slowly)
+    open_dataset(cached(source, cache), slow, batch=1, seed=0).fill()
 
 
 def cached(source: str, cache: str) -> DataSettings:
