@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.config import TINY
@@ -269,16 +271,29 @@ def test_words_learn_from_their_counterparts_and_others_from_others(warm):
 def test_paraphrases_come_nearer_to_their_sentence(trained, warm, tmp_path):
     folder, _ = trained
     config = warm[2]
+    teacher = shutil.copytree(tiny_folder(), tmp_path / "teacher")
+    for file in sorted(teacher.glob("text_encoder*/model.safetensors")):
+        _disturb(file)
     stage = paraphrase.ParaphraseStage(
-        teacher=tiny_folder(), steps=40, batch=16, learning_rate=5e-4, held_out_captions=64
+        teacher=teacher, steps=25, batch=16, learning_rate=5e-4, held_out_captions=64
     )
     first = replace(stage, steps=1, learning_rate=0.0)
     before = paraphrase.train_paraphrases(folder, config, first, tmp_path / "a")
     after = paraphrase.train_paraphrases(folder, config, stage, tmp_path / "b")
-    # The shipped encoders are their own teacher here, less what the new tokens lack: 5 and 4 %.
-    assert after["words"] < 0.98 * before["words"]
-    assert after["pooled held out"] < 0.99 * before["pooled held out"]
+    assert after["words"] < 0.9 * before["words"]
+    assert after["pooled held out"] < 0.95 * before["pooled held out"]
     _, info = transformers.T5EncoderModel.from_pretrained(
         folder / "text_encoder_2", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def _disturb(file: Path) -> None:
+    """Matrices with noise of half their size: an encoder that other words lead astray."""
+    rng, disturbed = np.random.default_rng(0), {}
+    for name, tensor in load_file(file).items():
+        values = np.asarray(tensor, np.float32)
+        if values.ndim == 2:
+            values = values + 0.5 * values.std() * rng.standard_normal(values.shape)
+        disturbed[name] = values.astype(np.float32)
+    save_file(disturbed, file)
