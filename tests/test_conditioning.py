@@ -72,6 +72,7 @@ def test_equals_diffusers(folder, tokenizers):
     assert relative_l2(ours.vector, pooled) <= 1e-5
 
 
+@pytest.mark.slow
 def test_masked_padding_is_silent(tokenizers):
     """What stands at padding must change nothing, and masked states are zero."""
     clip_size, t5_size = (t.backend.get_vocab_size() for t in tokenizers)

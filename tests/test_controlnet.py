@@ -88,6 +88,7 @@ def test_equals_diffusers(kind):
     assert len(ours) == config.num_layers + config.num_single_layers
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_good_as_torch():
     for config in (SMALL, PIXELS):
         x = network_of(config).inputs(config)

@@ -159,6 +159,7 @@ def test_companions_are_found_by_name_and_cut_as_their_pictures(settings, tmp_pa
             assert counted[:, columns // 2 + 2 :].max() < 0.03
 
 
+@pytest.mark.slow
 def test_companions_that_do_not_fit_are_named(settings, tmp_path):
     before = Path(shutil.copytree(settings.source, tmp_path / "before"))
     lax = replace(settings, max_bad_share=1.0)

@@ -68,6 +68,7 @@ def test_bfloat16(folder, network):
     assert output.bound == min(2e-2, 1.5 * output.own_error) and output.own_error > 1e-4
 
 
+@pytest.mark.slow
 def test_on_a_mesh(folder, shared, monkeypatch):
     loaded, load = [], OpenNetwork.params
     monkeypatch.setattr(
@@ -117,6 +118,7 @@ def test_fault_is_named_where_tokens_are_split(folder, faulty):
     assert failed == ["norm_out.linear", "norm_out", "proj_out", "output sample"]
 
 
+@pytest.mark.slow
 def test_fault_shows_in_the_picture(folder, faulty):
     options = {"prompt": "a red circle", "seed": 42}
     report = compare_pipeline(folder, **options)

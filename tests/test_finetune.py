@@ -499,6 +499,7 @@ def test_a_lora_of_an_edit_learns_within_the_mask(recipe, pictures, tmp_path, ca
         _run_recipe("lora_kontext", recipe, tmp_path / "run", capsys, more)
 
 
+@pytest.mark.slow
 def test_references_follow_the_picture_and_masks_weigh_its_errors(model):
     config = SMALL.transformer
     network = FluxTransformer(config, scan_layers=False)

@@ -76,6 +76,7 @@ def test_a_pipeline_says_it_when_it_draws(model):
         pipe("a red circle", width=32, height=32, steps=1)
 
 
+@pytest.mark.slow
 def test_sharded_and_orbax_loading_and_training_see_it(model, tmp_path):
     """Filled layer by layer onto a mesh; and what is converted is converted bit by bit."""
     name = damaged_part(model, "transformer", np.inf)

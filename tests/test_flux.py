@@ -110,6 +110,7 @@ def test_bfloat16_is_as_good_as_torch():
     assert error <= 2e-2 and error <= 1.5 * torch_error
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_scan_and_remat():
     x = inputs(CONFIG)
 

@@ -56,6 +56,7 @@ def drawn(prompts):
     return pictures_of(prompts.scenes)
 
 
+@pytest.mark.slow
 def test_true_pictures_are_read_exactly(prompts, drawn):
     assert min(rates(prompts, drawn).values()) >= 0.99
 

@@ -59,6 +59,7 @@ def theirs(random_pipeline, redux):  # noqa: F811
 @pytest.mark.parametrize(
     "scales", [[1.0], [0.6, 0.5]], ids=["one picture", "two pictures with weights"]
 )
+@pytest.mark.slow
 def test_same_pictures_as_diffusers(ours, theirs, scales):
     pictures = [photo(i, (203, 121 + i)) for i in range(len(scales))]
     prior, pipe = theirs
@@ -80,6 +81,7 @@ def test_same_pictures_as_diffusers(ours, theirs, scales):
     assert np.mean(np.abs(np.asarray(without, float) - np.asarray(image, float)) > 1) > 0.2
 
 
+@pytest.mark.slow
 def test_the_command_records_and_repeats(random_pipeline, redux, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     for i in range(2):

@@ -257,6 +257,7 @@ def test_seeds_per_picture_repeat_single_pictures(ours):
     assert np.abs(np.asarray(pair[1], int) - np.asarray(single, int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_bfloat16_is_no_further_from_float32_than_diffusers_is(random_pipeline, ours):  # noqa: F811
     chosen = {"max_sequence_length": 16, "width": 64, "height": 64}
     exact = np.asarray(ours("a star", steps=4, **chosen)[0], int)

@@ -116,6 +116,7 @@ def test_prompts_from_standard_input(sample, monkeypatch):
     assert given(b"")[::2] == (2, "error: standard input has no prompts\n")
 
 
+@pytest.mark.slow
 def test_an_edit_repeats_while_its_reference_is_the_same_file(
     sample,
     tmp_path,
@@ -159,6 +160,7 @@ def test_an_edit_repeats_while_its_reference_is_the_same_file(
     )
 
 
+@pytest.mark.slow
 def test_pictures_from_pictures_repeat_while_their_files_are_the_same(sample, tmp_path):
     (tmp_path / "in").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)

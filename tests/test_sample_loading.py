@@ -21,6 +21,7 @@ def forms(random_pipeline, tmp_path_factory):  # noqa: F811
     return folders
 
 
+@pytest.mark.slow
 def test_every_form_draws_the_same_picture(forms):
     bfl = forms["bfl"]
     first = fluxjax.load_pipeline(forms["diffusers"])

@@ -66,6 +66,7 @@ def test_every_mesh_draws_the_picture_of_one_device(mesh, expected):
     assert kernel.addressable_shards[0].data.size * parts == kernel.size
 
 
+@pytest.mark.slow
 def test_tiles_are_decoded_on_all_devices():
     """Five tiles on eight devices."""
     latents = np.random.default_rng(0).standard_normal((1, 16, 8, 28)).astype(np.float32)

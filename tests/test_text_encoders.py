@@ -50,6 +50,7 @@ def trained(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_every_caption_of_the_world_is_read_whole(trained):
     folder, config = trained
     texts = stages.draw(SETTINGS, 5, 4000).texts
@@ -180,6 +181,7 @@ def test_places_are_in_reading_order(relation, places):
     assert labels.tolist() == [-1, places[0], places[0], -1, places[1], places[1]]
 
 
+@pytest.mark.slow
 def test_readout_gives_only_answers_that_exist():
     readout = objectives.SceneReadout()
     states = jax.random.normal(jax.random.key(0), (64, 32, 32)) * 50

@@ -166,6 +166,7 @@ def network():
     return model, jax.tree.unflatten(tree, noisy), rows, empty, ids
 
 
+@pytest.mark.slow
 def test_flow_matching_depends_on_the_caption_unless_it_is_dropped(network):
     model, params, rows, empty, ids = network
     heard = rows.conditioning
@@ -181,6 +182,7 @@ def test_flow_matching_depends_on_the_caption_unless_it_is_dropped(network):
     assert heard[0] != heard[1] and dropped[0] == dropped[1]
 
 
+@pytest.mark.slow
 def test_teacher_is_its_own_student_at_guidance_one(network):
     model, params, rows, empty, ids = network
     mu = jnp.float32(0.5)
