@@ -110,6 +110,9 @@ THEIRS: dict[type, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     IPAdapterConfig: lambda model, x: model(x["image_embeds"]),
 }
 
+# Of networks for which PyTorch's side has no class of its own.
+ASSEMBLED = {IPAdapterConfig: ip_adapter}
+
 
 def opened(folder: Path, network: Network) -> OpenNetwork:
     """A network of a pipeline folder, or an adapter in a file or folder of its own."""
@@ -121,8 +124,8 @@ def opened(folder: Path, network: Network) -> OpenNetwork:
 def _theirs(loaded: OpenNetwork, dtype: Any) -> Any:
     """PyTorch's module. It reads folders by itself; of files, which only we can name, it gets the
     tensors."""
-    if isinstance(loaded.config, IPAdapterConfig):
-        return ip_adapter(loaded).to(dtype).eval()
+    if assembled := ASSEMBLED.get(type(loaded.config)):
+        return assembled(loaded).to(dtype).eval()
     form = network_of(loaded.config).json
     cls = getattr(importlib.import_module(form.library), form.class_name(loaded.config))
     if loaded.where.is_dir():
