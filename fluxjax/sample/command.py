@@ -169,9 +169,14 @@ def _draw_all(
                 path, decoder = shelf.path(batch[0]), options.preview_decoder
                 on_step = s.enter_context(previewed(pipe, settings, seeds, path, decoder=decoder))
             pictures = pipe.draw(
-                settings, prompts=prompts, seeds=seeds, heard=heard, progress=progress,
-                on_step=on_step, every=every,
-            )  # fmt: skip
+                settings,
+                prompts=prompts,
+                seeds=seeds,
+                heard=heard,
+                progress=progress,
+                on_step=on_step,
+                every=every,
+            )
         done = ends
         if not first:
             continue

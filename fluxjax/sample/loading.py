@@ -176,8 +176,10 @@ def _of_file(
     # First, since it may be no model at all.
     networks: dict[str, OpenNetwork] = dict(open_file(path, family="FLUX.1"))
     if text_encoders is None:
-        raise ConfigError(f"{path} needs text encoders: a folder with text_encoder, "
-                          "text_encoder_2, tokenizer and tokenizer_2")  # fmt: skip
+        raise ConfigError(
+            f"{path} needs text encoders: a folder with text_encoder, "
+            "text_encoder_2, tokenizer and tokenizer_2"
+        )
     folder = find(text_encoders, "text encoders")
     if "transformer" not in networks:
         raise ConfigError(f"{path} holds no FLUX transformer but {', '.join(networks)}")

@@ -48,10 +48,14 @@ def expanded(
     larger.paste(image, (left, top))
     inside = Image.new("RGB", image.size, "black") if mask is None else mask.convert("RGB")
     x, y = int(image.width * OVERLAP), int(image.height * OVERLAP)
-    kept = inside.crop((
-        x * (left > 0), y * (top > 0),
-        image.width - x * (right > 0), image.height - y * (bottom > 0),
-    ))  # fmt: skip
+    kept = inside.crop(
+        (
+            x * (left > 0),
+            y * (top > 0),
+            image.width - x * (right > 0),
+            image.height - y * (bottom > 0),
+        )
+    )
     holes = Image.new("RGB", size, "white")
     holes.paste(kept, (left + x * (left > 0), top + y * (top > 0)))
     return larger, holes

@@ -6,8 +6,14 @@ from collections.abc import Mapping
 
 from fluxjax.sample.settings import Settings
 
-_SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpm++": "DPM++ 2M", "dpm++1": "DPM++ 1",
-             "dpm++3m": "DPM++ 3M", "unipc": "UniPC"}  # fmt: skip
+_SAMPLERS = {
+    "euler": "Euler",
+    "heun": "Heun",
+    "dpm++": "DPM++ 2M",
+    "dpm++1": "DPM++ 1",
+    "dpm++3m": "DPM++ 3M",
+    "unipc": "UniPC",
+}
 
 
 def parameters_text(settings: Settings, model: str, version: str, loras: Mapping[str, str]) -> str:

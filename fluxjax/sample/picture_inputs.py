@@ -116,6 +116,6 @@ def finished(
     if (box := box_of(given, settings)) is None:
         return pictures
     assert given.image is not None and given.mask is not None
-    return np.stack([
-        np.asarray(pasted(fromarray(one), given.image, given.mask, box)) for one in pictures
-    ])  # fmt: skip
+    return np.stack(
+        [np.asarray(pasted(fromarray(one), given.image, given.mask, box)) for one in pictures]
+    )

@@ -118,23 +118,42 @@ class Pipeline(Stages):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         files, objects = apart(image=image, mask=mask, control=control, reference=reference)
         settings = {
-            "steps": steps, "guidance": guidance, "width": width, "height": height,
-            "negative_prompt": negative_prompt, "true_cfg": true_cfg, "prompt_2": prompt_2,
-            "max_sequence_length": max_sequence_length, "noise": noise, "rounding": rounding,
-            "seed": seed if isinstance(seed, int) else 0, "strength": strength,
-            "mask_crop": mask_crop, "soft_mask": soft_mask, "expand": expand,
+            "steps": steps,
+            "guidance": guidance,
+            "width": width,
+            "height": height,
+            "negative_prompt": negative_prompt,
+            "true_cfg": true_cfg,
+            "prompt_2": prompt_2,
+            "max_sequence_length": max_sequence_length,
+            "noise": noise,
+            "rounding": rounding,
+            "seed": seed if isinstance(seed, int) else 0,
+            "strength": strength,
+            "mask_crop": mask_crop,
+            "soft_mask": soft_mask,
+            "expand": expand,
             "canny": canny,
-            "sampler": sampler, "sigmas": sigmas,
-        }  # fmt: skip
+            "sampler": sampler,
+            "sigmas": sigmas,
+        }
         chosen = override(self.defaults, {**settings, **files})
         given, chosen = read_given(chosen, objects)
         heard, heard_files = read_heard(() if redux_image is None else redux_image)
         fixed = [name for name, value in settings.items() if value is not None]
         chosen = self.complete(chosen, given, fixed)
         pictures = self.draw(
-            chosen, prompts=prompts, seeds=seed, number=number, lora=lora,
-            given=given, heard=heard, progress=progress, on_step=on_step, every=every,
-        )  # fmt: skip
+            chosen,
+            prompts=prompts,
+            seeds=seed,
+            number=number,
+            lora=lora,
+            given=given,
+            heard=heard,
+            progress=progress,
+            on_step=on_step,
+            every=every,
+        )
         images = [fromarray(picture) for picture in pictures]
         if self.sources is not None:
             without = [*sorted(objects), *["redux_image"] * (heard_files is None)]
@@ -157,8 +176,10 @@ class Pipeline(Stages):
         if task.strength is None and settings.strength is not None:
             raise ConfigError("strength says how much of an image is drawn anew: give an image")
         if task.strength is not None and (settings.sampler or settings.sigmas):
-            raise ConfigError("sampler and sigmas draw from noise, and an image by its own levels: "
-                              "give the one or the other")  # fmt: skip
+            raise ConfigError(
+                "sampler and sigmas draw from noise, and an image by its own levels: "
+                "give the one or the other"
+            )
         size = dict(zip(("width", "height"), self.picture_size(given), strict=True))
         found: dict[str, Any] = {name: size[name] for name in size if name not in fixed}
         if not given.names:
@@ -208,11 +229,22 @@ class Pipeline(Stages):
                 conditioning = self.redux.heard(conditioning, heard)
         inputs = make_inputs(self, task, given, settings, draws)
         latents = self.denoise(
-            conditioning, draws["noise"], steps=settings.steps, guidance=settings.guidance,
-            negative=negative, true_cfg=settings.true_cfg, inputs=inputs, first=settings.first_step,
-            sampler=settings.sampler, sigmas=settings.sigmas, rounding=settings.rounding,
-            adapters=adapters, progress=progress, on_step=on_step, every=every,
-        )  # fmt: skip
+            conditioning,
+            draws["noise"],
+            steps=settings.steps,
+            guidance=settings.guidance,
+            negative=negative,
+            true_cfg=settings.true_cfg,
+            inputs=inputs,
+            first=settings.first_step,
+            sampler=settings.sampler,
+            sigmas=settings.sigmas,
+            rounding=settings.rounding,
+            adapters=adapters,
+            progress=progress,
+            on_step=on_step,
+            every=every,
+        )
         pictures = self.decode(latents)
         require_finite(pictures, [conditioning, negative], inputs, latents)
         return finished(to_bytes(pictures, settings.rounding), given, settings)

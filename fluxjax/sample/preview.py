@@ -37,23 +37,38 @@ class LinearMap(NamedTuple):
 
 # Published for FLUX.1's autoencoder. Source: ComfyUI, comfy/latent_formats.py, `Flux`.
 FLUX = LinearMap(
-    np.array([
-        [-0.0346, 0.0244, 0.0681], [0.0034, 0.0210, 0.0687], [0.0275, -0.0668, -0.0433],
-        [-0.0174, 0.0160, 0.0617], [0.0859, 0.0721, 0.0329], [0.0004, 0.0383, 0.0115],
-        [0.0405, 0.0861, 0.0915], [-0.0236, -0.0185, -0.0259], [-0.0245, 0.0250, 0.1180],
-        [0.1008, 0.0755, -0.0421], [-0.0515, 0.0201, 0.0011], [0.0428, -0.0012, -0.0036],
-        [0.0817, 0.0765, 0.0749], [-0.1264, -0.0522, -0.1103], [-0.0280, -0.0881, -0.0499],
-        [-0.1262, -0.0982, -0.0778],
-    ], np.float32),
+    np.array(
+        [
+            [-0.0346, 0.0244, 0.0681],
+            [0.0034, 0.0210, 0.0687],
+            [0.0275, -0.0668, -0.0433],
+            [-0.0174, 0.0160, 0.0617],
+            [0.0859, 0.0721, 0.0329],
+            [0.0004, 0.0383, 0.0115],
+            [0.0405, 0.0861, 0.0915],
+            [-0.0236, -0.0185, -0.0259],
+            [-0.0245, 0.0250, 0.1180],
+            [0.1008, 0.0755, -0.0421],
+            [-0.0515, 0.0201, 0.0011],
+            [0.0428, -0.0012, -0.0036],
+            [0.0817, 0.0765, 0.0749],
+            [-0.1264, -0.0522, -0.1103],
+            [-0.0280, -0.0881, -0.0499],
+            [-0.1262, -0.0982, -0.0778],
+        ],
+        np.float32,
+    ),
     np.array([-0.0329, -0.0718, -0.0851], np.float32),
-)  # fmt: skip
+)
 
 
 def is_published(config: AutoencoderConfig) -> bool:
     """Is it FLUX.1's autoencoder, as far as a configuration tells?"""
     return (config.latent_channels, config.scaling_factor, config.shift_factor) == (
-        16, 0.3611, 0.1159,
-    )  # fmt: skip
+        16,
+        0.3611,
+        0.1159,
+    )
 
 
 def linear_map(pipe: Pipeline) -> LinearMap:
@@ -96,8 +111,10 @@ class Preview:
         decoder: bool = False,
     ) -> None:
         if settings.sampler is not None or settings.sigmas is not None:
-            raise ConfigError("a preview follows the model's own levels: leave out --sampler and "
-                              "--sigmas, or --preview")  # fmt: skip
+            raise ConfigError(
+                "a preview follows the model's own levels: leave out --sampler and "
+                "--sigmas, or --preview"
+            )
         self._pipe, self._show = pipe, show
         self._map = None if decoder else linear_map(pipe)
         self._last = np.asarray(pipe.begin(settings, seeds, pictures), np.float32)

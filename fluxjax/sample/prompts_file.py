@@ -15,8 +15,11 @@ from fluxjax.sample.settings import ALPHA, FIELDS, PICTURES, Settings, brief, ov
 
 STANDARD_INPUT = Path("-")
 _JSON_NAMES = (".jsonl", ".ndjson", ".json")
-_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE:
-          "utf-16-be"}  # fmt: skip
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 
 
 class Line(NamedTuple):

@@ -58,8 +58,11 @@ class Sources:
 def hashes_of(source: str, kind: str) -> dict[str, str]:
     """SHA-256 of a file under "", of a folder's parts under their names. Raises OSError."""
     wanted: dict[str, Kind] = {
-        "model": "model", "text_encoders": "text encoders", "vae": "vae", "redux": "checkpoint",
-    }  # fmt: skip
+        "model": "model",
+        "text_encoders": "text encoders",
+        "vae": "vae",
+        "redux": "checkpoint",
+    }
     path = find(source, wanted.get(kind, "lora"))
     if path.is_file():
         return {"": hash_file(path)}

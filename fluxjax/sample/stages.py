@@ -195,10 +195,15 @@ class Stages:
         count = noise.shape[0]
         schedule = pad(
             self.family.schedule(
-                self.config, self.config.steps if steps is None else steps, *noise.shape[2:],
-                first=first, keeps=inputs.mask is not None, sampler=sampler, spacing=sigmas,
+                self.config,
+                self.config.steps if steps is None else steps,
+                *noise.shape[2:],
+                first=first,
+                keeps=inputs.mask is not None,
+                sampler=sampler,
+                spacing=sigmas,
             )
-        )  # fmt: skip
+        )
         if rounding == "diffusers":
             schedule = with_gains_in(schedule, self.dtype)
         passes = self.family.passes(len(schedule.times), None if negative is None else true_cfg)
@@ -209,9 +214,12 @@ class Stages:
 
         conditionings = (conditioning,) if negative is None else (conditioning, negative)
         each: Any = (
-            conditionings, np.full(count, guidance, np.float32), for_each(inputs.reference),
-            for_each(inputs.channels), kept(inputs, noise),
-        )  # fmt: skip
+            conditionings,
+            np.full(count, guidance, np.float32),
+            for_each(inputs.reference),
+            for_each(inputs.channels),
+            kept(inputs, noise),
+        )
         noise = self.start(noise, inputs, schedule)
         if self.mesh is not None:
             noise, *each = pad_rows((noise, *each), self.executables.rows("denoise", count))
@@ -232,9 +240,13 @@ class Stages:
             if progress is None and on_step is None:
                 return latents(wait(run(state, schedule)))
             state = in_parts(
-                run, state, schedule, progress=progress, every=every,
+                run,
+                state,
+                schedule,
+                progress=progress,
+                every=every,
                 on_step=on_step and (lambda step, state: on_step(step, latents(state))),
-            )  # fmt: skip
+            )
             return latents(state)
 
     def decode(
@@ -282,10 +294,17 @@ class Stages:
         """
         seen = given.reference and self.reference_size(given.reference)
         for program in programs(
-            self.family, self.config, settings, dtype=self.dtype, steps=bucket(settings.steps),
-            task=self.family.find_task(self.config, given.names), pictures=count,
-            reference_size=seen, rows=self.executables.rows, more_text=more_text,
-        ):  # fmt: skip
+            self.family,
+            self.config,
+            settings,
+            dtype=self.dtype,
+            steps=bucket(settings.steps),
+            task=self.family.find_task(self.config, given.names),
+            pictures=count,
+            reference_size=seen,
+            rows=self.executables.rows,
+            more_text=more_text,
+        ):
             self.executables.start(program)
 
     def _run(self, name: Name, inputs: Any, count: int, *, phase: str) -> Any:
