@@ -24,12 +24,16 @@ _FORMS: dict[type, JsonForm] = {
         ("FlowMatchEulerDiscreteScheduler",),
         defaults={"shift": 1.0, "use_dynamic_shifting": False},
         required={
-            "shift_terminal": None, "use_karras_sigmas": False, "use_exponential_sigmas": False,
-            "use_beta_sigmas": False, "invert_sigmas": False, "stochastic_sampling": False,
+            "shift_terminal": None,
+            "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "invert_sigmas": False,
+            "stochastic_sampling": False,
             "time_shift_type": "exponential",
         },
     ),
-}  # fmt: skip
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,8 +61,9 @@ def pipeline_class(folder: Path) -> str:
     name = index.get("_class_name")
     if not isinstance(name, str) or not re.fullmatch(r"Flux([A-Z]\w*)?Pipeline", name):
         what = f"a {name}" if isinstance(name, str) and name else "a pipeline without a name"
-        raise ConfigError(f"{folder} holds {what}, which fluxjax cannot read yet, "
-                          "not a FLUX.1 pipeline")  # fmt: skip
+        raise ConfigError(
+            f"{folder} holds {what}, which fluxjax cannot read yet, not a FLUX.1 pipeline"
+        )
     return name
 
 
@@ -90,8 +95,10 @@ def _names(values: dict[str, Any], path: Path) -> tuple[str, str]:
     classes = values.get("architectures") or [""]
     if not isinstance(classes, list):
         raise ConfigError(f"{path}: architectures must be a list of names, got {classes!r}")
-    found = {"_class_name": values.get("_class_name") or classes[0],
-             "model_type": values.get("model_type") or ""}  # fmt: skip
+    found = {
+        "_class_name": values.get("_class_name") or classes[0],
+        "model_type": values.get("model_type") or "",
+    }
     for key, name in found.items():
         if not isinstance(name, str):
             raise ConfigError(f"{path}: {key} must be a name, got {name!r}")

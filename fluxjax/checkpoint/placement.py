@@ -57,9 +57,14 @@ def load_tree(
 
 
 def load_quantised(
-    source: Mapping[str, Tensor], table: Table, template: Mapping[str, Any], kind: str, *,
-    dtype: Any = None, sharding: Sharding | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    source: Mapping[str, Tensor],
+    table: Table,
+    template: Mapping[str, Any],
+    kind: str,
+    *,
+    dtype: Any = None,
+    sharding: Sharding | None = None,
+) -> dict[str, Any]:
     """`load_tree` onto one device; matrices that are codes in `template` (`quantised_template`) are
     quantised as they are read. Codes that a file has of that very kind and form are taken.
     """
@@ -73,18 +78,20 @@ def load_quantised(
             names[path].append(published_name(path, layer))
     taken = {name for each in names.values() for name in each}
     plain = {name: tensor for name, tensor in source.items() if name not in taken}
-    loaded = engine.flatten(
-        load_tree(plain, table, rest, dtype=dtype, shardings=sharding)
-    )  # fmt: skip
+    loaded = engine.flatten(load_tree(plain, table, rest, dtype=dtype, shardings=sharding))
     for path, leaf in codes.items():
         packed = [_packed(source[name], name, leaf, kind) for name in names[path]]
         parts = {part: [one.parts[part] for one in packed] for part in leaf.parts}
-        loaded[path] = Quantised(leaf.kind, {
-            part: jax.device_put(
-                contiguous((engine.stack(each) if is_stacked(path) else each[0]).read()), sharding
-            )
-            for part, each in parts.items()
-        })  # fmt: skip
+        loaded[path] = Quantised(
+            leaf.kind,
+            {
+                part: jax.device_put(
+                    contiguous((engine.stack(each) if is_stacked(path) else each[0]).read()),
+                    sharding,
+                )
+                for part, each in parts.items()
+            },
+        )
     return engine.unflatten(loaded)
 
 

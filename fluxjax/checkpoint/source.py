@@ -358,8 +358,11 @@ def weights_of(folder: Path) -> dict[str, Path]:
     else:
         parts = [part for part in SINGLE_FILES if _flat_files(folder, part)]
         parts += [part for part in SINGLE_FILES if part not in parts]
-        parts = [part for part in parts if component_weights(folder, part) != folder / part
-                 or _has_weights(folder / part)]  # fmt: skip
+        parts = [
+            part
+            for part in parts
+            if component_weights(folder, part) != folder / part or _has_weights(folder / part)
+        ]
     if parts:
         return {part: component_weights(folder, part) for part in parts}
     pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]

@@ -108,8 +108,10 @@ def _joined(packed: Sequence[Quantised | None]) -> Quantised | None:
     first = packed[0]
     if first is None:
         return None
-    forms = {p and (p.kind, *((k, t.shape[1:], t.dtype) for k, t in sorted(p.parts.items())))
-             for p in packed}  # fmt: skip
+    forms = {
+        p and (p.kind, *((k, t.shape[1:], t.dtype) for k, t in sorted(p.parts.items())))
+        for p in packed
+    }
     if len(forms) > 1:
         return None
     return Quantised(

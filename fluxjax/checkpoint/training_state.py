@@ -170,8 +170,10 @@ class StateStore:
         seen = hosts.gather("yes" if mark.exists() else "")
         hosts.from_first(mark.unlink)
         if "" in seen:
-            raise OSError(f"process {seen.index('')} does not see {self.folder} of process 0: "
-                          "all hosts must share the folder of a run")  # fmt: skip
+            raise OSError(
+                f"process {seen.index('')} does not see {self.folder} of process 0: "
+                "all hosts must share the folder of a run"
+            )
 
     def _find(self) -> tuple[int, dict[str, str]] | None:
         reasons = []

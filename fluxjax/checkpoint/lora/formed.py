@@ -39,8 +39,12 @@ def changes_of(group: Group, config: PeftConfig) -> Found:
         if "bias" in values:
             found |= _biases(group, values.pop("bias"), 1.0)
         if not found or values:
-            raise _Wrong("\n".join(f"unknown: {group.keys[part]} {list(group.tensors[part].shape)}"
-                                   for part in sorted(values) or group.keys))  # fmt: skip
+            raise _Wrong(
+                "\n".join(
+                    f"unknown: {group.keys[part]} {list(group.tensors[part].shape)}"
+                    for part in sorted(values) or group.keys
+                )
+            )
         return found, []
     except _Wrong as error:
         return {}, str(error).split("\n")
@@ -74,11 +78,19 @@ def _inputs(group: Group, values: dict[str, np.ndarray]) -> int | None:
         if asked is not None:
             raise _Wrong(f"unknown: {group.keys['reshape_weight']}: only {first} may be widened")
         return None
-    found = next((values[p].shape[1] for p in ("a", "diff", "set_weight")
-                  if p in values and values[p].ndim == 2), has[1])  # fmt: skip
+    found = next(
+        (
+            values[p].shape[1]
+            for p in ("a", "diff", "set_weight")
+            if p in values and values[p].ndim == 2
+        ),
+        has[1],
+    )
     if asked is not None and asked.tolist() != [has[0], found]:
-        raise _Wrong(f"shape: {group.module} is reshaped to {asked.tolist()}, and is "
-                     f"{[has[0], found]} as its other tensors have it")  # fmt: skip
+        raise _Wrong(
+            f"shape: {group.module} is reshaped to {asked.tolist()}, and is "
+            f"{[has[0], found]} as its other tensors have it"
+        )
     return found if found > has[1] else None
 
 
@@ -87,8 +99,11 @@ def _sizes(group: Group, leaf: str) -> dict[str, int]:
     names = [f"{name}.{leaf}" for name in group.parts.names]
     missing = [name for name in names if name not in group.network.shapes]
     if missing:
-        raise _Wrong("\n".join(f"unknown: {group.module} changes {n}, which the model has not"
-                               for n in missing))  # fmt: skip
+        raise _Wrong(
+            "\n".join(
+                f"unknown: {group.module} changes {n}, which the model has not" for n in missing
+            )
+        )
     return {name: group.network.shapes[name][0] for name in names}
 
 
@@ -102,8 +117,9 @@ def _weights(
     missing += ["magnitude"] if kind is LORA and config.dora and "magnitude" not in values else []
     missing += ["b_bias"] if kind is LORA and config.lora_bias and "b_bias" not in values else []
     if missing:
-        raise _Wrong("\n".join(f"missing: {_WORDS.get(name, name)} of {group.module}"
-                               for name in missing))  # fmt: skip
+        raise _Wrong(
+            "\n".join(f"missing: {_WORDS.get(name, name)} of {group.module}" for name in missing)
+        )
     out, fan_in = sum(rows.values()), inputs or (axes[1] if len(axes) == 2 else 0)
     tensors = {name: values.pop(name) for name in kind.shapes}
     if kind is kinds.FULL and len(axes) == 1:
@@ -117,14 +133,20 @@ def _weights(
         return found | _products(group, tensors, scale, rows, inputs)
     if "rescale" in extras:
         if extras["rescale"].size != out:
-            raise _Wrong(f"shape: {group.keys['rescale']} is {list(extras['rescale'].shape)}, "
-                         f"expected [{out}, 1]")  # fmt: skip
+            raise _Wrong(
+                f"shape: {group.keys['rescale']} is {list(extras['rescale'].shape)}, "
+                f"expected [{out}, 1]"
+            )
         tensors["rescale"] = extras["rescale"].reshape(out, 1)
     form: Form = partial(kind.form, tensors, scale)
     if magnitude is not None:
         form = _with_magnitude(group, form, magnitude, out, fan_in)
-    formed = Formed(rows, form, uses_weight=kind.uses_weight or magnitude is not None,
-                    swap_halves=group.parts.swap_halves)  # fmt: skip
+    formed = Formed(
+        rows,
+        form,
+        uses_weight=kind.uses_weight or magnitude is not None,
+        swap_halves=group.parts.swap_halves,
+    )
     return found | {name: formed.change(name, inputs) for name in rows}
 
 
@@ -178,9 +200,12 @@ def _scale(
 
 
 def _products(
-    group: Group, tensors: dict[str, np.ndarray], scale: float, rows: Mapping[str, int],
+    group: Group,
+    tensors: dict[str, np.ndarray],
+    scale: float,
+    rows: Mapping[str, int],
     inputs: int | None,
-) -> dict[str, Change]:  # fmt: skip
+) -> dict[str, Change]:
     a, b = tensors["a"], tensors["b"]
     if group.parts.swap_halves:
         b = np.roll(b, len(b) // 2, axis=0)
@@ -199,8 +224,10 @@ def _vector(
 ) -> dict[str, Change]:
     """Of biases and of norms' scales."""
     if diff.shape != (out,):
-        raise _Wrong(f"shape: {group.module} changes {', '.join(rows)} by {list(diff.shape)}, "
-                     f"expected [{out}]")  # fmt: skip
+        raise _Wrong(
+            f"shape: {group.module} changes {', '.join(rows)} by {list(diff.shape)}, "
+            f"expected [{out}]"
+        )
     if group.parts.swap_halves:
         diff = np.roll(diff, out // 2)
     ends = np.cumsum(list(rows.values()))[:-1]

@@ -111,23 +111,35 @@ KINDS = (
     Kind(
         "LoHa",
         {
-            "hada_w1_a": ("out", "rank"), "hada_w1_b": ("rank", "in"),
-            "hada_w2_a": ("out", "rank"), "hada_w2_b": ("rank", "in"),
+            "hada_w1_a": ("out", "rank"),
+            "hada_w1_b": ("rank", "in"),
+            "hada_w2_a": ("out", "rank"),
+            "hada_w2_b": ("rank", "in"),
         },
-        _loha, "rank", _SCALED,
+        _loha,
+        "rank",
+        _SCALED,
     ),
     Kind(
         "GLoRA",
         {"a1": ("in", "rank"), "a2": ("rank", "in"), "b1": ("out", "rank"), "b2": ("rank", "in")},
-        _glora, "rank", _SCALED, uses_weight=True,
+        _glora,
+        "rank",
+        _SCALED,
+        uses_weight=True,
     ),
     Kind(
-        "OFT", {"oft_blocks": ("blocks", "size", "size")}, _oft, "", ("alpha", "rescale"),
-        uses_weight=True, fits=lambda sizes: sizes["blocks"] * sizes["size"] == sizes["out"],
+        "OFT",
+        {"oft_blocks": ("blocks", "size", "size")},
+        _oft,
+        "",
+        ("alpha", "rescale"),
+        uses_weight=True,
+        fits=lambda sizes: sizes["blocks"] * sizes["size"] == sizes["out"],
     ),
     Kind("(IA)3", {"weight": ("changed",), "on_input": ()}, _ia3, uses_weight=True),
     FULL,
-)  # fmt: skip
+)
 
 
 def kind_of(parts: Mapping[str, object]) -> Kind | None:

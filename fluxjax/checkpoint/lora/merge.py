@@ -86,9 +86,12 @@ def _refuse_two_values(name: str, mine: Sequence[tuple[Change, float]]) -> None:
 
 
 def _merged(
-    tensors: Mapping[str, Tensor], name: str, mine: Sequence[tuple[Change, float]],
-    shape: tuple[int, ...], dtype: np.dtype,
-) -> np.ndarray:  # fmt: skip
+    tensors: Mapping[str, Tensor],
+    name: str,
+    mine: Sequence[tuple[Change, float]],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> np.ndarray:
     def read(other: str) -> np.ndarray:
         base = tensors[other].read().astype(np.float32)
         missing = shape[1] - base.shape[1] if base.ndim == 2 and other == name else 0

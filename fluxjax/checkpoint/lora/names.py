@@ -32,12 +32,31 @@ def _suffixes() -> dict[str, str]:
     found |= {name: "magnitude" for name in (*magnitudes, "magnitude")}
     found |= {f"{name}.weight": "magnitude" for name in magnitudes}
     found |= {f"{name}.weight": name for name in ("a1", "a2", "b1", "b2")}
-    found |= {f"{kind}_w{n}{end}": f"{kind}_w{n}{end}" for kind in ("lokr", "hada") for n in "12"
-              for end in ("", "_a", "_b")}  # fmt: skip
-    found |= {name: name for name in ("alpha", "oft_blocks", "rescale", "on_input", "diff",
-                                      "set_weight", "reshape_weight")}  # fmt: skip
-    return found | {"diff_b": "bias", "b_norm": "bias", "w_norm": "diff", "weight": "weight",
-                    "scale": "weight"}  # fmt: skip
+    found |= {
+        f"{kind}_w{n}{end}": f"{kind}_w{n}{end}"
+        for kind in ("lokr", "hada")
+        for n in "12"
+        for end in ("", "_a", "_b")
+    }
+    found |= {
+        name: name
+        for name in (
+            "alpha",
+            "oft_blocks",
+            "rescale",
+            "on_input",
+            "diff",
+            "set_weight",
+            "reshape_weight",
+        )
+    }
+    return found | {
+        "diff_b": "bias",
+        "b_norm": "bias",
+        "w_norm": "diff",
+        "weight": "weight",
+        "scale": "weight",
+    }
 
 
 SUFFIXES = _suffixes()
@@ -69,8 +88,11 @@ class Known:
     @property
     def linear(self) -> list[str]:
         """Modules with a matrix, by reference name."""
-        return [name.removesuffix(".weight") for name, shape in self.shapes.items()
-                if name.endswith(".weight") and len(shape) == 2]  # fmt: skip
+        return [
+            name.removesuffix(".weight")
+            for name, shape in self.shapes.items()
+            if name.endswith(".weight") and len(shape) == 2
+        ]
 
 
 def known_network(component: str, params: Params) -> Known:

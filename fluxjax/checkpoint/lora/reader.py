@@ -73,8 +73,11 @@ def read_adapters(path: Path, networks: Mapping[str, Params]) -> AdapterFile:
             found, wrong = changes_of(group, configs[component])
             mine = changes.setdefault(component, {})
             errors += wrong
-            errors += [f"doubled: {group.module} is {name.rpartition('.')[0]}, adapted already"
-                       for name in found if name in mine]  # fmt: skip
+            errors += [
+                f"doubled: {group.module} is {name.rpartition('.')[0]}, adapted already"
+                for name in found
+                if name in mine
+            ]
             mine |= found
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

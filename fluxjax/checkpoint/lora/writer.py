@@ -24,18 +24,21 @@ from fluxjax.shapes import Params
 OWN_METADATA = "fluxjax_lora"
 _PREFIXES: dict[LoraNaming, dict[str, str]] = {
     "peft": {
-        "transformer": "transformer.", "text_encoder": "text_encoder.",
+        "transformer": "transformer.",
+        "text_encoder": "text_encoder.",
         "text_encoder_2": "text_encoder_2.",
     },
     "kohya": {
-        "transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_",
+        "transformer": "lora_unet_",
+        "text_encoder": "lora_te1_",
+        "text_encoder_2": "lora_te3_",
     },
     "comfy": {
         "transformer": "diffusion_model.",
         "text_encoder": "text_encoders.clip_l.transformer.",
         "text_encoder_2": "text_encoders.t5xxl.transformer.",
     },
-}  # fmt: skip
+}
 
 
 def write_lora(

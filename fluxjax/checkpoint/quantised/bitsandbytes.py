@@ -45,8 +45,10 @@ def _int8(raw: Mapping[str, Tensor], name: str) -> Found:
     if form in raw and small(raw[form], form, 1)[0] != _ROWS:
         raise ValueError(f"{weight} is int8 in an order of columns that only old GPUs use")
     if codes.dtype != np.int8 or raw[name].size != codes.shape[0]:
-        raise ValueError(f"{name} {list(raw[name].shape)} does not scale {weight}, {codes.dtype} "
-                         f"{list(codes.shape)}")  # fmt: skip
+        raise ValueError(
+            f"{name} {list(raw[name].shape)} does not scale {weight}, {codes.dtype} "
+            f"{list(codes.shape)}"
+        )
     tensor = by_row(codes, raw[name], (weight, name), scale_name="absmax")
     return Found(weight, tensor, tuple(n for n in (weight, name, form) if n in raw))
 
@@ -54,9 +56,12 @@ def _int8(raw: Mapping[str, Tensor], name: str) -> Found:
 def _four_bits(raw: Mapping[str, Tensor], weight: str, kind: str, state: str) -> Found:
     values = json_object(raw, state)
     shape, block, dtype = values.get("shape"), values.get("blocksize"), values.get("dtype")
-    if not isinstance(shape, list) or not shape or len(shape) > 8 or not all(
-        type(n) is int and 0 < n < 2**40 for n in shape
-    ):  # fmt: skip
+    if (
+        not isinstance(shape, list)
+        or not shape
+        or len(shape) > 8
+        or not all(type(n) is int and 0 < n < 2**40 for n in shape)
+    ):
         raise ValueError(f"{state} has the shape {str(shape)[:100]}")
     if type(block) is not int or block not in _BLOCKS:
         raise ValueError(f"{state} has blocks of {str(block)[:20]}, which are not {_BLOCKS}")
@@ -64,8 +69,10 @@ def _four_bits(raw: Mapping[str, Tensor], weight: str, kind: str, state: str) ->
         raise ValueError(f"{state} has values of {str(dtype)[:20]!r}, not {' or '.join(_VALUES)}")
     codes, count = part(raw, weight, state), math.prod(shape)
     if codes.dtype != np.uint8 or codes.size != -(-count // 2):
-        raise ValueError(f"{weight} is {codes.dtype} {list(codes.shape)}, not the {count} values "
-                         f"of {state}, two to a byte")  # fmt: skip
+        raise ValueError(
+            f"{weight} is {codes.dtype} {list(codes.shape)}, not the {count} values "
+            f"of {state}, two to a byte"
+        )
     absmax, used = _scales(raw, weight, values, -(-count // block), state)
     levels_name = f"{weight}.quant_map"
     levels = small(part(raw, levels_name, state), levels_name, 16)
@@ -93,8 +100,10 @@ def _scales(
     levels = small(part(raw, levels_name, state), levels_name, 256)
     outer = raw[nested]
     if outer.size != -(-count // block) or absmax.dtype != np.uint8:
-        raise ValueError(f"{nested} {list(outer.shape)} does not scale {name}, {absmax.dtype} "
-                         f"{list(absmax.shape)}")  # fmt: skip
+        raise ValueError(
+            f"{nested} {list(outer.shape)} does not scale {name}, {absmax.dtype} "
+            f"{list(absmax.shape)}"
+        )
 
     def rows(start: int, stop: int) -> np.ndarray:
         scales = np.asarray(outer.read()).astype(np.float32).reshape(-1)
@@ -105,15 +114,22 @@ def _scales(
 
 
 def _decoded(
-    codes: Tensor, absmax: Tensor, levels: np.ndarray, kind: str, shape: tuple[int, ...],
-    block: int, dtype: np.dtype,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    absmax: Tensor,
+    levels: np.ndarray,
+    kind: str,
+    shape: tuple[int, ...],
+    block: int,
+    dtype: np.dtype,
+) -> Tensor:
     width = math.prod(shape[1:])
     usual = np.array_equal(levels, np.asarray(LEVELS[kind], np.float32))
     if len(shape) == 2 and width % block == 0 and usual:
         rows = shape[0]
-        packed = {"codes": regrouped(codes, (rows, width // 2)),
-                  "absmax": regrouped(absmax, (rows, width // block))}  # fmt: skip
+        packed = {
+            "codes": regrouped(codes, (rows, width // 2)),
+            "absmax": regrouped(absmax, (rows, width // block)),
+        }
         return unpacked(Quantised(kind, packed), dtype)
 
     def whole() -> np.ndarray:

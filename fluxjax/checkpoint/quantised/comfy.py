@@ -55,15 +55,18 @@ def read(
         yield Found(weight, _decoded(form, marked, raw, names), used)
 
 
-def _format(marked: Mapping[str, Any], tensor: Tensor, raw: Mapping[str, Tensor],
-            names: Mapping[str, str]) -> str:  # fmt: skip
+def _format(
+    marked: Mapping[str, Any], tensor: Tensor, raw: Mapping[str, Tensor], names: Mapping[str, str]
+) -> str:
     form = marked.get("format")
     if form in _READ:
         return str(form)
     if isinstance(form, str) and form.startswith("float8"):
         return ""
-    raise ValueError(f"{names['weight']} is quantised as {str(form)[:40]!r}, which is not read; "
-                     f"float8, {', '.join(_READ)} are")  # fmt: skip
+    raise ValueError(
+        f"{names['weight']} is quantised as {str(form)[:40]!r}, which is not read; "
+        f"float8, {', '.join(_READ)} are"
+    )
 
 
 def _unmarked(tensor: Tensor, raw: Mapping[str, Tensor], names: Mapping[str, str]) -> str:
@@ -77,8 +80,9 @@ def _unmarked(tensor: Tensor, raw: Mapping[str, Tensor], names: Mapping[str, str
     return "mxfp8" if tensor.dtype in FP8 and scale.dtype in (_BYTE, _E8M0) else ""
 
 
-def _decoded(form: str, marked: Mapping[str, Any] | None, raw: Mapping[str, Tensor],
-             names: Mapping[str, str]) -> Tensor:  # fmt: skip
+def _decoded(
+    form: str, marked: Mapping[str, Any] | None, raw: Mapping[str, Tensor], names: Mapping[str, str]
+) -> Tensor:
     weight, scale = raw[names["weight"]], part(raw, names["weight_scale"], names["weight"])
     if form == "int8_tensorwise":
         matrix(weight, names["weight"], _INT8)

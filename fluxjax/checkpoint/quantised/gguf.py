@@ -29,21 +29,48 @@ MAX_HEADER_BYTES = 64 * 2**20
 MAX_ITEMS = 2**20  # strings and numbers in all key-values
 MAX_AXES = 4
 _SCALARS = {
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
-}  # fmt: skip
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 PLAIN = {
-    0: np.dtype(np.float32), 1: np.dtype(np.float16), 30: np.dtype(ml_dtypes.bfloat16),
-    24: np.dtype(np.int8), 25: np.dtype(np.int16), 26: np.dtype(np.int32), 27: np.dtype(np.int64),
+    0: np.dtype(np.float32),
+    1: np.dtype(np.float16),
+    30: np.dtype(ml_dtypes.bfloat16),
+    24: np.dtype(np.int8),
+    25: np.dtype(np.int16),
+    26: np.dtype(np.int32),
+    27: np.dtype(np.int64),
     28: np.dtype(np.float64),
-}  # fmt: skip
+}
 _BLOCKS = {kind.number: name for name, kind in BLOCK_TYPES.items()}
 # Types that exist and are not read, so that a refusal can name them.
 _UNREAD = {
-    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    4: "Q4_2",
+    5: "Q4_3",
+    9: "Q8_1",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
     40: "NVFP4",
-}  # fmt: skip
+}
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
 
@@ -174,12 +201,16 @@ def _entry(header: _Header) -> _Entry:
         return _Entry(name, shape, kind, offset, count * PLAIN[kind].itemsize)
     if kind not in _BLOCKS:
         what = _UNREAD.get(kind, f"number {kind}")
-        raise header.bad(f"{name!r} is of type {what}, which is not read; "
-                         f"F32, F16, BF16, {', '.join(BLOCK_TYPES)} are")  # fmt: skip
+        raise header.bad(
+            f"{name!r} is of type {what}, which is not read; "
+            f"F32, F16, BF16, {', '.join(BLOCK_TYPES)} are"
+        )
     block = BLOCK_TYPES[_BLOCKS[kind]]
     if not shape or shape[-1] % block.elements:
-        raise header.bad(f"a row of {name!r} {list(shape)} is no whole number of "
-                         f"{_BLOCKS[kind]} blocks of {block.elements}")  # fmt: skip
+        raise header.bad(
+            f"a row of {name!r} {list(shape)} is no whole number of "
+            f"{_BLOCKS[kind]} blocks of {block.elements}"
+        )
     return _Entry(name, shape, kind, offset, count // block.elements * block.size)
 
 
@@ -202,9 +233,11 @@ def _tensor(header: _Header, entry: _Entry, start: int, keys: dict[str, Any]) ->
     shape = keys.get(_ORIGINAL_SHAPE + entry.name)
     if shape is None:
         return tensor
-    if not isinstance(shape, list) or any(type(n) is not int or n < 1 for n in shape) or (
-        math.prod(shape) != tensor.size
-    ):  # fmt: skip
+    if (
+        not isinstance(shape, list)
+        or any(type(n) is not int or n < 1 for n in shape)
+        or (math.prod(shape) != tensor.size)
+    ):
         raise header.bad(f"the original shape of {entry.name!r} cannot be {shape}")
     if tuple(shape) == tensor.shape:
         return tensor

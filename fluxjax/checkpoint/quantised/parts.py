@@ -51,8 +51,9 @@ def json_object(raw: Mapping[str, Tensor], name: str) -> dict[str, Any]:
 def small(tensor: Tensor, name: str, *sizes: int) -> np.ndarray:
     """All values in float32, flat. Raises ValueError unless there are as many as one of `sizes`."""
     if tensor.size not in sizes:
-        raise ValueError(f"{name} {list(tensor.shape)} should have {' or '.join(map(str, sizes))} "
-                         "values")  # fmt: skip
+        raise ValueError(
+            f"{name} {list(tensor.shape)} should have {' or '.join(map(str, sizes))} values"
+        )
     return np.asarray(tensor.read()).astype(np.float32).reshape(-1)
 
 
@@ -71,8 +72,10 @@ def by_row(
     kind = "int8" if codes.dtype == np.int8 else "fp8"
     matrix(codes, names[0], np.dtype(np.int8), *FP8)
     if scale.size not in (1, codes.shape[0]):
-        raise ValueError(f"{names[1]} {list(scale.shape)} does not fit {names[0]} "
-                         f"{list(codes.shape)}: one scale, or one for each row")  # fmt: skip
+        raise ValueError(
+            f"{names[1]} {list(scale.shape)} does not fit {names[0]} "
+            f"{list(codes.shape)}: one scale, or one for each row"
+        )
     return unpacked(Quantised(kind, {"codes": codes, scale_name: column(scale, codes.shape[0])}))
 
 

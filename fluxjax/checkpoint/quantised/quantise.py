@@ -72,10 +72,13 @@ def _fp8(tensor: Tensor, part: Callable[..., Tensor]) -> Quantised:
     def codes(x: np.ndarray) -> np.ndarray:
         return (x / scale()).astype(ml_dtypes.float8_e4m3fn)
 
-    return Quantised("fp8", {
-        "codes": part(tensor.shape[1], ml_dtypes.float8_e4m3fn, codes),
-        "scale": part(1, np.float32, lambda x: np.full((len(x), 1), scale())),
-    })  # fmt: skip
+    return Quantised(
+        "fp8",
+        {
+            "codes": part(tensor.shape[1], ml_dtypes.float8_e4m3fn, codes),
+            "scale": part(1, np.float32, lambda x: np.full((len(x), 1), scale())),
+        },
+    )
 
 
 def _groups(x: np.ndarray) -> np.ndarray:
@@ -179,10 +182,13 @@ def _with_minima(x: np.ndarray, top: int) -> tuple[np.ndarray, ...]:
 
 def _six_bits(sc: np.ndarray, mn: np.ndarray) -> np.ndarray:
     low, high = slice(0, 4), slice(4, 8)
-    return np.hstack([
-        sc[:, low] | (sc[:, high] >> 4) << 6, mn[:, low] | (mn[:, high] >> 4) << 6,
-        (sc[:, high] & 15) | (mn[:, high] & 15) << 4,
-    ])  # fmt: skip
+    return np.hstack(
+        [
+            sc[:, low] | (sc[:, high] >> 4) << 6,
+            mn[:, low] | (mn[:, high] >> 4) << 6,
+            (sc[:, high] & 15) | (mn[:, high] & 15) << 4,
+        ]
+    )
 
 
 def _q4_k(x: np.ndarray) -> np.ndarray:
@@ -207,7 +213,8 @@ def _q6_k(x: np.ndarray) -> np.ndarray:
     for part in _TRIED:
         codes = np.rint(x * _inverse(largest / -32 * part)).clip(-32, 31)
         slope = (x * x * codes * x).sum(-1, keepdims=True) * _inverse(
-            (x * x * codes * codes).sum(-1, keepdims=True))  # fmt: skip
+            (x * x * codes * codes).sum(-1, keepdims=True)
+        )
         error = (x * x * (slope * codes - x) ** 2).sum(-1, keepdims=True)
         scale, best = np.where(error < best, slope, scale), np.minimum(error, best)
     scale = scale[..., 0]

@@ -25,8 +25,10 @@ def read_torchao(raw: Mapping[str, Tensor]) -> Iterator[Found]:
         scale, zero = f"{start}scale", f"{start}zero_point"
         codes = raw[name]
         if codes.dtype not in (_INT8, *FP8) or len(codes.shape) != 2:
-            raise ValueError(f"{weight} is quantised by torchao to {codes.dtype} "
-                             f"{list(codes.shape)}; only int8 and fp8 are read")  # fmt: skip
+            raise ValueError(
+                f"{weight} is quantised by torchao to {codes.dtype} "
+                f"{list(codes.shape)}; only int8 and fp8 are read"
+            )
         tensor = by_row(codes, part(raw, scale, weight), (name, scale))
         used = tuple(n for n in (name, scale, zero) if n in raw)
         if zero in raw and np.any(np.asarray(raw[zero].read()).astype(np.float32)):
@@ -55,8 +57,10 @@ def read_quanto(raw: Mapping[str, Tensor]) -> Iterator[Found]:
         weight = name[: name.index("._data")]
         scale = f"{weight}._scale"
         if raw[name].dtype not in (_INT8, *FP8) or f"{weight}._shift" in raw:
-            raise ValueError(f"{weight} is quantised by quanto to less than 8 bits, which is not "
-                             "read: only its int8 and fp8 are")  # fmt: skip
+            raise ValueError(
+                f"{weight} is quantised by quanto to less than 8 bits, which is not "
+                "read: only its int8 and fp8 are"
+            )
         tensor = by_row(raw[name], part(raw, scale, weight), (name, scale))
         module = weight.removesuffix("weight")
         extras = (f"{module}{end}_scale" for end in ("input", "output"))
