@@ -24,9 +24,11 @@ def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
         text = data if isinstance(data, str) else data.decode("utf-8")
         value = json.loads(
             text,
-            parse_int=_integer, parse_float=_number, parse_constant=_number,
+            parse_int=_integer,
+            parse_float=_number,
+            parse_constant=_number,
             object_pairs_hook=_unique if unique else None,
-        )  # fmt: skip
+        )
         if _HALF.search(text):  # only an escape can write half a character
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:

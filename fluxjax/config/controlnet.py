@@ -48,6 +48,12 @@ XLABS = replace(
     UNION, num_layers=2, num_single_layers=0, num_mode=0, conditioning_embedding_channels=16
 )
 CONTROL_MODES: dict[str, int] = {
-    "canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "low-quality": 6,
-}  # fmt: skip
+    "canny": 0,
+    "tile": 1,
+    "depth": 2,
+    "blur": 3,
+    "pose": 4,
+    "gray": 5,
+    "low-quality": 6,
+}
 """The modes that InstantX and Shakker trained, of ten."""

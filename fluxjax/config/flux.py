@@ -40,9 +40,14 @@ class FluxConfig:
     def __post_init__(self) -> None:
         check_types(self)
         positive(
-            self, "in_channels", "out_channels", "attention_head_dim", "num_attention_heads",
-            "joint_attention_dim", "pooled_projection_dim",
-        )  # fmt: skip
+            self,
+            "in_channels",
+            "out_channels",
+            "attention_head_dim",
+            "num_attention_heads",
+            "joint_attention_dim",
+            "pooled_projection_dim",
+        )
         layers(self, "num_layers", "num_single_layers", lowest=0)
         in_range(self, 1e-6, 1e12, "rope_theta")
         in_range(self, 1e-6, 64, "mlp_ratio")

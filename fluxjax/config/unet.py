@@ -62,13 +62,22 @@ class UNetConfig:
         in_range(self, 1, 2**14, "sample_size")
         in_range(self, 1, 64, "in_channels", "out_channels")
         in_range(self, 1, 8, "layers_per_block")
-        positive(self, "cross_attention_dim", "norm_num_groups", "addition_time_embed_dim",
-                 "projection_class_embeddings_input_dim")  # fmt: skip
+        positive(
+            self,
+            "cross_attention_dim",
+            "norm_num_groups",
+            "addition_time_embed_dim",
+            "projection_class_embeddings_input_dim",
+        )
         in_range(self, 0, 1, "norm_eps")
         levels = len(self.block_out_channels)
         require(1 <= levels <= 8, f"UNetConfig has {levels} resolutions, expected 1 to 8")
-        for name in ("down_block_types", "up_block_types", "transformer_layers_per_block",
-                     "attention_head_dim"):  # fmt: skip
+        for name in (
+            "down_block_types",
+            "up_block_types",
+            "transformer_layers_per_block",
+            "attention_head_dim",
+        ):
             given = len(getattr(self, name))
             require(
                 given == levels,

@@ -42,8 +42,12 @@ def convert_adapters(
     check_destination(source, destination, overwrite)
     templates = {name: abstract_params(part) for name, part in _networks(config).items()}
     changes, metadata = read_adapters(source, templates)
-    others = [name for mine in changes.values() for name, change in mine.items()
-              if change.low_rank is None]  # fmt: skip
+    others = [
+        name
+        for mine in changes.values()
+        for name, change in mine.items()
+        if change.low_rank is None
+    ]
     if others:
         what = "change by more than a low-rank product: only merging into a model keeps that"
         raise ConfigError(f"{source}: {listed(what, others)}")
@@ -53,10 +57,13 @@ def convert_adapters(
         adapters[component] = {name: one for name, one in found.items() if one is not None}
     metadata = {k: v for k, v in metadata.items() if k != PEFT_METADATA}
     write_adapters(
-        destination, adapters, metadata,
-        naming=naming, params=templates.get("transformer"),
+        destination,
+        adapters,
+        metadata,
+        naming=naming,
+        params=templates.get("transformer"),
         dtype=None if dtype == "keep" else jnp.dtype(dtype),
-    )  # fmt: skip
+    )
     counts = ", ".join(f"{len(mine)} modules of the {name}" for name, mine in adapters.items())
     return f"{counts}, in the names of {naming}"
 

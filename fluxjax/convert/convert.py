@@ -117,8 +117,9 @@ def plan(
     single_file = destination.suffix == ending
     if destination.suffix in (".gguf", ".safetensors") and not single_file:
         what = f"--quantise {quantised}" if quantised else "without a --quantise of its types"
-        raise ConfigError(f"{destination} ends in {destination.suffix}, but {what} a file ends "
-                          f"in {ending}")  # fmt: skip
+        raise ConfigError(
+            f"{destination} ends in {destination.suffix}, but {what} a file ends in {ending}"
+        )
     if single_file and (form != "bfl" or len(networks) > 1):
         raise ConfigError(
             f"{destination} is named like a single file, but {len(networks)} network(s) as "
@@ -158,8 +159,11 @@ def _copies(source: Path) -> dict[Path, Path]:
     if not _is_pipeline(source):
         names = ["config.json"] if (source / "config.json").is_file() else []
         return {Path(name): source / name for name in names}
-    folders = [name for name, part in read_json(source / "model_index.json").items()
-               if isinstance(part, list) and part != [None, None]]  # fmt: skip
+    folders = [
+        name
+        for name, part in read_json(source / "model_index.json").items()
+        if isinstance(part, list) and part != [None, None]
+    ]
     copies = {}
     # Names from a stranger's file: plain words only, never a path.
     for folder in [".", *(name for name in folders if re.fullmatch(r"\w+", name))]:
@@ -263,6 +267,10 @@ def _write(part: Path, weights: Weights, shard_bytes: int, progress: Progress | 
         write(path, weights.tensors, weights.metadata, progress=progress)
     else:
         write_sharded(
-            path.parent, path.name, weights.tensors, shard_bytes=shard_bytes,
-            metadata=weights.metadata, progress=progress,
-        )  # fmt: skip
+            path.parent,
+            path.name,
+            weights.tensors,
+            shard_bytes=shard_bytes,
+            metadata=weights.metadata,
+            progress=progress,
+        )

@@ -46,17 +46,20 @@ def quantise(
     """Tensors under the names of `table`; those of the blocks' products have codes of `kind`."""
     description = network_of(config)
     chosen = {
-        name for name, tensor in tensors.items() if len(tensor.shape) == 2
+        name
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2
         and all(re.fullmatch(description.quantised, part) for part in _parts(table, name))
-    }  # fmt: skip
+    }
     if kind in FORMS:
         chosen = _as_bitsandbytes_finds_them(tensors, chosen, description.json.library)
     out = dict(tensors)
     for name in chosen:
         out[name] = quantised(tensors[name], kind) or tensors[name]
     if not any(tensor.packed for tensor in out.values()) and description.quantised:
-        raise ConfigError(f"no layer of the {description.words} has rows that are whole blocks of "
-                          f"{kind}")  # fmt: skip
+        raise ConfigError(
+            f"no layer of the {description.words} has rows that are whole blocks of {kind}"
+        )
     return out
 
 
@@ -98,8 +101,11 @@ def spelled(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
             out[name] = packed.parts["codes"]
             out[f"{module}scale_weight"] = _one(packed.parts["scale"])
     if kind == "fp8":
-        codes = next(t.packed.parts["codes"].dtype for t in tensors.values()
-                     if t.packed and t.packed.kind == "fp8")  # fmt: skip
+        codes = next(
+            t.packed.parts["codes"].dtype
+            for t in tensors.values()
+            if t.packed and t.packed.kind == "fp8"
+        )
         out["scaled_fp8"] = of_array(np.zeros(0, codes))
     return out
 
@@ -116,8 +122,12 @@ def _times_127(scale: Tensor) -> Tensor:
 def _nf4(name: str, tensor: Tensor, packed: Quantised) -> dict[str, Tensor]:
     codes, absmax = packed.parts["codes"], packed.parts["absmax"]
     dtype = tensor.dtype.name
-    state = {"quant_type": "nf4", "blocksize": packed.columns // absmax.shape[1],
-             "dtype": dtype, "shape": list(tensor.shape)}  # fmt: skip
+    state = {
+        "quant_type": "nf4",
+        "blocksize": packed.columns // absmax.shape[1],
+        "dtype": dtype,
+        "shape": list(tensor.shape),
+    }
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     return {
         name: _flat(codes, 1),
@@ -147,13 +157,20 @@ def bitsandbytes_config(tensors: Mapping[str, Tensor], kind: str) -> dict[str, A
     ]
     four = kind == "nf4"
     return {
-        "quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four,
-        "_load_in_4bit": four, "_load_in_8bit": not four,
-        "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4" if four else "fp4", "bnb_4bit_use_double_quant": False,
-        "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": kept, "llm_int8_threshold": 6.0,
-    }  # fmt: skip
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": four,
+        "load_in_8bit": not four,
+        "_load_in_4bit": four,
+        "_load_in_8bit": not four,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4" if four else "fp4",
+        "bnb_4bit_use_double_quant": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": kept,
+        "llm_int8_threshold": 6.0,
+    }
 
 
 def gguf_keys(component: str, kind: str, saved: str) -> dict[str, str | int]:

@@ -20,11 +20,23 @@ GROUP = 64  # elements of nf4 and fp4 that share a scale
 # Quantiles of the normal distribution, and bitsandbytes' float of four bits.
 # Source: Dettmers et al. 2023, QLoRA, appendix E; bitsandbytes' `create_fp4_map`.
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 _FP4 = (0.0052083334885537624, 0.66666668653, 1.0, 0.33333334327, 0.5, 0.16666667163, 0.25)
 FP4 = (0.0, *_FP4, 0.0, *(-x for x in _FP4))
 LEVELS = {"nf4": NF4, "fp4": FP4}
@@ -84,10 +96,13 @@ def abstract(kind: str, shape: tuple[int, ...]) -> Quantised | None:
         block, widths = 1, {"codes": (columns, fp8), "scale": (1, np.float32)}
     if columns % block:
         return None
-    return Quantised(name, {
-        part: jax.ShapeDtypeStruct((*layers, rows, width), dtype)
-        for part, (width, dtype) in widths.items()
-    })  # fmt: skip
+    return Quantised(
+        name,
+        {
+            part: jax.ShapeDtypeStruct((*layers, rows, width), dtype)
+            for part, (width, dtype) in widths.items()
+        },
+    )
 
 
 def decode(matrix: Quantised) -> Any:

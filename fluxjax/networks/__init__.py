@@ -27,10 +27,19 @@ from fluxjax.networks.unet import UNET
 NETWORKS: dict[type, Network] = {
     network.config: network
     for network in (
-        FLUX, UNET, AUTOENCODER, CLIP_TEXT, T5, CLIP_VISION, CLIP, CONTROLNET, SIGLIP, REDUX,
+        FLUX,
+        UNET,
+        AUTOENCODER,
+        CLIP_TEXT,
+        T5,
+        CLIP_VISION,
+        CLIP,
+        CONTROLNET,
+        SIGLIP,
+        REDUX,
         IP_ADAPTER,
     )
-}  # fmt: skip
+}
 Config = (
     FluxConfig
     | UNetConfig

@@ -15,10 +15,16 @@ from fluxjax.networks.tables import Rule, Table
 LAYERS = tuple(
     f"encoder.layers.{{}}.{name}"
     for name in (
-        "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "self_attn.q_proj",
-        "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+        "layer_norm1",
+        "layer_norm2",
+        "mlp.fc1",
+        "mlp.fc2",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.out_proj",
     )
-)  # fmt: skip
+)
 TEXT_REFERENCE = Table(
     "CLIP text encoder",
     # transformers 5 writes a CLIPTextModel without the prefix that published files have.
@@ -44,14 +50,17 @@ VISION_REFERENCE = Table(
             *(
                 (name, (("weight", "weight"), ("bias", "bias")))
                 for name in (
-                    "embeddings.patch_embedding", "embeddings.position_embedding",
-                    "pre_layrnorm", "post_layernorm", *LAYERS,
+                    "embeddings.patch_embedding",
+                    "embeddings.position_embedding",
+                    "pre_layrnorm",
+                    "post_layernorm",
+                    *LAYERS,
                 )
             ),
         )
     ),
     ignored=(r".*position_ids", r"text_model\..*", r"text_projection\..*", "logit_scale"),
-)  # fmt: skip
+)
 REFERENCE = Table("CLIP", identity=True, ignored=(r".*position_ids",))
 
 
@@ -244,11 +253,15 @@ CLIP_TEXT = Network(
     scanned=("layers",),
     fit=_fit_text,
     adapter_prefixes=(
-        "text_encoders.clip_l.transformer.", "text_encoders.clip_l.", "text_encoder.",
-        "base_model.model.", "lora_te1_", "lora_te_",
+        "text_encoders.clip_l.transformer.",
+        "text_encoders.clip_l.",
+        "text_encoder.",
+        "base_model.model.",
+        "lora_te1_",
+        "lora_te_",
     ),
     adapter_rules=TEXT_REFERENCE.rules,
-)  # fmt: skip
+)
 CLIP_VISION = Network(
     config=CLIPVisionConfig,
     component="image_encoder",
@@ -262,8 +275,12 @@ CLIP_VISION = Network(
         ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
         model_types=("clip_vision_model",),
         defaults={
-            "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512,
-            "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 32,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "projection_dim": 512,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "patch_size": 32,
         },
         read=_projects,
         write=_without_projects,
@@ -281,7 +298,7 @@ CLIP_VISION = Network(
     file_name=lambda config: "clip_vision.safetensors",
     scanned=("layers",),
     fit=_fit_vision,
-)  # fmt: skip
+)
 CLIP = Network(
     config=CLIPConfig,
     component="clip",

@@ -21,11 +21,13 @@ XLABS = Table(
         Rule("pos_embed_input", ("controlnet_x_embedder",)),
         *(Rule(name, (name,)) for name in _OWN),
         Rule("input_hint_block.0", ("input_hint_block.conv_in",)),
-        *(Rule(f"input_hint_block.{2 + 2 * i}", (f"input_hint_block.blocks.{i}",))
-          for i in range(6)),
+        *(
+            Rule(f"input_hint_block.{2 + 2 * i}", (f"input_hint_block.blocks.{i}",))
+            for i in range(6)
+        ),
         Rule("input_hint_block.14", ("input_hint_block.conv_out",)),
     ),
-)  # fmt: skip
+)
 
 
 def _infer_reference(shapes: Shapes, family: str) -> ControlNetConfig:
@@ -160,8 +162,10 @@ CONTROLNET = Network(
     roles=_ROLES,
     file_name=lambda config: "controlnet.safetensors",
     scanned=(
-        "transformer_blocks", "single_transformer_blocks", "controlnet_blocks",
+        "transformer_blocks",
+        "single_transformer_blocks",
+        "controlnet_blocks",
         "controlnet_single_blocks",
     ),
     flops=_flops,
-)  # fmt: skip
+)

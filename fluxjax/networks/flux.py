@@ -43,10 +43,14 @@ def _bfl() -> Table:
     for theirs, norm, qkv, out, ff, added in (
         ("img", "norm1", ("to_q", "to_k", "to_v"), "to_out.0", "ff", ""),
         (
-            "txt", "norm1_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out",
-            "ff_context", "added_",
+            "txt",
+            "norm1_context",
+            ("add_q_proj", "add_k_proj", "add_v_proj"),
+            "to_add_out",
+            "ff_context",
+            "added_",
         ),
-    ):  # fmt: skip
+    ):
         double = f"double_blocks.{{}}.{theirs}"
         rules += [
             Rule(f"{double}_mod.lin", (f"{block}.{norm}.linear",)),
@@ -62,13 +66,17 @@ def _bfl() -> Table:
         Rule("single_blocks.{}.modulation.lin", (f"{single}.norm.linear",)),
         Rule(
             "single_blocks.{}.linear1",
-            (f"{single}.attn.to_q", f"{single}.attn.to_k", f"{single}.attn.to_v",
-             f"{single}.proj_mlp"),
+            (
+                f"{single}.attn.to_q",
+                f"{single}.attn.to_k",
+                f"{single}.attn.to_v",
+                f"{single}.proj_mlp",
+            ),
         ),
         Rule("single_blocks.{}.linear2", (f"{single}.proj_out",)),
         Rule("single_blocks.{}.norm.query_norm", (f"{single}.attn.norm_q",), leaves=_SCALE),
         Rule("single_blocks.{}.norm.key_norm", (f"{single}.attn.norm_k",), leaves=_SCALE),
-    ]  # fmt: skip
+    ]
     return Table("BFL FLUX transformer", tuple(rules))
 
 
@@ -115,9 +123,16 @@ def infer_bfl(shapes: Shapes, family: str) -> FluxConfig:
 
 
 def _infer(
-    shapes: Shapes, *, ends: tuple[str, ...], last: str, blocks: tuple[str, str],
-    norms: tuple[str, str], mlps: tuple[str, str], guidance: str, bias: tuple[str, ...],
-) -> FluxConfig:  # fmt: skip
+    shapes: Shapes,
+    *,
+    ends: tuple[str, ...],
+    last: str,
+    blocks: tuple[str, str],
+    norms: tuple[str, str],
+    mlps: tuple[str, str],
+    guidance: str,
+    bias: tuple[str, ...],
+) -> FluxConfig:
     image, text, pooled = (shapes[f"{name}.weight"] for name in ends)
     inner = image[0]
     head_dim = next((shapes[name][0] for name in norms if name in shapes), 0)
@@ -197,9 +212,15 @@ def inputs(config: FluxConfig, rows: int = 6, columns: int = 5) -> Arrays:
 
 
 def _whole(
-    run, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids,
+    run,
+    hidden_states,
+    encoder_hidden_states,
+    pooled_projections,
+    timestep,
+    img_ids,
+    txt_ids,
     guidance=None,
-) -> tuple:  # fmt: skip
+) -> tuple:
     return (
         hidden_states,
         run("embed_text", encoder_hidden_states),
@@ -215,9 +236,11 @@ def _variant(config: FluxConfig) -> str:
 
 def _describe(config: FluxConfig) -> str:
     variant = {
-        "fill-dev": "Fill", "control-dev": "Canny or Depth", "dev": "dev (or Kontext, Krea)",
+        "fill-dev": "Fill",
+        "control-dev": "Canny or Depth",
+        "dev": "dev (or Kontext, Krea)",
         "schnell": "schnell",
-    }[_variant(config)]  # fmt: skip
+    }[_variant(config)]
     blocks = f"{config.num_layers} + {config.num_single_layers} blocks"
     return f"FLUX.1 {variant} transformer, {blocks} of width {config.inner_dim}"
 
@@ -329,10 +352,17 @@ FLUX = Network(
         lambda config: config.num_attention_heads,
     ),
     adapter_prefixes=(
-        "model.diffusion_model.", "diffusion_model.", "base_model.model.", "transformer.",
-        "lora_transformer_", "lora_unet_", "oft_unet_", "lycoris_", "",
+        "model.diffusion_model.",
+        "diffusion_model.",
+        "base_model.model.",
+        "transformer.",
+        "lora_transformer_",
+        "lora_unet_",
+        "oft_unet_",
+        "lycoris_",
+        "",
     ),
     adapter_rules=(*BFL.rules, *_XLABS),
     widened=("x_embedder", "in_channels", "FluxControlPipeline"),
     flops=flops,
-)  # fmt: skip
+)

@@ -15,13 +15,22 @@ from fluxjax.networks.tables import Rule, Table
 
 _BOTH = (("weight", "weight"), ("bias", "bias"))
 _MODULES = (
-    *((name, _BOTH) for name in (
-        "embeddings.patch_embedding", "embeddings.position_embedding", "post_layernorm", *LAYERS,
-        "head.attention.out_proj", "head.layernorm", "head.mlp.fc1", "head.mlp.fc2",
-    )),
+    *(
+        (name, _BOTH)
+        for name in (
+            "embeddings.patch_embedding",
+            "embeddings.position_embedding",
+            "post_layernorm",
+            *LAYERS,
+            "head.attention.out_proj",
+            "head.layernorm",
+            "head.mlp.fc1",
+            "head.mlp.fc2",
+        )
+    ),
     ("head", (("probe", "probe"),)),
     ("head.attention", (("in_proj_weight", "in_proj_weight"), ("in_proj_bias", "in_proj_bias"))),
-)  # fmt: skip
+)
 REFERENCE = Table(
     "SigLIP vision encoder",
     # transformers 5 writes them without the prefix that published files have.
@@ -38,8 +47,10 @@ def _infer(shapes: Shapes, family: str) -> SiglipVisionConfig:
     layers = count(shapes, rf"{re.escape(p)}encoder\.layers\.(\d+)\.")
     published = SiglipVisionConfig()
     if family != "FLUX.1" or (width, patch, tokens) != (
-        published.hidden_size, published.patch_size, published.tokens,
-    ):  # fmt: skip
+        published.hidden_size,
+        published.patch_size,
+        published.tokens,
+    ):
         raise ConfigError(
             f"the heads and the picture's size of this SigLIP vision encoder, {layers} layers of "
             f"width {width}, cannot be told from shapes; give the network's config.json"
@@ -89,8 +100,12 @@ SIGLIP = Network(
         ("SiglipVisionModel",),
         model_types=("siglip_vision_model",),
         defaults={
-            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-            "num_attention_heads": 12, "image_size": 224, "patch_size": 16,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 16,
         },
     ),
     dialects=(
@@ -123,4 +138,4 @@ SIGLIP = Network(
     file_name=lambda config: "sigclip_vision.safetensors",
     scanned=("layers",),
     fit=_fit,
-)  # fmt: skip
+)

@@ -24,9 +24,11 @@ def _gguf() -> Table:
     parts = {f"attn_{x}": f"0.SelfAttention.{x}" for x in "qkvo"}
     parts |= {"attn_rel_b": "0.SelfAttention.relative_attention_bias", "attn_norm": "0.layer_norm"}
     parts |= {
-        "ffn_gate": "1.DenseReluDense.wi_0", "ffn_up": "1.DenseReluDense.wi_1",
-        "ffn_down": "1.DenseReluDense.wo", "ffn_norm": "1.layer_norm",
-    }  # fmt: skip
+        "ffn_gate": "1.DenseReluDense.wi_0",
+        "ffn_up": "1.DenseReluDense.wi_1",
+        "ffn_down": "1.DenseReluDense.wo",
+        "ffn_norm": "1.layer_norm",
+    }
     rules = [
         Rule("token_embd", ("shared",)),
         Rule("enc.output_norm", ("encoder.final_layer_norm",)),
@@ -90,16 +92,20 @@ def _write(config: T5Config, values: dict[str, Any]) -> dict[str, Any]:
     gated = "gated-" if config.is_gated_act else ""
     activation = "gelu" if config.dense_act_fn.startswith("gelu") else config.dense_act_fn
     return values | {
-        "feed_forward_proj": gated + activation, "dropout_rate": 0.1,
-        "decoder_start_token_id": 0, "is_encoder_decoder": True, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "feed_forward_proj": gated + activation,
+        "dropout_rate": 0.1,
+        "decoder_start_token_id": 0,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": False,
+    }
 
 
 def _inputs(config: T5Config) -> Arrays:
     # Long enough that the farthest tokens share the last bucket.
     length = 2 * config.relative_attention_max_distance
-    ids = np.random.default_rng(0).integers(min(2, config.vocab_size - 1), config.vocab_size,
-                                            (2, length))  # fmt: skip
+    ids = np.random.default_rng(0).integers(
+        min(2, config.vocab_size - 1), config.vocab_size, (2, length)
+    )
     ids[0, 9:] = config.pad_token_id
     return {"input_ids": ids.astype(np.int32)}
 
@@ -161,7 +167,11 @@ T5 = Network(
     scanned=("block",),
     # OneTrainer counts FLUX's text encoders from 1, kohya also those that FLUX has not.
     adapter_prefixes=(
-        "text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "text_encoder_2.",
-        "base_model.model.", "lora_te2_", "lora_te3_",
+        "text_encoders.t5xxl.transformer.",
+        "text_encoders.t5xxl.",
+        "text_encoder_2.",
+        "base_model.model.",
+        "lora_te2_",
+        "lora_te3_",
     ),
-)  # fmt: skip
+)

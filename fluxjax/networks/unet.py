@@ -13,13 +13,28 @@ from fluxjax.networks.tables import Rule, Table
 
 REFERENCE = Table("diffusers UNet", identity=True)
 _RESNET = (
-    ("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj"),
-    ("out_layers.0", "norm2"), ("out_layers.3", "conv2"), ("skip_connection", "conv_shortcut"),
-)  # fmt: skip
+    ("in_layers.0", "norm1"),
+    ("in_layers.2", "conv1"),
+    ("emb_layers.1", "time_emb_proj"),
+    ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"),
+    ("skip_connection", "conv_shortcut"),
+)
 _BLOCK = (
-    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k",
-    "attn2.to_v", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3",
-)  # fmt: skip
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "attn2.to_q",
+    "attn2.to_k",
+    "attn2.to_v",
+    "attn2.to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "norm1",
+    "norm2",
+    "norm3",
+)
 
 
 def ldm(config: UNetConfig) -> Table:
@@ -100,14 +115,22 @@ def _infer_ldm(shapes: Shapes, family: str) -> UNetConfig:
 
 
 def _infer(
-    shapes: Shapes, *, ends: tuple[str, ...], widths: list[int], layers: int, down: list[str],
-    up: list[str], middle: str,
-) -> UNetConfig:  # fmt: skip
+    shapes: Shapes,
+    *,
+    ends: tuple[str, ...],
+    widths: list[int],
+    layers: int,
+    down: list[str],
+    up: list[str],
+    middle: str,
+) -> UNetConfig:
     first, last, added = (f"{name}.weight" for name in ends)
     text = shapes[f"{middle}.transformer_blocks.0.attn2.to_k.weight"][1]
     linear = len(shapes[f"{middle}.proj_in.weight"]) == 2
-    depths = [count(shapes, rf"{name.replace('.', chr(92) + '.')}\.transformer_blocks\.(\d+)\.")
-              for name in (*down, middle)]  # fmt: skip
+    depths = [
+        count(shapes, rf"{name.replace('.', chr(92) + '.')}\.transformer_blocks\.(\d+)\.")
+        for name in (*down, middle)
+    ]
     # A resolution without transformers has no depth of its own: published files repeat that of the
     # others, or where these differ say 1.
     same = set(depths) - {0}
@@ -162,8 +185,15 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: UNetConfig, values: dict[str, Any]) -> dict[str, Any]:
-    values = {**values, "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1,
-              "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1}  # fmt: skip
+    values = {
+        **values,
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_scale_factor": 1,
+    }
     if config.addition_embed_type is None:
         for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
             values[name] = None
@@ -198,8 +228,12 @@ def _module() -> type:
 
 def model_name(config: UNetConfig) -> str:
     """Which Stable Diffusion it is of, by the width of the text."""
-    known = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL",
-             1280: "Stable Diffusion XL's refiner"}  # fmt: skip
+    known = {
+        768: "Stable Diffusion 1",
+        1024: "Stable Diffusion 2",
+        2048: "Stable Diffusion XL",
+        1280: "Stable Diffusion XL's refiner",
+    }
     return known.get(config.cross_attention_dim, "Stable Diffusion")
 
 
@@ -244,20 +278,39 @@ UNET = Network(
         "diffusers",
         ("UNet2DConditionModel",),
         defaults={
-            "cross_attention_dim": 1280, "attention_head_dim": 8, "transformer_layers_per_block": 1,
+            "cross_attention_dim": 1280,
+            "attention_head_dim": 8,
+            "transformer_layers_per_block": 1,
         },
         required={
-            "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1,
-            "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
-            "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False,
-            "dual_cross_attention": False, "class_embed_type": None, "num_class_embeds": None,
-            "encoder_hid_dim": None, "encoder_hid_dim_type": None, "num_attention_heads": None,
-            "resnet_time_scale_shift": "default", "resnet_skip_time_act": False,
-            "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional",
-            "time_embedding_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None,
-            "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
-            "class_embeddings_concat": False, "mid_block_only_cross_attention": None,
-            "cross_attention_norm": None, "attention_type": "default",
+            "act_fn": "silu",
+            "center_input_sample": False,
+            "downsample_padding": 1,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "mid_block_scale_factor": 1,
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "only_cross_attention": False,
+            "dual_cross_attention": False,
+            "class_embed_type": None,
+            "num_class_embeds": None,
+            "encoder_hid_dim": None,
+            "encoder_hid_dim_type": None,
+            "num_attention_heads": None,
+            "resnet_time_scale_shift": "default",
+            "resnet_skip_time_act": False,
+            "resnet_out_scale_factor": 1.0,
+            "time_embedding_type": "positional",
+            "time_embedding_dim": None,
+            "time_embedding_act_fn": None,
+            "timestep_post_act": None,
+            "time_cond_proj_dim": None,
+            "conv_in_kernel": 3,
+            "conv_out_kernel": 3,
+            "class_embeddings_concat": False,
+            "mid_block_only_cross_attention": None,
+            "cross_attention_norm": None,
+            "attention_type": "default",
             "reverse_transformer_layers_per_block": None,
         },
         read=_read,
@@ -283,4 +336,4 @@ UNET = Network(
     ),
     roles=_ROLES,
     file_name=lambda config: "unet.safetensors",
-)  # fmt: skip
+)

@@ -98,9 +98,17 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     executables = Executables(FLUX, config, dtype, True, mesh=devices, sequence=options.sequence)
     n, needed, size = options.batch, defaults(config), (config.width, config.height)
     listed = programs(
-        FLUX, config, needed, dtype=dtype, steps=config.steps, task=_task(options, config),
-        pictures=n, prompts=n, reference_size=size, rows=executables.rows,
-    )  # fmt: skip
+        FLUX,
+        config,
+        needed,
+        dtype=dtype,
+        steps=config.steps,
+        task=_task(options, config),
+        pictures=n,
+        prompts=n,
+        reference_size=size,
+        rows=executables.rows,
+    )
     reads = {
         "encode": weights["text_encoder"] + weights["text_encoder_2"],
         "reference": weights["vae"],

@@ -77,8 +77,10 @@ def sampler_run(config: SamplerConfig, steps: int, first: int = 0, **choices: An
     complete = config.complete()
     check_steps(steps)
     if complete.num_train_timesteps is not None and steps > complete.num_train_timesteps:
-        raise ConfigError(f"the model was trained with {complete.num_train_timesteps} timesteps: "
-                          f"{steps} steps cannot be drawn with")  # fmt: skip
+        raise ConfigError(
+            f"the model was trained with {complete.num_train_timesteps} timesteps: "
+            f"{steps} steps cannot be drawn with"
+        )
     # What is not finite is refused by `StepTable.run`, in words.
     with np.errstate(all="ignore"):
         return SAMPLERS[complete.sampler](complete, steps, first, **choices)

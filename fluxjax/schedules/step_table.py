@@ -138,7 +138,14 @@ class StepTable:
 
 
 def _suspicious(config: SamplerConfig) -> str:
-    names = ("prediction_type", "rescale_betas_zero_snr", "final_sigmas_type", "solver_type",
-             "lower_order_final", "predict_x0", "beta_schedule")  # fmt: skip
+    names = (
+        "prediction_type",
+        "rescale_betas_zero_snr",
+        "final_sigmas_type",
+        "solver_type",
+        "lower_order_final",
+        "predict_x0",
+        "beta_schedule",
+    )
     values = {name: getattr(config, name) for name in names}
     return ", ".join(f"{name}={value!r}" for name, value in values.items() if value is not None)
