@@ -7,13 +7,33 @@ import re
 from collections.abc import Callable
 
 _NUMBERS = (
-    b"0", b"-1", b"1.5", b"1e999", b"-0.0", b"NaN", b"1" + b"0" * 400, b"1" + b"0" * 5000,
-    b"9223372036854775808", b"4294967296", b"1000000",
-)  # fmt: skip
+    b"0",
+    b"-1",
+    b"1.5",
+    b"1e999",
+    b"-0.0",
+    b"NaN",
+    b"1" + b"0" * 400,
+    b"1" + b"0" * 5000,
+    b"9223372036854775808",
+    b"4294967296",
+    b"1000000",
+)
 _VALUES = (
-    b"null", b"true", b"[]", b"{}", b'""', b'"x"', b"[1,2]", b'{"a":1}', b'"\\ud800"',
-    b'"\\u0000"', b"[" * 50_000, b'{"a":' * 50_000, b'"' + b"x" * 100_000 + b'"',
-)  # fmt: skip
+    b"null",
+    b"true",
+    b"[]",
+    b"{}",
+    b'""',
+    b'"x"',
+    b"[1,2]",
+    b'{"a":1}',
+    b'"\\ud800"',
+    b'"\\u0000"',
+    b"[" * 50_000,
+    b'{"a":' * 50_000,
+    b'"' + b"x" * 100_000 + b'"',
+)
 
 
 def mutated(data: bytes, other: bytes, chance: random.Random) -> bytes:
@@ -84,5 +104,15 @@ def _replaced(pattern: bytes, data: bytes, new: bytes, chance: random.Random) ->
 
 
 _CHANGES: tuple[Callable[[bytes, bytes, random.Random], bytes], ...] = (
-    _flip, _set, _cut, _remove, _duplicate, _splice, _number, _number, _value, _value, _swap,
-)  # fmt: skip
+    _flip,
+    _set,
+    _cut,
+    _remove,
+    _duplicate,
+    _splice,
+    _number,
+    _number,
+    _value,
+    _value,
+    _swap,
+)

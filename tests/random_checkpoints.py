@@ -19,18 +19,25 @@ from fluxjax.networks import network_of
 # Sizes that shapes alone tell: heads of 128, CLIP heads of 64, 32 groups.
 SMALL = PipelineConfig(
     transformer=FluxConfig(
-        num_layers=2, num_single_layers=3, num_attention_heads=1, joint_attention_dim=32,
-        pooled_projection_dim=64, mlp_ratio=2.0,
+        num_layers=2,
+        num_single_layers=3,
+        num_attention_heads=1,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        mlp_ratio=2.0,
     ),
     vae=AutoencoderConfig(block_out_channels=(32, 64), layers_per_block=1),
     text_encoder=CLIPTextConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=96, projection_dim=64,
-        num_hidden_layers=2, num_attention_heads=1, max_position_embeddings=9,
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        max_position_embeddings=9,
     ),
-    text_encoder_2=T5Config(
-        vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-    ),
-)  # fmt: skip
+    text_encoder_2=T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+)
 # As diffusers can build it: its MLP ratio is always 4.
 DIFFUSERS = replace(SMALL, transformer=replace(SMALL.transformer, mlp_ratio=4.0))
 

@@ -86,8 +86,9 @@ def test_a_projector_beside_a_transformer_is_not_taken_for_it(tmp_path):
     write(tmp_path / "flux1-dev.safetensors", make.bfl_arrays(make.SMALL.transformer))
     found = open_source(tmp_path)
     assert {name: network.config for name, network in found.items()} == {
-        "transformer": make.SMALL.transformer, "image_embedder": PROJECTOR,
-    }  # fmt: skip
+        "transformer": make.SMALL.transformer,
+        "image_embedder": PROJECTOR,
+    }
 
 
 def published(build) -> dict[str, tuple[int, ...]]:

@@ -100,6 +100,9 @@ def test_importing_the_package_is_light():
 def test_help_ends_in_the_narrowest_terminal(columns):
     done = subprocess.run(
         [sys.executable, "-m", "fluxjax.convert", "--help"],
-        capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": columns},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"COLUMNS": columns},
+    )
     assert done.returncode == 0 and "--overwrite" in done.stdout

@@ -30,13 +30,23 @@ from fluxjax.models.clip import CLIPModel, CLIPTextModel, CLIPVisionModel
 from fluxjax.models.stacking import stack_layers
 
 TEXT = CLIPTextConfig(
-    vocab_size=99, hidden_size=32, intermediate_size=48, projection_dim=24, num_hidden_layers=3,
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=48,
+    projection_dim=24,
+    num_hidden_layers=3,
     num_attention_heads=4,
-)  # fmt: skip
+)
 VISION = CLIPVisionConfig(
-    hidden_size=40, intermediate_size=64, projection_dim=24, num_hidden_layers=2,
-    num_attention_heads=4, image_size=24, patch_size=8, hidden_act="gelu",
-)  # fmt: skip
+    hidden_size=40,
+    intermediate_size=64,
+    projection_dim=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=24,
+    patch_size=8,
+    hidden_act="gelu",
+)
 IDS = np.random.default_rng(0).integers(3, 98, (3, 77))
 IDS[:, 20:] = 1
 IDS[0, 40], IDS[1, 5], IDS[2, 76] = 98, 98, 98

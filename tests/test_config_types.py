@@ -15,9 +15,13 @@ pytestmark = pytest.mark.usefixtures("no_type_checks")
 CONFIGS = (*NETWORKS, SchedulerConfig)
 # As JSON has it, and as a sentence shows it.
 WRONG = {
-    '"seven"': "'seven'", "[1.5]": "(1.5,)", '{"a": 1}': "{'a': 1}", "true": "True", "2.5": "2.5",
+    '"seven"': "'seven'",
+    "[1.5]": "(1.5,)",
+    '{"a": 1}': "{'a': 1}",
+    "true": "True",
+    "2.5": "2.5",
     "7": "7",
-}  # fmt: skip
+}
 # A number for all levels is diffusers' older form; pixels need another patch_size, which is said.
 ANOTHER_FORM = {
     ("UNetConfig", "transformer_layers_per_block", "7"),

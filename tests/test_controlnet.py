@@ -49,9 +49,7 @@ def torch_model(config: ControlNetConfig) -> FluxControlNetModel:
 
 def torch_samples(config: ControlNetConfig, dtype: torch.dtype, x: dict) -> dict:
     x = {k: torch.tensor(np.asarray(v)) for k, v in x.items()}
-    for name in (
-        "hidden_states", "encoder_hidden_states", "pooled_projections", "controlnet_cond",
-    ):  # fmt: skip
+    for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "controlnet_cond"):
         x[name] = x[name].to(dtype)
     if config.sees_pixels:
         x["controlnet_cond"] = x["controlnet_cond"].movedim(-1, 1)
@@ -141,9 +139,7 @@ def test_samples_reach_the_blocks_as_in_diffusers(scan, repeat):
     shape = (2, 30, DEEP.inner_dim)
     double = random.normal(size=(2, *shape)).astype(np.float32)
     single = random.normal(size=(2, *shape)).astype(np.float32)
-    guides = Guides(
-        (double,), (single,), (spread(2, 3, repeat=repeat),), (spread(2, 3),), None
-    )  # fmt: skip
+    guides = Guides((double,), (single,), (spread(2, 3, repeat=repeat),), (spread(2, 3),), None)
     ours = guided(scan, guides)
     x = {k: torch.tensor(v) for k, v in network_of(DEEP).inputs(DEEP).items()}
     with torch.no_grad():
@@ -186,12 +182,14 @@ def test_image_prompts_are_attended_to_as_in_diffusers(scan):
     }
     model.set_attn_processor(processors)
     keys, values = (
-        np.stack([
-            getattr(block.attn.processor, name)[0](tokens).detach().numpy()
-            for block in model.transformer_blocks
-        ])
+        np.stack(
+            [
+                getattr(block.attn.processor, name)[0](tokens).detach().numpy()
+                for block in model.transformer_blocks
+            ]
+        )
         for name in ("to_k_ip", "to_v_ip")
-    )  # fmt: skip
+    )
     prompt = ImagePrompt(keys, values, np.asarray(scales, np.float32))
     ours = guided(scan, Guides(prompt=prompt))
     x = {k: torch.tensor(v) for k, v in network_of(DEEP).inputs(DEEP).items()}

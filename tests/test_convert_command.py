@@ -126,8 +126,10 @@ def test_overwrite_replaces_the_whole(tmp_path, vae_file):
     (folder / "stale.json").write_text("{}")
     convert.run(plan(vae_file, folder, "orbax", overwrite=True))
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "params", "params.sha256.json",
-    ]  # fmt: skip
+        "config.json",
+        "params",
+        "params.sha256.json",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
@@ -141,8 +143,9 @@ def test_a_failure_leaves_what_was_there(tmp_path, failure):
         (part / "new").touch()
         raise failure
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
-        "model", "model/old",
-    ]  # fmt: skip
+        "model",
+        "model/old",
+    ]
 
 
 def test_no_space(tmp_path, vae_file, monkeypatch):
@@ -230,9 +233,11 @@ def test_recipe_round_trip(tmp_path):
     recipe = Path(__file__).resolve().parents[1] / "convert" / "round_trip.sh"
     model = make.pipeline_folder(tmp_path / "model")
     done = subprocess.run(
-        ["bash", recipe, model, tmp_path / "work"], capture_output=True, text=True,
+        ["bash", recipe, model, tmp_path / "work"],
+        capture_output=True,
+        text=True,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("the same bits\n")
 
@@ -307,5 +312,6 @@ def test_of_two_converts_one_is_refused(tmp_path, vae_file):
     with pytest.raises(FileExistsError, match="give --overwrite"):
         convert.run(second)
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
-        "out", "out/model.safetensors",
-    ]  # fmt: skip
+        "out",
+        "out/model.safetensors",
+    ]

@@ -74,10 +74,16 @@ def test_what_is_listed_and_missing_is_named(pipeline: Path, name) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    ["unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin", "lora.ckpt",
-     "lora.safetensors", "prior/params/_METADATA", "transformer/lora.safetensors.gguf",
-     "deep/er/x.pt"],
-)  # fmt: skip
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "lora.ckpt",
+        "lora.safetensors",
+        "prior/params/_METADATA",
+        "transformer/lora.safetensors.gguf",
+        "deep/er/x.pt",
+    ],
+)
 def test_weights_that_nobody_lists_are_named(pipeline: Path, extra) -> None:
     (pipeline / extra).parent.mkdir(parents=True, exist_ok=True)
     (pipeline / extra).touch()
@@ -87,8 +93,12 @@ def test_weights_that_nobody_lists_are_named(pipeline: Path, extra) -> None:
 
 def test_other_forms_of_the_same_networks_are_said(pipeline: Path) -> None:
     """As published folders have them; what git and the hub keep beside is no part."""
-    beside = ["flux1-dev.safetensors", "ae.safetensors", "text_encoder/model.fp16.safetensors",
-              "text_encoder/pytorch_model.bin"]  # fmt: skip
+    beside = [
+        "flux1-dev.safetensors",
+        "ae.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin",
+    ]
     for name in (*beside, ".git/x.safetensors", ".cache/x.bin"):
         weights(pipeline / name)
     assert sorted(check_complete(pipeline)) == sorted(beside)

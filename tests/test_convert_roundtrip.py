@@ -60,8 +60,11 @@ def test_pipeline_folder(tmp_path, pipeline):
         assert {p.relative_to(back): p.read_bytes() for p in back.rglob("*.json")} == files
     bfl = tmp_path / "to_bfl"
     assert sorted(p.name for p in bfl.glob("*.safetensors")) == [
-        "ae.safetensors", "clip_l.safetensors", "flux1-dev.safetensors", "t5xxl.safetensors",
-    ]  # fmt: skip
+        "ae.safetensors",
+        "clip_l.safetensors",
+        "flux1-dev.safetensors",
+        "t5xxl.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -144,8 +147,12 @@ def test_every_fp8_code_survives_its_scale(tmp_path, scale):
 
 def test_all_in_one(tmp_path):
     small = make.SMALL
-    parts = [make.bfl_arrays(small.transformer, FP8), make.bfl_arrays(small.vae),
-             make.hf_arrays(small.text_encoder), make.hf_arrays(small.text_encoder_2)]  # fmt: skip
+    parts = [
+        make.bfl_arrays(small.transformer, FP8),
+        make.bfl_arrays(small.vae),
+        make.hf_arrays(small.text_encoder),
+        make.hf_arrays(small.text_encoder_2),
+    ]
     one = make.all_in_one(*parts)
     one["text_encoders.clip_l.logit_scale"] = np.asarray(np.float32(4.6))
     source = write(tmp_path / "all.safetensors", one)
@@ -201,7 +208,7 @@ EXTRA = {"dtype": "F32", "shape": [1], "data": "AAAAAA=="}
         {"scaled": {"embeddings.token_embedding.weight": "F32"}},
         {"dialect": "another"},
     ],
-)  # fmt: skip
+)
 def test_a_record_that_contradicts_the_network_is_refused(tmp_path, pipeline, wrong):
     """It would be written, and our own reader would not read it."""
     folder = tmp_path / "clip"
@@ -315,11 +322,24 @@ def test_diffusers_and_transformers_open_what_we_write(tmp_path):
 def test_what_diffusers_writes_is_read(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
-    text = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "max_position_embeddings": 9, "bos_token_id": 0,
-            "eos_token_id": 2}  # fmt: skip
-    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    text = {
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 9,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     CLIPModel(
         CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     ).save_pretrained(tmp_path / "clip")

@@ -39,9 +39,7 @@ TINY = Path(__file__).parents[1] / "fluxjax" / "assets" / "tiny"
 def settings(tmp_path_factory) -> DataSettings:
     root = tmp_path_factory.mktemp("data")
     source = write_folder(root / "pictures", COUNT)
-    return DataSettings(
-        source=str(source), resolution=48, bucket_step=8, cache=str(root / "cache")
-    )  # fmt: skip
+    return DataSettings(source=str(source), resolution=48, bucket_step=8, cache=str(root / "cache"))
 
 
 def _refuse(_):
@@ -318,9 +316,13 @@ def test_processes_fill_one_cache_together_and_caches_of_their_own_wholly(
 
         cache = tmp_path / ("one" if one_disk else str(index))
         return open_dataset(
-            replace(settings, cache=str(cache)), ENCODERS._replace(encode_text=encode),
-            batch=2, seed=0, process_index=index, process_count=2,
-        )  # fmt: skip
+            replace(settings, cache=str(cache)),
+            ENCODERS._replace(encode_text=encode),
+            batch=2,
+            seed=0,
+            process_index=index,
+            process_count=2,
+        )
 
     for index in (0, 1):
         # What the second one finds is as if the first had been faster.
@@ -390,9 +392,12 @@ def test_embedded_model_precomputes_and_the_files_of_the_user_stay_as_they_are(t
     (source / "bad.txt").write_text("nothing")
     before = _snapshot(source)
     settings = DataSettings(
-        source=str(source), resolution=32, bucket_step=16, cache=str(tmp_path / "cache"),
+        source=str(source),
+        resolution=32,
+        bucket_step=16,
+        cache=str(tmp_path / "cache"),
         max_bad_share=0.2,
-    )  # fmt: skip
+    )
     seen = []
     text = precompute(settings, TINY, dtype="float32", report=lambda *told: seen.append(told))
     assert "4 pictures" in text and "4 of 32x32" in text and "bad.png: the file is empty" in text
@@ -418,9 +423,12 @@ def test_embedded_model_precomputes_and_the_files_of_the_user_stay_as_they_are(t
 
 def test_scenes_have_the_sizes_and_captions_that_were_drawn(tmp_path):
     settings = DataSettings(
-        resolution=96, bucket_step=16, scenes=100, scene_sizes=((96, 96), (112, 80)),
+        resolution=96,
+        bucket_step=16,
+        scenes=100,
+        scene_sizes=((96, 96), (112, 80)),
         cache=str(tmp_path),
-    )  # fmt: skip
+    )
     data = open_dataset(settings, ENCODERS, batch=4, seed=0)
     assert data.sizes == {(96, 96): 64, (112, 80): 36} and not data.quarantined
     batch = data(0)

@@ -19,9 +19,15 @@ from fluxjax.networks import network_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed`")
 CLIP = CLIPVisionConfig(
-    hidden_size=40, intermediate_size=64, projection_dim=24, num_hidden_layers=2,
-    num_attention_heads=4, image_size=24, patch_size=8, with_projection=True,
-)  # fmt: skip
+    hidden_size=40,
+    intermediate_size=64,
+    projection_dim=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=24,
+    patch_size=8,
+    with_projection=True,
+)
 NARROW = replace(WIDE, num_layers=1)
 
 
@@ -84,11 +90,22 @@ def test_a_planted_fault_is_named(tmp_path):
 
 def test_a_whole_clip_has_its_vision_encoder(tmp_path):
     config = transformers.CLIPConfig(
-        text_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-                     "num_attention_heads": 4, "vocab_size": 99},
-        vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-                       "num_attention_heads": 4, "image_size": 24, "patch_size": 8},
-    )  # fmt: skip
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "vocab_size": 99,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 24,
+            "patch_size": 8,
+        },
+    )
     transformers.CLIPModel(config).save_pretrained(tmp_path)
     report = compare_network(tmp_path, "image_encoder")
     assert report.passed, report.first_failure

@@ -97,6 +97,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     environment = {**os.environ, "XLA_FLAGS": ""}
     ended = subprocess.run(
         [sys.executable, str(program)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0, ended.stderr

@@ -442,9 +442,18 @@ def test_processes_that_do_not_fit_together_are_refused(server, tmp_path):
         server, "data", tmp_path / "run", "--quick", "--source", here, second=("--source", there)
     )
     alone = server.start(
-        "alone", tmp_path / "run", "--quick", "--coordinator", f":{_free_port()}",
-        "--process-id", 0, "--num-processes", 2, "--timeout", 3,
-    )  # fmt: skip
+        "alone",
+        tmp_path / "run",
+        "--quick",
+        "--coordinator",
+        f":{_free_port()}",
+        "--process-id",
+        0,
+        "--num-processes",
+        2,
+        "--timeout",
+        3,
+    )
     for runs, words in ((recipes, r"recipe \(one and two\)"), (data, r"data \(\w+ and \w+\)")):
         for run in runs:
             assert run.wait() == 2, run.said

@@ -66,24 +66,42 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 # Tokenizers of the embedded model around small networks with random weights.
 SMALL = PipelineConfig(
     transformer=FluxConfig(
-        in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
         axes_dims_rope=(4, 6, 6),
     ),
     vae=AutoencoderConfig(
-        latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        latent_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4
     ),
     text_encoder=CLIPTextConfig(
-        vocab_size=TINY.text_encoder.vocab_size, hidden_size=32, intermediate_size=48,
-        projection_dim=32, num_hidden_layers=1, num_attention_heads=1,
-        bos_token_id=TINY.text_encoder.bos_token_id, eos_token_id=TINY.text_encoder.eos_token_id,
+        vocab_size=TINY.text_encoder.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        projection_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        bos_token_id=TINY.text_encoder.bos_token_id,
+        eos_token_id=TINY.text_encoder.eos_token_id,
     ),
     text_encoder_2=T5Config(
-        vocab_size=TINY.text_encoder_2.vocab_size, d_model=32, d_kv=8, d_ff=48, num_layers=1,
+        vocab_size=TINY.text_encoder_2.vocab_size,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
         num_heads=4,
     ),
-    max_sequence_length=16, steps=2, width=32, height=32,
-)  # fmt: skip
+    max_sequence_length=16,
+    steps=2,
+    width=32,
+    height=32,
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +129,30 @@ def pictures(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def recipe(model, pictures, tmp_path_factory) -> FinetuneRecipe:
     return FinetuneRecipe(
-        model=str(model), folder=tmp_path_factory.mktemp("lora"), steps=4, batch=8, log_every=2,
+        model=str(model),
+        folder=tmp_path_factory.mktemp("lora"),
+        steps=4,
+        batch=8,
+        log_every=2,
         lora=LoraConfig(rank=4, alpha=2.0),
         optimizer=OptimizerSettings(learning_rate=1e-2),
         objective=Objective(caption_dropout=0.3),
         data=DataSettings(
-            source=str(pictures), resolution=32, bucket_step=16,
+            source=str(pictures),
+            resolution=32,
+            bucket_step=16,
             cache=str(tmp_path_factory.mktemp("cache")),
         ),
         validation=ValidationSettings(
-            every=2, prompts=("a red circle", "a blue star"), seeds=(0, 7, 8), width=24, height=32,
-            steps=1, batches=2,
+            every=2,
+            prompts=("a red circle", "a blue star"),
+            seeds=(0, 7, 8),
+            width=24,
+            height=32,
+            steps=1,
+            batches=2,
         ),
-    )  # fmt: skip
+    )
 
 
 def quiet(recipe: FinetuneRecipe, **changes) -> FinetuneRecipe:
@@ -345,7 +374,7 @@ def test_filling_measures_each_count_by_itself(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[1:] == [
         f"pictures encoded: {done} of 2  {done / 10} pictures/s" for done in (1, 2)
-    ]  # fmt: skip
+    ]
 
 
 def test_curve_passes_over_what_a_crash_left(tmp_path):
@@ -438,12 +467,15 @@ def _on_two_hosts(options: list[str], folders: Sequence[Path | None] = (None, No
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     runs = [
         subprocess.Popen(
-            [*program, *together, "--process-id", str(i), *options], cwd=folder,
+            [*program, *together, "--process-id", str(i), *options],
+            cwd=folder,
             env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i, folder in enumerate(folders)
-    ]  # fmt: skip
+    ]
     try:
         said = [run.communicate(timeout=400) for run in runs]
     finally:
@@ -521,9 +553,15 @@ def test_references_follow_the_picture_and_masks_weigh_its_errors(model):
     x = (1 - t)[:, None, None] * latents + t[:, None, None] * noise
     both = jnp.concatenate([ids, image_ids(4, 6, index=1)])
     drawn = network.apply(
-        {"params": params}, jnp.concatenate([x, reference], 1), text, pooled, t, both,
-        jnp.zeros((3, 3)), jnp.ones(2),
-    )[:, :6]  # fmt: skip
+        {"params": params},
+        jnp.concatenate([x, reference], 1),
+        text,
+        pooled,
+        t,
+        both,
+        jnp.zeros((3, 3)),
+        jnp.ones(2),
+    )[:, :6]
     # As latents, where a mask is one plane over all channels.
     error = unpack(jnp.square(drawn - (noise - latents)), 4, 6)
     weights = 0.25 + 0.75 * unpack(mask, 4, 6)

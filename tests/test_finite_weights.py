@@ -88,9 +88,13 @@ def test_sharded_and_orbax_loading_and_training_see_it(model, tmp_path):
             patch.setattr("fluxjax.checkpoint.placement._AT_ONCE", 0)
             with pytest.raises(ConfigError, match=f"{name} has .*1 infinite"):
                 pipeline_folder.load_params(
-                    folder, "transformer", config, stacked=True, dtype=jnp.float32,
+                    folder,
+                    "transformer",
+                    config,
+                    stacked=True,
+                    dtype=jnp.float32,
                     shardings=param_shardings(config, abstract_params(config, stacked=True), mesh),
-                )  # fmt: skip
+                )
 
 
 def test_what_only_the_chosen_dtype_cannot_hold_is_refused(model):
@@ -122,9 +126,15 @@ def test_a_lora(tmp_path, leaf):
 
 @pytest.mark.parametrize(
     "dtype",
-    [np.float16, np.float32, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2,
-     ml_dtypes.float8_e4m3fn],
-)  # fmt: skip
+    [
+        np.float16,
+        np.float32,
+        np.float64,
+        ml_dtypes.bfloat16,
+        ml_dtypes.float8_e5m2,
+        ml_dtypes.float8_e4m3fn,
+    ],
+)
 def test_the_bits_of_every_dtype(dtype):
     largest = ml_dtypes.finfo(dtype).max
     good = np.array([[largest, -largest, 0], [1, -0.0, -1]], dtype)

@@ -105,7 +105,7 @@ def test_the_autoencoders_of_open_sora(shared):
         ({"a", "b"}, "has names like 'a', 'b'"),
         ({"x" * 10**6, "y\n" * 10**5}, "has names like"),
     ],
-)  # fmt: skip
+)
 def test_others_by_their_names(names, what):
     with pytest.raises(ConfigError, match=what):
         detect_network(dict.fromkeys(names, (1,)))

@@ -76,22 +76,35 @@ def make_gguf(folder: Path) -> None:
 
 def make_quantised(folder: Path) -> None:
     """One layer of each form; their parts are named beside each other, so that they mix."""
-    nf4 = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [2, 64],
-                      "nested_blocksize": 256, "nested_offset": 0.5})  # fmt: skip
+    nf4 = json.dumps(
+        {
+            "quant_type": "nf4",
+            "blocksize": 64,
+            "dtype": "bfloat16",
+            "shape": [2, 64],
+            "nested_blocksize": 256,
+            "nested_offset": 0.5,
+        }
+    )
     form = json.dumps({"format": "nvfp4", "convrot": True, "convrot_groupsize": 64})
     arrays = {
-        "a.weight": np.zeros((64, 1), np.uint8), "a.weight.absmax": np.zeros(2, np.uint8),
+        "a.weight": np.zeros((64, 1), np.uint8),
+        "a.weight.absmax": np.zeros(2, np.uint8),
         "a.weight.quant_map": np.zeros(16, np.float32),
         "a.weight.nested_absmax": np.ones(1, np.float32),
         "a.weight.nested_quant_map": np.zeros(256, np.float32),
         "a.weight.quant_state.bitsandbytes__nf4": np.frombuffer(nf4.encode(), np.uint8),
-        "b.weight": np.zeros((2, 32), np.uint8), "b.weight_scale": np.zeros((2, 4), np.uint8),
+        "b.weight": np.zeros((2, 32), np.uint8),
+        "b.weight_scale": np.zeros((2, 4), np.uint8),
         "b.weight_scale_2": np.ones((), np.float32),
         "b.comfy_quant": np.frombuffer(form.encode(), np.uint8),
-        "c.weight": np.zeros((2, 64), np.int8), "c.SCB": np.ones(2, np.float32),
-        "d._weight_qdata": np.zeros((2, 64), np.int8), "d._weight_scale": np.ones((2, 1), "f"),
-        "e.weight._data": np.zeros((2, 64), np.int8), "e.weight._scale": np.ones((2, 1), "f"),
-    }  # fmt: skip
+        "c.weight": np.zeros((2, 64), np.int8),
+        "c.SCB": np.ones(2, np.float32),
+        "d._weight_qdata": np.zeros((2, 64), np.int8),
+        "d._weight_scale": np.ones((2, 1), "f"),
+        "e.weight._data": np.zeros((2, 64), np.int8),
+        "e.weight._scale": np.ones((2, 1), "f"),
+    }
     write_safetensors(folder / "x.safetensors", {n: of_array(a) for n, a in arrays.items()})
 
 
@@ -110,11 +123,19 @@ def make_lora(folder: Path) -> None:
     config = LoraConfig(rank=2, alpha=3.0, targets=("attn.to_q", "proj_out"))
     tree = init_lora(jax.random.key(0), TEMPLATE, config)
     write_lora(folder / "adapter_model.safetensors", tree, config)
-    text = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_rslora": False,
-            "alpha_pattern": {"attn.to_q": 5}, "rank_pattern": {"proj_out": 2},
-            "target_modules": ["to_q"]}  # fmt: skip
-    names = {f"base_model.model.proj_out.lora_{x}.weight": (2, 192) if x == "A" else (64, 2)
-             for x in "AB"}  # fmt: skip
+    text = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 3,
+        "use_rslora": False,
+        "alpha_pattern": {"attn.to_q": 5},
+        "rank_pattern": {"proj_out": 2},
+        "target_modules": ["to_q"],
+    }
+    names = {
+        f"base_model.model.proj_out.lora_{x}.weight": (2, 192) if x == "A" else (64, 2)
+        for x in "AB"
+    }
     (folder / "peft").mkdir()
     write_safetensors(
         folder / "peft" / "adapter_model.safetensors",
@@ -175,9 +196,10 @@ def make_tar(folder: Path) -> None:
             content = io.BytesIO()
             Image.new("RGB", (8, 8)).save(content, "PNG")
             texts = {"txt": b"a caption", "json": b'{"text": "a caption"}'}
-            for member, data in ((name, content.getvalue()), *(
-                (f"{name[0]}.{kind}", text) for kind, text in texts.items()
-            )):  # fmt: skip
+            for member, data in (
+                (name, content.getvalue()),
+                *((f"{name[0]}.{kind}", text) for kind, text in texts.items()),
+            ):
                 info = tarfile.TarInfo(member)
                 info.size, info.pax_headers = len(data), {"comment": "ü"}
                 tar.addfile(info, io.BytesIO(data))
@@ -258,15 +280,19 @@ SETTINGS = DataSettings(source="")
 READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "safetensors": (make_safetensors, lambda f: read_all(read_safetensors(f / "x.safetensors")[0])),
     "gguf": (make_gguf, lambda f: read_all(read_gguf(f / "x.gguf")[0])),
-    "quantised": (make_quantised, lambda f: read_all(
-        unquantised(read_safetensors(f / "x.safetensors")[0]))),
+    "quantised": (
+        make_quantised,
+        lambda f: read_all(unquantised(read_safetensors(f / "x.safetensors")[0])),
+    ),
     "shards": (make_shards, lambda f: read_all(read_sharded(f))),
     "lora": (make_lora, read_loras),
     "orbax": (make_orbax, read_orbax_whole),
     "clip": (make_tokenizer("tokenizer"), read_tokenizer(load_clip_tokenizer, "tokenizer")),
     "t5": (make_tokenizer("tokenizer_2"), read_tokenizer(load_t5_tokenizer, "tokenizer_2")),
-    "pieces": (make_tokenizer("tokenizer_2", "tokenizer.json"),
-               read_tokenizer(load_t5_tokenizer, "tokenizer_2")),
+    "pieces": (
+        make_tokenizer("tokenizer_2", "tokenizer.json"),
+        read_tokenizer(load_t5_tokenizer, "tokenizer_2"),
+    ),
     "recipe": (make_recipe, lambda f: read_recipe(f / "recipe.toml")),
     "picture": (make_picture, lambda f: read_record(f / "a.png")),
     "tar": (make_tar, lambda f: read_items(tar_items(f / "a.tar", "a.tar", SETTINGS))),
@@ -274,9 +300,11 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "pipeline": (make_pipeline, read_pipeline),
     "conversion": (make_network, converted),
     "rows": (make_rows, lambda f: read_items(list_items(DataSettings(source=str(f))))),
-    "parquet": (make_parquet, lambda f: read_items(
-        parquet_items(f / "a.parquet", "a.parquet", SETTINGS))),
-}  # fmt: skip
+    "parquet": (
+        make_parquet,
+        lambda f: read_items(parquet_items(f / "a.parquet", "a.parquet", SETTINGS)),
+    ),
+}
 
 
 @pytest.mark.slow

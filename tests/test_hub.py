@@ -13,20 +13,38 @@ from fluxjax.hub import Name, choose, find, hub_name, tiny_folder
 
 FIND = "import sys; from fluxjax.hub import find; print(find(*sys.argv[1:]))"
 DEV = [
-    "README.md", "LICENSE.md", "flux1-dev.safetensors", "ae.safetensors", "dev_grid.jpg",
-    "model_index.json", "scheduler/scheduler_config.json",
-    "text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/flax_model.msgpack",
-    "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin",
-    "text_encoder_2/config.json", "text_encoder_2/model-00001-of-00002.safetensors",
-    "text_encoder_2/model-00002-of-00002.safetensors", "text_encoder_2/model.onnx",
-    "text_encoder_2/model.safetensors.index.json", "text_encoder_2/pytorch_model.bin.index.json",
-    "tokenizer/merges.txt", "tokenizer/vocab.json", "tokenizer/tokenizer_config.json",
-    "tokenizer/special_tokens_map.json", "tokenizer_2/spiece.model", "tokenizer_2/tokenizer.json",
-    "transformer/config.json", "transformer/diffusion_pytorch_model.fp16.safetensors",
-    "vae/config.json", "vae/diffusion_pytorch_model.bf16.safetensors",
-    "vae/diffusion_pytorch_model.fp16.safetensors", "safety_checker/config.json",
+    "README.md",
+    "LICENSE.md",
+    "flux1-dev.safetensors",
+    "ae.safetensors",
+    "dev_grid.jpg",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/flax_model.msgpack",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder/pytorch_model.bin",
+    "text_encoder_2/config.json",
+    "text_encoder_2/model-00001-of-00002.safetensors",
+    "text_encoder_2/model-00002-of-00002.safetensors",
+    "text_encoder_2/model.onnx",
+    "text_encoder_2/model.safetensors.index.json",
+    "text_encoder_2/pytorch_model.bin.index.json",
+    "tokenizer/merges.txt",
+    "tokenizer/vocab.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer_2/spiece.model",
+    "tokenizer_2/tokenizer.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.bf16.safetensors",
+    "vae/diffusion_pytorch_model.fp16.safetensors",
+    "safety_checker/config.json",
     "safety_checker/model.safetensors",
-]  # fmt: skip
+]
 NAME = Name("owner/name", "main")
 
 
@@ -36,8 +54,21 @@ def test_names_are_told_from_paths(tmp_path, monkeypatch):
     assert hub_name("o/n@v1.0") == ("o/n", "v1.0", "")
     assert hub_name("o/n@refs/pr/7/a/b.safetensors") == ("o/n", "refs/pr/7", "a/b.safetensors")
     assert hub_name("o/n/my file.safetensors") == ("o/n", "main", "my file.safetensors")
-    for path in ("tiny", "model.safetensors", "/o/n", "./o/n", "../n", "~/o", "o/n/m", "o/n/", "o/",
-                 "out/style.safetensors", "o\\n", "o/n@", "o/../n.safetensors"):  # fmt: skip
+    for path in (
+        "tiny",
+        "model.safetensors",
+        "/o/n",
+        "./o/n",
+        "../n",
+        "~/o",
+        "o/n/m",
+        "o/n/",
+        "o/",
+        "out/style.safetensors",
+        "o\\n",
+        "o/n@",
+        "o/../n.safetensors",
+    ):
         assert hub_name(path) is None, path
         assert find(path) == (tiny_folder() if path == "tiny" else Path(path).expanduser())
     (tmp_path / "o" / "n").mkdir(parents=True)
@@ -47,27 +78,39 @@ def test_names_are_told_from_paths(tmp_path, monkeypatch):
 def test_only_what_is_needed_is_chosen():
     chosen = set(choose(DEV, NAME, "model"))
     assert set(DEV) - chosen == {
-        "README.md", "LICENSE.md", "flux1-dev.safetensors", "ae.safetensors", "dev_grid.jpg",
-        "text_encoder/flax_model.msgpack", "text_encoder/model.fp16.safetensors",
-        "text_encoder/pytorch_model.bin", "text_encoder_2/model.onnx",
+        "README.md",
+        "LICENSE.md",
+        "flux1-dev.safetensors",
+        "ae.safetensors",
+        "dev_grid.jpg",
+        "text_encoder/flax_model.msgpack",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "text_encoder_2/model.onnx",
         "text_encoder_2/pytorch_model.bin.index.json",
         "vae/diffusion_pytorch_model.fp16.safetensors",
-        "safety_checker/config.json", "safety_checker/model.safetensors",
-    }  # fmt: skip
+        "safety_checker/config.json",
+        "safety_checker/model.safetensors",
+    }
     assert choose(DEV, NAME, "vae") == [
-        "vae/config.json", "vae/diffusion_pytorch_model.bf16.safetensors",
-    ]  # fmt: skip
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.bf16.safetensors",
+    ]
     encoders = choose(DEV, NAME, "text encoders")
     assert {name.split("/")[0] for name in encoders} == {
-        "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
-    }  # fmt: skip
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+    }
     assert not [n for n in choose(DEV, NAME, "configuration") if "safetensors" in n]
     one = Name("owner/name", "main", "flux1-dev.safetensors")
     assert choose(DEV, one, "model") == ["flux1-dev.safetensors"]
     assert choose(["a/style.safetensors", "README.md"], NAME, "lora") == ["a/style.safetensors"]
     assert choose(["config.json", "x.safetensors", "x.bin"], NAME, "vae") == [
-        "config.json", "x.safetensors",
-    ]  # fmt: skip
+        "config.json",
+        "x.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -88,8 +131,9 @@ def test_a_repository_that_will_not_do_is_named(files, kind, words):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repositories")
-    tiny = {p.relative_to(tiny_folder()).as_posix(): p for p in tiny_folder().rglob("*")
-            if p.is_file()}  # fmt: skip
+    tiny = {
+        p.relative_to(tiny_folder()).as_posix(): p for p in tiny_folder().rglob("*") if p.is_file()
+    }
     for name in ("pytorch_model.bin", "README.md", "flux1-tiny.safetensors"):
         (folder / name).write_bytes(b"not to be downloaded")
         tiny[name] = folder / name
@@ -107,17 +151,25 @@ def ask(hub, tmp_path):
 
     def call(*arguments: str, **changes: str) -> tuple[int, str, str]:
         environment = {
-            **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "huggingface"),
-            "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **changes,
-        }  # fmt: skip
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path / "huggingface"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            **changes,
+        }
         for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_DISABLE_PROGRESS_BARS"):
             if name not in changes:
                 environment.pop(name, None)
         hub.downloads.clear()
         ended = subprocess.run(
             [sys.executable, *arguments],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         return ended.returncode, ended.stdout.strip(), ended.stderr
 
     return call
@@ -164,7 +216,7 @@ cli.run(lambda: print(find(*sys.argv[1:])))
         (["someone/tiny"], {"HF_HUB_OFFLINE": "1"}, ["HF_HUB_OFFLINE is set", "cache"]),
         (["someone/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["cannot be reached", "cache"]),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_to_be_had_is_one_sentence(ask, arguments, changes, words):
     code, printed, said = ask("-c", MISTAKES, *arguments, **changes)
     said = [line for line in said.splitlines() if not line.startswith("downloading")]

@@ -31,9 +31,13 @@ from fluxjax.networks import network_of
 from fluxjax.networks.ip_adapter import XLABS
 
 SIGLIP = SiglipVisionConfig(
-    hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=3,
-    image_size=60, patch_size=14,
-)  # fmt: skip
+    hidden_size=36,
+    intermediate_size=50,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    image_size=60,
+    patch_size=14,
+)
 PROJECTOR = ReduxConfig(redux_dim=36, txt_in_features=20)
 ADAPTER = IPAdapterConfig(
     num_layers=3, inner_dim=24, cross_attention_dim=20, image_embed_dim=18, num_tokens=4
@@ -146,9 +150,15 @@ def diffusers_adapter(weights: dict[str, np.ndarray]) -> diffusers.FluxTransform
         )
         state[kind][rest.replace("processor.", "")] = torch.tensor(array)
     model = diffusers.FluxTransformer2DModel(
-        num_layers=3, num_single_layers=1, attention_head_dim=8, num_attention_heads=3,
-        joint_attention_dim=20, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4), in_channels=8,
-    )  # fmt: skip
+        num_layers=3,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        joint_attention_dim=20,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+        in_channels=8,
+    )
     model._load_ip_adapter_weights(state, low_cpu_mem_usage=False)
     return model.eval()
 

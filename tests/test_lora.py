@@ -93,9 +93,12 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
     torch.manual_seed(0)
     pipe = FluxPipeline.from_pretrained(tiny_folder())
     config = PeftConfig(
-        r=4, lora_alpha=8, target_modules=[*TARGETS, "proj_mlp"], rank_pattern={"ff.net.2": 2},
+        r=4,
+        lora_alpha=8,
+        target_modules=[*TARGETS, "proj_mlp"],
+        rank_pattern={"ff.net.2": 2},
         alpha_pattern={"attn.to_q": 2},
-    )  # fmt: skip
+    )
     pipe.transformer.add_adapter(config)
     with torch.no_grad():
         for name, weight in pipe.transformer.named_parameters():
@@ -125,9 +128,14 @@ def test_same_picture_as_diffusers_with_two_loras(files, pipeline):
 
     def draw():
         return reference(
-            "a red circle", width=64, height=48, num_inference_steps=4, guidance_scale=3.5,
-            max_sequence_length=16, generator=torch.Generator().manual_seed(3),
-        ).images[0]  # fmt: skip
+            "a red circle",
+            width=64,
+            height=48,
+            num_inference_steps=4,
+            guidance_scale=3.5,
+            max_sequence_length=16,
+            generator=torch.Generator().manual_seed(3),
+        ).images[0]
 
     plain = np.asarray(draw(), int)
     reference.load_lora_weights(theirs.parent, weight_name=theirs.name, adapter_name="theirs")
@@ -311,9 +319,10 @@ def kohya(rng: np.random.Generator) -> dict[str, np.ndarray]:
     sizes |= {"_mlp_2": (12288, 3072), "_mod_lin": (3072, 18432)}
     modules = {f"double_blocks_0_{s}{n}": v for s in ("img", "txt") for n, v in sizes.items()}
     modules |= {
-        "single_blocks_0_linear1": (3072, 21504), "single_blocks_0_linear2": (15360, 3072),
+        "single_blocks_0_linear1": (3072, 21504),
+        "single_blocks_0_linear2": (15360, 3072),
         "single_blocks_0_modulation_lin": (3072, 9216),
-    }  # fmt: skip
+    }
     arrays: dict[str, np.ndarray] = {}
     for module, (fan_in, out) in modules.items():
         rank = 6 if module.endswith("img_attn_qkv") else 2
@@ -381,9 +390,11 @@ def test_fused_names_of_others_and_the_halves_of_the_last_layer(tmp_path, prefix
     out = rng.standard_normal((2 * d, 2))
     last = re.sub("double_blocks.0.$", "final_layer.adaLN_modulation.1", prefix)
     arrays = {
-        f"{prefix}img_attn.qkv.lora_A.weight": a, f"{prefix}img_attn.qkv.lora_B.weight": b,
-        f"{last}.lora_A.weight": a, f"{last}.lora_B.weight": out,
-    }  # fmt: skip
+        f"{prefix}img_attn.qkv.lora_A.weight": a,
+        f"{prefix}img_attn.qkv.lora_B.weight": b,
+        f"{last}.lora_A.weight": a,
+        f"{last}.lora_B.weight": out,
+    }
     path = save(tmp_path / "a.safetensors", {k: v.astype(np.float32) for k, v in arrays.items()})
     found = effects(read_lora(path, abstract_params(CONFIG)).tree)
     for i, name in enumerate(("to_q", "to_k", "to_v")):
@@ -402,7 +413,8 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path):
     query = "transformer.transformer_blocks.0.attn.to_q"
     zeros = np.zeros
     arrays = {
-        f"{query}.lora_A.weight": zeros((2, d)), f"{query}.lora_B.weight": zeros((d, 2)),
+        f"{query}.lora_A.weight": zeros((2, d)),
+        f"{query}.lora_B.weight": zeros((d, 2)),
         "lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight": zeros((2, d)),
         "lora_transformer_transformer_blocks_0_attn_to_q.lora_up.weight": zeros((d, 2)),
         "transformer.transformer_blocks.0.attn.to_k.lora_A.weight": zeros((2, d)),
@@ -414,19 +426,23 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path):
         "transformer.proj_out.lora_A.weight": np.full((2, d), np.nan),
         "transformer.proj_out.lora_B.weight": zeros((CONFIG.out_channels, 2)),
         "../../etc/x": zeros(1),
-    }  # fmt: skip
+    }
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
     path = save(tmp_path / "a.safetensors", arrays)
     with pytest.raises(MappingError) as error:
         read_lora(path, abstract_params(CONFIG))
     text = str(error.value)
     for words in (
-        "8 tensor(s)", "unknown: ../../etc/x [1]", "missing: B (up) of transformer.transformer_bl",
-        "doubled: lora_transformer_transformer_blocks_0_attn_to_q", "unknown: text_encoder.text_mo",
+        "8 tensor(s)",
+        "unknown: ../../etc/x [1]",
+        "missing: B (up) of transformer.transformer_bl",
+        "doubled: lora_transformer_transformer_blocks_0_attn_to_q",
+        "unknown: text_encoder.text_mo",
         "shape: transformer.transformer_blocks.0.attn.to_v has [2, 48] and [48, 3]",
-        "unknown: transformer.transformer_blocks.9.attn.to_q", "not finite: transformer.proj_out",
+        "unknown: transformer.transformer_blocks.9.attn.to_q",
+        "not finite: transformer.proj_out",
         "doubled: transformer.transformer_blocks.0.attn.to_k.lora_down.weight",
-    ):  # fmt: skip
+    ):
         assert words in text, words
 
 
@@ -446,8 +462,13 @@ def test_damaged_metadata_and_other_files_are_refused(tmp_path):
     d, out = CONFIG.inner_dim, CONFIG.out_channels
     arrays = {f"{base}A.weight": np.ones((2, d)), f"{base}B.weight": np.ones((out, 2))}
     tensors = {name: of_array(array.astype(np.float32)) for name, array in arrays.items()}
-    for text in ("{", "[]", '{"transformer.lora_alpha": "many"}', '{"transformer.use_dora": true}',
-                 '{"transformer.alpha_pattern": {"(a+)+$": 1}}'):  # fmt: skip
+    for text in (
+        "{",
+        "[]",
+        '{"transformer.lora_alpha": "many"}',
+        '{"transformer.use_dora": true}',
+        '{"transformer.alpha_pattern": {"(a+)+$": 1}}',
+    ):
         write_safetensors(path, tensors, {"lora_adapter_metadata": text})
         with pytest.raises((ConfigError, MappingError), match=r"a\.safetensors"):
             read_lora(path, params)

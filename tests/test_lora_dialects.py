@@ -28,13 +28,39 @@ from fluxjax.models.names import flatten, unflatten
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2")
 TEMPLATES = {name: abstract_params(getattr(TINY, name)) for name in COMPONENTS}
 DIALECTS = (
-    "bfl_control", "comfy", "comfy_alpha", "diffusers_alpha_tensors", "diffusers_down_up",
-    "diffusers_old", "dora_kohya", "fal", "full_diff", "full_kohya", "glora_kohya", "ia3_kohya",
-    "kohya", "kohya_edges", "kohya_split_qkv", "kohya_text_encoders", "locon_simpletuner",
-    "loha_kohya", "loha_simpletuner", "lokr_dots", "lokr_kohya", "lokr_simpletuner",
-    "no_alpha_mixed_ranks", "oft_kohya", "onetrainer", "peft_bias", "peft_dora", "peft_folder",
-    "peft_metadata", "peft_rslora", "text_encoders_diffusers", "xlabs",
-)  # fmt: skip
+    "bfl_control",
+    "comfy",
+    "comfy_alpha",
+    "diffusers_alpha_tensors",
+    "diffusers_down_up",
+    "diffusers_old",
+    "dora_kohya",
+    "fal",
+    "full_diff",
+    "full_kohya",
+    "glora_kohya",
+    "ia3_kohya",
+    "kohya",
+    "kohya_edges",
+    "kohya_split_qkv",
+    "kohya_text_encoders",
+    "locon_simpletuner",
+    "loha_kohya",
+    "loha_simpletuner",
+    "lokr_dots",
+    "lokr_kohya",
+    "lokr_simpletuner",
+    "no_alpha_mixed_ranks",
+    "oft_kohya",
+    "onetrainer",
+    "peft_bias",
+    "peft_dora",
+    "peft_folder",
+    "peft_metadata",
+    "peft_rslora",
+    "text_encoders_diffusers",
+    "xlabs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +116,11 @@ def test_a_recorded_file_changes_what_was_recorded(goldens, networks, dialect) -
             got = delta @ probe[: delta.shape[1]] if f"{key}|probe" in expected else delta
             error = np.abs(got - want.read()).max() / np.abs(want.read()).max()
             worst = max(worst, error)
-    recorded = {k.removesuffix("|probe").removesuffix("|value") for k in expected
-                if k.startswith(f"{dialect}|")}  # fmt: skip
+    recorded = {
+        k.removesuffix("|probe").removesuffix("|value")
+        for k in expected
+        if k.startswith(f"{dialect}|")
+    }
     assert touched == recorded
     print(f"{dialect}: {worst:.1e}")
     assert worst <= (1e-4 if dialect == "oft_kohya" else 1e-5)
@@ -151,8 +180,10 @@ def test_a_damaged_file_is_refused_whole_and_says_where(goldens, tmp_path, diale
 def test_strengths_orders_and_types(goldens, networks) -> None:
     """Every change counts from the weights as they were, whatever else is added."""
     base, name = networks["transformer"], "transformer_blocks.0.attn.to_out.0.weight"
-    read = [read_adapters(golden_file(goldens, d), TEMPLATES).changes["transformer"]
-            for d in ("dora_kohya", "glora_kohya", "oft_kohya")]  # fmt: skip
+    read = [
+        read_adapters(golden_file(goldens, d), TEMPLATES).changes["transformer"]
+        for d in ("dora_kohya", "glora_kohya", "oft_kohya")
+    ]
     old = base.tensors[name].read()
     deltas = [merge(base, [(one, 1.0)]).tensors[name].read() - old for one in read]
     assert all(np.abs(delta).max() > 0.01 for delta in deltas)
@@ -167,8 +198,9 @@ def test_strengths_orders_and_types(goldens, networks) -> None:
     with pytest.raises(ConfigError, match=r"to_out\.0\.weight is not finite in float16"):
         merge(base, [(read[0], 1e6)], dtype=np.float16).tensors[name].read()
     control = read_adapters(golden_file(goldens, "bfl_control"), TEMPLATES).changes["transformer"]
-    other = {n: Change(value=np.zeros_like(c.value)) for n, c in control.items()
-             if c.value is not None}  # fmt: skip
+    other = {
+        n: Change(value=np.zeros_like(c.value)) for n, c in control.items() if c.value is not None
+    }
     wide = merge(base, [(control, 0.5)])
     assert wide.config.in_channels == 128 and wide.config.out_channels == 64
     assert not np.allclose(wide.tensors["x_embedder.weight"].read()[:, 64:], 0)

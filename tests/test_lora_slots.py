@@ -69,9 +69,13 @@ def test_calls_choose_adapters_without_compiling(
     def draw(pipe, **lora):
         prompts, seeds = ["a red circle", "two blue squares"], [3, 4]
         return np.asarray(
-            [np.asarray(p, int) for p in pipe(prompts, seed=seeds, true_cfg=2.0,
-                                              negative_prompt="a star", **SIZE, **lora)]
-        )  # fmt: skip
+            [
+                np.asarray(p, int)
+                for p in pipe(
+                    prompts, seed=seeds, true_cfg=2.0, negative_prompt="a star", **SIZE, **lora
+                )
+            ]
+        )
 
     none = draw(pipe)
     first = compiled.count("denoise"), len(compiled)

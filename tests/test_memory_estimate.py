@@ -19,9 +19,13 @@ def test_the_estimate_is_below_what_the_programs_take_and_not_far(width, height)
     needed = max(
         pipe.executables.compile(program).memory_analysis().temp_size_in_bytes
         for program in programs(
-            pipe.family, pipe.config, settings, dtype=pipe.dtype, steps=1,
+            pipe.family,
+            pipe.config,
+            settings,
+            dtype=pipe.dtype,
+            steps=1,
             rows=pipe.executables.rows,
         )
-    )  # fmt: skip
+    )
     estimate = activation_bytes(pipe, settings)
     assert estimate <= needed <= 4 * estimate, (estimate, needed)

@@ -126,9 +126,14 @@ def said_first(text: str) -> set[str]:
 @pytest.mark.parametrize("relation", range(4))
 def test_a_relation_puts_each_object_where_it_stands(manner, relation):
     scene = one(numpy_scenes(), 0)._replace(
-        kind=1, count=2, relation=relation, shape=np.array([0, 1, 0]),
-        colour=np.array([0, 5, 0]), size=np.array([0, 0, 0]), split=np.int32(0),
-    )  # fmt: skip
+        kind=1,
+        count=2,
+        relation=relation,
+        shape=np.array([0, 1, 0]),
+        colour=np.array([0, 5, 0]),
+        size=np.array([0, 0, 0]),
+        split=np.int32(0),
+    )
     first = ("circle", "square")[relation % 2]
     templates = {"sentence": phrases.SENTENCES, "terse": phrases.TERSE}
     for template in templates.get(manner, phrases.FRONTED)[relation]:

@@ -116,9 +116,12 @@ def test_the_real_size_by_command_without_weights(tmp_path):
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": ""}
     command = [sys.executable, "-m", "fluxjax.plan", "dev", "--mesh", "fsdp=8", "--batch", "8"]
     ended = subprocess.run(
-        [*command, "--json", "--chips", "H100", "v5e"], cwd=tmp_path, env=environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [*command, "--json", "--chips", "H100", "v5e"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0, ended.stderr
     plan = json.loads(ended.stdout)
     programs = {program["name"]: program for program in plan["programs"]}
@@ -162,9 +165,13 @@ def test_the_stand_in_is_attention(length):
 
 def test_floors_and_what_fits():
     structure = Structure(
-        argument_bytes=0, output_bytes=3, temporary_bytes=10, donated_bytes=1,
-        matmul_flops=989e12, collectives=(),
-    )  # fmt: skip
+        argument_bytes=0,
+        output_bytes=3,
+        temporary_bytes=10,
+        donated_bytes=1,
+        matmul_flops=989e12,
+        collectives=(),
+    )
     step = Program("step", structure, int(2 * 3350e9))
     limits = floor(step, H100)
     assert (limits.compute, limits.memory, limits.links) == (1.0, 2.0, 0.0)

@@ -20,12 +20,24 @@ from fluxjax.models.quantised import KINDS
 
 # Rows of 256, so that the K types fit; shapes tell it all.
 SMALL = FluxConfig(
-    num_layers=1, num_single_layers=1, num_attention_heads=2, joint_attention_dim=32,
-    pooled_projection_dim=64, mlp_ratio=1.0,
-)  # fmt: skip
+    num_layers=1,
+    num_single_layers=1,
+    num_attention_heads=2,
+    joint_attention_dim=32,
+    pooled_projection_dim=64,
+    mlp_ratio=1.0,
+)
 # Relative errors of normal numbers, and a little more.
-ERRORS = {"int8": 0.01, "fp8": 0.03, "nf4": 0.1, "q8_0": 0.0062, "q6_k": 0.02, "q5_k": 0.04,
-          "q4_k": 0.08, "q4_0": 0.095}  # fmt: skip
+ERRORS = {
+    "int8": 0.01,
+    "fp8": 0.03,
+    "nf4": 0.1,
+    "q8_0": 0.0062,
+    "q6_k": 0.02,
+    "q5_k": 0.04,
+    "q4_k": 0.08,
+    "q4_0": 0.095,
+}
 QUANTISED = "single_transformer_blocks.0.attn.to_q.weight"
 
 
@@ -59,8 +71,11 @@ def test_each_kind_is_read_back(source, written, kind):
     network = open_source(written(kind))["transformer"]
     assert network.config == SMALL
     packed = {name for name, tensor in network.tensors.items() if tensor.packed}
-    blocks = {name for name in plain if "blocks." in name and name.endswith(".weight")
-              and "norm" not in name}  # fmt: skip
+    blocks = {
+        name
+        for name in plain
+        if "blocks." in name and name.endswith(".weight") and "norm" not in name
+    }
     # bitsandbytes' readers leave out `proj_out` at the top and in blocks, or neither.
     assert packed - blocks == ({"proj_out.weight"} if kind in ("int8", "nf4") else set())
     assert blocks <= packed
@@ -101,8 +116,12 @@ def test_what_bitsandbytes_needs_is_written(written):
     arrays = read_arrays(written("nf4"))
     rows, columns = 256, 256
     state = json.loads(arrays[f"{QUANTISED}.quant_state.bitsandbytes__nf4"].tobytes())
-    assert state == {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16",
-                     "shape": [rows, columns]}  # fmt: skip
+    assert state == {
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "dtype": "bfloat16",
+        "shape": [rows, columns],
+    }
     assert arrays[QUANTISED].shape == (rows * columns // 2, 1)
     assert arrays[f"{QUANTISED}.absmax"].shape == (rows * columns // 64,)
     assert arrays[f"{QUANTISED}.quant_map"].shape == (16,)
@@ -145,8 +164,12 @@ def test_t5(tmp_path, kind):
 
 
 def test_the_command_reports_what_it_cost(source, tmp_path, capsys):
-    assert convert_command([str(source), str(tmp_path / "out.gguf"), "--to", "bfl",
-                            "--quantise", "q8_0"]) == 0  # fmt: skip
+    assert (
+        convert_command(
+            [str(source), str(tmp_path / "out.gguf"), "--to", "bfl", "--quantise", "q8_0"]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert any("MB before" in line for line in lines)
     (errors,) = (line for line in lines if "on average" in line)
@@ -156,12 +179,15 @@ def test_the_command_reports_what_it_cost(source, tmp_path, capsys):
     assert open_source(tmp_path / "out.gguf")["transformer"].config == SMALL
 
 
-@pytest.mark.parametrize("options, why", [
-    ({"quantised": "int8", "target": "bfl"}, "written as --to diffusers, not bfl"),
-    ({"quantised": "q8_0", "target": "orbax"}, "written as --to bfl, not orbax"),
-    ({"destination": "x.gguf"}, r"ends in \.gguf"),
-    ({"destination": "x.safetensors", "quantised": "q8_0"}, r"ends in \.safetensors.*\.gguf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"quantised": "int8", "target": "bfl"}, "written as --to diffusers, not bfl"),
+        ({"quantised": "q8_0", "target": "orbax"}, "written as --to bfl, not orbax"),
+        ({"destination": "x.gguf"}, r"ends in \.gguf"),
+        ({"destination": "x.safetensors", "quantised": "q8_0"}, r"ends in \.safetensors.*\.gguf"),
+    ],
+)
 def test_what_does_not_go_together_is_refused(source, tmp_path, options, why):
     destination = tmp_path / options.pop("destination", "out")
     with pytest.raises(ConfigError, match=why):

@@ -79,14 +79,17 @@ def test_nf4_of_rows_that_are_no_whole_blocks(shared):
     assert bits(read.read().astype(np.float32)) == bits(parts["values"].reshape(48, 96))
 
 
-@pytest.mark.parametrize("change, why", [
-    ({"shape": [24, 193]}, "two to a byte"),
-    ({"shape": [2**39, 2**39]}, "two to a byte"),
-    ({"shape": "x"}, "has the shape"),
-    ({"blocksize": 0}, "blocks of 0"),
-    ({"blocksize": 128}, "should have 36 values"),
-    ({"dtype": "int3"}, "int3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"shape": [24, 193]}, "two to a byte"),
+        ({"shape": [2**39, 2**39]}, "two to a byte"),
+        ({"shape": "x"}, "has the shape"),
+        ({"blocksize": 0}, "blocks of 0"),
+        ({"blocksize": 128}, "should have 36 values"),
+        ({"dtype": "int3"}, "int3"),
+    ],
+)
 def test_states_of_nf4_that_lie_are_refused(shared, change, why):
     arrays = recorded(shared, "bitsandbytes.safetensors")
     parts = {k.split("|")[1]: v for k, v in arrays.items() if k.startswith("nf4|")}
@@ -132,13 +135,24 @@ def test_int8_of_comfyui_torchao_and_quanto():
     codes, scale = int8(np.random.default_rng(0))
     expected = codes.astype(np.float32) * scale
     forms = {
-        "comfyui": {"a.weight": codes, "a.weight_scale": scale, "a.input_scale": np.ones((), "f"),
-                    "a.comfy_quant": marker(format="int8_tensorwise")},
-        "torchao": {"a._weight_qdata": codes, "a._weight_scale": scale,
-                    "a._weight_zero_point": np.zeros((8, 1), np.int8)},
-        "quanto": {"a.weight._data": codes, "a.weight._scale": scale,
-                   "a.input_scale": np.ones((), "f"), "a.output_scale": np.ones((), "f")},
-    }  # fmt: skip
+        "comfyui": {
+            "a.weight": codes,
+            "a.weight_scale": scale,
+            "a.input_scale": np.ones((), "f"),
+            "a.comfy_quant": marker(format="int8_tensorwise"),
+        },
+        "torchao": {
+            "a._weight_qdata": codes,
+            "a._weight_scale": scale,
+            "a._weight_zero_point": np.zeros((8, 1), np.int8),
+        },
+        "quanto": {
+            "a.weight._data": codes,
+            "a.weight._scale": scale,
+            "a.input_scale": np.ones((), "f"),
+            "a.output_scale": np.ones((), "f"),
+        },
+    }
     for form, arrays in forms.items():
         plain = unquantised(lazy(arrays))
         assert plain.keys() == {"a.weight"}, form
@@ -210,9 +224,11 @@ def test_nvfp4(marked, rows, columns):
     factors = scales.astype(np.float32) * np.float32(0.3)
     expected = E2M1[codes].reshape(rows, -1, 16) * factors[..., None]
     even, odd = codes[:, ::2], codes[:, 1::2]
-    raw = {"a.weight": even << 4 | odd if marked else even | odd << 4,
-           "a.weight_scale": tiled(scales) if marked else scales,
-           "a.weight_scale_2": np.float32([0.3]).reshape(())}  # fmt: skip
+    raw = {
+        "a.weight": even << 4 | odd if marked else even | odd << 4,
+        "a.weight_scale": tiled(scales) if marked else scales,
+        "a.weight_scale_2": np.float32([0.3]).reshape(()),
+    }
     if marked == "layer":
         raw["a.comfy_quant"] = marker(format="nvfp4")
     layers = {"a": {"format": "nvfp4"}} if marked == "metadata" else {}
@@ -236,26 +252,35 @@ def test_mxfp8(dtype):
         assert bits(unquantised(lazy(raw))["a.weight"].read()) == bits(expected.astype(np.float32))
 
 
-@pytest.mark.parametrize("arrays, why", [
-    ({"a.comfy_quant": marker(format="asym_w4a8_int8")}, "asym_w4a8_int8"),
-    ({"a.comfy_quant": marker(format=None)}, "None"),
-    ({"a.comfy_quant": np.frombuffer(b"{", np.uint8)}, "damaged"),
-    ({"a.comfy_quant": marker(format="nvfp4")}, "not a matrix of uint8"),
-    ({"a.comfy_quant": marker(format="int8_tensorwise", convrot=1, convrot_groupsize=100)}, "100"),
-    ({"a.weight_scale": np.ones((3, 1), np.float32)}, "does not fit"),
-    ({"a.SCB": np.ones(3, np.float32)}, "does not scale"),
-    ({"a.weight_format": np.uint8([2]), "a.SCB": np.ones(8, "f")}, "only old GPUs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arrays, why",
+    [
+        ({"a.comfy_quant": marker(format="asym_w4a8_int8")}, "asym_w4a8_int8"),
+        ({"a.comfy_quant": marker(format=None)}, "None"),
+        ({"a.comfy_quant": np.frombuffer(b"{", np.uint8)}, "damaged"),
+        ({"a.comfy_quant": marker(format="nvfp4")}, "not a matrix of uint8"),
+        (
+            {"a.comfy_quant": marker(format="int8_tensorwise", convrot=1, convrot_groupsize=100)},
+            "100",
+        ),
+        ({"a.weight_scale": np.ones((3, 1), np.float32)}, "does not fit"),
+        ({"a.SCB": np.ones(3, np.float32)}, "does not scale"),
+        ({"a.weight_format": np.uint8([2]), "a.SCB": np.ones(8, "f")}, "only old GPUs"),
+    ],
+)
 def test_layers_that_do_not_fit_are_refused(arrays, why):
     codes, scale = int8(np.random.default_rng(0))
     with pytest.raises(ValueError, match=why):
         unquantised(lazy({"a.weight": codes, "a.weight_scale": scale} | arrays))
 
 
-@pytest.mark.parametrize("names, why", [
-    (("blocks.0.qkv.qweight", "blocks.0.qkv.wscales", "blocks.0.qkv.lora_down"), "nunchaku"),
-    (("a.qweight", "a.qzeros", "a.scales"), "GPTQ"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, why",
+    [
+        (("blocks.0.qkv.qweight", "blocks.0.qkv.wscales", "blocks.0.qkv.lora_down"), "nunchaku"),
+        (("a.qweight", "a.qzeros", "a.scales"), "GPTQ"),
+    ],
+)
 def test_packed_for_kernels_is_refused_by_name(tmp_path, names, why):
     write_safetensors(
         tmp_path / "x.safetensors", lazy(dict.fromkeys(names, np.zeros((2, 2), "i1")))
@@ -267,10 +292,14 @@ def test_packed_for_kernels_is_refused_by_name(tmp_path, names, why):
 def tiny_config(shared, name):
     c = json.loads((shared / f"goldens/quantised/{name}.json").read_text())["config"]
     return FluxConfig(
-        num_layers=c["double"], num_single_layers=c["single"], attention_head_dim=c["head_dim"],
-        num_attention_heads=c["heads"], joint_attention_dim=c["context"],
-        pooled_projection_dim=c["pooled"], axes_dims_rope=(8, 12, 12),
-    )  # fmt: skip
+        num_layers=c["double"],
+        num_single_layers=c["single"],
+        attention_head_dim=c["head_dim"],
+        num_attention_heads=c["heads"],
+        joint_attention_dim=c["context"],
+        pooled_projection_dim=c["pooled"],
+        axes_dims_rope=(8, 12, 12),
+    )
 
 
 @pytest.fixture(scope="module", params=["tiny_flux_q8_0", "tiny_flux_q4_k"])
@@ -315,9 +344,12 @@ def test_the_forward_of_a_gguf_file(shared, tiny):
 
 
 HEADS = FluxConfig(
-    num_layers=1, num_single_layers=1, num_attention_heads=1, joint_attention_dim=32,
+    num_layers=1,
+    num_single_layers=1,
+    num_attention_heads=1,
+    joint_attention_dim=32,
     pooled_projection_dim=64,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -337,11 +369,19 @@ def test_sizes_of_a_gguf_file_are_told_by_its_shapes(tmp_path, prefix):
 def test_t5_of_gguf(tmp_path):
     config = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     arrays = hf_arrays(config, np.float16)
-    names = {"SelfAttention.relative_attention_bias": "attn_rel_b", "0.layer_norm": "attn_norm",
-             "1.layer_norm": "ffn_norm", "wi_0": "ffn_gate", "wi_1": "ffn_up", "wo": "ffn_down",
-             **{f"SelfAttention.{x}": f"attn_{x}" for x in "qkvo"}}  # fmt: skip
-    theirs = {"shared.weight": "token_embd.weight",
-              "encoder.final_layer_norm.weight": "enc.output_norm.weight"}  # fmt: skip
+    names = {
+        "SelfAttention.relative_attention_bias": "attn_rel_b",
+        "0.layer_norm": "attn_norm",
+        "1.layer_norm": "ffn_norm",
+        "wi_0": "ffn_gate",
+        "wi_1": "ffn_up",
+        "wo": "ffn_down",
+        **{f"SelfAttention.{x}": f"attn_{x}" for x in "qkvo"},
+    }
+    theirs = {
+        "shared.weight": "token_embd.weight",
+        "encoder.final_layer_norm.weight": "enc.output_norm.weight",
+    }
     for name in arrays.keys() - theirs.keys():
         part = next(new for old, new in names.items() if name.endswith(f"{old}.weight"))
         theirs[name] = f"enc.blk.{name.split('.')[2]}.{part}.weight"

@@ -52,8 +52,9 @@ def test_codes_on_the_device_compute_what_their_values_do(tiny, forward, tmp_pat
     assert not isinstance(blocks["norm"]["linear"]["kernel"], Quantised)
     values = jax.tree.map(
         lambda leaf: _kernel(leaf) if isinstance(leaf, Quantised) else leaf,
-        params, is_leaf=lambda leaf: isinstance(leaf, Quantised),
-    )  # fmt: skip
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Quantised),
+    )
     expected = forward(values)
     assert np.linalg.norm(forward(params) - expected) <= 1e-5 * np.linalg.norm(expected)
     plain = forward(tiny.params(stacked=True, dtype=np.float32))
@@ -79,7 +80,8 @@ def test_shapes_are_those_of_the_weights(tiny):
             params = tiny.params(stacked=stacked, dtype=np.float32, quantise=kind)
             assert jax.tree.structure(params) == jax.tree.structure(shapes)
             assert [x.shape for x in jax.tree.leaves(params)] == [
-                x.shape for x in jax.tree.leaves(shapes)]  # fmt: skip
+                x.shape for x in jax.tree.leaves(shapes)
+            ]
 
 
 def test_a_file_s_own_codes_are_taken(tmp_path):

@@ -79,10 +79,15 @@ def test_other_sizes_are_read(width, height):
 def test_a_gray_object_across_the_seam_is_one_object(prompts, split, backs):
     """Gray is a blend of the two colours that meet there."""
     scenes = Scene(*(field[:1] for field in prompts.scenes))._replace(
-        count=np.array([1]), shape=np.array([[7, 0, 0]]), size=np.array([[1, 0, 0]]),
-        colour=np.full((1, 3), list(COLOURS).index("gray")), centre=np.full((1, 3, 2), 0.5),
-        radius=np.array([[0.17, 0, 0]]), background=np.array([backs]), split=np.array([split]),
-    )  # fmt: skip
+        count=np.array([1]),
+        shape=np.array([[7, 0, 0]]),
+        size=np.array([[1, 0, 0]]),
+        colour=np.full((1, 3), list(COLOURS).index("gray")),
+        centre=np.full((1, 3, 2), 0.5),
+        radius=np.array([[0.17, 0, 0]]),
+        background=np.array([backs]),
+        split=np.array([split]),
+    )
     found = read(pictures_of(scenes)[0])
     assert [(SHAPES[o.shape], list(COLOURS)[o.colour], o.size) for o in found.objects] == [
         ("diamond", "gray", 1)
@@ -92,10 +97,13 @@ def test_a_gray_object_across_the_seam_is_one_object(prompts, split, backs):
 
 def test_objects_of_one_colour_that_touch_are_told_apart(prompts):
     scenes = Scene(*(field[:1] for field in prompts.scenes))._replace(
-        count=np.array([2]), shape=np.array([[2, 2, 0]]), colour=np.array([[3, 3, 0]]),
-        size=np.array([[2, 2, 0]]), centre=np.array([[[0.27, 0.5], [0.735, 0.5], [0, 0]]]),
+        count=np.array([2]),
+        shape=np.array([[2, 2, 0]]),
+        colour=np.array([[3, 3, 0]]),
+        size=np.array([[2, 2, 0]]),
+        centre=np.array([[[0.27, 0.5], [0.735, 0.5], [0, 0]]]),
         radius=np.array([[0.23, 0.23, 0]]),
-    )  # fmt: skip
+    )
     found = read(pictures_of(scenes)[0]).objects
     assert [SHAPES[o.shape] for o in found] == ["triangle", "triangle"]
 
@@ -112,10 +120,17 @@ def red(shape: str, centre=(0.3, 0.5), size: int = 0, colour: str = "red") -> Re
 
 
 WANTED = Scene(
-    kind=KINDS.index("pair"), count=2, shape=np.array([0, 3, 0]), colour=np.array([0, 5, 0]),
-    size=np.array([0, 2, 0]), relation=0, centre=np.zeros((3, 2)), radius=np.zeros(3),
-    background=np.array([1, 2]), split=0,
-)  # fmt: skip
+    kind=KINDS.index("pair"),
+    count=2,
+    shape=np.array([0, 3, 0]),
+    colour=np.array([0, 5, 0]),
+    size=np.array([0, 2, 0]),
+    relation=0,
+    centre=np.zeros((3, 2)),
+    radius=np.zeros(3),
+    background=np.array([1, 2]),
+    split=0,
+)
 CIRCLE = red("circle")
 STAR = red("star", (0.7, 0.5), 2, "blue")
 
@@ -144,15 +159,30 @@ def marks(
         ([CIRCLE, STAR], {"background": (1, 2), "split": 1}, {"background": (0, 1)}),
         ([CIRCLE, STAR], {"background": (0, 0), "back": False}, {"background": (0, 0)}),
         ([CIRCLE, STAR, red("ring")], {}, {"count": (0, 1)}),
-        ([STAR], {}, {"colour": (1, 2), "shape": (1, 2), "size": (1, 2), "count": (0, 1),
-                      "relation": (0, 1)}),
+        (
+            [STAR],
+            {},
+            {
+                "colour": (1, 2),
+                "shape": (1, 2),
+                "size": (1, 2),
+                "count": (0, 1),
+                "relation": (0, 1),
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_score_marks_what_is_wrong_and_only_what_the_caption_states(objects, options, wrong):
     found = marks(objects, **options)
     assert tuple(found) == ATTRIBUTES
-    expected = {"colour": (2, 2), "shape": (2, 2), "size": (2, 2), "count": (1, 1),
-                "relation": (1, 1), "background": (1, 1)} | wrong  # fmt: skip
+    expected = {
+        "colour": (2, 2),
+        "shape": (2, 2),
+        "size": (2, 2),
+        "count": (1, 1),
+        "relation": (1, 1),
+        "background": (1, 1),
+    } | wrong
     everything = all(right == asked for right, asked in expected.values())
     assert found == expected | {"all": (int(everything), 1)}
 
@@ -221,9 +251,13 @@ def test_evaluation_counts_by_kind_writes_a_sheet_and_prints(tmp_path, capsys, m
     monkeypatch.setattr(measure, "KINDS", kinds)
     pipeline = Painter(wrong=3)
     settings = EvaluateSettings(
-        prompts=8, kinds=("sentences", "X and Y", "other sizes"), batch=6, seed=5,
-        true_cfg_scale=2.0, sheet=tmp_path / "sheet.png",
-    )  # fmt: skip
+        prompts=8,
+        kinds=("sentences", "X and Y", "other sizes"),
+        batch=6,
+        seed=5,
+        true_cfg_scale=2.0,
+        sheet=tmp_path / "sheet.png",
+    )
     found = measure.evaluate_pipeline(pipeline, settings)
     assert pipeline.batches == [6] * 6 and pipeline.seeds[:8] == list(range(5, 13))
     assert pipeline.sizes == [(96, 96)] * 4 + [(128, 64)] * 2

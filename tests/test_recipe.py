@@ -135,8 +135,10 @@ def test_a_recipe_for_strangers_says_nothing_of_this_machine():
     shared = without_places(recipe)
     assert (shared.folder, shared.model) == (Path("run"), "FLUX.1-dev")
     assert (shared.data.source, shared.data.cache, shared.data.masks) == (
-        "my pictures", "cache", "masks",
-    )  # fmt: skip
+        "my pictures",
+        "cache",
+        "masks",
+    )
     assert shared.validation.references == ("1.png",)
     assert shared.validation.prompts == recipe.validation.prompts
     published = replace(recipe, model="black-forest-labs/FLUX.1-dev")
@@ -172,8 +174,9 @@ def test_a_resume_asks_for_what_decides_about_the_weights():
     assert deciding_values(replace(cosine, steps=7)) != deciding_values(cosine)
     slower = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=1e-5), seed=3)
     assert differences(deciding_values(recipe), deciding_values(slower)) == [
-        "optimizer.learning_rate (null and 1e-05)", "seed (0 and 3)",
-    ]  # fmt: skip
+        "optimizer.learning_rate (null and 1e-05)",
+        "seed (0 and 3)",
+    ]
 
 
 def test_defaults_follow_the_method():

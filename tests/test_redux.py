@@ -20,9 +20,13 @@ from fluxjax.sample.picture_formats import read_record
 
 WIDTH = 24  # of the random pipeline's text
 SIGLIP = {
-    "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "image_size": 60, "patch_size": 14,
-}  # fmt: skip
+    "hidden_size": 36,
+    "intermediate_size": 50,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 60,
+    "patch_size": 14,
+}
 DRAW = {"width": 64, "height": 48, "seed": 7}
 
 
@@ -51,8 +55,9 @@ def ours(random_pipeline, redux):  # noqa: F811
 @pytest.fixture(scope="module")
 def theirs(random_pipeline, redux):  # noqa: F811
     pipe = FluxPipeline.from_pretrained(random_pipeline)
-    parts = {k: getattr(pipe, k) for k in ("text_encoder", "text_encoder_2", "tokenizer",
-                                           "tokenizer_2")}  # fmt: skip
+    parts = {
+        k: getattr(pipe, k) for k in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    }
     return FluxPriorReduxPipeline.from_pretrained(redux, **parts), pipe
 
 
@@ -64,14 +69,21 @@ def test_same_pictures_as_diffusers(ours, theirs, scales):
     pictures = [photo(i, (203, 121 + i)) for i in range(len(scales))]
     prior, pipe = theirs
     heard = prior(
-        pictures, prompt=["a red circle"] * len(scales), prompt_embeds_scale=scales,
+        pictures,
+        prompt=["a red circle"] * len(scales),
+        prompt_embeds_scale=scales,
         pooled_prompt_embeds_scale=scales,
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(7)
     expected = pipe(
-        **heard, num_inference_steps=4, guidance_scale=3.5, width=64, height=48,
-        generator=generator, output_type="np",
-    ).images  # fmt: skip
+        **heard,
+        num_inference_steps=4,
+        guidance_scale=3.5,
+        width=64,
+        height=48,
+        generator=generator,
+        output_type="np",
+    ).images
     given = list(zip(pictures, scales, strict=True))
     options = {**DRAW, "steps": 4, "max_sequence_length": 512}
     (image,) = ours("a red circle", redux_image=given, **options)
@@ -87,10 +99,18 @@ def test_the_command_records_and_repeats(random_pipeline, redux, tmp_path, monke
     for i in range(2):
         photo(i).save(f"{i}.png")
     options = Options(
-        prompt=("a star",), model=str(random_pipeline), redux=redux, quiet=True,
-        redux_image=("0.png:0.6", "1.png"), steps=2, width=64, height=48, seed=3,
-        max_sequence_length=24, out=tmp_path / "first.png",
-    )  # fmt: skip
+        prompt=("a star",),
+        model=str(random_pipeline),
+        redux=redux,
+        quiet=True,
+        redux_image=("0.png:0.6", "1.png"),
+        steps=2,
+        width=64,
+        height=48,
+        seed=3,
+        max_sequence_length=24,
+        out=tmp_path / "first.png",
+    )
     draw(options)
     record = read_record(tmp_path / "first.png")
     assert record["redux_image"] == ["0.png:0.6", "1.png:1"] and record["redux"] == "redux"

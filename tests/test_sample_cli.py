@@ -111,8 +111,9 @@ def test_prompts_from_standard_input(sample, monkeypatch):
     code, printed, error = given("ein größerer Ring\n".encode())
     assert code == 0 and printed[0].startswith("out/ein-größerer-ring-"), error
     assert given(b"a star\n\xff\n")[::2] == (
-        2, "error: standard input, line 2: not UTF-8 (byte 0xff at 1)\n",
-    )  # fmt: skip
+        2,
+        "error: standard input, line 2: not UTF-8 (byte 0xff at 1)\n",
+    )
     assert given(b"")[::2] == (2, "error: standard input has no prompts\n")
 
 
@@ -402,8 +403,12 @@ def test_alone_without_pytorch_with_a_cache_and_ctrl_c(random_pipeline, tmp_path
         heeding_ctrl_c(
             [*command[:3], "--model", str(random_pipeline), *SIZE, "--prompts", "many.jsonl"]
         ),
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert running.stdout is not None
     assert "seed" in running.stdout.readline()
     running.send_signal(signal.SIGINT)
@@ -500,8 +505,11 @@ def test_whatever_a_killed_run_leaves_under_a_final_name_is_whole(random_pipelin
     for _ in range(6):
         running = subprocess.Popen(
             [*command, "--prompts", "many.jsonl"],
-            cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert running.stdout is not None
         assert "seed" in running.stdout.readline()
         time.sleep(random.uniform(0, 0.5))
@@ -523,8 +531,12 @@ def test_lines_with_loras_of_their_own_are_drawn_one_lora_after_another(sample, 
     monkeypatch.setattr("fluxjax.sample.loading.load_pipeline", load)
     for name in ("one.st", "two.st"):
         Path(name).write_text(name)
-    lines = ['"a"', '{"prompt": "b", "lora": "one.st:0.5"}', '{"prompt": "c", "lora": []}',
-             '{"prompt": "d", "lora": ["one.st:0.5"]}']  # fmt: skip
+    lines = [
+        '"a"',
+        '{"prompt": "b", "lora": "one.st:0.5"}',
+        '{"prompt": "c", "lora": []}',
+        '{"prompt": "d", "lora": ["one.st:0.5"]}',
+    ]
     Path("l.jsonl").write_text("\n".join(lines))
     code, printed, error = sample("--prompts", "l.jsonl", *SIZE, "--lora", "two.st", "-q")
     assert code == 0, error
@@ -533,8 +545,11 @@ def test_lines_with_loras_of_their_own_are_drawn_one_lora_after_another(sample, 
     assert [path.split("-")[0][-1] for path in printed] == ["a", "b", "d", "c"]
     records = [read_record(Path(path)) for path in printed]
     assert [one.get("lora") for one in records] == [
-        ["../two.st:1"], ["../one.st:0.5"], ["../one.st:0.5"], None
-    ]  # fmt: skip
+        ["../two.st:1"],
+        ["../one.st:0.5"],
+        ["../one.st:0.5"],
+        None,
+    ]
     Path("l.jsonl").write_text('"a"\n{"prompt": "b", "lora": "three.st"}')
     code, printed, error = sample("--prompts", "l.jsonl", *SIZE)
     assert code == 2 and not printed

@@ -61,9 +61,24 @@ def test_names_follow_a_pattern_within_what_file_systems_take():
 
 @pytest.mark.parametrize(
     "pattern",
-    ["{x}", "{prompt!r}", "{seed:9999999999}", "{prompt.__class__}", "a/b", "\\a", "..", ".a", "",
-     "{", "{0}", "{}", "a\x1b", "{prompt:05}", "{seed:>5}"],
-)  # fmt: skip
+    [
+        "{x}",
+        "{prompt!r}",
+        "{seed:9999999999}",
+        "{prompt.__class__}",
+        "a/b",
+        "\\a",
+        "..",
+        ".a",
+        "",
+        "{",
+        "{0}",
+        "{}",
+        "a\x1b",
+        "{prompt:05}",
+        "{seed:>5}",
+    ],
+)
 def test_patterns_that_name_no_file_in_the_folder_are_refused(pattern):
     with pytest.raises(ConfigError, match="--name"):
         check_pattern(pattern)
@@ -318,8 +333,13 @@ def test_every_part_of_a_model_has_its_hash(here):
     for name in ("transformer/w.safetensors", "tokenizer/vocab.json", "scheduler/s.json"):
         (model / name).parent.mkdir(parents=True)
         (model / name).write_text(name)
-    index = {"_class_name": "F", "transformer": ["a", "b"], "tokenizer": ["a", "b"],
-             "scheduler": ["a", "b"], "image_encoder": [None, None]}  # fmt: skip
+    index = {
+        "_class_name": "F",
+        "transformer": ["a", "b"],
+        "tokenizer": ["a", "b"],
+        "scheduler": ["a", "b"],
+        "image_encoder": [None, None],
+    }
     (model / "model_index.json").write_text(json.dumps(index))
     before = hashes_of(str(model), "model")
     assert set(before) == {"transformer", "tokenizer", "scheduler", "index"}

@@ -193,11 +193,13 @@ def test_two_processes_draw_together_and_one_of_them_saves(prompts, tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "fluxjax.sample", *given, f"--process-id={i}"],
-            env={**os.environ, "XLA_FLAGS": flags, "TERM": "xterm"}, stdout=subprocess.PIPE,
-            stderr=stderr, text=True,
+            env={**os.environ, "XLA_FLAGS": flags, "TERM": "xterm"},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
         )
         for i, stderr in enumerate((end, subprocess.PIPE))
-    ]  # fmt: skip
+    ]
     os.close(end)
     with ThreadPoolExecutor(1) as pool:
         shown = pool.submit(_all_of, terminal)

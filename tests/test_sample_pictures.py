@@ -89,23 +89,36 @@ def hole(size: tuple[int, int] = (203, 121)) -> Image.Image:
 
 TASKS = {
     "img2img": ("text", "FluxImg2ImgPipeline", ("image",), {"strength": 0.6}),
-    "inpaint": ("text", "FluxInpaintPipeline", ("image", "mask"), 
-        {"strength": 0.85, "negative_prompt": "a yellow heart", "true_cfg": 2.0}),
+    "inpaint": (
+        "text",
+        "FluxInpaintPipeline",
+        ("image", "mask"),
+        {"strength": 0.85, "negative_prompt": "a yellow heart", "true_cfg": 2.0},
+    ),
     "crop": ("text", "FluxInpaintPipeline", ("image", "mask"), {"strength": 1.0, "mask_crop": 9}),
     "fill": ("fill", "FluxFillPipeline", ("image", "mask"), {"strength": 1.0}),
     "fill a little": ("fill", "FluxFillPipeline", ("image", "mask"), {"strength": 0.7}),
     "control": ("control", "FluxControlPipeline", ("control",), {}),
     "control img2img": (
-        "control", "FluxControlImg2ImgPipeline", ("control", "image"), {"strength": 0.6},
+        "control",
+        "FluxControlImg2ImgPipeline",
+        ("control", "image"),
+        {"strength": 0.6},
     ),
     "control inpaint": (
-        "control", "FluxControlInpaintPipeline", ("control", "image", "mask"), {"strength": 0.8},
+        "control",
+        "FluxControlInpaintPipeline",
+        ("control", "image", "mask"),
+        {"strength": 0.8},
     ),
     "kontext inpaint": ("text", "FluxKontextInpaintPipeline", ("reference", "mask"), {}),
     "kontext inpaint by another": (
-        "text", "FluxKontextInpaintPipeline", ("image", "mask", "reference"), {"strength": 0.9},
+        "text",
+        "FluxKontextInpaintPipeline",
+        ("image", "mask", "reference"),
+        {"strength": 0.9},
     ),
-}  # fmt: skip
+}
 THEIRS = {"mask": "mask_image", "control": "control_image", "reference": "image_reference"}
 
 
@@ -142,8 +155,10 @@ def test_same_pictures_as_diffusers(both, task, monkeypatch):
         num_images_per_prompt=2,
         generator=torch.Generator().manual_seed(7),
         **{names[key]: value for key, value in given.items()},
-        **size, **options, **theirs_only,
-    ).images  # fmt: skip
+        **size,
+        **options,
+        **theirs_only,
+    ).images
     got = ours("a red circle", seed=7, steps=5, guidance=3.5, number=2, **given, **size, **chosen)
     for one, other in zip(got, expected, strict=True):
         same_picture(one, other)
@@ -216,9 +231,13 @@ def test_a_border_is_painted_and_the_picture_kept(both, kind):
     )
     try:
         (drawn,) = ours(
-            "a star", image=photo(size=(96, 64)), expand=(32, 0, 0, 16), steps=4, strength=1.0,
+            "a star",
+            image=photo(size=(96, 64)),
+            expand=(32, 0, 0, 16),
+            steps=4,
+            strength=1.0,
             max_sequence_length=24,
-        )  # fmt: skip
+        )
     finally:
         del ours.encode_posterior
     assert drawn.size == (128, 80), "the picture's and its border's"
@@ -275,7 +294,7 @@ WRONG = [
     ("fill", {"image": photo()}, "draws from an image and a mask; it was given an image"),
     ("control", {}, "from a control, or from a control and an image, or from a control, an image "),
     ("control", {"image": photo(), "mask": hole()}, "it was given an image and a mask"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "given", "words"), WRONG)
@@ -299,8 +318,10 @@ def test_each_model_has_its_published_defaults(folder, both, tmp_path):
     assert read_config(cached).guidance == 10.0
     named = {kind: model_index(both(kind, "FluxPipeline")[0].config.networks) for kind in CHANNELS}
     assert [one["_class_name"] for one in named.values()] == [
-        "FluxPipeline", "FluxControlPipeline", "FluxFillPipeline",
-    ]  # fmt: skip
+        "FluxPipeline",
+        "FluxControlPipeline",
+        "FluxFillPipeline",
+    ]
 
 
 def test_edges_are_opencvs_at_the_size_that_is_drawn(both):
@@ -328,9 +349,12 @@ def test_bfl_encodes_the_mean_keeps_masks_soft_and_reads_128_tokens(both, monkey
     seen = {}
     denoise = ours.denoise
     monkeypatch.setattr(
-        ours, "denoise", lambda heard, noise, **all: seen.update(all, noise=noise, heard=heard)
-        or denoise(heard, noise, **all)
-    )  # fmt: skip
+        ours,
+        "denoise",
+        lambda heard, noise, **all: (
+            seen.update(all, noise=noise, heard=heard) or denoise(heard, noise, **all)
+        ),
+    )
     given = {"image": photo(size=(64, 64)), "mask": Image.new("L", (64, 64), 51)}
     ours("a star", **given, steps=2, rounding="bfl", seed=3)
     noise = draw(3, (1, 16, 8, 8))
@@ -357,10 +381,12 @@ def test_the_recorded_fill_is_drawn_by_the_sampler(shared):
     levels = np.asarray(recorded["schedule"], np.float32)
     schedule = pad(flow_euler(levels))
     drawn = Drawn(
-        schedule, FLUX.passes(len(schedule.times), None),
+        schedule,
+        FLUX.passes(len(schedule.times), None),
         (Conditioning(inputs["txt"], None, inputs["vec"]),),
-        np.full(count, recorded["guidance"], np.float32), channels=channels,
-    )  # fmt: skip
+        np.full(count, recorded["guidance"], np.float32),
+        channels=channels,
+    )
     module = FluxTransformer(config, timestep_rounding="bfl")
     params = from_bfl_params(weights, config)
     (latents,) = denoise_pictures(FLUX, module, params, (noise,), drawn)
@@ -384,13 +410,23 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers_is(both, folder):
     given = {"image": photo(size=(96, 64)), "mask": hole((96, 64)).point(lambda v: v and 255)}
     exact = np.asarray(ours("a star", **given, strength=0.9, steps=4, **SMALL)[0], int)
     expected = theirs(
-        "a star", image=given["image"], mask_image=given["mask"], strength=0.9, guidance_scale=3.5,
-        num_inference_steps=4, generator=torch.Generator().manual_seed(0), **SMALL,
-    ).images[0]  # fmt: skip
-    assert half.start(
-        np.zeros((1, 16, 2, 2), half.dtype), Inputs(image=np.zeros((1, 16, 2, 2), half.dtype)),
-        pad(flow_euler(np.array([1.0, 0.5, 0.0], np.float32), first=1)),
-    ).dtype == half.dtype  # fmt: skip
+        "a star",
+        image=given["image"],
+        mask_image=given["mask"],
+        strength=0.9,
+        guidance_scale=3.5,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(0),
+        **SMALL,
+    ).images[0]
+    assert (
+        half.start(
+            np.zeros((1, 16, 2, 2), half.dtype),
+            Inputs(image=np.zeros((1, 16, 2, 2), half.dtype)),
+            pad(flow_euler(np.array([1.0, 0.5, 0.0], np.float32), first=1)),
+        ).dtype
+        == half.dtype
+    )
     bound = 1.5 * np.abs(np.asarray(expected, int) - exact).mean()
     for rounding in ("diffusers", "none"):
         got = half("a star", **given, strength=0.9, steps=4, rounding=rounding, **SMALL)[0]
@@ -427,10 +463,17 @@ def test_a_preview_begins_where_the_run_does(both):
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "image.png"
         photo(size=(64, 64)).save(path)
-        settings = override(ours.defaults, {
-            "image": str(path), "strength": 0.3, "steps": 10, "width": 64, "height": 64,
-            "max_sequence_length": 24,
-        })  # fmt: skip
+        settings = override(
+            ours.defaults,
+            {
+                "image": str(path),
+                "strength": 0.3,
+                "steps": 10,
+                "width": 64,
+                "height": 64,
+                "max_sequence_length": 24,
+            },
+        )
         preview = Preview(ours, settings, 0, shown.__setitem__, decoder=True)
         drawn = ours.draw(settings, on_step=preview)
     assert list(shown) == [1, 2, 3], "three steps of ten"

@@ -39,9 +39,14 @@ def test_the_picture_is_that_of_diffusers(pipe, expected, name):
         use_flow_sigmas=True, prediction_type="flow_prediction", use_dynamic_shifting=True, **values
     )
     picture = expected(
-        "a red circle", num_inference_steps=4, width=96, height=80, max_sequence_length=32,
-        generator=torch.Generator("cpu").manual_seed(4), guidance_scale=pipe.defaults.guidance,
-    ).images[0]  # fmt: skip
+        "a red circle",
+        num_inference_steps=4,
+        width=96,
+        height=80,
+        max_sequence_length=32,
+        generator=torch.Generator("cpu").manual_seed(4),
+        guidance_scale=pipe.defaults.guidance,
+    ).images[0]
     (ours,) = pipe("a red circle", sampler=name, **CHOICES)
     distance = np.abs(np.asarray(ours, int) - np.asarray(picture, int))
     assert (distance <= 1).mean() >= 0.999

@@ -208,17 +208,34 @@ def test_flows_have_samplers_too(name):
         ({"_class_name": "DDIMScheduler"}, {"sigmas": "karras"}, "DDIMScheduler has no karras"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"name": "ddim"}, "no sampler of a"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"spacing": "leading"}, "no times"),
-        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True,
-          "timestep_spacing": "trailing"}, {}, "no finite step"),
+        (
+            {
+                "_class_name": "DDIMScheduler",
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+            },
+            {},
+            "no finite step",
+        ),
         ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, {}, "no finite step"),
-        ({"_class_name": "DDIMScheduler", "timestep_spacing": "leading", "steps_offset": 500},
-         {}, "begin at timestep"),
+        (
+            {"_class_name": "DDIMScheduler", "timestep_spacing": "leading", "steps_offset": 500},
+            {},
+            "begin at timestep",
+        ),
         ({"_class_name": "KarrasVeScheduler"}, {}, "is no sampler here"),
         ({"_class_name": "DDIMScheduler", "beta_end": 7.0}, {}, "beta_end must be from"),
-        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True,
-          "use_beta_sigmas": True}, {}, "only one of"),
+        (
+            {
+                "_class_name": "EulerDiscreteScheduler",
+                "use_karras_sigmas": True,
+                "use_beta_sigmas": True,
+            },
+            {},
+            "only one of",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_no_sampler_can_do_is_said(values, asked, words):
     with pytest.raises(ConfigError, match=words):
         sampler_run(chosen(sampler_config(values), **asked), 20)

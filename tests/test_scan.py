@@ -41,9 +41,11 @@ def run(schedule: Schedule, start: np.ndarray, noise: np.ndarray | None = None) 
         missing = len(padded.times) - len(noise)
         noise = np.pad(noise, [(0, missing)] + [(0, 0)] * (noise.ndim - 1))[None]
     in_parts(
-        lambda state, part: scan(state, part, noise), state, padded,
+        lambda state, part: scan(state, part, noise),
+        state,
+        padded,
         on_step=lambda step, state: seen.append(np.asarray(state[0])),
-    )  # fmt: skip
+    )
     return np.stack(seen)
 
 
@@ -133,8 +135,11 @@ def test_three_latents_for_a_method_of_adams():
     matrices, before = np.zeros((13, 3, 5)), len(COMPILED)
     for i, h in enumerate(np.diff(steps)):
         weights = ((1.0, 0, 0), (1.5, -0.5, 0), (23 / 12, -16 / 12, 5 / 12))[min(i, 2)]
-        matrices[i] = [[1, h * weights[1], h * weights[2], h * weights[0], 0],
-                       [0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]  # fmt: skip
+        matrices[i] = [
+            [1, h * weights[1], h * weights[2], h * weights[0], 0],
+            [0, 0, 0, 1, 0],
+            [0, 1, 0, 0, 0],
+        ]
     one = np.ones(13, np.float32)
     schedule = Schedule(
         steps[:-1].astype(np.float32), one, one > 0, None, matrices.astype(np.float32)

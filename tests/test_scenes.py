@@ -95,11 +95,15 @@ def test_objects_stay_inside_and_apart(width, height):
 
 def test_a_picture_shows_colour_background_split_and_smooth_edges():
     scenes = Scene(*(field[:1] for field in numpy_scenes()))._replace(
-        kind=np.array([0]), count=np.array([1]), shape=np.array([[0, 0, 0]]),
-        colour=np.array([[3, 0, 0]]), centre=np.full((1, 3, 2), 0.5, np.float32),
-        radius=np.full((1, 3), 0.25, np.float32), background=np.array([[0, 4]]),
+        kind=np.array([0]),
+        count=np.array([1]),
+        shape=np.array([[0, 0, 0]]),
+        colour=np.array([[3, 0, 0]]),
+        centre=np.full((1, 3, 2), 0.5, np.float32),
+        radius=np.full((1, 3), 0.25, np.float32),
+        background=np.array([[0, 4]]),
         split=np.array([1]),
-    )  # fmt: skip
+    )
     picture = (np.asarray(render(scenes, **SIDE))[0] + 1) * 127.5
     np.testing.assert_allclose(picture[48, 48], world.COLOURS["green"], atol=0.01)
     np.testing.assert_allclose(picture[5, 5], world.BACKGROUNDS["white"], atol=0.01)

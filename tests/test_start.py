@@ -127,9 +127,14 @@ def test_completion_knows_every_verb_and_its_options(tmp_path):
     script = tmp_path / "completion.bash"
     script.write_text(fluxjax("completion", "bash").stdout)
     asked = (
-        "", "train e", "train recipe.toml --optimizer.l", "train export --st",
-        "train precompute recipe.toml --optimizer.l", "train evaluate --held", "train --sil",
-    )  # fmt: skip
+        "",
+        "train e",
+        "train recipe.toml --optimizer.l",
+        "train export --st",
+        "train precompute recipe.toml --optimizer.l",
+        "train evaluate --held",
+        "train --sil",
+    )
     program = f"source {script}\n"
     for words in asked:
         line = ["fluxjax", *words.split(" ")]

@@ -122,9 +122,17 @@ def said_as(sizes, background, spans=None):
 def scene(kind, count, relation, shapes, colours):
     one = np.ones(3)
     fields = Scene(
-        KINDS.index(kind), count, shapes, colours, [0, 1, 2], relation, np.zeros((3, 2)), one,
-        [2, 4], 1,
-    )  # fmt: skip
+        KINDS.index(kind),
+        count,
+        shapes,
+        colours,
+        [0, 1, 2],
+        relation,
+        np.zeros((3, 2)),
+        one,
+        [2, 4],
+        1,
+    )
     return Scene(*(np.asarray(f)[None] for f in fields))
 
 
@@ -253,10 +261,14 @@ def test_words_learn_from_their_counterparts_and_others_from_others(warm):
         assert lesson.source[row, end, its] == 1 and lesson.other[row, its] == 1
     assert asked > 100
     states = jax.random.normal(jax.random.key(0), (64, new.length, 8))
-    words, others = paraphrase.distance(states, states, lesson._replace(
-        source=np.broadcast_to(np.eye(new.length, dtype=np.float32), lesson.source.shape),
-        other=np.ones_like(lesson.other),
-    ))  # fmt: skip
+    words, others = paraphrase.distance(
+        states,
+        states,
+        lesson._replace(
+            source=np.broadcast_to(np.eye(new.length, dtype=np.float32), lesson.source.shape),
+            other=np.ones_like(lesson.other),
+        ),
+    )
     assert float(words) < 1e-10 and float(others) < 1e-5
     moved = lesson.weight[..., None] * np.ones(8, np.float32)
     words, _ = paraphrase.distance(

@@ -89,9 +89,10 @@ def test_a_character_map_with_one_bit_changed_is_looked_through(tmp_path, monkey
     path = tmp_path / "tokenizer_2" / "tokenizer.json"
     values = json.loads(path.read_text())
     (part,) = [
-        p for p in values["normalizer"].get("normalizers", [values["normalizer"]])
+        p
+        for p in values["normalizer"].get("normalizers", [values["normalizer"]])
         if p["type"] == "Precompiled"
-    ]  # fmt: skip
+    ]
     charsmap = bytearray(base64.b64decode(part["precompiled_charsmap"]))
     charsmap[-2] ^= 1
     part["precompiled_charsmap"] = base64.b64encode(charsmap).decode()

@@ -27,10 +27,14 @@ from fluxjax.train.step import TrainState, init_state, make_step
 SMALL = replace(
     TINY,
     transformer=replace(
-        TINY.transformer, num_layers=1, num_single_layers=1, num_attention_heads=1,
-        joint_attention_dim=16, pooled_projection_dim=8,
+        TINY.transformer,
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=1,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
     ),
-)  # fmt: skip
+)
 
 
 def test_autoencoder_loss_is_zero_only_for_a_perfect_copy_at_the_prior():
@@ -220,17 +224,28 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
         recipe,
         folder=tmp_path,
         autoencoder=replace(
-            recipe.autoencoder, steps=3, small_steps=1, small_size=32, size=32, batch=2,
-            small_batch=2, decoder_steps=2,
+            recipe.autoencoder,
+            steps=3,
+            small_steps=1,
+            small_size=32,
+            size=32,
+            batch=2,
+            small_batch=2,
+            decoder_steps=2,
         ),
         paraphrase=replace(recipe.paraphrase, steps=1, batch=4, held_out_captions=8),
         transformer=first,
         refine=first,  # the same program: compiled once
         distill=replace(
-            recipe.distill, products="float32", steps=2, decay_steps=1, batch=4, pool=64,
+            recipe.distill,
+            products="float32",
+            steps=2,
+            decay_steps=1,
+            batch=4,
+            pool=64,
             buckets=((48, 32),),
         ),
-    )  # fmt: skip
+    )
     # Compiling takes minutes: few blocks, two levels, and text encoders that are there already.
     small = replace(
         TINY,

@@ -21,8 +21,10 @@ IDENTITY = {"recipe": "abc", "data": "def"}
 
 
 def state_of(value: float):
-    params = {"b": {"kernel": jnp.full((3, 4), value), "bias": jnp.arange(4.0)},
-              "a": {"kernel": jnp.full((4, 4), value, jnp.bfloat16)}}  # fmt: skip
+    params = {
+        "b": {"kernel": jnp.full((3, 4), value), "bias": jnp.arange(4.0)},
+        "a": {"kernel": jnp.full((4, 4), value, jnp.bfloat16)},
+    }
     return init_state(params, optax.adamw(1e-3), ema=False)
 
 

@@ -76,9 +76,11 @@ def run_theirs(model, inputs, dtype=torch.float32):
     added = {k: x[k] for k in ("text_embeds", "time_ids") if k in x}
     with torch.no_grad():
         sample = (model if dtype == torch.float32 else model.to(dtype))(
-            x["sample"].movedim(-1, 1).to(dtype), x["timestep"],
-            x["encoder_hidden_states"].to(dtype), added_cond_kwargs=added,
-        ).sample  # fmt: skip
+            x["sample"].movedim(-1, 1).to(dtype),
+            x["timestep"],
+            x["encoder_hidden_states"].to(dtype),
+            added_cond_kwargs=added,
+        ).sample
     return sample.float().movedim(1, -1).numpy()
 
 
