@@ -18,24 +18,34 @@ Made from the docstrings by `python docs/make_api.py`; a test demands that it is
 """
 PUBLIC = {
     "Drawing": [
-        "fluxjax:load_pipeline", "fluxjax:Pipeline", "fluxjax.sample.settings:Settings",
-        "fluxjax.sample.preview:Preview", "fluxjax.sample.preview:LinearMap",
-        "fluxjax.sample.pictures:to_bytes", "fluxjax.picture_sheet:picture_sheet",
+        "fluxjax:load_pipeline",
+        "fluxjax:Pipeline",
+        "fluxjax.sample.settings:Settings",
+        "fluxjax.sample.preview:Preview",
+        "fluxjax.sample.preview:LinearMap",
+        "fluxjax.sample.pictures:to_bytes",
+        "fluxjax.picture_sheet:picture_sheet",
     ],
     "Models by name": ["fluxjax.hub:find", "fluxjax.hub:tiny_folder"],
     "Converting": [
-        "fluxjax.convert.convert:plan", "fluxjax.convert.convert:run",
-        "fluxjax.convert.convert:Conversion", "fluxjax.checkpoint.lora.reader:read_adapters",
-        "fluxjax.checkpoint.lora.reader:read_lora", "fluxjax.checkpoint.lora.merge:merge",
+        "fluxjax.convert.convert:plan",
+        "fluxjax.convert.convert:run",
+        "fluxjax.convert.convert:Conversion",
+        "fluxjax.checkpoint.lora.reader:read_adapters",
+        "fluxjax.checkpoint.lora.reader:read_lora",
+        "fluxjax.checkpoint.lora.merge:merge",
     ],
     "Training": ["fluxjax.train.recipe:read_recipe", "fluxjax.train.finetune:finetune"],
     "Configurations": [
-        "fluxjax.config:PipelineConfig", "fluxjax.config:FluxConfig",
-        "fluxjax.config:AutoencoderConfig", "fluxjax.config:T5Config",
-        "fluxjax.config:CLIPTextConfig", "fluxjax.config:SchedulerConfig",
+        "fluxjax.config:PipelineConfig",
+        "fluxjax.config:FluxConfig",
+        "fluxjax.config:AutoencoderConfig",
+        "fluxjax.config:T5Config",
+        "fluxjax.config:CLIPTextConfig",
+        "fluxjax.config:SchedulerConfig",
         "fluxjax.config:ConfigError",
     ],
-}  # fmt: skip
+}
 
 
 def page() -> str:
