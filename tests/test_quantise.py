@@ -16,7 +16,7 @@ from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import ConfigError, FluxConfig, T5Config
 from fluxjax.convert import convert
 from fluxjax.convert.__main__ import main as convert_command
-from fluxjax.models.quantised import KINDS
+from fluxjax.quantised_kinds import KINDS
 
 # Rows of 256, so that the K types fit; shapes tell it all.
 SMALL = FluxConfig(

@@ -1,23 +1,36 @@
 """Weights that stay quantised on the device: the same as their values, in less memory."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import fluxjax
+from fluxjax.checkpoint.finite import only_finite_codes
+from fluxjax.checkpoint.quantised.quantise import quantised
 from fluxjax.checkpoint.source import open_component, open_source
 from fluxjax.checkpoint.templates import abstract_params, quantised_template
+from fluxjax.checkpoint.tensors import astype, of_array
 from fluxjax.config import ConfigError
 from fluxjax.convert import convert
 from fluxjax.models.dense import Dense
+from fluxjax.models.gguf_blocks import BLOCK_TYPES
 from fluxjax.models.lora import LoraConfig, adapt, init_lora, variables
+from fluxjax.models.names import flatten
 from fluxjax.models.products import affine
-from fluxjax.models.quantised import KINDS, Quantised, abstract, decode
+from fluxjax.models.quantised import Quantised, abstract, decode
 from fluxjax.networks import network_of
+from fluxjax.parallel.mesh import make_mesh
+from fluxjax.parallel.rules import param_shardings
+from fluxjax.quantised_kinds import KINDS
+from fluxjax.sample.picture_formats import read_record
+from fluxjax.sample.picture_record import remembered
 
 ASSETS = Path(fluxjax.__file__).parent / "assets" / "tiny"
 
@@ -146,20 +159,122 @@ def test_programs_without_codes_are_the_same_to_the_letter():
     assert texts[0] == texts[2] and texts[1] == texts[3]
 
 
+CHOSEN: dict[str, Any] = {
+    "width": 64,
+    "height": 64,
+    "steps": 2,
+    "max_sequence_length": 16,
+    "seed": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def quantised_folder(tmp_path_factory):
+    """The embedded model with transformer and T5 in int8."""
+    folder = tmp_path_factory.mktemp("int8") / "model"
+    convert.run(convert.plan(ASSETS, folder, quantised="int8"))
+    return folder
+
+
 @pytest.mark.slow
-def test_a_pipeline_draws_with_codes():
-    """As with plain weights, nearly: the embedded model in int8."""
-    chosen = {"width": 64, "height": 64, "steps": 4, "max_sequence_length": 16, "seed": 1}
-    plain = np.asarray(fluxjax.load_pipeline("tiny")("a red circle", **chosen)[0], np.float32)
-    pipe = fluxjax.load_pipeline("tiny", quantise="int8")
-    drawn = np.asarray(pipe("a red circle", **chosen)[0], np.float32)
-    assert 0 < np.abs(drawn - plain).mean() < 12
-    kernel = pipe.params("transformer")["single_transformer_blocks_0"]["proj_mlp"]["kernel"]
-    assert kernel.parts["codes"].dtype == np.int8
+def test_quantised_files_keep_their_codes_and_draw(quantised_folder, tmp_path):
+    """In their codes, or decoded: the same picture; and what it was drawn with is in its record."""
+    pipe = fluxjax.load_pipeline(quantised_folder)
+    kept = pipe("a red circle", **CHOSEN)[0]
+    for component in ("transformer", "text_encoder_2"):
+        leaves = jax.tree.leaves(pipe.params(component))
+        assert any(leaf.dtype == np.int8 for leaf in leaves), component
+    decoded = fluxjax.load_pipeline(quantised_folder, quantise="none")
+    assert not any(leaf.dtype == np.int8 for leaf in jax.tree.leaves(decoded.params("transformer")))
+    values = np.asarray(decoded("a red circle", **CHOSEN)[0], np.int16)
+    assert np.abs(np.asarray(kept, np.int16) - values).max() <= 1
+    pipe = fluxjax.load_pipeline("tiny", quantise="transformer=nf4,text_encoder_2=int8")
+    drawn = pipe("a red circle", **CHOSEN)[0]
+    assert 0 < np.abs(np.asarray(drawn, np.int16) - values).mean() < 40
+    record = read_record(fluxjax.save_picture(drawn, tmp_path / "picture.png"))
+    assert record["quantise"] == "transformer=nf4,text_encoder_2=int8"
+    assert "unrepeatable" not in record
+    assert remembered(tmp_path / "picture.png").sources.quantise == record["quantise"]
+
+
+def test_codes_are_split_as_their_kernels_are(tiny):
+    """By rows over `tensor` and by groups of columns over `fsdp`, scales with their codes."""
+    mesh = make_mesh("tensor=2,fsdp=4")
+    for kind, rows, columns in (("nf4", 2, 1), ("int8", 2, 4), ("q8_0", 2, 1)):
+        template, _ = tiny.template(stacked=True, quantise=kind)
+        places = param_shardings(tiny.config, template, mesh)
+        kernel = template["single_transformer_blocks"]["proj_mlp"]["kernel"]
+        where = places["single_transformer_blocks"]["proj_mlp"]["kernel"]
+        for name, part in kernel.parts.items():
+            shard = where.parts[name].shard_shape(part.shape)
+            width = 1 if part.shape[-1] == 1 else columns
+            assert shard == (6, part.shape[1] // rows, part.shape[2] // width), (kind, name)
+
+
+def test_a_mesh_computes_with_codes(tiny, forward):
+    """Read onto eight devices, each its part; the forward is one device's."""
+    mesh = make_mesh("tensor=2,fsdp=4")
+    template, _ = tiny.template(stacked=True, quantise="int8")
+    places = param_shardings(tiny.config, template, mesh)
+    params = tiny.fill(template, dtype=np.float32, shardings=places)
+    codes = params["single_transformer_blocks"]["proj_mlp"]["kernel"].parts["codes"]
+    assert codes.addressable_shards[0].data.size == codes.size // 8
+    expected = forward(tiny.params(stacked=True, dtype=np.float32, quantise="int8"))
+    assert np.linalg.norm(forward(params) - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_layers_of_several_forms_are_decoded(tmp_path):
+    """Where they are scanned they cannot be told apart; where each is by itself they keep codes."""
+    tensors = {}
+    network = open_component(ASSETS, "transformer")
+    for name, tensor in network.tensors.items():
+        kind = {"0": "int8", "1": "nf4"}.get(name.split(".")[1]) if ".proj_mlp." in name else None
+        tensors[name] = quantised(tensor, kind) if kind and len(tensor.shape) == 2 else tensor
+    network = replace(network, tensors=tensors)
+    template, mixed = network.template(stacked=True, quantise="keep")
+    assert mixed == ["single_transformer_blocks.0.proj_mlp.weight"]
+    assert not any(isinstance(leaf, Quantised) for leaf in flatten(template).values())
+    template, mixed = network.template(stacked=False, quantise="keep")
+    assert not mixed
+    kinds = {leaf.kind for leaf in flatten(template).values() if isinstance(leaf, Quantised)}
+    assert kinds == {"int8", "nf4"}
+
+
+def test_fp8_without_scales_is_kept(tiny):
+    tensors = {
+        name: astype(tensor, np.dtype(ml_dtypes.float8_e4m3fn))
+        if len(tensor.shape) == 2
+        else tensor
+        for name, tensor in tiny.tensors.items()
+    }
+    network = replace(tiny, tensors=tensors)
+    template, _ = network.template(stacked=True, quantise="keep")
+    kernel = template["single_transformer_blocks"]["proj_mlp"]["kernel"]
+    params = network.fill(template, dtype=np.float32)
+    made = params["single_transformer_blocks"]["proj_mlp"]["kernel"]
+    assert kernel.kind == made.kind == "fp8"
+    expected = tensors["single_transformer_blocks.3.proj_mlp.weight"].read().astype(np.float32)
+    np.testing.assert_array_equal(decode(made)[3], expected)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "Q6_K"])
+def test_scales_of_blocks_that_are_not_finite_are_refused(kind):
+    values = np.random.default_rng(0).normal(size=(4, 512)).astype(np.float32)
+    made = quantised(of_array(values), kind.lower())
+    assert made is not None and made.packed is not None
+    packed = made.packed
+    blocks = packed.parts["blocks"].read().copy()
+    assert np.array_equal(only_finite_codes(packed, "x").parts["blocks"].read(), blocks)
+    size = BLOCK_TYPES[kind].size
+    at = size + BLOCK_TYPES[kind].halves[-1]
+    blocks[2, at : at + 2] = np.frombuffer(np.float16("inf").tobytes(), np.uint8)
+    damaged = Quantised(kind, {"blocks": of_array(blocks)})
+    with pytest.raises(ConfigError, match=r"x has values that are not finite .1 infinite"):
+        only_finite_codes(damaged, "x").parts["blocks"].read()
 
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="one of int8, fp8, nf4"):
         fluxjax.load_pipeline("tiny", quantise="int3")
-    with pytest.raises(ConfigError, match="one device"):
-        fluxjax.load_pipeline("tiny", quantise="int8", mesh="fsdp=2")
+    with pytest.raises(ConfigError, match="quantise is for transformer, text_encoder"):
+        fluxjax.load_pipeline("tiny", quantise="vae=int8")

@@ -12,6 +12,8 @@ import numpy as np
 
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.config import ConfigError
+from fluxjax.models.gguf_blocks import BLOCK_TYPES
+from fluxjax.models.quantised import Quantised
 
 _CHUNK = 2**19  # bytes that stay in a core's cache while they are looked at twice
 
@@ -25,13 +27,41 @@ def only_finite(tensor: Tensor, name: str) -> Tensor:
         with np.errstate(over="ignore", invalid="ignore"):  # of a cast: said below
             array = tensor.rows(start, stop)
         if not is_finite(array):
-            raise ConfigError(
-                f"{name} has values that are not finite ({not_finite(array)}): the file is damaged "
-                "or was saved wrongly"
-            )
+            raise _refusal(name, array)
         return array
 
     return replace(tensor, rows=rows)
+
+
+def only_finite_codes(packed: Quantised, name: str) -> Quantised:
+    """The same codes; reading a part raises ConfigError if values would not be finite.
+
+    Of GGUF's blocks the scales are looked at: all else in them is whole numbers.
+    """
+    if packed.kind not in BLOCK_TYPES:
+        return packed.map(lambda part: only_finite(part, name))
+    kind = BLOCK_TYPES[packed.kind]
+
+    def checked(part: Tensor) -> Tensor:
+        def rows(start: int, stop: int) -> np.ndarray:
+            array = np.ascontiguousarray(part.rows(start, stop))
+            blocks = array.reshape(-1, kind.size)
+            for at in kind.halves:
+                scales = np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)
+                if not is_finite(scales):
+                    raise _refusal(name, scales)
+            return array
+
+        return replace(part, rows=rows)
+
+    return packed.map(checked)
+
+
+def _refusal(name: str, array: np.ndarray) -> ConfigError:
+    return ConfigError(
+        f"{name} has values that are not finite ({not_finite(array)}): the file is damaged or was "
+        "saved wrongly"
+    )
 
 
 def is_finite(array: np.ndarray) -> bool:

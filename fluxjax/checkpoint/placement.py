@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from fluxjax.checkpoint import engine
-from fluxjax.checkpoint.finite import only_finite
+from fluxjax.checkpoint.finite import only_finite, only_finite_codes
 from fluxjax.checkpoint.mapped_memory import contiguous
+from fluxjax.checkpoint.quantised.parts import codes_of, form_of
 from fluxjax.checkpoint.quantised.quantise import quantised
 from fluxjax.checkpoint.tensors import Tensor, astype
 from fluxjax.models.names import is_stacked, published_name
 from fluxjax.models.quantised import Quantised
-from fluxjax.models.stacking import GROUPS
 from fluxjax.networks.tables import Table
 
 _AT_ONCE = 2**24  # bytes of a stacked leaf below which layer by layer is not worth it
@@ -36,75 +36,69 @@ def load_tree(
     """`engine.to_ours` onto devices. A stacked leaf that is split is filled layer by layer.
 
     The host then holds no more than one layer, or one leaf that is not stacked, and its parts.
+    Matrices that are codes in `template` (see `templates`) are kept so: a file's own codes are
+    taken, others are made as they are read; `source` then has the reference's names.
     Raises ConfigError naming a tensor with NaN or infinite values, in `dtype` if that is given.
-    """
-    cast = source
-    if dtype is not None:
-        cast = {name: astype(tensor, np.dtype(dtype)) for name, tensor in source.items()}
-    finite = {name: only_finite(tensor, name) for name, tensor in cast.items()}
-    flat = engine.flatten(shardings) if isinstance(shardings, Mapping) else None
-
-    def place(path: tuple[str, ...], tensor: Tensor) -> jax.Array:
-        sharding: Any = flat[path] if flat is not None else shardings
-        if sharding is None:
-            return jax.numpy.asarray(contiguous(tensor.read()))
-        stacked = any(key in GROUPS for key in path)
-        if stacked and tensor.nbytes > _AT_ONCE and _layers_are_whole(sharding):
-            return _fill(tensor, sharding)
-        return _put(tensor.read(), sharding)
-
-    return engine.to_ours(finite, table, template, place=place)
-
-
-def load_quantised(
-    source: Mapping[str, Tensor],
-    table: Table,
-    template: Mapping[str, Any],
-    kind: str,
-    *,
-    dtype: Any = None,
-    sharding: Sharding | None = None,
-) -> dict[str, Any]:
-    """`load_tree` onto one device; matrices that are codes in `template` (`quantised_template`) are
-    quantised as they are read. Codes that a file has of that very kind and form are taken.
     """
     flat = engine.flatten(template)
     codes = {path: leaf for path, leaf in flat.items() if isinstance(leaf, Quantised)}
-    rest = engine.unflatten({path: leaf for path, leaf in flat.items() if path not in codes})
-    names: dict[tuple[str, ...], list[str]] = {path: [] for path in codes}
-    for path, leaf in codes.items():
-        stacked = is_stacked(path)
-        for layer in range(leaf.shape[0]) if stacked else (None,):
-            names[path].append(published_name(path, layer))
+    if codes:
+        template = engine.unflatten({p: leaf for p, leaf in flat.items() if p not in codes})
+    names = {path: _names(path, leaf) for path, leaf in codes.items()}
     taken = {name for each in names.values() for name in each}
     plain = {name: tensor for name, tensor in source.items() if name not in taken}
-    loaded = engine.flatten(load_tree(plain, table, rest, dtype=dtype, shardings=sharding))
+    if dtype is not None:
+        plain = {name: astype(tensor, np.dtype(dtype)) for name, tensor in plain.items()}
+    finite = {name: only_finite(tensor, name) for name, tensor in plain.items()}
+    where = engine.flatten(shardings) if isinstance(shardings, Mapping) else None
+
+    def place(path: tuple[str, ...], tensor: Tensor) -> jax.Array:
+        return _place(path, tensor, shardings if where is None else where[path])
+
+    loaded = engine.to_ours(finite, table, template, place=place)
+    if not codes:
+        return loaded
+    loaded = engine.flatten(loaded)
     for path, leaf in codes.items():
-        packed = [_packed(source[name], name, leaf, kind) for name in names[path]]
-        parts = {part: [one.parts[part] for one in packed] for part in leaf.parts}
-        loaded[path] = Quantised(
-            leaf.kind,
-            {
-                part: jax.device_put(
-                    contiguous((engine.stack(each) if is_stacked(path) else each[0]).read()),
-                    sharding,
-                )
-                for part, each in parts.items()
-            },
-        )
+        sharding = shardings if where is None else where[path]
+        packed = [_packed(source[name], name, leaf) for name in names[path]]
+        loaded[path] = _place_codes(path, leaf, packed, sharding)
     return engine.unflatten(loaded)
 
 
-def _packed(tensor: Tensor, name: str, leaf: Quantised, kind: str) -> Quantised:
+def _place(path: tuple[str, ...], tensor: Tensor, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jax.numpy.asarray(contiguous(tensor.read()))
+    if is_stacked(path) and tensor.nbytes > _AT_ONCE and _layers_are_whole(sharding):
+        return _fill(tensor, sharding)
+    return _put(tensor.read(), sharding)
+
+
+def _names(path: tuple[str, ...], leaf: Quantised) -> list[str]:
+    """The published names of a leaf's layers."""
+    layers = range(leaf.shape[0]) if is_stacked(path) else (None,)
+    return [published_name(path, layer) for layer in layers]
+
+
+def _place_codes(
+    path: tuple[str, ...], leaf: Quantised, packed: list[Quantised], sharding: Any
+) -> Quantised:
+    """`sharding`: one for all, or a `Quantised` with one for each part."""
+    parts: dict[str, Any] = {}
+    for part in leaf.parts:
+        each = [one.parts[part] for one in packed]
+        tensor = engine.stack(each) if is_stacked(path) else each[0]
+        own = sharding.parts[part] if isinstance(sharding, Quantised) else sharding
+        parts[part] = _place(path, tensor, own)
+    return Quantised(leaf.kind, parts)
+
+
+def _packed(tensor: Tensor, name: str, leaf: Quantised) -> Quantised:
     """Raises ConfigError, naming the tensor, for values that are not finite."""
-    wanted = {part: (shape.shape[-2:], shape.dtype) for part, shape in leaf.parts.items()}
-    packed = tensor.packed
-    there = packed and {part: (each.shape, each.dtype) for part, each in packed.parts.items()}
-    if packed is not None and packed.kind == leaf.kind and there == wanted:
-        for _ in only_finite(tensor, name).blocks():
-            pass
-        return packed
-    made = quantised(only_finite(replace(tensor, packed=None), name), kind)
+    packed = codes_of(tensor)
+    if packed is not None and form_of(packed) == form_of(leaf):
+        return only_finite_codes(packed, name)
+    made = quantised(only_finite(replace(tensor, packed=None), name), leaf.kind)
     assert made is not None and made.packed is not None  # or the template would have no codes here
     return made.packed
 

@@ -26,18 +26,19 @@ from fluxjax.checkpoint.detect import (
 )
 from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.orbax_params import is_orbax, read_orbax
-from fluxjax.checkpoint.placement import load_quantised, load_tree
+from fluxjax.checkpoint.placement import load_tree
 from fluxjax.checkpoint.quantised import comfy
 from fluxjax.checkpoint.quantised.gguf import MAGIC, read_gguf
 from fluxjax.checkpoint.quantised.reader import refuse_packed, unquantised
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.sharded import read_sharded
 from fluxjax.checkpoint.source_record import Record, dequantise, is_fp8_extra
-from fluxjax.checkpoint.templates import abstract_params, quantised_template
+from fluxjax.checkpoint.templates import abstract_params, kept_template, quantised_template
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.config import ConfigError
 from fluxjax.networks import NETWORKS, Config, by_component, network_of
 from fluxjax.networks.tables import Table
+from fluxjax.quantised_kinds import KEEP, NONE
 
 RECORD_FILE = "fluxjax_source.json"
 METADATA_KEY = "fluxjax"
@@ -62,29 +63,39 @@ class OpenNetwork:
     where: Path
     dropped: tuple[str, ...] = ()
 
+    def template(self, *, stacked: bool, quantise: str = NONE) -> tuple[dict[str, Any], list[str]]:
+        """Shapes of `params`, the values in float32; and what `templates.kept_template` decodes."""
+        tree = abstract_params(self.config, stacked=stacked)
+        if quantise == KEEP:
+            return kept_template(tree, self.config, self.tensors)
+        if quantise == NONE:
+            return tree, []
+        return quantised_template(tree, self.config, quantise), []
+
     def params(
         self,
         *,
         stacked: bool,
         dtype: Any = None,
         shardings: Any = None,
-        quantise: str | None = None,
+        quantise: str = NONE,
     ) -> dict[str, Any]:
         """Our parameters as JAX arrays; see `pipeline_folder.load_params`.
 
-        `quantise`: one of `fluxjax.models.quantised.KINDS`, in which the large matrices are kept,
-        all on one device.
+        `quantise`: "keep" leaves dense kernels in the codes that the file has; one of
+        `fluxjax.quantised_kinds.KINDS` keeps the blocks' products in that; "none" keeps values.
 
         Raises ConfigError naming a tensor with NaN or infinite values, and the file or folder.
         """
-        template = abstract_params(self.config, stacked=stacked)
+        template, _ = self.template(stacked=stacked, quantise=quantise)
+        return self.fill(template, dtype=dtype, shardings=shardings)
+
+    def fill(
+        self, template: Mapping[str, Any], *, dtype: Any = None, shardings: Any = None
+    ) -> dict[str, Any]:
+        """`params` of the form of a `template`."""
         table = network_of(self.config).dialect("reference").table(self.config)
         try:
-            if quantise is not None:
-                template = quantised_template(template, self.config, quantise)
-                return load_quantised(
-                    self.tensors, table, template, quantise, dtype=dtype, sharding=shardings
-                )
             return load_tree(self.tensors, table, template, dtype=dtype, shardings=shardings)
         except ConfigError as error:
             raise ConfigError(f"{self.where}: {self.component}: {error}") from None

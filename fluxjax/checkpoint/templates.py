@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxjax.checkpoint.quantised.parts import codes_of, form_of
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.models.names import flatten, is_stacked, published_name, unflatten
-from fluxjax.models.quantised import abstract
+from fluxjax.models.quantised import Quantised, abstract
 from fluxjax.models.stacking import unstack_layers
 from fluxjax.networks import Config, network_of
 
@@ -58,6 +59,36 @@ def quantised_template(tree: Mapping[str, Any], config: Config, kind: str) -> di
         if path[-1] == "kernel" and re.fullmatch(pattern, name):
             flat[path] = abstract(kind, leaf.shape) or leaf
     return unflatten(flat)
+
+
+def kept_template(
+    tree: Mapping[str, Any], config: Config, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """A template in which the dense kernels have the codes of `tensors`, where these have any; and
+    the names of stacked ones that must be values, since their layers' codes are of several forms.
+    """
+    flat, mixed = flatten(tree), []
+    for path, leaf in flat.items() if network_of(config).quantised else ():
+        layers = leaf.shape[:1] if is_stacked(path) else ()
+        if path[-1] != "kernel" or len(leaf.shape) - len(layers) != 2:
+            continue
+        names = [published_name(path, i) for i in (range(*layers) if layers else (None,))]
+        packed = [codes_of(tensors[name]) for name in names]
+        first = packed[0]
+        if first is None or len({one and form_of(one) for one in packed}) > 1:
+            mixed += [names[0]] if any(packed) else []
+            continue
+        flat[path] = first.map(lambda p, n=layers: jax.ShapeDtypeStruct((*n, *p.shape), p.dtype))
+    return unflatten(flat), mixed
+
+
+def in_dtype(template: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Shapes of the parameters where values have `dtype`; codes stay as they are."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, Quantised) else jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree.map(cast, dict(template), is_leaf=lambda leaf: isinstance(leaf, Quantised))
 
 
 def parameter_count(tree: Any) -> int:

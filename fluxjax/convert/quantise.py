@@ -13,9 +13,10 @@ from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.quantised.quantise import quantised
 from fluxjax.checkpoint.tensors import Tensor, of_array, reshape
 from fluxjax.config import ConfigError
-from fluxjax.models.quantised import KINDS, LEVELS, Quantised
+from fluxjax.models.quantised import LEVELS, Quantised
 from fluxjax.networks import network_of
 from fluxjax.networks.tables import Table
+from fluxjax.quantised_kinds import KINDS
 
 Kind = Literal["int8", "fp8", "nf4", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0"]
 assert get_args(Kind) == KINDS
@@ -24,6 +25,8 @@ FORMS: dict[str, Literal["diffusers", "bfl"]] = {"int8": "diffusers", "nf4": "di
 # llama.cpp's numbers of what most tensors of a file are.
 _FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k": 14, "q5_k": 16, "q6_k": 18}
 _ARCHITECTURES = {"transformer": "flux", "text_encoder_2": "t5encoder"}
+COMPONENTS = tuple(_ARCHITECTURES)
+"""What is quantised. CLIP is small, and other programs expect it in 16 bits."""
 
 
 def is_gguf_kind(kind: str | None) -> bool:

@@ -19,6 +19,7 @@ from fluxjax.checkpoint.source import METADATA_KEY, PARAMS, RECORD_FILE, OpenNet
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.convert.quantise import (
+    COMPONENTS,
     FORMS,
     bitsandbytes_config,
     gguf_keys,
@@ -70,7 +71,7 @@ def plan_weights(
     """
     return [
         _plan(network, target, mesh, Path(name if len(networks) > 1 else "."))
-        if quantised is None or not network_of(network.config).quantised
+        if quantised is None or network.component not in COMPONENTS
         else _plan_quantised(network, quantised, Path(name if len(networks) > 1 else "."))
         for name, network in networks.items()
     ]

@@ -24,6 +24,7 @@ from fluxjax.config import (
 )
 from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import dot_product_attention
+from fluxjax.models.dense import Dense
 
 EncoderConfig = CLIPTextConfig | CLIPVisionConfig | SiglipVisionConfig
 _PUBLISHED_EOS = 2  # what CLIP's published configs say eos_token_id is, though it is 49407
@@ -67,7 +68,7 @@ class CLIPAttention(nn.Module):
 
         def project(y: Array, name: str, scale: float) -> Array:
             init = nn.initializers.normal(scale * c.hidden_size**-0.5)
-            return nn.Dense(
+            return Dense(
                 c.hidden_size,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
@@ -92,8 +93,8 @@ class CLIPMLP(nn.Module):
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
 
-        def linear(features: int, std: float, name: str) -> nn.Dense:
-            return nn.Dense(
+        def linear(features: int, std: float, name: str) -> Dense:
+            return Dense(
                 features,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
@@ -240,9 +241,9 @@ class CLIPTextModel(nn.Module):
 
 def _projection(
     config: CLIPTextConfig | CLIPVisionConfig, dtype: Dtype, param_dtype: Dtype
-) -> nn.Dense:
+) -> Dense:
     init = nn.initializers.normal(config.hidden_size**-0.5)
-    return nn.Dense(
+    return Dense(
         config.projection_dim, False, dtype=dtype, param_dtype=param_dtype, kernel_init=init
     )
 

@@ -1,4 +1,7 @@
-"""The dense layer of the FLUX transformer, with an optional low-rank adapter (LoRA) beside it."""
+"""The dense layer of transformers and text encoders, with an optional low-rank adapter (LoRA).
+
+Its kernel may be kept in few bits.
+"""
 
 from __future__ import annotations
 

@@ -19,12 +19,14 @@ LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 
 @dataclass(frozen=True)
 class BlockType:
-    """`number`: in files. A block of `elements` values takes `size` bytes."""
+    """`number`: in files. A block of `elements` values takes `size` bytes; at `halves` begin the
+    float16 that scale it."""
 
     number: int
     elements: int
     size: int
     decode: Callable[[Any], Any]
+    halves: tuple[int, ...] = (0,)
 
 
 def decode_blocks(name: str, rows: Any) -> Any:
@@ -170,15 +172,15 @@ def _iq4_xs(b: Any) -> Any:
 
 BLOCK_TYPES = {
     "Q4_0": BlockType(2, 32, 18, _q4_0),
-    "Q4_1": BlockType(3, 32, 20, _q4_1),
+    "Q4_1": BlockType(3, 32, 20, _q4_1, (0, 2)),
     "Q5_0": BlockType(6, 32, 22, _q5_0),
-    "Q5_1": BlockType(7, 32, 24, _q5_1),
+    "Q5_1": BlockType(7, 32, 24, _q5_1, (0, 2)),
     "Q8_0": BlockType(8, 32, 34, _q8_0),
-    "Q2_K": BlockType(10, 256, 84, _q2_k),
-    "Q3_K": BlockType(11, 256, 110, _q3_k),
-    "Q4_K": BlockType(12, 256, 144, _q4_k),
-    "Q5_K": BlockType(13, 256, 176, _q5_k),
-    "Q6_K": BlockType(14, 256, 210, _q6_k),
+    "Q2_K": BlockType(10, 256, 84, _q2_k, (80, 82)),
+    "Q3_K": BlockType(11, 256, 110, _q3_k, (108,)),
+    "Q4_K": BlockType(12, 256, 144, _q4_k, (0, 2)),
+    "Q5_K": BlockType(13, 256, 176, _q5_k, (0, 2)),
+    "Q6_K": BlockType(14, 256, 210, _q6_k, (208,)),
     "IQ4_NL": BlockType(20, 32, 18, _iq4_nl),
     "IQ4_XS": BlockType(23, 256, 136, _iq4_xs),
 }

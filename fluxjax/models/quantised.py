@@ -66,17 +66,24 @@ class Quantised:
         return self.parts["codes"].shape[-1] * (2 if self.kind in LEVELS else 1)
 
     @property
+    def kernel_cuts(self) -> tuple[int, ...]:
+        """The kernel's shape (..., in, out), its inputs counted in what cannot be taken apart: the
+        groups of columns that share a scale."""
+        *layers, rows, columns = self.shape
+        if self.kind in BLOCK_TYPES:
+            columns //= BLOCK_TYPES[self.kind].elements
+        elif self.kind in LEVELS:
+            columns = self.parts["absmax"].shape[-1]
+        return *layers, columns, rows
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(..., out, in)."""
         return (*next(iter(self.parts.values())).shape[:-1], self.columns)
 
 
-KINDS = ("int8", "fp8", "nf4", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0")
-"""What weights can be quantised to, here and by `fluxjax.convert --quantise`."""
-
-
 def abstract(kind: str, shape: tuple[int, ...]) -> Quantised | None:
-    """Shapes of a kernel (..., in, out) in codes of one of KINDS.
+    """Shapes of a kernel (..., in, out) in codes of one of `quantised_kinds.KINDS`.
 
     None where its columns are not whole blocks.
     """

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fluxjax.config import T5Config
 from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import dot_product_attention
+from fluxjax.models.dense import Dense
 from fluxjax.models.norms import RMSNorm
 
 
@@ -43,9 +44,9 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int) 
 
 def _linear(
     features: int, init_features: int, dtype: Dtype, param_dtype: Dtype, name: str
-) -> nn.Dense:
+) -> Dense:
     """A bias-free linear layer drawn with variance 1 / init_features."""
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=False,
         dtype=dtype,

@@ -7,7 +7,8 @@ kernel are split over `fsdp`; such a kernel is gathered where it is used. Leaves
 numbers are held by every device.
 
 A role is told by the end of a path. Thus moments, averages and LoRA, whose paths end in those of
-the parameters, lie as these do, and so do stacked blocks, with a leading layer axis.
+the parameters, lie as these do, and so do stacked blocks, with a leading layer axis. Codes of
+kernels in few bits are split as the kernels are, and their scales with them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fluxjax.models.quantised import Quantised
 from fluxjax.networks import network_of
 from fluxjax.networks.network import Network, Role
 
@@ -89,14 +91,7 @@ def param_shardings(config: Any, params: Any, mesh: Mesh | AbstractMesh) -> Any:
     Raises ValueError, listing them, for parameters that have no role.
     """
     unknown: list[str] = []
-
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        spec = spec_of(network_of(config), _keys(path), tuple(leaf.shape), mesh)
-        if spec is None:
-            unknown.append(f"{'/'.join(_keys(path))} {list(leaf.shape)}")
-        return NamedSharding(mesh, spec or P())
-
-    shardings = jax.tree.map_with_path(place, params)
+    shardings = _shardings(network_of(config), params, mesh, unknown)
     if unknown:
         raise ValueError("\n  ".join(["no role is known of:", *unknown]))
     return shardings
@@ -107,12 +102,29 @@ def state_shardings(config: Any, state: Any, mesh: Mesh | AbstractMesh) -> Any:
 
     What has no role (counters, factored moments) is held by every device.
     """
+    return _shardings(network_of(config), state, mesh, [])
 
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        spec = spec_of(network_of(config), _keys(path), tuple(leaf.shape), mesh)
-        return NamedSharding(mesh, spec or P())
 
-    return jax.tree.map_with_path(place, state)
+def _shardings(network: Network, tree: Any, mesh: Mesh | AbstractMesh, unknown: list[str]) -> Any:
+    """`unknown` receives the leaves that have no role."""
+
+    def place(path: tuple, leaf: Any) -> Any:
+        codes = leaf if isinstance(leaf, Quantised) else None
+        shape = tuple(leaf.shape) if codes is None else codes.kernel_cuts
+        spec = spec_of(network, _keys(path), shape, mesh)
+        if spec is None:
+            unknown.append(f"{'/'.join(_keys(path))} {list(leaf.shape)}")
+        if codes is None or not spec:
+            where = NamedSharding(mesh, spec or P())
+            return where if codes is None else codes.map(lambda _: where)
+        *layers, columns, rows = spec
+
+        def of_part(part: Any) -> NamedSharding:
+            return NamedSharding(mesh, P(*layers, rows, columns if part.shape[-1] > 1 else None))
+
+        return codes.map(of_part)
+
+    return jax.tree.map_with_path(place, tree, is_leaf=lambda leaf: isinstance(leaf, Quantised))
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fluxjax.checkpoint.templates import abstract_params, quantised_template
+from fluxjax.checkpoint.templates import abstract_params, in_dtype
 from fluxjax.config import PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Family
@@ -40,7 +40,8 @@ class Executables:
     compiled at a time.
 
     On a mesh the transformer and the text encoders are split by the roles of their layers, and the
-    autoencoder's pictures over all devices.
+    autoencoder's pictures over all devices. `quantised`: of components some of whose weights are
+    codes, the shapes of their parameters.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class Executables:
         mesh: Mesh | None = None,
         sequence: SequenceAttention = "auto",
         slots: LoraSlots | None = None,
-        quantise: str | None = None,
+        quantised: Mapping[str, Params] | None = None,
     ):
-        self.quantise = quantise
+        self.quantised = quantised or {}
         self.family, self.config = family, config
         self.dtype, self.scan_layers = jnp.dtype(dtype), scan_layers
         self.lora, self.slots, self.mesh = lora, slots, mesh
@@ -118,13 +119,18 @@ class Executables:
             compiled = lowered.compile(compiler_options=compiler_options())
         return compiled if jax.process_count() == 1 else partial(_placed, compiled, inputs)
 
-    def _shapes(self, component: str) -> Params:
+    def weights(self, component: str) -> Params:
+        """Shapes of a component's parameters, without a LoRA."""
         stacked = self.scan_layers and component != "vae"
         config = getattr(self.config, component)
-        template = abstract_params(config, stacked=stacked)
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), template)
-        if component == "transformer" and self.quantise is not None:
-            shapes = quantised_template(shapes, config, self.quantise)
+        template = self.quantised.get(component)
+        if template is None:
+            template = abstract_params(config, stacked=stacked)
+        return in_dtype(template, self.dtype)
+
+    def _shapes(self, component: str) -> Params:
+        """What a program is given of a component."""
+        config, shapes = getattr(self.config, component), self.weights(component)
         spec: Any = jax.ShapeDtypeStruct
         if component == "transformer" and self.lora is not None:
             lora = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), self.lora)

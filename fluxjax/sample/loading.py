@@ -30,15 +30,18 @@ from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
 from fluxjax.models.lora import adapt, combine_loras
-from fluxjax.models.quantised import KINDS
+from fluxjax.models.names import flatten
+from fluxjax.models.quantised import Quantised
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import make_mesh, place
 from fluxjax.parallel.mesh_shape import MeshShape
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
+from fluxjax.quantised_kinds import KEEP, KINDS
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.pipeline import Pipeline
+from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.sample.redux import open_redux
 from fluxjax.sample.settings import Dtype
 from fluxjax.sample.sources import Sources, absolute
@@ -59,7 +62,7 @@ def load_pipeline(
     lora_slots: int = 0,
     mesh: Mesh | MeshShape | str | None = None,
     sequence: SequenceAttention = "auto",
-    quantise: str | None = None,
+    quantise: str = KEEP,
     redux: str | Path | None = None,
 ) -> Pipeline:
     """Open a model: all its files are checked now, its weights read when they are first needed.
@@ -83,9 +86,10 @@ def load_pipeline(
         have joined (`fluxjax.parallel.hosts`) the mesh is of all their devices, by default "", all
         of them are called alike, and all of them get the pictures.
       sequence: how attention works where the mesh splits the tokens of a picture.
-      quantise: keep the products of the transformer's blocks in few bits: one of
-        `fluxjax.models.quantised.KINDS`, such as "int8" or "nf4"; they are decoded a layer at a
-        time. Not on a mesh.
+      quantise: what weights are on the device, decoded a layer at a time. "keep" leaves those of
+        quantised files in their codes; "int8", "nf4" or another of
+        `fluxjax.quantised_kinds.KINDS` puts the blocks of the transformer and the text encoders
+        into that, "transformer=nf4,text_encoder_2=int8" those of each; "none" decodes all.
       redux: a folder of FLUX.1 Redux, which `redux_image` needs.
 
     Raises FileNotFoundError, ConfigError or ValueError with one sentence naming what is wrong.
@@ -102,6 +106,7 @@ def load_pipeline(
         raise ConfigError(f"text encoders and vae are given for a BFL file, and {path} is none")
     else:
         family, networks, config, tokenizers = _of_folder(path)
+    kinds = parse_quantise(quantise)
     scaled = [_scaled(lora) for lora in loras]
     low_rank: LowRank = []
     if loras:
@@ -121,10 +126,6 @@ def load_pipeline(
         mesh = ""
     if isinstance(mesh, str | MeshShape):
         mesh = make_mesh(mesh)
-    if quantise is not None and quantise not in KINDS:
-        raise ConfigError(f"quantise must be one of {', '.join(KINDS)}, got {quantise!r}")
-    if quantise is not None and mesh is not None:
-        raise ConfigError("quantised weights are for one device: give no mesh, or no quantise")
     if mesh is not None:  # heads that ulysses cannot split are a mistake now
         heads = config.transformer.num_attention_heads
         attention_over(Layout(1, 1, mesh.shape[AXIS]), heads, sequence, "auto")
@@ -137,10 +138,11 @@ def load_pipeline(
     prior = None
     if redux is not None:
         prior = open_redux(find(redux, "checkpoint"), config.text_encoder_2.d_model, dtype)
-    return Pipeline(
+    held, notes = _held(networks, kinds, scan_layers)
+    pipeline = Pipeline(
         family,
         config,
-        partial(_load, networks, dtype, scan_layers, lora, mesh, quantise),
+        partial(_load, networks, dtype, scan_layers, lora, mesh, held),
         partial(_tokenizers, tokenizers, config),
         dtype=dtype,
         scan_layers=scan_layers,
@@ -148,9 +150,10 @@ def load_pipeline(
         slots=slots,
         mesh=mesh,
         sequence=sequence,
-        quantise=quantise,
+        quantised=held,
         redux=prior,
         sources=Sources(
+            quantise=None if quantise == KEEP else quantise,
             redux=None if redux is None else absolute(str(redux)),
             model=absolute(str(model)),
             text_encoders=None if text_encoders is None else absolute(str(text_encoders)),
@@ -158,6 +161,8 @@ def load_pipeline(
             lora=tuple(f"{absolute(str(file))}:{scale:g}" for file, scale in scaled),
         ),
     )
+    pipeline.notes += notes
+    return pipeline
 
 
 def _of_folder(path: Path) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:
@@ -212,20 +217,49 @@ def _load(
     scan_layers: bool,
     lora: Params | None,
     mesh: Mesh | None,
-    quantise: str | None,
+    held: dict[str, Params],
     component: str,
 ) -> Params:
     network = networks[component]
-    stacked = scan_layers and bool(network_of(network.config).scanned)
+    stacked = _stacked(network, scan_layers)
+    template = held.get(component) or abstract_params(network.config, stacked=stacked)
     places: Any = SingleDeviceSharding(jax.devices()[0])
     lora_places = jax.tree.map(lambda _: places, lora)
     if mesh is not None:
-        template = abstract_params(network.config, stacked=stacked)
         places = param_shardings(network.config, template, mesh)
         lora_places = state_shardings(network.config, lora, mesh)
-    kind = quantise if component == "transformer" else None
-    params = network.params(stacked=stacked, dtype=dtype, shardings=places, quantise=kind)
+    params = network.fill(template, dtype=dtype, shardings=places)
     return adapt(params, place(lora, lora_places) if component == "transformer" else None)
+
+
+def _held(
+    networks: dict[str, OpenNetwork], kinds: dict[str, str], scan_layers: bool
+) -> tuple[dict[str, Params], list[str]]:
+    """Shapes of the networks that have weights in codes, and remarks.
+
+    Raises ConfigError where no matrix of the transformer can have the kind that is asked for.
+    """
+    held, notes = {}, []
+    for name, kind in kinds.items():
+        network = networks[name]
+        found, mixed = network.template(stacked=_stacked(network, scan_layers), quantise=kind)
+        if mixed:
+            notes.append(
+                f"{len(mixed)} kinds of layers of the {name}, such as {mixed[0]}, have codes of "
+                "several forms and are decoded; they keep them with scan_layers=False"
+            )
+        if any(isinstance(leaf, Quantised) for leaf in flatten(found).values()):
+            held[name] = found
+        elif kind in KINDS and name == "transformer":
+            raise ConfigError(
+                f"{network.where}: no layer of the transformer has rows that are whole blocks of "
+                f"{kind}: try another --quantise"
+            )
+    return held, notes
+
+
+def _stacked(network: OpenNetwork, scan_layers: bool) -> bool:
+    return scan_layers and bool(network_of(network.config).scanned)
 
 
 def _scaled(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, float]:

@@ -1,8 +1,8 @@
 """Whether a picture's size can fit, told before anything is loaded or compiled.
 
-A lower bound: weights in the computing type, and of the activations only those that must be there
-at the same time. What it refuses cannot be drawn; what it lets through may still be too large.
-XLA's own count for the embedded model on a CPU is 2.5 times the activations here.
+A lower bound: weights as they lie on the device, and of the activations only those that must be
+there at the same time. What it refuses cannot be drawn; what it lets through may still be too
+large. XLA's own count for the embedded model on a CPU is 2.5 times the activations here.
 """
 
 from __future__ import annotations
@@ -40,17 +40,16 @@ def weight_bytes(pipe: Pipeline) -> int:
     """On one device, of what is not loaded yet."""
     import jax
 
-    from fluxjax.checkpoint.templates import abstract_params
     from fluxjax.sample.programs import COMPONENTS
 
     names: set[str] = {name for names in COMPONENTS.values() for name in names}
     count = sum(
-        leaf.size
+        leaf.size * leaf.dtype.itemsize
         for component in sorted(names)
         if not pipe.is_loaded(component)
-        for leaf in jax.tree.leaves(abstract_params(getattr(pipe.config, component), stacked=True))
+        for leaf in jax.tree.leaves(pipe.executables.weights(component))
     )
-    return count * pipe.dtype.itemsize // _devices(pipe)
+    return count // _devices(pipe)
 
 
 def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> int:

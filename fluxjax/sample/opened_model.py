@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fluxjax.quantised_kinds import KEEP
 from fluxjax.sample.options import Options
 from fluxjax.sample.sources import Sources
 
@@ -46,6 +47,7 @@ class OpenedModel:
             vae=sources.vae,
             loras=sources.lora,
             redux=sources.redux,
+            quantise=sources.quantise or KEEP,
             mesh=self.options.mesh,
             sequence=self.options.sequence or "auto",
         )

@@ -15,9 +15,11 @@ from fluxjax.config.sampler import Respacing
 from fluxjax.hub import size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
+from fluxjax.quantised_kinds import KEEP
 from fluxjax.sample.file_names import FORMATS, PATTERN, check_pattern, is_picture_name
 from fluxjax.sample.picture_record import remembered
 from fluxjax.sample.prompts_file import STANDARD_INPUT
+from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.sample.settings import (
     ALPHA,
     FIELDS,
@@ -187,6 +189,10 @@ class Options:
     """Print the paths of the pictures and errors, nothing else."""
     dtype: _Dtype = None
     """By default float32 on a CPU, bfloat16 elsewhere."""
+    quantise: _Text = None
+    """Weights in few bits on the device: int8, fp8, nf4, q8_0, q6_k, q5_k, q4_k or q4_0, or for
+    each network its own, transformer=nf4,text_encoder_2=int8; none decodes quantised files, which
+    otherwise keep their codes."""
     mesh: _Text = None
     """Devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2; the rest is data."""
     sequence: _Sequence = None
@@ -247,6 +253,7 @@ def check(options: Options) -> None:
         if path not in (None, STANDARD_INPUT, ALPHA) and not Path(path).exists():
             raise FileNotFoundError(f"there is no {kind} {path}")
     parse_mesh(options.mesh or "")
+    parse_quantise(options.quantise or KEEP)
     if options.canny is not None:
         from fluxjax.sample.edges import require_opencv
 
@@ -285,6 +292,7 @@ def given_sources(options: Options) -> dict[str, Any]:
     """The fields of Sources on the command line, in full; None or () is what is not there."""
     paths = {name: getattr(options, name) for name in SINGLE}
     given: dict[str, Any] = {name: p and absolute(str(p)) for name, p in paths.items()}
+    given["quantise"] = options.quantise
     for name, what in SCALED.items():
         given[name] = tuple(absolute_scaled(one, what) for one in getattr(options, name))
     return given

@@ -71,6 +71,8 @@ def record_of(
                 f"{_stored(file, folder, _of_kind(hashes, f'{name} {i}'))}:{scale:g}"
                 for i, (file, scale) in enumerate(map(split_scale, scaled), start=1)
             ]
+    if sources.quantise is not None:
+        record["quantise"] = sources.quantise
     record |= {"sha256": dict(hashes), "settings": dataclasses.asdict(settings)}
     return record | ({"unrepeatable": unrepeatable} if unrepeatable else {})
 
@@ -126,7 +128,7 @@ def remembered(path: Path) -> Remembered:
     _check(isinstance(settings, dict), path, "settings", "an object", settings)
     _check(_are_texts(hashes, dict), path, "sha256", "an object of texts", hashes)
     override(Settings(), settings, str(path))
-    for name in (*SINGLE, "dtype"):
+    for name in (*SINGLE, "dtype", "quantise"):
         value = record.get(name)
         _check(isinstance(value, str | None), path, name, "a text", value)
     scaled = {name: record.get(name, []) for name in SCALED}
@@ -138,6 +140,7 @@ def remembered(path: Path) -> Remembered:
         text_encoders=record.get("text_encoders"),
         vae=record.get("vae"),
         redux=record.get("redux"),
+        quantise=record.get("quantise"),
         **{name: tuple(listed) for name, listed in scaled.items()},
     )
     version = record.get("fluxjax")
@@ -220,6 +223,7 @@ def find_all(
         text_encoders=place("text_encoders"),
         vae=place("vae"),
         redux=place("redux"),
+        quantise=wanted.quantise,
         **{name: places(name) for name in SCALED},
     )
     pictures: dict[str, str] = {}

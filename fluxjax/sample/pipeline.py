@@ -158,8 +158,6 @@ class Pipeline(Stages):
         if self.sources is not None:
             without = [*sorted(objects), *["redux_image"] * (heard_files is None)]
             why = f"its {' and '.join(without)} had no file" if without else ""
-            if self.executables.quantise is not None:
-                why = f"its weights were kept in {self.executables.quantise}"
             sources = [
                 replace(one, redux=one.redux if heard else None, redux_image=heard_files or ())
                 for one in self._sources(lora, len(prompts), number)

@@ -30,6 +30,8 @@ class Sources:
     lora: tuple[str, ...] = ()
     redux: str | None = None
     """A folder of FLUX.1 Redux."""
+    quantise: str | None = None
+    """Of `load_pipeline`, where it is not the usual one."""
     redux_image: tuple[str, ...] = ()
     """The pictures that it reads, FILE:SCALE."""
 

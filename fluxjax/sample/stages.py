@@ -66,7 +66,7 @@ class Stages:
         slots: LoraSlots | None = None,
         mesh: Mesh | None = None,
         sequence: SequenceAttention = "auto",
-        quantise: str | None = None,
+        quantised: Mapping[str, Params] | None = None,
         sources: Sources | None = None,
         redux: Redux | None = None,
     ):
@@ -83,7 +83,7 @@ class Stages:
             mesh=mesh,
             sequence=sequence,
             slots=slots,
-            quantise=quantise,
+            quantised=quantised,
         )
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []

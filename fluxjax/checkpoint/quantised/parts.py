@@ -100,3 +100,17 @@ def regrouped(tensor: Tensor, shape: tuple[int, int]) -> Tensor:
         lambda a, b: tensor.rows(a * width, b * width).reshape(b - a, width),
         tensor.by_rows,
     )
+
+
+def codes_of(tensor: Tensor) -> Quantised | None:
+    """The codes that a matrix has in its file; of fp8 without a scale the values themselves."""
+    if tensor.packed is not None or tensor.dtype not in FP8 or len(tensor.shape) != 2:
+        return tensor.packed
+    one = Tensor((1,), np.dtype(np.float32), lambda a, b: np.ones(b - a, np.float32))
+    return Quantised("fp8", {"codes": tensor, "scale": column(one, tensor.shape[0])})
+
+
+def form_of(packed: Quantised) -> tuple[Any, ...]:
+    """Kind, shapes and types of one layer's parts, by which layers may be stacked."""
+    parts = sorted(packed.parts.items())
+    return packed.kind, *((name, tuple(part.shape[-2:]), part.dtype) for name, part in parts)

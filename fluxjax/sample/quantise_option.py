@@ -1,0 +1,31 @@
+"""In what form weights lie on the device, as a text says it: for all networks, or for each."""
+
+from __future__ import annotations
+
+from fluxjax.config import ConfigError
+from fluxjax.quantised_kinds import KEEP, KINDS, NONE
+
+NETWORKS: tuple[str, ...] = ("transformer", "text_encoder", "text_encoder_2")
+
+
+def parse_quantise(text: str) -> dict[str, str]:
+    """Kinds by network, of "int8" or "transformer=nf4,text_encoder_2=int8"; others keep theirs.
+
+    Raises ConfigError for what is no kind or no network.
+    """
+    if "=" not in text:
+        return dict.fromkeys(NETWORKS, _kind(text))
+    kinds = dict.fromkeys(NETWORKS, KEEP)
+    for part in text.split(","):
+        name, _, kind = part.partition("=")
+        if name not in NETWORKS:
+            raise ConfigError(f"quantise is for {', '.join(NETWORKS)}, got {name[:40]!r}")
+        kinds[name] = _kind(kind)
+    return kinds
+
+
+def _kind(text: str) -> str:
+    if text not in (*KINDS, KEEP, NONE):
+        known = ", ".join((*KINDS, KEEP, NONE))
+        raise ConfigError(f"quantise must be one of {known}, got {text[:40]!r}")
+    return text
