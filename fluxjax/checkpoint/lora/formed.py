@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from fluxjax.checkpoint.finite import is_finite, not_finite
 from fluxjax.checkpoint.lora import kinds
 from fluxjax.checkpoint.lora.changes import Adapter, Change, Form, Formed, constant, low_rank
 from fluxjax.checkpoint.lora.kinds import LORA, Kind
-from fluxjax.checkpoint.lora.names import Group
+from fluxjax.checkpoint.lora.names import SPLIT_OFT, Group
 from fluxjax.checkpoint.lora.peft_config import PeftConfig
 from fluxjax.networks import by_component
 
@@ -32,6 +34,10 @@ def changes_of(group: Group, config: PeftConfig) -> Found:
         inputs = _inputs(group, values)
         if set(values) == {"weight"} or "set_weight" in values:
             return _replaced(group, values, inputs), []
+        if any(name.startswith(SPLIT_OFT) for name in values):
+            return _turned_parts(group, values, config), []
+        if values.get("oft_blocks", np.empty(0)).ndim == 4:
+            values["boft_blocks"] = values.pop("oft_blocks")
         found: dict[str, Change] = {}
         kind = kinds.kind_of(values)
         if kind is not None:
@@ -111,6 +117,10 @@ def _weights(
     group: Group, kind: Kind, values: dict[str, np.ndarray], inputs: int | None, config: PeftConfig
 ) -> dict[str, Change]:
     """Takes what it uses out of `values`."""
+    if kind.turns_as != config.turns_as:
+        told = config.where or "no adapter_config.json beside it"
+        raise _Wrong(f"unknown: {group.module} has tensors of {kind.name}, of which {told} says "
+                     "nothing")  # fmt: skip
     rows = _sizes(group, "weight")
     axes = group.network.shapes[next(iter(rows))]
     missing = [name for name in kind.shapes if name not in values]
@@ -126,7 +136,7 @@ def _weights(
         return _vector(group, tensors["diff"], rows, out)
     sizes = _checked_sizes(group, kind, tensors, out, fan_in)
     extras = {name: values.pop(name) for name in kind.may if name in values}
-    scale = _scale(group, kind, extras.get("alpha"), sizes.get(kind.rank, 0), config)
+    scale = _how(group, kind, extras.get("alpha"), sizes.get(kind.rank, 0), config)
     found = _biases(group, extras["b_bias"], scale) if "b_bias" in extras else {}
     magnitude = extras.get("magnitude")
     if kind is LORA and magnitude is None:
@@ -148,6 +158,27 @@ def _weights(
         swap_halves=group.parts.swap_halves,
     )
     return found | {name: formed.change(name, inputs) for name in rows}
+
+
+def _turned_parts(
+    group: Group, values: dict[str, np.ndarray], config: PeftConfig
+) -> dict[str, Change]:
+    """kohya's OFT: of each part of a module blocks of their own, or one set of all of it."""
+    alpha = {"alpha": values.pop("alpha")} if "alpha" in values else {}
+    whole = set(values) == {f"{SPLIT_OFT}0"}
+    names = (group.parts.names,) if whole else [(name,) for name in group.parts.names]
+    wanted = [f"{SPLIT_OFT}{i}" for i in range(len(names))]
+    wrong = [f"missing: {n} of {group.module}" for n in wanted if n not in values]
+    wrong += [f"unknown: {group.keys[n]}, a part that {group.module} has not"
+              for n in values if n not in wanted]  # fmt: skip
+    if wrong or not alpha.get("alpha", np.ones(1)).any():
+        raise _Wrong("\n".join(wrong) or f"alpha of {group.module} is 0, with which nothing turns")
+    found: dict[str, Change] = {}
+    for one, part in zip(names, wanted, strict=True):
+        mine = replace(group, parts=group.parts._replace(names=one))
+        turned = {"oft_blocks": values[part], **alpha}
+        found |= _weights(mine, kinds.kind_named("OFT"), turned, None, config)
+    return found
 
 
 def _with_magnitude(group: Group, form: Form, magnitude: np.ndarray, out: int, fan_in: int) -> Form:
@@ -177,13 +208,14 @@ def _checked_sizes(
     return sizes
 
 
-def _scale(
-    group: Group, kind: Kind, alpha: np.ndarray | None, rank: int, config: PeftConfig
-) -> float:
-    """alpha / rank: alpha of the tensors (kohya), of PEFT's config or the rank. Of OFT, alpha."""
+def _how(group: Group, kind: Kind, alpha: np.ndarray | None, rank: int, config: PeftConfig) -> Any:
+    """What the kind's form is told; a scale is alpha / rank, alpha being that of the tensors
+    (kohya), of PEFT's config, or the rank."""
     if alpha is not None and alpha.size != 1:
         raise _Wrong(f"shape: {group.module}.alpha is {list(alpha.shape)}, expected one number")
-    if kind.name == "OFT":
+    if kind.how == "cayley":
+        return config.cayley
+    if kind.how == "alpha":
         return 0.0 if alpha is None else float(alpha.reshape(()))
     if not kind.rank:
         return 1.0

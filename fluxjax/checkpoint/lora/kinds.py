@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
+from fluxjax.checkpoint.lora.rotations import (
+    block_size,
+    butterfly_turned,
+    inputs_butterfly_turned,
+    inputs_turned,
+    outputs_turned,
+)
+
 Arrays = Mapping[str, np.ndarray]
 Sizes = Mapping[str, int]
-Form = Callable[[Arrays, float, np.ndarray], np.ndarray]
-"""(tensors, alpha / rank, W) -> what is added to W. W is empty for kinds that do not use it."""
+Form = Callable[[Arrays, Any, np.ndarray], np.ndarray]
+"""(tensors, how, W) -> what is added to W. `how` is alpha / rank, or what `Kind.how` says. W is
+empty for kinds that do not use it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,10 @@ class Kind:
     uses_weight: bool = False
     fits: Callable[[Sizes], bool] = lambda sizes: True
     """Whether the sizes make up (out, in), where that is more than equality."""
+    how: Literal["scale", "alpha", "cayley"] = "scale"
+    """What its form is told: alpha / rank, alpha itself, or what PEFT's configuration says."""
+    turns_as: str = ""
+    """PEFT's name of it in that configuration."""
 
 
 def _pair(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
@@ -57,19 +71,22 @@ def _ia3(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
     return weight * (change[None] if t["on_input"].item() else change[:, None])
 
 
-def _oft(t: Arrays, constraint: float, weight: np.ndarray) -> np.ndarray:
-    """Rows in blocks, each turned by the Cayley transform of a skew matrix. Here the second
-    argument is alpha itself: the largest norm per row that the skew matrices may have, 0: any."""
-    blocks = t["oft_blocks"].astype(np.float64)
-    skew = blocks - blocks.transpose(0, 2, 1)
-    limit, norm = constraint * len(weight), np.linalg.norm(skew)
-    if limit > 0 and norm > limit:
-        skew *= limit / norm
-    one = np.eye(blocks.shape[1])
-    turn = ((one + skew) @ np.linalg.inv(one - skew)).astype(np.float32)
-    rows = weight.reshape(len(blocks), blocks.shape[1], -1)
-    turned = np.einsum("knm,kni->kmi", turn, rows, optimize=True).reshape(weight.shape)
-    return turned * t.get("rescale", np.float32(1)) - weight
+def _butterfly(sizes: Sizes, turned: str, *, halved: bool) -> bool:
+    """Whether blocks make up what is turned, and can be paired as often as there are stages.
+    `halved`: already in the first stage."""
+    size, stages = sizes["size"], sizes["stages"]
+    even = size % 2 == 0 or (stages == 1 and not halved)
+    return (
+        even
+        and sizes["blocks"] * size == sizes[turned]
+        and sizes["blocks"] % 2 ** (stages - 1) == 0
+    )
+
+
+def _fits_oft_of_inputs(sizes: Sizes) -> bool:
+    size = block_size(sizes["above the diagonal"])
+    blocks = sizes["in"] // size if size else 0
+    return blocks * size == sizes["in"] and sizes["blocks"] in (1, blocks)
 
 
 def _lokr_kind(first: tuple[str, ...], second: tuple[str, ...]) -> Kind:
@@ -131,11 +148,38 @@ KINDS = (
     Kind(
         "OFT",
         {"oft_blocks": ("blocks", "size", "size")},
-        _oft,
-        "",
-        ("alpha", "rescale"),
+        outputs_turned,
+        how="alpha",
+        may=("alpha", "rescale"),
         uses_weight=True,
         fits=lambda sizes: sizes["blocks"] * sizes["size"] == sizes["out"],
+    ),
+    Kind(
+        "BOFT",
+        {"boft_blocks": ("stages", "blocks", "size", "size")},
+        butterfly_turned,
+        how="alpha",
+        may=("alpha", "rescale"),
+        uses_weight=True,
+        fits=lambda sizes: _butterfly(sizes, "out", halved=True),
+    ),
+    Kind(
+        "PEFT's OFT",
+        {"oft_R": ("blocks", "above the diagonal")},
+        inputs_turned,
+        how="cayley",
+        turns_as="OFT",
+        uses_weight=True,
+        fits=_fits_oft_of_inputs,
+    ),
+    Kind(
+        "PEFT's BOFT",
+        {"boft_R": ("stages", "blocks", "size", "size"), "boft_s": ("out", "one")},
+        inputs_butterfly_turned,
+        how="cayley",
+        turns_as="BOFT",
+        uses_weight=True,
+        fits=lambda sizes: sizes["one"] == 1 and _butterfly(sizes, "in", halved=False),
     ),
     Kind("(IA)3", {"weight": ("changed",), "on_input": ()}, _ia3, uses_weight=True),
     FULL,
@@ -146,6 +190,10 @@ def kind_of(parts: Mapping[str, object]) -> Kind | None:
     """The kind with most of its tensors among the parts; None if there is none of any."""
     found = max(KINDS, key=lambda kind: _share(kind, parts))
     return found if _share(found, parts)[0] else None
+
+
+def kind_named(name: str) -> Kind:
+    return next(kind for kind in KINDS if kind.name == name)
 
 
 def _share(kind: Kind, parts: Mapping[str, object]) -> tuple[int, int]:

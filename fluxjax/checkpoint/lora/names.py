@@ -16,6 +16,9 @@ from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.networks import by_component
 from fluxjax.shapes import Params
 
+SPLIT_OFT = "oft_blocks."  # kohya's, with the number of the part that it turns
+_MOST_PARTS = 4  # of ours in one module of a file: q, k, v and MLP
+
 
 def _suffixes() -> dict[str, str]:
     """suffix -> part, of every spelling."""
@@ -38,25 +41,11 @@ def _suffixes() -> dict[str, str]:
         for n in "12"
         for end in ("", "_a", "_b")
     }
-    found |= {
-        name: name
-        for name in (
-            "alpha",
-            "oft_blocks",
-            "rescale",
-            "on_input",
-            "diff",
-            "set_weight",
-            "reshape_weight",
-        )
-    }
-    return found | {
-        "diff_b": "bias",
-        "b_norm": "bias",
-        "w_norm": "diff",
-        "weight": "weight",
-        "scale": "weight",
-    }
+    alone = ("alpha", "oft_blocks", "rescale", "boft_R", "boft_s", "on_input", "diff")
+    found |= {name: name for name in (*alone, "set_weight", "reshape_weight")}
+    found |= {f"{SPLIT_OFT}{i}": f"{SPLIT_OFT}{i}" for i in range(_MOST_PARTS)}
+    found |= {"oft_R.weight": "oft_R", "diff_b": "bias", "b_norm": "bias", "w_norm": "diff"}
+    return found | {"weight": "weight", "scale": "weight"}
 
 
 SUFFIXES = _suffixes()

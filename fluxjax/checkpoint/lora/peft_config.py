@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxjax.checkpoint.component_json import read_json
+from fluxjax.checkpoint.lora.rotations import Cayley
 from fluxjax.config import ConfigError
 from fluxjax.json_input import parse_json
 
@@ -38,6 +39,7 @@ _INITIAL = ("gaussian", "eva", "orthogonal")  # of the first weights; the others
 _LITERAL = re.compile(r"\^?[\w.\-]+")
 _MAX_EXPRESSIONS = 16
 _MAX_LENGTH = 200
+_MAX_TERMS = 100  # of a series that PEFT cuts after five
 
 
 class Patterns:
@@ -80,6 +82,9 @@ class PeftConfig:
     rank_stabilised: bool = False
     dora: bool = False
     lora_bias: bool = False
+    turns_as: str = ""
+    """OFT or BOFT, where the adapters turn weights as `cayley` says; "" is LoRA."""
+    cayley: Cayley = field(default_factory=Cayley)
     alphas: Patterns = field(default_factory=lambda: Patterns({}))
     ranks: Patterns = field(default_factory=lambda: Patterns({}))
     targets: frozenset[str] = frozenset()
@@ -126,26 +131,40 @@ def read_peft_config(path: Path, metadata: Mapping[str, str], component: str) ->
         path.name == ADAPTER_WEIGHTS or len(list(path.parent.glob("*.safetensors"))) == 1
     ):
         values = read_json(beside)
-        if values.get("peft_type", "LORA") != "LORA":
-            raise ConfigError(f"{beside} is of a {values['peft_type']!r}; only LORA is read")
+        kind = values.get("peft_type", "LORA")
+        if kind in ("OFT", "BOFT"):
+            return _turning(values, str(beside))
+        if kind != "LORA":
+            raise ConfigError(f"{beside} is of a {kind!r}; only LORA, OFT and BOFT are read")
         return _checked(values, str(beside))
     return PeftConfig()
+
+
+def _turning(values: Mapping[str, Any], where: str) -> PeftConfig:
+    """Of PEFT's OFT or BOFT."""
+    _refuse(values, _REFUSED, where)
+    cayley = Cayley()
+    try:
+        if values["peft_type"] == "OFT" and _flag(values, "use_cayley_neumann"):
+            terms = _number(values, "num_cayley_neumann_terms") or 5
+            if terms > _MAX_TERMS:
+                raise ValueError(f"num_cayley_neumann_terms is {terms:g}")
+            cayley = Cayley(int(terms))
+        if values["peft_type"] == "OFT" and _flag(values, "coft"):
+            cayley = cayley._replace(largest=_number(values, "eps") or 6e-5)
+    except ValueError as error:
+        raise ConfigError(f"{where} does not say how its adapters turn: {error}") from None
+    turns_as, targets = values["peft_type"], _targets(values)
+    return PeftConfig(where=where, turns_as=turns_as, cayley=cayley, targets=targets)
 
 
 def _checked(values: Mapping[str, Any], where: str) -> PeftConfig:
     known = ("use_rslora", "use_dora")
     flags = [key for key in values if key.startswith("use_") and key not in known]
-    more = [key for key in (*_REFUSED, *flags) if values.get(key)]
-    if values.get("bias", "none") not in ("none", None):
-        more.append("bias")
     initial = values.get("init_lora_weights", True)
     if isinstance(initial, str) and not initial.lower().startswith(_INITIAL):
-        more.append("init_lora_weights")
-    if more:
-        raise ConfigError(
-            f"{where} asks for {more[0]} = {str(values[more[0]])[:60]}, which is more than LoRA "
-            "and is not read"
-        )
+        flags.append("init_lora_weights")
+    _refuse(values, (*_REFUSED, *flags), where)
     try:
         return PeftConfig(
             where=where,
@@ -160,6 +179,17 @@ def _checked(values: Mapping[str, Any], where: str) -> PeftConfig:
         )
     except (ValueError, re.error) as error:
         raise ConfigError(f"{where} has no usable alpha and rank: {error}") from None
+
+
+def _refuse(values: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    more = [key for key in keys if values.get(key)]
+    if values.get("bias", "none") not in ("none", None):
+        more.append("bias")
+    if more:
+        raise ConfigError(
+            f"{where} asks for {more[0]} = {str(values[more[0]])[:60]}, which is more than such "
+            "adapters and is not read"
+        )
 
 
 def _flag(values: Mapping[str, Any], key: str) -> bool:
