@@ -12,7 +12,7 @@ from fluxjax.checkpoint.engine import listed
 from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.peft_config import PEFT_METADATA
 from fluxjax.checkpoint.lora.reader import read_adapters
-from fluxjax.checkpoint.lora.writer import write_adapters
+from fluxjax.checkpoint.lora.writer import PREFIXES, write_adapters
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, ConfigError
@@ -71,6 +71,12 @@ def convert_adapters(
 def _networks(path: Path | None) -> dict[str, Any]:
     if path is not None and path.is_file():
         one = network_config(read_json(path), path)
-        return {network_of(one).component: one}
+        network = network_of(one)
+        if network.component not in PREFIXES["peft"]:
+            raise ConfigError(
+                f"{path}: adapters of a {network.words} are read and merged, not written in other "
+                "names"
+            )
+        return {network.component: one}
     networks = (DEV if path is None else read_config(path)).networks
     return {n: one for n, one in networks.items() if network_of(one).adapter_prefixes}

@@ -261,7 +261,7 @@ CLIP_TEXT = Network(
         "lora_te1_",
         "lora_te_",
     ),
-    adapter_rules=TEXT_REFERENCE.rules,
+    adapter_rules=lambda shapes: TEXT_REFERENCE.rules,
 )
 CLIP_VISION = Network(
     config=CLIPVisionConfig,

@@ -362,7 +362,7 @@ FLUX = Network(
         "lycoris_",
         "",
     ),
-    adapter_rules=(*BFL.rules, *_XLABS),
+    adapter_rules=lambda shapes: (*BFL.rules, *_XLABS),
     widened=("x_embedder", "in_channels", "FluxControlPipeline"),
     flops=flops,
 )

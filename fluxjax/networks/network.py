@@ -137,8 +137,9 @@ class Network:
     adapter_prefixes: tuple[str, ...] = ()
     """What stands before the names of its modules in adapters (LoRA and others), longest first;
     none where there are no adapters."""
-    adapter_rules: tuple[Rule, ...] = ()
-    """Names that adapters have for its modules besides the reference's own."""
+    adapter_rules: Callable[[Shapes], tuple[Rule, ...]] = lambda shapes: ()
+    """Names that adapters have for its modules besides the reference's own, for parameters of
+    these."""
     widened: tuple[str, str, str] = ("", "", "")
     """A first layer that adapters may give more inputs: the module, the field of the configuration
     and the class of the pipeline that has something to feed them."""

@@ -38,7 +38,29 @@ _BLOCK = (
 
 
 def ldm(config: UNetConfig) -> Table:
-    """CompVis' and Stability's names: blocks are counted through, with what ends a resolution."""
+    """CompVis' and Stability's names."""
+    down = [kind == "CrossAttnDownBlock2D" for kind in config.down_block_types]
+    up = [kind == "CrossAttnUpBlock2D" for kind in config.up_block_types]
+    return Table("ldm UNet", _ldm_rules(config.layers_per_block, down, up))
+
+
+def _adapter_rules(shapes: Shapes) -> tuple[Rule, ...]:
+    """Adapters may have these names too."""
+    layers = count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")
+    down, up = (
+        [f"{name}.{i}.attentions.0.norm.weight" in shapes for i in range(_levels(shapes))]
+        for name in ("down_blocks", "up_blocks")
+    )
+    return _ldm_rules(layers, down, up)
+
+
+def _levels(shapes: Shapes) -> int:
+    return count(shapes, r"down_blocks\.(\d+)\.")
+
+
+def _ldm_rules(layers: int, down: list[bool], up: list[bool]) -> tuple[Rule, ...]:
+    """Blocks are counted through, with what ends a resolution; `down` and `up`: which resolutions
+    have attention."""
     rules = [
         Rule(theirs, (ours,))
         for theirs, ours in (
@@ -59,16 +81,15 @@ def ldm(config: UNetConfig) -> Table:
         names = ("norm", "proj_in", "proj_out", *(f"transformer_blocks.{{}}.{n}" for n in _BLOCK))
         rules.extend(Rule(f"{theirs}.{name}", (f"{ours}.{name}",)) for name in names)
 
-    levels, layers = len(config.block_out_channels), config.layers_per_block
-    for i in range(levels):
+    for i, attends in enumerate(down):
         for j in range(layers):
             theirs = f"input_blocks.{1 + (layers + 1) * i + j}"
             resnet(f"{theirs}.0", f"down_blocks.{i}.resnets.{j}")
-            if config.down_block_types[i] == "CrossAttnDownBlock2D":
+            if attends:
                 transformer(f"{theirs}.1", f"down_blocks.{i}.attentions.{j}")
         theirs = f"input_blocks.{(layers + 1) * (i + 1)}.0.op"
         rules.append(Rule(theirs, (f"down_blocks.{i}.downsamplers.0.conv",)))
-        attends = config.up_block_types[i] == "CrossAttnUpBlock2D"
+    for i, attends in enumerate(up):
         for j in range(layers + 1):
             theirs = f"output_blocks.{(layers + 1) * i + j}"
             resnet(f"{theirs}.0", f"up_blocks.{i}.resnets.{j}")
@@ -79,11 +100,11 @@ def ldm(config: UNetConfig) -> Table:
     resnet("middle_block.0", "mid_block.resnets.0")
     transformer("middle_block.1", "mid_block.attentions.0")
     resnet("middle_block.2", "mid_block.resnets.1")
-    return Table("ldm UNet", tuple(rules))
+    return tuple(rules)
 
 
 def _infer_reference(shapes: Shapes, family: str) -> UNetConfig:
-    levels = count(shapes, r"down_blocks\.(\d+)\.")
+    levels = _levels(shapes)
     layers = count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")
     return _infer(
         shapes,
@@ -336,4 +357,14 @@ UNET = Network(
     ),
     roles=_ROLES,
     file_name=lambda config: "unet.safetensors",
+    adapter_prefixes=(
+        "model.diffusion_model.",
+        "diffusion_model.",
+        "base_model.model.",
+        "unet.",
+        "lora_unet_",
+        "lycoris_",
+        "",
+    ),
+    adapter_rules=_adapter_rules,
 )

@@ -50,14 +50,20 @@ Form = Callable[[np.ndarray], np.ndarray]
 class Formed:
     """The change of one module of a file, formed for all the modules of ours that it holds.
 
-    `form`: W of all of them, one under the other, -> what is added; W is empty where it is not
-    used. A Kronecker block need not end where a module ends, so rows are split only afterwards.
+    `shapes`: theirs. `form`: W of all of them, one under the other, as a matrix -> what is added,
+    one too; W is empty where it is not used. A Kronecker block need not end where a module ends, so
+    rows are split only afterwards.
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], form: Form, *, uses_weight: bool, swap_halves: bool
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        form: Form,
+        *,
+        uses_weight: bool,
+        swap_halves: bool,
     ):
-        self._sizes, self._form = sizes, form
+        self._shapes, self._form = shapes, form
         self._uses_weight, self._swap_halves = uses_weight, swap_halves
         self._left: dict[str, np.ndarray] = {}
 
@@ -71,10 +77,14 @@ class Formed:
             return rows
         weight = np.empty((0, 0), np.float32)
         if self._uses_weight:
-            weight = np.concatenate([read(part) for part in self._sizes])
+            weights = map(read, self._shapes)
+            weight = np.concatenate([part.reshape(len(part), -1) for part in weights])
         whole = self._swapped(self._form(self._swapped(weight)))
-        ends = np.cumsum(list(self._sizes.values()))[:-1]
-        parts = dict(zip(self._sizes, np.split(whole, ends), strict=True))
+        ends = np.cumsum([shape[0] for shape in self._shapes.values()])[:-1]
+        parts = {
+            part: rows if len(shape) == 2 else rows.reshape(shape)
+            for (part, shape), rows in zip(self._shapes.items(), np.split(whole, ends), strict=True)
+        }
         rows = parts.pop(name)
         self._left = parts  # each is asked for once; then nothing is kept
         return rows

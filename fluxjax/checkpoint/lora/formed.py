@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,6 @@ from fluxjax.checkpoint.lora.changes import Adapter, Change, Form, Formed, const
 from fluxjax.checkpoint.lora.kinds import LORA, Kind
 from fluxjax.checkpoint.lora.names import SPLIT_OFT, Group
 from fluxjax.checkpoint.lora.peft_config import PeftConfig
-from fluxjax.networks import by_component
 
 _WORDS = {"a": "A (down)", "b": "B (up)", "b_bias": "the bias of B (up)", "magnitude": "magnitude"}
 _WHOLE = ("on_input", "reshape_weight")  # numbers that are no weights
@@ -77,7 +77,7 @@ def _read(group: Group) -> dict[str, np.ndarray]:
 def _inputs(group: Group, values: dict[str, np.ndarray]) -> int | None:
     """More inputs than the module has, which a first layer may be given."""
     names, shapes = group.parts.names, group.network.shapes
-    first = by_component(group.network.component).widened[0]
+    first = group.network.kind.widened[0]
     asked = values.pop("reshape_weight", None)
     has = shapes.get(f"{names[0]}.weight", (0,))
     if names != (first,) or len(has) != 2:
@@ -119,8 +119,9 @@ def _weights(
     """Takes what it uses out of `values`."""
     if kind.turns_as != config.turns_as:
         told = config.where or "no adapter_config.json beside it"
-        raise _Wrong(f"unknown: {group.module} has tensors of {kind.name}, of which {told} says "
-                     "nothing")  # fmt: skip
+        raise _Wrong(
+            f"unknown: {group.module} has tensors of {kind.name}, of which {told} says nothing"
+        )
     rows = _sizes(group, "weight")
     axes = group.network.shapes[next(iter(rows))]
     missing = [name for name in kind.shapes if name not in values]
@@ -130,34 +131,48 @@ def _weights(
         raise _Wrong(
             "\n".join(f"missing: {_WORDS.get(name, name)} of {group.module}" for name in missing)
         )
-    out, fan_in = sum(rows.values()), inputs or (axes[1] if len(axes) == 2 else 0)
     tensors = {name: values.pop(name) for name in kind.shapes}
+    known = {"out": sum(rows.values()), "in": inputs or (math.prod(axes[1:]) if axes[1:] else 0)}
     if kind is kinds.FULL and len(axes) == 1:
-        return _vector(group, tensors["diff"], rows, out)
-    sizes = _checked_sizes(group, kind, tensors, out, fan_in)
+        return _vector(group, tensors["diff"], rows, known["out"])
+    known |= dict(
+        zip(("channels", "height", "width"), (inputs or axes[1], *axes[2:]), strict=False)
+    )
+    tensors = {name: _as_matrix(array, kind.shapes[name], axes) for name, array in tensors.items()}
+    sizes = _checked_sizes(group, kind, tensors, known)
     extras = {name: values.pop(name) for name in kind.may if name in values}
     scale = _how(group, kind, extras.get("alpha"), sizes.get(kind.rank, 0), config)
     found = _biases(group, extras["b_bias"], scale) if "b_bias" in extras else {}
     magnitude = extras.get("magnitude")
-    if kind is LORA and magnitude is None:
+    if kind is LORA and magnitude is None and len(axes) == 2:
         return found | _products(group, tensors, scale, rows, inputs)
     if "rescale" in extras:
-        if extras["rescale"].size != out:
+        if extras["rescale"].size != known["out"]:
             raise _Wrong(
                 f"shape: {group.keys['rescale']} is {list(extras['rescale'].shape)}, "
-                f"expected [{out}, 1]"
+                f"expected [{known['out']}, 1]"
             )
-        tensors["rescale"] = extras["rescale"].reshape(out, 1)
+        tensors["rescale"] = extras["rescale"].reshape(-1, 1)
     form: Form = partial(kind.form, tensors, scale)
     if magnitude is not None:
-        form = _with_magnitude(group, form, magnitude, out, fan_in)
+        form = _with_magnitude(group, form, magnitude, known)
     formed = Formed(
-        rows,
+        {name: group.network.shapes[name] for name in rows},
         form,
         uses_weight=kind.uses_weight or magnitude is not None,
         swap_halves=group.parts.swap_halves,
     )
     return found | {name: formed.change(name, inputs) for name in rows}
+
+
+def _as_matrix(array: np.ndarray, axes: tuple[str, ...], weight: tuple[int, ...]) -> np.ndarray:
+    """A tensor of two `axes` that has a kernel after them: that of a convolution's `weight`, which
+    is joined to the last of them, or one of 1 x 1."""
+    if len(axes) != 2 or array.ndim != 4:
+        return array
+    if array.shape[2:] == (1, 1):
+        return array.reshape(array.shape[:2])
+    return array.reshape(len(array), -1) if array.shape[2:] == weight[2:] else array
 
 
 def _turned_parts(
@@ -169,8 +184,11 @@ def _turned_parts(
     names = (group.parts.names,) if whole else [(name,) for name in group.parts.names]
     wanted = [f"{SPLIT_OFT}{i}" for i in range(len(names))]
     wrong = [f"missing: {n} of {group.module}" for n in wanted if n not in values]
-    wrong += [f"unknown: {group.keys[n]}, a part that {group.module} has not"
-              for n in values if n not in wanted]  # fmt: skip
+    wrong += [
+        f"unknown: {group.keys[n]}, a part that {group.module} has not"
+        for n in values
+        if n not in wanted
+    ]
     if wrong or not alpha.get("alpha", np.ones(1)).any():
         raise _Wrong("\n".join(wrong) or f"alpha of {group.module} is 0, with which nothing turns")
     found: dict[str, Change] = {}
@@ -181,29 +199,35 @@ def _turned_parts(
     return found
 
 
-def _with_magnitude(group: Group, form: Form, magnitude: np.ndarray, out: int, fan_in: int) -> Form:
-    over_rows = magnitude.shape == (1, fan_in) and magnitude.shape != (out, 1)
-    if not over_rows and magnitude.shape not in ((out,), (out, 1)):
+def _with_magnitude(
+    group: Group, form: Form, magnitude: np.ndarray, known: Mapping[str, int]
+) -> Form:
+    (out, channels), shape = (known["out"], known["channels"]), magnitude.shape
+    if len(shape) == 4 and shape[2:] == (1, 1):  # a convolution's; PEFT has another order
+        pefts = "lora_magnitude" in group.keys["magnitude"]
+        shape = shape[1::-1] if pefts and shape[0] == 1 else shape[:2]
+    over_rows = shape == (1, channels) and shape != (out, 1)
+    if not over_rows and shape not in ((out,), (out, 1)):
         raise _Wrong(
             f"shape: {group.keys['magnitude']} is {list(magnitude.shape)}, expected [{out}] or "
-            f"[{out}, 1], or [1, {fan_in}]"
+            f"[{out}, 1], or [1, {channels}]"
         )
-    return lambda weight: kinds.with_magnitude(weight, form(weight), magnitude, over_rows)
+    over = channels if over_rows else None
+    return lambda weight: kinds.with_magnitude(weight, form(weight), magnitude, over)
 
 
 def _checked_sizes(
-    group: Group, kind: Kind, tensors: Mapping[str, np.ndarray], out: int, fan_in: int
+    group: Group, kind: Kind, tensors: Mapping[str, np.ndarray], known: Mapping[str, int]
 ) -> kinds.Sizes:
     shapes = {name: array.shape for name, array in tensors.items()}
-    sizes = kinds.sizes_of(kind, shapes, out, fan_in)
+    sizes = kinds.sizes_of(kind, shapes, known)
     if sizes is not None and "on_input" in tensors:
-        over = fan_in if tensors["on_input"].item() else out
+        over = known["in"] if tensors["on_input"].item() else known["out"]
         sizes = sizes if sizes["changed"] == over else None
     if sizes is None:
         got = " and ".join(str(list(shape)) for shape in shapes.values())
-        ends = {"out": out, "in": fan_in}
-        want = " and ".join(kinds.expected_shape(axes, ends) for axes in kind.shapes.values())
-        more = f" for a change of [{out}, {fan_in}]" * (kind is not LORA)
+        want = " and ".join(kinds.expected_shape(axes, known) for axes in kind.shapes.values())
+        more = f" for a change of [{known['out']}, {known['in']}]" * (kind is not LORA)
         raise _Wrong(f"shape: {group.module} has {got}, expected {want}{more}")
     return sizes
 

@@ -58,6 +58,27 @@ def _lokr(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
     return np.kron(_factor(t, "lokr_w1"), _factor(t, "lokr_w2")) * np.float32(scale)
 
 
+def _tucker(mid: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(rank, rows), (rank, columns) and a core (rank, rank, height, width) -> a matrix of rows x
+    (columns, height, width)."""
+    whole = np.einsum("ijhw,ip,jr->prhw", mid, rows, columns, optimize=True)
+    return whole.reshape(len(whole), -1)
+
+
+def _with_mid(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
+    return _tucker(t["mid"], t["b"].T, t["a"]) * np.float32(scale)
+
+
+def _lokr_with_mid(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
+    second = _tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    return np.kron(_factor(t, "lokr_w1"), second) * np.float32(scale)
+
+
+def _loha_with_mid(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
+    first, second = (_tucker(t[f"hada_t{n}"], t[f"hada_w{n}_a"], t[f"hada_w{n}_b"]) for n in "12")
+    return first * second * np.float32(scale)
+
+
 def _loha(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
     return _factor(t, "hada_w1") * _factor(t, "hada_w2") * np.float32(scale)
 
@@ -89,7 +110,8 @@ def _fits_oft_of_inputs(sizes: Sizes) -> bool:
     return blocks * size == sizes["in"] and sizes["blocks"] in (1, blocks)
 
 
-def _lokr_kind(first: tuple[str, ...], second: tuple[str, ...]) -> Kind:
+def _lokr_kind(first: tuple[str, ...], second: tuple[str, ...], *, mid: bool = False) -> Kind:
+    """`mid`: the second is a convolution's, and has a core of the kernel's size."""
     sides = {
         "lokr_w1": ("rows of w1", "columns of w1"),
         "lokr_w2": ("rows of w2", "columns of w2"),
@@ -100,24 +122,41 @@ def _lokr_kind(first: tuple[str, ...], second: tuple[str, ...]) -> Kind:
         rows, columns = sides[name]
         if not ends:
             shapes[name] = (rows, columns)
-        else:
-            rank = f"rank of {name[-2:]}"  # that of w2 where both are decomposed
-            shapes |= {f"{name}_a": (rows, rank), f"{name}_b": (rank, columns)}
+            continue
+        rank = f"rank of {name[-2:]}"  # that of w2 where both are decomposed
+        turned = mid and name == "lokr_w2"
+        shapes |= {
+            f"{name}_a": (rank, rows) if turned else (rows, rank),
+            f"{name}_b": (rank, columns),
+        }
+        shapes |= {"lokr_t2": (rank, rank, *_KERNEL)} if turned else {}
 
     def fits(sizes: Sizes) -> bool:
         return (
             sizes["rows of w1"] * sizes["rows of w2"] == sizes["out"]
-            and sizes["columns of w1"] * sizes["columns of w2"] == sizes["in"]
+            and sizes["columns of w1"] * sizes["columns of w2"]
+            == sizes["channels" if mid else "in"]
         )
 
-    return Kind("LoKr", shapes, _lokr, rank, may=("alpha", "magnitude"), fits=fits)
+    form = _lokr_with_mid if mid else _lokr
+    return Kind("LoKr", shapes, form, rank, may=("alpha", "magnitude"), fits=fits)
 
 
 _AB = ("a", "b")
+_KERNEL = ("height", "width")
 _SCALED = ("alpha", "magnitude")
 LORA = Kind(
     "LoRA", {"a": ("rank", "in"), "b": ("out", "rank")}, _pair, "rank", (*_SCALED, "b_bias")
 )
+_LOHA = {
+    "hada_w1_a": ("out", "rank"),
+    "hada_w1_b": ("rank", "in"),
+    "hada_w2_a": ("out", "rank"),
+    "hada_w2_b": ("rank", "in"),
+}
+_LOHA_WITH_MID = {name: ("rank", {"a": "out", "b": "channels"}[name[-1]]) for name in _LOHA} | {
+    f"hada_t{n}": ("rank", "rank", *_KERNEL) for n in "12"
+}
 FULL = Kind("full difference", {"diff": ("out", "in")}, lambda t, scale, weight: t["diff"])
 KINDS = (
     LORA,
@@ -125,18 +164,17 @@ KINDS = (
     _lokr_kind(_AB, ()),
     _lokr_kind((), _AB),
     _lokr_kind(_AB, _AB),
+    _lokr_kind((), _AB, mid=True),
+    _lokr_kind(_AB, _AB, mid=True),
     Kind(
-        "LoHa",
-        {
-            "hada_w1_a": ("out", "rank"),
-            "hada_w1_b": ("rank", "in"),
-            "hada_w2_a": ("out", "rank"),
-            "hada_w2_b": ("rank", "in"),
-        },
-        _loha,
+        "LoRA",
+        {"a": ("rank", "channels"), "mid": ("rank", "rank", *_KERNEL), "b": ("out", "rank")},
+        _with_mid,
         "rank",
         _SCALED,
     ),
+    Kind("LoHa", _LOHA, _loha, "rank", _SCALED),
+    Kind("LoHa", _LOHA_WITH_MID, _loha_with_mid, "rank", _SCALED),
     Kind(
         "GLoRA",
         {"a1": ("in", "rank"), "a2": ("rank", "in"), "b1": ("out", "rank"), "b2": ("rank", "in")},
@@ -206,10 +244,11 @@ def expected_shape(axes: tuple[str, ...], known: Sizes) -> str:
 
 
 def sizes_of(
-    kind: Kind, shapes: Mapping[str, tuple[int, ...]], out: int, fan_in: int
+    kind: Kind, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, int]
 ) -> Sizes | None:
-    """Every size of an adapter of that kind; None if its tensors do not fit each other or W."""
-    sizes = {"out": out, "in": fan_in}
+    """Every size of an adapter of that kind, beside those of W; None if its tensors do not fit
+    each other or W."""
+    sizes = dict(known)
     for name, axes in kind.shapes.items():
         shape = shapes[name]
         if len(shape) != len(axes):
@@ -221,14 +260,16 @@ def sizes_of(
 
 
 def with_magnitude(
-    weight: np.ndarray, delta: np.ndarray, magnitude: np.ndarray, over_rows: bool
+    weight: np.ndarray, delta: np.ndarray, magnitude: np.ndarray, channels: int | None
 ) -> np.ndarray:
     """What DoRA adds to W: m (W + delta) / ||W + delta|| - W.
 
-    The norm is over the inputs of each row, or (`over_rows`, older LyCORIS) over each column.
+    The norm is over the inputs of each row, or (older LyCORIS), where it is told how many
+    `channels` of inputs there are, over all that each of them has.
     """
     new = weight + delta
-    axis = 0 if over_rows else 1
-    norm = np.sqrt(np.square(new, dtype=np.float64).sum(axis=axis, keepdims=True))
-    ratio = magnitude.reshape(norm.shape) / norm
-    return new * ratio.astype(np.float32) - weight
+    parts = new.reshape(len(new), channels or 1, -1)
+    norm = np.sqrt(np.square(parts, dtype=np.float64).sum(axis=(0 if channels else 1, 2)))
+    ratio = (magnitude.reshape(norm.shape) / norm).astype(np.float32)
+    each = ratio[None, :, None] if channels else ratio[:, None, None]
+    return (parts * each).reshape(new.shape) - weight

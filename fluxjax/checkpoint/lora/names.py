@@ -7,13 +7,15 @@ its original code, since names that are joined by underscores cannot be told apa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fluxjax.checkpoint.engine import reference_leaves
 from fluxjax.checkpoint.tensors import Tensor
-from fluxjax.networks import by_component
+from fluxjax.networks import NETWORKS
+from fluxjax.networks.network import Network
 from fluxjax.shapes import Params
 
 SPLIT_OFT = "oft_blocks."  # kohya's, with the number of the part that it turns
@@ -24,6 +26,7 @@ def _suffixes() -> dict[str, str]:
     """suffix -> part, of every spelling."""
     found = {}
     for part, spellings in {
+        "mid": ("lora_mid", "lora.mid"),
         "a": ("lora_A", "lora_down", "lora.down", "lora_linear_layer.down", "down"),
         "b": ("lora_B", "lora_up", "lora.up", "lora_linear_layer.up", "up"),
     }.items():
@@ -41,6 +44,7 @@ def _suffixes() -> dict[str, str]:
         for n in "12"
         for end in ("", "_a", "_b")
     }
+    found |= {name: name for name in ("lokr_t2", "hada_t1", "hada_t2")}
     alone = ("alpha", "oft_blocks", "rescale", "boft_R", "boft_s", "on_input", "diff")
     found |= {name: name for name in (*alone, "set_weight", "reshape_weight")}
     found |= {f"{SPLIT_OFT}{i}": f"{SPLIT_OFT}{i}" for i in range(_MOST_PARTS)}
@@ -52,6 +56,7 @@ SUFFIXES = _suffixes()
 # Of a whole parameter just as well; every other suffix is only an adapter's.
 _PLAIN = ("weight", "scale")
 _OLDEST = {"_lora.down.weight": "a", "_lora.up.weight": "b"}
+_PROCESSOR = re.compile(r"(_attn\d?)_processor(?=_)")
 _WORDS = 4  # of the longest suffix
 
 
@@ -70,6 +75,7 @@ class Known:
     """
 
     component: str
+    kind: Network
     shapes: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, Parts]
     prefixes: tuple[str, ...]
@@ -86,8 +92,10 @@ class Known:
 
 def known_network(component: str, params: Params) -> Known:
     """Of a network whose parameters look like `params` (arrays or shapes, stacked or not)."""
-    network = by_component(component)
     shapes = {name: leaf.shape for name, leaf in reference_leaves(params).items()}
+    network = next(
+        n for n in NETWORKS.values() if n.adapter_prefixes and n.dialects[0].fits(shapes)
+    )
     own = {name.rpartition(".")[0] for name in shapes}
     modules: dict[str, Parts] = {}
     for name in own:
@@ -95,7 +103,7 @@ def known_network(component: str, params: Params) -> Known:
         if len(shapes.get(f"{name}.weight", ())) == 1:  # a norm's scale is named itself
             modules[_flat(f"{name}.weight")] = Parts((name,))
     numbers = {word for name in own for word in name.split(".") if word.isdigit()}
-    for rule in network.adapter_rules:
+    for rule in network.adapter_rules(shapes):
         for i in numbers if "{}" in rule.theirs else ("",):
             names = tuple(ours.replace("{}", i) for ours in rule.ours)
             if all(name in own for name in names):
@@ -104,7 +112,10 @@ def known_network(component: str, params: Params) -> Known:
                 modules.setdefault(_flat(theirs), parts)
                 if rule.leaves[0][0] != "weight":
                     modules.setdefault(_flat(f"{theirs}.{rule.leaves[0][0]}"), parts)
-    return Known(component, shapes, modules, network.adapter_prefixes)
+    prefixes = network.adapter_prefixes
+    if component != network.component:  # another text encoder of that kind, counted from 1
+        prefixes = (f"{component}.", f"lora_te{component.rpartition('_')[2]}_")
+    return Known(component, network, shapes, modules, prefixes)
 
 
 def _flat(name: str) -> str:
@@ -131,7 +142,7 @@ def grouped(raw: Mapping[str, Tensor], networks: Iterable[Known]) -> tuple[list[
         for network, prefix, module, part in _readings(key, networks):
             plain = module.removeprefix(prefix)
             # diffusers once named the attention's processor too.
-            names = _flat(plain), _flat(plain).replace("_attn_processor_", "_attn_", 1)
+            names = _flat(plain), _PROCESSOR.sub(r"\1", _flat(plain), count=1)
             parts = next((network.modules[n] for n in names if n in network.modules), None)
             if parts is not None:
                 group = groups.setdefault(

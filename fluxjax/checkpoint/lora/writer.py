@@ -22,7 +22,7 @@ from fluxjax.networks.flux import BFL
 from fluxjax.shapes import Params
 
 OWN_METADATA = "fluxjax_lora"
-_PREFIXES: dict[LoraNaming, dict[str, str]] = {
+PREFIXES: dict[LoraNaming, dict[str, str]] = {
     "peft": {
         "transformer": "transformer.",
         "text_encoder": "text_encoder.",
@@ -90,7 +90,7 @@ def write_adapters(
             mine = _fused(mine, _widths(params))
         for module, adapter in mine.items():
             name = module.replace(".", "_") if naming == "kohya" else module
-            name = _PREFIXES[naming][component] + name
+            name = PREFIXES[naming][component] + name
             arrays[f"{name}.{down}.weight"], arrays[f"{name}.{up}.weight"] = adapter.a, adapter.b
             if naming == "kohya":
                 arrays[f"{name}.alpha"] = np.asarray(len(adapter.a), np.float32)

@@ -1,0 +1,329 @@
+"""Adapters of Stable Diffusion's UNet and text encoders, beside diffusers, PEFT and LyCORIS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save_file
+from test_unet import TINIES, torch_unet
+
+from fluxjax.checkpoint.engine import MappingError, reference_leaves
+from fluxjax.checkpoint.lora.merge import merge
+from fluxjax.checkpoint.lora.reader import read_adapters
+from fluxjax.checkpoint.source import OpenNetwork
+from fluxjax.checkpoint.source_record import Record
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.tensors import of_array
+from fluxjax.config import CLIPTextConfig, ConfigError, UNetConfig
+from fluxjax.convert.__main__ import main as convert
+from fluxjax.networks.unet import ldm
+
+Weights = dict[str, torch.Tensor]
+CLIP = CLIPTextConfig(
+    hidden_size=64,
+    intermediate_size=96,
+    projection_dim=48,
+    num_hidden_layers=2,
+    num_attention_heads=1,
+    vocab_size=50,
+    max_position_embeddings=16,
+)
+BIG = CLIPTextConfig(
+    hidden_size=128,
+    intermediate_size=96,
+    projection_dim=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    vocab_size=50,
+    max_position_embeddings=16,
+    with_projection=True,
+)
+CONV, POINT = "down_blocks.0.resnets.0.conv1", "down_blocks.0.attentions.0.proj_in"
+LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+MODULES = (
+    CONV,
+    POINT,
+    LINEAR,
+    "down_blocks.0.downsamplers.0.conv",
+    "up_blocks.1.resnets.0.conv_shortcut",
+    "up_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj",
+    "time_embedding.linear_1",
+    "mid_block.resnets.1.time_emb_proj",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+)
+
+
+@pytest.fixture(scope="module")
+def unets() -> dict[str, UNet2DConditionModel]:
+    return {name: torch_unet(config) for name, config in TINIES.items()}
+
+
+@pytest.fixture(scope="module")
+def templates() -> dict[Any, Any]:
+    return {config: abstract_params(config) for config in (*TINIES.values(), CLIP, BIG)}
+
+
+def opened(component: str, config: Any, weights: Weights) -> OpenNetwork:
+    tensors = {name: of_array(tensor.detach().numpy()) for name, tensor in weights.items()}
+    return OpenNetwork(component, config, tensors, Record(), "reference", Path())
+
+
+def merged(path: Path, templates, **networks: tuple[Any, Weights]) -> dict[str, dict]:
+    """What a file makes of the weights that it changes, by component."""
+    known = {name: templates[config] for name, (config, _) in networks.items()}
+    changes, found = read_adapters(path, known).changes, {}
+    for name, (config, weights) in networks.items():
+        after = merge(opened(name, config, weights), [(changes.get(name, {}), 1.0)])
+        found[name] = {key: after.tensors[key].read() for key in changes.get(name, {})}
+    return found
+
+
+def random(*shape: int, scale: float = 0.2) -> torch.Tensor:
+    return torch.randn(*shape) * scale
+
+
+def low_rank(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down, up) as kohya has them: the kernel is in the down."""
+    kernel = weight.shape[2:]
+    return random(rank, *weight.shape[1:]), random(len(weight), rank, *(1 for _ in kernel))
+
+
+def added(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    delta = up.flatten(1) @ down.flatten(1)
+    return delta.view(len(up), *down.shape[1:])
+
+
+def agree(got: dict[str, np.ndarray], expected: Weights, before: Weights) -> None:
+    assert got.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (weight - before[name]).abs().max() > 1e-3, name
+        np.testing.assert_allclose(got[name], weight.detach(), atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_diffusers_saves_is_what_it_fuses(dora, templates, tmp_path) -> None:
+    """Linear layers and convolutions of 1 x 1 and 3 x 3, PEFT's metadata, DoRA."""
+    unet = torch_unet(TINIES["1.5"])
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=list(MODULES),
+        use_dora=dora,
+        init_lora_weights=False,
+        rank_pattern={CONV: 2},
+    )
+    unet.add_adapter(config)
+    layers: Any = peft.get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=layers,
+        unet_lora_adapter_metadata=config.to_dict(),
+    )
+    unet.fuse_lora()
+    unet.unload_lora()
+    after, names = unet.state_dict(), [f"{name}.weight" for name in MODULES]
+    got = merged(tmp_path, templates, unet=(TINIES["1.5"], before))["unet"]
+    agree(got, {name: after[name] for name in names}, before)
+
+
+def kohya(prefix: str, modules: dict[str, torch.Tensor], alpha: float) -> tuple[Weights, Weights]:
+    """The tensors of a file, by kohya's names; what is added to each weight."""
+    file, deltas = {}, {}
+    for name, weight in modules.items():
+        down, up = low_rank(weight, 2)
+        key = f"{prefix}_{name.replace('.', '_')}"
+        file[f"{key}.lora_down.weight"], file[f"{key}.lora_up.weight"] = down, up
+        file[f"{key}.alpha"] = torch.tensor(alpha)
+        deltas[f"{name}.weight"] = added(down, up) * alpha / 2
+    return file, deltas
+
+
+def clip_weights(config: CLIPTextConfig, templates) -> Weights:
+    leaves = reference_leaves(templates[config])
+    return {name: random(*leaf.shape) for name, leaf in leaves.items()}
+
+
+TEXT_MODULES = tuple(f"text_model.encoder.layers.0.{m}" for m in ("self_attn.q_proj", "mlp.fc2"))
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_kohyas_files(name, unets, templates, tmp_path) -> None:
+    """1.5 by diffusers' names and XL by the original ones, with one and two text encoders; what
+    diffusers makes of the UNet's part is the same."""
+    torch.manual_seed(2)
+    config, xl = TINIES[name], name == "XL"
+    before = {key: tensor.clone() for key, tensor in unets[name].state_dict().items()}
+    chosen = [m for m in MODULES if f"{m}.weight" in before and not (xl and m == POINT)]
+    chosen = [m for m in before if ".attn" in m and m.endswith("to_k.weight")] if xl else chosen
+    modules = {
+        m.removesuffix(".weight"): before[f"{m.removesuffix('.weight')}.weight"] for m in chosen
+    }
+    theirs = original_names(config) if xl else {m: m for m in modules}
+    renamed = {theirs[m]: weight for m, weight in modules.items()}
+    file, named = kohya("lora_unet", renamed, 3.0)
+    deltas = {f"{m}.weight": named[f"{theirs[m]}.weight"] for m in modules}
+    save_file(file, tmp_path / "unet.safetensors")
+    fused = fused_by_diffusers(tmp_path / "unet.safetensors", config, xl)
+    encoders = {"te1": CLIP, "te2": BIG} if xl else {"te": CLIP}
+    texts: dict[str, tuple[Any, Weights]] = {}
+    changed: dict[str, Weights] = {}
+    for (prefix, encoder), component in zip(
+        encoders.items(), ("text_encoder", "text_encoder_2")[: len(encoders)], strict=True
+    ):
+        weights = clip_weights(encoder, templates)
+        adapted = {m: weights[f"{m}.weight"] for m in TEXT_MODULES}
+        mine, changed[component] = kohya(f"lora_{prefix}", adapted, 1.0)
+        file, texts[component] = file | mine, (encoder, weights)
+    save_file(file, tmp_path / "all.safetensors")
+    got = merged(tmp_path / "all.safetensors", templates, unet=(config, before), **texts)
+    agree(got["unet"], {key: before[key] + delta for key, delta in deltas.items()}, before)
+    agree(got["unet"], {key: fused[key] for key in deltas}, before)
+    assert all(torch.equal(fused[key], before[key]) for key in before if key not in deltas)
+    for component, (_, weights) in texts.items():
+        expected = {key: weights[key] + delta for key, delta in changed[component].items()}
+        agree(got[component], expected, weights)
+    with pytest.raises(MappingError, match="unknown: lora_te"):  # never only the UNet's half
+        merged(tmp_path / "all.safetensors", templates, unet=(config, before))
+
+
+def original_names(config: UNetConfig) -> dict[str, str]:
+    """diffusers' -> CompVis'."""
+    found = {}
+    for rule in ldm(config).rules:
+        for i in range(2) if "{}" in rule.theirs else ("",):
+            found[rule.ours[0].replace("{}", str(i))] = rule.theirs.replace("{}", str(i))
+    return found
+
+
+def fused_by_diffusers(path: Path, config: UNetConfig, xl: bool) -> Weights:
+    unet = torch_unet(config)
+    cls: Any = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    parts = dict.fromkeys(("vae", "tokenizer", "text_encoder", "scheduler"))
+    parts |= dict.fromkeys(
+        ("tokenizer_2", "text_encoder_2") if xl else ("safety_checker", "feature_extractor")
+    )
+    pipe = cls(**parts, unet=unet, **({} if xl else {"requires_safety_checker": False}))
+    pipe.load_lora_weights(path.parent, weight_name=path.name)
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    return unet.state_dict()
+
+
+def test_convolutions_in_lycoris_forms(unets, templates, tmp_path) -> None:
+    """With and without a core of the kernel's size; DoRA over outputs and over inputs."""
+    torch.manual_seed(3)
+    before = {name: tensor.clone() for name, tensor in unets["1.5"].state_dict().items()}
+    weight, tucker = before[f"{CONV}.weight"], "ijhw,ip,jr->prhw"
+    out, channels = weight.shape[:2]
+    rank = 2
+
+    def core() -> torch.Tensor:
+        return random(rank, rank, 3, 3)
+
+    def loha() -> dict[str, torch.Tensor]:
+        return {
+            f"hada_w{n}_{x}": random(rank, size)
+            for n in "12"
+            for x, size in (("a", out), ("b", channels))
+        }
+
+    mid, down, up = core(), random(rank, channels, 1, 1), random(out, rank, 1, 1)
+    hada = loha() | {"hada_t1": core(), "hada_t2": core()}
+    flat = {
+        f"hada_w{n}_{x}": random(*shape)
+        for n in "12"
+        for x, shape in (("a", (out, rank)), ("b", (rank, channels * 9)))
+    }
+    w1, w2 = random(4, 4), random(out // 4, channels // 4, 3, 3)
+    lokr = {
+        "lokr_w1": w1,
+        "lokr_t2": core(),
+        "lokr_w2_a": random(rank, out // 4),
+        "lokr_w2_b": random(rank, channels // 4),
+    }
+    full = torch.randn_like(weight)
+    dora_down, dora_up = low_rank(weight, rank)
+    new = weight + added(dora_down, dora_up)
+
+    def kron(second: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ab,cdhw->acbdhw", w1, second).reshape(weight.shape)
+
+    def dora(scale: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+        norm = new.square().sum(axes, keepdim=True).sqrt()
+        return scale * new / norm - weight
+
+    pair = {"lora_down.weight": dora_down, "lora_up.weight": dora_up}
+    rows, columns = random(out, 1, 1, 1) + 1, random(1, channels, 1, 1) + 1
+    first, second = (
+        torch.einsum(tucker, hada[f"hada_t{n}"], hada[f"hada_w{n}_a"], hada[f"hada_w{n}_b"])
+        for n in "12"
+    )
+    cases: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = [
+        (
+            {"lora_mid.weight": mid, "lora_down.weight": down, "lora_up.weight": up},
+            torch.einsum(tucker, mid, up.flatten(1).T, down.flatten(1)),
+        ),
+        (hada, first * second),
+        (
+            flat,
+            (
+                (flat["hada_w1_a"] @ flat["hada_w1_b"]) * (flat["hada_w2_a"] @ flat["hada_w2_b"])
+            ).view(weight.shape),
+        ),
+        ({"lokr_w1": w1, "lokr_w2": w2}, kron(w2)),
+        (lokr, kron(torch.einsum(tucker, lokr["lokr_t2"], lokr["lokr_w2_a"], lokr["lokr_w2_b"]))),
+        ({"diff": full}, full),
+        ({**pair, "dora_scale": rows}, dora(rows, (1, 2, 3))),
+        ({**pair, "dora_scale": columns}, dora(columns, (0, 2, 3))),
+    ]
+    for tensors, delta in cases:
+        key = f"lycoris_{CONV.replace('.', '_')}"
+        save_file(
+            {f"{key}.{name}": t.contiguous() for name, t in tensors.items()},
+            tmp_path / "a.safetensors",
+        )
+        got = merged(tmp_path / "a.safetensors", templates, unet=(TINIES["1.5"], before))["unet"]
+        agree(got, {f"{CONV}.weight": weight + delta}, before)
+    with pytest.raises(
+        MappingError, match=r"conv1 has .*, expected \[rank, 288\] and \[32, rank\]"
+    ):
+        save_file(
+            {f"{key}.lora_down.weight": random(2, 32, 5, 5), f"{key}.lora_up.weight": up},
+            tmp_path / "a.safetensors",
+        )
+        merged(tmp_path / "a.safetensors", templates, unet=(TINIES["1.5"], before))
+
+
+def test_the_command_merges_into_a_unet(unets, templates, tmp_path) -> None:
+    unets["1.5"].save_pretrained(tmp_path / "base")
+    before = unets["1.5"].state_dict()
+    file, deltas = kohya(
+        "lora_unet", {m: before[f"{m}.weight"] for m in (CONV, POINT, LINEAR)}, 1.0
+    )
+    save_file(file, tmp_path / "a.safetensors")
+    arguments = [
+        str(tmp_path / "base"),
+        str(tmp_path / "out"),
+        "--lora",
+        f"{tmp_path / 'a.safetensors'}:0.5",
+    ]
+    assert convert(arguments) == 0
+    after = UNet2DConditionModel.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in before.items():
+        expected = tensor + 0.5 * deltas[name] if name in deltas else tensor
+        np.testing.assert_allclose(after[name], expected, atol=1e-6)
+    options = ["--to", "kohya", "--config", str(tmp_path / "base/config.json")]
+    with pytest.raises(ConfigError, match="of a UNet are read and merged, not written"):
+        convert([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), *options])
