@@ -256,6 +256,37 @@ def test_a_job_that_is_killed_goes_on_bit_for_bit(lora_run, recipe, tmp_path):
     assert straight == resumed
 
 
+@pytest.mark.slow
+def test_over_codes_a_killed_job_goes_on_bit_for_bit(recipe, tmp_path):
+    """The base stays in its codes, to the byte; validation draws with them."""
+    straight = replace(
+        recipe,
+        folder=tmp_path / "straight",
+        quantise="int8",
+        save_minutes=0.0,
+        validation=replace(recipe.validation, every=4),
+    )
+    job = finetune.prepare(straight)
+    kernel = job.frozen["params"]["transformer_blocks_0"]["ff"]["net_2"]["kernel"]
+    before = [np.asarray(part) for part in kernel.parts.values()]
+    assert before[0].dtype == np.int8
+    train(straight, job)
+    for part, then in zip(kernel.parts.values(), before, strict=True):
+        np.testing.assert_array_equal(part, then)
+    resumed = quiet(straight, folder=tmp_path / "resumed")
+
+    def killed(state, *rest):
+        if int(state.step) == 2:
+            raise Killed
+        return job.step(state, *rest)
+
+    with pytest.raises(Killed):
+        train(resumed, finetune.prepare(resumed)._replace(step=killed))
+    train(resumed, finetune.prepare(resumed)._replace(step=job.step))
+    one, other = map(_saved_state, (straight.folder, resumed.folder))
+    assert [leaf.tobytes() for leaf in one] == [leaf.tobytes() for leaf in other]
+
+
 def _saved_state(folder: Path) -> list[np.ndarray]:
     with StateStore(folder / "checkpoints") as store:
         found = store.restore()
@@ -399,7 +430,7 @@ def test_the_smoothed_line_lies_among_its_data():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora_dev", "tiny_lora", "tiny_full"])
+@pytest.mark.parametrize("name", ["lora_dev", "lora_dev_nf4", "tiny_lora", "tiny_full"])
 def test_every_recipe_runs_on_a_small_model(name, recipe, tmp_path, capsys):
     where = _run_recipe(name, recipe, tmp_path, capsys, "--validation.every 0")
     assert where == tmp_path / ("pipeline" if name == "tiny_full" else "lora.safetensors")
@@ -419,7 +450,7 @@ def test_precompute_says_how_far_it_is(recipe, tmp_path, capsys):
 
 
 def test_no_recipe_is_left_untried():
-    tried = {"lora_dev", "lora_kontext", "tiny_lora", "tiny_full", "full_8_chips"}
+    tried = {"lora_dev", "lora_dev_nf4", "lora_kontext", "tiny_lora", "tiny_full", "full_8_chips"}
     # The embedded model's recipe has its own test.
     assert {path.stem for path in RECIPES.glob("*.toml")} == tried | {"tiny", "many_hosts"}
 

@@ -74,11 +74,23 @@ def test_a_step_of_all_weights_is_counted_and_shared_out():
 
 @pytest.mark.slow
 def test_counts_of_sampling_on_one_device():
-    options = Options(model="tiny", steps=3, batch=2, width=64, height=96, dtype="float32")
+    options = Options(
+        model="tiny",
+        steps=3,
+        batch=2,
+        width=64,
+        height=96,
+        dtype="float32",
+        quantise="text_encoder_2=int8",
+    )
     config = read_model(options)
     placed = compile_plan(options, config, quiet)
     for name, held in placed.weights.items():
-        assert held == 4 * parameter_count(abstract_params(getattr(config, name)))
+        values = 4 * parameter_count(abstract_params(getattr(config, name)))
+        if name == "text_encoder_2":  # all but the embedding
+            assert 0.25 * values < held < 0.35 * values
+        else:
+            assert held == values
     denoise = {program.name: program for program in placed.programs}["denoise"]
     each = flux_flops(config.transformer, tokens(config), config.max_sequence_length)
     assert abs(denoise.structure.matmul_flops / (2 * 3 * each) - 1) < 0.03

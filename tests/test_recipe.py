@@ -57,6 +57,8 @@ RECIPES = sorted((Path(__file__).parents[1] / "train").glob("*.toml"))
         ),
         (f"model = {'[' * 5000}", "nested too deeply"),
         ("a = 1" + " " * 2**20, "it has more than 1 MiB"),
+        ("quantise = 'int3'", "quantise must be one of int8, fp8, nf4"),
+        ("method = 'full'\nquantise = 'nf4'", "quantise nf4 is for the frozen base of a LoRA"),
         ("patience = 0", "patience must be at least 1, got 0"),
         ("keep = 0", "keep must be at least 1"),
         ("seed = 5000000000", "seed must be from 0 to 4294967295, got 5000000000"),

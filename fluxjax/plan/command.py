@@ -6,6 +6,7 @@ import json
 import sys
 
 from fluxjax.plan.options import Options, device_count, find_chips, read_model
+from fluxjax.quantised_kinds import NONE
 
 
 def plan(options: Options) -> int:
@@ -26,6 +27,8 @@ def plan(options: Options) -> int:
         "height": config.height,
         "max_sequence_length": config.max_sequence_length,
     }
+    if options.quantise != NONE:
+        made["quantise"] = options.quantise
     if options.task == "sample":
         made["steps"] = config.steps
         if options.pictures:

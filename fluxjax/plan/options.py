@@ -16,6 +16,8 @@ from fluxjax.config.choices import Remat, SequenceAttention
 from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.hub import find, hub_name
 from fluxjax.parallel.mesh_shape import MeshShape, parse_mesh
+from fluxjax.quantised_kinds import KINDS, NONE
+from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.train.settings import Optimizer
 
 Task = Literal["sample", "lora", "full"]
@@ -53,6 +55,9 @@ class Options:
     """Denoising steps of a picture."""
     max_sequence_length: _Int = None
     """T5 tokens."""
+    quantise: str = NONE
+    """Weights in few bits: int8, nf4 or another kind of `fluxjax.sample --quantise`, for all
+    networks or each, transformer=nf4,text_encoder_2=int8; of a LoRA's base."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and computation; what is trained is float32."""
     sequence: SequenceAttention = "auto"
@@ -77,6 +82,9 @@ def check(options: Options) -> None:
     """Raises ConfigError, or OSError, for what cannot be; before JAX is imported."""
     device_count(options)
     find_chips(options.chips)
+    kinds = parse_quantise(options.quantise)
+    if options.task == "full" and any(kind in KINDS for kind in kinds.values()):
+        raise ConfigError("--quantise is for weights that are not trained: --task full trains all")
     if options.rank < 1:
         raise ConfigError(f"rank must be at least 1, got {options.rank}")
     if hub_name(options.model) is None:  # what is to be downloaded is checked when it is there

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.templates import abstract_params, in_dtype, quantised_template
 from fluxjax.config import ConfigError, LoraConfig, PipelineConfig
 from fluxjax.families import FLUX, Task
 from fluxjax.families.flux_tasks import tasks_of
@@ -25,8 +25,10 @@ from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replic
 from fluxjax.parallel.rules import bytes_per_device, param_shardings, state_shardings
 from fluxjax.plan.attention import flash_like
 from fluxjax.plan.options import Options, device_count, mesh_shape, tokens
+from fluxjax.quantised_kinds import KINDS
 from fluxjax.sample.executables import Executables
 from fluxjax.sample.programs import programs
+from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.sample.settings import defaults
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.optimizers import learning_rates, make_optimizer
@@ -91,11 +93,22 @@ def _size(tree: Any) -> int:
 def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:
     dtype = jnp.dtype(options.dtype)
     weights: dict[str, int] = {}
+    templates = {
+        name: _template(options, name, network, dtype) for name, network in config.networks.items()
+    }
     for name, network in config.networks.items():
-        template = abstract_params(network, stacked=True)
-        weights[name] = _size(_placed(template, param_shardings(network, template, mesh), dtype))
+        placed = _placed(templates[name], param_shardings(network, templates[name], mesh))
+        weights[name] = _size(placed)
     devices = mesh if mesh.size > 1 else None
-    executables = Executables(FLUX, config, dtype, True, mesh=devices, sequence=options.sequence)
+    executables = Executables(
+        FLUX,
+        config,
+        dtype,
+        True,
+        mesh=devices,
+        sequence=options.sequence,
+        quantised=templates,
+    )
     n, needed, size = options.batch, defaults(config), (config.width, config.height)
     listed = programs(
         FLUX,
@@ -128,6 +141,14 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     return Placed(weights, 0, tuple(done), notes)
 
 
+def _template(options: Options, name: str, network: Any, dtype: Any) -> dict[str, Any]:
+    """Shapes of a network's parameters as they lie on devices."""
+    tree, kind = abstract_params(network, stacked=True), parse_quantise(options.quantise).get(name)
+    if kind in KINDS:
+        tree = quantised_template(tree, network, kind)
+    return in_dtype(tree, dtype)
+
+
 def _task(options: Options, config: PipelineConfig) -> Task:
     """The one of the pictures that are named, or the simplest of the model's."""
     if options.pictures or options.model == "kontext":
@@ -153,7 +174,9 @@ def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
             lambda: split_scales(init_lora(jax.random.key(0), base, LoraConfig(rank=options.rank)))
         )
         trained, scales = _placed(made, state_shardings(config.transformer, made, mesh))
-        frozen = {"params": _placed(base, shardings, dtype), "scales": scales}
+        held = _template(options, "transformer", config.transformer, dtype)
+        placed = _placed(held, param_shardings(config.transformer, held, mesh))
+        frozen = {"params": placed, "scales": scales}
     settings = OptimizerSettings(name=options.optimizer)
     optimizer = make_optimizer(settings, learning_rates(settings, 1000, 1e-4))
     state = jax.eval_shape(lambda p: init_state(p, optimizer, ema=options.ema), trained)

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
+from fluxjax.checkpoint.source import open_component
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, FluxConfig, PipelineConfig
 from fluxjax.config.latents import latent_size
@@ -26,6 +27,7 @@ from fluxjax.models.stacking import scan_by_default
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import param_shardings, state_shardings
+from fluxjax.quantised_kinds import NONE
 from fluxjax.sample.given_pictures import read_picture
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.train.data.buckets import fit
@@ -90,8 +92,10 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     validation = None
     if recipe.validation.every:
         lora = join_scales(trained, frozen["scales"]) if "scales" in frozen else None
-        lora = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lora)
-        validation = _validation(recipe, config, model, mesh, held, prompts, references, lora)
+        base_shapes, lora = _shapes(frozen.get("params")), _shapes(lora)
+        validation = _validation(
+            recipe, config, model, mesh, held, prompts, references, base_shapes, lora
+        )
     notes = [note] * bool(note) + _notes(recipe, config, data)
     return Job(
         config=config,
@@ -185,14 +189,10 @@ def _networks(
         attention=recipe.attention,
     )
     abstract = abstract_params(config.transformer, stacked=stacked)
-    params = load_params(
-        recipe.model_folder,
-        "transformer",
-        config.transformer,
-        stacked=stacked,
-        dtype=stored,
-        shardings=param_shardings(config.transformer, abstract, mesh),
-    )
+    network = open_component(recipe.model_folder, "transformer", config.transformer)
+    template, _ = network.template(stacked=stacked, quantise=recipe.quantise if lora else NONE)
+    where = param_shardings(config.transformer, template, mesh)
+    params = network.fill(template, dtype=stored, shardings=where)
     if not lora:
         return model, {}, params
     key = jax.random.fold_in(jax.random.key(recipe.seed), 2**31 - 2)
@@ -203,6 +203,10 @@ def _networks(
     where = state_shardings(config.transformer, jax.eval_shape(start), mesh)
     trained, scales = jax.jit(start, out_shardings=where)()
     return model, {"params": params, "scales": scales}, trained
+
+
+def _shapes(tree: Tree | None) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def _initial_state(
@@ -255,8 +259,10 @@ def _validation(
     held: list[DataBatch],
     states: Conditioning | None,
     references: np.ndarray | None,
+    base: Tree | None,
     lora: Tree | None,
 ) -> Validation:
+    """`base`: shapes of a LoRA's frozen weights."""
     devices = mesh if mesh.size > 1 else None
 
     def load(component: Any) -> Tree:
@@ -281,6 +287,7 @@ def _validation(
         dtype=model.dtype,
         scan_layers=model.scan_layers,
         lora=lora,
+        quantised={} if base is None else {"transformer": base},
         mesh=devices,
         sequence=recipe.sequence,
     )

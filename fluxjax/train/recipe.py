@@ -13,6 +13,7 @@ from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.config import ConfigError, LoraConfig
 from fluxjax.config.choices import Implementation, LoraNaming, Remat, SequenceAttention
 from fluxjax.hub import find
+from fluxjax.quantised_kinds import KEEP, KINDS, NONE
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.settings import Objective, OptimizerSettings, ValidationSettings
 from fluxjax.train.toml_file import build, check_values, nearest, read_toml, to_toml
@@ -48,6 +49,9 @@ class FinetuneRecipe:
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation, and of a LoRA's frozen model; auto: float32 on CPUs, else bfloat16."""
+    quantise: str = KEEP
+    """Of a LoRA's frozen transformer: int8, nf4 or another kind of codes that its blocks' products
+    are put into; keep leaves those of a quantised model as they are, none decodes them."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the finished transformer (a LoRA is always float32)."""
     lora_naming: LoraNaming = "peft"
@@ -83,6 +87,14 @@ class FinetuneRecipe:
 
     def __post_init__(self) -> None:
         check_values(self)
+        kinds = (*KINDS, KEEP, NONE)
+        if self.quantise not in kinds:
+            raise ConfigError(f"quantise must be one of {', '.join(kinds)}, got {self.quantise!r}")
+        if self.method == "full" and self.quantise in KINDS:
+            raise ConfigError(
+                f"quantise {self.quantise} is for the frozen base of a LoRA: what is "
+                "trained is float32"
+            )
         for name in ("steps", "batch", "accumulate", "log_every", "keep", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -336,7 +336,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         check_side_output(settings.sheet, "sheet")
     if note := enable_cache():
         print(f"note: {note}", file=sys.stderr)
-    pipeline = load_pipeline(settings.model, mesh=settings.mesh)
+    pipeline = load_pipeline(settings.model, mesh=settings.mesh, quantise=settings.quantise)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("drawing", total=settings.prompts * len(settings.kinds))
         result = evaluate_pipeline(

@@ -10,6 +10,8 @@ import tyro
 
 from fluxjax.config import ConfigError
 from fluxjax.parallel.mesh_shape import parse_mesh
+from fluxjax.quantised_kinds import KEEP
+from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.train.embedded.colours import COLOURS
 
 
@@ -63,6 +65,8 @@ class EvaluateSettings:
     """Pictures drawn at once; on a mesh made up to what it splits them by."""
     mesh: str | None = None
     """Devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2; the rest is data."""
+    quantise: str = KEEP
+    """Weights in few bits, as `python -m fluxjax.sample --quantise` has them."""
     sheet: Path | None = None
     """Write a contact sheet to this PNG, a row for each kind."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -85,3 +89,4 @@ class EvaluateSettings:
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         parse_mesh(self.mesh or "")
+        parse_quantise(self.quantise)
