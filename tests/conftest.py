@@ -1,17 +1,27 @@
 """Every test: eight simulated CPU devices, no rank promotion, warnings are errors."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
+    "--xla_force_host_platform_device_count=8"
     # On a busy machine the eight take turns, and one may wait long for the others.
-    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    # Most programs here run once or twice: compiling them well takes longer than it saves. What is
+    # compiled as shipped asks for the fixture `as_shipped`; XLA_FLAGS from outside wins.
+    " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from pathlib import Path
+# Programs that several tests or their processes use are compiled once. JAX writes an entry in its
+# place, where another could read half of it: workers that test beside each other have their own.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+    os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{Path(__file__).parents[1]}/.pytest_cache/jax"),
+    os.environ.get("PYTEST_XDIST_WORKER", ""),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest
@@ -23,16 +33,20 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="module")
-def quick_compiler():
-    """For programs that run a few small steps: compiling them well takes longer than it saves."""
+def as_shipped():
+    """Whole programs of sampling and training are compiled with the optimisations users get."""
     from fluxjax.models.compilation import compiler_options
     from fluxjax.sample import executables
     from fluxjax.train import step
 
-    options = {**compiler_options(), "xla_backend_optimization_level": "0"}
+    best = {"xla_backend_optimization_level": "3", "xla_cpu_parallel_codegen_split_count": "32"}
+
+    def options(precision=None):
+        return compiler_options(precision) | best
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (step, executables):
-            patch.setattr(module, "compiler_options", lambda precision=None: options)
+            patch.setattr(module, "compiler_options", options)
         yield
 
 

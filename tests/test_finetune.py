@@ -60,7 +60,6 @@ from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.settings import Objective, OptimizerSettings, ValidationSettings
 
 RECIPES = Path(__file__).parents[1] / "train"
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 # Tokenizers of the embedded model around small networks with random weights.

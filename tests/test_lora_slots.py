@@ -54,9 +54,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own() -> None:
 
 
 @pytest.mark.slow
-def test_calls_choose_adapters_without_compiling(
-    files, monkeypatch, tmp_path, quick_compiler
-) -> None:
+def test_calls_choose_adapters_without_compiling(files, monkeypatch, tmp_path) -> None:
     one, two = files
     compiled, plain = [], Executables.compile
     monkeypatch.setattr(

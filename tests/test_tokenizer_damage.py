@@ -122,7 +122,7 @@ def test_a_number_without_end_in_a_sentencepiece_model(tmp_path):
     path.write_bytes(b"\x0a" + varint(2**40) + b"a")
     with pytest.raises(ValueError, match="damaged"):
         read_sentencepiece(path)
-    assert time.process_time() - begun < 1
+    assert time.process_time() - begun < 3
 
 
 @pytest.mark.parametrize("forms", [("tokenizer.json",), ()])

@@ -12,7 +12,7 @@ def run(body: str) -> subprocess.CompletedProcess:
     program = (
         "import ctypes, time\n"
         "from fluxjax.train.watchdog import Watchdog\n"
-        f"with Watchdog(0.5, start=2) as watchdog:\n    {body}\nprint('end')\n"
+        f"with Watchdog(1.5, start=10) as watchdog:\n    {body}\nprint('end')\n"
     )
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
@@ -22,12 +22,12 @@ def run(body: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("body", "code", "words"),
     [
-        ("for _ in range(8): watchdog.beat(); time.sleep(0.2)", 0, ""),
-        ("time.sleep(1)", 0, ""),  # the first step may take longer
-        ("watchdog.beat(5); time.sleep(1)", 0, ""),  # and so may one that says so
+        ("for _ in range(8): watchdog.beat(); time.sleep(0.3)", 0, ""),
+        ("time.sleep(2.5)", 0, ""),  # the first step may take longer
+        ("watchdog.beat(10); time.sleep(2.5)", 0, ""),  # and so may one that says so
         ("watchdog.beat(); time.sleep(30)", HUNG, "no step within"),
         # sleep() called with the interpreter locked, as by native code that is stuck.
-        ("watchdog.beat(); time.sleep(0.2); ctypes.PyDLL(None).sleep(30)", 1, "Timeout"),
+        ("watchdog.beat(); time.sleep(1.2); ctypes.PyDLL(None).sleep(30)", 1, "Timeout"),
     ],
 )
 def test_only_silence_ends_the_process(body, code, words):
