@@ -1,5 +1,6 @@
 """Models by their names on a hub: only what is needed, from the cache without a network."""
 
+import json
 import os
 import subprocess
 import sys
@@ -228,23 +229,34 @@ def test_a_token_opens_a_gated_model(ask):
     assert ask("-c", FIND, "someone/gated", "vae", HF_TOKEN="good")[0] == 0
 
 
+VERBS = """
+import json, sys
+from importlib import import_module
+from fluxjax import cli
+def verbs():
+    for verb, *arguments in json.loads(sys.argv[1]):
+        import_module(f"fluxjax.{verb}.__main__").main(arguments)
+cli.run(verbs)
+"""
+
+
 @pytest.mark.slow
 def test_every_verb_takes_a_name(ask, tmp_path):
-    size = ("--width", "64", "--height", "64", "--steps", "2", "--seed", "1")
-    code, line, said = ask("-m", "fluxjax.sample", "a star", "--model", "someone/tiny", *size)
-    assert code == 0 and line.startswith("out/a-star-1.png"), said
-    code, _, said = ask("-m", "fluxjax.sample", "--like", "out/a-star-1.png", "--out", "again")
-    assert code == 0, said
-    drawn, again = tmp_path / "out" / "a-star-1.png", next((tmp_path / "again").glob("*.png"))
-    assert drawn.read_bytes() == again.read_bytes()
-    code, _, said = ask("-m", "fluxjax.convert", "someone/tiny", "flux-bfl", "--to", "bfl")
-    assert code == 0, said
-    flux = next((tmp_path / "flux-bfl").glob("flux1*.safetensors"))
-    others = ("--vae", "someone/tiny", "--text-encoders", "someone/tiny")
-    code, _, said = ask("-m", "fluxjax.sample", "a star", "--model", str(flux), *others, *size)
-    assert code == 0, said
-    code, _, said = ask("-m", "fluxjax.plan", "someone/tiny", "--chips", "H100")
-    assert code == 0, said
     (tmp_path / "recipe.toml").write_text('model = "someone/nothing"\n')
-    code, _, said = ask("-m", "fluxjax.train", "recipe.toml", "--data.source", ".")
-    assert code == 2 and "someone/nothing" in said
+    tiny, flux = "someone/tiny", "flux-bfl/flux1-dev.safetensors"
+    size = ("--width", "64", "--height", "64", "--steps", "2", "--seed", "1")
+    others = ("--vae", tiny, "--text-encoders", tiny, "--out", "others")
+    verbs = [
+        ("sample", "a star", "--model", tiny, *size),
+        ("sample", "--like", "out/a-star-1.png", "--out", "again"),
+        ("convert", tiny, "flux-bfl", "--to", "bfl"),
+        ("sample", "a star", "--model", flux, *others, *size),
+        ("plan", tiny, "--chips", "H100"),
+        ("train", "recipe.toml", "--data.source", "."),
+    ]
+    code, said, mistake = ask("-c", VERBS, json.dumps(verbs))
+    assert code == 2 and "someone/nothing" in mistake.splitlines()[-1], mistake
+    assert said.startswith("out/a-star-1.png") and "H100" in said, mistake
+    drawn, again = (tmp_path / folder / "a-star-1.png" for folder in ("out", "again"))
+    assert drawn.read_bytes() == again.read_bytes()
+    assert (tmp_path / "others" / "a-star-1.png").is_file()
