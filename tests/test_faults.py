@@ -32,7 +32,7 @@ from fluxjax.train.step import init_state, make_step
 from fluxjax.train.watchdog import HUNG
 
 # Compiles in half the time; the same program runs wherever two runs are compared.
-FLAGS = "--xla_backend_optimization_level=0"
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 KILLS = 20
 PATIENT = 240.0  # seconds that a busy machine may take to start a run
 

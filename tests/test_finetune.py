@@ -490,7 +490,7 @@ def _on_two_hosts(options: list[str], folders: Sequence[Path | None] = (None, No
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     program = [sys.executable, "-m", "fluxjax.train", str(RECIPES / "many_hosts.toml")]
     together = ["--coordinator", f":{port}", "--num-processes", "2"]
     root = str(RECIPES.parent)

@@ -31,6 +31,7 @@ from fluxjax.sample.refusals import OTHER_NAMES
 
 THEIR_CLASSES = (FluxPipeline, FluxControlInpaintPipeline, FluxKontextInpaintPipeline)
 SMALL = {"width": 96, "height": 64, "steps": 5}
+pytestmark = pytest.mark.usefixtures("as_shipped")
 
 
 @cache

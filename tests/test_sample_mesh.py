@@ -188,7 +188,7 @@ def test_two_processes_draw_together_and_one_of_them_saves(prompts, tmp_path):
     options = QUICK | {"prompts": prompts, "out": tmp_path / "two", "mesh": "tensor=2,fsdp=4"}
     options |= {"coordinator": f"localhost:{port}", "num_processes": 2}
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     terminal, end = os.openpty()
     processes = [
         subprocess.Popen(
