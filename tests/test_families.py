@@ -10,6 +10,7 @@ import pytest
 from diffusers import pipelines
 from torch_reference import relative_l2
 
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, TINY, ConfigError, FluxConfig
 from fluxjax.families import FAMILIES, FLUX, Conditioning, Extras, family_of
 from fluxjax.models.flux import FluxTransformer
@@ -25,8 +26,8 @@ SMALL = FluxConfig(
 )
 
 
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -45,20 +46,8 @@ def test_what_a_run_hoists_is_the_forward(kind, dtype):
         extras = extras._replace(channels=normal(1, 2, 6, 32))
     text = Conditioning(normal(2, 2, 5, 12), None, normal(3, 2, 6))
     times = jnp.array([1.0, 0.6875, 0.3])
-    shapes = jax.eval_shape(
-        lambda: module.init(
-            jax.random.key(0),
-            jnp.zeros((1, 6, config.in_channels)),
-            text.sequence[:1],
-            text.vector[:1],
-            times[:1],
-            latents.positions,
-            jnp.zeros((5, 3)),
-            times[:1],
-        )
-    )
-    leaves, tree = jax.tree.flatten(shapes)
-    random = [0.3 * normal(i, *leaf.shape).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
+    leaves, tree = jax.tree.flatten({"params": abstract_params(config)})
+    random = [(0.3 * normal(i, *leaf.shape)).astype(dtype) for i, leaf in enumerate(leaves)]
     variables = tree.unflatten(random)
 
     @jax.jit
