@@ -1,15 +1,22 @@
 """The same values and derivatives as the plain formulas."""
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.extend.core import jaxprs_in_params
 
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import FluxConfig
+from fluxjax.config.unet import UNetConfig
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.products import BFLOAT16, add_bias, affine, multiply_scale
+from fluxjax.networks import NETWORKS
 
 
 def value_and_derivatives(function, *arguments):
@@ -104,3 +111,44 @@ def test_every_dense_layer_takes_the_models_precision_and_no_global_setting():
     assert products_of_bfloat16(BFLOAT16) == 30
     with jax.default_matmul_precision(BFLOAT16):
         assert products_of_bfloat16(None) == 0
+
+
+# Of its real size it takes seconds to trace; the others do not.
+SMALLER = {
+    UNetConfig: UNetConfig(
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        transformer_layers_per_block=(1,),
+        attention_head_dim=(4,),
+    )
+}
+
+
+def precisions(jaxpr) -> Iterator[tuple[Any, Any]]:
+    """(type, precision) of every product and convolution."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation.invars[0].aval.dtype, equation.params["precision"]
+        for inner in jaxprs_in_params(equation.params):
+            yield from precisions(inner)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=lambda network: network.component)
+def test_the_type_chooses_the_precision_and_no_global_setting(network, dtype):
+    config = SMALLER.get(network.config) or network.config()
+    module = network.build(config, scan_layers=True, dtype=dtype, param_dtype=dtype)
+    params = abstract_params(config, stacked=bool(network.scanned))
+
+    def run(params, inputs):
+        return module.apply({"params": params}, **inputs, method=network.method)
+
+    with jax.default_matmul_precision("bfloat16"):
+        traced = jax.make_jaxpr(run)(params, network.inputs(config))
+    found = set(precisions(traced.jaxpr))
+    own = (lax.Precision.HIGHEST,) * 2
+    assert found - {(jnp.dtype(jnp.float32), own)} == (
+        set() if dtype == jnp.float32 else {(jnp.dtype(dtype), (lax.Precision.DEFAULT,) * 2)}
+    )

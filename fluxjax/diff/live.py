@@ -199,9 +199,7 @@ def run_ours(
         returned, state = call(devices, module, {"params": params}, arrays, capture)
         return description.outputs(returned), state["intermediates"]
 
-    # A GPU would otherwise multiply float32 in TF32.
-    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        outputs, intermediates = run(params, arrays)
+    outputs, intermediates = run(params, arrays)
     last = {OUTPUT + k: [(np.asarray(v.astype(jnp.float32)),)] for k, v in outputs.items()}
     return captured(intermediates) | last
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -133,16 +132,12 @@ def run_theirs(folder: Path, settings: Settings, dtype: Dtype) -> Arrays:
 def run_ours(folder: Path, settings: Settings, dtype: Dtype, mesh: str | None = None) -> Arrays:
     """The same stages through our pipeline."""
     pipe = load_pipeline(folder, dtype=dtype, mesh=mesh)
-    # A GPU would otherwise multiply float32 in TF32.
-    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        conditioning = pipe.encode_prompt(
-            settings.prompt, max_sequence_length=settings.max_sequence_length
-        )
-        noise = pipe.draw_noise(settings, settings.seed)
-        latents = pipe.denoise(
-            conditioning, noise, steps=settings.steps, guidance=settings.guidance
-        )
-        decoded = pipe.decode(latents)
+    conditioning = pipe.encode_prompt(
+        settings.prompt, max_sequence_length=settings.max_sequence_length
+    )
+    noise = pipe.draw_noise(settings, settings.seed)
+    latents = pipe.denoise(conditioning, noise, steps=settings.steps, guidance=settings.guidance)
+    decoded = pipe.decode(latents)
     stages = {
         "prompt_embeds": conditioning.sequence,
         "pooled": conditioning.vector,

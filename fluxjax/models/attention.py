@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from fluxjax.config.choices import Implementation
 from fluxjax.models.chunked_attention import chunked_attention
+from fluxjax.models.products import own_precision
 
 Kernel = Callable[..., Array]
 """`kernel(q, k, v, key_lengths)`; `key_lengths` may be None."""
@@ -148,7 +149,8 @@ def plain_attention(
     scale: float,
 ) -> Float[Array, "b l heads k"]:
     """Two matmuls around a softmax, of at least one key; what the others must equal."""
-    logits = jnp.einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) * scale
+    einsum = partial(jnp.einsum, precision=own_precision(q.dtype))
+    logits = einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         logits = logits + bias
     if causal:
@@ -158,7 +160,7 @@ def plain_attention(
         real = jnp.arange(k.shape[1])[None] < key_lengths[:, None]
         logits = jnp.where(real[:, None, None, :], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhlm,bmhk->blhk", weights, v)
+    return einsum("bhlm,bmhk->blhk", weights, v)
 
 
 def _fastest(q: Array, k: Array, *, causal: bool, plain: bool) -> Implementation:

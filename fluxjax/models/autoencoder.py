@@ -6,6 +6,7 @@ holds the same network). Pictures and latents are channels-last.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from fluxjax.config import AutoencoderConfig
 from fluxjax.models.attention import dot_product_attention
+from fluxjax.models.products import own_precision
 
 Dtype = jnp.dtype | type
 
@@ -93,6 +95,7 @@ class _Layer(nn.Module):
             padding=padding or ((edge, edge), (edge, edge)),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            precision=own_precision(self.dtype),
             name=name,
         )
 
@@ -100,7 +103,13 @@ class _Layer(nn.Module):
         return GroupNorm(self.config.norm_num_groups, self.dtype, self.param_dtype, name=name)
 
     def linear(self, features: int, name: str) -> nn.Dense:
-        return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+        return nn.Dense(
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=own_precision(self.dtype),
+            name=name,
+        )
 
     def part(self, cls, *args, name: str):
         return cls(self.config, self.dtype, self.param_dtype, *args, name=name)
@@ -228,14 +237,17 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(self.config, self.dtype, self.param_dtype)
         self.decoder = Decoder(self.config, self.dtype, self.param_dtype)
         channels = self.config.latent_channels
+        pointwise = partial(
+            nn.Conv,
+            kernel_size=(1, 1),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=own_precision(self.dtype),
+        )
         if self.config.use_quant_conv:
-            self.quant_conv = nn.Conv(
-                2 * channels, (1, 1), dtype=self.dtype, param_dtype=self.param_dtype
-            )
+            self.quant_conv = pointwise(2 * channels)
         if self.config.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv(
-                channels, (1, 1), dtype=self.dtype, param_dtype=self.param_dtype
-            )
+            self.post_quant_conv = pointwise(channels)
 
     def encode(self, image: Float[Array, "b height width 3"]) -> Posterior:
         """Pictures in [-1, 1], sides a multiple of `config.scale`, to a Gaussian over latents."""

@@ -19,6 +19,7 @@ _CHUNK_LOGITS = 1536 * 1536
 _LEAST_CHUNK = 64
 _ONES = 8  # columns of ones beside the values: their product with the weights is the row sum
 _LOG2_E = 1.4426950408889634
+_matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -52,7 +53,7 @@ def _largest_norm(x: Float[Array, "b l heads k"]) -> Float[Array, ""]:
     def one_head(index, largest):  # all at once, the squares alone would be as large as x
         rows = _head(x, index // heads, index % heads, 0, length)
         # A product with ones: XLA adds along the last axis one number at a time on CPUs.
-        squares = jnp.square(rows) @ jnp.ones(width, jnp.float32)
+        squares = _matmul(jnp.square(rows), jnp.ones(width, jnp.float32))
         return jnp.maximum(largest, jnp.max(squares))
 
     return jnp.sqrt(lax.fori_loop(0, batch * heads, one_head, jnp.float32(0.0)))
@@ -76,7 +77,7 @@ def _loop(exponentiate, scale, q, k, v, key_lengths):
             queries = _head(padded, b, h, i * chunk, chunk) * (scale * _LOG2_E)
             weights, shift = exponentiate(_logits(queries, keys, padding))
             # A column of the product and not a sum: XLA adds along rows more slowly.
-            sums = weights @ values
+            sums = _matmul(weights, values)
             total = sums[:, -1:]
             rows = sums[:, :-_ONES] / total
             out = lax.dynamic_update_slice(
@@ -117,9 +118,9 @@ def _backward_rule(scale, saved, grad):
             delta = jnp.sum(rows * drows, axis=-1, keepdims=True)
             dlogits = weights * (_matmul_transposed(drows, values) - delta) * scale
             dq = lax.dynamic_update_slice(
-                dq, (dlogits @ keys).astype(dq.dtype)[None, :, None, :], (b, i * chunk, h, 0)
+                dq, _matmul(dlogits, keys).astype(dq.dtype)[None, :, None, :], (b, i * chunk, h, 0)
             )
-            return dq, dk + dlogits.T @ queries, dv + weights.T @ drows
+            return dq, dk + _matmul(dlogits.T, queries), dv + _matmul(weights.T, drows)
 
         dq, dk, dv = carry
         zero = jnp.zeros(keys.shape, jnp.float32)
@@ -169,7 +170,7 @@ def _logits(
 
 
 def _matmul_transposed(a: Float[Array, "l k"], b: Float[Array, "m k"]) -> Float[Array, "l m"]:
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())))
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
 def _exp2(x: Float[Array, "l m"]) -> tuple[Float[Array, "l m"], Float[Array, "l 1"]]:

@@ -25,6 +25,7 @@ from fluxjax.config import (
 from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import dot_product_attention
 from fluxjax.models.dense import Dense
+from fluxjax.models.products import own_precision
 
 EncoderConfig = CLIPTextConfig | CLIPVisionConfig | SiglipVisionConfig
 _PUBLISHED_EOS = 2  # what CLIP's published configs say eos_token_id is, though it is 49407
@@ -270,6 +271,7 @@ class CLIPVisionEmbeddings(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            precision=own_precision(self.dtype),
             kernel_init=init,
         )
         positions = (c.image_size // c.patch_size) ** 2 + 1

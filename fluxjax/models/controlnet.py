@@ -18,6 +18,7 @@ from fluxjax.models.embeddings import Rope
 from fluxjax.models.flux import FluxTrunk, Modulations
 from fluxjax.models.flux_blocks import DoubleBlock, SingleBlock
 from fluxjax.models.latents import pack
+from fluxjax.models.products import own_precision
 
 _zeros = nn.initializers.zeros_init()
 HINT_CHANNELS = 16
@@ -64,6 +65,7 @@ class HintBlock(Part):
             padding=((1, 1), (1, 1)),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            precision=own_precision(self.dtype),
             **options,
         )
 

@@ -18,12 +18,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 BFLOAT16 = "BF16_BF16_F32"  # as jax.lax calls it
 
 Precision = str | None
-"""Of `jax.lax.dot_general`; None is JAX's default."""
+"""Of `jax.lax.dot_general`; None is `own_precision` of what is multiplied."""
+
+
+def own_precision(dtype: DTypeLike) -> lax.Precision:
+    """Of products and convolutions of this type, whatever JAX's global setting is.
+
+    float32 means float32 on accelerators too, where JAX would multiply in less (TF32, bfloat16).
+    """
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def affine(
@@ -39,13 +48,14 @@ def affine(
 
 def _product(x: Array, kernel: Array, precision: Precision) -> Array:
     contracting = (((x.ndim - 1,), (0,)), ((), ()))
+    chosen = precision or own_precision(x.dtype)
     if jax.default_backend() != "cpu":
-        return lax.dot_general(x, kernel, contracting, precision=precision)
+        return lax.dot_general(x, kernel, contracting, precision=chosen)
     if precision == BFLOAT16 and x.dtype == kernel.dtype == jnp.float32:
         return _rounded_product(x, kernel)
     # As one matrix: the kernel's derivative of several axes would copy its operands transposed.
     rows = x.reshape(-1, x.shape[-1])
-    y = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=precision)
+    y = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=chosen)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -72,7 +82,13 @@ def _backward(saved, gradient):
 
 
 def _sum(a, b, contracting):
-    return lax.dot_general(a, b, (contracting, ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a,
+        b,
+        (contracting, ((), ())),
+        precision=own_precision(a.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 _rounded_product.defvjp(_forward, _backward)
@@ -120,6 +136,4 @@ def _sum_of_rows(x: Array, precision: Precision) -> Array:
     if jax.default_backend() != "cpu" or precision == BFLOAT16:
         return jnp.sum(x, axis=range(x.ndim - 1))
     rows = x.reshape(-1, x.shape[-1])
-    ones = jnp.ones(rows.shape[0], x.dtype)
-    sums = lax.dot_general(ones, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return sums.astype(x.dtype)
+    return _sum(jnp.ones(rows.shape[0], x.dtype), rows, ((0,), (0,))).astype(x.dtype)

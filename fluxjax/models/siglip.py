@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 from fluxjax.config import ConfigError, SiglipVisionConfig
 from fluxjax.models.attention import dot_product_attention
 from fluxjax.models.clip import CLIPMLP, CLIPEncoder, embedding_table, layer_norm
+from fluxjax.models.dense import Dense
+from fluxjax.models.products import own_precision
 
 
 class SiglipVisionOutput(struct.PyTreeNode):
@@ -39,6 +41,7 @@ class SiglipVisionEmbeddings(nn.Module):
             padding="VALID",  # pixels beyond the last whole patch are not seen
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            precision=own_precision(self.dtype),
             kernel_init=init,
         )
         self.position_embedding = embedding_table(
@@ -72,14 +75,18 @@ class SiglipPoolingAttention(nn.Module):
         init = nn.initializers.normal(d**-0.5)
         weight = self.param("in_proj_weight", init, (3 * d, d), self.param_dtype)
         bias = self.param("in_proj_bias", nn.initializers.zeros_init(), (3 * d,), self.param_dtype)
+        precision = own_precision(self.dtype)
         weights = jnp.split(weight.astype(self.dtype), 3)
         biases = jnp.split(bias.astype(self.dtype), 3)
         q, k, v = (
-            (x @ w.T + b[None, None]).reshape(*x.shape[:2], heads, -1)
+            (jnp.matmul(x, w.T, precision=precision) + b[None, None]).reshape(
+                *x.shape[:2], heads, -1
+            )
             for x, w, b in zip((query, states, states), weights, biases, strict=True)
         )
         out = dot_product_attention(q, k, v).reshape(query.shape)
-        return nn.Dense(d, dtype=self.dtype, param_dtype=self.param_dtype, name="out_proj")(out)
+        project = Dense(d, dtype=self.dtype, param_dtype=self.param_dtype, name="out_proj")
+        return project(out)
 
 
 class SiglipPoolingHead(nn.Module):

@@ -13,6 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float, Int
 
+from fluxjax.models.products import own_precision
+
 LANES = 128
 
 
@@ -52,9 +54,11 @@ def splash_attention(
     segments, over = _segments(q, k, key_lengths)
     # The kernel does not scale.
     heads_first = (_heads_first(q * scale, padded), _heads_first(k, padded_keys))
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, over))(
-        *heads_first, _heads_first(v, padded_keys), segments
-    )
+    # The kernel has no argument for it; its derivative has JAX's default.
+    with jax.default_matmul_precision(own_precision(q.dtype).name.lower()):
+        out = jax.vmap(kernel, in_axes=(0, 0, 0, over))(
+            *heads_first, _heads_first(v, padded_keys), segments
+        )
     return jnp.swapaxes(out, 1, 2)[:, :length]  # pyright: ignore[reportArgumentType]
 
 

@@ -17,6 +17,7 @@ from fluxjax.config.unet import UNetConfig
 from fluxjax.models.attention import dot_product_attention
 from fluxjax.models.autoencoder import GroupNorm
 from fluxjax.models.dense import Part
+from fluxjax.models.products import own_precision
 
 TRANSFORMER_NORM_EPS = 1e-6
 LAYER_NORM_EPS = 1e-5
@@ -25,8 +26,16 @@ LAYER_NORM_EPS = 1e-5
 def convolution(part: Part, features: int, size: int, name: str, *, stride: int = 1) -> nn.Conv:
     """Padded alike on both sides: where the stride is 2, XLA's "SAME" would not."""
     edge = (size // 2, size // 2)
-    types: dict[str, Any] = {"dtype": part.dtype, "param_dtype": part.param_dtype}
-    return nn.Conv(features, (size, size), stride, (edge, edge), name=name, **types)
+    return nn.Conv(
+        features,
+        (size, size),
+        stride,
+        (edge, edge),
+        dtype=part.dtype,
+        param_dtype=part.param_dtype,
+        precision=own_precision(part.dtype),
+        name=name,
+    )
 
 
 class Resnet(Part):

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from fluxjax.config import ConfigError
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.models.attention import AttentionKind, Kernel, dot_product_attention
+from fluxjax.models.products import own_precision
 
 AXIS = "sequence"
 
@@ -214,14 +215,15 @@ def _attend_block(running: Any, q: Array, k: Array, v: Array, bias: Array | None
     """(highest logit, sum of weights, weighted sum) of queries, with the keys of one more block."""
     highest, total, out = running
     scale = q.shape[-1] ** -0.5
-    logits = jnp.einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) * scale
+    einsum = partial(
+        jnp.einsum, precision=own_precision(q.dtype), preferred_element_type=jnp.float32
+    )
+    logits = einsum("blhk,bmhk->bhlm", q, k) * scale
     if bias is not None:
         logits = logits + jnp.expand_dims(bias, tuple(range(bias.ndim - 1, 3)))
     higher = jnp.maximum(highest, jax.lax.stop_gradient(logits.max(-1)))
     weights, decay = jnp.exp(logits - higher[..., None]), jnp.exp(highest - higher)
-    values = jnp.einsum(
-        "bhlm,bmhk->bhlk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    values = einsum("bhlm,bmhk->bhlk", weights.astype(v.dtype), v)
     return higher, total * decay + weights.sum(-1), out * decay[..., None] + values
 
 

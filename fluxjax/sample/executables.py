@@ -112,11 +112,8 @@ class Executables:
         function, inputs = program.function, program.inputs
         if self.mesh is not None:
             function, inputs = _split(program, len(modules), self.mesh, self.sequence)
-        # float32 means float32 on accelerators too, where JAX would multiply in less.
-        precision: Any = "highest" if self.dtype == jnp.float32 else None
-        with jax.default_matmul_precision(precision):
-            lowered = function.lower(*modules, *params, *inputs)
-            compiled = lowered.compile(compiler_options=compiler_options())
+        lowered = function.lower(*modules, *params, *inputs)
+        compiled = lowered.compile(compiler_options=compiler_options())
         return compiled if jax.process_count() == 1 else partial(_placed, compiled, inputs)
 
     def weights(self, component: str) -> Params:

@@ -48,9 +48,7 @@ class Redux:
         modules = [network_of(one.config).build(one.config, **types) for one in self.networks]
         size = self.networks[0].config.image_size
         seen = np.stack([_pixels(picture, size) for picture in pictures])
-        precision: Any = "highest" if self.dtype == jnp.float32 else None
-        with jax.default_matmul_precision(precision):
-            return np.asarray(_tokens(*modules, *self._params, seen))
+        return np.asarray(_tokens(*modules, *self._params, seen))
 
     def heard(self, conditioning: Conditioning, pictures: Sequence[Heard]) -> Conditioning:
         """The prompts' conditioning with the pictures' tokens joined.
