@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from torch_pipeline import random_pipeline  # noqa: F401
 
-from fluxjax.checkpoint.source import OpenNetwork
+from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.config import ConfigError
 from fluxjax.diff import live
 from fluxjax.diff.commands import Golden, Live, execute

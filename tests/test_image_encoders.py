@@ -14,7 +14,7 @@ from torch_reference import from_torch, relative_l2
 
 from fluxjax.checkpoint.component_json import config_json, network_config
 from fluxjax.checkpoint.engine import to_ours, to_theirs
-from fluxjax.checkpoint.source import make_network
+from fluxjax.checkpoint.opened_network import make_network
 from fluxjax.checkpoint.templates import abstract_params, parameter_count
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import (

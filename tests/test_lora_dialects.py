@@ -15,8 +15,9 @@ from fluxjax.checkpoint.engine import MappingError, from_tree, reference_leaves
 from fluxjax.checkpoint.lora.changes import Change
 from fluxjax.checkpoint.lora.merge import merge
 from fluxjax.checkpoint.lora.reader import read_adapters
+from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
-from fluxjax.checkpoint.source import OpenNetwork, open_source
+from fluxjax.checkpoint.source import open_source
 from fluxjax.checkpoint.source_record import Record
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array

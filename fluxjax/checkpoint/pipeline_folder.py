@@ -147,7 +147,7 @@ def save_params(
     """
     from fluxjax.checkpoint import engine, tensors
     from fluxjax.checkpoint.sharded import write_sharded
-    from fluxjax.checkpoint.source import RECORD_FILE
+    from fluxjax.checkpoint.source_record import RECORD_FILE
     from fluxjax.checkpoint.templates import abstract_params
 
     folder = Path(folder) / component

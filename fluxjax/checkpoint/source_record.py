@@ -19,6 +19,8 @@ from fluxjax.checkpoint.safetensors_file import DTYPES, dtype_name
 from fluxjax.checkpoint.tensors import Tensor, astype, of_array
 from fluxjax.models.quantised import Quantised
 
+RECORD_FILE = "fluxjax_source.json"
+METADATA_KEY = "fluxjax"
 _SCALES = ("scale_weight", "weight_scale")
 _OF_FP8 = re.compile(
     r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)"

@@ -12,7 +12,12 @@ from fluxjax.checkpoint.component_json import read_json
 from fluxjax.checkpoint.file_format import PICKLES
 from fluxjax.checkpoint.orbax_params import is_orbax
 from fluxjax.checkpoint.sharded import shards_of, weights_file
-from fluxjax.checkpoint.source import SINGLE_FILES, component_weights, orbax_folder, weights_of
+from fluxjax.checkpoint.weights_location import (
+    SINGLE_FILES,
+    component_weights,
+    orbax_folder,
+    weights_of,
+)
 from fluxjax.config import ConfigError
 
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".msgpack", ".h5", ".sft", *PICKLES)

@@ -17,12 +17,13 @@ from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.component_json import read_json, write_json
 from fluxjax.checkpoint.detect import describe
 from fluxjax.checkpoint.lora.merge import merge_files
+from fluxjax.checkpoint.opened_network import OpenNetwork, with_dtype
 from fluxjax.checkpoint.orbax_params import write_orbax
 from fluxjax.checkpoint.pipeline_folder import model_index, scheduler_of
 from fluxjax.checkpoint.quantised.gguf_writer import write_gguf
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
-from fluxjax.checkpoint.source import OpenNetwork, open_source, with_dtype
+from fluxjax.checkpoint.source import open_source
 from fluxjax.config import ConfigError
 from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.destination import check_destination

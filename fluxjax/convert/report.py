@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from fluxjax.checkpoint.source import OpenNetwork, open_source
+from fluxjax.checkpoint.opened_network import OpenNetwork
+from fluxjax.checkpoint.source import open_source
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.convert.convert import Conversion
 from fluxjax.networks import network_of

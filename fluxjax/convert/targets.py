@@ -13,11 +13,13 @@ from jax.sharding import AbstractMesh
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json
+from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import weights_stem
 from fluxjax.checkpoint.quantised.gguf_writer import stored
-from fluxjax.checkpoint.source import METADATA_KEY, PARAMS, RECORD_FILE, OpenNetwork
+from fluxjax.checkpoint.source_record import METADATA_KEY, RECORD_FILE
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.checkpoint.weights_location import PARAMS
 from fluxjax.convert.quantise import (
     COMPONENTS,
     FORMS,

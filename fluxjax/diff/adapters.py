@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from fluxjax.checkpoint.component_json import config_json
-from fluxjax.checkpoint.source import OpenNetwork
+from fluxjax.checkpoint.opened_network import OpenNetwork
 
 
 def controlnet(model: Any, x: dict[str, Any]) -> dict[str, Any]:

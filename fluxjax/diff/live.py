@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.sharded import read_sharded
-from fluxjax.checkpoint.source import OpenNetwork, open_component, open_network
+from fluxjax.checkpoint.source import open_component, open_network
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import (
     DEV,

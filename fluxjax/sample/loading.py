@@ -17,13 +17,9 @@ from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.merge import Scaled, adaptable, merge
 from fluxjax.checkpoint.lora.reader import low_rank_tree, read_adapters, split_low_rank
 from fluxjax.checkpoint.lora.scaled_file import split_scale
+from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import read_config
-from fluxjax.checkpoint.source import (
-    OpenNetwork,
-    open_component,
-    open_file,
-    open_folder,
-)
+from fluxjax.checkpoint.source import open_component, open_file, open_folder
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig, published_defaults
 from fluxjax.config.choices import SequenceAttention

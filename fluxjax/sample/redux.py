@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fluxjax.checkpoint.source import OpenNetwork, open_network
+from fluxjax.checkpoint.opened_network import OpenNetwork
+from fluxjax.checkpoint.source import open_network
 from fluxjax.config import ConfigError
 from fluxjax.families.family import Conditioning
 from fluxjax.networks import network_of

@@ -14,7 +14,7 @@ import numpy as np
 from fluxjax.checkpoint.finite import is_finite
 from fluxjax.checkpoint.lora.changes import Change
 from fluxjax.checkpoint.lora.reader import read_adapters
-from fluxjax.checkpoint.source import OpenNetwork, without_fp8
+from fluxjax.checkpoint.opened_network import OpenNetwork, without_fp8
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_whole
 from fluxjax.config import ConfigError

@@ -1,0 +1,92 @@
+"""Where in a folder the weights of each network lie: in its own folder, or in a single file."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+from fluxjax.checkpoint.component_json import pipeline_class, read_json
+from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
+from fluxjax.checkpoint.orbax_params import is_orbax
+from fluxjax.networks import NETWORKS
+
+PARAMS = "params"
+# BFL's and ComfyUI's single files, as they lie in one folder.
+SINGLE_FILES = {network.component: network.files for network in NETWORKS.values() if network.files}
+
+
+def orbax_folder(folder: Path) -> Path | None:
+    """Where the parameters are in a folder of our own, or of Orbax."""
+    return next((f for f in (folder / PARAMS, folder, folder / "default") if is_orbax(f)), None)
+
+
+def component_weights(folder: Path, component: str) -> Path:
+    """The folder of one network of a pipeline folder, or its single file.
+
+    Raises ValueError if there are several files.
+    """
+    own = folder / component
+    if not _has_weights(own):
+        files = [*single_files(folder, component), *sorted(own.glob("*.gguf"))]
+        if len(files) > 1:
+            names = ", ".join(path.name for path in files)
+            raise ValueError(f"{folder} holds several {component} files, keep one of: {names}")
+        if files:
+            return files[0]
+    return own
+
+
+def _has_weights(folder: Path) -> bool:
+    return folder.is_dir() and (
+        is_orbax(folder / PARAMS) or is_orbax(folder) or any(folder.glob("*.safetensors*"))
+    )
+
+
+def weights_of(folder: Path) -> dict[str, Path]:
+    """Each network of a checkpoint folder: its folder or its single file. "": the folder is one.
+
+    Raises FileNotFoundError, or ValueError for a folder of pickles.
+    """
+    if (folder / "model_index.json").is_file():
+        pipeline_class(folder)
+        index = read_json(folder / "model_index.json")
+        parts = [part for part in SINGLE_FILES if index.get(part) not in (None, [None, None])]
+    elif _has_weights(folder) and not any(single_files(folder, part) for part in SINGLE_FILES):
+        return {"": folder}
+    else:
+        parts = [part for part in SINGLE_FILES if single_files(folder, part)]
+        parts += [part for part in SINGLE_FILES if part not in parts]
+        parts = [
+            part
+            for part in parts
+            if component_weights(folder, part) != folder / part or _has_weights(folder / part)
+        ]
+    if parts:
+        return {part: component_weights(folder, part) for part in parts}
+    pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+    if pickles:
+        raise ValueError(pickle_refusal(pickles[0]))
+    raise FileNotFoundError(
+        f"{folder} holds no model: a diffusers folder has model_index.json or config.json with "
+        "safetensors, BFL's has flux1-*.safetensors (or .gguf) or ae.safetensors, ours has params/"
+    )
+
+
+def single_files(folder: Path, component: str) -> list[Path]:
+    """Single files of one network, safetensors and GGUF, as they lie beside others.
+
+    Where the names of several networks fit, as flux1* does a Redux projector, the longest decides.
+    """
+    if component not in SINGLE_FILES:
+        return []
+    longer = {n for n in SINGLE_FILES.values() if len(n) > len(SINGLE_FILES[component])}
+    return sorted(
+        file
+        for name in _both(SINGLE_FILES[component])
+        for file in folder.glob(name)
+        if not any(fnmatch(file.name, other) for each in longer for other in _both(each))
+    )
+
+
+def _both(name: str) -> tuple[str, str]:
+    return name, f"{name.removesuffix('.safetensors')}.gguf"
