@@ -126,8 +126,8 @@ def _listing(name: Name) -> tuple[dict[str, int | None], Path]:
     except Exception as error:
         if not is_offline(error):
             raise
-        reference = cache / "refs" / name.revision
-        commit = reference.read_text().strip() if reference.is_file() else name.revision
+        branch = cache / "refs" / name.revision
+        commit = branch.read_text().strip() if branch.is_file() else name.revision
         folder = cache / "snapshots" / commit
         if not folder.is_dir():
             raise

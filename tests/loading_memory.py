@@ -42,7 +42,7 @@ def write(folder: Path, gigabytes: float) -> None:
             np.float32,
             lambda shape=leaf.shape: rng.random(shape, np.float32),
         )
-        for name, leaf in engine.reference_leaves(abstract_params(config)).items()
+        for name, leaf in engine.published_leaves(abstract_params(config)).items()
     }
     (folder / "transformer").mkdir(parents=True)
     write_safetensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", tensors)

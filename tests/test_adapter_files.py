@@ -12,7 +12,7 @@ from test_convert_roundtrip import run, through_all, write
 from test_image_encoders import ADAPTER, PROJECTOR, SIGLIP, xlabs_file
 
 from fluxjax.checkpoint.component_json import config_json, write_json
-from fluxjax.checkpoint.engine import reference_leaves
+from fluxjax.checkpoint.engine import published_leaves
 from fluxjax.checkpoint.source import open_source
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import (
@@ -41,7 +41,7 @@ def test_controlnets(tmp_path, config, form):
     assert any(name.startswith("input_hint_block") for name in arrays) == config.sees_pixels
     source = write(tmp_path / "source.safetensors", arrays)
     network = open_source(source)["controlnet"]
-    assert (network.config, network.dialect) == (config, form.replace("diffusers", "reference"))
+    assert (network.config, network.dialect) == (config, form.replace("diffusers", "published"))
     back = list(through_all(tmp_path, source, form))
     for path in back:
         make.assert_same_bits(make.read_arrays(path), arrays)
@@ -125,7 +125,7 @@ def clip():
 )
 @pytest.mark.parametrize("stacked", [False, True])
 def test_names_and_shapes_at_their_real_size(config, build, stacked):
-    leaves = reference_leaves(abstract_params(config, stacked=stacked))
+    leaves = published_leaves(abstract_params(config, stacked=stacked))
 
     def bare(shapes):
         return {name.removeprefix("vision_model."): shape for name, shape in shapes.items()}

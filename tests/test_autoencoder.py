@@ -15,7 +15,7 @@ from fluxjax.config import DEV, AutoencoderConfig, ConfigError
 from fluxjax.hub import tiny_folder
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.tiled_decode import decode_tiled
-from fluxjax.networks.autoencoder import REFERENCE
+from fluxjax.networks.autoencoder import PUBLISHED
 from fluxjax.train.embedded.scenes import render, sample_scenes
 
 CONFIG = AutoencoderConfig(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
@@ -40,7 +40,7 @@ def networks():
                 tensor.add_(0.3 * torch.randn_like(tensor))
     source = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
     template = abstract_params(CONFIG)
-    return theirs, to_ours(source, REFERENCE, template)
+    return theirs, to_ours(source, PUBLISHED, template)
 
 
 def nchw(x) -> torch.Tensor:

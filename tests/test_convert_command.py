@@ -196,9 +196,9 @@ def big_file(path, blocks):
 
         return Tensor(shape, np.dtype(ml_dtypes.bfloat16), rows, by_rows=True)
 
-    leaves = engine.reference_leaves(abstract_params(config))
+    leaves = engine.published_leaves(abstract_params(config))
     reference = {name: random(leaf.shape) for name, leaf in leaves.items()}
-    write_safetensors(path, engine.from_reference(reference, BFL))
+    write_safetensors(path, engine.from_published(reference, BFL))
     return path
 
 

@@ -24,9 +24,9 @@ def lazy(shapes):
     return {name: Tensor(tuple(s), np.dtype(np.float32), never) for name, s in shapes.items()}
 
 
-def reference_shapes(config, stacked):
+def published_shapes(config, stacked):
     template = abstract_params(config, stacked=stacked)
-    return template, {n: leaf.shape for n, leaf in engine.reference_leaves(template).items()}
+    return template, {n: leaf.shape for n, leaf in engine.published_leaves(template).items()}
 
 
 def inferred(shapes, family=""):
@@ -35,8 +35,8 @@ def inferred(shapes, family=""):
 
 
 def assert_maps_once(published, config, table, stacked):
-    template, shapes = reference_shapes(config, stacked)
-    reference = engine.to_reference(lazy(published["tensors"]), table, shapes)
+    template, shapes = published_shapes(config, stacked)
+    reference = engine.to_published(lazy(published["tensors"]), table, shapes)
     assert reference.keys() == shapes.keys()
     tree = engine.to_tree(reference, template, place=lambda _, tensor: tensor)
     assert engine.flatten(tree).keys() == engine.flatten(template).keys()
@@ -61,11 +61,11 @@ def test_diffusers_transformer(shared, name):
     index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
     config = PRESETS[name].transformer
     for stacked in (False, True):
-        _, shapes = reference_shapes(config, stacked)
+        _, shapes = published_shapes(config, stacked)
         assert shapes.keys() == index["weight_map"].keys()
         size = sum(int(np.prod(shape)) for shape in shapes.values())
         assert 2 * size == index["metadata"]["total_size"]
-    assert inferred(shapes) == ("transformer", "reference", config)
+    assert inferred(shapes) == ("transformer", "published", config)
 
 
 def test_bfl_autoencoder(shared):
@@ -79,10 +79,10 @@ def test_t5_index(shared):
     path = shared / "checkpoints/FLUX.1-dev/text_encoder_2/model.safetensors.index.json"
     index = json.loads(path.read_text())
     for stacked in (False, True):
-        template, shapes = reference_shapes(T5_XXL, stacked)
+        template, shapes = published_shapes(T5_XXL, stacked)
         assert shapes.keys() == index["weight_map"].keys()
         assert 2 * parameter_count(template) == index["metadata"]["total_size"]
-    assert inferred(shapes) == ("text_encoder_2", "reference", T5_XXL)
+    assert inferred(shapes) == ("text_encoder_2", "published", T5_XXL)
 
 
 def test_every_misfit_is_listed(shared):
@@ -91,9 +91,9 @@ def test_every_misfit_is_listed(shared):
     published["double_blocks.3.img_attn.qkv.weight"] = [9000, 3072]
     published["surprise\x1b.weight"] = [1]
     del published["single_blocks.7.linear1.bias"]
-    _, shapes = reference_shapes(DEV.transformer, False)
+    _, shapes = published_shapes(DEV.transformer, False)
     with pytest.raises(engine.MappingError) as error:
-        engine.to_reference(lazy(published), BFL, shapes)
+        engine.to_published(lazy(published), BFL, shapes)
     text = str(error.value)
     assert "7 tensor(s) do not fit" in text
     assert "shape: img_in.weight is [3072, 65]" in text
@@ -112,10 +112,10 @@ def test_bfl_values_land_where_diffusers_puts_them():
 
     def arrays_of(reference, table):
         lazy = {n: of_array(rng.standard_normal(s, np.float32)) for n, s in reference.items()}
-        bfl = engine.from_reference(lazy, table)
+        bfl = engine.from_published(lazy, table)
         arrays = {name: torch.from_numpy(tensor.read()) for name, tensor in bfl.items()}
         return arrays, {
-            name: t.read() for name, t in engine.to_reference(bfl, table, reference).items()
+            name: t.read() for name, t in engine.to_published(bfl, table, reference).items()
         }
 
     def assert_equal(converted, ours):
@@ -125,13 +125,13 @@ def test_bfl_values_land_where_diffusers_puts_them():
 
     # diffusers counts on FLUX's width; two columns are enough, since only rows are rearranged.
     config = replace(DEV.transformer, num_layers=1, num_single_layers=1)
-    _, shapes = reference_shapes(config, False)
+    _, shapes = published_shapes(config, False)
     narrow = {name: (s[0], *(2 for _ in s[1:])) for name, s in shapes.items()}
     bfl, ours = arrays_of(narrow, BFL)
     assert_equal(theirs.convert_flux_transformer_checkpoint_to_diffusers(bfl), ours)
 
     config = AutoencoderConfig(block_out_channels=(32, 32, 64), norm_num_groups=32)
-    _, shapes = reference_shapes(config, False)
+    _, shapes = published_shapes(config, False)
     bfl, ours = arrays_of(shapes, bfl_table(3))
     vae = {"down_block_types": [0] * 3, "up_block_types": [0] * 3, "layers_per_block": 2}
     assert_equal(theirs.convert_ldm_vae_checkpoint(bfl, vae), ours)

@@ -156,4 +156,4 @@ def test_pairs_join_and_reorder_streams():
     pairs = pair_layers(reference, ours)
     assert [p.name for p in pairs] == ["blocks.0 [0]", "blocks.0 [1]", "single.0", "heads"]
     for pair in pairs:
-        np.testing.assert_array_equal(pair.ours, pair.reference)
+        np.testing.assert_array_equal(pair.ours, pair.expected)

@@ -16,7 +16,7 @@ from fluxjax.config import PRESETS, FluxConfig
 from fluxjax.models.embeddings import rope_table, round_to, thousandfold
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.stacking import stack_layers, unstack_layers
-from fluxjax.networks.flux import REFERENCE
+from fluxjax.networks.flux import PUBLISHED
 
 CONFIG = FluxConfig(
     in_channels=16,
@@ -51,7 +51,7 @@ def torch_model(config: FluxConfig) -> FluxTransformer2DModel:
 def parameters(config: FluxConfig) -> dict:
     shapes = jax.eval_shape(FluxTransformer(config).init, jax.random.key(0), **inputs(config))
     weights = {name: tensor.numpy() for name, tensor in torch_model(config).state_dict().items()}
-    return to_ours(weights, REFERENCE, shapes["params"])
+    return to_ours(weights, PUBLISHED, shapes["params"])
 
 
 def inputs(config: FluxConfig) -> dict:

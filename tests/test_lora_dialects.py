@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fluxjax
-from fluxjax.checkpoint.engine import MappingError, from_tree, reference_leaves
+from fluxjax.checkpoint.engine import MappingError, from_tree, published_leaves
 from fluxjax.checkpoint.lora.changes import Change
 from fluxjax.checkpoint.lora.merge import merge
 from fluxjax.checkpoint.lora.reader import read_adapters
@@ -75,12 +75,12 @@ def networks(goldens: Path) -> dict[str, OpenNetwork]:
     recorded, found = read_safetensors(goldens / "base.safetensors")[0], {}
     for component, template in TEMPLATES.items():
         random, tensors = np.random.default_rng(0), {}
-        for name, leaf in reference_leaves(template).items():
+        for name, leaf in published_leaves(template).items():
             key = name if component == "transformer" else f"{component}/{name}"
             values = recorded[key].read() if key in recorded else random.normal(size=leaf.shape)
             tensors[name] = of_array(values.astype(np.float32))
         config = getattr(TINY, component)
-        found[component] = OpenNetwork(component, config, tensors, Record(), "reference", goldens)
+        found[component] = OpenNetwork(component, config, tensors, Record(), "published", goldens)
     return found
 
 

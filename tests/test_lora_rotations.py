@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fluxjax.checkpoint.engine import MappingError, reference_leaves
+from fluxjax.checkpoint.engine import MappingError, published_leaves
 from fluxjax.checkpoint.lora.reader import read_adapters
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import TINY, ConfigError
@@ -23,7 +23,7 @@ NAMES = (f"{BLOCK}.attn.to_q", f"{BLOCK}.ff.net.2", f"{SINGLE}.proj_mlp")
 
 def weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    leaves = reference_leaves(TEMPLATES["transformer"])
+    leaves = published_leaves(TEMPLATES["transformer"])
     return {n: torch.randn(leaves[f"{n}.weight"].shape) * 0.1 for n in (*NAMES, *QKV)}
 
 

@@ -17,7 +17,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from test_unet import TINIES, torch_unet
 
-from fluxjax.checkpoint.engine import MappingError, reference_leaves
+from fluxjax.checkpoint.engine import MappingError, published_leaves
 from fluxjax.checkpoint.lora.merge import merge
 from fluxjax.checkpoint.lora.reader import read_adapters
 from fluxjax.checkpoint.source import OpenNetwork
@@ -151,7 +151,7 @@ def kohya(prefix: str, modules: dict[str, torch.Tensor], alpha: float) -> tuple[
 
 
 def clip_weights(config: CLIPTextConfig, templates) -> Weights:
-    leaves = reference_leaves(templates[config])
+    leaves = published_leaves(templates[config])
     return {name: random(*leaf.shape) for name, leaf in leaves.items()}
 
 

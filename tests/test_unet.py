@@ -136,18 +136,18 @@ def test_published_names_and_shapes(shared, name):
     path = shared / f"checkpoints/{folder}/unet/config.json"
     assert parse_config(UNetConfig, json.loads(path.read_text()), path) == config
     template = abstract_params(config)
-    shapes = {n: list(leaf.shape) for n, leaf in engine.reference_leaves(template).items()}
+    shapes = {n: list(leaf.shape) for n, leaf in engine.published_leaves(template).items()}
     assert shapes == published["tensors"]
     assert parameter_count(template) == published["parameters"]
     expected = {n: tuple(s) for n, s in shapes.items()}
     network, dialect = detect_network(expected)
-    assert (network.component, dialect.name) == ("unet", "reference")
+    assert (network.component, dialect.name) == ("unet", "published")
     assert infer_config(network, dialect, expected) == config
     # Through the original names and back.
     table = UNET.dialect("bfl").table(config)
-    theirs = engine.from_reference(lazy(shapes), table)
+    theirs = engine.from_published(lazy(shapes), table)
     assert len(theirs) == len(shapes)
-    back = engine.to_reference(theirs, table, expected)
+    back = engine.to_published(theirs, table, expected)
     assert {n: t.shape for n, t in back.items()} == expected
     network, dialect = detect_network({n: t.shape for n, t in theirs.items()})
     assert dialect.name == "bfl"
@@ -160,12 +160,12 @@ def test_the_original_files_names(shared, name):
     prefix = "model.diffusion_model."
     original = {n[len(prefix) :]: s for n, s in published.items() if n.startswith(prefix)}
     config = {"ldm_sd15": SD15_UNET, "ldm_sdxl_base": SDXL_UNET}[name]
-    leaves = engine.reference_leaves(abstract_params(config))
+    leaves = engine.published_leaves(abstract_params(config))
     shapes = {n: leaf.shape for n, leaf in leaves.items()}
     table = UNET.dialect("bfl").table(config)
-    reference = engine.to_reference(lazy(original), table, shapes)
+    reference = engine.to_published(lazy(original), table, shapes)
     assert reference.keys() == shapes.keys()
-    back = engine.from_reference(reference, table)
+    back = engine.from_published(reference, table)
     assert {n: list(t.shape) for n, t in back.items()} == original
 
 
@@ -180,7 +180,7 @@ def test_values_land_where_diffusers_puts_them():
     }
 
     ours = {n: as_tensor(t.numpy()) for n, t in model.state_dict().items()}
-    theirs = engine.from_reference(ours, UNET.dialect("bfl").table(config))
+    theirs = engine.from_published(ours, UNET.dialect("bfl").table(config))
     original = {f"model.diffusion_model.{n}": torch.from_numpy(t.read()) for n, t in theirs.items()}
     converted = convert_ldm_unet_checkpoint(original, dict(model.config))
     assert converted.keys() == ours.keys()

@@ -17,5 +17,5 @@ def relative_l2(ours, expected) -> float:
 def from_torch(model: torch.nn.Module, config: Config) -> dict:
     """A transformers model's weights as our tree, through the converter that ships."""
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    table = network_of(config).dialect("reference").table(config)
+    table = network_of(config).dialect("published").table(config)
     return to_ours(weights, table, abstract_params(config))

@@ -1,6 +1,6 @@
-"""The one conversion engine: checkpoint names <-> reference names <-> our parameter trees.
+"""The one conversion engine: checkpoint names <-> published names <-> our parameter trees.
 
-Our tree mirrors the reference (diffusers, transformers) names: dots nest, a number is joined to
+Our tree mirrors the published names (diffusers, transformers): dots nest, a number is joined to
 the name before it (`transformer_blocks.0.attn.to_out.0.weight` is
 `transformer_blocks_0/attn/to_out_0/kernel`), and a stacked group `transformer_blocks` carries a
 leading layer axis. What a checkpoint calls otherwise is a `Table` of rules. Everything is checked
@@ -33,16 +33,16 @@ _INVERSE_AXES = {"kernel2": (1, 0), "kernel4": (2, 3, 1, 0)}  # theirs -> ours
 
 @dataclass(frozen=True)
 class Leaf:
-    """Where one reference tensor lives in our tree: path, layer of a stacked leaf, layout."""
+    """Where one published tensor lives in our tree: path, layer of a stacked leaf, layout."""
 
     path: tuple[str, ...]
     layer: int | None
     layout: str
-    shape: tuple[int, ...]  # in the reference layout
+    shape: tuple[int, ...]  # in the published layout
 
 
-def reference_leaves(template: Mapping[str, Any]) -> dict[str, Leaf]:
-    """Every reference name of a tree (arrays or ShapeDtypeStructs, stacked or per layer)."""
+def published_leaves(template: Mapping[str, Any]) -> dict[str, Leaf]:
+    """Every published name of a tree (arrays or ShapeDtypeStructs, stacked or per layer)."""
     leaves: dict[str, Leaf] = {}
     for path, value in flatten(template).items():
         stacked = is_stacked(path)
@@ -61,7 +61,7 @@ def _pattern(module: str) -> re.Pattern[str]:
 
 
 def match_rule(table: Table, name: str) -> tuple[Rule, list[str]] | None:
-    """The rule for a name of theirs, and the reference names of its parts."""
+    """The rule for a name of theirs, and the published names of its parts."""
     module, _, leaf = name.rpartition(".")
     for rule in table.rules:
         found = _pattern(rule.theirs).fullmatch(module)
@@ -71,10 +71,10 @@ def match_rule(table: Table, name: str) -> tuple[Rule, list[str]] | None:
     return None
 
 
-def to_reference(
+def to_published(
     source: Mapping[str, Tensor], table: Table, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """`source` under reference names; `shapes` are all reference names and shapes expected.
+    """`source` under published names; `shapes` are all published names and shapes expected.
 
     Raises MappingError, listing every tensor that is unknown, missing, doubled or mis-shaped.
     """
@@ -133,18 +133,18 @@ def listed(what: str, errors: list[str]) -> str:
     return "\n  ".join([f"{len(lines)} tensor(s) {what}:", *lines])
 
 
-def from_reference(reference: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
-    """The tensors under the table's names; the inverse of `to_reference`.
+def from_published(published: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
+    """The tensors under the table's names; the inverse of `to_published`.
 
     A table with `identity` changes nothing: its rules only read older names.
-    Raises MappingError for reference names that the table cannot express.
+    Raises MappingError for published names that the table cannot express.
     """
     if table.identity:
-        return dict(reference)
-    left = dict(reference)
+        return dict(published)
+    left = dict(published)
     theirs: dict[str, Tensor] = {}
     errors: list[str] = []
-    for name in reference:
+    for name in published:
         module, _, leaf = name.rpartition(".")
         for rule in table.rules:
             matched = _pattern(rule.ours[0]).fullmatch(module)
@@ -175,7 +175,7 @@ def from_reference(reference: Mapping[str, Tensor], table: Table) -> dict[str, T
 
 
 def to_tree(
-    reference: Mapping[str, Tensor],
+    published: Mapping[str, Tensor],
     template: Mapping[str, Any],
     *,
     dtype: Any = None,
@@ -189,8 +189,8 @@ def to_tree(
     place = place or (lambda path, tensor: tensor.read())
     layers: dict[tuple[str, ...], list[Tensor]] = {}
     stacked: set[tuple[str, ...]] = set()
-    for name, leaf in reference_leaves(template).items():
-        tensor = reference[name]
+    for name, leaf in published_leaves(template).items():
+        tensor = published[name]
         if leaf.layout in _INVERSE_AXES:
             tensor = tensors.transpose(tensor, _INVERSE_AXES[leaf.layout])
         if dtype is not None:
@@ -221,20 +221,20 @@ def stack(parts: list[Tensor]) -> Tensor:
 
 
 def from_tree(params: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Reference names -> lazy tensors in the reference layout, of a stacked or per-layer tree.
+    """Published names -> lazy tensors in the published layout, of a stacked or per-layer tree.
 
     Leaves are arrays or `Tensor`s.
     """
     flat = flatten(params)
-    reference: dict[str, Tensor] = {}
-    for name, leaf in reference_leaves(params).items():
+    published: dict[str, Tensor] = {}
+    for name, leaf in published_leaves(params).items():
         tensor = tensors.as_tensor(flat[leaf.path])
         if leaf.layer is not None:
             tensor = tensors.index(tensor, leaf.layer)
         if leaf.layout in _AXES:
             tensor = tensors.transpose(tensor, _AXES[leaf.layout])
-        reference[name] = tensor
-    return reference
+        published[name] = tensor
+    return published
 
 
 def to_ours(
@@ -242,10 +242,10 @@ def to_ours(
 ) -> dict[str, Any]:
     """A checkpoint's tensors (arrays or lazy) as our tree. Options are those of `to_tree`."""
     lazy = {name: tensors.as_tensor(value) for name, value in source.items()}
-    shapes = {name: leaf.shape for name, leaf in reference_leaves(template).items()}
-    return to_tree(to_reference(lazy, table, shapes), template, **options)
+    shapes = {name: leaf.shape for name, leaf in published_leaves(template).items()}
+    return to_tree(to_published(lazy, table, shapes), template, **options)
 
 
 def to_theirs(params: Mapping[str, Any], table: Table) -> dict[str, Tensor]:
     """Our tree as the checkpoint's names and lazy tensors."""
-    return from_reference(from_tree(params), table)
+    return from_published(from_tree(params), table)

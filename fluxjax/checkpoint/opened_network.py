@@ -1,4 +1,4 @@
-"""One network of a checkpoint, opened: lazy tensors under reference names, checked."""
+"""One network of a checkpoint, opened: lazy tensors under published names, checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fluxjax.quantised_kinds import KEEP, NONE
 
 @dataclass(frozen=True)
 class OpenNetwork:
-    """One network of a checkpoint. `tensors` have reference names and layout.
+    """One network of a checkpoint. `tensors` have published names and layout.
 
     `where`: the file or folder they are in. `dialect`: whose names they have there.
     `dropped`: names of tensors that belong to no network of ours and are not carried on.
@@ -70,7 +70,7 @@ class OpenNetwork:
         self, template: Mapping[str, Any], *, dtype: Any = None, shardings: Any = None
     ) -> dict[str, Any]:
         """`params` of the form of a `template`."""
-        table = network_of(self.config).dialect("reference").table(self.config)
+        table = network_of(self.config).dialect("published").table(self.config)
         try:
             return load_tree(self.tensors, table, template, dtype=dtype, shardings=shardings)
         except ConfigError as error:
@@ -118,13 +118,13 @@ def make_network(
         else:
             config = network.fit(config, shapes)
         table = dialect.table(config)
-        leaves = engine.reference_leaves(abstract_params(config))
+        leaves = engine.published_leaves(abstract_params(config))
         expected = {name: leaf.shape for name, leaf in leaves.items()}
-        reference = engine.to_reference(plain, table, expected)
+        published = engine.to_published(plain, table, expected)
     except ValueError as error:
         raise type(error)(f"{where}: {error}") from None
     if record is not None:
-        _check_record(record, config, reference, where)
+        _check_record(record, config, published, where)
     ignored = [n for n in plain if any(re.fullmatch(p, n) for p in table.ignored)]
     kept = [n for n in ignored if re.fullmatch(r".*position_ids|logit_scale", n)]
     renamed, doubled = _other_names(plain, table, expected)
@@ -133,20 +133,20 @@ def make_network(
     if record is None:
         record = Record(dialect.name, renamed, doubled, extras, scaled)
     dropped = tuple(sorted(set(ignored) - set(kept)))
-    return OpenNetwork(network.component, config, reference, record, dialect.name, where, dropped)
+    return OpenNetwork(network.component, config, published, record, dialect.name, where, dropped)
 
 
 def _check_record(
-    record: Record, config: Any, reference: Mapping[str, Tensor], where: Path
+    record: Record, config: Any, published: Mapping[str, Tensor], where: Path
 ) -> None:
     """Raises ValueError unless what the record makes of the network can be read again."""
     table = network_of(config).dialect(record.dialect).table(config)
-    theirs = engine.from_reference(reference, table)
-    shapes = {name: tensor.shape for name, tensor in reference.items()}
+    theirs = engine.from_published(published, table)
+    shapes = {name: tensor.shape for name, tensor in published.items()}
     try:
         for fp8 in (True, False):
             plain, _ = dequantise(record.restore(theirs, record.dialect, fp8=fp8))
-            engine.to_reference(plain, table, shapes)
+            engine.to_published(plain, table, shapes)
     except ValueError as error:
         raise ValueError(
             f"{where}: {RECORD_FILE}, or the record in the metadata, does not fit the network: "
@@ -162,11 +162,11 @@ def _other_names(
     for name in plain if table.identity else ():
         matched = engine.match_rule(table, name)
         if matched and name not in shapes:
-            (reference,) = matched[1]
-            if reference in plain:
-                doubled[name] = reference
+            (published,) = matched[1]
+            if published in plain:
+                doubled[name] = published
             else:
-                renamed[reference] = name
+                renamed[published] = name
     return renamed, doubled
 
 

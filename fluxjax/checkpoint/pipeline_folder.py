@@ -151,15 +151,15 @@ def save_params(
     from fluxjax.checkpoint.templates import abstract_params
 
     folder = Path(folder) / component
-    reference = engine.from_tree(params)
-    leaves = engine.reference_leaves(abstract_params(config))
+    published = engine.from_tree(params)
+    leaves = engine.published_leaves(abstract_params(config))
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
-    table = network_of(config).dialect("reference").table(config)
-    reference = engine.to_reference(reference, table, shapes)
+    table = network_of(config).dialect("published").table(config)
+    published = engine.to_published(published, table, shapes)
     if dtype is not None:
-        reference = {k: tensors.astype(v, np.dtype(dtype)) for k, v in reference.items()}
+        published = {k: tensors.astype(v, np.dtype(dtype)) for k, v in published.items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD_FILE).unlink(missing_ok=True)  # of other weights than these
     name = None if dtype is None else np.dtype(dtype).name
     write_json(folder / "config.json", config_json(config, name))
-    write_sharded(folder, weights_stem(config), dict(sorted(reference.items())))
+    write_sharded(folder, weights_stem(config), dict(sorted(published.items())))

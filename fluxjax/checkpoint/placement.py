@@ -37,7 +37,7 @@ def load_tree(
 
     The host then holds no more than one layer, or one leaf that is not stacked, and its parts.
     Matrices that are codes in `template` (see `templates`) are kept so: a file's own codes are
-    taken, others are made as they are read; `source` then has the reference's names.
+    taken, others are made as they are read; `source` then has the published names.
     Raises ConfigError naming a tensor with NaN or infinite values, in `dtype` if that is given.
     """
     flat = engine.flatten(template)

@@ -1,4 +1,4 @@
-"""Opening a checkpoint of any known form: lazy tensors under reference names, checked.
+"""Opening a checkpoint of any known form: lazy tensors under published names, checked.
 
 Forms: diffusers and transformers folders, BFL's and ComfyUI's single files and folders of them,
 our Orbax folders. Nothing is read but headers until a tensor is asked for.

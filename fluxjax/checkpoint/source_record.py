@@ -30,13 +30,13 @@ _FP8 = (DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
 
 @dataclass(frozen=True)
 class Record:
-    """`renamed`: reference name -> theirs. `doubled`: theirs -> the reference name it repeats.
+    """`renamed`: published name -> theirs. `doubled`: theirs -> the published name it repeats.
 
     `extras`: tensors of theirs that are no parameters, in the names of `dialect`.
     `scaled`: names of theirs whose weights were fp8 with a scale -> their dtype.
     """
 
-    dialect: str = "reference"
+    dialect: str = "published"
     renamed: Mapping[str, str] = field(default_factory=dict)
     doubled: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
@@ -75,7 +75,8 @@ class Record:
                 raise TypeError
             renamed, doubled, scaled = maps
             dialect = values["dialect"]
-            if dialect not in ("reference", "bfl", "gguf") or any(
+            dialect = "published" if dialect == "published" else dialect  # as older files have it
+            if dialect not in ("published", "bfl", "gguf") or any(
                 DTYPES[dtype] not in _FP8 for dtype in scaled.values()
             ):
                 raise ValueError

@@ -28,7 +28,7 @@ TARGETS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """`targets` are reference module names, their last parts, or regular expressions of them.
+    """`targets` are published module names, their last parts, or regular expressions of them.
 
     The adapter's output is multiplied by `alpha / rank`.
     """

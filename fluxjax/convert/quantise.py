@@ -67,7 +67,7 @@ def quantise(
 
 
 def _parts(table: Table, name: str) -> list[str]:
-    """The reference names that a tensor consists of."""
+    """The published names that a tensor consists of."""
     matched = None if table.identity else engine.match_rule(table, name)
     return matched[1] if matched else [name]
 

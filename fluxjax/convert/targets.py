@@ -67,7 +67,7 @@ def plan_weights(
 ) -> list[Weights]:
     """One network goes into the destination itself, several into one folder each.
 
-    For BFL all are single files: flux1-*.safetensors, ae.safetensors, and with the reference's
+    For BFL all are single files: flux1-*.safetensors, ae.safetensors, and with the published
     names, as ComfyUI has them, clip_l.safetensors and t5xxl.safetensors. `mesh` is for Orbax.
     `quantised`: the kind of the codes of the networks that have large products.
     """
@@ -82,10 +82,10 @@ def plan_weights(
 def _plan_quantised(network: OpenNetwork, kind: str, folder: Path) -> Weights:
     description = network_of(network.config)
     gguf = is_gguf_kind(kind)
-    name = "reference" if kind in FORMS else "bfl"
+    name = "published" if kind in FORMS else "bfl"
     dialect = description.dialect("gguf" if gguf and description.has_dialect("gguf") else name)
     table = dialect.table(network.config)
-    tensors = engine.from_reference(network.tensors, table)
+    tensors = engine.from_published(network.tensors, table)
     tensors = quantise(tensors, network.config, table, kind)
     tensors = network.record.restore(tensors, dialect.name, fp8=False)
     saved = json.dumps({"config": config_json(network.config)})
@@ -109,13 +109,13 @@ def _plan(network: OpenNetwork, target: Target, mesh: MeshShape | None, folder: 
         chunks = _shard_shapes(network.config, template, mesh) if mesh is not None else None
         return Weights("orbax", folder / PARAMS, network.tensors, tree, {}, chunks)
     if target == "diffusers":
-        tensors = network.record.restore(network.tensors, "reference", fp8=False)
+        tensors = network.record.restore(network.tensors, "published", fp8=False)
         path = folder / weights_stem(network.config)
         return Weights("sharded", path, dict(sorted(tensors.items())), {}, {})
     description = network_of(network.config)
     dialect = description.dialect("bfl")
     table = dialect.table(network.config)
-    tensors = engine.from_reference(network.tensors, table)
+    tensors = engine.from_published(network.tensors, table)
     tensors = network.record.restore(tensors, dialect.name, fp8=True)
     saved = {"config": config_json(network.config)}
     if network.record and network.record.dialect != dialect.name:

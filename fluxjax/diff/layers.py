@@ -140,17 +140,17 @@ class Pair(NamedTuple):
 
     name: str
     ours: np.ndarray
-    reference: np.ndarray
+    expected: np.ndarray
 
 
-def pair_layers(reference: list[Layer], ours: dict[str, list[Outputs]]) -> list[Pair]:
+def pair_layers(expected: list[Layer], ours: dict[str, list[Outputs]]) -> list[Pair]:
     """Pair what both sides have, in PyTorch's execution order.
 
     Modules that only one side has (dropout, activations, containers) are left out: a fault in
     one shows in the next module that both have.
     """
     pairs: list[Pair] = []
-    for layer in reference:
+    for layer in expected:
         common = common_name(layer.name)
         calls = ours.get(common, []) if common else []
         if layer.call >= len(calls):
@@ -164,15 +164,15 @@ def pair_layers(reference: list[Layer], ours: dict[str, list[Outputs]]) -> list[
     return pairs
 
 
-def _align(ours: Outputs, reference: Outputs) -> list[tuple[np.ndarray, np.ndarray]]:
+def _align(ours: Outputs, expected: Outputs) -> list[tuple[np.ndarray, np.ndarray]]:
     """Match the outputs of one call one to one."""
-    if len(ours) == 1 and len(reference) > 1:
+    if len(ours) == 1 and len(expected) > 1:
         # Text and image may be one joint sequence here and two tensors there.
-        lengths = [r.shape[1] for r in reference if r.ndim == ours[0].ndim]
-        if len(lengths) == len(reference) and ours[0].shape[1] == sum(lengths):
-            return [(ours[0], np.concatenate(reference, axis=1))]
+        lengths = [r.shape[1] for r in expected if r.ndim == ours[0].ndim]
+        if len(lengths) == len(expected) and ours[0].shape[1] == sum(lengths):
+            return [(ours[0], np.concatenate(expected, axis=1))]
     swapped = [array.shape for array in ours[::-1]]
-    if len(ours) == 2 and swapped == [r.shape for r in reference] != swapped[::-1]:
+    if len(ours) == 2 and swapped == [r.shape for r in expected] != swapped[::-1]:
         ours = ours[::-1]  # (image, text) here, (text, image) there
     # What one side returns beyond the other (attention's position bias) is no layer's output.
-    return list(zip(ours, reference, strict=False))
+    return list(zip(ours, expected, strict=False))

@@ -217,7 +217,7 @@ def compare_network(
 
     `mesh`: devices that ours runs on, as `parallel.mesh.parse_mesh` reads them; by default one.
 
-    float32: every layer within 1e-5. bfloat16: PyTorch's float32 is the reference of both; the
+    float32: every layer within 1e-5. bfloat16: PyTorch's float32 is what both are measured by; the
     outputs must be within 2e-2 and within 1.5 x PyTorch's own bfloat16 error, a layer inside
     within the larger of the two, since single layers scatter.
     """
@@ -230,7 +230,7 @@ def compare_network(
     if dtype == "bfloat16":
         low = pair_layers(run_theirs(folder, network, inputs, "bfloat16"), ours)
         own = {
-            pair.name: relative_l2(lower.reference, pair.reference)
+            pair.name: relative_l2(lower.expected, pair.expected)
             for pair, lower in zip(pairs, low, strict=True)
         }
     rows = []
@@ -240,7 +240,7 @@ def compare_network(
             pick = min if pair.name.startswith(OUTPUT) else max
             bound = pick(BFLOAT16_BOUND, BFLOAT16_FACTOR * own[pair.name])
         rows.append(
-            compare(pair.name, pair.ours, pair.reference, bound=bound, own_error=own.get(pair.name))
+            compare(pair.name, pair.ours, pair.expected, bound=bound, own_error=own.get(pair.name))
         )
     return Report(title=f"{network} in {dtype}", rows=tuple(rows), notes=_notes(layers, ours))
 

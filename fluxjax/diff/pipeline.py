@@ -46,23 +46,23 @@ def compare_pipeline(
     """Compare every stage of one picture; each side goes on with its own results.
 
     float32: embeddings and noise within 1e-5, latents and picture within 1e-4, and of the bytes
-    99.9 % within 1 and none off by more than 4. bfloat16: PyTorch's float32 is the reference, the
+    99.9 % within 1 and none off by more than 4. bfloat16: PyTorch's float32 is expected, the
     bound the larger of 2e-2 and 1.5 x PyTorch's own bfloat16 error; bytes are not judged.
     """
     settings = override(
         defaults(read_config(folder)), {"prompt": prompt, "seed": seed, "steps": steps}
     )
-    reference = run_theirs(folder, settings, "float32")
+    theirs = run_theirs(folder, settings, "float32")
     low = run_theirs(folder, settings, "bfloat16") if dtype == "bfloat16" else None
     ours = run_ours(against or folder, settings, dtype, mesh)
     rows: list[Row] = []
-    for name, expected in reference.items():
+    for name, expected in theirs.items():
         bound = SAMPLING_BOUND if name.startswith(SAMPLED) else FLOAT32_BOUND
         own = relative_l2(low[name], expected) if low else None
         if own is not None:
             bound = max(BFLOAT16_BOUND, BFLOAT16_FACTOR * own)
         rows.append(compare(name, ours[name], expected, bound=bound, own_error=own))
-    close, largest = _steps_apart(ours["picture (bytes)"], reference["picture (bytes)"])
+    close, largest = _steps_apart(ours["picture (bytes)"], theirs["picture (bytes)"])
     if dtype == "float32":
         # Bytes are judged as bytes: rounding moves a value by one whole step or not at all.
         good = close >= CLOSE_SHARE and largest <= LARGEST_STEP
@@ -73,11 +73,11 @@ def compare_pipeline(
     return Report(title=title, rows=tuple(rows), notes=(note,))
 
 
-def _steps_apart(ours: np.ndarray, reference: np.ndarray) -> tuple[float, int]:
+def _steps_apart(ours: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
     """The share of byte values within 1 of each other, and the largest difference."""
-    if ours.shape != reference.shape:
+    if ours.shape != expected.shape:
         return 0.0, 255
-    apart = np.abs(ours.astype(np.int64) - reference.astype(np.int64))
+    apart = np.abs(ours.astype(np.int64) - expected.astype(np.int64))
     return float((apart <= 1).mean()), int(apart.max())
 
 

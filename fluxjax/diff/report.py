@@ -18,7 +18,7 @@ from fluxjax.side_output import marker, side_output
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One compared tensor. `own_error` is the reference's own error in the same dtype, if known."""
+    """One compared tensor. `own_error` is PyTorch's own error in the same dtype, if known."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All rows of one comparison, in the order in which the reference computed them."""
+    """All rows of one comparison, in the order in which PyTorch computed them."""
 
     title: str
     rows: tuple[Row, ...]
@@ -60,23 +60,23 @@ class Report:
 def compare(
     tensor: str,
     ours: np.ndarray,
-    reference: np.ndarray,
+    expected: np.ndarray,
     *,
     bound: float,
     own_error: float | None = None,
 ) -> Row:
-    """Measure `ours` against `reference`; sums are float64. A shape mismatch is a failing row."""
+    """Measure `ours` against `expected`; sums are float64. A shape mismatch is a failing row."""
     max_abs = error = cosine = math.nan
     remark = f"ours is {tuple(ours.shape)}"
-    if ours.shape == reference.shape:
-        a, b = (np.asarray(x).astype(np.float64).ravel() for x in (ours, reference))
+    if ours.shape == expected.shape:
+        a, b = (np.asarray(x).astype(np.float64).ravel() for x in (ours, expected))
         max_abs = float(np.max(np.abs(a - b), initial=0.0))
         error = relative_l2(a, b)
         cosine = _ratio(float(a @ b), _norm(a) * _norm(b), both_zero=1.0)
         remark = ""
     return Row(
         tensor=tensor,
-        shape=tuple(reference.shape),
+        shape=tuple(expected.shape),
         max_abs=max_abs,
         relative_l2=error,
         cosine=cosine,
@@ -86,9 +86,9 @@ def compare(
     )
 
 
-def relative_l2(ours: np.ndarray, reference: np.ndarray) -> float:
-    """||ours - reference|| / ||reference|| in float64."""
-    a, b = (np.asarray(x).astype(np.float64).ravel() for x in (ours, reference))
+def relative_l2(ours: np.ndarray, expected: np.ndarray) -> float:
+    """||ours - expected|| / ||expected|| in float64."""
+    a, b = (np.asarray(x).astype(np.float64).ravel() for x in (ours, expected))
     return _ratio(_norm(a - b), _norm(b))
 
 

@@ -80,7 +80,7 @@ def round_to(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
 def thousandfold(
     t: Float[Array, " b"], dtype: DTypeLike, rounding: TimestepRounding
 ) -> Float[Array, " b"]:
-    """1000 t as the references see it when they run in `dtype`.
+    """1000 t as BFL's code and diffusers see it when they run in `dtype`.
 
     `diffusers`: the pipeline casts 1000 t, divides by 1000, the transformer multiplies again.
     `bfl`: t itself is cast, then multiplied. `none`: exact. In bfloat16, 7 of the 28 default
@@ -131,7 +131,7 @@ class TimeTextEmbed(Part):
         if self.guidance_embeds:
             if guidance is None:
                 raise ValueError("a model with guidance_embeds needs `guidance`, got None")
-            # Both references cast guidance before they multiply it: 3.5 becomes 3504 in bfloat16.
+            # BFL and diffusers cast guidance before they multiply: 3.5 becomes 3504 in bfloat16.
             rounding = "none" if self.timestep_rounding == "none" else "bfl"
             g = thousandfold(guidance, self.dtype, rounding)
             vector = vector + self.guidance_embedder(sinusoid(g).astype(self.dtype))

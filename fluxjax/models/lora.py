@@ -28,7 +28,7 @@ from fluxjax.shapes import Params
 
 
 class Site(NamedTuple):
-    """A dense kernel: where it is, the reference name of each of its layers, (in, out)."""
+    """A dense kernel: where it is, the published name of each of its layers, (in, out)."""
 
     module: tuple[str, ...]
     names: tuple[str, ...]

@@ -12,7 +12,7 @@ from fluxjax.config import AutoencoderConfig, ConfigError
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes, count
 from fluxjax.networks.tables import Rule, Table
 
-REFERENCE = Table(
+PUBLISHED = Table(
     "diffusers autoencoder",
     # Files older than diffusers 0.18 name the attention of the middle block this way.
     rules=tuple(
@@ -195,13 +195,13 @@ AUTOENCODER = Network(
     ),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (
                 r"encoder\.down_blocks\.0\.resnets\.0\.norm1\.weight",
                 r"encoder\.conv_in\.weight",
                 r"decoder\.conv_in\.weight",
             ),
-            lambda config: REFERENCE,
+            lambda config: PUBLISHED,
             partial(_infer, "down_blocks", "resnets"),
         ),
         Dialect(

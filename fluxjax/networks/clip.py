@@ -25,7 +25,7 @@ LAYERS = tuple(
         "self_attn.out_proj",
     )
 )
-TEXT_REFERENCE = Table(
+TEXT_PUBLISHED = Table(
     "CLIP text encoder",
     # transformers 5 writes a CLIPTextModel without the prefix that published files have.
     rules=tuple(
@@ -40,7 +40,7 @@ TEXT_REFERENCE = Table(
     identity=True,
     ignored=(r".*position_ids", r"vision_model\..*", r"visual_projection\..*", "logit_scale"),
 )
-VISION_REFERENCE = Table(
+VISION_PUBLISHED = Table(
     "CLIP vision encoder",
     identity=True,
     rules=tuple(
@@ -61,7 +61,7 @@ VISION_REFERENCE = Table(
     ),
     ignored=(r".*position_ids", r"text_model\..*", r"text_projection\..*", "logit_scale"),
 )
-REFERENCE = Table("CLIP", identity=True, ignored=(r".*position_ids",))
+PUBLISHED = Table("CLIP", identity=True, ignored=(r".*position_ids",))
 
 
 def _heads(width: int) -> int:
@@ -240,9 +240,9 @@ CLIP_TEXT = Network(
     ),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (r"(text_model\.)?embeddings\.token_embedding\.weight",),
-            lambda config: TEXT_REFERENCE,
+            lambda config: TEXT_PUBLISHED,
             _infer_text,
         ),
     ),
@@ -261,7 +261,7 @@ CLIP_TEXT = Network(
         "lora_te1_",
         "lora_te_",
     ),
-    adapter_rules=lambda shapes: TEXT_REFERENCE.rules,
+    adapter_rules=lambda shapes: TEXT_PUBLISHED.rules,
 )
 CLIP_VISION = Network(
     config=CLIPVisionConfig,
@@ -289,9 +289,9 @@ CLIP_VISION = Network(
     ),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (r"(vision_model\.)?embeddings\.class_embedding",),
-            lambda config: VISION_REFERENCE,
+            lambda config: VISION_PUBLISHED,
             _infer_vision,
         ),
     ),
@@ -320,12 +320,12 @@ CLIP = Network(
     ),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (
                 r"text_model\.embeddings\.token_embedding\.weight",
                 r"vision_model\.embeddings\.class_embedding",
             ),
-            lambda config: REFERENCE,
+            lambda config: PUBLISHED,
             _infer_both,
         ),
     ),

@@ -12,7 +12,7 @@ from fluxjax.networks import flux
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes
 from fluxjax.networks.tables import Rule, Table
 
-REFERENCE = Table("diffusers FLUX ControlNet", identity=True)
+PUBLISHED = Table("diffusers FLUX ControlNet", identity=True)
 _OWN = ("controlnet_blocks.{}", "controlnet_single_blocks.{}", "controlnet_mode_embedder")
 XLABS = Table(
     "XLabs FLUX ControlNet",
@@ -30,8 +30,8 @@ XLABS = Table(
 )
 
 
-def _infer_reference(shapes: Shapes, family: str) -> ControlNetConfig:
-    return _with_control(flux.infer_reference(shapes, ""), shapes, "conv_out")
+def _infer_published(shapes: Shapes, family: str) -> ControlNetConfig:
+    return _with_control(flux.infer_published(shapes, ""), shapes, "conv_out")
 
 
 def _infer_xlabs(shapes: Shapes, family: str) -> ControlNetConfig:
@@ -141,13 +141,13 @@ CONTROLNET = Network(
     ),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (
                 r"controlnet_x_embedder\.weight",
                 r"time_text_embed\.timestep_embedder\.linear_1\.weight",
             ),
-            lambda config: REFERENCE,
-            _infer_reference,
+            lambda config: PUBLISHED,
+            _infer_published,
         ),
         Dialect(
             "bfl",

@@ -20,7 +20,7 @@ from fluxjax.networks.network import (
 )
 from fluxjax.networks.tables import Rule, Table
 
-REFERENCE = Table("diffusers FLUX transformer", identity=True)
+PUBLISHED = Table("diffusers FLUX transformer", identity=True)
 _CONTROLNET = (r"controlnet_blocks\.0\.weight|controlnet_x_embedder\.weight|pos_embed_input\..*",)
 _SCALE = (("scale", "weight"),)
 
@@ -94,7 +94,7 @@ _XLABS = (
 )
 
 
-def infer_reference(shapes: Shapes, family: str) -> FluxConfig:
+def infer_published(shapes: Shapes, family: str) -> FluxConfig:
     embed, double, single = "time_text_embed", "transformer_blocks", "single_transformer_blocks"
     return _infer(
         shapes,
@@ -201,7 +201,7 @@ def inputs(config: FluxConfig, rows: int = 6, columns: int = 5) -> Arrays:
         "encoder_hidden_states": random.standard_normal((2, text, config.joint_attention_dim)),
         "pooled_projections": random.standard_normal((2, config.pooled_projection_dim)),
         # Exact in bfloat16 also after the multiplication by 1000: 3.5 would become 3504 there, and
-        # float32 be no reference for it.
+        # float32 be no measure for it.
         "timestep": np.array([0.5, 0.25]),
         "img_ids": img_ids.reshape(image, 3),
         "txt_ids": np.zeros((text, 3)),
@@ -320,13 +320,13 @@ FLUX = Network(
     ),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (
                 r"x_embedder\.weight|single_transformer_blocks\.0\.attn\.to_q\.weight",
                 r"time_text_embed\.timestep_embedder\.linear_1\.weight",
             ),
-            lambda config: REFERENCE,
-            infer_reference,
+            lambda config: PUBLISHED,
+            infer_published,
             unless=_CONTROLNET,
         ),
         Dialect(

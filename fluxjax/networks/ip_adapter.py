@@ -8,7 +8,7 @@ from fluxjax.config import IPAdapterConfig
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Shapes, count
 from fluxjax.networks.tables import Rule, Table
 
-REFERENCE = Table("diffusers FLUX IP-Adapter", identity=True)
+PUBLISHED = Table("diffusers FLUX IP-Adapter", identity=True)
 _STREAM = "double_blocks.{}.processor.ip_adapter_double_stream"
 XLABS = Table(
     "XLabs FLUX IP-Adapter",
@@ -21,7 +21,7 @@ XLABS = Table(
 )
 
 
-def _infer_reference(shapes: Shapes, family: str) -> IPAdapterConfig:
+def _infer_published(shapes: Shapes, family: str) -> IPAdapterConfig:
     return _infer(shapes, "image_proj", "ip_adapter.0.to_k_ip", r"ip_adapter\.(\d+)\.")
 
 
@@ -68,10 +68,10 @@ IP_ADAPTER = Network(
     json=JsonForm("diffusers", ("FluxIPAdapter",)),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (r"image_proj\.proj\.weight", r"ip_adapter\.0\.to_k_ip\.weight"),
-            lambda config: REFERENCE,
-            _infer_reference,
+            lambda config: PUBLISHED,
+            _infer_published,
         ),
         Dialect(
             "bfl",

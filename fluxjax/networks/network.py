@@ -29,7 +29,7 @@ class Dialect:
     """One way in which published files name the tensors."""
 
     name: str
-    """ "reference" is that of diffusers and transformers, "bfl" the original code's."""
+    """ "published" is that of diffusers and transformers, "bfl" the original code's."""
     signature: tuple[str, ...]
     """Regular expressions; names are of this dialect if each fits one of them."""
     table: Callable[[Any], Table]
@@ -113,7 +113,7 @@ class Network:
     """What the network returns -> arrays by the names that PyTorch gives them."""
     json: JsonForm
     dialects: tuple[Dialect, ...]
-    """Tried in order; the first is the reference's."""
+    """Tried in order; the first has the published names."""
     roles: Mapping[str, Role]
     """The end of a layer's path (or of a bare parameter's) -> its role. The longest end decides."""
     prefixes: tuple[str, ...] = ()
@@ -138,7 +138,7 @@ class Network:
     """What stands before the names of its modules in adapters (LoRA and others), longest first;
     none where there are no adapters."""
     adapter_rules: Callable[[Shapes], tuple[Rule, ...]] = lambda shapes: ()
-    """Names that adapters have for its modules besides the reference's own, for parameters of
+    """Names that adapters have for its modules besides the published ones, for parameters of
     these."""
     widened: tuple[str, str, str] = ("", "", "")
     """A first layer that adapters may give more inputs: the module, the field of the configuration
@@ -155,7 +155,7 @@ class Network:
         return any(dialect.name == name for dialect in self.dialects)
 
     def dialect(self, name: str) -> Dialect:
-        """The dialect of that name, or the reference's where the original code has none."""
+        """The dialect of that name, or the published one where the original code has none."""
         return next((d for d in self.dialects if d.name == name), self.dialects[0])
 
 

@@ -8,7 +8,7 @@ from fluxjax.config import ConfigError, ReduxConfig
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Shapes
 from fluxjax.networks.tables import Table
 
-REFERENCE = Table("Redux projector", identity=True)
+PUBLISHED = Table("Redux projector", identity=True)
 
 
 def _infer(shapes: Shapes, family: str) -> ReduxConfig:
@@ -45,9 +45,9 @@ REDUX = Network(
     json=JsonForm("diffusers", ("ReduxImageEncoder",)),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (r"redux_up\.weight", r"redux_down\.weight"),
-            lambda config: REFERENCE,
+            lambda config: PUBLISHED,
             _infer,
         ),
     ),

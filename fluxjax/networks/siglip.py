@@ -31,7 +31,7 @@ _MODULES = (
     ("head", (("probe", "probe"),)),
     ("head.attention", (("in_proj_weight", "in_proj_weight"), ("in_proj_bias", "in_proj_bias"))),
 )
-REFERENCE = Table(
+PUBLISHED = Table(
     "SigLIP vision encoder",
     # transformers 5 writes them without the prefix that published files have.
     rules=tuple(Rule(name, (f"vision_model.{name}",), leaves=leaves) for name, leaves in _MODULES),
@@ -110,9 +110,9 @@ SIGLIP = Network(
     ),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (r"(vision_model\.)?embeddings\.patch_embedding\.bias",),
-            lambda config: REFERENCE,
+            lambda config: PUBLISHED,
             _infer,
         ),
     ),

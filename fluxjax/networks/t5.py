@@ -10,7 +10,7 @@ from fluxjax.config import ConfigError, T5Config
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Shapes, count
 from fluxjax.networks.tables import Rule, Table
 
-REFERENCE = Table(
+PUBLISHED = Table(
     "T5 encoder",
     rules=(Rule("encoder.embed_tokens", ("shared",)),),
     identity=True,
@@ -139,9 +139,9 @@ T5 = Network(
     ),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight",),
-            lambda config: REFERENCE,
+            lambda config: PUBLISHED,
             _infer,
         ),
         Dialect("gguf", (r"enc\.blk\.0\.attn_q\.weight",), lambda config: GGUF, _infer_gguf),

@@ -1,7 +1,7 @@
-"""How a published checkpoint's names map onto the reference names: the form of such a table.
+"""How a checkpoint's names map onto the published names: the form of such a table.
 
-Reference names are those of diffusers (transformer, vae) and transformers (text encoders); our
-parameter trees mirror them mechanically (see `checkpoint.engine`), so a checkpoint with reference
+Published names are those of diffusers (transformer, vae) and transformers (text encoders); our
+parameter trees mirror them mechanically (see `checkpoint.engine`), so a checkpoint with published
 names needs no rules. A rule names modules; `.weight` and `.bias` follow. `{}` stands for a number.
 """
 
@@ -15,8 +15,8 @@ class Rule:
     """One module of theirs = the rows of `ours`, one after the other.
 
     `swap_halves`: the two halves of the rows are exchanged. `conv1x1`: theirs is a 1 x 1
-    convolution (out, in, 1, 1) where the reference has a linear layer (out, in).
-    `leaves`: their parameters' names -> the reference's.
+    convolution (out, in, 1, 1) where PyTorch has a linear layer (out, in).
+    `leaves`: their parameters' names -> the published ones.
     """
 
     theirs: str
@@ -28,7 +28,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Table:
-    """`identity`: a name that no rule matches is a reference name already.
+    """`identity`: a name that no rule matches is a published name already.
 
     `ignored`: regular expressions of buffers that carry no parameter.
     """

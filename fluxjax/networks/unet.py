@@ -11,7 +11,7 @@ from fluxjax.config.unet import UNetConfig
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes, count
 from fluxjax.networks.tables import Rule, Table
 
-REFERENCE = Table("diffusers UNet", identity=True)
+PUBLISHED = Table("diffusers UNet", identity=True)
 _RESNET = (
     ("in_layers.0", "norm1"),
     ("in_layers.2", "conv1"),
@@ -103,7 +103,7 @@ def _ldm_rules(layers: int, down: list[bool], up: list[bool]) -> tuple[Rule, ...
     return tuple(rules)
 
 
-def _infer_reference(shapes: Shapes, family: str) -> UNetConfig:
+def _infer_published(shapes: Shapes, family: str) -> UNetConfig:
     levels = _levels(shapes)
     layers = count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")
     return _infer(
@@ -339,14 +339,14 @@ UNET = Network(
     ),
     dialects=(
         Dialect(
-            "reference",
+            "published",
             (
                 r"time_embedding\.linear_1\.weight",
                 r"down_blocks\.0\.resnets\.0\.time_emb_proj\.weight",
                 r"up_blocks\.0\.resnets\.0\.conv1\.weight",
             ),
-            lambda config: REFERENCE,
-            _infer_reference,
+            lambda config: PUBLISHED,
+            _infer_published,
         ),
         Dialect(
             "bfl",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 Read = Callable[[str], np.ndarray]
-"""Reference name -> the parameter before any adapter, float32, its inputs widened with zeros."""
+"""Published name -> the parameter before any adapter, float32, its inputs widened with zeros."""
 
 
 class Adapter(NamedTuple):

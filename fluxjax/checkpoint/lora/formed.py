@@ -28,7 +28,7 @@ class _Wrong(ValueError):
 
 
 def changes_of(group: Group, config: PeftConfig) -> Found:
-    """By reference name of a parameter, and what is wrong with the group."""
+    """By published name of a parameter, and what is wrong with the group."""
     try:
         values = _read(group)
         inputs = _inputs(group, values)

@@ -1,7 +1,7 @@
 """The kinds of adapters, as data: which tensors each has, of which shapes, and what they add up to.
 
 Formulas are those of PEFT and of LyCORIS' forward (its own merging applies alpha twice). All is
-float32, in the reference's layout: W is (out, in).
+float32, in the published layout: W is (out, in).
 """
 
 from __future__ import annotations

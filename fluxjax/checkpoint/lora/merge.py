@@ -22,7 +22,7 @@ from fluxjax.networks import network_of
 from fluxjax.shapes import Params
 
 Scaled = tuple[Mapping[str, Change], float]
-"""Changes by reference name, and the strength at which they count."""
+"""Changes by published name, and the strength at which they count."""
 
 
 def adaptable(networks: Mapping[str, OpenNetwork]) -> dict[str, Params]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fluxjax.checkpoint.engine import reference_leaves
+from fluxjax.checkpoint.engine import published_leaves
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.networks import NETWORKS
 from fluxjax.networks.network import Network
@@ -61,7 +61,7 @@ _WORDS = 4  # of the longest suffix
 
 
 class Parts(NamedTuple):
-    """Reference modules whose outputs one module of a file holds, one after the other."""
+    """Published modules whose outputs one module of a file holds, one after the other."""
 
     names: tuple[str, ...]
     swap_halves: bool = False
@@ -69,7 +69,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Known:
-    """A network that a file may adapt. `shapes`: of every parameter, by reference name.
+    """A network that a file may adapt. `shapes`: of every parameter, by published name.
 
     `modules`: what a file may call them, dots as underscores.
     """
@@ -82,7 +82,7 @@ class Known:
 
     @property
     def linear(self) -> list[str]:
-        """Modules with a matrix, by reference name."""
+        """Modules with a matrix, by published name."""
         return [
             name.removesuffix(".weight")
             for name, shape in self.shapes.items()
@@ -92,7 +92,7 @@ class Known:
 
 def known_network(component: str, params: Params) -> Known:
     """Of a network whose parameters look like `params` (arrays or shapes, stacked or not)."""
-    shapes = {name: leaf.shape for name, leaf in reference_leaves(params).items()}
+    shapes = {name: leaf.shape for name, leaf in published_leaves(params).items()}
     network = next(
         n for n in NETWORKS.values() if n.adapter_prefixes and n.dialects[0].fits(shapes)
     )

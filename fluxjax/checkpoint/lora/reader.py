@@ -30,7 +30,7 @@ from fluxjax.models.names import unflatten
 from fluxjax.shapes import Params
 
 Changes = dict[str, Change]
-"""Reference name of a parameter -> what becomes of it."""
+"""Published name of a parameter -> what becomes of it."""
 
 
 class AdapterFile(NamedTuple):

@@ -76,7 +76,7 @@ def write_adapters(
 
     Every scale is multiplied into B, so that alpha is the rank for every reader: those that read
     it in the file (kohya), in the metadata (diffusers) or nowhere (ComfyUI). `peft` has the
-    reference's names; `kohya` and `comfy` have BFL's, whose qkv are one module (block-diagonal, of
+    published names; `kohya` and `comfy` have BFL's, whose qkv are one module (block-diagonal, of
     threefold rank), for which the shapes of the transformer's `params` are needed if only some of
     its parts are adapted. `dtype` None keeps that of the arrays.
     """

@@ -227,7 +227,7 @@ def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
     from fluxjax.models.compilation import compiler_options
     from fluxjax.models.flux import FluxTransformer
     from fluxjax.models.latents import image_ids, text_ids
-    from fluxjax.networks.flux import REFERENCE
+    from fluxjax.networks.flux import PUBLISHED
 
     config = dataclasses.replace(
         DEV.transformer, num_layers=2, num_single_layers=4, num_attention_heads=heads
@@ -242,7 +242,7 @@ def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
         repeats = -(-parameter.numel() // draw.numel())
         parameter.data = draw.repeat(repeats)[: parameter.numel()].reshape(parameter.shape)
     source = {name: of_array(value.numpy()) for name, value in theirs.state_dict().items()}
-    params = load_tree(source, REFERENCE, abstract_params(config, stacked=True))
+    params = load_tree(source, PUBLISHED, abstract_params(config, stacked=True))
     model = FluxTransformer(config, scan_layers=True)
 
     random = np.random.default_rng(0)
