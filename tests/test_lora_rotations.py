@@ -149,10 +149,14 @@ def test_kohyas_blocks_of_each_part(tmp_path) -> None:
     for wrong, says in (
         ({k: v for k, v in file.items() if not k.endswith(".2")}, r"missing: oft_blocks\.2"),
         ({**file, f"{key}.1": torch.zeros(4, 7, 7)}, r"has \[4, 7, 7\], expected"),
-        ({"oft_unet_double_blocks_0_img_mlp_2.oft_blocks.0": file[f"{key}.0"],
-          "oft_unet_double_blocks_0_img_mlp_2.oft_blocks.1": file[f"{key}.1"]},
-         r"a part that .*img_mlp_2 has not"),
-    ):  # fmt: skip
+        (
+            {
+                "oft_unet_double_blocks_0_img_mlp_2.oft_blocks.0": file[f"{key}.0"],
+                "oft_unet_double_blocks_0_img_mlp_2.oft_blocks.1": file[f"{key}.1"],
+            },
+            r"a part that .*img_mlp_2 has not",
+        ),
+    ):
         save_file(wrong, path)
         with pytest.raises(MappingError, match=says):
             read_adapters(path, TEMPLATES)
