@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from random_checkpoints import random_tree
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.config import TINY
@@ -79,9 +79,10 @@ def test_masked_padding_is_silent(tokenizers):
     clip = CLIPTextModel(replace(TINY.text_encoder, vocab_size=clip_size))
     t5 = T5Encoder(replace(TINY.text_encoder_2, vocab_size=t5_size))
     ids, _ = tokenize(*tokenizers, PROMPTS, max_sequence_length=16)
-    clip_ids, t5_ids = jnp.asarray(ids.clip), jnp.asarray(ids.t5)
-    params = (clip.init(jax.random.key(0), clip_ids), t5.init(jax.random.key(1), t5_ids))
-    params = [p["params"] for p in params]
+    params = [
+        jax.tree.map(lambda leaf: 0.1 * leaf, random_tree(each.config, np.float32))
+        for each in (clip, t5)
+    ]
     other = ids._replace(t5=np.where(ids.t5_mask == 1, ids.t5, 5))
     masked = [encode_prompts(clip, t5, *params, i, mask_padding=True) for i in (ids, other)]
     np.testing.assert_array_equal(masked[0].sequence, masked[1].sequence)

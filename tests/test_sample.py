@@ -41,7 +41,7 @@ def both(folder: Path):
     return fluxjax.load_pipeline(folder), theirs
 
 
-@pytest.fixture(params=["random", "tiny"])
+@pytest.fixture(params=[pytest.param("random", marks=pytest.mark.slow), "tiny"])
 def pipelines(request):
     """(ours, diffusers') of small random weights and of the embedded model."""
     if request.param == "random":
@@ -79,6 +79,7 @@ def test_same_picture_as_diffusers(pipelines, prompt):
     same_picture(got, expected)
 
 
+@pytest.mark.slow
 def test_same_pictures_with_true_cfg_second_prompt_and_two_at_once(pipelines):
     ours, theirs = pipelines
     expected = theirs(

@@ -193,8 +193,8 @@ def test_places_are_in_reading_order(relation, places):
 def test_readout_gives_only_answers_that_exist():
     readout = objectives.SceneReadout()
     states = jax.random.normal(jax.random.key(0), (64, 32, 32)) * 50
-    params = readout.init(jax.random.key(1), states)
-    answers = readout.apply(params, states)
+    params = jax.jit(readout.init)(jax.random.key(1), states)
+    answers = jax.jit(readout.apply)(params, states)
     assert (answers.argmax(-1) < np.array(list(objectives.QUESTIONS.values()))[None]).all()
     assert float(objectives.readout_loss(answers, answers.argmax(-1))) < 0.7
 
