@@ -18,6 +18,7 @@ from fluxjax.checkpoint.mapped_memory import contiguous
 from fluxjax.checkpoint.quantised.parts import codes_of, form_of
 from fluxjax.checkpoint.quantised.quantise import quantised
 from fluxjax.checkpoint.tensors import Tensor, astype
+from fluxjax.models.absent import Absent
 from fluxjax.models.names import is_stacked, published_name
 from fluxjax.models.quantised import Quantised
 from fluxjax.networks.tables import Table
@@ -37,14 +38,17 @@ def load_tree(
 
     The host then holds no more than one layer, or one leaf that is not stacked, and its parts.
     Matrices that are codes in `template` (see `templates`) are kept so: a file's own codes are
-    taken, others are made as they are read; `source` then has the published names.
+    taken, others are made as they are read. What is absent in it is not read. In both cases
+    `source` has the published names.
     Raises ConfigError naming a tensor with NaN or infinite values, in `dtype` if that is given.
     """
     flat = engine.flatten(template)
     codes = {path: leaf for path, leaf in flat.items() if isinstance(leaf, Quantised)}
-    if codes:
-        template = engine.unflatten({p: leaf for p, leaf in flat.items() if p not in codes})
-    names = {path: _names(path, leaf) for path, leaf in codes.items()}
+    gone = {path: leaf for path, leaf in flat.items() if isinstance(leaf, Absent)}
+    if codes or gone:
+        apart = codes.keys() | gone.keys()
+        template = engine.unflatten({p: leaf for p, leaf in flat.items() if p not in apart})
+    names = {path: _names(path, leaf) for path, leaf in (codes | gone).items()}
     taken = {name for each in names.values() for name in each}
     plain = {name: tensor for name, tensor in source.items() if name not in taken}
     if dtype is not None:
@@ -56,9 +60,9 @@ def load_tree(
         return _place(path, tensor, shardings if where is None else where[path])
 
     loaded = engine.to_ours(finite, table, template, place=place)
-    if not codes:
+    if not (codes or gone):
         return loaded
-    loaded = engine.flatten(loaded)
+    loaded = engine.flatten(loaded) | gone
     for path, leaf in codes.items():
         sharding = shardings if where is None else where[path]
         packed = [_packed(source[name], name, leaf) for name in names[path]]
@@ -74,7 +78,7 @@ def _place(path: tuple[str, ...], tensor: Tensor, sharding: Any) -> jax.Array:
     return _put(tensor.read(), sharding)
 
 
-def _names(path: tuple[str, ...], leaf: Quantised) -> list[str]:
+def _names(path: tuple[str, ...], leaf: Quantised | Absent) -> list[str]:
     """The published names of a leaf's layers."""
     layers = range(leaf.shape[0]) if is_stacked(path) else (None,)
     return [published_name(path, layer) for layer in layers]

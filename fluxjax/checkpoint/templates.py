@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Mapping
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,14 @@ import numpy as np
 
 from fluxjax.checkpoint.quantised.parts import codes_of, form_of
 from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.models.absent import absent, is_node
 from fluxjax.models.names import flatten, is_stacked, published_name, unflatten
-from fluxjax.models.quantised import Quantised, abstract
+from fluxjax.models.quantised import abstract
 from fluxjax.models.stacking import unstack_layers
 from fluxjax.networks import Config, network_of
+
+Part = Literal["all", "before", "steps"]
+"""Of a network's parameters those that a run needs before its first step, or in its steps."""
 
 
 def abstract_params(config: Config, *, stacked: bool = False) -> dict[str, Any]:
@@ -82,13 +86,25 @@ def kept_template(
     return unflatten(flat), mixed
 
 
+def part_of(template: Mapping[str, Any], config: Config, part: Part) -> dict[str, Any]:
+    """The template with `Absent` for what is not of that part of a run."""
+    if part == "all":
+        return dict(template)
+    pattern, flat = network_of(config).before_steps, flatten(template)
+    for path, leaf in flat.items():
+        name = published_name(path, 0 if is_stacked(path) else None)
+        if bool(re.fullmatch(pattern, name)) != (part == "before"):
+            flat[path] = absent(leaf)
+    return unflatten(flat)
+
+
 def in_dtype(template: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     """Shapes of the parameters where values have `dtype`; codes stay as they are."""
 
     def cast(leaf: Any) -> Any:
-        return leaf if isinstance(leaf, Quantised) else jax.ShapeDtypeStruct(leaf.shape, dtype)
+        return leaf if is_node(leaf) else jax.ShapeDtypeStruct(leaf.shape, dtype)
 
-    return jax.tree.map(cast, dict(template), is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    return jax.tree.map(cast, dict(template), is_leaf=is_node)
 
 
 def parameter_count(tree: Any) -> int:

@@ -33,12 +33,14 @@ class Dense(nn.Dense):
     promote_dtype: Any = promote_dtype  # flax's own type cannot be checked at run time
 
     def _kernel(self, shape: tuple[int, int]) -> Any:
-        """The parameter (k, features), decoded where it is kept in few bits: in the body of a scan,
-        where only one layer's is."""
+        """The parameter (k, features), brought from the host and decoded where it lies there or is
+        kept in few bits: in the body of a scan, where only one layer's is."""
         if self.has_variable("params", "kernel"):
-            kernel = self.get_variable("params", "kernel")
+            kernel = jax.tree.map(_brought, self.get_variable("params", "kernel"))
             if isinstance(kernel, Quantised):
                 return decode(kernel).astype(self.param_dtype).T
+            if kernel is not self.get_variable("params", "kernel"):
+                return kernel
         return self.param("kernel", self.kernel_init, shape, self.param_dtype)
 
     @nn.compact
@@ -62,6 +64,12 @@ class Dense(nn.Dense):
             scale = jnp.ones((), low.dtype)
         low = affine(low, b, precision=self.precision)
         return (y + low * scale).astype(y.dtype)
+
+
+def _brought(leaf: Any) -> Any:
+    if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
+        return jax.device_put(leaf, jax.memory.Space.Device)
+    return leaf
 
 
 class Part(nn.Module, kw_only=True):

@@ -127,6 +127,9 @@ class Network:
     quantised: str = ""
     """Names of the matrices that are kept in few bits where that is asked for, as a regular
     expression: the blocks' products. Embedders, norms, modulations and last layers are not."""
+    before_steps: str = ""
+    """Names of the parameters that a run needs only before its first step, as a regular expression:
+    what modulates all of its steps."""
     scanned: tuple[str, ...] = ()
     """Groups of equal blocks that may be scanned, their parameters then stacked."""
     token_split: TokenSplit | None = None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fluxjax.checkpoint.templates import abstract_params, in_dtype
+from fluxjax.checkpoint.templates import Part, abstract_params, in_dtype, part_of
 from fluxjax.config import PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Family
@@ -25,10 +25,19 @@ from fluxjax.models.lora import adapt
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.parallel.activations import attention_on
 from fluxjax.parallel.apply import apply_on
+from fluxjax.parallel.host_memory import with_places
 from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, place, replicated
 from fluxjax.parallel.rules import state_shardings
 from fluxjax.sample.lora_slots import LoraSlots
-from fluxjax.sample.programs import COMPONENTS, OF_PICTURES, Drawn, Name, Program, program
+from fluxjax.sample.programs import (
+    COMPONENTS,
+    OF_PICTURES,
+    OF_RUNS,
+    Drawn,
+    Name,
+    Program,
+    program,
+)
 from fluxjax.sample.settings import Rounding
 from fluxjax.shapes import Params
 
@@ -41,7 +50,7 @@ class Executables:
 
     On a mesh the transformer and the text encoders are split by the roles of their layers, and the
     autoencoder's pictures over all devices. `quantised`: of components some of whose weights are
-    codes, the shapes of their parameters.
+    codes, the shapes of their parameters. `stream`: the transformer's lie on the host.
     """
 
     def __init__(
@@ -55,7 +64,9 @@ class Executables:
         sequence: SequenceAttention = "auto",
         slots: LoraSlots | None = None,
         quantised: Mapping[str, Params] | None = None,
+        stream: bool = False,
     ):
+        self.stream = stream
         self.quantised = quantised or {}
         self.family, self.config = family, config
         self.dtype, self.scan_layers = jnp.dtype(dtype), scan_layers
@@ -105,8 +116,8 @@ class Executables:
     def compile(self, program: Program) -> Any:
         """Now and in this thread; `get` keeps what it makes, this does not."""
         modules = (*program.static, *self.modules(program.name, program.rounding))
-        params = [self._shapes(component) for component in COMPONENTS[program.name]]
-        if self.slots is not None and program.name == "denoise":
+        params = self.arguments(program)
+        if self.slots is not None and program.name in OF_RUNS:
             pictures = program.inputs[0][0].shape[0]
             params = [adapt(params[0], self.slots.shapes(pictures))]
         function, inputs = program.function, program.inputs
@@ -125,10 +136,25 @@ class Executables:
             template = abstract_params(config, stacked=stacked)
         return in_dtype(template, self.dtype)
 
-    def _shapes(self, component: str) -> Params:
-        """What a program is given of a component."""
-        config, shapes = getattr(self.config, component), self.weights(component)
+    def split(self, denoise: Program) -> tuple[Program, Program]:
+        """The same in two: what is done before the steps, and the steps."""
+        of = partial(program, self.family, rounding=denoise.rounding)
+        before = of("before", *denoise.inputs)
+        modules = (*before.static, *self.modules("before", denoise.rounding))
+        function: Any = partial(before.function, *modules)
+        each = jax.eval_shape(function, *self.arguments(before), *denoise.inputs)
+        return before, of("denoise", *denoise.inputs, each)
+
+    def arguments(self, program: Program) -> list[Params]:
+        """Shapes of the parameters that a program is given; without slots."""
+        return [self._shapes(component, program.part) for component in COMPONENTS[program.name]]
+
+    def _shapes(self, component: str, part: Part) -> Params:
+        config = getattr(self.config, component)
+        shapes = part_of(self.weights(component), config, part)
         spec: Any = jax.ShapeDtypeStruct
+        if component == "transformer" and self.stream:
+            shapes = with_places(shapes)
         if component == "transformer" and self.lora is not None:
             lora = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), self.lora)
             shapes = adapt(shapes, lora)

@@ -20,7 +20,7 @@ from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.source import open_component, open_file, open_folder
-from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.templates import Part, abstract_params, part_of
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig, published_defaults
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
@@ -30,6 +30,7 @@ from fluxjax.models.names import flatten
 from fluxjax.models.quantised import Quantised
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.networks import network_of
+from fluxjax.parallel.host_memory import streamed
 from fluxjax.parallel.mesh import make_mesh, place
 from fluxjax.parallel.mesh_shape import MeshShape
 from fluxjax.parallel.rules import param_shardings, state_shardings
@@ -59,6 +60,8 @@ def load_pipeline(
     mesh: Mesh | MeshShape | str | None = None,
     sequence: SequenceAttention = "auto",
     quantise: str = KEEP,
+    offload: bool = False,
+    stream: bool = False,
     redux: str | Path | None = None,
 ) -> Pipeline:
     """Open a model: all its files are checked now, its weights read when they are first needed.
@@ -86,6 +89,11 @@ def load_pipeline(
         quantised files in their codes; "int8", "nf4" or another of
         `fluxjax.quantised_kinds.KINDS` puts the blocks of the transformer and the text encoders
         into that, "transformer=nf4,text_encoder_2=int8" those of each; "none" decodes all.
+      offload: have no other networks on the device than those that are at work: the text encoders
+        leave before denoising, the autoencoder comes after it, the modulations of all steps (27 %
+        of FLUX.1) are computed first and their weights go. What is needed again is read again.
+      stream: keep the transformer's blocks in the host's memory, and bring one at a time. Both draw
+        the same picture, and neither goes with a mesh.
       redux: a folder of FLUX.1 Redux, which `redux_image` needs.
 
     Raises FileNotFoundError, ConfigError or ValueError with one sentence naming what is wrong.
@@ -113,8 +121,10 @@ def load_pipeline(
             names = " ".join(str(file) for file, _ in scaled)
             config = replace(config, **published_defaults(config.transformer, names))
     config.require_text_to_image(path, or_tool=True)
+    if stream and scan_layers is False:
+        raise ConfigError("stream brings one block at a time: it needs scan_layers")
     if scan_layers is None:
-        scan_layers = scan_by_default(config.transformer)
+        scan_layers = stream or scan_by_default(config.transformer)
     for name in ("tokenizer", "tokenizer_2"):
         if not (tokenizers / name).is_dir():
             raise FileNotFoundError(f"{tokenizers} is not a whole model: {name} is missing")
@@ -122,6 +132,8 @@ def load_pipeline(
         mesh = ""
     if isinstance(mesh, str | MeshShape):
         mesh = make_mesh(mesh)
+    if mesh is not None and (offload or stream):
+        raise ConfigError("offload and stream are for one device: give them or a mesh")
     if mesh is not None:  # heads that ulysses cannot split are a mistake now
         heads = config.transformer.num_attention_heads
         attention_over(Layout(1, 1, mesh.shape[AXIS]), heads, sequence, "auto")
@@ -138,7 +150,7 @@ def load_pipeline(
     pipeline = Pipeline(
         family,
         config,
-        partial(_load, networks, dtype, scan_layers, lora, mesh, held),
+        partial(_load, networks, dtype, scan_layers, lora, mesh, held, stream),
         partial(_tokenizers, tokenizers, config),
         dtype=dtype,
         scan_layers=scan_layers,
@@ -147,6 +159,8 @@ def load_pipeline(
         mesh=mesh,
         sequence=sequence,
         quantised=held,
+        offload=offload,
+        stream=stream,
         redux=prior,
         sources=Sources(
             quantise=None if quantise == KEEP else quantise,
@@ -214,13 +228,18 @@ def _load(
     lora: Params | None,
     mesh: Mesh | None,
     held: dict[str, Params],
+    stream: bool,
     component: str,
+    part: Part = "all",
 ) -> Params:
     network = networks[component]
     stacked = _stacked(network, scan_layers)
     template = held.get(component) or abstract_params(network.config, stacked=stacked)
+    template = part_of(template, network.config, part)
     places: Any = SingleDeviceSharding(jax.devices()[0])
     lora_places = jax.tree.map(lambda _: places, lora)
+    if stream and component == "transformer":
+        places = streamed(template)
     if mesh is not None:
         places = param_shardings(network.config, template, mesh)
         lora_places = state_shardings(network.config, lora, mesh)

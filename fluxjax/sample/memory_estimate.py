@@ -42,14 +42,16 @@ def weight_bytes(pipe: Pipeline) -> int:
 
     from fluxjax.sample.programs import COMPONENTS
 
-    names: set[str] = {name for names in COMPONENTS.values() for name in names}
-    count = sum(
-        leaf.size * leaf.dtype.itemsize
-        for component in sorted(names)
-        if not pipe.is_loaded(component)
-        for leaf in jax.tree.leaves(pipe.executables.weights(component))
-    )
-    return count // _devices(pipe)
+    def size(component: str) -> int:
+        if pipe.is_loaded(component):
+            return 0
+        leaves = jax.tree.leaves(pipe.executables.weights(component))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    together = {frozenset(names) for names in COMPONENTS.values()}
+    if not pipe.offload:
+        together = {frozenset().union(*together)}
+    return max(sum(map(size, names)) for names in together) // _devices(pipe)
 
 
 def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> int:

@@ -47,6 +47,8 @@ class OpenedModel:
             vae=sources.vae,
             loras=sources.lora,
             redux=sources.redux,
+            offload=self.options.offload,
+            stream=self.options.stream,
             quantise=sources.quantise or KEEP,
             mesh=self.options.mesh,
             sequence=self.options.sequence or "auto",

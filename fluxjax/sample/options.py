@@ -193,6 +193,11 @@ class Options:
     """Weights in few bits on the device: int8, fp8, nf4, q8_0, q6_k, q5_k, q4_k or q4_0, or for
     each network its own, transformer=nf4,text_encoder_2=int8; none decodes quantised files, which
     otherwise keep their codes."""
+    offload: bool = False
+    """Only the networks that are at work are on the device: text encoders leave before denoising,
+    the autoencoder comes after it. The same picture, more reading."""
+    stream: bool = False
+    """The transformer's blocks stay in the host's memory and come one at a time."""
     mesh: _Text = None
     """Devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2; the rest is data."""
     sequence: _Sequence = None
@@ -253,6 +258,8 @@ def check(options: Options) -> None:
         if path not in (None, STANDARD_INPUT, ALPHA) and not Path(path).exists():
             raise FileNotFoundError(f"there is no {kind} {path}")
     parse_mesh(options.mesh or "")
+    if options.mesh is not None and (options.offload or options.stream):
+        raise ConfigError("--offload and --stream are for one device: give them or --mesh")
     parse_quantise(options.quantise or KEEP)
     if options.canny is not None:
         from fluxjax.sample.edges import require_opencv

@@ -219,7 +219,7 @@ class Pipeline(Stages):
         draws = self.draw_each(settings, settings.seed if seeds is None else seeds, count, task)
         more = self.redux.count if self.redux is not None and heard else 0
         self.prepare(settings, count, given, more_text=more)
-        for component in itertools.chain(*COMPONENTS.values()):
+        for component in () if self.offload else itertools.chain(*COMPONENTS.values()):
             self.params(component)  # while the programs compile
         conditioning, negative = self._heard(settings, prompts, number)
         if self.redux is not None and heard:

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from fluxjax.checkpoint.templates import Part
 from fluxjax.config import PipelineConfig
 from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Task, Tokens
+from fluxjax.models.absent import with_zeros
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.lora import stack_passes, variables
 from fluxjax.sample import denoise as sampler
@@ -21,14 +23,16 @@ from fluxjax.sample.settings import Rounding, Settings
 from fluxjax.schedules.schedule import Schedule, pad
 from fluxjax.shapes import Params
 
-Name = Literal["encode", "reference", "posterior", "denoise", "decode"]
+Name = Literal["encode", "reference", "posterior", "before", "denoise", "decode"]
 COMPONENTS: dict[Name, tuple[str, ...]] = {
     "encode": ("text_encoder", "text_encoder_2"),
     "reference": ("vae",),
     "posterior": ("vae",),
+    "before": ("transformer",),
     "denoise": ("transformer",),
     "decode": ("vae",),
 }
+OF_RUNS: tuple[Name, ...] = ("before", "denoise")
 OF_PICTURES: tuple[Name, ...] = ("reference", "posterior", "decode")
 UNTILED_LATENTS = 256 * 256
 TEXT_ALONE = Task()
@@ -52,20 +56,58 @@ class Drawn(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("family", "module", "apply"))
-def denoise_pictures(
+def before_steps(
     family: Family,
     module: Any,
     params: Params,
     state: sampler.State,
     drawn: Drawn,
     apply: Apply = nn.Module.apply,
+) -> Any:
+    """What `denoise_pictures` takes as `each`: of every step what is the same whatever the picture.
+
+    Parameters that only steps use may be absent.
+    """
+    return _hoisted(family, module, params, state, drawn, apply)[0]
+
+
+@partial(jax.jit, static_argnames=("family", "module", "apply"))
+def denoise_pictures(
+    family: Family,
+    module: Any,
+    params: Params,
+    state: sampler.State,
+    drawn: Drawn,
+    each: Any = None,
+    apply: Apply = nn.Module.apply,
 ) -> sampler.State:
     """Runs the schedule on a state of unpacked latents (n, c, h, w).
 
-    `params` may come with a LoRA (`fluxjax.models.lora.adapt`).
+    `params` may come with a LoRA (`fluxjax.models.lora.adapt`). With `each`, which `before_steps`
+    gives, those may be absent that it alone uses.
     """
     rows, columns = state[0].shape[2:]
-    first, many = family.pack(state[0]), len(drawn.conditionings)
+    hoisted, step = _hoisted(family, module, params, state, drawn, apply)
+    each = hoisted if each is None else each
+    packed = tuple(family.pack(latents).values for latents in state)
+    kept = None
+    if drawn.kept is not None:
+        mask = jnp.broadcast_to(drawn.kept.mask, state[0].shape)
+        kept = jax.tree.map(lambda x: family.pack(x).values, drawn.kept._replace(mask=mask))
+    packed = sampler.denoise(step, each, packed, drawn.schedule, drawn.passes, kept=kept)
+    return tuple(family.unpack(tokens, rows, columns) for tokens in packed)
+
+
+def _hoisted(
+    family: Family,
+    module: Any,
+    params: Params,
+    state: sampler.State,
+    drawn: Drawn,
+    apply: Apply,
+) -> tuple[Any, sampler.Step]:
+    """`Family.hoist` of all passes, stacked in the batch."""
+    positions, many = family.pack(state[0]).positions, len(drawn.conditionings)
     stack = partial(jax.tree.map, lambda *leaves: jnp.concatenate(leaves))
     reference = None
     if drawn.reference is not None:
@@ -75,22 +117,15 @@ def denoise_pictures(
     if drawn.channels is not None:
         channels = stack(*[family.pack(drawn.channels).values] * many)
     # One pass over a batch of twice the size, not two passes over the weights.
-    extras = Extras(first.positions, jnp.tile(drawn.guidance, many), reference, channels)
-    each, step = family.hoist(
+    extras = Extras(positions, jnp.tile(drawn.guidance, many), reference, channels)
+    return family.hoist(
         module,
-        stack_passes(variables(params), many),
+        stack_passes(variables(with_zeros(params)), many),
         drawn.schedule.times,
         stack(*drawn.conditionings),
         extras,
         apply=apply,
     )
-    packed = (first.values, *(family.pack(latents).values for latents in state[1:]))
-    kept = None
-    if drawn.kept is not None:
-        mask = jnp.broadcast_to(drawn.kept.mask, state[0].shape)
-        kept = jax.tree.map(lambda x: family.pack(x).values, drawn.kept._replace(mask=mask))
-    packed = sampler.denoise(step, each, packed, drawn.schedule, drawn.passes, kept=kept)
-    return tuple(family.unpack(tokens, rows, columns) for tokens in packed)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -135,6 +170,13 @@ class Program(NamedTuple):
     static: tuple = ()
     rounding: Rounding = "diffusers"
 
+    @property
+    def part(self) -> Part:
+        """Which parameters it uses."""
+        if self.name == "before":
+            return "before"
+        return "steps" if self.name == "denoise" and len(self.inputs) > 2 else "all"
+
 
 def program(family: Family, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Program:
     """`name` for inputs of these shapes (arrays or ShapeDtypeStructs)."""
@@ -142,11 +184,12 @@ def program(family: Family, name: Name, *inputs: Any, rounding: Rounding = "diff
         "encode": family.encode,
         "reference": encode_pictures,
         "posterior": encode_posterior,
+        "before": before_steps,
         "denoise": denoise_pictures,
         "decode": decode_latents,
     }
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-    return Program(name, functions[name], shapes, (family,) * (name == "denoise"), rounding)
+    return Program(name, functions[name], shapes, (family,) * (name in OF_RUNS), rounding)
 
 
 def programs(

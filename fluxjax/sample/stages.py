@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from fluxjax.checkpoint.templates import Part
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.config.latents import PATCH
@@ -49,15 +50,17 @@ class Stages:
     """Networks, tokenizers and compiled programs of one model.
 
     Weights are loaded when they are first needed, programs compiled once per shape, in the
-    background while weights load. `seconds` adds up what each of PHASES kept the caller waiting;
-    `notes` collects remarks for the user.
+    background while weights load. With `offload` no other networks are on the device than those
+    that are at work, and of the transformer no modulations in its steps; they are read again when
+    they are needed again. `load_params` takes a component and a `Part`. `seconds` adds up what each
+    of PHASES kept the caller waiting; `notes` collects remarks for the user.
     """
 
     def __init__(
         self,
         family: Family,
         config: PipelineConfig,
-        load_params: Callable[[str], Params],
+        load_params: Callable[..., Params],
         load_tokenizers: Callable[[], tuple[PromptTokenizer, PromptTokenizer]],
         *,
         dtype: Any,
@@ -67,6 +70,8 @@ class Stages:
         mesh: Mesh | None = None,
         sequence: SequenceAttention = "auto",
         quantised: Mapping[str, Params] | None = None,
+        offload: bool = False,
+        stream: bool = False,
         sources: Sources | None = None,
         redux: Redux | None = None,
     ):
@@ -84,10 +89,12 @@ class Stages:
             sequence=sequence,
             slots=slots,
             quantised=quantised,
+            stream=stream,
         )
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
         self.sources, self.slots, self.redux = sources, slots, redux
+        self.offload = offload
         self._load_params, self._load_tokenizers = load_params, load_tokenizers
         self._tokenizers: tuple[PromptTokenizer, PromptTokenizer] | None = None
         self._params: dict[str, Params] = {}
@@ -225,13 +232,13 @@ class Stages:
             noise, *each = pad_rows((noise, *each), self.executables.rows("denoise", count))
         drawn = Drawn(schedule, passes, *each)
         state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
-        program = self._executable("denoise", state, drawn, rounding=rounding)
-        params = self.params("transformer")
+        lora = None
         if self.slots is not None:
-            params = adapt(params, self.slots.choose(adapters or [{}] * count))
+            lora = self.slots.choose(adapters or [{}] * count)
+        program, params, each = self._steps(state, drawn, lora, rounding)
 
         def run(state: State, schedule: Schedule) -> State:
-            return program(params, state, drawn._replace(schedule=schedule))
+            return program(params, state, drawn._replace(schedule=schedule), *each)
 
         def latents(state: Any) -> AnyArray:
             return state[0] if self.mesh is None else gathered(state[0])[:count]
@@ -259,7 +266,7 @@ class Stages:
         """
         if tile is None and not tiled(*latents.shape[2:]):
             return self._run("decode", latents, len(latents), phase="decoding")
-        params, (model,) = self.params("vae"), self.executables.modules("decode")
+        (params,), (model,) = self._networks("decode"), self.executables.modules("decode")
         with self._timed("decoding"):
             return decode_in_tiles(model, params, latents, tile=tile or TILE, mesh=self.mesh)
 
@@ -272,8 +279,7 @@ class Stages:
         With a LoRA the transformer's are those of `fluxjax.models.lora.adapt`.
         """
         if component not in self._params:
-            with self._timed("loading"):
-                self._params[component] = self._load_params(component)
+            self._params[component] = self._loaded(component)
         return self._params[component]
 
     def use(self, component: str, params: Params) -> None:
@@ -305,10 +311,36 @@ class Stages:
             rows=self.executables.rows,
             more_text=more_text,
         ):
-            self.executables.start(program)
+            apart = self.offload and program.name == "denoise"
+            for one in self.executables.split(program) if apart else (program,):
+                self.executables.start(one)
+
+    def _steps(
+        self, state: State, drawn: Drawn, lora: Params | None, rounding: Rounding
+    ) -> tuple[Callable, Params, tuple]:
+        """The program of the steps, its parameters, and what has been done before the steps."""
+        if not self.offload:
+            program = self._executable("denoise", state, drawn, rounding=rounding)
+            return program, adapt(self.params("transformer"), lora), ()
+        self._params.clear()
+        before = self._executable("before", state, drawn, rounding=rounding)
+        each = wait(before(adapt(self._loaded("transformer", "before"), lora), state, drawn))
+        program = self._executable("denoise", state, drawn, each, rounding=rounding)
+        return program, adapt(self._loaded("transformer", "steps"), lora), (each,)
+
+    def _networks(self, name: Name) -> list[Params]:
+        """The parameters of a program; with `offload` no others stay."""
+        if self.offload:
+            for component in self._params.keys() - set(COMPONENTS[name]):
+                del self._params[component]
+        return [self.params(component) for component in COMPONENTS[name]]
+
+    def _loaded(self, component: str, part: Part = "all") -> Params:
+        with self._timed("loading"):
+            return self._load_params(component, part)
 
     def _run(self, name: Name, inputs: Any, count: int, *, phase: str) -> Any:
-        params = [self.params(component) for component in COMPONENTS[name]]
+        params = self._networks(name)
         if self.mesh is not None:
             inputs = pad_rows(inputs, self.executables.rows(name, count))
         program = self._executable(name, inputs)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.source import open_component
-from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.templates import Part, abstract_params
 from fluxjax.config import ConfigError, FluxConfig, PipelineConfig
 from fluxjax.config.latents import latent_size
 from fluxjax.families import FLUX, Conditioning
@@ -265,15 +265,16 @@ def _validation(
     """`base`: shapes of a LoRA's frozen weights."""
     devices = mesh if mesh.size > 1 else None
 
-    def load(component: Any) -> Tree:
-        part = getattr(config, component)
+    def load(component: Any, part: Part = "all") -> Tree:
+        assert part == "all", "nothing comes and goes here"
+        network = getattr(config, component)
         return load_params(
             recipe.model_folder,
             component,
-            part,
+            network,
             stacked=False,
             dtype=model.dtype,
-            shardings=param_shardings(part, abstract_params(part), mesh),
+            shardings=param_shardings(network, abstract_params(network), mesh),
         )
 
     def no_tokenizers() -> NoReturn:

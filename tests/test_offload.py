@@ -1,0 +1,78 @@
+"""Weights that come and go: the same picture from less memory."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fluxjax
+from fluxjax.checkpoint.templates import abstract_params, parameter_count, part_of
+from fluxjax.config import DEV, ConfigError
+from fluxjax.models.absent import Absent
+from fluxjax.models.names import flatten
+from fluxjax.sample.memory_estimate import weight_bytes
+from fluxjax.sample.options import Options, check
+
+CHOSEN: dict[str, Any] = {"width": 64, "height": 64, "steps": 3, "max_sequence_length": 16}
+
+
+def test_the_modulations_are_a_quarter_of_the_model():
+    """What is needed before the steps, and in them: all of it, nothing twice."""
+    whole = abstract_params(DEV.transformer, stacked=True)
+    before, steps = (part_of(whole, DEV.transformer, part) for part in ("before", "steps"))
+    for path, leaf in flatten(whole).items():
+        one, other = flatten(before)[path], flatten(steps)[path]
+        assert isinstance(one, Absent) != isinstance(other, Absent)
+        assert one.shape == other.shape == leaf.shape
+    share = parameter_count(before) / parameter_count(whole)
+    assert 0.27 < share < 0.28
+
+
+@pytest.mark.slow
+def test_the_picture_is_the_same_byte_for_byte(tmp_path):
+    """Plain, and with everything that comes and goes: modulations before the steps, blocks in codes
+    from the host's memory, one network at a time; twice, as what has left is read again."""
+    plain = fluxjax.load_pipeline("tiny", quantise="int8", scan_layers=True)
+    expected = np.asarray(plain("a red circle", seed=1, **CHOSEN)[0])
+    pipe = fluxjax.load_pipeline("tiny", quantise="int8", offload=True, stream=True)
+    asked: list[tuple[str, str]] = []
+    load = pipe._load_params
+
+    def noted(component: str, part: Any = "all"):
+        assert not pipe.is_loaded("transformer")
+        asked.append((component, part))
+        params = load(component, part)
+        if component == "transformer" and part == "steps":
+            codes = params["single_transformer_blocks"]["proj_mlp"]["kernel"].parts["codes"]
+            assert codes.sharding.memory_kind == "pinned_host"
+            norm = params["single_transformer_blocks"]["norm"]["linear"]["kernel"]
+            assert isinstance(norm, Absent)
+            assert not pipe.is_loaded("text_encoder_2")
+        return params
+
+    pipe._load_params = noted
+    for _ in range(2):
+        drawn = np.asarray(pipe("a red circle", seed=1, **CHOSEN)[0])
+        np.testing.assert_array_equal(drawn, expected)
+    run = [
+        ("text_encoder", "all"),
+        ("text_encoder_2", "all"),
+        ("transformer", "before"),
+        ("transformer", "steps"),
+        ("vae", "all"),
+    ]
+    assert asked == 2 * run
+    assert weight_bytes(pipe) < weight_bytes(
+        fluxjax.load_pipeline("tiny", quantise="int8", scan_layers=True)
+    )
+
+
+def test_what_does_not_go_together_is_refused():
+    choices: list[dict[str, Any]] = [{"offload": True}, {"stream": True}]
+    for options in choices:
+        with pytest.raises(ConfigError, match="for one device"):
+            fluxjax.load_pipeline("tiny", mesh="fsdp=2", **options)
+        with pytest.raises(ConfigError, match="for one device"):
+            check(Options(prompt=("a",), mesh="fsdp=2", **options))
+    with pytest.raises(ConfigError, match="needs scan_layers"):
+        fluxjax.load_pipeline("tiny", stream=True, scan_layers=False)
