@@ -19,8 +19,8 @@ from fluxjax.checkpoint.templates import abstract_params, parameter_count
 from fluxjax.config import UNION, UNION_2, XLABS, ConfigError, ControlNetConfig
 from fluxjax.models.controlnet import FluxControlNet
 from fluxjax.models.flux import FluxTransformer, Guides, spread
-from fluxjax.models.flux_blocks import ImagePrompt
 from fluxjax.models.stacking import stack_layers
+from fluxjax.models.transformer_blocks import ImagePrompt
 from fluxjax.networks import network_of
 
 pytestmark = pytest.mark.filterwarnings(

@@ -18,21 +18,20 @@ KINDS = {
     "opensora_v2": "Open-Sora 2.0's transformer",
     "ldm_sd15": WHOLE,
     "ldm_sdxl_base": WHOLE,
-    "ldm_sd3_medium": "Stable Diffusion 3's transformer",
-    "ldm_sd35_medium": "Stable Diffusion 3.5 medium's transformer",
-    "ldm_sd35_large": "Stable Diffusion 3.5 large's transformer",
-    "sd3_medium": "Stable Diffusion 3's transformer",
-    "sd35_medium": "Stable Diffusion 3.5 medium's transformer",
-    "sd35_large": "Stable Diffusion 3.5 large's transformer",
-    "pixart_alpha_1024": "PixArt-alpha's transformer",
-    "pixart_sigma_1024": "PixArt-Sigma's transformer (or PixArt-alpha's for 512 pixels)",
 }
-UNETS = {"sd15_unet", "sd21_unet", "sdxl_unet", "sdxl_refiner_unet"}
+# Read, and held against their networks elsewhere.
+READ = {
+    *("sd15_unet", "sd21_unet", "sdxl_unet", "sdxl_refiner_unet"),
+    *("sd3_medium", "sd35_medium", "sd35_large"),
+    "pixart_alpha_1024",
+    *("ldm_sd3_medium", "ldm_sd35_medium", "ldm_sd35_large"),
+}
 # Ours by their names, where the shapes leave something open.
 ASKED = {
     "sd_vae": ("autoencoder", "0.18215"),
     "sd3_vae": ("autoencoder", "1.5305"),
     "bfl_ae": ("autoencoder", "1.5305"),
+    "pixart_sigma_1024": ("PixArt transformer", "2048 pixels"),
     "clip_l": ("CLIP text encoder", "quick_gelu"),
     "clip_bigg": ("CLIP text encoder", "gelu"),
     "openclip_h_23": ("CLIP text encoder", "gelu"),
@@ -46,7 +45,7 @@ def published(shared, name, key="tensors"):
 
 def test_every_published_file_is_tried(shared):
     files = {path.stem for path in (shared / "checkpoints").glob("*.json")}
-    assert files == KINDS.keys() | ASKED.keys() | UNETS | {
+    assert files == KINDS.keys() | ASKED.keys() | READ | {
         n for n in files if n.startswith("bfl_flux1")
     }
 
@@ -83,6 +82,17 @@ def test_an_autoencoder_of_four_channels_is_not_flux_s(shared):
     assert (config.latent_channels, config.scaling_factor) == (16, 0.3611)
 
 
+def test_whose_an_autoencoder_is_may_be_said(shared):
+    shapes = published(shared, "sd3_vae")
+    network, dialect = detect_network(shapes)
+    config = infer_config(network, dialect, shapes, family="Stable Diffusion 3")
+    assert (config.scaling_factor, config.shift_factor) == (1.5305, 0.0609)
+    config = infer_config(network, dialect, shapes, family="FLUX.1")
+    assert (config.scaling_factor, config.shift_factor) == (0.3611, 0.1159)
+    with pytest.raises(ConfigError, match="Stable Diffusion XL needs its own, of 4"):
+        infer_config(network, dialect, shapes, family="Stable Diffusion XL")
+
+
 def test_the_autoencoders_of_open_sora(shared):
     for name, words in (
         ("opensora_dc_ae", "a deep-compression autoencoder (DC-AE, as of Open-Sora 2.0 and Sana)"),
@@ -102,6 +112,7 @@ def test_the_autoencoders_of_open_sora(shared):
         ({"distilled_guidance_layer.in_proj.weight", "img_in.weight"}, "Chroma's"),
         ({"transformer.resblocks.0.attn.in_proj_weight"}, "OpenCLIP, in its own names"),
         ({"cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"}, "OpenCLIP"),
+        ({"blocks.1.attn.sr.weight", "t_block.1.weight"}, "compressed keys and values"),
         ({"a", "b"}, "has names like 'a', 'b'"),
         ({"x" * 10**6, "y\n" * 10**5}, "has names like"),
     ],
@@ -117,4 +128,5 @@ def test_each_description_tells_its_own(shared):
         network, dialect = detect_network(published(shared, f"bfl_flux1-{name}"))
         assert (network.component, dialect.name) == ("transformer", "bfl")
     assert len({kind.signature for kind in FOREIGN}) == len(FOREIGN)
-    assert len({network.component for network in NETWORKS.values()}) == len(NETWORKS)
+    kinds = {(network.component, network.words) for network in NETWORKS.values()}
+    assert len(kinds) == len(NETWORKS)

@@ -60,6 +60,8 @@ CONFIGS |= {UNET, replace(UNET, use_linear_projection=True, addition_embed_type=
 TEXT = replace(presets.CLIP_L_TEXT, with_projection=True)
 VISION = replace(presets.CLIP_L_VISION, with_projection=True)
 CONFIGS |= {TEXT, VISION, CLIPConfig(text_config=TEXT, vision_config=VISION)}
+CONFIGS |= {replace(presets.SD35_MEDIUM, num_layers=4, dual_attention_layers=(0, 1))}
+CONFIGS |= {presets.PIXART_ALPHA}
 CONFIGS |= {presets.UNION, presets.XLABS, presets.SIGLIP_SO400M, presets.REDUX, presets.IP_ADAPTER}
 # Of each network's leaves, blocks without their numbers: the mesh axes of each dimension.
 RECORDED = json.loads((Path(__file__).parent / "sharding_specs.json").read_text())
@@ -74,7 +76,7 @@ def leaves(config):
 
 def unnumbered(network, path) -> str:
     groups = "|".join(("down_blocks", "up_blocks", "resnets", *network.scanned))
-    return "/".join(re.sub(rf"^({groups})_\d+$", r"\1", part) for part in path)
+    return "/".join(re.sub(rf"^({groups})_\d+(_to_\d+)?$", r"\1", part) for part in path)
 
 
 def test_every_leaf_of_every_network_has_one_role_and_lies_as_recorded():
@@ -84,7 +86,7 @@ def test_every_leaf_of_every_network_has_one_role_and_lies_as_recorded():
         network = network_of(config)
         recorded = {
             path: tuple(None if axes == "-" else tuple(axes.split("+")) for axes in spec.split())
-            for spec, paths in RECORDED[network.component].items()
+            for spec, paths in RECORDED[type(config).__name__].items()
             for path in paths
         }
         for path, shape in leaves(config):
@@ -93,7 +95,8 @@ def test_every_leaf_of_every_network_has_one_role_and_lies_as_recorded():
             wide = tuple(4 * size for size in shape)  # every dimension divides by two axes
             axes = recorded[unnumbered(network, path)]
             if any(axes):
-                axes = (*(None,) * any(part in network.scanned for part in path), *axes)
+                stacked = any(part in network.scanned or "_to_" in part for part in path)
+                axes = (*(None,) * stacked, *axes)
             assert spec_of(network, path, wide, mesh) == P(*axes), path
 
 

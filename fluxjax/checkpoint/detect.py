@@ -45,14 +45,13 @@ def detect_network(shapes: Shapes) -> tuple[Network, Dialect]:
     Raises ConfigError saying what it looks like instead.
     """
     refuse_foreign(shapes)
-    found: dict[str, tuple[Network, Dialect]] = {}
+    found: dict[type, tuple[Network, Dialect]] = {}
     for network in NETWORKS.values():
         for dialect in network.dialects:
             if dialect.fits(shapes):
-                found.setdefault(network.component, (network, dialect))
-    for network, _ in list(found.values()):
-        for part in network.parts:
-            found.pop(part, None)
+                found.setdefault(network.config, (network, dialect))
+    parts = {part for network, _ in found.values() for part in network.parts}
+    found = {kind: pair for kind, pair in found.items() if pair[0].component not in parts}
     if len(found) == 1:
         return next(iter(found.values()))
     if found:
@@ -66,7 +65,7 @@ def detect_network(shapes: Shapes) -> tuple[Network, Dialect]:
 def infer_config(network: Network, dialect: Dialect, shapes: Shapes, family: str = "") -> Any:
     """Every number of the configuration that shapes tell; the rest as published.
 
-    `family`: "FLUX.1" where the file is known to belong to it, which tells what shapes cannot.
+    `family`: its name where the file is known to belong to one, which tells what shapes cannot.
     Raises ConfigError for what nothing tells, and for a file without a needed tensor.
     """
     try:

@@ -67,8 +67,13 @@ def match_rule(table: Table, name: str) -> tuple[Rule, list[str]] | None:
         found = _pattern(rule.theirs).fullmatch(module)
         ours = dict(rule.leaves).get(leaf)
         if found and ours:
-            return rule, [f"{part.format(*found.groups())}.{ours}" for part in rule.ours]
+            return rule, [_joined(part.format(*found.groups()), ours) for part in rule.ours]
     return None
+
+
+def _joined(module: str, leaf: str) -> str:
+    """A parameter of the network itself has no module before its name."""
+    return f"{module}.{leaf}" if module else leaf
 
 
 def to_published(
@@ -152,8 +157,8 @@ def from_published(published: Mapping[str, Tensor], table: Table) -> dict[str, T
             if matched is None or their_leaf is None:
                 continue
             numbers = matched.groups()
-            target = f"{rule.theirs.format(*numbers)}.{their_leaf}"
-            parts = [left.pop(f"{ours.format(*numbers)}.{leaf}", None) for ours in rule.ours]
+            target = _joined(rule.theirs.format(*numbers), their_leaf)
+            parts = [left.pop(_joined(ours.format(*numbers), leaf), None) for ours in rule.ours]
             if any(part is None for part in parts):
                 errors.append(f"missing: a part of {target}")
                 break

@@ -14,7 +14,7 @@ from typing import Any
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import network_config, read_json
-from fluxjax.checkpoint.detect import refuse_foreign, split_prefixes
+from fluxjax.checkpoint.detect import detect_network, refuse_foreign, split_prefixes
 from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.opened_network import OpenNetwork, make_network
 from fluxjax.checkpoint.orbax_params import read_orbax
@@ -61,7 +61,10 @@ def open_file(
         names = ", ".join(map(repr, sorted(groups[""])))
         raise ConfigError(f"{path} holds tensors that belong to none of its networks: {names}")
     name = f"{path.stem}.safetensors"
-    if "transformer" in groups or any(fnmatch(name, files) for files in SINGLE_FILES.values()):
+    if "transformer" in groups:
+        shapes = {short: raw[full].shape for short, full in groups["transformer"].items()}
+        family = detect_network(shapes)[0].family
+    elif not family and any(fnmatch(name, files) for files in SINGLE_FILES.values()):
         family = "FLUX.1"
     networks = {}
     for prefixed, names in groups.items():
@@ -169,10 +172,13 @@ def open_component(
     return open_folder(path, component, config)
 
 
-def open_source(path: Path, config_file: Path | None = None) -> dict[str, OpenNetwork]:
+def open_source(
+    path: Path, config_file: Path | None = None, family: str = ""
+) -> dict[str, OpenNetwork]:
     """Every network of a checkpoint, by component.
 
-    `config_file`: the config.json of a network whose shapes do not tell everything.
+    `config_file`: the config.json of a network whose shapes do not tell everything. `family`: see
+    `make_network`.
     Raises FileNotFoundError, or ValueError (ConfigError, engine.MappingError) in one sentence.
     """
     path = Path(path)
@@ -180,9 +186,9 @@ def open_source(path: Path, config_file: Path | None = None) -> dict[str, OpenNe
     if config_file is not None:
         config = network_config(read_json(Path(config_file)), Path(config_file))
     if not path.is_dir():
-        return open_file(path, config)
+        return open_file(path, config, family=family)
     parts = weights_of(path)
     if parts.keys() == {""}:
-        network = open_folder(path, config=config)
+        network = open_folder(path, config=config, family=family)
         return {network.component: network}
     return {part: open_component(path, part) for part in parts}

@@ -75,7 +75,7 @@ class Record:
                 raise TypeError
             renamed, doubled, scaled = maps
             dialect = values["dialect"]
-            dialect = "published" if dialect == "published" else dialect  # as older files have it
+            dialect = "published" if dialect == "reference" else dialect  # as older files have it
             if dialect not in ("published", "bfl", "gguf") or any(
                 DTYPES[dtype] not in _FP8 for dtype in scaled.values()
             ):

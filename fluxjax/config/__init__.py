@@ -28,8 +28,10 @@ from fluxjax.config.pipeline import (
     PipelineConfig,
     published_defaults,
 )
+from fluxjax.config.pixart import PIXART_ALPHA, PIXART_SIGMA, PixArtConfig
 from fluxjax.config.redux import REDUX, ReduxConfig
 from fluxjax.config.scheduler import SchedulerConfig
+from fluxjax.config.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
 from fluxjax.config.siglip import SIGLIP_SO400M, SiglipVisionConfig
 from fluxjax.config.t5 import T5_SMALL, T5_XXL, T5Config
 from fluxjax.config.unet import (
@@ -53,11 +55,16 @@ __all__ = [
     "FILL",
     "IP_ADAPTER",
     "KONTEXT",
+    "PIXART_ALPHA",
+    "PIXART_SIGMA",
     "PRESETS",
     "REDUX",
     "SCHNELL",
+    "SD3_MEDIUM",
     "SD15_UNET",
     "SD21_UNET",
+    "SD35_LARGE",
+    "SD35_MEDIUM",
     "SDXL_REFINER_UNET",
     "SDXL_UNET",
     "SIGLIP_SO400M",
@@ -78,7 +85,9 @@ __all__ = [
     "IPAdapterConfig",
     "LoraConfig",
     "PipelineConfig",
+    "PixArtConfig",
     "ReduxConfig",
+    "SD3Config",
     "SchedulerConfig",
     "SiglipVisionConfig",
     "T5Config",

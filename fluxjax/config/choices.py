@@ -8,5 +8,14 @@ SequenceAttention = Literal["auto", "ulysses", "ring"]
 """Of attention over tokens that are split over devices."""
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes again of each block."""
+FileFamily = Literal["flux", "sd", "sdxl", "sd3"]
+"""Whose files these are, where neither names nor shapes tell it."""
+FAMILY_NAMES: dict[FileFamily, str] = {
+    "flux": "FLUX.1",
+    "sd": "Stable Diffusion",
+    "sdxl": "Stable Diffusion XL",
+    "sd3": "Stable Diffusion 3",
+}
+"""As sentences have them, and as `infer_config` takes them."""
 LoraNaming = Literal["peft", "kohya", "comfy"]
 """Whose names a LoRA file is written in."""

@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
         loras=loras,
         mesh=mesh,
         config_file=options.config,
+        family=options.family,
         shard_bytes=int(options.shard_gb * 1e9),
         overwrite=options.overwrite,
     )

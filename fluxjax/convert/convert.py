@@ -25,6 +25,7 @@ from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
 from fluxjax.checkpoint.source import open_source
 from fluxjax.config import ConfigError
+from fluxjax.config.choices import FAMILY_NAMES, FileFamily
 from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.destination import check_destination
 from fluxjax.convert.quantise import Kind, form_of, is_gguf_kind
@@ -94,6 +95,7 @@ def plan(
     loras: Sequence[tuple[Path, float]] = (),
     mesh: MeshShape | None = None,
     config_file: Path | None = None,
+    family: FileFamily | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> Conversion:
@@ -102,6 +104,7 @@ def plan(
     `loras`: files of adapters to merge into the weights, and their strengths.
     `target`: by default what holds `quantised`, the kind of the codes, or diffusers' folders.
     `mesh`: the devices whose parts of the weights an Orbax folder stores one by one.
+    `family`: whose a file is that does not tell it itself.
     Raises FileNotFoundError, OSError, or ValueError (ConfigError, engine.MappingError).
     """
     form: Target = form_of(quantised, target)
@@ -109,7 +112,7 @@ def plan(
         raise ConfigError(f"--mesh lays out an Orbax folder; {form} files have none")
     check_destination(source, destination, overwrite)
     beside = check_complete(source) if source.is_dir() else []
-    networks = open_source(source, config_file)
+    networks = open_source(source, config_file, FAMILY_NAMES[family] if family else "")
     if dtype != "keep":
         networks = {k: with_dtype(network, _DTYPES[dtype]) for k, network in networks.items()}
     plain, networks = networks, merge_files(networks, loras)
@@ -183,7 +186,8 @@ def _files(
 ) -> dict[Path, dict[str, Any]]:
     files = json_files(networks, target)
     transformer = networks.get("transformer")
-    if len(networks) > 1 and not whole and transformer is not None:
+    flux = transformer is not None and network_of(transformer.config).family == "FLUX.1"
+    if len(networks) > 1 and not whole and flux:
         configs = {name: network.config for name, network in networks.items()}
         files[Path("model_index.json")] = model_index(configs)
         files[Path("scheduler/scheduler_config.json")] = scheduler_of(transformer.config)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fluxjax.config.choices import FileFamily
+
 _Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 _Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
 _Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
@@ -25,6 +27,8 @@ _Kind = Annotated[
     Literal["int8", "fp8", "nf4", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0"] | None,
     tyro.conf.arg(help_behavior_hint=""),
 ]
+
+_Family = Annotated[FileFamily | None, tyro.conf.arg(help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Options:
     config: _Path = None
     """config.json of a network whose shapes do not tell everything (heads other than 128); of a
     LoRA, the model that it adapts if that is not of FLUX.1's size: its folder or config.json."""
+    family: _Family = None
+    """Whose a bare autoencoder is, whose scale its shapes do not tell."""
     shard_gb: float = 10.0
     """Size of a shard of a diffusers folder, in GB."""
     overwrite: bool = False

@@ -159,9 +159,16 @@ def pair_layers(expected: list[Layer], ours: dict[str, list[Outputs]]) -> list[P
         aligned = _align(calls[layer.call], layer.outputs)
         for index, (a, b) in enumerate(aligned):
             label = name if len(aligned) == 1 else f"{name} [{index}]"
-            # The same values with axes merged (heads, height and width) are the same tensor.
-            pairs.append(Pair(label, a.reshape(b.shape) if a.size == b.size else a, b))
+            pairs.append(Pair(label, _laid_out_as(a, b), b))
     return pairs
+
+
+def _laid_out_as(ours: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """The same values with axes merged (heads, height and width) are the same tensor, and so are
+    they with heads before tokens."""
+    if ours.ndim == 4 and ours.shape != expected.shape == ours.swapaxes(1, 2).shape:
+        return ours.swapaxes(1, 2)
+    return ours.reshape(expected.shape) if ours.size == expected.size else ours
 
 
 def _align(ours: Outputs, expected: Outputs) -> list[tuple[np.ndarray, np.ndarray]]:

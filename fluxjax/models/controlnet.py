@@ -16,9 +16,10 @@ from fluxjax.config import ConfigError, ControlNetConfig
 from fluxjax.models.dense import COLLECTION, Dense, Part
 from fluxjax.models.embeddings import Rope
 from fluxjax.models.flux import FluxTrunk, Modulations
-from fluxjax.models.flux_blocks import DoubleBlock, SingleBlock
+from fluxjax.models.flux_blocks import NOTHING, DoubleBlock, SingleBlock
 from fluxjax.models.latents import pack
 from fluxjax.models.products import own_precision
+from fluxjax.models.repeated_blocks import run
 
 _zeros = nn.initializers.zeros_init()
 HINT_CHANNELS = 16
@@ -164,12 +165,18 @@ class FluxControlNet(FluxTrunk):
     ) -> ControlSamples:
         """One step, given what `embed_control`, `embed_text`, `modulations` and `rope` return."""
         image = self.x_embedder(hidden_states) + control
-        streams, double = self._run(
-            self.transformer_blocks, (image, text), (modulations.image, modulations.text), rope
+        streams, double = run(
+            self.transformer_blocks,
+            (image, text),
+            (modulations.image, modulations.text),
+            rope,
+            NOTHING,
+            (),
         )
         image, text = streams
         joint = jnp.concatenate([text, image], axis=1)
-        _, single = self._run(self.single_transformer_blocks, joint, modulations.single, rope)
+        blocks = self.single_transformer_blocks
+        _, single = run(blocks, joint, modulations.single, rope, NOTHING, ())
         if single is not None:
             single = single[:, :, text.shape[1] :]
         return ControlSamples(

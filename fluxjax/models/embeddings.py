@@ -68,6 +68,30 @@ def sinusoid(t: Float[Array, " b"], dim: int = SINUSOID_DIM) -> Float[Array, "b 
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def sinusoids_2d(
+    rows: int, columns: int, dim: int, *, base: int, scale: float = 1.0
+) -> Float[Array, "n dim"]:
+    """Positions of a grid, row by row, whatever its size spread over the range of `base` x `base`
+    and divided by `scale`: the column in the first half of the channels, the row in the second,
+    each as sines, then cosines, at dim / 4 frequencies from 1 down to 1/10000.
+
+    Source: diffusers `get_2d_sincos_pos_embed`, whose angles are float64.
+    """
+    frequencies = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+
+    def axis(length: int) -> Array:
+        index = np.arange(length, dtype=np.float32)
+        position = index / np.float32(length / base) / np.float32(scale)
+        angles = np.outer(position.astype(np.float64), frequencies)
+        table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+        return jnp.asarray(table.astype(np.float32))
+
+    shape = (rows, columns, dim // 2)
+    column, row = axis(columns)[None], axis(rows)[:, None]
+    joined = [jnp.broadcast_to(table, shape) for table in (column, row)]
+    return jnp.concatenate(joined, axis=-1).reshape(rows * columns, dim)
+
+
 def round_to(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
     """Values of `dtype` held in float32.
 
@@ -108,11 +132,14 @@ class TwoLayerEmbedder(Part):
 
 
 class TimeTextEmbed(Part):
-    """One vector from timestep, pooled text and, in distilled models, guidance."""
+    """One vector from timestep, pooled text and, in distilled models, guidance.
+
+    Without a `timestep_rounding` timesteps are those of training, 0 to 1000, and taken as they are.
+    """
 
     dim: int
     guidance_embeds: bool
-    timestep_rounding: TimestepRounding = "diffusers"
+    timestep_rounding: TimestepRounding | None = "diffusers"
 
     def setup(self) -> None:
         self.timestep_embedder = TwoLayerEmbedder(self.dim, **self.types)
@@ -126,7 +153,9 @@ class TimeTextEmbed(Part):
         pooled_projections: Float[Array, "b pooled"],
         guidance: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b d"]:
-        t = thousandfold(timestep, self.dtype, self.timestep_rounding)
+        t = timestep
+        if self.timestep_rounding is not None:
+            t = thousandfold(timestep, self.dtype, self.timestep_rounding)
         vector = self.timestep_embedder(sinusoid(t).astype(self.dtype))
         if self.guidance_embeds:
             if guidance is None:

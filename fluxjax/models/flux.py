@@ -21,10 +21,9 @@ step-invariant work once instead, inside its one jitted program:
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
@@ -32,17 +31,16 @@ from jaxtyping import Array, Float, Int, Num
 from fluxjax.config import FluxConfig
 from fluxjax.config.choices import Remat
 from fluxjax.models.attention import AttentionKind
-from fluxjax.models.dense import COLLECTION, Part
+from fluxjax.models.dense import Part
 from fluxjax.models.embeddings import Rope, TimestepRounding, TimeTextEmbed, rope_table
 from fluxjax.models.flux_blocks import (
-    NOTHING,
-    AdaLayerNorm,
     Additions,
     DoubleBlock,
-    ImagePrompt,
     Samples,
     SingleBlock,
 )
+from fluxjax.models.repeated_blocks import by_steps, modulations_of, repeated, run
+from fluxjax.models.transformer_blocks import AdaLayerNorm, ImagePrompt
 
 
 class Modulations(NamedTuple):
@@ -83,10 +81,8 @@ def spread(samples: int, blocks: int, *, repeat: bool = False) -> Int[np.ndarray
 class FluxTrunk(Part):
     """What the transformer and its ControlNets have in common: embedders and blocks.
 
-    `scan_layers`: the blocks are scanned and their parameters stacked on a leading axis (see
-    `fluxjax.models.stacking`); otherwise one subtree per block. `remat`: what the backward pass
-    computes again of each block: nothing, all but the dense layers' outputs (dots), or all (full).
-    `timestep_rounding`: see `embeddings.thousandfold`.
+    `scan_layers` and `remat`: see `fluxjax.models.repeated_blocks`. `timestep_rounding`: see
+    `embeddings.thousandfold`.
     """
 
     config: FluxConfig
@@ -108,45 +104,11 @@ class FluxTrunk(Part):
         self.transformer_blocks = self._blocks(self.double_block, config.num_layers)
         self.single_transformer_blocks = self._blocks(self.single_block, config.num_single_layers)
 
-    def _blocks(self, block: type, count: int):
-        if self.remat != "none":
-            # Products of weights have no batch axes, those of attention do.
-            saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            policy = saved if self.remat == "dots" else None
-            block = nn.remat(block, prevent_cse=not self.scan_layers, policy=policy)
-        if not self.scan_layers or count == 0:
-            return [block(self.config, self.attention, **self.types) for _ in range(count)]
-        shared = {
-            "variable_axes": {"params": 0, COLLECTION: 0},
-            "split_rngs": {"params": True},
-            "length": count,
-        }
-        methods = {
-            "__call__": {**shared, "in_axes": (0, nn.broadcast, 0, nn.broadcast)},
-            "modulation": {**shared, "in_axes": nn.broadcast},
-        }
-        return nn.scan(block, methods=methods)(self.config, self.attention, **self.types)
+    def _blocks(self, block: type, count: int) -> Any:
+        def build(cls: Any) -> nn.Module:
+            return cls(self.config, self.attention, **self.types)
 
-    def _run(self, blocks, carry, modulation, rope: Rope, added=NOTHING, samples: Samples = ()):
-        """The last carry, and what the blocks kept, each with a leading axis of layers."""
-        if not blocks:
-            return carry, None
-        if self.scan_layers:
-            return blocks(carry, modulation, rope, added, samples)
-        kept = []
-        for i, block in enumerate(blocks):
-            one = jax.tree.map(lambda leaf, i=i: leaf[i], (modulation, added))
-            carry, each = block(carry, one[0], rope, one[1], samples)
-            kept.append(each)
-        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
-
-    def _modulate(self, blocks, vector: Float[Array, "n d"]):
-        if not blocks:
-            return None
-        if self.scan_layers:
-            return blocks.modulation(None, vector)[1]
-        each = [block.modulation(None, vector)[1] for block in blocks]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        return repeated(block, build, count, scan=self.scan_layers, remat=self.remat)
 
     def rope(self, txt_ids: Num[Array, "text axes"], img_ids: Num[Array, "image axes"]) -> Rope:
         """Rotary tables of the joint sequence, text first."""
@@ -167,9 +129,8 @@ class FluxTrunk(Part):
     ) -> Modulations:
         """Everything the blocks take from timestep, guidance and pooled text."""
         vector = self.time_text_embed(timestep, pooled_projections, guidance)
-        double = self._modulate(self.transformer_blocks, vector)
-        image, text = (None, None) if double is None else double
-        single = self._modulate(self.single_transformer_blocks, vector)
+        image, text = modulations_of(self.transformer_blocks, vector) or (None, None)
+        single = modulations_of(self.single_transformer_blocks, vector)
         return Modulations(image, text, single, self._modulate_out(vector))
 
     def _modulate_out(self, vector: Float[Array, "n d"]) -> Float[Array, "n 2 d"] | None:
@@ -183,18 +144,12 @@ class FluxTrunk(Part):
     ) -> Modulations:
         """`modulations` of many steps in one pass over the weights; every leaf (steps, ...)."""
         steps, batch = timesteps.shape[0], pooled_projections.shape[0]
-        # Pictures outside steps: a batch that is split over devices stays where it is.
         flat = self.modulations(
             jnp.tile(timesteps, batch),
             jnp.repeat(pooled_projections, steps, axis=0),
             None if guidance is None else jnp.repeat(guidance, steps),
         )
-
-        def split(leaf: Array) -> Array:
-            leaf = leaf.reshape(*leaf.shape[:-3], batch, steps, *leaf.shape[-2:])
-            return jnp.moveaxis(leaf, -3, 0)
-
-        return jax.tree.map(split, flat)
+        return by_steps(flat, steps)
 
 
 class FluxTransformer(FluxTrunk):
@@ -219,7 +174,7 @@ class FluxTransformer(FluxTrunk):
     ) -> Float[Array, "b image out_channels"]:
         """One step, given what `embed_text`, `modulations` and `rope` return."""
         image = self.x_embedder(hidden_states)
-        (image, text), _ = self._run(
+        (image, text), _ = run(
             self.transformer_blocks,
             (image, text),
             (modulations.image, modulations.text),
@@ -229,7 +184,7 @@ class FluxTransformer(FluxTrunk):
         )
         length = text.shape[1]
         joint = jnp.concatenate([text, image], axis=1)
-        joint, _ = self._run(
+        joint, _ = run(
             self.single_transformer_blocks,
             joint,
             modulations.single,

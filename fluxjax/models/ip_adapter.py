@@ -1,7 +1,7 @@
 """XLabs' IP-Adapter: a picture's CLIP embedding as keys and values for the double blocks.
 
 Source: XLabs' `x-flux`, diffusers `FluxIPAdapterAttnProcessor` and `ImageProjection`. What the
-blocks do with them stands in `fluxjax.models.flux_blocks.ImagePrompt`.
+blocks do with them stands in `fluxjax.models.transformer_blocks.ImagePrompt`.
 """
 
 from __future__ import annotations

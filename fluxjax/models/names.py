@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fluxjax.models.stacking import GROUPS
+from fluxjax.models.stacking import stack_of
 
 # Published names in which a number is a list index; elsewhere (linear_1, wi_0) it is the name's.
 _INDEXED = (
@@ -38,15 +38,16 @@ def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 def is_stacked(path: tuple[str, ...]) -> bool:
     """Whether the leaf at `path` carries a leading layer axis."""
-    return any(key in GROUPS for key in path)
+    return any(map(stack_of, path))
 
 
 def module_name(module: tuple[str, ...], layer: int | None) -> str:
     """Published name of a module; `layer` is the index on the layer axis of a stacked one."""
     parts = list(module)
     if layer is not None:
-        group = next(key for key in module if key in GROUPS)
-        parts[module.index(group)] = f"{group}.{layer}"
+        place = next(i for i, key in enumerate(module) if stack_of(key))
+        group, first = stack_of(module[place]) or ("", 0)
+        parts[place] = f"{group}.{first + layer}"
     name = ".".join(parts)
     return _T5_BIAS if name == "encoder.relative_attention_bias" else _INDEX.sub(r"\1.\2", name)
 

@@ -14,10 +14,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from fluxjax.config.unet import UNetConfig
-from fluxjax.models.attention import dot_product_attention
 from fluxjax.models.autoencoder import GroupNorm
 from fluxjax.models.dense import Part
 from fluxjax.models.products import own_precision
+from fluxjax.models.transformer_blocks import Attention
 
 TRANSFORMER_NORM_EPS = 1e-6
 LAYER_NORM_EPS = 1e-5
@@ -105,32 +105,16 @@ class TransformerBlock(Part):
         self, x: Float[Array, "b n c"], text: Float[Array, "b l d"]
     ) -> Float[Array, "b n c"]:
         seen = self.norm("norm1")(x)
-        x = x + Attention(self.heads, **self.types, name="attn1")(seen, seen)
-        x = x + Attention(self.heads, **self.types, name="attn2")(self.norm("norm2")(x), text)
+        x = x + self.attend("attn1")(seen, seen)
+        x = x + self.attend("attn2")(self.norm("norm2")(x), text)
         return x + GatedMLP(**self.types, name="ff")(self.norm("norm3")(x))
+
+    def attend(self, name: str) -> Attention:
+        return Attention(self.heads, qkv_bias=False, **self.types, name=name)
 
     def norm(self, name: str) -> nn.LayerNorm:
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return nn.LayerNorm(LAYER_NORM_EPS, use_fast_variance=False, name=name, **types)
-
-
-class Attention(Part):
-    """Of `x` to `other`; only the last projection has a bias."""
-
-    heads: int
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b n c"], other: Float[Array, "b m d"]
-    ) -> Float[Array, "b n c"]:
-        width = x.shape[-1]
-
-        def split(name: str, tokens: Array) -> Float[Array, "b m heads k"]:
-            projected = self.dense(width, use_bias=False, name=name)(tokens)
-            return projected.reshape(*tokens.shape[:2], self.heads, width // self.heads)
-
-        q, k, v = split("to_q", x), split("to_k", other), split("to_v", other)
-        return self.dense(width, name="to_out_0")(dot_product_attention(q, k, v).reshape(x.shape))
 
 
 class GatedMLP(Part):

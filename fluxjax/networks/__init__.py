@@ -8,7 +8,9 @@ from fluxjax.config import (
     ControlNetConfig,
     FluxConfig,
     IPAdapterConfig,
+    PixArtConfig,
     ReduxConfig,
+    SD3Config,
     SiglipVisionConfig,
     T5Config,
     UNetConfig,
@@ -19,7 +21,9 @@ from fluxjax.networks.controlnet import CONTROLNET
 from fluxjax.networks.flux import FLUX
 from fluxjax.networks.ip_adapter import IP_ADAPTER
 from fluxjax.networks.network import Network
+from fluxjax.networks.pixart import PIXART
 from fluxjax.networks.redux import REDUX
+from fluxjax.networks.sd3 import SD3
 from fluxjax.networks.siglip import SIGLIP
 from fluxjax.networks.t5 import T5
 from fluxjax.networks.unet import UNET
@@ -29,6 +33,8 @@ NETWORKS: dict[type, Network] = {
     for network in (
         FLUX,
         UNET,
+        SD3,
+        PIXART,
         AUTOENCODER,
         CLIP_TEXT,
         T5,
@@ -43,6 +49,8 @@ NETWORKS: dict[type, Network] = {
 Config = (
     FluxConfig
     | UNetConfig
+    | SD3Config
+    | PixArtConfig
     | AutoencoderConfig
     | CLIPTextConfig
     | T5Config

@@ -65,14 +65,25 @@ def bfl(levels: int) -> Table:
     return Table("BFL autoencoder", tuple(rules))
 
 
+# Latent channels, scale and shift.
+_KNOWN = {
+    "FLUX.1": (16, 0.3611, 0.1159),
+    "Stable Diffusion 3": (16, 1.5305, 0.0609),
+    "Stable Diffusion": (4, 0.18215, 0.0),
+    "Stable Diffusion XL": (4, 0.13025, 0.0),
+}
+
+
 def _infer(level: str, block: str, shapes: Shapes, family: str) -> AutoencoderConfig:
     latent = shapes["decoder.conv_in.weight"][1]
-    if family == "FLUX.1" and latent != 16:
-        known = ", as Stable Diffusion's 1, 2 and XL have" if latent == 4 else ""
+    known = _KNOWN.get(family)
+    if known is not None and known[0] != latent:
+        others = ", as Stable Diffusion's 1, 2 and XL have" if latent == 4 else ""
         raise ConfigError(
-            f"this autoencoder has {latent} latent channels{known}; FLUX needs its own, of 16"
+            f"this autoencoder has {latent} latent channels{others}; {family} needs its own, of "
+            f"{known[0]}"
         )
-    if family != "FLUX.1":
+    if known is None:
         twins = {
             4: " (Stable Diffusion 1 and 2 have 0.18215, XL 0.13025)",
             16: " (FLUX.1 and Stable Diffusion 3 have the same names and shapes, but the scales "
@@ -80,7 +91,8 @@ def _infer(level: str, block: str, shapes: Shapes, family: str) -> AutoencoderCo
         }.get(latent, "")
         raise ConfigError(
             f"the scale of this autoencoder's {latent} latent channels cannot be told from "
-            f"shapes{twins}; give the network's config.json with --config"
+            f"shapes{twins}; give the network's config.json with --config, or say whose it is with "
+            "--family"
         )
     levels = count(shapes, rf"encoder\.{level}\.(\d+)\.")
     return AutoencoderConfig(
@@ -91,6 +103,8 @@ def _infer(level: str, block: str, shapes: Shapes, family: str) -> AutoencoderCo
             shapes[f"encoder.{level}.{i}.{block}.0.conv1.weight"][0] for i in range(levels)
         ),
         layers_per_block=count(shapes, rf"encoder\.{level}\.0\.{block}\.(\d+)\."),
+        scaling_factor=known[1],
+        shift_factor=known[2],
         use_quant_conv="quant_conv.weight" in shapes,
         use_post_quant_conv="post_quant_conv.weight" in shapes,
     )

@@ -340,6 +340,7 @@ FLUX = Network(
         ),
     ),
     roles=ROLES,
+    family="FLUX.1",
     prefixes=("model.diffusion_model.",),
     files="flux1*.safetensors",
     file_name=lambda config: f"flux1-{_variant(config)}.safetensors",

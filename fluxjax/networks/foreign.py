@@ -28,14 +28,6 @@ _PREFIX = r"(?:.*\.)?"
 _LONGEST = 256  # no real name is longer, and expressions take the square of the time
 
 
-def _sd3(shapes: Shapes) -> str:
-    names = "\n".join(shapes)
-    if not re.search(r"blocks\.0\.(attn\.norm_q|x_block\.attn\.ln_q)\.weight", names):
-        return "Stable Diffusion 3"
-    medium = re.search(r"blocks\.0\.(attn2|x_block\.attn2)\.", names)
-    return f"Stable Diffusion 3.5 {'medium' if medium else 'large'}"
-
-
 FOREIGN = (
     Foreign(
         "a LoRA, which only changes a model and is none itself",
@@ -69,30 +61,13 @@ FOREIGN = (
     Foreign("Qwen-Image's transformer", (r"transformer_blocks\.0\.img_mod\.1\.weight",)),
     Foreign("HiDream's transformer", (r"double_stream_blocks\.0\..*",)),
     # Transformers of the Stable Diffusion 3 kind, and those with cross attention.
-    Foreign("{}'s transformer", (r"joint_blocks\.0\.x_block\..*",), _sd3),
-    Foreign(
-        "{}'s transformer",
-        (
-            r"transformer_blocks\.0\.attn\.add_k_proj\.weight",
-            r"pos_embed\.proj\.weight",
-            r"context_embedder\.weight",
-        ),
-        _sd3,
-    ),
     Foreign("AuraFlow's transformer", (r"register_tokens", r"joint_transformer_blocks\..*")),
     Foreign("LTX-Video's transformer", (r"patchify_proj\.weight",)),
     Foreign("LTX-Video's transformer", (r"proj_in\.weight", r"caption_projection\..*")),
     Foreign("Sana's transformer", (r".*\.ff\.conv_depth\.weight", r"caption_projection\..*")),
     Foreign(
-        "PixArt-alpha's transformer",
-        (r"adaln_single\.emb\.resolution_embedder\..*|csize_embedder\..*",),
-    ),
-    Foreign(
-        "PixArt-Sigma's transformer (or PixArt-alpha's for 512 pixels)",
-        (
-            r"(adaln_single\.emb\.timestep_embedder\.linear_1|t_block\.1)\.weight",
-            r"(caption_projection\.linear_1|y_embedder\.y_proj\.fc1)\.weight",
-        ),
+        "a PixArt-Sigma transformer with compressed keys and values",
+        (r"blocks\.\d+\.attn\.sr\.weight", r"t_block\.1\.weight"),
     ),
     Foreign("Wan's transformer", (r"condition_embedder\..*", r"blocks\.0\.attn1\..*")),
     Foreign("Wan's transformer", (r"text_embedding\.0\..*", r"blocks\.0\.self_attn\..*")),

@@ -35,9 +35,9 @@ class Dialect:
     table: Callable[[Any], Table]
     """configuration -> the table of its names."""
     infer: Callable[[Shapes, str], Any]
-    """(shapes, family) -> configuration. The family is "FLUX.1" where the file is known to belong
-    to it and "" elsewhere. Raises ConfigError for what shapes cannot tell, KeyError for a tensor
-    that is needed and missing."""
+    """(shapes, family) -> configuration. The family is the name of one ("FLUX.1") where the file is
+    known to belong to it and "" elsewhere. Raises ConfigError for what shapes cannot tell, KeyError
+    for a tensor that is needed and missing."""
     original_key: str = ""
     """A key that only the original code's own configuration of this network has."""
     from_original: Callable[[Mapping[str, Any]], Any] | None = None
@@ -92,6 +92,10 @@ class TokenSplit:
     method of the network."""
     heads: Callable[[Any], int]
     """configuration -> heads of attention."""
+    result: Callable[..., Any] = lambda run, returned, *arguments, **options: returned
+    """(run, what `method` returns, *arguments of the network) -> what the network returns."""
+    image_attention: bool = False
+    """Whether the module has an `image_attention` of its own, of the image's tokens alone."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ class Network:
     """Tried in order; the first has the published names."""
     roles: Mapping[str, Role]
     """The end of a layer's path (or of a bare parameter's) -> its role. The longest end decides."""
+    family: str = ""
+    """To which what lies in one file with it belongs."""
     prefixes: tuple[str, ...] = ()
     """Under which files that hold several networks keep it."""
     files: str = ""

@@ -61,6 +61,7 @@ def apply_on(
         return returned[0]
 
     out = run(split.method, *split.whole(run, *args, **options))
+    out = split.result(run, out, *args, **options)
     return out if mutable is False else (out, unflatten_dict(states))
 
 
@@ -80,16 +81,21 @@ def _split(
     config: Any = module.config  # pyright: ignore[reportAttributeAccessIssue]
     kind: Any = module.attention  # pyright: ignore[reportAttributeAccessIssue]
     arguments = list(zip(split.arguments, args, strict=True))
-    lengths = {
+    lengths = {"text": 0} | {
         where[0]: jax.tree.leaves(value)[0].shape[where[1]]
         for where, value in arguments
         if where is not None
     }
     heads, layout = split.heads(config), Layout(lengths["text"], lengths["image"], mesh.shape[AXIS])
-    attention = attention_over(layout, heads, sequence, kind)
     # The partitioner gathers batch and heads around a collective that it did not make itself.
     over = "tensor" if heads % (mesh.shape["tensor"] * layout.devices) == 0 else None
-    inner = module.clone(attention=partial(attend_in_parts, mesh, BATCH, over, attention))
+
+    def spread(layout: Layout) -> Any:
+        attention = attention_over(layout, heads, sequence, kind)
+        return partial(attend_in_parts, mesh, BATCH, over, attention)
+
+    alone = {"image_attention": spread(layout._replace(text=0))} if split.image_attention else {}
+    inner = module.clone(attention=spread(layout), **alone)
 
     def part(variables: Any, *pieces: tuple[Any, ...]) -> Any:
         whole = map(_joined, split.arguments, pieces)

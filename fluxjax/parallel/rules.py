@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fluxjax.models.quantised import Quantised
+from fluxjax.models.stacking import stack_of
 from fluxjax.networks import network_of
 from fluxjax.networks.network import Network, Role
 
@@ -48,7 +49,7 @@ SPECS: Mapping[Role, Mapping[str, P]] = {
 def role_of(network: Network, path: tuple[str, ...]) -> Role | None:
     """The role of the layer, or the bare parameter, at the end of `path`."""
     groups = "|".join(network.scanned)
-    parts = [re.sub(rf"^({groups})_\d+$", r"\1", part) for part in path]
+    parts = [re.sub(rf"^({groups})_\d+(_to_\d+)?$", r"\1", part) for part in path]
     ends = ("/".join(parts[start:]) for start in range(len(parts)))
     return next((network.roles[end] for end in ends if end in network.roles), None)
 
@@ -66,7 +67,7 @@ def spec_of(
     axes = SPECS[role].get(path[-1], P())
     if not any(axes):
         return P()
-    stacked = any(part in network.scanned for part in path)
+    stacked = any((found := stack_of(part)) and found[0] in network.scanned for part in path)
     axes = (*(None,) * stacked, *axes)
     if len(axes) != len(shape):
         return None
