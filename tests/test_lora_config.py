@@ -65,6 +65,10 @@ def scales(path: Path) -> list[float]:
         ({"alpha_pattern": {"^transformer_blocks.0.attn.to_k": 6, "^attn.to_q": 8}}, [1, 3]),
         ({"r": 4, "rank_pattern": {"to_q": 2, "to_k": 2}}, [1, 1]),
         ({"target_modules": ["to_q", "attn.to_k"]}, None),
+        # What narrows the named modules down leaves open which are meant.
+        ({"target_modules": ["to_q", "attn.to_k"], "layers_to_transform": [1]}, [1, 1]),
+        ({"target_modules": ["to_q", "attn.to_k"], "layers_pattern": "blocks"}, [1, 1]),
+        ({"target_modules": ["to_q", "attn.to_k"], "exclude_modules": ["x"]}, [1, 1]),
         ({"target_modules": "all-linear", "init_lora_weights": "gaussian"}, [1, 1]),
     ],
 )
