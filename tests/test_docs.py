@@ -84,7 +84,9 @@ def test_the_pages_that_are_linked_are_there():
 
 def test_the_readme_names_both_ways_to_run_the_tests():
     text = (ROOT / "README.md").read_text("utf-8")
-    assert "pip install -e '.[test]' && pytest\n" in text and 'pytest -m "not slow"' in text
+    found = re.search(r"pip install -e '\.\[test\]' && (pytest.*)\n", text)
+    assert found and f'{found[1]} -m "not slow"' in text
+    assert f"\n{found[1]} " in (ROOT / ".ci" / "run").read_text(), "CI runs another command"
 
 
 @pytest.mark.slow

@@ -320,7 +320,7 @@ def test_damaged_files_are_a_value_or_a_sentence(tmp_path: Path, name: str) -> N
     good = {path: path.read_bytes() for path in files}
     chance = random.Random(zlib.crc32(name.encode()) + SEED)
     tried, end = 0, time.process_time() + SECONDS
-    while time.process_time() < end:
+    while tried < 5 or time.process_time() < end:
         path, other = chance.choice(files), chance.choice(files)
         path.write_bytes(mutated(good[path], good[other], chance))
         begun = time.process_time()
@@ -339,5 +339,4 @@ def test_damaged_files_are_a_value_or_a_sentence(tmp_path: Path, name: str) -> N
         assert took < SLOWEST, f"{path.name} took {took:.1f} s"
         path.write_bytes(good[path])
         tried += 1
-    assert tried >= 5 or SECONDS < 1
     print(f"{name}: {tried} files")
