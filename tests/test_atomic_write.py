@@ -17,7 +17,13 @@ from pathlib import Path
 import pytest
 
 from fluxjax import atomic_write
-from fluxjax.atomic_write import remove_leftovers, whole_or_nothing, write_bytes, write_new
+from fluxjax.atomic_write import (
+    remove_leftovers,
+    take_place,
+    whole_or_nothing,
+    write_bytes,
+    write_new,
+)
 from fluxjax.lock import InUse
 
 REPLACES_FOLDERS = """
@@ -98,6 +104,28 @@ def test_kinds_may_differ_and_links_are_followed(tmp_path: Path, monkeypatch, ex
     with whole_or_nothing(tmp_path / "there") as part:
         part.mkdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no exchange")
+def test_a_folder_takes_anothers_place_in_one_step(tmp_path: Path, monkeypatch) -> None:
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    monkeypatch.delattr(os, "rename")
+    take_place(tmp_path / "new", tmp_path / "old")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["old", "old/new"]
+
+
+def test_a_new_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def noted(file):
+        synced.append((os.fstat(file).st_size, (tmp_path / "a.png").exists()))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_new(tmp_path / "a.png", b"abc")
+    assert (3, False) in synced
 
 
 def test_two_writers_and_what_appears_meanwhile(tmp_path: Path) -> None:
