@@ -20,7 +20,8 @@ from drawn_files import encoded
 from PIL import Image
 from random_checkpoints import random_tree
 
-from fluxjax.checkpoint.lora.reader import read_lora
+from fluxjax.checkpoint.engine import from_tree
+from fluxjax.checkpoint.lora.reader import read_adapters, read_lora
 from fluxjax.checkpoint.pipeline_folder import (
     load_params,
     save_params,
@@ -433,6 +434,20 @@ def test_the_smoothed_line_lies_among_its_data():
 def test_every_recipe_runs_on_a_small_model(name, recipe, tmp_path, capsys):
     where = _run_recipe(name, recipe, tmp_path, capsys, "--validation.every 0")
     assert where == tmp_path / ("pipeline" if name == "tiny_full" else "lora.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_other_kinds_of_adapters_are_trained(kind, recipe, tmp_path, capsys):
+    more = f"--validation.every 0 --lora.kind {kind} --lora.rank 2 --optimizer.learning-rate 0.05"
+    path = _run_recipe("tiny_lora", recipe, tmp_path, capsys, more)
+    template = abstract_params(SMALL.transformer)
+    changes = read_adapters(path, {"transformer": template}).changes["transformer"]
+    base = load_params(Path(recipe.model), "transformer", SMALL.transformer, stacked=False)
+    before = {name: tensor.read() for name, tensor in from_tree(base).items()}
+    assert len(changes) == 15
+    for name, change in changes.items():
+        assert np.abs(change.delta(before.__getitem__)).max() > 1e-4, name
 
 
 def test_precompute_says_how_far_it_is(recipe, tmp_path, capsys):

@@ -1,13 +1,15 @@
-"""A LoRA that is trained: its rank, and the layers that it adapts."""
+"""A LoRA (or DoRA, or LoKr) that is trained: its rank, and the layers that it adapts."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from fluxjax.config.base import ConfigError
 
+Kind = Literal["lora", "dora", "lokr"]
 # What diffusers' FLUX scripts adapt: attention and feed-forward of the double blocks, and queries,
 # keys and values of the single blocks.
 TARGETS = (
@@ -33,11 +35,19 @@ class LoraConfig:
     The adapter's output is multiplied by `alpha / rank`.
     """
 
+    kind: Kind = "lora"
+    """lora; dora, which also trains the norm of each row of a weight; lokr, a Kronecker product."""
     rank: int = 16
     alpha: float = 16.0
     targets: tuple[str, ...] = TARGETS
+    factor: int = -1
+    """Of lokr: how many blocks the first of the two matrices has on each side, where that divides
+    the weight's; -1: about as many as each block has rows. A second matrix of less than twice the
+    rank is whole, and alpha counts for nothing."""
 
     def __post_init__(self) -> None:
+        if self.factor < 1 and self.factor != -1:
+            raise ConfigError(f"the LoKr's factor must be at least 1, or -1, got {self.factor}")
         if self.rank < 1:
             raise ConfigError(f"the LoRA's rank must be at least 1, got {self.rank}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):

@@ -14,6 +14,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from fluxjax.models.adapter import adapted
 from fluxjax.models.products import Precision, affine
 from fluxjax.models.quantised import Quantised, decode
 
@@ -23,10 +24,10 @@ COLLECTION = "lora"
 class Dense(nn.Dense):
     """y = x W + b, and + (x a) b scale where "lora" has `a`, `b` and `scale` at this path.
 
+    What else may be there, see `fluxjax.models.lora`.
+
     As in PEFT the low-rank path is computed in the adapter's own dtype and added before the result
-    is cast, so that a float32 adapter trains over bfloat16 weights. `scale` is never trained. It is
-    one number, or (pictures, rank): x a is then multiplied by the numbers of each row's picture.
-    Source: Hu et al. 2021, LoRA; PEFT's `tuners/lora/layer.py`.
+    is cast, so that a float32 adapter trains over bfloat16 weights.
     """
 
     precision: Precision = None
@@ -52,18 +53,10 @@ class Dense(nn.Dense):
             bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
         x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         y = affine(x, kernel, bias, self.precision)
-        if not self.has_variable(COLLECTION, "a"):
+        if not self.has_variable(COLLECTION, "scale"):
             return y
-        a, b, scale = (self.get_variable(COLLECTION, name) for name in ("a", "b", "scale"))
-        scale = jax.lax.stop_gradient(scale)
-        low = affine(inputs.astype(a.dtype), a, precision=self.precision)
-        if scale.ndim:
-            # The rows of a picture (those of its steps, say) lie together.
-            each = jnp.repeat(scale, inputs.shape[0] // scale.shape[0], axis=0)
-            low = low * each.reshape(each.shape[0], *(1,) * (low.ndim - 2), -1)
-            scale = jnp.ones((), low.dtype)
-        low = affine(low, b, precision=self.precision)
-        return (y + low * scale).astype(y.dtype)
+        leaves = self.variables[COLLECTION]
+        return adapted(y, inputs, kernel, bias, leaves, self.precision)
 
 
 def _brought(leaf: Any) -> Any:

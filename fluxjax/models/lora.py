@@ -3,11 +3,13 @@
 A LoRA tree has the form (stacked or per block) of the parameters it adapts; where those have a
 `kernel` (in, out) it may have `a` (in, rank), `b` (rank, out) and a scalar `scale`, all with the
 leading layer axis of a stacked kernel. Layers that are not adapted have scale 0. A scale may also
-be (pictures, rank), of a batch whose pictures have adapters of their own.
+be (pictures, rank), of a batch whose pictures have adapters of their own. DoRA has `magnitude`
+(out,) too. LoKr has `w1` and, by `w2` or by `a` and `b`, a second matrix: the kernel of their
+Kronecker product is added.
 
     model.apply({"params": params, "lora": lora}, ...)
 
-Source: Hu et al. 2021, LoRA; names, defaults and initial values are PEFT's.
+Source: Hu et al. 2021, LoRA; names, defaults and initial values are PEFT's, of LoKr LyCORIS'.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 from fluxjax.config import ConfigError, LoraConfig
 from fluxjax.models.dense import COLLECTION
 from fluxjax.models.names import flatten, is_stacked, module_name, unflatten
+from fluxjax.models.quantised import Quantised, decode
 from fluxjax.shapes import Params
 
 
@@ -57,6 +60,7 @@ def init_lora(key: jax.Array, params: Params, config: LoraConfig) -> dict[str, A
     """A float32 LoRA that changes nothing yet: `a` is Kaiming-uniform as in PEFT, `b` is zero.
 
     Only the shapes of `params` are read. Each module's values depend on the key and its name alone.
+    A DoRA's magnitudes are 1 until `with_magnitudes`.
     Raises ConfigError naming the targets that are no modules of `params`.
     """
     flat: dict[tuple[str, ...], Any] = {}
@@ -70,11 +74,17 @@ def init_lora(key: jax.Array, params: Params, config: LoraConfig) -> dict[str, A
         keys = jnp.stack(
             [jax.random.fold_in(key, zlib.crc32(name.encode())) for name in site.names]
         )
-        bound = 1 / math.sqrt(fan_in)
-        a = _uniform(keys, bound, (fan_in, config.rank))
-        scale = jnp.asarray([config.alpha / config.rank if hit else 0.0 for hit in hits])
-        b = jnp.zeros((len(hits), config.rank, features))
-        for name, leaf in (("a", a), ("b", b), ("scale", scale)):
+        scale, leaves = config.alpha / config.rank, {}
+        if config.kind == "lokr":
+            leaves = _lokr_leaves(keys, site.shape, config)
+            scale = 1.0 if "w2" in leaves else scale
+        else:
+            leaves["a"] = _uniform(keys, (fan_in, config.rank))
+            leaves["b"] = jnp.zeros((len(hits), config.rank, features))
+        if config.kind == "dora":
+            leaves["magnitude"] = jnp.ones((len(hits), features))
+        leaves["scale"] = jnp.asarray([scale if hit else 0.0 for hit in hits])
+        for name, leaf in leaves.items():
             flat[*site.module, name] = leaf if site.stacked else leaf[0]
     if unused:
         names = ", ".join(map(repr, sorted(unused)))
@@ -82,7 +92,42 @@ def init_lora(key: jax.Array, params: Params, config: LoraConfig) -> dict[str, A
     return unflatten(flat)
 
 
-def _uniform(keys: jax.Array, bound: float, shape: tuple[int, int]) -> jax.Array:
+def _lokr_leaves(
+    keys: jax.Array, shape: tuple[int, int], config: LoraConfig
+) -> dict[str, jax.Array]:
+    (i1, i2), (o1, o2) = (factors(size, config.factor) for size in shape)
+    leaves = {"w1": _uniform(keys, (i1, o1))}
+    if 2 * config.rank > max(i2, o2):
+        return leaves | {"w2": jnp.zeros((len(keys), i2, o2))}
+    inner = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+    zero = jnp.zeros((len(keys), config.rank, o2))
+    return leaves | {"a": _uniform(inner, (i2, config.rank)), "b": zero}
+
+
+def factors(size: int, factor: int) -> tuple[int, int]:
+    """Two numbers with that product, the smaller first: `factor` and the rest where that divides
+    it, else as near to each other as `factor` lets them be; -1 is any. As LyCORIS chooses them."""
+    if factor > 0 and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    largest = size if factor < 0 else factor
+    small = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0 and n <= largest)
+    return small, size // small
+
+
+def with_magnitudes(lora: Params, params: Params) -> dict[str, Any]:
+    """A DoRA whose magnitudes are the norms of the weights, so that it changes nothing yet."""
+    flat, kernels = flatten(lora), flatten(params)
+    for path in flat:
+        if path[-1] == "magnitude":
+            kernel = kernels[*path[:-1], "kernel"]
+            kernel = decode(kernel).swapaxes(-1, -2) if isinstance(kernel, Quantised) else kernel
+            norms = jnp.linalg.norm(kernel.astype(flat[path].dtype), axis=-2)
+            flat = {**flat, path: norms}
+    return unflatten(flat)
+
+
+def _uniform(keys: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    bound = 1 / math.sqrt(shape[0])
     return jax.vmap(lambda key: jax.random.uniform(key, shape, minval=-bound, maxval=bound))(keys)
 
 
@@ -111,7 +156,7 @@ def combine_loras(loras: Sequence[tuple[Params, float]]) -> dict[str, Any]:
 
 
 def split_scales(lora: Params) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is trained (`a` and `b`), and the scales, which no optimiser should see."""
+    """What is trained, and the scales, which no optimiser should see."""
     flat = flatten(lora)
     trained = {path: leaf for path, leaf in flat.items() if path[-1] != "scale"}
     scales = {path: leaf for path, leaf in flat.items() if path[-1] == "scale"}

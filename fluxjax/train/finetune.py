@@ -22,7 +22,7 @@ from fluxjax.families import FLUX, Conditioning
 from fluxjax.families.family import Apply
 from fluxjax.file_hash import hash_files
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.lora import init_lora, join_scales, split_scales
+from fluxjax.models.lora import init_lora, join_scales, split_scales, with_magnitudes
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
@@ -202,6 +202,8 @@ def _networks(
 
     where = state_shardings(config.transformer, jax.eval_shape(start), mesh)
     trained, scales = jax.jit(start, out_shardings=where)()
+    if recipe.lora.kind == "dora":
+        trained = jax.jit(with_magnitudes, out_shardings=where[0])(trained, params)
     return model, {"params": params, "scales": scales}, trained
 
 

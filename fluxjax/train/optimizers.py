@@ -14,6 +14,7 @@ from fluxjax.train.settings import OptimizerSettings
 Tree = Any
 Rates = Callable[[Any], Any]  # step -> learning rate
 
+FACTORS = ("a", "b", "w1", "w2")  # matrices of a LoRA or LoKr
 # Of AdamW's learning rate: Lion takes steps of unit size (Chen et al. 2023 advise 3 to 10 times
 # less); Prodigy finds its own, which is multiplied by this.
 _RELATIVE = {"lion": 1 / 3}
@@ -112,7 +113,7 @@ def _names(path: tuple) -> list[str]:
 
 def matrices(params: Tree) -> Tree:
     """True for kernels, embeddings and LoRA factors, which are decayed; not norms and biases."""
-    names = ("kernel", "embedding", "a", "b")
+    names = ("kernel", "embedding", *FACTORS)
     return jax.tree.map_with_path(lambda path, _: _names(path)[-1] in names, params)
 
 
@@ -126,7 +127,7 @@ def muon_dimensions(params: Tree) -> Tree:
 
     def spec(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
         names = _names(path)
-        factor = names[-1] in ("a", "b")
+        factor = names[-1] in FACTORS
         outer = names[0] in first_and_last or (len(names) > 1 and names[-2].startswith("conv_in"))
         outer = outer or names[-2] == "conv_out"
         if (names[-1] != "kernel" and not factor) or (outer and not factor):

@@ -26,6 +26,7 @@ _UNDECISIVE = {
     *("folder", "mesh", "sequence", "log_every", "save_minutes", "export_every", "keep"),
     *("patience", "hang_minutes", "tensorboard", "validation", "save_dtype", "data", "model"),
 }
+_NAMES = {"dora": "PEFT's", "lokr": "LyCORIS'"}
 _PLACES = {
     *("folder", "model", "data.source", "data.references", "data.masks", "data.cache"),
     *("validation.source", "validation.references"),
@@ -56,7 +57,7 @@ class FinetuneRecipe:
     """Of the finished transformer (a LoRA is always float32)."""
     lora_naming: LoraNaming = "peft"
     """Whose names the LoRA file has: diffusers', kohya's or ComfyUI's. In all of them alpha is the
-    rank, so that every program reads the same."""
+    rank, so that every program reads the same. DoRA has PEFT's names, LoKr LyCORIS'."""
     remat: Remat = "none"
     """Compute again in the backward pass: nothing, all but the dense layers, or every block."""
     attention: Implementation = "auto"
@@ -116,6 +117,11 @@ class FinetuneRecipe:
         if self.batch % self.accumulate:
             raise ConfigError(
                 f"batch {self.batch} cannot be computed in accumulate {self.accumulate} equal parts"
+            )
+        if self.method == "lora" and self.lora.kind != "lora" and self.lora_naming != "peft":
+            raise ConfigError(
+                f"a {self.lora.kind} is written in {_NAMES[self.lora.kind]} names: leave out "
+                f"lora_naming = {self.lora_naming!r}"
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")

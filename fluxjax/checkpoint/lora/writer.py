@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,24 @@ def write_lora(
 ) -> None:
     """Write a LoRA of the transformer; layers with scale 0 are left out. See `write_adapters`.
 
+    A DoRA is written in PEFT's names, a LoKr in LyCORIS' (those that SimpleTuner gives it).
+
     `params`: as the model's look. `config` and `metadata` (the recipe, say) are kept beside it.
     """
     texts = dict(metadata or {})
     if config is not None:
-        values = {"rank": config.rank, "alpha": config.alpha, "targets": config.targets}
+        values = dataclasses.asdict(config)
         texts[OWN_METADATA] = json.dumps(values)
-    adapters = {"transformer": _from_tree(tree)}
-    write_adapters(path, adapters, texts, naming=naming, params=params, dtype=dtype)
+    modules = _modules(tree)
+    if any("w1" in leaves for leaves in modules.values()):
+        _write(Path(path), _lycoris_arrays(modules), texts, dtype)
+        return
+    adapters = {"transformer": {name: _adapter(leaves) for name, leaves in modules.items()}}
+    vectors = {n: leaves["magnitude"] for n, leaves in modules.items() if "magnitude" in leaves}
+    magnitudes = {"transformer": vectors} if vectors else {}
+    write_adapters(
+        path, adapters, texts, naming=naming, params=params, dtype=dtype, magnitudes=magnitudes
+    )
 
 
 def write_adapters(
@@ -71,6 +82,7 @@ def write_adapters(
     naming: LoraNaming = "peft",
     params: Params | None = None,
     dtype: Any = None,
+    magnitudes: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
     """Write low-rank products, by component and module, as safetensors.
 
@@ -78,11 +90,15 @@ def write_adapters(
     it in the file (kohya), in the metadata (diffusers) or nowhere (ComfyUI). `peft` has the
     published names; `kohya` and `comfy` have BFL's, whose qkv are one module (block-diagonal, of
     threefold rank), for which the shapes of the transformer's `params` are needed if only some of
-    its parts are adapted. `dtype` None keeps that of the arrays.
+    its parts are adapted. `dtype` None keeps that of the arrays. `magnitudes`: a DoRA's vectors, by
+    component and module, for `peft` alone.
     """
-    texts, arrays = {"format": "pt", **metadata}, dict[str, np.ndarray]()
+    magnitudes = magnitudes or {}
+    if magnitudes and naming != "peft":
+        raise ConfigError(f"a DoRA is written in PEFT's names, not in those of {naming}")
+    texts, arrays = dict(metadata), dict[str, np.ndarray]()
     if naming == "peft":
-        texts[PEFT_METADATA] = json.dumps(_peft_metadata(adapters))
+        texts[PEFT_METADATA] = json.dumps(_peft_metadata(adapters, set(magnitudes)))
     down, up = ("lora_down", "lora_up") if naming == "kohya" else ("lora_A", "lora_B")
     for component, mine in adapters.items():
         mine = {module: _with_alpha_as_rank(adapter) for module, adapter in mine.items()}
@@ -94,10 +110,39 @@ def write_adapters(
             arrays[f"{name}.{down}.weight"], arrays[f"{name}.{up}.weight"] = adapter.a, adapter.b
             if naming == "kohya":
                 arrays[f"{name}.alpha"] = np.asarray(len(adapter.a), np.float32)
+    for component, mine in magnitudes.items():
+        for module, vector in mine.items():
+            arrays[f"{PREFIXES[naming][component]}{module}.lora_magnitude_vector"] = vector
+    _write(Path(path), arrays, texts, dtype)
+
+
+def _write(
+    path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, str], dtype: Any
+) -> None:
     if dtype is not None:
         arrays = {name: array.astype(dtype) for name, array in arrays.items()}
     tensors = {name: of_array(np.ascontiguousarray(arrays[name])) for name in sorted(arrays)}
-    write_safetensors(Path(path), tensors, texts)
+    write_safetensors(path, tensors, {"format": "pt", **texts})
+
+
+def _lycoris_arrays(modules: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """LoKr, and LoRA beside it; scales are multiplied into it, and alpha is the rank."""
+    arrays: dict[str, np.ndarray] = {}
+    for module, leaves in modules.items():
+        key, scale = f"lycoris_{module.replace('.', '_')}", leaves["scale"]
+        rank = np.asarray(leaves["a"].shape[1] if "a" in leaves else 1, np.float32)
+        arrays[f"{key}.alpha"] = rank
+        if "w1" not in leaves:
+            adapter = _with_alpha_as_rank(_adapter(leaves))
+            arrays[f"{key}.lora_down.weight"] = adapter.a
+            arrays[f"{key}.lora_up.weight"] = adapter.b
+            continue
+        arrays[f"{key}.lokr_w1"] = leaves["w1"].T * scale
+        if "w2" in leaves:
+            arrays[f"{key}.lokr_w2"] = leaves["w2"].T
+        else:
+            arrays[f"{key}.lokr_w2_a"], arrays[f"{key}.lokr_w2_b"] = leaves["b"].T, leaves["a"].T
+    return arrays
 
 
 def _with_alpha_as_rank(adapter: Adapter) -> Adapter:
@@ -105,21 +150,29 @@ def _with_alpha_as_rank(adapter: Adapter) -> Adapter:
     return Adapter(adapter.a, b.astype(adapter.b.dtype), 1.0)
 
 
-def _from_tree(tree: Params) -> dict[str, Adapter]:
+def _modules(tree: Params) -> dict[str, dict[str, np.ndarray]]:
+    """Leaves of each adapted module, by its reference name."""
     flat = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
-    adapters: dict[str, Adapter] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     for module in dict.fromkeys(path[:-1] for path in flat):
-        a, b, scale = (flat[*module, name] for name in ("a", "b", "scale"))
-        if not is_stacked(module):
-            a, b, scale = a[None], b[None], scale[None]
-        for i in np.flatnonzero(scale):
-            name = module_name(module, int(i) if is_stacked(module) else None)
-            adapters[name] = Adapter(a[i].T, b[i].T, float(scale[i]))
-    return adapters
+        stacked = is_stacked(module)
+        leaves = {path[-1]: leaf for path, leaf in flat.items() if path[:-1] == module}
+        leaves = leaves if stacked else {name: leaf[None] for name, leaf in leaves.items()}
+        for i in np.flatnonzero(leaves["scale"]):
+            name = module_name(module, int(i) if stacked else None)
+            found[name] = {leaf: values[i] for leaf, values in leaves.items()}
+    return found
 
 
-def _peft_metadata(adapters: Mapping[str, Mapping[str, Adapter]]) -> dict[str, Any]:
-    """PEFT's LoraConfig of each network; modules that differ from the first have their own rank."""
+def _adapter(leaves: Mapping[str, np.ndarray]) -> Adapter:
+    return Adapter(leaves["a"].T, leaves["b"].T, float(leaves["scale"]))
+
+
+def _peft_metadata(
+    adapters: Mapping[str, Mapping[str, Adapter]], dora: Collection[str]
+) -> dict[str, Any]:
+    """PEFT's LoraConfig of each network; modules that differ from the first have their own rank.
+    `dora`: networks whose adapters have magnitudes."""
     found: dict[str, Any] = {}
     for component, mine in adapters.items():
         ranks = {name: len(adapter.a) for name, adapter in mine.items()}
@@ -132,6 +185,7 @@ def _peft_metadata(adapters: Mapping[str, Mapping[str, Adapter]]) -> dict[str, A
             "rank_pattern": others,
             "alpha_pattern": others,
         }
+        values |= {"use_dora": True} if component in dora else {}
         found |= {f"{component}.{key}": value for key, value in values.items()}
     return found
 
