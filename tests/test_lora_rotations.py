@@ -47,6 +47,7 @@ def agree(got, expected: dict[str, torch.Tensor], base: dict[str, torch.Tensor])
         assert delta.abs().max() > 1e-3
         bound = 1e-6 * float(base[name].abs().max())
         np.testing.assert_allclose(got[name], delta, atol=bound, err_msg=name)
+        print(f"{name}: {1e-6 * np.abs(got[name] - delta.numpy()).max() / bound:.1e}")
 
 
 OFT = {"r": 0, "oft_block_size": 8, "init_weights": False}

@@ -108,6 +108,7 @@ def agree(got: dict[str, np.ndarray], expected: Weights, before: Weights) -> Non
     for name, weight in expected.items():
         assert (weight - before[name]).abs().max() > 1e-3, name
         np.testing.assert_allclose(got[name], weight.detach(), atol=2e-6, err_msg=name)
+        print(f"{name}: {np.abs(got[name] - weight.detach().numpy()).max():.1e}")
 
 
 @pytest.mark.parametrize("dora", [False, True])
