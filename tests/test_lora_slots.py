@@ -17,6 +17,7 @@ from fluxjax.models.dense import Dense
 from fluxjax.models.lora import init_lora, stack_passes
 from fluxjax.sample.executables import Executables
 
+MESH = "fsdp=2,tensor=2,sequence=2"
 SIZE = {"width": 64, "height": 48, "steps": 2, "max_sequence_length": 16}
 
 
@@ -92,6 +93,12 @@ def test_calls_choose_adapters_without_compiling(files, monkeypatch, tmp_path) -
     assert all(np.abs(chosen[name] - none).mean() > 1 for name in ("one", "two", "both"))
     expected = draw(fluxjax.load_pipeline("tiny", loras=[(one, 0.7), (two, -0.5)]))
     assert np.abs(chosen["both"] - expected).max() <= 1
+    spread = fluxjax.load_pipeline("tiny", lora_slots=6, scan_layers=True, mesh=MESH)
+    mixed = draw(spread, lora=[[(one, 0.7)], [(two, -0.5)]])
+    assert np.abs(mixed - chosen["mixed"]).max() <= 1
+    before = len(compiled)
+    assert np.abs(draw(spread) - none).max() <= 1
+    assert len(compiled) == before, "another adapter was compiled for on a mesh"
     picture = pipe("a star", seed=1, lora=[(one, 0.7)], **SIZE)[0]
     assert picture.info["fluxjax made"].sources.lora == (f"{one}:0.7",)
 

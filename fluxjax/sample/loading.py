@@ -78,8 +78,8 @@ def load_pipeline(
       loras: files of adapters (LoRA, DoRA, LoKr, LoHa, OFT and others) for the transformer and the
         text encoders, "FILE", "FILE:scale" or (FILE, scale); all of them are in effect.
       lora_slots: a rank that is kept free for adapters which each call of the pipeline chooses, and
-        for each picture, with no new compilation: pipe(..., lora=[("FILE", 0.8)]). Not with `loras`
-        or on a mesh.
+        for each picture, with no new compilation: pipe(..., lora=[("FILE", 0.8)]). Not with
+        `loras`.
       mesh: spread weights and work over devices, such as "fsdp=4,tensor=2" (see
         `fluxjax.parallel.mesh`); by default all is on the first device. Where several processes
         have joined (`fluxjax.parallel.hosts`) the mesh is of all their devices, by default "", all
@@ -139,9 +139,11 @@ def load_pipeline(
         attention_over(Layout(1, 1, mesh.shape[AXIS]), heads, sequence, "auto")
     slots = None
     if lora_slots:
-        if loras or mesh is not None:
-            raise ConfigError("lora_slots go neither with loras nor with a mesh")
-        slots = LoraSlots(abstract_params(config.transformer, stacked=scan_layers), lora_slots)
+        if loras:
+            raise ConfigError("lora_slots do not go with loras: choose those by call too")
+        places = None if mesh is None else partial(_slot_places, config.transformer, mesh)
+        template = abstract_params(config.transformer, stacked=scan_layers)
+        slots = LoraSlots(template, lora_slots, places)
     lora = _tree(low_rank, config, scan_layers)
     prior = None
     if redux is not None:
@@ -173,6 +175,10 @@ def load_pipeline(
     )
     pipeline.notes += notes
     return pipeline
+
+
+def _slot_places(config: Any, mesh: Mesh, lora: Params) -> Params:
+    return state_shardings(config, lora, mesh)
 
 
 def _of_folder(path: Path) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
 from fluxjax.hub import find
 from fluxjax.models.lora import dense_sites
-from fluxjax.models.names import unflatten
+from fluxjax.models.names import flatten, unflatten
+from fluxjax.parallel.mesh import place
 from fluxjax.shapes import Params
 
 Chosen = str | Path | tuple[str | Path, float]
@@ -33,11 +34,12 @@ class LoraSlots:
     every column: 0 for adapters of other pictures.
     """
 
-    def __init__(self, params: Params, rank: int):
-        """`params`: shapes of the transformer's, stacked or not."""
+    def __init__(self, params: Params, rank: int, places: Callable[[Params], Params] | None = None):
+        """`params`: shapes of the transformer's, stacked or not. `places`: on a mesh, the shardings
+        of a tree beside them."""
         if rank < 1:
             raise ConfigError(f"lora_slots is a rank, at least 1, got {rank}")
-        self.rank, self._params = rank, params
+        self.rank, self._params, self._places = rank, params, places
         self._sites = list(dense_sites(params))
         self._files: dict[str, dict[str, Adapter]] = {}
         self._filled: tuple[tuple[str, ...], dict[tuple[str, ...], Any]] = ((), {})
@@ -66,15 +68,29 @@ class LoraSlots:
 
     def shapes(self, pictures: int) -> dict[str, Any]:
         """Of `choose` for so many pictures."""
-        return jax.eval_shape(lambda: self._tree(self._zeros(jnp), [{}] * pictures, {}))
+        tree = jax.eval_shape(lambda: self._tree(self._zeros(jnp), [{}] * pictures, {}))
+        if self._places is None:
+            return tree
+        spec: Any = jax.ShapeDtypeStruct
+        return jax.tree.map(
+            lambda leaf, sharding: spec(leaf.shape, leaf.dtype, sharding=sharding),
+            tree,
+            self._places(tree),
+        )
 
     def choose(self, each: _Each) -> dict[str, Any]:
         """The LoRA tree (see `fluxjax.models.lora`) of pictures with these adapters."""
         columns = self._columns(each)
         if self._filled[0] != tuple(columns) or not self._filled[1]:
             self._filled = ((), {})  # never two banks at a time
-            self._filled = (tuple(columns), self._fill(columns))
-        return self._tree(self._filled[1], each, columns)
+            self._filled = (tuple(columns), self._placed(self._fill(columns)))
+        return unflatten(self._placed(flatten(self._tree(self._filled[1], each, columns))))
+
+    def _placed(self, flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+        tree = unflatten(flat)
+        places = None if self._places is None else self._places(tree)
+        placed = jax.tree.map(jnp.asarray, tree) if places is None else place(tree, places)
+        return flatten(placed)
 
     def _read(self, file: str) -> dict[str, Adapter]:
         if file not in self._files:
@@ -113,7 +129,7 @@ class LoraSlots:
 
     def _fill(self, columns: dict[str, slice]) -> dict[tuple[str, ...], Any]:
         flat = self._zeros(np)
-        for file, place in columns.items():
+        for file, own in columns.items():
             for site in self._sites:
                 for i, name in enumerate(site.names):
                     adapter = self._files[file].get(name)
@@ -121,10 +137,10 @@ class LoraSlots:
                         continue
                     a, b = (flat[*site.module, leaf] for leaf in ("a", "b"))
                     a, b = (a[i], b[i]) if site.stacked else (a, b)
-                    used = slice(place.start, place.start + len(adapter.a))
+                    used = slice(own.start, own.start + len(adapter.a))
                     a[:, used] = adapter.a.T
                     b[used] = adapter.b.T * np.float32(adapter.scale)
-        return {path: jnp.asarray(leaf) for path, leaf in flat.items()}
+        return flat
 
     def _tree(
         self, bank: dict[tuple[str, ...], Any], each: _Each, columns: dict[str, slice]

@@ -234,7 +234,8 @@ class Stages:
         state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
         lora = None
         if self.slots is not None:
-            lora = self.slots.choose(adapters or [{}] * count)
+            more = self.executables.rows("denoise", count) - count
+            lora = self.slots.choose([*(adapters or [{}] * count), *[{}] * more])
         program, params, each = self._steps(state, drawn, lora, rounding)
 
         def run(state: State, schedule: Schedule) -> State:
