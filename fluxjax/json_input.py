@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 64 * 2**20
@@ -38,6 +39,22 @@ def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
     except ValueError as error:
         raise ValueError(f"it is not JSON: {error}") from None
     return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError, or ValueError if it is not a JSON object that can be read."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has more than the {MAX_BYTES} bytes that are read as JSON")
+    try:
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _integer(digits: str) -> int:

@@ -28,11 +28,6 @@ def test_ids_equal_diffusers():
     assert not L.text_ids(7).any() and L.text_ids(7).shape == (7, 3)
 
 
-def test_noise_line():
-    clean, noise = jnp.ones((2, 3)), jnp.zeros((2, 3))
-    np.testing.assert_allclose(L.add_noise(clean, noise, 0.25), 0.75)
-
-
 @pytest.mark.parametrize(("width", "height", "word"), [(33, 64, "width"), (64, 0, "height")])
 def test_sizes_that_no_token_fits_are_named(width, height, word):
     with pytest.raises(ConfigError, match=f"{word} must be a multiple of 16"):

@@ -31,8 +31,6 @@ def from_bfl_params(
     weights: Mapping[str, Any],
     config: Config,
     *,
-    stacked: bool = False,
-    dtype: Any = None,
     shardings: Any = None,
 ) -> dict[str, Any]:
     """Arrays (or lazy tensors) under BFL's names -> our parameters as JAX arrays.
@@ -41,6 +39,6 @@ def from_bfl_params(
     one with NaN or infinite values.
     """
     lazy = {name: as_tensor(value) for name, value in weights.items()}
-    template = abstract_params(config, stacked=stacked)
+    template = abstract_params(config)
     table = network_of(config).dialect("bfl").table(config)
-    return load_tree(lazy, table, template, dtype=dtype, shardings=shardings)
+    return load_tree(lazy, table, template, shardings=shardings)

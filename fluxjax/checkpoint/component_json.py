@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxjax.config import ConfigError, SchedulerConfig, from_dict
-from fluxjax.json_input import MAX_BYTES, parse_json
+from fluxjax.json_input import read_json
 from fluxjax.networks import NETWORKS
 from fluxjax.networks.network import JsonForm
 
@@ -34,22 +34,6 @@ _FORMS: dict[type, JsonForm] = {
         },
     ),
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, or ValueError if it is not a JSON object that can be read."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has more than the {MAX_BYTES} bytes that are read as JSON")
-    try:
-        values = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} should hold a JSON object, got {type(values).__name__}")
-    return values
 
 
 def pipeline_class(folder: Path) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from fluxjax.checkpoint.component_json import read_json, write_json
+from fluxjax.checkpoint.component_json import write_json
+from fluxjax.json_input import read_json
 
 
 def _digest(path: Path) -> str:

@@ -115,8 +115,8 @@ class _quiet:
         logging.getLogger("absl").setLevel(self._level)
 
 
-def read_orbax(folder: Path, *, verify: bool = True) -> dict[str, Any]:
-    """The tree with lazy leaves. `verify` checks the hashes, where they were written.
+def read_orbax(folder: Path) -> dict[str, Any]:
+    """The tree with lazy leaves; the hashes are checked where they were written.
 
     Raises FileNotFoundError; ValueError for a folder that is damaged or of another format.
     """
@@ -125,8 +125,7 @@ def read_orbax(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     folder = Path(folder).absolute()
     if not is_orbax(folder):
         raise FileNotFoundError(f"{folder} is no Orbax checkpoint: it has no {_MARKER}")
-    if verify:
-        check_manifest(folder)
+    check_manifest(folder)
     base = {"driver": "ocdbt", "base": f"file://{folder}/"}
     try:
         keys = ts.KvStore.open(base).result().list().result()

@@ -18,7 +18,6 @@ from fluxjax.checkpoint.component_json import (
     config_json,
     pipeline_class,
     read_config_json,
-    read_json,
     write_json,
 )
 from fluxjax.config import (
@@ -29,6 +28,7 @@ from fluxjax.config import (
     SchedulerConfig,
     published_defaults,
 )
+from fluxjax.json_input import read_json
 from fluxjax.networks import Config, network_of
 
 _DEFAULTS_FILE = "fluxjax.json"

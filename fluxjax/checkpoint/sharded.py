@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxjax.checkpoint.component_json import read_json, write_json
+from fluxjax.checkpoint.component_json import write_json
 from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.json_input import read_json
 
 SHARD_BYTES = 10 * 10**9
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxjax.checkpoint import engine
-from fluxjax.checkpoint.component_json import network_config, read_json
+from fluxjax.checkpoint.component_json import network_config
 from fluxjax.checkpoint.detect import detect_network, refuse_foreign, split_prefixes
 from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.opened_network import OpenNetwork, make_network
@@ -32,6 +32,7 @@ from fluxjax.checkpoint.weights_location import (
     weights_of,
 )
 from fluxjax.config import ConfigError
+from fluxjax.json_input import read_json
 from fluxjax.networks import Config, network_of
 
 
@@ -159,9 +160,7 @@ def _parameters(tree: dict[str, Any]) -> dict[str, Any]:
     return tree["params"] if isinstance(tree.get("params"), Mapping) else tree
 
 
-def open_component(
-    folder: Path, component: str, config: Config | None = None, family: str = "FLUX.1"
-) -> OpenNetwork:
+def open_component(folder: Path, component: str, config: Config | None = None) -> OpenNetwork:
     """One network of a pipeline folder, in its own folder or in a single file beside it.
 
     Raises FileNotFoundError if there are no weights, and what `open_file`, `open_folder` raise.

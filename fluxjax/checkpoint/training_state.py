@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from fluxjax.atomic_write import take_place
-from fluxjax.checkpoint.component_json import read_json, write_json
+from fluxjax.checkpoint.component_json import write_json
 from fluxjax.checkpoint.manifest import check_manifest, manifest_path, write_manifest
+from fluxjax.json_input import read_json
 from fluxjax.parallel import hosts
 
 Tree = Any

@@ -5,9 +5,10 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fluxjax.checkpoint.component_json import pipeline_class, read_json
+from fluxjax.checkpoint.component_json import pipeline_class
 from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.orbax_params import is_orbax
+from fluxjax.json_input import read_json
 from fluxjax.networks import NETWORKS
 
 PARAMS = "params"

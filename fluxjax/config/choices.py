@@ -6,6 +6,18 @@ Implementation = Literal["auto", "xla", "cudnn", "splash", "chunked"]
 """Of attention on one device."""
 SequenceAttention = Literal["auto", "ulysses", "ring"]
 """Of attention over tokens that are split over devices."""
+ComparedNetwork = Literal[
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "controlnet",
+    "siglip",
+    "image_embedder",
+    "image_encoder",
+    "ip_adapter",
+]
+"""What is compared with PyTorch layer by layer."""
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes again of each block."""
 FileFamily = Literal["flux", "sd", "sdxl", "sd3"]

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from fluxjax.config.base import in_range, require
 from fluxjax.config.flux import FluxConfig
 
-PICTURE_CHANNELS = 3
-
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetConfig(FluxConfig):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fluxjax.checkpoint.component_json import network_config, read_json
+from fluxjax.checkpoint.component_json import network_config
 from fluxjax.checkpoint.engine import listed
 from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.peft_config import PEFT_METADATA
@@ -18,6 +18,7 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, ConfigError
 from fluxjax.config.choices import LoraNaming
 from fluxjax.convert.destination import check_destination
+from fluxjax.json_input import read_json
 from fluxjax.networks import network_of
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxjax.checkpoint.component_json import read_json
 from fluxjax.checkpoint.file_format import PICKLES
 from fluxjax.checkpoint.orbax_params import is_orbax
 from fluxjax.checkpoint.sharded import shards_of, weights_file
@@ -19,6 +18,7 @@ from fluxjax.checkpoint.weights_location import (
     weights_of,
 )
 from fluxjax.config import ConfigError
+from fluxjax.json_input import read_json
 
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".msgpack", ".h5", ".sft", *PICKLES)
 # Classes whose folders hold texts only, which are copied.

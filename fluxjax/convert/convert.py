@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from fluxjax.atomic_write import whole_or_nothing
-from fluxjax.checkpoint.component_json import read_json, write_json
+from fluxjax.checkpoint.component_json import write_json
 from fluxjax.checkpoint.detect import describe
 from fluxjax.checkpoint.lora.merge import merge_files
 from fluxjax.checkpoint.opened_network import OpenNetwork, with_dtype
@@ -30,6 +30,7 @@ from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.destination import check_destination
 from fluxjax.convert.quantise import Kind, form_of, is_gguf_kind
 from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
+from fluxjax.json_input import read_json
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh_shape import MeshShape
 

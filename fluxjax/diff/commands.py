@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from fluxjax.config.choices import ComparedNetwork
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.sample.settings import Settings, override
 from fluxjax.side_output import check_side_output
@@ -74,18 +75,7 @@ class Live:
     """A diffusers pipeline folder, a hub's name, or "tiny" for the embedded model. A ControlNet,
     SigLIP, Redux's image_embedder, CLIP's image_encoder and an IP-Adapter may also be a folder or
     file of their own."""
-    component: Literal[
-        "transformer",
-        "vae",
-        "text_encoder",
-        "text_encoder_2",
-        "controlnet",
-        "siglip",
-        "image_embedder",
-        "image_encoder",
-        "ip_adapter",
-        "pipeline",
-    ] = "transformer"
+    component: Literal[ComparedNetwork, "pipeline"] = "transformer"
     """Which network; "pipeline" draws one picture on both sides."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     against: Path | None = None

@@ -32,6 +32,7 @@ from fluxjax.config import (
     SiglipVisionConfig,
     T5Config,
 )
+from fluxjax.config.choices import ComparedNetwork
 from fluxjax.diff.adapters import controlnet, from_tensors, ip_adapter, vision
 from fluxjax.diff.layers import Layer, Outputs, captured, common_name, pair_layers, recorded
 from fluxjax.diff.report import Report, compare, relative_l2
@@ -41,17 +42,6 @@ from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import make_mesh
 from fluxjax.parallel.rules import param_shardings
 
-Network = Literal[
-    "transformer",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "controlnet",
-    "siglip",
-    "image_embedder",
-    "image_encoder",
-    "ip_adapter",
-]
 Dtype = Literal["float32", "bfloat16"]
 Arrays = dict[str, np.ndarray]
 
@@ -115,7 +105,7 @@ THEIRS: dict[type, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
 ASSEMBLED = {IPAdapterConfig: ip_adapter}
 
 
-def opened(folder: Path, network: Network) -> OpenNetwork:
+def opened(folder: Path, network: ComparedNetwork) -> OpenNetwork:
     """A network of a pipeline folder, or an adapter in a file or folder of its own."""
     if network in DEV.networks:
         return open_component(folder, network, read_config(folder).networks[network])
@@ -136,7 +126,7 @@ def _theirs(loaded: OpenNetwork, dtype: Any) -> Any:
     return from_tensors(cls, loaded).to(dtype).eval()
 
 
-def run_theirs(folder: Path, network: Network, inputs: Arrays, dtype: Dtype) -> list[Layer]:
+def run_theirs(folder: Path, network: ComparedNetwork, inputs: Arrays, dtype: Dtype) -> list[Layer]:
     """Every layer of PyTorch's network and, last, its outputs, as float32 arrays."""
     torch = require_torch()
     loaded = opened(folder, network)
@@ -174,7 +164,7 @@ OURS: dict[type, Callable[..., tuple[Any, Any]]] = {FluxConfig: _flux}
 
 
 def run_ours(
-    folder: Path, network: Network, inputs: Arrays, dtype: Dtype, mesh: str | None = None
+    folder: Path, network: ComparedNetwork, inputs: Arrays, dtype: Dtype, mesh: str | None = None
 ) -> dict[str, list[Outputs]]:
     """Every captured layer and the outputs of our network by common name, as float32 arrays.
 
@@ -207,7 +197,7 @@ def run_ours(
 
 def compare_network(
     folder: Path,
-    network: Network,
+    network: ComparedNetwork,
     *,
     dtype: Dtype = "float32",
     against: Path | None = None,

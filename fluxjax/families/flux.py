@@ -25,7 +25,6 @@ from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
 from fluxjax.models.flux import FluxTransformer, Modulations
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.schedules.flow_euler import flow_euler, sigmas
-from fluxjax.schedules.samplers import chosen, sampler_run
 from fluxjax.schedules.schedule import Schedule
 from fluxjax.shapes import Params
 
@@ -34,11 +33,10 @@ if TYPE_CHECKING:
 
 
 class PromptIds(NamedTuple):
-    """Token ids of a batch of prompts; `t5_mask` is 1 where T5 reads a token, 0 at padding."""
+    """Token ids of a batch of prompts."""
 
     clip: Int[Array | np.ndarray, "b l"]
     t5: Int[Array | np.ndarray, "b text"]
-    t5_mask: Int[Array | np.ndarray, "b text"]
 
 
 def tokenize(
@@ -64,7 +62,7 @@ def tokenize(
         for rest in read.removed
         if rest
     ]
-    return PromptIds(heard.input_ids, read.input_ids, read.attention_mask), notes
+    return PromptIds(heard.input_ids, read.input_ids), notes
 
 
 def _ends(text: str, count: int = 6) -> str:
@@ -76,7 +74,7 @@ def _ends(text: str, count: int = 6) -> str:
     return f"{first!r} ... {last!r} ({len(words)} words)"
 
 
-@partial(jax.jit, static_argnames=("clip", "t5", "mask_padding", "apply"))
+@partial(jax.jit, static_argnames=("clip", "t5", "apply"))
 def encode_prompts(
     clip: CLIPTextModel,
     t5: T5Encoder,
@@ -84,20 +82,12 @@ def encode_prompts(
     t5_params: Params,
     ids: PromptIds,
     *,
-    mask_padding: bool = False,
     apply: Apply = nn.Module.apply,
 ) -> Conditioning:
-    """T5's states and CLIP's pooled state.
-
-    FLUX was trained with T5 reading its padding, and so reads it here. With `mask_padding` T5 does
-    not attend to padding and its states there are zero, which some fine-tunes are trained with.
-    """
+    """T5's states, of its padding too as FLUX was trained, and CLIP's pooled state."""
     output = apply(clip, {"params": clip_params}, ids.clip)
     assert isinstance(output, CLIPTextOutput)
-    mask = ids.t5_mask if mask_padding else None
-    states = jnp.asarray(apply(t5, {"params": t5_params}, ids.t5, mask))
-    if mask_padding:
-        states = states * ids.t5_mask[:, :, None].astype(states.dtype)
+    states = jnp.asarray(apply(t5, {"params": t5_params}, ids.t5))
     return Conditioning(states, None, output.pooler_output)
 
 
@@ -110,7 +100,7 @@ def text_shapes(
     t5 = spec((count, length), jnp.int32)
     sequence = spec((count, length, config.text_encoder_2.d_model), dtype)
     vector = spec((count, config.text_encoder.hidden_size), dtype)
-    return PromptIds(clip, t5, t5), Conditioning(sequence, None, vector)
+    return PromptIds(clip, t5), Conditioning(sequence, None, vector)
 
 
 def state_shape(config: PipelineConfig, width: int, height: int) -> tuple[int, int, int]:
@@ -154,6 +144,8 @@ def schedule(
 def _sampled(
     config: SchedulerConfig, steps: int, tokens: int, sampler: str | None, spacing: Respacing | None
 ) -> Schedule:
+    from fluxjax.schedules.samplers import chosen, sampler_run  # a dozen files, seldom asked for
+
     own = SamplerConfig(
         sampler="FlowMatchEulerDiscreteScheduler",
         num_train_timesteps=config.num_train_timesteps,

@@ -40,10 +40,3 @@ def image_ids(rows: int, columns: int, *, index: int = 0) -> Float[Array, "image
 def text_ids(length: int) -> Float[Array, "text 3"]:
     """Every text token stands at the origin."""
     return jnp.zeros((length, 3), jnp.float32)
-
-
-def add_noise(
-    latents: Float[Array, "*n"], noise: Float[Array, "*n"], sigma: float
-) -> Float[Array, "*n"]:
-    """The point `sigma` of the straight line from the picture (0) to the noise (1)."""
-    return (sigma * noise + (1.0 - sigma) * latents).astype(latents.dtype)

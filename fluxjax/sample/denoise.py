@@ -23,6 +23,7 @@ from fluxjax.schedules.schedule import Schedule
 
 State = tuple[Float[AnyArray, "b *shape"], ...]
 Step = Callable[[Any, Any], Any]
+PART_SECONDS = 0.25  # between calls of `progress`
 
 
 class Kept(NamedTuple):
@@ -152,12 +153,11 @@ def in_parts(
     progress: Callable[[int], None] | None = None,
     on_step: Callable[[int, Any], None] | None = None,
     every: int = 1,
-    seconds: float = 0.25,
 ) -> Any:
     """`run(state, schedule)` in parts; the result is that of one call.
 
-    `progress(steps done)` is called after parts of about `seconds` each, `on_step(steps done,
-    state)` after every `every`-th step and after the last one; what it raises ends the run.
+    `progress(steps done)` is called after parts of about PART_SECONDS, `on_step(steps done, state)`
+    after every `every`-th step and after the last one; what it raises ends the run.
     Steps are counted from the first that is active. Parts, because a program that calls back to the
     host is kept out of the compilation cache. On several processes the clock of the first counts:
     all run the same parts.
@@ -173,7 +173,7 @@ def in_parts(
         if progress is not None:
             progress(last)
             rate = (last - first) / (time.perf_counter() - start)
-            size = from_first(partial(max, 1, round(seconds * rate)))
+            size = from_first(partial(max, 1, round(PART_SECONDS * rate)))
         if on_step is not None and (last % every == 0 or last == steps):
             on_step(last, state)
         first = last

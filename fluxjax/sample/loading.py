@@ -12,10 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from fluxjax.checkpoint.component_json import read_json
 from fluxjax.checkpoint.lora.changes import Adapter
-from fluxjax.checkpoint.lora.merge import Scaled, adaptable, merge
-from fluxjax.checkpoint.lora.reader import low_rank_tree, read_adapters, split_low_rank
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import read_config
@@ -25,6 +22,7 @@ from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig, published_
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
+from fluxjax.json_input import read_json
 from fluxjax.models.lora import adapt, combine_loras
 from fluxjax.models.names import flatten
 from fluxjax.models.quantised import Quantised
@@ -294,6 +292,9 @@ def _adapted(
 ) -> tuple[dict[str, OpenNetwork], LowRank]:
     """All that adapters change other than by low-rank products in the transformer's layers, merged;
     and those products, which are computed beside the weights."""
+    from fluxjax.checkpoint.lora.merge import Scaled, adaptable, merge
+    from fluxjax.checkpoint.lora.reader import read_adapters, split_low_rank
+
     templates = adaptable(networks)
     low_rank: LowRank = []
     merged: dict[str, list[Scaled]] = {name: [] for name in templates}
@@ -312,6 +313,8 @@ def _adapted(
 def _tree(low_rank: LowRank, config: PipelineConfig, stacked: bool) -> Params | None:
     if not any(adapters for adapters, _ in low_rank):
         return None
+    from fluxjax.checkpoint.lora.reader import low_rank_tree
+
     template = abstract_params(config.transformer, stacked=stacked)
     return combine_loras([(low_rank_tree(a, template), scale) for a, scale in low_rank if a])
 

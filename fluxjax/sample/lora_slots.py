@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.checkpoint.lora.changes import Adapter
-from fluxjax.checkpoint.lora.reader import read_adapters, split_low_rank
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
 from fluxjax.hub import find
@@ -93,6 +92,8 @@ class LoraSlots:
         return flatten(placed)
 
     def _read(self, file: str) -> dict[str, Adapter]:
+        from fluxjax.checkpoint.lora.reader import read_adapters, split_low_rank
+
         if file not in self._files:
             path = find(file, "lora")
             changes = read_adapters(path, {"transformer": self._params}).changes

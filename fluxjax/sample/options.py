@@ -17,7 +17,6 @@ from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
 from fluxjax.quantised_kinds import KEEP
 from fluxjax.sample.file_names import FORMATS, PATTERN, check_pattern, is_picture_name
-from fluxjax.sample.picture_record import remembered
 from fluxjax.sample.prompts_file import STANDARD_INPUT
 from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.sample.settings import (
@@ -268,6 +267,8 @@ def check(options: Options) -> None:
     check_pattern(options.name)
     destination(options)
     if options.like is not None:
+        from fluxjax.sample.picture_record import remembered
+
         remembered(options.like)
 
 

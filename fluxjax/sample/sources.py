@@ -10,7 +10,6 @@ from pathlib import Path
 
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
-from fluxjax.file_hash import hash_file, hash_files
 from fluxjax.hub import Kind, find, hub_name
 
 TINY = "tiny"
@@ -59,6 +58,8 @@ class Sources:
 
 def hashes_of(source: str, kind: str) -> dict[str, str]:
     """SHA-256 of a file under "", of a folder's parts under their names. Raises OSError."""
+    from fluxjax.file_hash import hash_file, hash_files
+
     wanted: dict[str, Kind] = {
         "model": "model",
         "text_encoders": "text encoders",

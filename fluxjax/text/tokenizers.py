@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from fluxjax.json_input import parse_json
+from fluxjax.json_input import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -217,7 +217,7 @@ class _Settings:
         self.values: dict[str, Any] = {}
         for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                self.values.update(_read_json(folder / name))
+                self.values.update(read_json(folder / name))
 
     def token(self, name: str, default: str) -> str:
         value = self.values.get(name) or default
@@ -256,16 +256,6 @@ class _Settings:
         for token in tokens:
             listed.setdefault(token, AddedToken(token, special=True, normalized=False))
         backend.add_tokens(list(listed.values()))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it should hold a JSON object")
-    return values
 
 
 @contextmanager

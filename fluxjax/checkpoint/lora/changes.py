@@ -40,8 +40,8 @@ def low_rank(adapter: Adapter, inputs: int | None = None) -> Change:
     return Change(delta, low_rank=None if inputs else adapter, inputs=inputs)
 
 
-def constant(delta: np.ndarray, inputs: int | None = None) -> Change:
-    return Change(lambda read: delta, inputs=inputs)
+def constant(delta: np.ndarray) -> Change:
+    return Change(lambda read: delta)
 
 
 Form = Callable[[np.ndarray], np.ndarray]

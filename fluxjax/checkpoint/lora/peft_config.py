@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluxjax.checkpoint.component_json import read_json
 from fluxjax.checkpoint.lora.rotations import Cayley
 from fluxjax.config import ConfigError
-from fluxjax.json_input import parse_json
+from fluxjax.json_input import parse_json, read_json
 
 PEFT_METADATA = "lora_adapter_metadata"
 ADAPTER_CONFIG = "adapter_config.json"

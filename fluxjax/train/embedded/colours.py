@@ -15,9 +15,7 @@ COLOURS = {
     "gray": (150, 150, 154),
 }
 BACKGROUNDS = {
-    "white": (250, 250, 250),
-    "black": (16, 16, 20),
-    "gray": (150, 150, 154),
+    **{name: COLOURS[name] for name in ("white", "black", "gray")},
     "beige": (236, 222, 190),
     "navy": (22, 32, 74),
 }

@@ -66,10 +66,8 @@ class Encoders(NamedTuple):
     length: int  # T5 tokens
 
     def ids(self, texts: list[str]) -> PromptIds:
-        t5 = self.t5_tokenizer(texts, self.length)
-        return PromptIds(
-            self.clip_tokenizer(texts, _CLIP_LENGTH).input_ids, t5.input_ids, t5.attention_mask
-        )
+        clip = self.clip_tokenizer(texts, _CLIP_LENGTH)
+        return PromptIds(clip.input_ids, self.t5_tokenizer(texts, self.length).input_ids)
 
 
 class Lesson(NamedTuple):
