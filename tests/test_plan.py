@@ -21,7 +21,7 @@ from fluxjax.parallel.compiled_program import Structure, measure
 from fluxjax.parallel.mesh import make_mesh
 from fluxjax.plan.attention import flash_like
 from fluxjax.plan.estimate import as_json, fits, floor, needed_bytes
-from fluxjax.plan.options import Options, device_count, find_chips, read_model, tokens
+from fluxjax.plan.options import Options, check, device_count, find_chips, read_model, tokens
 from fluxjax.plan.programs import Placed, Program, compile_plan
 from fluxjax.plan.tables import print_tables
 
@@ -70,6 +70,21 @@ def test_a_step_of_all_weights_is_counted_and_shared_out():
     moved = step.structure.collective_bytes
     assert moved["all-gather"] > 1.8 * 2 * total * 7 / 8
     assert moved["all-reduce"] > 0.9 * 4 * total
+
+
+@pytest.mark.slow
+def test_what_comes_and_goes_is_counted_when_it_is_there():
+    """Offloaded and streamed: T5 while it encodes, modulations before the steps."""
+    options = Options(model="tiny", steps=4, width=64, height=64, offload=True, stream=True)
+    config = read_model(options)
+    placed = compile_plan(options, config, quiet)
+    held = {program.name: program.held for program in placed.programs}
+    weights = placed.weights
+    assert held["encode"] == weights["text_encoder"] + weights["text_encoder_2"]
+    assert held["decode"] == weights["vae"]
+    # Kernels of blocks lie on the host, whatever they are used for.
+    assert max(held["before"], held["denoise"]) < 0.1 * weights["transformer"]
+    assert needed_bytes(placed) < sum(weights.values())
 
 
 @pytest.mark.slow
@@ -184,24 +199,36 @@ def test_floors_and_what_fits():
         matmul_flops=989e12,
         collectives=(),
     )
-    step = Program("step", structure, int(2 * 3350e9))
+    step = Program("step", structure, int(2 * 3350e9), 120)
     limits = floor(step, H100)
     assert (limits.compute, limits.memory, limits.links) == (1.0, 2.0, 0.0)
     assert limits.seconds == 2.0 and limits.bound == "memory"
     small = replace(structure, temporary_bytes=4)
-    placed = Placed({"a": 100, "b": 20}, 7, (step, Program("other", small, 0)))
+    placed = Placed({"a": 100, "b": 20}, 7, (step, Program("other", small, 0, 120)))
     assert needed_bytes(placed) == 100 + 20 + 7 + 10 + 3 - 1
-    assert fits(placed, H100)
-    assert not fits(replace(placed, optimizer=int(75e9)), H100), "some memory is the runtime's"
+    alone = Program("other", small, 0, 130)  # adds less than the other, beside more weights
+    assert needed_bytes(replace(placed, programs=(step, alone))) == 7 + 130 + 4 + 3 - 1
+    assert fits(placed, 80)
+    assert not fits(replace(placed, optimizer=int(75e9)), 80), "some memory is the runtime's"
 
 
 def test_report(capsys):
     structure = Structure(0, 0, 10**9, 0, 1e12, ())
-    placed = Placed({"transformer": 10**9}, 0, (Program("step", structure, 0),), ("a remark",))
+    placed = Placed(
+        {"transformer": 10**9}, 0, (Program("step", structure, 0, 10**9),), ("a remark",)
+    )
     made = {"model": "dev"}
     print_tables(placed, (H100,), made)
     printed = capsys.readouterr().out
-    for words in ("transformer", "2.00 GB", "H100 SXM", "1.01 ms (compute)", "nothing", "a remark"):
+    for words in (
+        "transformer",
+        "2.00 GB",
+        "yes",
+        "H100 SXM",
+        "1.01 ms (compute)",
+        "nothing",
+        "a remark",
+    ):
         assert words in printed, words
     values = as_json(placed, (H100,), made)
     assert values["bytes_per_device"]["total"] == 2 * 10**9
@@ -211,6 +238,8 @@ def test_report(capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"offload": True, "task": "lora"}, "for --task sample on one device"),
+        ({"quantise": "nf4", "task": "full"}, "weights that are not trained"),
         ({"mesh": "fsdp=3", "devices": 8}, "does not fit 8 devices"),
         ({"mesh": "fsdp=2,pipe=2"}, "a mesh is written as"),
         ({"mesh": "fsdp=16"}, "needs 16 simulated devices"),
@@ -227,8 +256,7 @@ def test_report(capsys):
 def test_impossible_plans_are_one_sentence(options, words):
     chosen = Options(**{"model": "tiny", **options})
     with pytest.raises(ConfigError, match=words) as error:
-        find_chips(chosen.chips)
-        device_count(chosen)
+        check(chosen)
         compile_plan(chosen, read_model(chosen), quiet)
     assert len(str(error.value).splitlines()) == 1
 

@@ -29,6 +29,7 @@ def plan(options: Options) -> int:
     }
     if options.quantise != NONE:
         made["quantise"] = options.quantise
+    made |= {name: True for name in ("offload", "stream") if getattr(options, name)}
     if options.task == "sample":
         made["steps"] = config.steps
         if options.pictures:

@@ -10,6 +10,8 @@ from fluxjax.plan.programs import Placed, Program
 
 # What a device's memory holds besides our arrays: the runtime, programs, fragmentation.
 USABLE = 0.92
+CARDS = (80, 48, 24, 16, 12, 8)
+"""GB of memory that devices have."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,29 @@ def floor(program: Program, chip: Chip) -> Floor:
 
 
 def needed_bytes(placed: Placed) -> int:
-    """On the fullest device: what stays there, and the most that a program adds."""
-    return sum(placed.weights.values()) + placed.optimizer + activation_bytes(placed)
+    """On the fullest device, while the program runs that needs most."""
+    return placed.optimizer + max(peak_bytes(program) for program in placed.programs)
+
+
+def peak_bytes(program: Program) -> int:
+    """The weights that are there while it runs, and what it adds."""
+    return program.held + added_bytes(program)
+
+
+def added_bytes(program: Program) -> int:
+    """Its temporaries (activations, gradients) and results."""
+    structure = program.structure
+    return structure.temporary_bytes + structure.output_bytes - structure.donated_bytes
 
 
 def activation_bytes(placed: Placed) -> int:
-    """Temporaries (activations, gradients) and results of the program that needs most."""
-
-    def extra(program: Program) -> int:
-        structure = program.structure
-        return structure.temporary_bytes + structure.output_bytes - structure.donated_bytes
-
-    return max(extra(program) for program in placed.programs)
+    """What the program adds that adds most."""
+    return max(map(added_bytes, placed.programs))
 
 
-def fits(placed: Placed, chip: Chip) -> bool:
-    return needed_bytes(placed) <= USABLE * chip.gigabytes * 1e9
+def fits(placed: Placed, gigabytes: float | int) -> bool:
+    """Whether memory of so many GB is enough."""
+    return needed_bytes(placed) <= USABLE * gigabytes * 1e9
 
 
 def as_json(placed: Placed, chips: tuple[Chip, ...], made: dict[str, Any]) -> dict[str, Any]:
@@ -69,11 +78,14 @@ def as_json(placed: Placed, chips: tuple[Chip, ...], made: dict[str, Any]) -> di
             "activations": activation_bytes(placed),
             "total": needed_bytes(placed),
         },
+        "fits_gigabytes": {str(size): fits(placed, size) for size in CARDS},
         "programs": [
             {
                 "name": program.name,
                 "flops": program.structure.matmul_flops,
                 "collective_bytes": program.structure.collective_bytes,
+                "weight_bytes": program.held,
+                "peak_bytes": peak_bytes(program),
                 "temporary_bytes": program.structure.temporary_bytes,
                 "argument_bytes": program.structure.argument_bytes,
             }
@@ -82,7 +94,7 @@ def as_json(placed: Placed, chips: tuple[Chip, ...], made: dict[str, Any]) -> di
         "chips": [
             {
                 "name": chip.name,
-                "fits": fits(placed, chip),
+                "fits": fits(placed, chip.gigabytes),
                 "floor_seconds": {
                     program.name: floor(program, chip).seconds for program in placed.programs
                 },

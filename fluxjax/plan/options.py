@@ -58,6 +58,10 @@ class Options:
     quantise: str = NONE
     """Weights in few bits: int8, nf4 or another kind of `fluxjax.sample --quantise`, for all
     networks or each, transformer=nf4,text_encoder_2=int8; of a LoRA's base."""
+    offload: bool = False
+    """Sampling: only the networks that are at work are on the device."""
+    stream: bool = False
+    """Sampling: the transformer's blocks lie in the host's memory."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and computation; what is trained is float32."""
     sequence: SequenceAttention = "auto"
@@ -85,6 +89,10 @@ def check(options: Options) -> None:
     kinds = parse_quantise(options.quantise)
     if options.task == "full" and any(kind in KINDS for kind in kinds.values()):
         raise ConfigError("--quantise is for weights that are not trained: --task full trains all")
+    if (options.offload or options.stream) and (
+        options.task != "sample" or device_count(options) > 1
+    ):
+        raise ConfigError("--offload and --stream are for --task sample on one device")
     if options.rank < 1:
         raise ConfigError(f"rank must be at least 1, got {options.rank}")
     if hub_name(options.model) is None:  # what is to be downloaded is checked when it is there

@@ -21,6 +21,7 @@ from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import init_lora, split_scales
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.compiled_program import Structure, measure
+from fluxjax.parallel.host_memory import HOST
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import bytes_per_device, param_shardings, state_shardings
 from fluxjax.plan.attention import flash_like
@@ -36,16 +37,24 @@ from fluxjax.train.settings import Objective, OptimizerSettings
 from fluxjax.train.step import init_state, make_step
 
 Say = Callable[[str], None]
+# On CPUs a product of bfloat16 is one of float32, and the conversion of all layers' weights would
+# leave the loop over them: twice their bytes, which no accelerator needs.
+ON_ACCELERATORS = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
+    "while-loop-expensive-invariant-code-motion"
+}
 
 
 @dataclass(frozen=True)
 class Program:
     """One compiled program; `reads` are the bytes of weights and state that it must read or write
-    on each device, however well everything else is fused."""
+    on each device, however well everything else is fused; `held` those of weights that are there
+    while it runs."""
 
     name: str
     structure: Structure
     reads: int
+    held: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,16 @@ def _placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     return jax.tree.map(place, tree, shardings)
 
 
+def _on_device(trees: Any) -> int:
+    """Bytes of shapes that do not lie on the host."""
+    leaves = jax.tree.leaves(list(trees))
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in leaves
+        if leaf.sharding is None or leaf.sharding.memory_kind != HOST
+    )
+
+
 def _size(tree: Any) -> int:
     return bytes_per_device(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
 
@@ -108,6 +127,7 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         mesh=devices,
         sequence=options.sequence,
         quantised=templates,
+        stream=options.stream,
     )
     n, needed, size = options.batch, defaults(config), (config.width, config.height)
     listed = programs(
@@ -126,18 +146,29 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         "encode": weights["text_encoder"] + weights["text_encoder_2"],
         "reference": weights["vae"],
         "posterior": weights["vae"],
+        "before": weights["transformer"],
         "denoise": weights["transformer"] * config.steps,
         "decode": weights["vae"],
     }
     notes: tuple[str, ...] = ()
     if "decode" not in {program.name for program in listed}:
         notes = ("a picture of this size is decoded in tiles, which is not counted",)
+    if options.offload:
+        (denoise,) = (program for program in listed if program.name == "denoise")
+        listed = [*executables.split(denoise), *listed[1:]]
     done: list[Program] = []
     for program in sorted(listed, key=lambda program: list(reads).index(program.name)):
         say(program.name)
         with auto_attention(flash_like):  # as accelerators have it
-            compiled = executables.compile(program)
-        done.append(Program(program.name, measure(compiled), reads[program.name]))
+            compiled = executables.compile(program, ON_ACCELERATORS)
+        held, read = sum(weights.values()), reads[program.name]
+        if options.offload:
+            held = _on_device(executables.arguments(program))
+            if program.part != "all":
+                read = held * (config.steps if program.part == "steps" else 1)
+        elif options.stream:
+            held = _on_device(executables.shapes(name) for name in weights)
+        done.append(Program(program.name, measure(compiled), read, held))
     return Placed(weights, 0, tuple(done), notes)
 
 
@@ -211,5 +242,7 @@ def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     arguments = (state, rows, frozen, empty, ids, mu)
     say("step")
     with auto_attention(flash_like):
-        compiled = step.lower(*arguments).compile(compiler_options=compiler_options())  # pyright: ignore[reportFunctionMemberAccess]
-    return Placed(weights, held, (Program("step", measure(compiled), moved),))
+        lowered = step.lower(*arguments)  # pyright: ignore[reportFunctionMemberAccess]
+        compiled = lowered.compile(compiler_options=compiler_options() | ON_ACCELERATORS)
+    program = Program("step", measure(compiled), moved, sum(weights.values()))
+    return Placed(weights, held, (program,))

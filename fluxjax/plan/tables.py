@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxjax.chips import Chip
-from fluxjax.plan.estimate import activation_bytes, fits, floor, needed_bytes
+from fluxjax.plan.estimate import CARDS, activation_bytes, fits, floor, needed_bytes, peak_bytes
 from fluxjax.plan.programs import Placed
 
 
@@ -29,14 +29,23 @@ def print_tables(placed: Placed, chips: tuple[Chip, ...], made: dict[str, Any]) 
     if placed.optimizer:
         memory.add_row("optimizer", gigabytes(placed.optimizer))
     memory.add_row("activations, gradients", gigabytes(activation_bytes(placed)))
-    memory.add_row("together", gigabytes(needed_bytes(placed)), style="bold")
+    memory.add_row("at most at once", gigabytes(needed_bytes(placed)), style="bold")
     console.print(memory)
-    work = Table("program", "TFLOP on each device", "sent by each device")
+    cards = Table("a card of", *(f"{size} GB" for size in CARDS))
+    cards.add_row("fits", *("yes" if fits(placed, size) else "no" for size in CARDS))
+    console.print(cards)
+    work = Table(
+        "program", "weights there", "with all", "TFLOP on each device", "sent by each device"
+    )
     for program in placed.programs:
         sent = program.structure.collective_bytes
         listed = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in sorted(sent.items()))
         work.add_row(
-            program.name, f"{program.structure.matmul_flops / 1e12:.3f}", listed or "nothing"
+            program.name,
+            gigabytes(program.held),
+            gigabytes(peak_bytes(program)),
+            f"{program.structure.matmul_flops / 1e12:.3f}",
+            listed or "nothing",
         )
     console.print(work)
     names = [program.name for program in placed.programs]
@@ -47,7 +56,7 @@ def print_tables(placed: Placed, chips: tuple[Chip, ...], made: dict[str, Any]) 
         speed.add_row(
             chip.name,
             f"{chip.gigabytes:g} GB",
-            "yes" if fits(placed, chip) else "no",
+            "yes" if fits(placed, chip.gigabytes) else "no",
             *(f"{seconds(one.seconds)} ({one.bound})" for one in floors),
             seconds(total),
         )

@@ -113,8 +113,9 @@ class Executables:
             modules = (flux,)
         return modules
 
-    def compile(self, program: Program) -> Any:
-        """Now and in this thread; `get` keeps what it makes, this does not."""
+    def compile(self, program: Program, options: Mapping[str, str] | None = None) -> Any:
+        """Now and in this thread; `get` keeps what it makes, this does not. `options`: more of the
+        compiler's."""
         modules = (*program.static, *self.modules(program.name, program.rounding))
         params = self.arguments(program)
         if self.slots is not None and program.name in OF_RUNS:
@@ -124,7 +125,7 @@ class Executables:
         if self.mesh is not None:
             function, inputs = _split(program, len(modules), self.mesh, self.sequence)
         lowered = function.lower(*modules, *params, *inputs)
-        compiled = lowered.compile(compiler_options=compiler_options())
+        compiled = lowered.compile(compiler_options={**compiler_options(), **(options or {})})
         return compiled if jax.process_count() == 1 else partial(_placed, compiled, inputs)
 
     def weights(self, component: str) -> Params:
@@ -147,9 +148,10 @@ class Executables:
 
     def arguments(self, program: Program) -> list[Params]:
         """Shapes of the parameters that a program is given; without slots."""
-        return [self._shapes(component, program.part) for component in COMPONENTS[program.name]]
+        return [self.shapes(component, program.part) for component in COMPONENTS[program.name]]
 
-    def _shapes(self, component: str, part: Part) -> Params:
+    def shapes(self, component: str, part: Part = "all") -> Params:
+        """Of the parameters that a program is given of a component, and where they lie."""
         config = getattr(self.config, component)
         shapes = part_of(self.weights(component), config, part)
         spec: Any = jax.ShapeDtypeStruct
