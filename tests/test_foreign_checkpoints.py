@@ -82,6 +82,16 @@ def test_an_autoencoder_of_four_channels_is_not_flux_s(shared):
     assert (config.latent_channels, config.scaling_factor) == (16, 0.3611)
 
 
+def test_an_openclip_is_not_flux_s(shared):
+    for name in ("clip_bigg", "openclip_h_23"):
+        shapes = published(shared, name)
+        with pytest.raises(ConfigError, match=r"activation.*config.json with --config"):
+            infer_config(*detect_network(shapes), shapes, family="FLUX.1")
+    shapes = published(shared, "clip_l")
+    config = infer_config(*detect_network(shapes), shapes, family="FLUX.1")
+    assert config.hidden_act == "quick_gelu"
+
+
 def test_whose_an_autoencoder_is_may_be_said(shared):
     shapes = published(shared, "sd3_vae")
     network, dialect = detect_network(shapes)

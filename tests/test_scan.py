@@ -204,7 +204,7 @@ def bfloat16(tensor):
 
 
 @pytest.mark.parametrize("rounding", ["diffusers", "bfl"])
-def test_bfloat16_steps_round_as_the_references_do(rounding):
+def test_bfloat16_steps_round_as_diffusers_and_bfl_do(rounding):
     """Element by element. diffusers: the step size and the product in bfloat16, the sum in float32,
     the state in bfloat16. BFL: the step size is a Python number, which is not rounded.
 

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from fluxjax.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ConfigError
+from fluxjax.config import (
+    CLIP_BIGG_TEXT,
+    CLIP_H_TEXT,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ConfigError,
+)
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes, count
 from fluxjax.networks.tables import Rule, Table
 
@@ -84,7 +91,8 @@ def _infer_text(shapes: Shapes, family: str) -> CLIPTextConfig:
     p = "text_model." if "text_model.embeddings.token_embedding.weight" in shapes else ""
     vocabulary, width = shapes[f"{p}embeddings.token_embedding.weight"]
     layers = count(shapes, rf"{re.escape(p)}encoder\.layers\.(\d+)\.")
-    if family != "FLUX.1":  # whose CLIP is OpenAI's
+    openclip = width in (CLIP_H_TEXT.hidden_size, CLIP_BIGG_TEXT.hidden_size)
+    if family != "FLUX.1" or openclip:  # whose CLIP is OpenAI's, of width 768
         raise _ask_for_activation(f"CLIP text encoder, {layers} layers of width {width},")
     return CLIPTextConfig(
         vocab_size=vocabulary,
