@@ -66,8 +66,9 @@ def drawn(config: LoraConfig, params: Any) -> dict[str, Any]:
 
 def test_dora_and_its_gradients_are_pefts() -> None:
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["0"],
-                             init_lora_weights=False)  # fmt: skip
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, use_dora=True, target_modules=["0"], init_lora_weights=False
+    )
     model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(12, 7)), config)
     layer: Any = model.get_submodule("base_model.model.0")
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -78,8 +79,11 @@ def test_dora_and_its_gradients_are_pefts() -> None:
     (expected * weights).sum().backward()
     base, inputs = layer.base_layer, jnp.asarray(x.numpy())
     kernel = {"kernel": base.weight.detach().numpy().T, "bias": base.bias.detach().numpy()}
-    leaves = {"a": down.detach().numpy().T, "b": up.detach().numpy().T,
-              "magnitude": magnitude.detach().numpy()}  # fmt: skip
+    leaves = {
+        "a": down.detach().numpy().T,
+        "b": up.detach().numpy().T,
+        "magnitude": magnitude.detach().numpy(),
+    }
 
     def total(leaves: Any) -> Any:
         y: Any = Dense(7).apply(
@@ -136,9 +140,15 @@ def _weight(kernel: jax.Array, name: str) -> np.ndarray:
 def test_factors_are_lycoris() -> None:
     """The table in LyCORIS' `factorization`."""
     for size, factor, expected in (
-        (128, -1, (8, 16)), (250, -1, (10, 25)), (360, 8, (8, 45)), (250, 4, (2, 125)),
-        (360, 16, (15, 24)), (512, 16, (16, 32)), (1024, 2, (2, 512)), (127, 4, (1, 127)),
-    ):  # fmt: skip
+        (128, -1, (8, 16)),
+        (250, -1, (10, 25)),
+        (360, 8, (8, 45)),
+        (250, 4, (2, 125)),
+        (360, 16, (15, 24)),
+        (512, 16, (16, 32)),
+        (1024, 2, (2, 512)),
+        (127, 4, (1, 127)),
+    ):
         assert factors(size, factor) == expected
 
 
