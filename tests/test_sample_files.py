@@ -328,6 +328,19 @@ def test_what_has_changed_is_named(here):
     assert find_all(said, {}, every=False)[0].lora == (f"{here}/out/style.st:0.5",)
 
 
+def test_an_adapters_folder_is_its_weights_and_its_alpha(here):
+    folder = here / "adapter"
+    folder.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        (folder / name).write_text(name)
+    said = remembered(made_with(folder))
+    sources, _ = find_all(said, {}, every=False)
+    (folder / "README.md").write_text("of no account")
+    assert differences(said, sources.hashes(), ["lora 1"]) == []
+    (folder / "adapter_config.json").write_text("another alpha")
+    assert differences(said, sources.hashes(), ["lora 1"]) == ["lora 1"]
+
+
 def test_every_part_of_a_model_has_its_hash(here):
     model = here / "model"
     for name in ("transformer/w.safetensors", "tokenizer/vocab.json", "scheduler/s.json"):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxjax.checkpoint.lora.scaled_file import split_scale
+from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG, split_scale
 from fluxjax.config import ConfigError
 from fluxjax.hub import Kind, find, hub_name
 
@@ -57,7 +57,8 @@ class Sources:
 
 
 def hashes_of(source: str, kind: str) -> dict[str, str]:
-    """SHA-256 of a file under "", of a folder's parts under their names. Raises OSError."""
+    """SHA-256 of a file, or an adapter's folder, under "", of a model's parts under their names.
+    Raises OSError."""
     from fluxjax.file_hash import hash_file, hash_files
 
     wanted: dict[str, Kind] = {
@@ -69,6 +70,9 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
     path = find(source, wanted.get(kind, "lora"))
     if path.is_file():
         return {"": hash_file(path)}
+    if kind.startswith("lora "):  # PEFT's folder: its alpha counts too
+        weights = sorted(file.name for file in path.glob("*.safetensors"))
+        return {"": hash_files(path, [*weights, ADAPTER_CONFIG])}
     index = path / _INDEX[0]
     try:
         entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fluxjax.checkpoint.lora.rotations import Cayley
+from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG
 from fluxjax.config import ConfigError
 from fluxjax.json_input import parse_json, read_json
 
 PEFT_METADATA = "lora_adapter_metadata"
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # True or filled, each changes more than low-rank products or needs other base weights.
 _REFUSED = (

@@ -9,6 +9,8 @@ from pathlib import Path
 from fluxjax.config import ConfigError
 from fluxjax.hub import find
 
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, in a folder of an adapter
+
 
 def split_scale(text: str) -> tuple[str, float]:
     """ "FILE:0.8" -> (FILE, 0.8); without a number, 1."""
