@@ -255,7 +255,7 @@ def test_ctrl_c(tmp_path):
         if list(tmp_path.glob(".out*")):
             break
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in error
     assert [p.name for p in tmp_path.iterdir()] == ["big.safetensors"]

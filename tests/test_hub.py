@@ -169,7 +169,7 @@ def ask(hub, tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         return ended.returncode, ended.stdout.strip(), ended.stderr
 

@@ -40,13 +40,15 @@ def test_a_killed_export_leaves_the_old_or_the_new(server: Server, tmp_path):  #
             store.save(step, init_state(split_scales(tree)[0], optax.sgd(1.0)))
     whole = [export_run(run, step=step, out=out).read_bytes() for step in (1, 2)]
     chance, part, amid = random.Random(0), out.with_name(f".{out.name}.part"), 0
-    for number in range(8):
+    for number in range(40):
+        if number >= 8 and amid:  # a busy machine may need more of them
+            break
         child = server.start(f"export{number}", run, out, program="export")
         child.until("written")
         if number % 2:
             time.sleep(chance.uniform(0, 0.3))
         else:
-            end = time.monotonic() + 20
+            end = time.monotonic() + 120
             while not part.exists() and time.monotonic() < end:
                 pass
             time.sleep(chance.uniform(0, 0.003))
@@ -64,7 +66,7 @@ def test_a_killed_precompute_leaves_whole_entries(server: Server, tmp_path):  # 
     source, cache = write_folder(tmp_path / "pictures", PICTURES), tmp_path / "cache"
     given, chance, cut = cached(str(source), str(cache)), random.Random(0), 0
     for number in range(6):
-        before, end = _entries(cache), time.monotonic() + 20
+        before, end = _entries(cache), time.monotonic() + 120
         child = server.start(f"fill{number}", source, cache, program="precompute")
         while _entries(cache) == before and time.monotonic() < end:
             pass

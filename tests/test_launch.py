@@ -28,7 +28,7 @@ def until_done(result: Path, program: str) -> subprocess.Popen:
 def test_until_done_tells_an_interrupted_run_from_a_finished_one(tmp_path, program, there, code):
     result = tmp_path / ("result" if there else "none")
     (tmp_path / "result").touch()
-    assert until_done(result, program).wait(30) == code
+    assert until_done(result, program).wait(300) == code
 
 
 def test_until_done_hands_sigterm_on_and_waits(tmp_path):
@@ -44,7 +44,7 @@ def test_until_done_hands_sigterm_on_and_waits(tmp_path):
     while not (tmp_path / "ready").exists():
         time.sleep(0.02)
     os.kill(run.pid, signal.SIGTERM)
-    assert run.wait(30) == 75
+    assert run.wait(300) == 75
     assert (tmp_path / "saved").exists()
 
 

@@ -40,7 +40,7 @@ def speak(folder, shell: str) -> tuple[int, str, str]:
     command = ["bash", "-c", f'"$0" -c "$1" {shell}', sys.executable, SPEAKER]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     ended = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=30
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     return ended.returncode, ended.stdout, ended.stderr
 
@@ -77,5 +77,5 @@ def test_an_error_without_stderr_still_has_its_code(tmp_path):
     )
     for shell, said in (("2>&-", b""), ("2>/dev/full", b""), ("", b"error: there is no a\\x1b")):
         command = ["bash", "-c", f'"$0" -c "$1" {shell}', sys.executable, program]
-        ended = subprocess.run(command, capture_output=True, timeout=30)
+        ended = subprocess.run(command, capture_output=True, timeout=300)
         assert ended.returncode == 2 and ended.stderr.startswith(said)

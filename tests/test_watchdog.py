@@ -15,7 +15,7 @@ def run(body: str) -> subprocess.CompletedProcess:
         f"with Watchdog(1.5, start=10) as watchdog:\n    {body}\nprint('end')\n"
     )
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
     )
 
 
