@@ -173,6 +173,9 @@ def test_a_damaged_file_is_refused_whole_and_says_where(goldens, tmp_path, diale
             assert f"not finite: {module}" in damaged(key, **{key: bad})
             assert module in damaged(key, **{key: np.zeros(value.shape, np.int8)})
         assert module in damaged(key, **{key: np.zeros((3, *value.shape, 5), value.dtype)})
+        for axis in range(value.ndim):  # one longer than the others say
+            longer = np.concatenate([value, value.take([0], axis)], axis)
+            assert module in damaged(key, **{key: longer})
         assert f"{key}x" in damaged(key, keep=False, **{f"{key}x": value})
         if short not in OPTIONAL and not key.endswith(("_B.bias", "diff")):
             assert module in damaged(key, keep=False)
