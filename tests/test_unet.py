@@ -90,7 +90,7 @@ def quickly(function, *arguments):
     return jax.jit(function).lower(*arguments).compile(options)(*arguments)
 
 
-@pytest.mark.parametrize("name", TINIES)
+@pytest.mark.parametrize("name", ["1.5", pytest.param("XL", marks=pytest.mark.slow)])
 def test_every_layer_equals_diffusers(name):
     """With sides of 12 x 18, whose third is odd."""
     config = TINIES[name]
