@@ -59,6 +59,7 @@ def test_names_are_told_from_paths(tmp_path, monkeypatch):
         "tiny",
         "model.safetensors",
         "/o/n",
+        "o/n--m",
         "./o/n",
         "../n",
         "~/o",
