@@ -11,8 +11,9 @@ from diffusers import pipelines
 from torch_reference import relative_l2
 
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import DEV, TINY, ConfigError, FluxConfig
-from fluxjax.families import FAMILIES, FLUX, Conditioning, Extras, family_of
+from fluxjax.config import DEV, TINY, ConfigError, ControlNetConfig, FluxConfig
+from fluxjax.families import FAMILIES, FLUX, Conditioning, Control, Extras, family_of
+from fluxjax.models.controlnet import FluxControlNet
 from fluxjax.models.flux import FluxTransformer
 
 SMALL = FluxConfig(
@@ -25,13 +26,21 @@ SMALL = FluxConfig(
     axes_dims_rope=(2, 2, 4),
 )
 
+CONTROLNET = ControlNetConfig(**{**vars(SMALL), "num_mode": 3})
+
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
+def random_variables(config, dtype) -> dict:
+    leaves, tree = jax.tree.flatten({"params": abstract_params(config)})
+    random = [(0.3 * normal(i, *leaf.shape)).astype(dtype) for i, leaf in enumerate(leaves)]
+    return tree.unflatten(random)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kind", ["text", "reference", "channels", "schnell"])
+@pytest.mark.parametrize("kind", ["text", "reference", "channels", "schnell", "control"])
 def test_what_a_run_hoists_is_the_forward(kind, dtype):
     """For every step of two pictures, with all that can come beside text."""
     config = replace(
@@ -46,19 +55,23 @@ def test_what_a_run_hoists_is_the_forward(kind, dtype):
         extras = extras._replace(channels=normal(1, 2, 6, 32))
     text = Conditioning(normal(2, 2, 5, 12), None, normal(3, 2, 6))
     times = jnp.array([1.0, 0.6875, 0.3])
-    leaves, tree = jax.tree.flatten({"params": abstract_params(config)})
-    random = [(0.3 * normal(i, *leaf.shape)).astype(dtype) for i, leaf in enumerate(leaves)]
-    variables = tree.unflatten(random)
+    variables, in_run = random_variables(config, dtype), extras
+    if kind == "control":
+        net = FluxControlNet(CONTROLNET, dtype=dtype, param_dtype=dtype)
+        seen, mode = normal(4, 2, 16, 4, 6), jnp.array([1, 2])
+        control = Control(net, random_variables(CONTROLNET, dtype), seen, jnp.float32(0.6), mode)
+        extras = extras._replace(controls=(control,))
+        in_run = extras._replace(controls=(control._replace(scale=jnp.full(3, 0.6)),))
 
     @jax.jit
     def run(variables, x):
         def forward(t, extras):
             return FLUX.forward(module, variables, x, jnp.full(2, t), text, extras)
 
-        each, step = FLUX.hoist(module, variables, times, text, extras)
+        each, step = FLUX.hoist(module, variables, times, text, in_run)
         hoisted = jax.lax.map(partial(step, x), each)
         plain = jax.lax.map(partial(forward, extras=extras), times)
-        without = forward(times[0], alone) if kind in ("reference", "channels") else None
+        without = forward(times[0], alone) if kind in ("reference", "channels", "control") else None
         return hoisted, plain, without
 
     blank = jnp.zeros((2, 6, 32)) if kind == "channels" else None

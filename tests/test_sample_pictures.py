@@ -392,7 +392,7 @@ def test_the_recorded_fill_is_drawn_by_the_sampler(shared):
     )
     module = FluxTransformer(config, timestep_rounding="bfl")
     params = from_bfl_params(weights, config)
-    (latents,) = denoise_pictures(FLUX, module, params, (noise,), drawn)
+    (latents,) = denoise_pictures(FLUX, module, (), params, (), (noise,), drawn)
     expected = tensors["outputs.latents"].read()
     assert relative_l2(np.asarray(latents), expected) <= 1e-4
     # Its mask, in pixels, is packed as BFL packs it.

@@ -13,7 +13,14 @@ from fluxjax.config.clip import (
     CLIPTextConfig,
     CLIPVisionConfig,
 )
-from fluxjax.config.controlnet import CONTROL_MODES, UNION, UNION_2, XLABS, ControlNetConfig
+from fluxjax.config.controlnet import (
+    CONTROL_MODES,
+    CONTROLS,
+    UNION,
+    UNION_2,
+    XLABS,
+    ControlNetConfig,
+)
 from fluxjax.config.flux import FluxConfig
 from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
 from fluxjax.config.lora import LoraConfig
@@ -50,6 +57,7 @@ __all__ = [
     "CLIP_L_TEXT",
     "CLIP_L_VISION",
     "CONTROL",
+    "CONTROLS",
     "CONTROL_MODES",
     "DEV",
     "FILL",

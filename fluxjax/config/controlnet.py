@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from fluxjax.config.base import in_range, require
 from fluxjax.config.flux import FluxConfig
 
+CONTROLS = ("control", "control_2", "control_3")
+"""What the control pictures of several ControlNets are called, in their order."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetConfig(FluxConfig):

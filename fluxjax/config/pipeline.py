@@ -8,6 +8,7 @@ from typing import Any
 from fluxjax.config.autoencoder import AutoencoderConfig
 from fluxjax.config.base import check_types, in_range, require
 from fluxjax.config.clip import CLIPTextConfig
+from fluxjax.config.controlnet import ControlNetConfig
 from fluxjax.config.flux import FluxConfig
 from fluxjax.config.scheduler import SchedulerConfig
 from fluxjax.config.t5 import T5Config
@@ -24,6 +25,8 @@ class PipelineConfig:
     text_encoder_2: T5Config = T5Config()
     """T5, whose states are the transformer's text tokens."""
     scheduler: SchedulerConfig = SchedulerConfig()
+    controlnets: tuple[ControlNetConfig, ...] = ()
+    """Networks beside the pipeline's own that see control pictures."""
     max_sequence_length: int = 512
     """Tokens of T5, padding included."""
     steps: int = 28
@@ -46,6 +49,11 @@ class PipelineConfig:
         """The configurations of the networks, by the names of their folders."""
         names = ("transformer", "vae", "text_encoder", "text_encoder_2")
         return {name: getattr(self, name) for name in names}
+
+    def of(self, component: str) -> tuple[Any, ...]:
+        """The configurations of a component: of the `controlnets` each one, else one."""
+        found = getattr(self, component)
+        return found if isinstance(found, tuple) else (found,)
 
     def require_text_to_image(self, model: object, *, or_tool: bool = False) -> None:
         """Raises ConfigError, which names `model`, unless text and noise fill the transformer;

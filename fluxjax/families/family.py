@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+from fluxjax.shapes import Params
+
 AnyArray = Array | np.ndarray
 Apply = Callable[..., Any]
 """`flax.linen.Module.apply`, or what takes its place on a mesh (`parallel.apply.apply_on`)."""
@@ -30,6 +32,20 @@ class Tokens(NamedTuple):
     positions: Num[AnyArray, "image axes"]
 
 
+class Control(NamedTuple):
+    """A ControlNet and what it sees. Of several passes it hears the first; all take its samples."""
+
+    module: Any
+    variables: Params
+    picture: Float[AnyArray, "b c h w"] | Float[AnyArray, "b height width 3"]
+    """Latents, or the pixels in [-1, 1] where the network has convolutions of its own."""
+    scale: Float[AnyArray, "*steps"]
+    """Of its samples, in a `forward` or in each step of a run; where it is 0 nothing is computed.
+    """
+    mode: Int[AnyArray, " b"] | None = None
+    """The kind of control picture, for networks that know several."""
+
+
 class Extras(NamedTuple):
     """What a forward is given besides state, times and text."""
 
@@ -41,6 +57,8 @@ class Extras(NamedTuple):
     """More tokens, free of noise, after the state's (FLUX.1 Kontext's reference)."""
     channels: Float[AnyArray, "b image c"] | None = None
     """More channels of the state's tokens, after its own (FLUX.1 Fill and Control)."""
+    controls: tuple[Control, ...] = ()
+    """What ControlNets add to the state's tokens, one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +72,7 @@ class Task:
 
     pictures: frozenset[str] = frozenset()
     draws: tuple[str, ...] = ("noise",)
-    """What noise is drawn for, one after the other from one generator: `noise` and `control` for
+    """What noise is drawn for, one after the other from one generator: `noise` and controls for
     each new picture, `image` and `masked` once for all. Of what is not here the posterior's mean is
     taken."""
     channels: tuple[str, ...] = ()
@@ -69,7 +87,7 @@ class Task:
 
     def row_count(self, draw: str, count: int) -> int:
         """Rows of noise that are drawn for `count` pictures from one seed."""
-        return count if draw in ("noise", "control") else 1
+        return count if draw == "noise" or draw.startswith("control") else 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,8 @@ from fluxjax.config import ConfigError, PipelineConfig, SchedulerConfig
 from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.config.sampler import Respacing, SamplerConfig
 from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
+from fluxjax.families.flux_controls import Each as OfControls
+from fluxjax.families.flux_controls import forward_controls, hoist_controls
 from fluxjax.families.flux_tasks import TASKS, find_task, mask_channels
 from fluxjax.models import latents as layout
 from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
@@ -30,6 +32,10 @@ from fluxjax.shapes import Params
 
 if TYPE_CHECKING:
     from fluxjax.text.tokenizers import PromptTokenizer
+
+
+Each = tuple[Modulations, OfControls]
+"""What each step of a run has of its own."""
 
 
 class PromptIds(NamedTuple):
@@ -184,6 +190,9 @@ def forward(
     `variables` is what `Module.apply` takes (see `fluxjax.models.lora.variables`). With `capture`,
     flax's `mutable` and `capture_intermediates`, the result is (velocity, state).
     """
+    guides: tuple[Any, ...] = ()
+    if extras.controls:
+        guides = (forward_controls(module.config, x, t, conditioning, extras, apply=apply),)
     returned: Any = apply(
         module,
         variables,
@@ -194,6 +203,7 @@ def forward(
         _positions(extras),
         layout.text_ids(conditioning.sequence.shape[1]),
         _guidance(module, extras),
+        *guides,
         **capture,
     )
     length = x.shape[1]
@@ -208,7 +218,7 @@ def hoist(
     extras: Extras,
     *,
     apply: Apply = nn.Module.apply,
-) -> tuple[Modulations, Callable[[Array, Modulations], Array]]:
+) -> tuple[Each, Callable[[Array, Each], Array]]:
     """`forward` for the steps of a run: one entry per step, and what each step does with its own.
 
     Rotary tables, text and modulations are the same whatever the picture is: they are computed
@@ -222,12 +232,16 @@ def hoist(
     rope = method("rope", layout.text_ids(length), _positions(extras))
     text = method("embed_text", conditioning.sequence.astype(module.dtype))
     each = method("step_modulations", times, conditioning.vector, _guidance(module, extras))
+    controls, add = hoist_controls(module.config, times, conditioning, extras, apply=apply)
 
-    def step(x: Array, modulations: Modulations) -> Array:
-        seen = _seen(x.astype(module.dtype), extras)
-        return method("denoise", seen, text, modulations, rope)[:, : x.shape[1]]
+    def step(x: Array, each: Each) -> Array:
+        modulations, controls = each
+        x = x.astype(module.dtype)
+        guides = (add(x, controls),) if controls else ()
+        out = method("denoise", _seen(x, extras), text, modulations, rope, *guides)
+        return out[:, : x.shape[1]]
 
-    return each, step
+    return (each, controls), step
 
 
 def _seen(x: Array, extras: Extras) -> Array:

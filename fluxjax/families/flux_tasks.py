@@ -6,12 +6,13 @@ Sources: diffusers `pipelines/flux`; BFL's tools follow with `rounding="bfl"`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from einops import rearrange
 from jaxtyping import Float
 
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import CONTROLS, ConfigError, PipelineConfig
 from fluxjax.families.family import Task
 
 _IMAGE, _MASKED = frozenset({"image"}), frozenset({"image", "mask"})
@@ -48,15 +49,39 @@ TASKS: dict[str, Task] = {
         keeps=True,
         strength=0.85,
     ),
+    "FluxControlNetPipeline": Task(pictures=frozenset({"control"}), draws=("control", "noise")),
+    "FluxControlNetImg2ImgPipeline": Task(
+        pictures=_IMAGE | {"control"}, draws=("control", "image", "noise"), strength=0.6
+    ),
+    "FluxControlNetInpaintPipeline": Task(
+        pictures=_MASKED | {"control"},
+        draws=("control", "image", "noise"),
+        keeps=True,
+        strength=0.85,
+    ),
 }
 
 
 def tasks_of(config: PipelineConfig) -> list[Task]:
-    """Those whose channels a model's transformer reads."""
+    """Those whose channels a model's transformer reads, and for which it has a ControlNet."""
     latent, mask = config.vae.latent_channels, config.vae.scale**2
     size = {"control": latent, "masked": latent, "mask": mask}
     joined = config.transformer.in_channels // 4 - latent
-    return [task for task in TASKS.values() if sum(map(size.__getitem__, task.channels)) == joined]
+    found = []
+    for name, task in TASKS.items():
+        if sum(map(size.__getitem__, task.channels)) != joined:
+            continue
+        if ("ControlNet" in name) == bool(config.controlnets):
+            found.append(_with_controls(task, config) if config.controlnets else task)
+    return found
+
+
+def _with_controls(task: Task, config: PipelineConfig) -> Task:
+    """With a draw for each control picture that the autoencoder encodes."""
+    encoded = [i for i, net in enumerate(config.controlnets) if not net.sees_pixels]
+    controls = tuple(CONTROLS[i] for i in encoded)
+    draws = [controls if draw == "control" else (draw,) for draw in task.draws]
+    return replace(task, draws=tuple(draw for group in draws for draw in group))
 
 
 def find_task(config: PipelineConfig, given: Iterable[str]) -> Task:

@@ -20,6 +20,7 @@ from fluxjax.families.family import Family
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.compilation import compiler_options
+from fluxjax.models.controlnet import FluxControlNet
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import adapt
 from fluxjax.models.t5 import T5Encoder
@@ -33,6 +34,7 @@ from fluxjax.sample.programs import (
     COMPONENTS,
     OF_PICTURES,
     OF_RUNS,
+    WHOLE,
     Drawn,
     Name,
     Program,
@@ -109,8 +111,9 @@ class Executables:
             clip = CLIPTextModel(config.text_encoder, **stacked)
             modules = clip, T5Encoder(config.text_encoder_2, **stacked)
         else:
-            flux = FluxTransformer(config.transformer, **stacked, timestep_rounding=rounding)
-            modules = (flux,)
+            stacked["timestep_rounding"] = rounding
+            flux = FluxTransformer(config.transformer, **stacked)
+            modules = flux, tuple(FluxControlNet(one, **stacked) for one in config.controlnets)
         return modules
 
     def compile(self, program: Program, options: Mapping[str, str] | None = None) -> Any:
@@ -120,7 +123,7 @@ class Executables:
         params = self.arguments(program)
         if self.slots is not None and program.name in OF_RUNS:
             pictures = program.inputs[0][0].shape[0]
-            params = [adapt(params[0], self.slots.shapes(pictures))]
+            params[0] = adapt(params[0], self.slots.shapes(pictures))
         function, inputs = program.function, program.inputs
         if self.mesh is not None:
             function, inputs = _split(program, len(modules), self.mesh, self.sequence)
@@ -128,14 +131,14 @@ class Executables:
         compiled = lowered.compile(compiler_options={**compiler_options(), **(options or {})})
         return compiled if jax.process_count() == 1 else partial(_placed, compiled, inputs)
 
-    def weights(self, component: str) -> Params:
-        """Shapes of a component's parameters, without a LoRA."""
+    def weights(self, component: str) -> Any:
+        """Shapes of a component's parameters, without a LoRA; of each of the `controlnets`."""
         stacked = self.scan_layers and component != "vae"
-        config = getattr(self.config, component)
-        template = self.quantised.get(component)
-        if template is None:
-            template = abstract_params(config, stacked=stacked)
-        return in_dtype(template, self.dtype)
+        if component in self.quantised:
+            return in_dtype(self.quantised[component], self.dtype)
+        templates = (abstract_params(one, stacked=stacked) for one in self.config.of(component))
+        each = tuple(in_dtype(template, self.dtype) for template in templates)
+        return each if component == "controlnets" else each[0]
 
     def split(self, denoise: Program) -> tuple[Program, Program]:
         """The same in two: what is done before the steps, and the steps."""
@@ -146,27 +149,31 @@ class Executables:
         each = jax.eval_shape(function, *self.arguments(before), *denoise.inputs)
         return before, of("denoise", *denoise.inputs, each)
 
-    def arguments(self, program: Program) -> list[Params]:
+    def arguments(self, program: Program) -> list[Any]:
         """Shapes of the parameters that a program is given; without slots."""
         return [self.shapes(component, program.part) for component in COMPONENTS[program.name]]
 
-    def shapes(self, component: str, part: Part = "all") -> Params:
+    def shapes(self, component: str, part: Part = "all") -> Any:
         """Of the parameters that a program is given of a component, and where they lie."""
+        if component == "controlnets":
+            return tuple(map(self._given, self.config.controlnets, self.weights(component)))
         config = getattr(self.config, component)
         shapes = part_of(self.weights(component), config, part)
-        spec: Any = jax.ShapeDtypeStruct
         if component == "transformer" and self.stream:
             shapes = with_places(shapes)
         if component == "transformer" and self.lora is not None:
-            lora = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), self.lora)
-            shapes = adapt(shapes, lora)
+            shapes = adapt(shapes, jax.tree.map(_spec, self.lora))
+        return self._given(config, shapes)
+
+    def _given(self, config: Any, shapes: Params) -> Params:
+        """On the mesh by the roles of the network's layers."""
         if self.mesh is None:
             return shapes
-        return jax.tree.map(
-            lambda leaf, place: spec(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            state_shardings(config, shapes, self.mesh),
-        )
+        return jax.tree.map(_spec, shapes, state_shardings(config, shapes, self.mesh))
+
+
+def _spec(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _placed(compiled: Any, specs: tuple, *arguments: Any) -> Any:
@@ -191,9 +198,9 @@ def _split(
 
     inputs = placed(program.inputs, batch)
     if program.name == "denoise":
-        state, drawn = inputs
-        tables = placed((drawn.schedule, drawn.passes), whole)
-        inputs = state, Drawn(*tables, *drawn[2:])
+        drawn: Drawn = program.inputs[1]
+        tables = {name: placed(getattr(drawn, name), whole) for name in WHOLE}
+        inputs = inputs[0], inputs[1]._replace(**tables)
     # Unwrapped: a trace made for one mesh must serve no other.
     function = program.function.__wrapped__
     if of_pictures:

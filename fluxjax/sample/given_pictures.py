@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxjax.config import ConfigError
+from fluxjax.config import CONTROLS, ConfigError
 from fluxjax.picture_files import BadPicture, decode, quiet, upright_holes, upright_rgb
 from fluxjax.sample.masks import expanded
 from fluxjax.sample.settings import ALPHA, PICTURES, Settings
@@ -30,13 +30,35 @@ class Given:
     image: Picture | None = None
     mask: Picture | None = None
     control: Picture | None = None
+    control_2: Picture | None = None
+    control_3: Picture | None = None
+
+    @property
+    def controls(self) -> list[Picture]:
+        """Those that there are, in their order."""
+        each = [getattr(self, name) for name in CONTROLS]
+        return [one for one in each if one is not None]
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(name for name in PICTURES if getattr(self, name) is not None)
+        return frozenset(
+            "control" if name in CONTROLS else name
+            for name in PICTURES
+            if getattr(self, name) is not None
+        )
 
 
 NO_PICTURES = Given()
+
+
+def spread_controls(given: Any) -> dict[str, Any]:
+    """One control or a list of several, by the names of CONTROLS.
+
+    Raises ConfigError for more than there can be."""
+    each = list(given) if isinstance(given, list | tuple) else [given]
+    if len(each) > len(CONTROLS):
+        raise ConfigError(f"at most {len(CONTROLS)} controls go together, got {len(each)}")
+    return dict(zip(CONTROLS, each, strict=False))
 
 
 def apart(**given: Picture | str | Path | None) -> tuple[dict[str, str], dict[str, Picture]]:

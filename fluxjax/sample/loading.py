@@ -34,6 +34,7 @@ from fluxjax.parallel.mesh_shape import MeshShape
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
 from fluxjax.quantised_kinds import KEEP, KINDS
+from fluxjax.sample.controls import given_controlnets, open_controlnets
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.quantise_option import parse_quantise
@@ -61,6 +62,7 @@ def load_pipeline(
     offload: bool = False,
     stream: bool = False,
     redux: str | Path | None = None,
+    controlnet: Any = None,
 ) -> Pipeline:
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
@@ -93,6 +95,9 @@ def load_pipeline(
       stream: keep the transformer's blocks in the host's memory, and bring one at a time. Both draw
         the same picture, and neither goes with a mesh.
       redux: a folder of FLUX.1 Redux, which `redux_image` needs.
+      controlnet: a folder or file of a ControlNet, "FOLDER:SCALE" or (FOLDER, SCALE), or a list of
+        up to three, which `control` is for. A folder of diffusers' FluxControlNetPipeline has its
+        own.
 
     Raises FileNotFoundError, ConfigError or ValueError with one sentence naming what is wrong.
     """
@@ -121,6 +126,11 @@ def load_pipeline(
     config.require_text_to_image(path, or_tool=True)
     if stream and scan_layers is False:
         raise ConfigError("stream brings one block at a time: it needs scan_layers")
+    scaled_nets = given_controlnets(controlnet)
+    if controlnet is None and (own := path / "controlnet").is_dir():
+        scaled_nets = [(str(own), 1.0)]
+    controlnets = open_controlnets(scaled_nets, config)
+    config = replace(config, controlnets=tuple(net.config for net in controlnets))
     if scan_layers is None:
         scan_layers = stream or scan_by_default(config.transformer)
     for name in ("tokenizer", "tokenizer_2"):
@@ -150,7 +160,7 @@ def load_pipeline(
     pipeline = Pipeline(
         family,
         config,
-        partial(_load, networks, dtype, scan_layers, lora, mesh, held, stream),
+        partial(_load, networks, controlnets, dtype, scan_layers, lora, mesh, held, stream),
         partial(_tokenizers, tokenizers, config),
         dtype=dtype,
         scan_layers=scan_layers,
@@ -162,8 +172,10 @@ def load_pipeline(
         offload=offload,
         stream=stream,
         redux=prior,
+        control_scales=[scale for _, scale in scaled_nets],
         sources=Sources(
             quantise=None if quantise == KEEP else quantise,
+            controlnet=tuple(f"{absolute(folder)}:{scale:g}" for folder, scale in scaled_nets),
             redux=None if redux is None else absolute(str(redux)),
             model=absolute(str(model)),
             text_encoders=None if text_encoders is None else absolute(str(text_encoders)),
@@ -227,6 +239,7 @@ def _open_vae(path: Path) -> OpenNetwork:
 
 def _load(
     networks: dict[str, OpenNetwork],
+    controlnets: Sequence[OpenNetwork],
     dtype: Dtype,
     scan_layers: bool,
     lora: Params | None,
@@ -235,7 +248,11 @@ def _load(
     stream: bool,
     component: str,
     part: Part = "all",
-) -> Params:
+) -> Any:
+    if component == "controlnets":
+        different = {id(net): net for net in controlnets}
+        loaded = {key: _whole(net, dtype, scan_layers, mesh) for key, net in different.items()}
+        return tuple(loaded[id(net)] for net in controlnets)
     network = networks[component]
     stacked = _stacked(network, scan_layers)
     template = held.get(component) or abstract_params(network.config, stacked=stacked)
@@ -249,6 +266,14 @@ def _load(
         lora_places = state_shardings(network.config, lora, mesh)
     params = network.fill(template, dtype=dtype, shardings=places)
     return adapt(params, place(lora, lora_places) if component == "transformer" else None)
+
+
+def _whole(network: OpenNetwork, dtype: Dtype, scan_layers: bool, mesh: Mesh | None) -> Params:
+    template = abstract_params(network.config, stacked=_stacked(network, scan_layers))
+    places: Any = SingleDeviceSharding(jax.devices()[0])
+    if mesh is not None:
+        places = param_shardings(network.config, template, mesh)
+    return network.fill(template, dtype=dtype, shardings=places)
 
 
 def _held(

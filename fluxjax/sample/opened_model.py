@@ -50,6 +50,7 @@ class OpenedModel:
             offload=self.options.offload,
             stream=self.options.stream,
             quantise=sources.quantise or KEEP,
+            controlnet=sources.controlnet or None,
             mesh=self.options.mesh,
             sequence=self.options.sequence or "auto",
         )

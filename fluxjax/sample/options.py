@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fluxjax.config import ConfigError, multiple
+from fluxjax.config import CONTROLS, ConfigError, multiple
 from fluxjax.config.sampler import Respacing
 from fluxjax.hub import size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
@@ -105,6 +105,22 @@ _Loras = Annotated[
     tyro.conf.UseAppendAction,
     tyro.conf.arg(metavar="FILE[:SCALE]", help_behavior_hint=""),
 ]
+_Folders = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="FOLDER[:SCALE]", help_behavior_hint=""),
+]
+_Files = Annotated[
+    tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE", help_behavior_hint="")
+]
+_Modes = Annotated[
+    tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="MODE", help_behavior_hint="")
+]
+_Ranges = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="START,END", help_behavior_hint=""),
+]
 _Words = Annotated[
     tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")
 ]
@@ -147,8 +163,16 @@ class Options:
     """A picture to start from; the new one takes its size, as it does that of the three below."""
     mask: _Text = None
     """White where the image is painted anew; "alpha": where the image is transparent."""
-    control: _Text = None
-    """The edges or depths that the new picture is to have (FLUX.1 Canny and Depth)."""
+    control: _Files = ()
+    """The edges or depths that the new picture is to have (FLUX.1 Canny and Depth, ControlNets);
+    one for all, or one for each --controlnet."""
+    controlnet: _Folders = ()
+    """A ControlNet, or several: --controlnet A:0.7 --controlnet B:0.4 (folders or files)."""
+    control_mode: _Modes = ()
+    """Of a union ControlNet the kind of its control: canny, tile, depth, blur, pose, gray,
+    low-quality, or a number."""
+    control_range: _Ranges = ()
+    """START,END, such as 0,0.8: between which parts of the run a ControlNet counts."""
     canny: _Thresholds = None
     """LOW,HIGH, such as 50,200: draw by the edges of the control, which is a photograph."""
     reference: _Text = None
@@ -250,6 +274,8 @@ def check(options: Options) -> None:
     _check_model(sources["model"])
     if options.like is None and (sources["redux"] is None) != (sources["redux_image"] == ()):
         raise ConfigError("--redux FOLDER and --redux-image FILE belong together: give both")
+    if options.controlnet and not options.control and not (options.like or options.prompts):
+        raise ConfigError("--controlnet FOLDER needs a picture that it sees: give --control FILE")
     if sources["redux"] and not (is_name(sources["redux"]) or Path(sources["redux"]).exists()):
         raise FileNotFoundError(f"there is no Redux folder {sources['redux']}")
     named = [(f"{name} picture", given[name]) for name in PICTURES]
@@ -290,10 +316,34 @@ def given_settings(options: Options) -> dict[str, Any]:
     """The settings on the command line; None is what is not there."""
     given = {name: getattr(options, name, None) for name in FIELDS}
     given["prompt"] = " ".join(options.prompt) if options.prompt else None
+    if len(options.control) > len(CONTROLS):
+        raise ConfigError(
+            f"--control is given {len(options.control)} times, and at most "
+            f"{len(CONTROLS)} go together"
+        )
+    given["control"] = None
+    given |= dict(zip(CONTROLS, options.control, strict=False))
+    given["control_mode"] = options.control_mode or None
+    given["control_range"] = _ranges(options.control_range) or None
     for name in PICTURES:
         if given[name] is not None and (name, str(given[name])) != ("mask", ALPHA):
             given[name] = absolute(str(given[name]))
     return {**given, "soft_mask": options.soft_mask or None}
+
+
+def _ranges(texts: tuple[str, ...]) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for text in texts for part in _pair(text))
+    except ValueError:
+        shown = " ".join(texts)
+        raise ConfigError(
+            f"--control-range must be START,END, such as 0,0.8, got {brief(shown)}"
+        ) from None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    start, end = text.split(",")
+    return start, end
 
 
 def given_sources(options: Options) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from fluxjax.config import CONTROLS
 from fluxjax.families.family import AnyArray, Task
 from fluxjax.models.autoencoder import normalize_latents
+from fluxjax.sample.controls import ControlInput, control_inputs, control_pictures
 from fluxjax.sample.denoise import Kept
-from fluxjax.sample.edges import canny_edges
 from fluxjax.sample.given_pictures import Given
 from fluxjax.sample.masks import Box, crop_box, cropped, mask_values, pasted
 from fluxjax.sample.reference import pixels
@@ -38,6 +39,8 @@ class Inputs(NamedTuple):
     """Where image to image starts."""
     mask: Float[AnyArray, "_ 1 h w"] | None = None
     """At 0 the image is put back after each step."""
+    controls: tuple[ControlInput, ...] = ()
+    """Of each ControlNet."""
 
 
 NOTHING = Inputs()
@@ -60,11 +63,7 @@ def make_inputs(
     """`draws`: the noise of the task; BFL's rounding encodes by the posterior's mean."""
     size, box = (settings.width, settings.height), box_of(given, settings)
     seen: dict[str, Float[np.ndarray, "1 height width 3"]] = {}
-    if given.control is not None:
-        control = given.control
-        if settings.canny is not None:
-            control = canny_edges(control, *size, settings.canny)
-        seen["control"] = pixels(control, *size)
+    seen |= control_pictures(pipe.config, given, settings)
     if given.image is not None:
         whole = given.image if box is None else cropped(given.image, box, *size)
         seen["image"] = pixels(whole, *size)
@@ -88,12 +87,17 @@ def make_inputs(
     channels = [channel(name) for name in task.channels]
     rows = max((len(one) for one in channels), default=1)
     joined = [np.repeat(one, rows, axis=0) if len(one) < rows else one for one in channels]
-    scale = pipe.config.vae.scale
+    scale, nets = pipe.config.vae.scale, pipe.config.controlnets
+    controls = [
+        (seen[name] if net.sees_pixels else encoded(name)).astype(pipe.dtype)
+        for name, net in zip(CONTROLS, nets, strict=False)
+    ]
     return Inputs(
         None if given.reference is None else pipe.encode_reference(given.reference),
         np.concatenate([one.astype(pipe.dtype) for one in joined], axis=1) if joined else None,
         None if given.image is None else encoded("image"),
         values[:, None, ::scale, ::scale] if task.keeps and values is not None else None,
+        control_inputs(pipe.config, settings, pipe.control_scales, controls),
     )
 
 

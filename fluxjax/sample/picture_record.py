@@ -18,7 +18,7 @@ from typing import Any
 
 from fluxjax import __version__
 from fluxjax.checkpoint.lora.scaled_file import split_scale
-from fluxjax.config import ConfigError
+from fluxjax.config import CONTROLS, ConfigError
 from fluxjax.file_hash import hash_file
 from fluxjax.hub import is_cached
 from fluxjax.sample import known_places
@@ -37,7 +37,8 @@ from fluxjax.sample.sources import (
 _OPTIONS = {
     "text_encoders": "--text-encoders",
     "redux_image": "--redux-image",
-    **{name: f"--{name}" for name in ("model", "vae", "redux", *PICTURES)},
+    **{name: f"--{name}" for name in ("model", "vae", "redux", "controlnet", *PICTURES)},
+    **dict.fromkeys(CONTROLS, "--control"),
 }
 _MOST_LORAS = 100
 

@@ -17,7 +17,8 @@ from fluxjax.config import ConfigError
 from fluxjax.config.latents import PATCH
 from fluxjax.config.sampler import Respacing
 from fluxjax.families.family import Conditioning
-from fluxjax.sample.given_pictures import Given, apart, read_given
+from fluxjax.sample.controls import check_controls, control_settings
+from fluxjax.sample.given_pictures import Given, apart, read_given, spread_controls
 from fluxjax.sample.lora_slots import LoraChoice
 from fluxjax.sample.picture_inputs import finished, make_inputs
 from fluxjax.sample.pictures import to_bytes
@@ -49,7 +50,10 @@ class Pipeline(Stages):
         height: int | None = None,
         image: Image | str | Path | None = None,
         mask: Image | str | Path | None = None,
-        control: Image | str | Path | None = None,
+        control: Any = None,
+        control_scale: float | Sequence[float] | None = None,
+        control_mode: str | int | Sequence[str | int | None] | None = None,
+        control_range: tuple[float, float] | Sequence[tuple[float, float]] | None = None,
         reference: Image | str | Path | None = None,
         strength: float | None = None,
         mask_crop: int | None = None,
@@ -84,7 +88,12 @@ class Pipeline(Stages):
             is given, rounded down, see `picture_size`.
           image: what the new picture starts from; here and below a picture or its file.
           mask: white where the image is painted anew; "alpha": where the image is transparent.
-          control: edges or depths that the new picture has (FLUX.1 Canny and Depth).
+          control: edges or depths that the new picture has (FLUX.1 Canny and Depth, ControlNets);
+            of several ControlNets a list with one for each, or one for all.
+          control_scale, control_mode, control_range: how strong a ControlNet is; which kind of
+            picture a union ControlNet sees, such as "canny" (see `fluxjax.config.CONTROL_MODES`) or
+            its number; and between which parts of the run it counts, such as (0, 0.8). Of several
+            a list with one for each, or one for all.
           reference: a picture to edit (FLUX.1 Kontext); with a mask and no image it is that too.
           strength: how much of the image is drawn anew, above 0 and up to 1.
           mask_crop: draw the mask's surroundings alone, with so many pixels around, in the size of
@@ -116,7 +125,8 @@ class Pipeline(Stages):
         if others:
             raise ConfigError(unknown_options(sorted(others)))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        files, objects = apart(image=image, mask=mask, control=control, reference=reference)
+        controls = spread_controls(control)
+        files, objects = apart(image=image, mask=mask, reference=reference, **controls)
         settings = {
             "steps": steps,
             "guidance": guidance,
@@ -136,6 +146,7 @@ class Pipeline(Stages):
             "canny": canny,
             "sampler": sampler,
             "sigmas": sigmas,
+            **control_settings(control_mode, control_scale, control_range),
         }
         chosen = override(self.defaults, {**settings, **files})
         given, chosen = read_given(chosen, objects)
@@ -171,6 +182,7 @@ class Pipeline(Stages):
         Raises ConfigError, which says what the model takes, for pictures that it does not.
         """
         task = self.family.find_task(self.config, given.names)
+        check_controls(self.config, settings, given)
         if task.strength is None and settings.strength is not None:
             raise ConfigError("strength says how much of an image is drawn anew: give an image")
         if task.strength is not None and (settings.sampler or settings.sigmas):

@@ -10,11 +10,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fluxjax.checkpoint.templates import Part
 from fluxjax.config import PipelineConfig
-from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Task, Tokens
+from fluxjax.families.family import (
+    AnyArray,
+    Apply,
+    Conditioning,
+    Control,
+    Extras,
+    Family,
+    Task,
+    Tokens,
+)
 from fluxjax.models.absent import with_zeros
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.lora import stack_passes, variables
@@ -28,19 +37,20 @@ COMPONENTS: dict[Name, tuple[str, ...]] = {
     "encode": ("text_encoder", "text_encoder_2"),
     "reference": ("vae",),
     "posterior": ("vae",),
-    "before": ("transformer",),
-    "denoise": ("transformer",),
+    "before": ("transformer", "controlnets"),
+    "denoise": ("transformer", "controlnets"),
     "decode": ("vae",),
 }
 OF_RUNS: tuple[Name, ...] = ("before", "denoise")
 OF_PICTURES: tuple[Name, ...] = ("reference", "posterior", "decode")
 UNTILED_LATENTS = 256 * 256
+WHOLE = ("schedule", "passes", "control_scales")  # of Drawn: the same for all pictures
 TEXT_ALONE = Task()
 
 
 class Drawn(NamedTuple):
-    """What `denoise_pictures` draws with: schedule and weights of passes are data for all pictures,
-    the rest has a row for each."""
+    """What `denoise_pictures` draws with: what is in WHOLE is data for all pictures, the rest has a
+    row for each."""
 
     schedule: Schedule
     passes: Float[AnyArray, "steps differences"]
@@ -53,13 +63,18 @@ class Drawn(NamedTuple):
     """What is joined to the state's channels."""
     kept: sampler.Kept | None = None
     """Its mask has one channel."""
+    controls: tuple[tuple[AnyArray, Int[AnyArray, "n"] | None], ...] = ()
+    """Of each ControlNet what it sees, latents or pixels, and its mode."""
+    control_scales: tuple[Float[AnyArray, "steps"], ...] = ()
 
 
-@partial(jax.jit, static_argnames=("family", "module", "apply"))
+@partial(jax.jit, static_argnames=("family", "module", "controlnets", "apply"))
 def before_steps(
     family: Family,
     module: Any,
+    controlnets: tuple[Any, ...],
     params: Params,
+    controlnet_params: tuple[Params, ...],
     state: sampler.State,
     drawn: Drawn,
     apply: Apply = nn.Module.apply,
@@ -68,14 +83,17 @@ def before_steps(
 
     Parameters that only steps use may be absent.
     """
-    return _hoisted(family, module, params, state, drawn, apply)[0]
+    nets = controlnets, controlnet_params
+    return _hoisted(family, module, nets, params, state, drawn, apply)[0]
 
 
-@partial(jax.jit, static_argnames=("family", "module", "apply"))
+@partial(jax.jit, static_argnames=("family", "module", "controlnets", "apply"))
 def denoise_pictures(
     family: Family,
     module: Any,
+    controlnets: tuple[Any, ...],
     params: Params,
+    controlnet_params: tuple[Params, ...],
     state: sampler.State,
     drawn: Drawn,
     each: Any = None,
@@ -83,11 +101,13 @@ def denoise_pictures(
 ) -> sampler.State:
     """Runs the schedule on a state of unpacked latents (n, c, h, w).
 
-    `params` may come with a LoRA (`fluxjax.models.lora.adapt`). With `each`, which `before_steps`
-    gives, those may be absent that it alone uses.
+    `params` may come with a LoRA (`fluxjax.models.lora.adapt`). `controlnets` are modules, with a
+    picture for each in `drawn`. With `each`, which `before_steps` gives, those parameters may be
+    absent that it alone uses.
     """
     rows, columns = state[0].shape[2:]
-    hoisted, step = _hoisted(family, module, params, state, drawn, apply)
+    nets = controlnets, controlnet_params
+    hoisted, step = _hoisted(family, module, nets, params, state, drawn, apply)
     each = hoisted if each is None else each
     packed = tuple(family.pack(latents).values for latents in state)
     kept = None
@@ -101,6 +121,7 @@ def denoise_pictures(
 def _hoisted(
     family: Family,
     module: Any,
+    controlnets: tuple[tuple[Any, ...], tuple[Params, ...]],
     params: Params,
     state: sampler.State,
     drawn: Drawn,
@@ -116,8 +137,13 @@ def _hoisted(
     channels = None
     if drawn.channels is not None:
         channels = stack(*[family.pack(drawn.channels).values] * many)
+    nets = zip(*controlnets, drawn.controls, drawn.control_scales, strict=True)
+    controls = tuple(
+        Control(net, {"params": weights}, seen, scale, mode)
+        for net, weights, (seen, mode), scale in nets
+    )
     # One pass over a batch of twice the size, not two passes over the weights.
-    extras = Extras(positions, jnp.tile(drawn.guidance, many), reference, channels)
+    extras = Extras(positions, jnp.tile(drawn.guidance, many), reference, channels, controls)
     return family.hoist(
         module,
         stack_passes(variables(with_zeros(params)), many),
@@ -231,6 +257,7 @@ def programs(
         )
         schedule = jax.tree.map(lambda x: spec(x.shape, x.dtype), pad(table))
         steps = len(schedule.times)
+        column = spec((steps,), jnp.float32)
     reference = channels = kept = None
     if "reference" in task.pictures and reference_size is not None:
         reference = spec((n, *family.state_shape(config, *reference_size)), dtype)
@@ -249,6 +276,7 @@ def programs(
         reference,
         channels,
         kept,
+        *_controls(config, n, settings, shape, dtype, column),
     )
     states = (spec((n, *shape), state),) * schedule.latents
     listed = partial(program, family)
@@ -260,7 +288,10 @@ def programs(
     seen: dict[tuple[Name, tuple[int, int]], None] = {}
     if reference_size is not None and "reference" in task.pictures:
         seen["reference", reference_size] = None
-    if task.pictures - {"reference"}:
+    encoded = task.pictures - {"reference"}
+    if config.controlnets and all(net.sees_pixels for net in config.controlnets):
+        encoded -= {"control"}
+    if encoded:
         sampled = task.draws != ("noise",) and settings.rounding != "bfl"
         seen["posterior" if sampled else "reference", (settings.width, settings.height)] = None
     for name, (width, height) in seen:
@@ -268,6 +299,27 @@ def programs(
     if not tiled(*shape[1:]):
         found.append(listed("decode", spec((rows("decode", pictures), *shape), state)))
     return found
+
+
+def _controls(
+    config: PipelineConfig,
+    n: int,
+    settings: Settings,
+    shape: tuple[int, int, int],
+    dtype: Any,
+    column: Any,
+) -> tuple[tuple, tuple]:
+    """Shapes of `Drawn.controls` and of their scales."""
+    spec: Any = jax.ShapeDtypeStruct
+    pixels = (n, settings.height, settings.width, 3)
+    controls = tuple(
+        (
+            spec(pixels if net.sees_pixels else (n, *shape), dtype),
+            spec((n,), jnp.int32) if net.num_mode else None,
+        )
+        for net in config.controlnets
+    )
+    return controls, (column,) * len(controls)
 
 
 def tiled(rows: int, columns: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import CONTROL_MODES, CONTROLS, ConfigError, PipelineConfig
 from fluxjax.config.sampler import Respacing
 from fluxjax.config.scheduler import MAX_STEPS
 
@@ -19,8 +19,9 @@ MAX_SEQUENCE_LENGTH = 512
 SEED_LIMIT = 2**64
 MAX_SIDE = 16384  # pixels; one million tokens, more than any of these models can draw
 MAX_GUIDANCE = 1000.0
+MAX_SCALE = 100.0  # of what a ControlNet adds
 MAX_THRESHOLD = 10_000  # of Canny's gradients, which are below
-PICTURES = ("reference", "image", "mask", "control")
+PICTURES = ("reference", "image", "mask", *CONTROLS)
 ALPHA = "alpha"  # the mask that is the image's own transparency
 
 
@@ -60,6 +61,17 @@ class Settings:
     mask_sha256: str | None = None
     control: str | None = None
     control_sha256: str | None = None
+    control_2: str | None = None
+    """The second ControlNet's own; without it all see the first."""
+    control_2_sha256: str | None = None
+    control_3: str | None = None
+    control_3_sha256: str | None = None
+    control_mode: tuple[str, ...] | None = None
+    """What kind of picture each union ControlNet sees, see `fluxjax.config.CONTROL_MODES`."""
+    control_scale: tuple[float, ...] | None = None
+    """How strong each ControlNet is, or all; None: as they were loaded."""
+    control_range: tuple[float, ...] | None = None
+    """Between which parts of the run (0 to 1) each ControlNet counts, or all: (start, end, ...)."""
     strength: float | None = None
     """How much of its steps image to image runs; None: the task's own."""
     mask_crop: int | None = None
@@ -72,7 +84,7 @@ class Settings:
     """The control's edges are drawn, found with these two thresholds."""
 
     def __post_init__(self) -> None:
-        for name in ("expand", "canny"):
+        for name in _LISTS:
             if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("guidance", "true_cfg"):
@@ -93,6 +105,7 @@ class Settings:
             fits = len(self.canny) == 2 and 0 <= self.canny[0] <= self.canny[1] <= MAX_THRESHOLD
             wanted = f"two thresholds from 0 to {MAX_THRESHOLD}, the lower one first"
             _require(fits, "canny", wanted, self)
+        self._check_controls()
         if self.sampler is not None:
             from fluxjax.schedules.samplers import ON_FLOW
 
@@ -107,6 +120,21 @@ class Settings:
             f"from 1 to {MAX_SEQUENCE_LENGTH}",
             self,
         )
+
+    def _check_controls(self) -> None:
+        most = len(CONTROLS)
+        if (modes := self.control_mode) is not None:
+            fits = 0 < len(modes) <= most and all(map(_is_mode, modes))
+            known = ", ".join(CONTROL_MODES)
+            _require(fits, "control_mode", f"one of {known} or a number, for each", self)
+        if (scales := self.control_scale) is not None:
+            fits = 0 < len(scales) <= most and all(abs(scale) <= MAX_SCALE for scale in scales)
+            _require(fits, "control_scale", f"from {-MAX_SCALE:g} to {MAX_SCALE:g}, for each", self)
+        if (ends := self.control_range) is not None:
+            pairs = list(zip(ends[::2], ends[1::2], strict=False))
+            fits = 0 < len(ends) <= 2 * most and 2 * len(pairs) == len(ends)
+            fits = fits and all(0 <= start < end <= 1 for start, end in pairs)
+            _require(fits, "control_range", "a start and a later end from 0 to 1, for each", self)
 
     @property
     def first_step(self) -> int:
@@ -126,6 +154,10 @@ class Settings:
     @property
     def uses_true_cfg(self) -> bool:
         return self.true_cfg > 1 and self.negative_prompt is not None
+
+
+def _is_mode(mode: str) -> bool:
+    return mode in CONTROL_MODES or (mode.isdecimal() and len(mode) < 4)
 
 
 def _require(condition: bool, name: str, wanted: str, settings: Settings) -> None:
@@ -154,6 +186,7 @@ def check_text(name: str, text: str) -> None:
         ) from None
 
 
+_LISTS = ("expand", "canny", "control_mode", "control_scale", "control_range")
 _TEXTS = ("prompt", "prompt_2", "negative_prompt")
 _KINDS = {
     **dict.fromkeys(("steps", "width", "height", "seed", "max_sequence_length"), "an integer"),
@@ -163,11 +196,27 @@ _KINDS = {
     "mask_crop": "an integer",
     "soft_mask": "true or false",
     **dict.fromkeys(("expand", "canny"), "a list of integers"),
+    "control_mode": "a list of texts",
+    **dict.fromkeys(("control_scale", "control_range"), "a list of numbers"),
     "sampler": "a text",
     "sigmas": " or ".join(get_args(Respacing)),
     "noise": " or ".join(get_args(Noise)),
     "rounding": " or ".join(get_args(Rounding)),
 }
+
+
+_EACH: dict[str, tuple[type, ...]] = {
+    "a list of integers": (int,),
+    "a list of numbers": (int, float),
+    "a list of texts": (str,),
+}
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -176,18 +225,12 @@ def _typed(name: str, value: Any) -> Any:
     if kind == "an integer" and type(value) is int:
         return value
     if kind == "a number" and isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:  # an integer of hundreds of digits
-            return math.inf
+        return _as_float(value)
     if kind == "true or false" and isinstance(value, bool):
         return value
-    if (
-        kind == "a list of integers"
-        and isinstance(value, list | tuple)
-        and all(type(one) is int for one in value)
-    ):
-        return tuple(value)
+    types = _EACH.get(kind, ())
+    if types and isinstance(value, list | tuple) and all(type(one) in types for one in value):
+        return tuple(map(_as_float, value) if float in types else value)
     if isinstance(value, str) and (kind == "a text" or value in kind.split(" or ")):
         return value
     raise ConfigError(f"{name} must be {kind}, got {brief(value)}")

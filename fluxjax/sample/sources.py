@@ -14,7 +14,11 @@ from fluxjax.hub import Kind, find, hub_name
 
 TINY = "tiny"
 SINGLE = ("model", "text_encoders", "vae", "redux")
-SCALED = {"lora": "LoRA file", "redux_image": "picture for Redux"}
+SCALED = {
+    "lora": "LoRA file",
+    "redux_image": "picture for Redux",
+    "controlnet": "ControlNet folder",
+}
 """Fields of Sources that hold several FILE:SCALE, and what one is called."""
 _INDEX = ("model_index.json", "fluxjax.json")
 
@@ -33,6 +37,8 @@ class Sources:
     """Of `load_pipeline`, where it is not the usual one."""
     redux_image: tuple[str, ...] = ()
     """The pictures that it reads, FILE:SCALE."""
+    controlnet: tuple[str, ...] = ()
+    """Folders (or files) of ControlNets, each with its scale."""
 
     def files(self) -> dict[str, str]:
         """Paths by what they are: model, text_encoders, vae, redux, lora 1, lora 2 ..."""
@@ -66,8 +72,9 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
         "text_encoders": "text encoders",
         "vae": "vae",
         "redux": "checkpoint",
+        "controlnet": "checkpoint",
     }
-    path = find(source, wanted.get(kind, "lora"))
+    path = find(source, wanted.get(kind.split()[0], "lora"))
     if path.is_file():
         return {"": hash_file(path)}
     if kind.startswith("lora "):  # PEFT's folder: its alpha counts too
@@ -83,7 +90,8 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
         names = [entry.name for entry in path.iterdir() if entry.is_dir()]
     parts = {name: hash_files(path, [name]) for name in sorted(names) if (path / name).is_dir()}
     single = sorted(f.name for end in ("safetensors", "gguf") for f in path.glob(f"*.{end}"))
-    if single and len(parts) < len([name for name in names if not name.startswith("_")]):
+    listed = [name for name in names if not name.startswith("_")]
+    if single and (not listed or len(parts) < len(listed)):
         parts["files"] = hash_files(path, single)
     parts["index"] = hash_files(path, [name for name in _INDEX if (path / name).is_file()])
     return parts

@@ -74,6 +74,7 @@ class Stages:
         stream: bool = False,
         sources: Sources | None = None,
         redux: Redux | None = None,
+        control_scales: Sequence[float] = (),
     ):
         self.family, self.config = family, config
         self.defaults = defaults(config)
@@ -95,9 +96,11 @@ class Stages:
         self.notes: list[str] = []
         self.sources, self.slots, self.redux = sources, slots, redux
         self.offload = offload
+        self.control_scales = tuple(control_scales)
+        """Of each ControlNet, unless a call says otherwise."""
         self._load_params, self._load_tokenizers = load_params, load_tokenizers
         self._tokenizers: tuple[PromptTokenizer, PromptTokenizer] | None = None
-        self._params: dict[str, Params] = {}
+        self._params: dict[str, Any] = {}
 
     def encode_prompt(
         self,
@@ -226,11 +229,13 @@ class Stages:
             for_each(inputs.reference),
             for_each(inputs.channels),
             kept(inputs, noise),
+            tuple(one.rows(count) for one in inputs.controls),
         )
+        scales = tuple(one.scales(schedule) for one in inputs.controls)
         noise = self.start(noise, inputs, schedule)
         if self.mesh is not None:
             noise, *each = pad_rows((noise, *each), self.executables.rows("denoise", count))
-        drawn = Drawn(schedule, passes, *each)
+        drawn = Drawn(schedule, passes, *each, control_scales=scales)
         state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
         lora = None
         if self.slots is not None:
@@ -239,7 +244,7 @@ class Stages:
         program, params, each = self._steps(state, drawn, lora, rounding)
 
         def run(state: State, schedule: Schedule) -> State:
-            return program(params, state, drawn._replace(schedule=schedule), *each)
+            return program(*params, state, drawn._replace(schedule=schedule), *each)
 
         def latents(state: Any) -> AnyArray:
             return state[0] if self.mesh is None else gathered(state[0])[:count]
@@ -274,8 +279,9 @@ class Stages:
     def is_loaded(self, component: str) -> bool:
         return component in self._params
 
-    def params(self, component: str) -> Params:
-        """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5).
+    def params(self, component: str) -> Any:
+        """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5), or of each of
+        the `controlnets`.
 
         With a LoRA the transformer's are those of `fluxjax.models.lora.adapt`.
         """
@@ -318,25 +324,29 @@ class Stages:
 
     def _steps(
         self, state: State, drawn: Drawn, lora: Params | None, rounding: Rounding
-    ) -> tuple[Callable, Params, tuple]:
+    ) -> tuple[Callable, tuple, tuple]:
         """The program of the steps, its parameters, and what has been done before the steps."""
         if not self.offload:
             program = self._executable("denoise", state, drawn, rounding=rounding)
-            return program, adapt(self.params("transformer"), lora), ()
+            params = adapt(self.params("transformer"), lora)
+            return program, (params, self.params("controlnets")), ()
         self._params.clear()
+        controlnets = self.params("controlnets")
         before = self._executable("before", state, drawn, rounding=rounding)
-        each = wait(before(adapt(self._loaded("transformer", "before"), lora), state, drawn))
+        params = adapt(self._loaded("transformer", "before"), lora)
+        each = wait(before(params, controlnets, state, drawn))
+        del params
         program = self._executable("denoise", state, drawn, each, rounding=rounding)
-        return program, adapt(self._loaded("transformer", "steps"), lora), (each,)
+        return program, (adapt(self._loaded("transformer", "steps"), lora), controlnets), (each,)
 
-    def _networks(self, name: Name) -> list[Params]:
+    def _networks(self, name: Name) -> list[Any]:
         """The parameters of a program; with `offload` no others stay."""
         if self.offload:
             for component in self._params.keys() - set(COMPONENTS[name]):
                 del self._params[component]
         return [self.params(component) for component in COMPONENTS[name]]
 
-    def _loaded(self, component: str, part: Part = "all") -> Params:
+    def _loaded(self, component: str, part: Part = "all") -> Any:
         with self._timed("loading"):
             return self._load_params(component, part)
 

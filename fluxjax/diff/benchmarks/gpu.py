@@ -97,7 +97,7 @@ def _ours(rounds: int) -> dict[str, float]:
     drawn = Drawn(schedule, passes, (conditioning,), guidance)
 
     def denoise() -> jax.Array:
-        (latents,) = denoise_pictures(FLUX, transformer, params, (noise,), drawn)
+        (latents,) = denoise_pictures(FLUX, transformer, (), params, (), (noise,), drawn)
         return latents.block_until_ready()
 
     denoising = _median(denoise, rounds)
