@@ -10,6 +10,9 @@ from safetensors.numpy import load_file, save_file
 from test_adapter_files import HINTED, WIDE
 from test_convert_roundtrip import write
 from test_image_encoders import ADAPTER, PROJECTOR, SIGLIP, xlabs_file
+from test_pixart import TINY as PIXART
+from test_sd3 import TINIES
+from test_unet import TINIES as UNET
 
 from fluxjax.checkpoint.component_json import config_json, write_json
 from fluxjax.config import CLIPVisionConfig, ConfigError
@@ -27,6 +30,15 @@ CLIP = CLIPVisionConfig(
     image_size=24,
     patch_size=8,
     with_projection=True,
+)
+SD3 = TINIES["3.5"]
+ONE_LEVEL = replace(
+    UNET["1.5"],
+    block_out_channels=(32,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    transformer_layers_per_block=(1,),
+    attention_head_dim=(4,),
 )
 NARROW = replace(WIDE, num_layers=1)
 
@@ -61,6 +73,22 @@ def test_folders(tmp_path, component, config, layer):
         assert report.passed, report.first_failure
         names = [row.tensor.removeprefix("vision_model.") for row in report.rows]
         assert layer in names and names[-1].startswith("output ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("component", "config", "layer"),
+    [
+        ("transformer", SD3, "transformer_blocks.4.attn.norm_q"),
+        ("transformer", PIXART, "transformer_blocks.1.attn2.to_v"),
+        ("unet", ONE_LEVEL, "up_blocks.0.attentions.1.transformer_blocks.0.ff.net.2"),
+    ],
+    ids=["sd3", "pixart", "unet"],
+)
+def test_other_families(tmp_path, component, config, layer):
+    report = compare_network(folder_of(tmp_path / "network", config), component)
+    assert report.passed, report.first_failure
+    assert layer in [row.tensor for row in report.rows]
 
 
 def test_files(tmp_path):

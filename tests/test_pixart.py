@@ -15,6 +15,7 @@ from torch_reference import from_torch, relative_l2
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json, parse_config
 from fluxjax.checkpoint.detect import detect_network, infer_config
+from fluxjax.checkpoint.lora.names import known_network
 from fluxjax.checkpoint.templates import abstract_params, parameter_count
 from fluxjax.config import PIXART_ALPHA, PIXART_SIGMA, ConfigError, PixArtConfig
 from fluxjax.diff.layers import captured, pair_layers, recorded
@@ -166,3 +167,11 @@ def test_sizes_that_a_file_leaves_out(tmp_path):
         assert (config.interpolation_scale, config.use_additional_conditions) == (scale, sizes)
     with pytest.raises(ConfigError, match="cross_attention_dim=50 is not supported"):
         parse_config(PixArtConfig, values | {"cross_attention_dim": 50}, path)
+
+
+def test_modules_have_their_original_names_in_adapters_too():
+    known = known_network("transformer", abstract_params(TINY))
+    assert known.kind is PIXART
+    kv = known.modules["blocks_1_cross_attn_kv_linear"]
+    assert kv.names == ("transformer_blocks.1.attn2.to_k", "transformer_blocks.1.attn2.to_v")
+    assert "transformer_blocks_1_attn2_to_k" in known.modules and "" not in known.modules

@@ -244,3 +244,44 @@ def test_a_single_file_is_converted_and_back_without_a_bit_lost(tmp_path):
         main(bare)
     main([*bare, "--family", "sd3"])
     assert json.loads((tmp_path / "bare/config.json").read_text())["scaling_factor"] == 1.5305
+
+
+def test_adapters_are_merged_as_diffusers_fuses_them(tmp_path):
+    """Of q, k and v in one, as kohya names them; of the rest in diffusers' names. Stability's order
+    of the last norm is turned, too."""
+    config, random = TINIES["3.5"], np.random.default_rng(0)
+    width = config.inner_dim
+
+    def pair(name, inputs, outputs):
+        down, up = (random.standard_normal(s, np.float32) for s in ((3, inputs), (outputs, 3)))
+        return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+
+    fused = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    last = "lora_unet_joint_blocks_4_context_block_adaLN_modulation_1"
+    arrays = pair(fused, width, 3 * width) | pair(last, width, 2 * width)
+    save_file(arrays, tmp_path / "kohya.safetensors")
+    names = ("transformer_blocks.2.ff_context.net.2", "transformer_blocks.1.attn2.to_out.0")
+    inputs = (4 * width, width)
+    peft = {}
+    for name, size in zip(names, inputs, strict=True):
+        for key, array in pair(name, size, width).items():
+            peft[f"transformer.{key.replace('down', 'A').replace('up', 'B')}"] = array
+    save_file(peft, tmp_path / "peft.safetensors")
+    torch_model(config).save_pretrained(tmp_path / "base")
+    files = [f"--lora={tmp_path / name}.safetensors" for name in ("kohya", "peft")]
+    main([str(tmp_path / "base"), str(tmp_path / "merged"), "--to", "diffusers", *files])
+    got = load_file(tmp_path / "merged/diffusion_pytorch_model.safetensors")
+
+    model = copy.deepcopy(torch_model(config))
+    model.load_lora_adapter({k: torch.from_numpy(v) for k, v in peft.items()})
+    model.fuse_lora()
+    expected = {k.replace(".base_layer", ""): v.numpy() for k, v in model.state_dict().items()}
+    block = "transformer_blocks.0.attn.to_"
+    change = arrays[f"{fused}.lora_up.weight"] @ arrays[f"{fused}.lora_down.weight"]
+    for name, rows in zip("qkv", np.split(change, 3), strict=True):
+        expected[f"{block}{name}.weight"] = expected[f"{block}{name}.weight"] + rows
+    change = arrays[f"{last}.lora_up.weight"] @ arrays[f"{last}.lora_down.weight"]
+    norm = "transformer_blocks.4.norm1_context.linear.weight"
+    expected[norm] = expected[norm] + np.roll(change, width, axis=0)
+    for name, array in got.items():
+        np.testing.assert_allclose(array, expected[name], atol=2e-6 * np.abs(array).max())

@@ -8,6 +8,7 @@ SequenceAttention = Literal["auto", "ulysses", "ring"]
 """Of attention over tokens that are split over devices."""
 ComparedNetwork = Literal[
     "transformer",
+    "unet",
     "vae",
     "text_encoder",
     "text_encoder_2",

@@ -72,9 +72,9 @@ class Live:
     """
 
     folder: Folder = "tiny"
-    """A diffusers pipeline folder, a hub's name, or "tiny" for the embedded model. A ControlNet,
-    SigLIP, Redux's image_embedder, CLIP's image_encoder and an IP-Adapter may also be a folder or
-    file of their own."""
+    """A diffusers pipeline folder, a hub's name, or "tiny" for the embedded model. Any network,
+    ControlNets and others that are added to pipelines too, may also be a folder or file of its
+    own."""
     component: Literal[ComparedNetwork, "pipeline"] = "transformer"
     """Which network; "pipeline" draws one picture on both sides."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -28,9 +28,12 @@ from fluxjax.config import (
     ControlNetConfig,
     FluxConfig,
     IPAdapterConfig,
+    PixArtConfig,
     ReduxConfig,
+    SD3Config,
     SiglipVisionConfig,
     T5Config,
+    UNetConfig,
 )
 from fluxjax.config.choices import ComparedNetwork
 from fluxjax.diff.adapters import controlnet, from_tensors, ip_adapter, vision
@@ -86,15 +89,38 @@ def _clip_text(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _latents(model: Any, x: dict[str, Any]) -> dict[str, Any]:
+    """A transformer over latents as pictures."""
+    x = {**x, "hidden_states": x["hidden_states"].movedim(-1, 1)}
+    if "resolution" in x:
+        x["added_cond_kwargs"] = {k: x.pop(k) for k in ("resolution", "aspect_ratio")}
+    return {"sample": model(**x).sample.movedim(1, -1)}
+
+
+def _unet(model: Any, x: dict[str, Any]) -> dict[str, Any]:
+    added = {k: x[k] for k in ("text_embeds", "time_ids") if k in x}
+    sample, text = x["sample"].movedim(-1, 1), x["encoder_hidden_states"]
+    returned = model(sample, x["timestep"], text, added_cond_kwargs=added)
+    return {"sample": returned.sample.movedim(1, -1)}
+
+
+def _flux_timestep(call: Callable[..., Any], model: Any, x: dict[str, Any]) -> Any:
+    """FluxPipeline casts 1000 t, then divides."""
+    return call(model, {**x, "timestep": (1000 * x["timestep"]).to(model.dtype) / 1000})
+
+
 # What PyTorch's networks return for the inputs that `networks` describes, by the same names.
 THEIRS: dict[type, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
-    FluxConfig: lambda model, x: {"sample": model(**x).sample},
+    FluxConfig: partial(_flux_timestep, lambda model, x: {"sample": model(**x).sample}),
+    SD3Config: _latents,
+    PixArtConfig: _latents,
+    UNetConfig: _unet,
     AutoencoderConfig: _autoencoder,
     CLIPTextConfig: _clip_text,
     T5Config: lambda model, x: {
         "last_hidden_state": model(x["input_ids"].long()).last_hidden_state
     },
-    ControlNetConfig: controlnet,
+    ControlNetConfig: partial(_flux_timestep, controlnet),
     SiglipVisionConfig: vision,
     CLIPVisionConfig: vision,
     ReduxConfig: lambda model, x: {"image_embeds": model(x["states"]).image_embeds},
@@ -106,8 +132,8 @@ ASSEMBLED = {IPAdapterConfig: ip_adapter}
 
 
 def opened(folder: Path, network: ComparedNetwork) -> OpenNetwork:
-    """A network of a pipeline folder, or an adapter in a file or folder of its own."""
-    if network in DEV.networks:
+    """A network of a pipeline folder, or one in a file or folder of its own."""
+    if network in DEV.networks and (folder / "model_index.json").is_file():
         return open_component(folder, network, read_config(folder).networks[network])
     return open_network(folder, network)
 
@@ -126,21 +152,20 @@ def _theirs(loaded: OpenNetwork, dtype: Any) -> Any:
     return from_tensors(cls, loaded).to(dtype).eval()
 
 
+_NUMBERS = ("img_ids", "txt_ids", "guidance", "timestep", "resolution", "aspect_ratio", "time_ids")
+
+
 def run_theirs(folder: Path, network: ComparedNetwork, inputs: Arrays, dtype: Dtype) -> list[Layer]:
     """Every layer of PyTorch's network and, last, its outputs, as float32 arrays."""
     torch = require_torch()
     loaded = opened(folder, network)
     model = _theirs(loaded, getattr(torch, dtype))
     tensors = {k: torch.from_numpy(v) for k, v in inputs.items()}
-    # Ids and guidance stay float32, as in diffusers' pipeline; the network casts them itself.
+    # Ids and numbers stay float32, as in diffusers' pipelines; the network casts them itself.
     tensors = {
-        k: v.to(getattr(torch, dtype))
-        if v.is_floating_point() and k not in ("img_ids", "txt_ids", "guidance", "timestep")
-        else v
+        k: v.to(getattr(torch, dtype)) if v.is_floating_point() and k not in _NUMBERS else v
         for k, v in tensors.items()
     }
-    if "timestep" in tensors:  # FluxPipeline casts 1000 t, then divides
-        tensors["timestep"] = (1000 * tensors["timestep"]).to(getattr(torch, dtype)) / 1000
     with torch.no_grad(), recorded(model) as layers:
         outputs = THEIRS[type(loaded.config)](model, tensors)
     return layers + [Layer(OUTPUT + k, 0, (v.float().numpy(),)) for k, v in outputs.items()]

@@ -263,5 +263,14 @@ PIXART = Network(
         lambda config: config.num_attention_heads,
         result=_result,
     ),
+    adapter_prefixes=(
+        "base_model.model.",
+        "transformer.",
+        "lora_transformer_",
+        "lora_unet_",
+        "lycoris_",
+        "",
+    ),
+    adapter_rules=lambda shapes: tuple(rule for rule in ORIGINAL.rules if rule.leaves != _TABLE),
     flops=flops,
 )

@@ -25,10 +25,15 @@ _CONTROLNET = (r"controlnet_blocks\.0\.weight|pos_embed_input\..*",)
 
 
 def stability(config: SD3Config) -> Table:
-    """Stability's names. Their last norms have (shift, scale), diffusers' (scale, shift)."""
-    last = config.num_layers - 1
+    """Stability's names."""
+    table = Rule("", ("pos_embed",), leaves=(("pos_embed", "pos_embed"),))
+    return Table("Stability SD3 transformer", (table, *_module_rules(config.num_layers)))
+
+
+def _module_rules(blocks: int) -> tuple[Rule, ...]:
+    """Their last norms have (shift, scale), diffusers' (scale, shift)."""
+    last = blocks - 1
     rules = [
-        Rule("", ("pos_embed",), leaves=(("pos_embed", "pos_embed"),)),
         Rule("x_embedder.proj", ("pos_embed.proj",)),
         Rule("context_embedder", ("context_embedder",)),
         Rule("final_layer.linear", ("proj_out",)),
@@ -67,7 +72,12 @@ def stability(config: SD3Config) -> Table:
     attention(f"{text}.attn", added, "attn.to_add_out", ("attn.norm_added_q", "attn.norm_added_k"))
     stream(image, "norm1", "ff")
     stream(text, "norm1_context", "ff_context")
-    return Table("Stability SD3 transformer", tuple(rules))
+    return tuple(rules)
+
+
+def _adapter_rules(shapes: Shapes) -> tuple[Rule, ...]:
+    """Adapters may have Stability's names too."""
+    return _module_rules(count(shapes, r"transformer_blocks\.(\d+)\."))
 
 
 def _infer_published(shapes: Shapes, family: str) -> SD3Config:
@@ -293,5 +303,16 @@ SD3 = Network(
         result=_result,
         image_attention=True,
     ),
+    adapter_prefixes=(
+        "model.diffusion_model.",
+        "diffusion_model.",
+        "base_model.model.",
+        "transformer.",
+        "lora_transformer_",
+        "lora_unet_",
+        "lycoris_",
+        "",
+    ),
+    adapter_rules=_adapter_rules,
     flops=flops,
 )

@@ -96,7 +96,7 @@ def known_network(component: str, params: Params) -> Known:
     network = next(
         n for n in NETWORKS.values() if n.adapter_prefixes and n.dialects[0].fits(shapes)
     )
-    own = {name.rpartition(".")[0] for name in shapes}
+    own = {name.rpartition(".")[0] for name in shapes} - {""}  # a parameter of the network itself
     modules: dict[str, Parts] = {}
     for name in own:
         modules[_flat(name)] = Parts((name,))
