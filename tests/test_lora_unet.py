@@ -75,7 +75,7 @@ def templates() -> dict[Any, Any]:
 
 def opened(component: str, config: Any, weights: Weights) -> OpenNetwork:
     tensors = {name: of_array(tensor.detach().numpy()) for name, tensor in weights.items()}
-    return OpenNetwork(component, config, tensors, Record(), "reference", Path())
+    return OpenNetwork(component, config, tensors, Record(), "published", Path())
 
 
 def merged(path: Path, templates, **networks: tuple[Any, Weights]) -> dict[str, dict]:

@@ -191,7 +191,7 @@ def _files(
     if len(networks) > 1 and not whole and flux:
         configs = {name: network.config for name, network in networks.items()}
         files[Path("model_index.json")] = model_index(configs)
-        files[Path("scheduler/scheduler_config.json")] = scheduler_of(transformer.config)
+        files[Path("scheduler/scheduler_config.json")] = scheduler_of(configs["transformer"])
     return {path: values for path, values in files.items() if path not in copies}
 
 
