@@ -95,12 +95,18 @@ CASES = {
         {"control_mode": [0, 4], "controlnet_conditioning_scale": [0.5, 0.9]},
         {"control_mode": ["canny", 4], "control_scale": [0.5, 0.9]},
     ),
-    "image": (["union"], "Img2Img", {**MODES, "strength": 0.7}, {**DEPTH, "strength": 0.7}),
+    # Of a union's mode their pipelines have one row, whatever the number of pictures.
+    "image": (
+        ["plain"],
+        "Img2Img",
+        {"controlnet_conditioning_scale": 0.7, "strength": 0.7},
+        {"control_scale": 0.7, "strength": 0.7},
+    ),
     "mask": (
-        ["union"],
+        ["plain"],
         "Inpaint",
-        {**MODES, **RANGE, "strength": 0.8},
-        {**DEPTH, "control_range": (0.2, 0.8), "strength": 0.8},
+        {**RANGE, "strength": 0.8},
+        {"control_range": (0.2, 0.8), "strength": 0.8},
     ),
 }
 
