@@ -250,6 +250,8 @@ def test_what_cannot_be_is_one_sentence(ours, nets, random_pipeline, tmp_path): 
             pipe("a star", **{**DRAW, **given})
     with pytest.raises(ConfigError, match="blocks of width 64, and the model 32: it belongs"):
         fluxjax.load_pipeline(random_pipeline, controlnet=nets("wide")[0])
+    with pytest.raises(ConfigError, match="takes whole pictures, and sequence=2 splits"):
+        fluxjax.load_pipeline(random_pipeline, controlnet=nets("plain")[0], mesh="sequence=2")
     with pytest.raises(FileNotFoundError, match="no ControlNet folder"):
         fluxjax.load_pipeline(random_pipeline, controlnet=tmp_path / "nowhere")
     for options, message in (

@@ -145,6 +145,11 @@ def load_pipeline(
     if mesh is not None:  # heads that ulysses cannot split are a mistake now
         heads = config.transformer.num_attention_heads
         attention_over(Layout(1, 1, mesh.shape[AXIS]), heads, sequence, "auto")
+        if controlnets and mesh.shape[AXIS] > 1:
+            raise ConfigError(
+                f"a ControlNet takes whole pictures, and {AXIS}={mesh.shape[AXIS]} splits their "
+                "tokens: use data, fsdp or tensor"
+            )
     slots = None
     if lora_slots:
         if loras:

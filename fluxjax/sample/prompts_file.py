@@ -106,7 +106,8 @@ def _settings(where: str, text: str, folder: Path) -> Line:
         raise ConfigError(f"{where}: number must be an integer of at least 1, got {brief(number)}")
     unknown = [name for name in values if name not in FIELDS]
     if unknown:
-        known = ", ".join((*FIELDS, "lora", "number"))
+        typed = (name for name in FIELDS if not name.endswith("_sha256"))
+        known = ", ".join((*typed, "lora", "number"))
         raise ConfigError(f"{where}: {brief(unknown[0])} is no setting; there are {known}")
     for name in PICTURES:
         if isinstance(values.get(name), str) and (name, values[name]) != ("mask", ALPHA):
