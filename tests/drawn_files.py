@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 from fluxjax.families import Conditioning
@@ -50,7 +51,12 @@ def encode_text(texts: list[str]) -> Conditioning:
     return Conditioning(np.repeat(pooled[:, None], 4, axis=1), None, pooled)
 
 
-ENCODERS = Encoders(encode_image, encode_text, "image", "text")
+def mask_channels(masks: np.ndarray) -> np.ndarray:
+    """The pixels of latents of half the size."""
+    return rearrange(masks, "n (h y) (w x) -> n (y x) h w", y=2, x=2)
+
+
+ENCODERS = Encoders(encode_image, encode_text, "image", "text", mask_channels)
 
 
 def number_of(latents: np.ndarray) -> int:

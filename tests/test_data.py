@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ from fluxjax.config import ConfigError
 from fluxjax.families import Conditioning
 from fluxjax.models.latents import unpack
 from fluxjax.train.data.cache_file import read_arrays, usable_folder, write_arrays
+from fluxjax.train.data.catalogue import pixels
 from fluxjax.train.data.dataset import open_dataset, precompute
+from fluxjax.train.data.random_masks import RandomMasks, Shape, draw_mask
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Encoders, folder_encoders
 
@@ -155,6 +158,55 @@ def test_companions_are_found_by_name_and_cut_as_their_pictures(settings, tmp_pa
         for counted in unpack(jnp.asarray(batch.mask), batch.height // 2, columns)[:, 0]:
             assert counted[:, : columns // 2 - 2].min() > 0.97
             assert counted[:, columns // 2 + 2 :].max() < 0.03
+
+
+def test_what_is_filled_is_cut_out_and_has_its_mask_beside(settings, tmp_path):
+    rule = RandomMasks(shapes=("rectangle",), each=2, least=0.3, most=0.3)
+    cold = replace(settings, fill_masks="random", random_masks=rule, cache=str(tmp_path / "cache"))
+    options = {"batch": 4, "seed": 0, "channels": ("masked", "mask")}
+    data = open_dataset(cold, ENCODERS, **options)
+    assert len(data) == 2 * COUNT and len({e.fill_mask.digest for e in data.entries}) == 2 * COUNT
+    data.fill()
+    data = open_dataset(cold, ENCODERS._replace(encode_image=_refuse), **options)
+    for batch in islice(data.iterate(), COUNT):
+        masked, mask = np.split(batch.channels, [12], axis=-1)
+        assert np.isin(mask, (0, 1)).all() and mask.shape[-1] == 16
+        np.testing.assert_allclose(mask.mean((1, 2)), 0.3, atol=0.06)
+        # One colour, of which as much is left as is not cut out: grey is 0.
+        kept = 1 - mask.mean((1, 2))
+        np.testing.assert_allclose(masked[:, 0, 0], batch.latents[:, 0, 0] * kept, atol=2e-3)
+    masks = tmp_path / "masks"
+    shutil.copytree(settings.source, masks)
+    own = open_dataset(replace(cold, fill_masks=str(masks)), ENCODERS, **options)
+    assert len(own) == COUNT
+    for row in own(0).channels[..., 12:]:
+        assert len(np.unique(row)) == 1, "pictures of one colour are white or black"
+
+
+def test_controls_are_edges_or_a_folders_pictures(settings, tmp_path):
+    folder = Path(shutil.copytree(settings.source, tmp_path / "controls"))
+    halves = Image.new("RGB", (64, 64))
+    halves.paste("white", (0, 0, 32, 64))
+    (folder / "000.png").write_bytes(encoded(halves))
+    cold = replace(settings, source=str(folder), cache=str(tmp_path / "cache"))
+    options = {"batch": 4, "seed": 0, "channels": ("control",)}
+    data = open_dataset(replace(cold, controls="canny"), ENCODERS, **options)
+    edges = [np.asarray(pixels(entry.control, 1.0)) for entry in data.entries]
+    assert (edges[0].max((0, 2)) > 0.9).sum() == 1, "one line down the middle"
+    assert all((one < -0.9).all() for one in edges[1:]), "one colour has no edges"
+    named = replace(settings, controls=settings.source)
+    for batch in islice(open_dataset(named, ENCODERS, **options).iterate(), COUNT):
+        assert [number_of(row) for row in batch.channels] == _assert_pairs(batch)
+
+
+def test_random_masks_have_the_share_of_their_rule():
+    for shape in get_args(Shape):
+        rule = RandomMasks(shapes=(shape,), least=0.2, most=0.4)
+        digests = [rule.digest("picture", number) for number in range(20)]
+        masks = [draw_mask(rule, digest, 64, 48)[..., 0] / 255 for digest in digests]
+        assert all(np.isin(mask, (0, 1)).all() and 0.12 < mask.mean() < 0.5 for mask in masks)
+        assert len({mask.tobytes() for mask in masks}) > 15
+        assert (draw_mask(rule, digests[0], 64, 48)[..., 0] / 255 == masks[0]).all()
 
 
 @pytest.mark.slow

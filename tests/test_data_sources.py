@@ -162,6 +162,42 @@ def test_webdataset_tars(tmp_path):
         assert any("the rest of this tar is lost" in r for _, r in catalogue.quarantined)
 
 
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_companions_lie_beside_pictures_in_archives(tmp_path, form):
+    before = [picture_bytes(n + 100) for n in range(GOOD)]
+    before[1] = b"<html>"
+    if form == "tar":
+        members = {}
+        for n in range(GOOD):
+            members |= {f"{n:05}.jpg": picture_bytes(n), f"{n:05}.txt": f"picture {n}".encode()}
+            members |= {f"{n:05}.before.png": before[n]} if n else {}
+        source = _tar(tmp_path / "a.tar", members)
+        missing = "its reference: its sample needs one member .before.*: there is none"
+    else:
+        table = {
+            "image": [picture_bytes(n) for n in range(GOOD)],
+            "before": [None, *before[1:]],
+            "text": [f"picture {n}" for n in range(GOOD)],
+        }
+        source = tmp_path / "a.parquet"
+        pq.write_table(pa.table(table), source, row_group_size=4)
+        missing = "its reference: its row holds no bytes"
+    catalogue = _read(source, tmp_path / "cache", references="before")
+    again = _read(source, tmp_path / "cache", references="before")
+    for found in (catalogue, again):
+        assert [reason for _, reason in found.quarantined] == [
+            missing,
+            "its reference: it is an HTML page, not a picture",
+        ]
+        assert len(found.entries) == GOOD - 2
+        for entry in found.entries:
+            number = int(entry.item.caption.split()[1])
+            assert entry.reference.item.read() == picture_bytes(number + 100)
+            assert entry.item.read() == picture_bytes(number)
+    with pytest.raises(ConfigError if form == "parquet" else ValueError, match=r"after|bad"):
+        _read(source, tmp_path / "cache", references="after", max_bad_share=0.5)
+
+
 def test_tar_members_that_are_links_are_not_followed(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         link = tarfile.TarInfo("x.png")

@@ -24,6 +24,7 @@ from fluxjax.checkpoint.engine import from_tree
 from fluxjax.checkpoint.lora.reader import read_adapters, read_lora
 from fluxjax.checkpoint.pipeline_folder import (
     load_params,
+    read_config,
     save_params,
     write_config,
 )
@@ -465,6 +466,7 @@ def test_precompute_says_how_far_it_is(recipe, tmp_path, capsys):
 
 def test_no_recipe_is_left_untried():
     tried = {"lora_dev", "lora_dev_nf4", "lora_kontext", "tiny_lora", "tiny_full", "full_8_chips"}
+    tried |= {"lora_fill", "lora_control"}
     # The embedded model's recipe has its own test.
     assert {path.stem for path in RECIPES.glob("*.toml")} == tried | {"tiny", "many_hosts"}
 
@@ -577,6 +579,62 @@ def test_a_lora_of_an_edit_learns_within_the_mask(recipe, pictures, tmp_path, ca
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora_fill", "lora_control"])
+def test_a_lora_of_a_tool_turns_a_model_into_it(recipe, pictures, tmp_path, capsys, name):
+    fill = name == "lora_fill"
+    shown = (
+        {"images": "0.png 1.png", "masks": "2.png 3.png"} if fill else {"controls": "0.png 1.png"}
+    )
+    more = (
+        "--lora.rank 4 --optimizer.learning-rate 0.01 --optimizer.warmup 0 --validation.every 1 "
+        "--validation.batches 1 --validation.width 24 --validation.height 32 --validation.steps 1 "
+        "--validation.seeds 3 --validation.prompts star star"
+    )
+    for option, files in shown.items():
+        more += f" --validation.{option} " + " ".join(str(pictures / f) for f in files.split())
+    path = _run_recipe(name, recipe, tmp_path, capsys, more)
+    with Image.open(tmp_path / "validation/0000001.png") as grid:
+        assert np.asarray(grid).shape == (2 * 36 + 4, 32, 3)
+    pipe = load_pipeline(recipe.model, loras=[path])
+    inputs = 16 + (16 + 16 if fill else 16)
+    assert pipe.config.transformer.in_channels == inputs
+    assert (pipe.config.guidance, pipe.config.steps) == (30.0, SMALL.steps), "as it was trained"
+    read = read_adapters(path, {"transformer": abstract_params(SMALL.transformer)}).changes
+    layer = read["transformer"]["x_embedder.weight"]
+    assert layer.inputs == inputs
+    learnt = layer.delta(lambda _: np.zeros(()))
+    assert np.linalg.matrix_rank(learnt) > 4 and np.abs(learnt[:, 16:]).max() > 5e-3
+    size = {"width": 32, "height": 32, "seed": 3, "max_sequence_length": 32}
+
+    def drawn(*files: str) -> np.ndarray:
+        given = dict(zip(("image", "mask") if fill else ("control",), files, strict=True))
+        return np.asarray(pipe("star", **{k: pictures / v for k, v in given.items()}, **size)[0])
+
+    others = [("1.png", "2.png"), ("0.png", "3.png")] if fill else [("1.png",)]
+    first = drawn("0.png", *(["2.png"] if fill else []))
+    assert all((drawn(*files) != first).any() for files in others)
+
+
+@pytest.mark.slow
+def test_all_of_a_model_learns_to_follow(recipe, tmp_path, capsys):
+    more = "--method full --save-dtype float32 --remat none --validation.every 0"
+    folder = _run_recipe("lora_control", recipe, tmp_path, capsys, more)
+    config = read_config(folder)
+    assert config.transformer.in_channels == 32 and config.guidance == 30
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == (
+        "FluxControlPipeline"
+    )
+    place = "transformer/diffusion_pytorch_model.safetensors"
+    weights = read_safetensors(folder / place)[0]["x_embedder.weight"].read()
+    before = read_safetensors(Path(recipe.model) / place)[0]["x_embedder.weight"].read()
+    np.testing.assert_allclose(weights[:, :16], before, atol=1e-3)
+    assert 0 < np.abs(weights[:, 16:]).max() < 1e-3
+    other = replace(recipe, model=str(folder))
+    with pytest.raises(ConfigError, match="cannot learn from these data: this model draws from a"):
+        _run_recipe("lora_fill", other, tmp_path / "other", capsys, "--validation.every 0")
+
+
+@pytest.mark.slow
 def test_references_follow_the_picture_and_masks_weigh_its_errors(model):
     config = SMALL.transformer
     network = FluxTransformer(config, scan_layers=False)
@@ -644,7 +702,8 @@ def _run_recipe(name: str, recipe: FinetuneRecipe, folder: Path, capsys, more: s
     """What `python -m fluxjax.train` prints last: one step of a recipe of train/, made small."""
     options = _options(recipe, folder) + f"--steps 1 --log-every 1 {more}".split()
     if "--validation.prompts" not in options:
-        options += ["--validation.prompts", "--validation.references"]
+        names = ("prompts", "references", "images", "masks", "controls")
+        options += [f"--validation.{name}" for name in names]
     command.train([str(RECIPES / f"{name}.toml"), *options])
     return Path(capsys.readouterr().out.splitlines()[-1])
 

@@ -7,7 +7,6 @@ imported only for weights: options are checked before that.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ from fluxjax.json_input import read_json
 from fluxjax.networks import Config, network_of
 
 _DEFAULTS_FILE = "fluxjax.json"
+DEFAULTS_KEY = "sampling_defaults"
+"""Of an adapter's metadata: what fluxjax.json is to a folder."""
 _DEFAULTS = ("max_sequence_length", "steps", "guidance", "width", "height")
 
 
@@ -82,8 +83,7 @@ def read_config(folder: Path) -> PipelineConfig:
         SchedulerConfig, _present(folder, "scheduler/scheduler_config.json")
     )
     if (folder / _DEFAULTS_FILE).is_file():
-        saved = read_json(folder / _DEFAULTS_FILE)
-        parts |= {key: saved[key] for key in _DEFAULTS if key in saved}
+        parts |= saved_defaults(read_json(folder / _DEFAULTS_FILE))
     else:
         place = folder.absolute()
         name = place.parent.parent.name if place.parent.name == "snapshots" else place.name
@@ -104,8 +104,17 @@ def write_config(folder: Path, config: PipelineConfig) -> None:
         values = config_json(network, "float32")
         write_json(folder / component / "config.json", values)
     write_json(folder / "scheduler" / "scheduler_config.json", config_json(config.scheduler))
-    defaults = dataclasses.asdict(config)
-    write_json(folder / _DEFAULTS_FILE, {key: defaults[key] for key in _DEFAULTS})
+    write_json(folder / _DEFAULTS_FILE, sampling_defaults(config))
+
+
+def sampling_defaults(config: PipelineConfig) -> dict[str, Any]:
+    """Steps, guidance, sizes: what fluxjax.json holds."""
+    return {key: getattr(config, key) for key in _DEFAULTS}
+
+
+def saved_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what fluxjax.json or an adapter's metadata holds, what is known here."""
+    return {key: values[key] for key in _DEFAULTS if key in values}
 
 
 def _present(folder: Path, name: str) -> Path:

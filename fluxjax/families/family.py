@@ -103,6 +103,7 @@ class Family:
     tasks: Mapping[str, Task]
     """By the class names in model_index.json."""
     find_task: Callable[..., Task]
+    widened: Callable[..., Any]
     mask_channels: Callable[..., Float[np.ndarray, "n c rows columns"]]
     tokenize: Callable[..., tuple[Any, list[str]]]
     encode: Callable[..., Conditioning]

@@ -21,7 +21,7 @@ from fluxjax.config.sampler import Respacing, SamplerConfig
 from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
 from fluxjax.families.flux_controls import Each as OfControls
 from fluxjax.families.flux_controls import forward_controls, hoist_controls
-from fluxjax.families.flux_tasks import TASKS, find_task, mask_channels
+from fluxjax.families.flux_tasks import TASKS, find_task, mask_channels, widened
 from fluxjax.models import latents as layout
 from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
 from fluxjax.models.flux import FluxTransformer, Modulations
@@ -284,6 +284,7 @@ FLUX = Family(
     components=("transformer", "vae", "text_encoder", "text_encoder_2"),
     tasks=TASKS,
     find_task=find_task,
+    widened=widened,
     mask_channels=mask_channels,
     tokenize=tokenize,
     encode=encode_prompts,

@@ -62,14 +62,18 @@ TASKS: dict[str, Task] = {
 }
 
 
-def tasks_of(config: PipelineConfig) -> list[Task]:
-    """Those whose channels a model's transformer reads, and for which it has a ControlNet."""
+def in_channels(task: Task, config: PipelineConfig) -> int:
+    """Of a transformer for the task: a token of 2 x 2 latents, and what is joined to it."""
     latent, mask = config.vae.latent_channels, config.vae.scale**2
     size = {"control": latent, "masked": latent, "mask": mask}
-    joined = config.transformer.in_channels // 4 - latent
+    return 4 * (latent + sum(size[name] for name in task.channels))
+
+
+def tasks_of(config: PipelineConfig) -> list[Task]:
+    """Those whose channels a model's transformer reads, and for which it has a ControlNet."""
     found = []
     for name, task in TASKS.items():
-        if sum(map(size.__getitem__, task.channels)) != joined:
+        if in_channels(task, config) != config.transformer.in_channels:
             continue
         if ("ControlNet" in name) == bool(config.controlnets):
             found.append(_with_controls(task, config) if config.controlnets else task)
@@ -82,6 +86,17 @@ def _with_controls(task: Task, config: PipelineConfig) -> Task:
     controls = tuple(CONTROLS[i] for i in encoded)
     draws = [controls if draw == "control" else (draw,) for draw in task.draws]
     return replace(task, draws=tuple(draw for group in draws for draw in group))
+
+
+def widened(config: PipelineConfig, given: Iterable[str]) -> PipelineConfig:
+    """What a text-to-image model becomes that learns to draw from these pictures: one that reads
+    them as channels, if it does not draw from them already or sees them as tokens."""
+    pictures = frozenset(given)
+    joined = [t for t in TASKS.values() if t.pictures == pictures and t.channels]
+    if not joined or config.transformer.in_channels != in_channels(Task(), config):
+        return config
+    inputs = in_channels(joined[0], config)
+    return replace(config, transformer=replace(config.transformer, in_channels=inputs))
 
 
 def find_task(config: PipelineConfig, given: Iterable[str]) -> Task:

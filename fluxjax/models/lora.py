@@ -56,20 +56,27 @@ def matches(target: str, name: str) -> bool:
     return re.fullmatch(rf"(?:.*\.)?(?:{target})", name) is not None
 
 
-def init_lora(key: jax.Array, params: Params, config: LoraConfig) -> dict[str, Any]:
+def init_lora(
+    key: jax.Array, params: Params, config: LoraConfig, added: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """A float32 LoRA that changes nothing yet: `a` is Kaiming-uniform as in PEFT, `b` is zero.
 
     Only the shapes of `params` are read. Each module's values depend on the key and its name alone.
     A DoRA's magnitudes are 1 until `with_magnitudes`.
+    `added`: modules that have got so many inputs behind those they had, by reference name. Their
+    adapters have that rank, and begin with `a` reading the new inputs alone, each for itself.
     Raises ConfigError naming the targets that are no modules of `params`.
     """
     flat: dict[tuple[str, ...], Any] = {}
     unused = set(config.targets)
     for site in dense_sites(params):
         hits = [{t for t in config.targets if matches(t, name)} for name in site.names]
+        unused = unused.difference(*hits)
+        if new := (added or {}).get(site.names[0]):
+            flat |= _of_new_inputs(site, new)
+            continue
         if not any(hits):
             continue
-        unused = unused.difference(*hits)
         fan_in, features = site.shape
         keys = jnp.stack(
             [jax.random.fold_in(key, zlib.crc32(name.encode())) for name in site.names]
@@ -90,6 +97,16 @@ def init_lora(key: jax.Array, params: Params, config: LoraConfig) -> dict[str, A
         names = ", ".join(map(repr, sorted(unused)))
         raise ConfigError(f"no dense layer of the model is meant by the LoRA's target(s) {names}")
     return unflatten(flat)
+
+
+def _of_new_inputs(site: Site, new: int) -> dict[tuple[str, ...], jax.Array]:
+    fan_in, features = site.shape
+    leaves = {
+        "a": jnp.eye(fan_in, new, k=new - fan_in),
+        "b": jnp.zeros((new, features)),
+        "scale": jnp.ones(()),
+    }
+    return {(*site.module, name): leaf for name, leaf in leaves.items()}
 
 
 def _lokr_leaves(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,14 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.checkpoint.opened_network import OpenNetwork
-from fluxjax.checkpoint.pipeline_folder import read_config
+from fluxjax.checkpoint.pipeline_folder import DEFAULTS_KEY, read_config, saved_defaults
 from fluxjax.checkpoint.source import open_component, open_file, open_folder
 from fluxjax.checkpoint.templates import Part, abstract_params, part_of
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig, published_defaults
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
-from fluxjax.json_input import read_json
+from fluxjax.json_input import parse_json, read_json
 from fluxjax.models.lora import adapt, combine_loras
 from fluxjax.models.names import flatten
 from fluxjax.models.quantised import Quantised
@@ -117,12 +117,13 @@ def load_pipeline(
     scaled = [_scaled(lora) for lora in loras]
     low_rank: LowRank = []
     if loras:
-        networks, low_rank = _adapted(networks, scaled)
+        networks, low_rank, defaults = _adapted(networks, scaled)
         parts: dict[str, Any] = {name: networks[name].config for name in config.networks}
         inputs, config = config.transformer.in_channels, replace(config, **parts)
         if config.transformer.in_channels != inputs:  # a control LoRA, the only kind that widens
             names = " ".join(str(file) for file, _ in scaled)
-            config = replace(config, **published_defaults(config.transformer, names))
+            published = published_defaults(config.transformer, names)
+            config = replace(config, **(defaults or published))
     config.require_text_to_image(path, or_tool=True)
     if stream and scan_layers is False:
         raise ConfigError("stream brings one block at a time: it needs scan_layers")
@@ -319,17 +320,20 @@ def _scaled(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, fl
 
 def _adapted(
     networks: dict[str, OpenNetwork], loras: Sequence[tuple[str | Path, float]]
-) -> tuple[dict[str, OpenNetwork], LowRank]:
+) -> tuple[dict[str, OpenNetwork], LowRank, dict[str, Any]]:
     """All that adapters change other than by low-rank products in the transformer's layers, merged;
-    and those products, which are computed beside the weights."""
+    those products, which are computed beside the weights; and how they say to be sampled."""
     from fluxjax.checkpoint.lora.merge import Scaled, adaptable, merge
     from fluxjax.checkpoint.lora.reader import read_adapters, split_low_rank
 
     templates = adaptable(networks)
     low_rank: LowRank = []
     merged: dict[str, list[Scaled]] = {name: [] for name in templates}
+    defaults: dict[str, Any] = {}
     for file, strength in loras:
-        for name, changes in read_adapters(find(file, "lora"), templates).changes.items():
+        found = read_adapters(find(file, "lora"), templates)
+        defaults |= _defaults_of(file, found.metadata)
+        for name, changes in found.changes.items():
             others = changes
             if name == "transformer":
                 adapters, others = split_low_rank(changes, templates[name])
@@ -337,7 +341,14 @@ def _adapted(
             merged[name].append((others, strength))
     # In float32: to what the pipeline computes in, weights are cast when they are loaded.
     changed = {n: merge(networks[n], mine, dtype=np.float32) for n, mine in merged.items()}
-    return networks | changed, low_rank
+    return networks | changed, low_rank, defaults
+
+
+def _defaults_of(file: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        return saved_defaults(parse_json(metadata.get(DEFAULTS_KEY, "{}")))
+    except (ValueError, AttributeError, TypeError):
+        raise ConfigError(f"{file}: {DEFAULTS_KEY} in its metadata is not JSON") from None
 
 
 def _tree(low_rank: LowRank, config: PipelineConfig, stacked: bool) -> Params | None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from fluxjax.config.latents import PATCH
 from fluxjax.families import FLUX, Conditioning
 from fluxjax.file_hash import hash_files
@@ -25,10 +27,15 @@ class Encoders(NamedTuple):
     encode_text: Callable[[list[str]], Conditioning]  # of n captions
     image_hash: str
     text_hash: str
+    mask_channels: Callable[[Any], Any]  # (n, height, width) of 0 and 1 -> (n, c, h, w)
     unit: int = 1
     """Sides of pictures are multiples of this."""
     release: Callable[[], None] = lambda: None
     """Drops the weights; a later call loads them again."""
+
+    def encode_each(self, pictures: Any) -> Any:
+        """As `encode_image`, one picture after the other."""
+        return np.concatenate([np.asarray(self.encode_image(one[None])) for one in pictures])
 
 
 def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
@@ -93,6 +100,7 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         lambda captions: text()(captions),
         hash_files(model, ("vae", "ae.safetensors"), _VERSION, dtype),
         hash_files(model, texts, _VERSION, dtype, str(config.max_sequence_length)),
+        functools.partial(FLUX.mask_channels, config=config),
         PATCH * config.vae.scale,
         release,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ import numpy as np
 
 from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.lora.writer import write_lora
-from fluxjax.checkpoint.pipeline_folder import read_config, save_params, write_config
+from fluxjax.checkpoint.pipeline_folder import (
+    DEFAULTS_KEY,
+    read_config,
+    sampling_defaults,
+    save_params,
+    write_config,
+)
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.training_state import read_state
 from fluxjax.config import ConfigError, PipelineConfig
@@ -23,6 +30,8 @@ from fluxjax.parallel.mesh import gathered
 from fluxjax.train.loop import CHECKPOINTS
 from fluxjax.train.recipe import FinetuneRecipe, read_recipe, recipe_toml, without_places
 from fluxjax.train.step import Tree
+from fluxjax.train.task import learnt
+from fluxjax.train.wider_input import added_inputs
 
 COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 
@@ -50,6 +59,8 @@ def export(
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             metadata = {"recipe": recipe_toml(without_places(recipe))}
+            if added_inputs(read_config(recipe.model_folder).transformer, config.transformer):
+                metadata[DEFAULTS_KEY] = json.dumps(sampling_defaults(config))
             shapes = abstract_params(config.transformer)
             naming = recipe.lora_naming
             write_lora(path, tree, recipe.lora, metadata, naming=naming, params=shapes)
@@ -73,7 +84,8 @@ def export_run(
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError(f"{folder} is no fine-tuning run: it trains the embedded model")
     recipe = dataclasses.replace(recipe, folder=folder, model=model or recipe.model)
-    config = read_config(recipe.model_folder)
+    base = read_config(recipe.model_folder)
+    config, _ = learnt(recipe, base)
     part = "ema" if recipe.decay > 0 else "params"
     found, trained = read_state(folder / CHECKPOINTS, part, step)
     scales = None
@@ -81,7 +93,8 @@ def export_run(
         stacked = any(map(is_stacked, flatten(trained)))
         abstract = abstract_params(config.transformer, stacked=stacked)
         key = jax.random.key(0)
-        scales = jax.jit(lambda: split_scales(init_lora(key, abstract, recipe.lora))[1])()
+        added = added_inputs(base.transformer, config.transformer)
+        scales = jax.jit(lambda: split_scales(init_lora(key, abstract, recipe.lora, added))[1])()
     return export(recipe, config, trained, scales, step=found, out=out)
 
 
@@ -90,8 +103,11 @@ def _write_pipeline(folder: Path, source: Path, config: PipelineConfig, params: 
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name)
     write_config(folder, config)
+    # Those of the source, unless the model has become one of another task.
+    other = added_inputs(read_config(source).transformer, config.transformer)
     for file in source.glob("*.json"):
-        shutil.copyfile(file, folder / file.name)
+        if not (other and (folder / file.name).exists()):
+            shutil.copyfile(file, folder / file.name)
     save_params(folder, "transformer", params, config.transformer, None)
 
 

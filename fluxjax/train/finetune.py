@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -18,7 +17,7 @@ from fluxjax.checkpoint.source import open_component
 from fluxjax.checkpoint.templates import Part, abstract_params
 from fluxjax.config import ConfigError, FluxConfig, PipelineConfig
 from fluxjax.config.latents import latent_size
-from fluxjax.families import FLUX, Conditioning
+from fluxjax.families import FLUX, Conditioning, Task
 from fluxjax.families.family import Apply
 from fluxjax.file_hash import hash_files
 from fluxjax.models.flux import FluxTransformer
@@ -28,9 +27,8 @@ from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.quantised_kinds import NONE
-from fluxjax.sample.given_pictures import read_picture
+from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pipeline import Pipeline
-from fluxjax.train.data.buckets import fit
 from fluxjax.train.data.cache_file import usable_folder
 from fluxjax.train.data.catalogue import Report
 from fluxjax.train.data.dataset import DataBatch, Dataset, open_dataset
@@ -42,8 +40,11 @@ from fluxjax.train.loop import run_folder
 from fluxjax.train.optimizers import learning_rates, make_optimizer
 from fluxjax.train.progress import Filling
 from fluxjax.train.recipe import FinetuneRecipe
+from fluxjax.train.shown_pictures import encode_shown, read_shown
 from fluxjax.train.step import TrainState, Tree, init_state, make_step
+from fluxjax.train.task import learnt
 from fluxjax.train.validation import Validation
+from fluxjax.train.wider_input import added_inputs, widen
 
 
 def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
@@ -51,8 +52,9 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
 
     Raises ConfigError, OSError and ValueError.
     """
-    config, mesh = read_config(recipe.model_folder), make_mesh(recipe.mesh)
-    config.require_text_to_image(recipe.model)
+    base, mesh = read_config(recipe.model_folder), make_mesh(recipe.mesh)
+    base.require_text_to_image(recipe.model, or_tool=True)
+    config, task = learnt(recipe, base)
     parts = batch_parts(mesh) * recipe.accumulate
     if recipe.batch % parts:
         raise ConfigError(
@@ -62,21 +64,18 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     # What is missing shows before hours of encoding.
     if recipe.validation.every and recipe.validation.prompts:
         latent_size(*_validation_size(recipe, config), config.vae)
-    seen = _references(recipe, config)
-    base = base_hash(recipe.model_folder)
+    seen = read_shown(recipe.validation, _validation_size(recipe, config), recipe.data)
     encoders = encoders or folder_encoders(recipe.model_folder)
     recipe, note = with_usable_cache(recipe)
     with Filling() as report:
-        data = _open_data(recipe, recipe.data, encoders, mesh, report)
+        data = _open_data(recipe, recipe.data, encoders, mesh, task, report)
         data.fill(report)
     prompts = data.captions([*recipe.validation.prompts]) if recipe.validation.prompts else None
-    references = None
-    if seen is not None:  # one picture after the other
-        references = np.concatenate([np.asarray(encoders.encode_image(one[None])) for one in seen])
-    held = _held_out(recipe, data, encoders, mesh)
+    shown = encode_shown(seen, task, encoders.encode_each, encoders.mask_channels)
+    held = _held_out(recipe, data, encoders, mesh, task)
     # The encoders have done their work: their memory is the transformer's.
     encoders.release()
-    model, frozen, trained = _networks(recipe, config, mesh)
+    model, frozen, trained = _networks(recipe, base.transformer, config.transformer, mesh)
     rates = learning_rates(recipe.optimizer, recipe.steps, 1e-4 if "params" in frozen else 1e-5)
     optimizer = make_optimizer(recipe.optimizer, rates)
     state = _initial_state(config.transformer, trained, optimizer, mesh, ema=recipe.decay > 0)
@@ -94,9 +93,9 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         lora = join_scales(trained, frozen["scales"]) if "scales" in frozen else None
         base_shapes, lora = _shapes(frozen.get("params")), _shapes(lora)
         validation = _validation(
-            recipe, config, model, mesh, held, prompts, references, base_shapes, lora
+            recipe, config, model, mesh, held, prompts, shown, base_shapes, lora
         )
-    notes = [note] * bool(note) + _notes(recipe, config, data)
+    notes = [note] * bool(note) + _notes(recipe, task, config, data)
     return Job(
         config=config,
         mesh=mesh,
@@ -109,7 +108,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         empty=empty,
         validation=validation,
         notes=notes,
-        base=base,
+        base=base_hash(recipe.model_folder),
     )
 
 
@@ -130,11 +129,12 @@ def with_usable_cache(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, str]:
     return dataclasses.replace(recipe, data=data), note
 
 
-def _notes(recipe: FinetuneRecipe, config: PipelineConfig, data: Dataset) -> list[str]:
+def _notes(recipe: FinetuneRecipe, task: Task, config: PipelineConfig, data: Dataset) -> list[str]:
     notes = [f"warning: {note}" for note in data.notes]
     notes += [f"left out {name}: {reason}" for name, reason in data.quarantined]
     guidance = recipe.objective.guidance
-    if config.transformer.guidance_embeds and guidance != 1.0:
+    # Models of pictures joined to the channels are sampled with what they were trained with.
+    if config.transformer.guidance_embeds and guidance != 1.0 and not task.channels:
         notes.append(
             f"warning: guidance {guidance:g} is fed to the model while it learns from pictures "
             "made without guidance; with 1 it keeps what guidance means when sampling"
@@ -147,6 +147,7 @@ def _open_data(
     settings: DataSettings,
     encoders: Encoders,
     mesh: Mesh,
+    task: Task,
     report: Report | None = None,
 ) -> Dataset:
     index, count = share_of_process(mesh, recipe.batch)
@@ -158,6 +159,7 @@ def _open_data(
         process_index=index,
         process_count=count,
         report=report,
+        channels=task.channels,
     )
 
 
@@ -174,33 +176,33 @@ def _apply(recipe: FinetuneRecipe, mesh: Mesh) -> Apply:
 
 
 def _networks(
-    recipe: FinetuneRecipe, config: PipelineConfig, mesh: Mesh
+    recipe: FinetuneRecipe, base: FluxConfig, config: FluxConfig, mesh: Mesh
 ) -> tuple[FluxTransformer, dict[str, Tree], Tree]:
-    """The transformer, its frozen parts and what is trained."""
+    """The transformer, its frozen parts and what is trained; `base` may have fewer inputs."""
     lora, dtype = recipe.method == "lora", recipe.compute_dtype
-    stacked = scan_by_default(config.transformer)
+    stacked = scan_by_default(config)
     stored = dtype if lora else jnp.dtype("float32")
     model = FluxTransformer(
-        config.transformer,
+        config,
         dtype=dtype,
         param_dtype=stored,
         scan_layers=stacked,
         remat=recipe.remat,
         attention=recipe.attention,
     )
-    abstract = abstract_params(config.transformer, stacked=stacked)
-    network = open_component(recipe.model_folder, "transformer", config.transformer)
+    abstract = abstract_params(config, stacked=stacked)
+    network = open_component(recipe.model_folder, "transformer", base)
     template, _ = network.template(stacked=stacked, quantise=recipe.quantise if lora else NONE)
-    where = param_shardings(config.transformer, template, mesh)
-    params = network.fill(template, dtype=stored, shardings=where)
+    where = param_shardings(base, template, mesh)
+    params = widen(network.fill(template, dtype=stored, shardings=where), base, config)
     if not lora:
         return model, {}, params
     key = jax.random.fold_in(jax.random.key(recipe.seed), 2**31 - 2)
 
     def start() -> tuple[Tree, Tree]:
-        return split_scales(init_lora(key, abstract, recipe.lora))
+        return split_scales(init_lora(key, abstract, recipe.lora, added_inputs(base, config)))
 
-    where = state_shardings(config.transformer, jax.eval_shape(start), mesh)
+    where = state_shardings(config, jax.eval_shape(start), mesh)
     trained, scales = jax.jit(start, out_shardings=where)()
     if recipe.lora.kind == "dora":
         trained = jax.jit(with_magnitudes, out_shardings=where[0])(trained, params)
@@ -227,24 +229,15 @@ def _initial_state(
 
 
 def _held_out(
-    recipe: FinetuneRecipe, data: Dataset, encoders: Encoders, mesh: Mesh
+    recipe: FinetuneRecipe, data: Dataset, encoders: Encoders, mesh: Mesh, task: Task
 ) -> list[DataBatch]:
     """The batches whose loss validation measures."""
     settings = recipe.validation
     if settings.source:
         data = _open_data(
-            recipe, dataclasses.replace(recipe.data, source=settings.source), encoders, mesh
+            recipe, dataclasses.replace(recipe.data, source=settings.source), encoders, mesh, task
         )
     return [data(step) for step in range(settings.batches if settings.every else 0)]
-
-
-def _references(recipe: FinetuneRecipe, config: PipelineConfig) -> np.ndarray | None:
-    """The pictures that validation edits, (prompts, height, width, 3)."""
-    settings = recipe.validation
-    if not (settings.every and settings.references):
-        return None
-    size = _validation_size(recipe, config)
-    return np.stack([fit(read_picture(path)[0], *size) for path in settings.references])
 
 
 def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[int, int]:
@@ -260,7 +253,7 @@ def _validation(
     mesh: Mesh,
     held: list[DataBatch],
     states: Conditioning | None,
-    references: np.ndarray | None,
+    shown: Inputs,
     base: Tree | None,
     lora: Tree | None,
 ) -> Validation:
@@ -270,6 +263,8 @@ def _validation(
     def load(component: Any, part: Part = "all") -> Tree:
         assert part == "all", "nothing comes and goes here"
         network = getattr(config, component)
+        if component == "controlnets":
+            return network  # of which a model that is trained has none
         return load_params(
             recipe.model_folder,
             component,
@@ -302,7 +297,7 @@ def _validation(
         mesh,
         batches=list(map(Placement(mesh, config), held)),
         states=states,
-        references=references,
+        shown=shown,
         seed=recipe.seed,
         apply=_apply(recipe, mesh),
     )

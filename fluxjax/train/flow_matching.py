@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     """A batch as the step takes it; `index` numbers the samples of the whole run.
 
     `reference`: latents of the pictures that these are made from. `mask`: what each of a token's
-    2 x 2 latents counts, 0 to 1.
+    2 x 2 latents counts, 0 to 1. `channels`: what is joined to the latents' (Fill and Control).
     """
 
     latents: Float[AnyArray, "b image c"]
@@ -39,6 +39,7 @@ class Rows(NamedTuple):
     index: Int[AnyArray, "b"]
     reference: Float[Array, "b image c"] | None = None
     mask: Float[Array, "b image 4"] | None = None
+    channels: Float[Array, "b image more"] | None = None
 
 
 def predict(
@@ -57,7 +58,7 @@ def predict(
     tokens = None
     if rows.reference is not None:
         tokens = Tokens(rows.reference, jnp.asarray(ids).at[:, 0].set(1.0))
-    extras = Extras(ids, jnp.full(t.shape, guidance), tokens)
+    extras = Extras(ids, jnp.full(t.shape, guidance), tokens, rows.channels)
     return family.forward(model, variables, x, t, rows.conditioning, extras, apply=apply)
 
 

@@ -29,7 +29,8 @@ _UNDECISIVE = {
 _NAMES = {"dora": "PEFT's", "lokr": "LyCORIS'"}
 _PLACES = {
     *("folder", "model", "data.source", "data.references", "data.masks", "data.cache"),
-    *("validation.source", "validation.references"),
+    *("data.fill_masks", "data.controls", "validation.source", "validation.references"),
+    *("validation.images", "validation.masks", "validation.controls"),
 }
 
 

@@ -87,6 +87,12 @@ class ValidationSettings:
     """A row of pictures each; without prompts only the loss is measured."""
     references: tuple[str, ...] = ()
     """Training to edit: for each prompt the file of the picture that it edits, cut to the size."""
+    images: tuple[str, ...] = ()
+    """Training to fill: likewise what is filled, with `masks`."""
+    masks: tuple[str, ...] = ()
+    """White is painted anew."""
+    controls: tuple[str, ...] = ()
+    """Training to follow: likewise; with data.controls = "canny" their edges are followed."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A column of pictures each."""
     width: int | None = None
@@ -107,8 +113,21 @@ class ValidationSettings:
             )
         if self.prompts and not self.seeds:
             raise ConfigError("prompts need at least one seed")
-        if self.references and len(self.references) != len(self.prompts):
-            raise ConfigError(
-                f"there are {len(self.prompts)} prompts and {len(self.references)} references: "
-                "each prompt edits one"
-            )
+        for name, files in self.pictures.items():
+            if files and len(files) != len(self.prompts):
+                raise ConfigError(
+                    f"there are {len(self.prompts)} prompts and {len(files)} {name}s: each prompt "
+                    "has one"
+                )
+        if bool(self.images) != bool(self.masks):
+            raise ConfigError("images and masks belong together: a mask says what of one is filled")
+
+    @property
+    def pictures(self) -> dict[str, tuple[str, ...]]:
+        """Files by what they are to a task (`families.Task`), one for each prompt or none."""
+        return {
+            "reference": self.references,
+            "image": self.images,
+            "mask": self.masks,
+            "control": self.controls,
+        }

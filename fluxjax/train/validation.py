@@ -39,17 +39,17 @@ class Validation:
         *,
         batches: Sequence[tuple[Rows, Float[Array, "image 3"], Float[Array, ""]]],
         states: Conditioning | None,
-        references: Float[np.ndarray, "prompts c rows columns"] | None,
+        shown: Inputs,
         seed: int,
         apply: Apply = nn.Module.apply,
     ) -> None:
-        """`pipeline` draws; `batches` are (rows, image ids, mu); `states` and `references` those of
-        the prompts."""
+        """`pipeline` draws; `batches` are (rows, image ids, mu); `states` and what is
+        `shown` are those of the prompts."""
         self.pipeline, self.model = pipeline, model
         self.settings, self.objective = settings, objective
         self.mesh, self.batches, self.seed = mesh, batches, jnp.int32(seed)
         self._apply = apply
-        self._states, self._references = states, references
+        self._states, self._shown = states, shown
 
     def loss(self, variables: Tree) -> float:
         """Mean over the batches; timesteps are the evenly spaced quantiles of the density."""
@@ -83,8 +83,8 @@ class Validation:
         assert self._states is not None
         asked, pipeline = self.settings, self.pipeline
         prompts, columns = len(self._states.vector), len(asked.seeds)
-        states, references = jax.tree.map(
-            lambda x: np.repeat(np.asarray(x), columns, axis=0), (self._states, self._references)
+        states, shown = jax.tree.map(
+            lambda x: np.repeat(np.asarray(x), columns, axis=0), (self._states, self._shown)
         )
         # In float32 and without the rounding of a sampler, whatever the network computes in.
         chosen = override(
@@ -94,7 +94,7 @@ class Validation:
         noise = pipeline.draw_noise(chosen, [*asked.seeds] * prompts, prompts * columns)
         pipeline.use("transformer", params)
         latents = pipeline.denoise(
-            states, noise, steps=asked.steps, guidance=asked.guidance, inputs=Inputs(references)
+            states, noise, steps=asked.steps, guidance=asked.guidance, inputs=shown
         )
         return to_bytes(pipeline.decode(latents))
 

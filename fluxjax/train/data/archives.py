@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,10 @@ def tar_items(path: Path, name: str, settings: DataSettings) -> Iterator[Item]:
         RecursionError,
     ) as error:
         problem = f"the rest of this tar is lost: {error}"
-    stamp = file_stamp(path)
     for key, members in sorted(samples.items()):
-        extension = min((e for e in members if e.endswith(EXTENSIONS)), default=None)
+        # `key.before.png` goes with a picture, and is none by itself.
+        plain = [e for e in members if e in EXTENSIONS]
+        extension = min(plain or (e for e in members if e.endswith(EXTENSIONS)), default=None)
         if extension is not None:
             offset, length = members[extension]
             caption = _tar_caption(path, members, settings)
@@ -71,10 +72,29 @@ def tar_items(path: Path, name: str, settings: DataSettings) -> Iterator[Item]:
             ):
                 yield bad_item(where, problem_here)
                 continue
-            read = functools.partial(_read, path, offset, length)
-            yield Item(shown(where), f"{stamp}-{offset}-{length}", caption.text, "", read)
+            beside = functools.partial(_tar_beside, path, f"{name}/{key}", members)
+            yield _tar_item(path, where, (offset, length), caption.text)._replace(beside=beside)
     if problem:
         yield bad_item(name, problem)
+
+
+def _tar_item(path: Path, where: str, place: tuple[int, int], caption: str) -> Item:
+    read = functools.partial(_read, path, *place)
+    return Item(shown(where), f"{file_stamp(path)}-{place[0]}-{place[1]}", caption, "", read)
+
+
+def _tar_beside(
+    path: Path, sample: str, members: dict[str, tuple[int, int]], companion: str
+) -> Item:
+    """The member `key.COMPANION.png`, whatever its format."""
+    found = [e for end in EXTENSIONS if (e := f".{companion.lower()}{end}") in members]
+    where = f"{sample}.{companion}"
+    if len(found) != 1:
+        listed = f"there are {' and '.join(found)}" if found else "there is none"
+        return bad_item(where, f"its sample needs one member .{companion}.*: {listed}")
+    if members[found[0]][1] > MAX_BYTES:
+        return bad_item(where, "the member is more than a picture can be")
+    return _tar_item(path, f"{sample}{found[0]}", members[found[0]], "")
 
 
 def _read(path: Path, offset: int, length: int) -> bytes:
@@ -112,28 +132,46 @@ def parquet_items(path: Path, name: str, settings: DataSettings) -> Iterator[Ite
     try:
         with pq.ParquetFile(path) as file:
             schema, groups = file.schema_arrow, file.num_row_groups
-            for key in (settings.image_key, settings.caption_key):
-                if key not in schema.names:
-                    raise ConfigError(
-                        f"{path} has no column {key!r}; its columns are {', '.join(schema.names)}"
-                    )
-            kind = schema.field(settings.image_key).type
-            if not _holds_bytes(kind):
-                raise ConfigError(
-                    f"{path}: the column {settings.image_key!r} holds {kind}, not pictures' bytes"
-                )
+            _require_column(path, schema, settings.caption_key)
+            _require_pictures(path, schema, settings.image_key)
             for group in range(groups):
                 column = file.read_row_group(group, columns=[settings.caption_key]).column(0)
                 if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                     column = column.cast(pa.large_binary())  # so that bad UTF-8 is one row's fault
                 for row, value in enumerate(column.to_pylist()):
                     caption = read_caption(value, settings)
-                    where = f"{name} row group {group} row {row}"
-                    read = functools.partial(_parquet_picture, path, settings.image_key, group, row)
-                    stamp = f"{file_stamp(path)}-{group}-{row}"
-                    yield Item(shown(where), stamp, caption.text, caption.problem, read)
+                    item = functools.partial(_parquet_item, path, name, (group, row))
+                    beside = functools.partial(_parquet_beside, path, schema, item)
+                    made = item(settings.image_key)._replace(beside=beside)
+                    yield made._replace(caption=caption.text, problem=caption.problem)
     except (pa.ArrowException, OSError, LookupError, ArithmeticError, UnicodeError) as error:
         yield bad_item(name, f"the rest of this parquet file is lost: {error}")
+
+
+def _require_column(path: Path, schema: Any, key: str) -> None:
+    if key not in schema.names:
+        raise ConfigError(
+            f"{path} has no column {key!r}; its columns are {', '.join(schema.names)}"
+        )
+
+
+def _require_pictures(path: Path, schema: Any, key: str) -> None:
+    _require_column(path, schema, key)
+    kind = schema.field(key).type
+    if not _holds_bytes(kind):
+        raise ConfigError(f"{path}: the column {key!r} holds {kind}, not pictures' bytes")
+
+
+def _parquet_item(path: Path, name: str, place: tuple[int, int], column: str) -> Item:
+    read = functools.partial(_parquet_picture, path, column, *place)
+    where = f"{name} row group {place[0]} row {place[1]}"
+    return Item(shown(where), f"{file_stamp(path)}-{place[0]}-{place[1]}", "", "", read)
+
+
+def _parquet_beside(path: Path, schema: Any, item: Callable[[str], Item], column: str) -> Item:
+    """The same row's picture in another column."""
+    _require_pictures(path, schema, column)
+    return item(column)
 
 
 def import_parquet() -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,9 +21,16 @@ from fluxjax.atomic_write import write_bytes
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import BadPicture, decode, quiet
 from fluxjax.train.data.buckets import bucket, fit
-from fluxjax.train.data.companions import KINDS, companion_items, folder_of
+from fluxjax.train.data.companions import (
+    KINDS,
+    OF_ITS_SIZE,
+    canny_item,
+    companion_items,
+    place_of,
+    random_mask_items,
+)
 from fluxjax.train.data.item import Item
-from fluxjax.train.data.settings import DataSettings
+from fluxjax.train.data.settings import CANNY, RANDOM, DataSettings
 from fluxjax.train.data.sources import list_items
 
 Report = Callable[[str, int, int], None]  # what is counted, how many are done, and of how many
@@ -40,6 +48,13 @@ class Entry(NamedTuple):
     height: int
     reference: Entry | None = None
     mask: Entry | None = None
+    fill_mask: Entry | None = None
+    control: Entry | None = None
+
+    @property
+    def companions(self) -> list[Entry]:
+        every = (self.reference, self.mask, self.fill_mask, self.control)
+        return [other for other in every if other is not None]
 
 
 class Catalogue(NamedTuple):
@@ -84,9 +99,11 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
     found = inspect(items, settings.source)
     beside = {}
     for kind in KINDS:
-        if source := folder_of(kind, settings):
+        if place := place_of(kind, settings):
             others = companion_items(kind, items, settings)
-            beside[kind] = list(zip(others, inspect(others, source), strict=True))
+            if any(item.beside for item in items):
+                place = f"{settings.source} {place}"
+            beside[kind] = list(zip(others, inspect(others, place), strict=True))
     entries, quarantined = [], []
     for i, (item, (digest, size, problem)) in enumerate(zip(items, found, strict=True)):
         companions = {kind: pairs[i] for kind, pairs in beside.items()}
@@ -103,7 +120,7 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
                     kind: Entry(other, found.digest, width, height)
                     for kind, (other, found) in companions.items()
                 }
-                entries.append(Entry(item, digest, width, height, **each))
+                entries += _with_made(Entry(item, digest, width, height, **each), settings)
                 continue
             except BadPicture as error:
                 problem = str(error)
@@ -130,10 +147,23 @@ def _problem(size: tuple[int, int], companions: Mapping[str, tuple[Item, _Found]
     for kind, (item, found) in companions.items():
         if found.problem:
             return found.problem if item.problem else f"its {kind}: {found.problem}"
-        if kind == "mask" and found.size != size:
+        if kind in OF_ITS_SIZE and found.size != size:
             shown = ["{} x {}".format(*one) for one in (found.size, size)]
             return f"its mask has {shown[0]} pixels, and the picture {shown[1]}"
     return ""
+
+
+def _with_made(entry: Entry, settings: DataSettings) -> list[Entry]:
+    """With companions that are made of the picture: its edges, and once with each random mask."""
+    size, name = (entry.width, entry.height), entry.item.name
+    if settings.controls == CANNY:
+        read = partial(pixels, entry, settings.max_megapixels)
+        edges = canny_item(entry.digest, name, read, size, settings.canny)
+        return [entry._replace(control=Entry(edges, edges.digest, *size))]
+    if settings.fill_masks == RANDOM:
+        masks = random_mask_items(entry.digest, name, size, settings)
+        return [entry._replace(fill_mask=Entry(mask, mask.digest, *size)) for mask in masks]
+    return [entry]
 
 
 class _Memory:

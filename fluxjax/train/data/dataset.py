@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ class DataBatch(NamedTuple):
     height: int
     reference: Float[np.ndarray, "b image c"] | None = None
     mask: Float[np.ndarray, "b image 4"] | None = None
+    channels: Float[np.ndarray, "b image more"] | None = None
+    """What is joined to the latents' channels."""
 
 
 class Dataset:
@@ -67,13 +69,14 @@ class Dataset:
         seed: int,
         process_index: int,
         process_count: int,
+        channels: Sequence[str] = (),
     ):
         self.entries, self.quarantined, self.notes = catalogue
         self.batch, self.process_index, self.process_count = batch, process_index, process_count
-        self._settings, self._states = settings, states
+        self._settings, self._states, self._channels = settings, states, tuple(channels)
         self._order = Order(self.entries, batch, seed)
         listing = [
-            (e.digest, e.item.caption, e.width, e.height, *(c.digest for c in _companions(e)))
+            (e.digest, e.item.caption, e.width, e.height, *(c.digest for c in e.companions))
             for e in self.entries
         ]
         made_by = (states.encoders.image_hash, states.encoders.text_hash)
@@ -119,8 +122,22 @@ class Dataset:
             reference = np.stack([self._states.latents(other) for other in references])
         if chosen[0].mask is not None:
             mask = np.stack([self._states.mask(e, latents.shape[1]) for e in chosen])
+        channels = None
+        if self._channels:
+            channels = np.stack([self._joined(entry) for entry in chosen])
         size = chosen[0].width, chosen[0].height
-        return DataBatch(latents, conditioning, index, *size, reference, mask)
+        return DataBatch(latents, conditioning, index, *size, reference, mask, channels)
+
+    def _joined(self, entry: Entry) -> Float[np.ndarray, "image more"]:
+        """What is joined to the channels of an entry's tokens."""
+
+        def one(name: str) -> np.ndarray:
+            if name == "control":
+                assert entry.control is not None
+                return self._states.latents(entry.control)
+            return self._states.masked(entry) if name == "masked" else self._states.fill_mask(entry)
+
+        return np.concatenate([one(name) for name in self._channels], axis=-1)
 
     def iterate(self, start_step: int = 0) -> Iterator[DataBatch]:
         """Endless batches from `start_step` on, read ahead by threads. Close it when done."""
@@ -145,14 +162,21 @@ class Dataset:
         disk they have in common they meet, on disks of their own each makes everything.
         """
         states, captions = self._states, sorted({e.item.caption for e in self.entries} | {""})
-        entries = [e for one in self.entries for e in (one, one.reference) if e is not None]
-        paths = {states.latents_path(entry): entry for entry in entries}
+        paths: dict[Path, tuple[Entry, bool]] = {}
+        for entry in self.entries:
+            for one in (entry, entry.reference, entry.control):
+                if one is not None:
+                    paths[states.latents_path(one)] = one, False
+            if entry.fill_mask is not None:
+                paths[states.masked_path(entry)] = entry, True
         texts = [c for c in self._own_first(captions) if not states.text_path(c).exists()]
         todo = [p for p in self._own_first(sorted(paths)) if not p.exists()]
 
         def ready(path: Path) -> tuple[Path, np.ndarray | None]:
-            megapixels = self._settings.max_megapixels
-            return path, None if path.exists() else pixels(paths[path], megapixels)
+            megapixels, (entry, masked) = self._settings.max_megapixels, paths[path]
+            if masked or path.exists():
+                return path, None
+            return path, pixels(entry, megapixels)
 
         with quiet():
             for done, caption in enumerate(texts, 1):
@@ -160,8 +184,11 @@ class Dataset:
                 if report:
                     report("captions encoded", done, len(texts))
             for done, (path, picture) in enumerate(in_threads(ready, todo, ahead=4), 1):
-                if picture is not None:
-                    states.latents(paths[path], picture)
+                entry, masked = paths[path]
+                if masked:
+                    states.masked(entry)
+                elif picture is not None:
+                    states.latents(entry, picture)
                 if report:
                     report("pictures encoded", done, len(todo))
 
@@ -169,10 +196,6 @@ class Dataset:
         count, own = self.process_count, self.process_index
         others = [values[(own + i) % count :: count] for i in range(1, count)]
         return [*values[own::count], *(v for share in others for v in reversed(share))]
-
-
-def _companions(entry: Entry) -> list[Entry]:
-    return [other for other in (entry.reference, entry.mask) if other is not None]
 
 
 def open_dataset(
@@ -184,8 +207,10 @@ def open_dataset(
     process_index: int = 0,
     process_count: int = 1,
     report: Report | None = None,
+    channels: Sequence[str] = (),
 ) -> Dataset:
     """Lists and checks the source; `batch` is the global one, of which this process gets a share.
+    `channels`: what is joined to the latents', as in `families.Task`.
 
     `report(what, done, due)` is called while pictures that are new to the cache are checked. Raises
     ConfigError, FileNotFoundError, and ValueError above the share of bad pictures.
@@ -214,6 +239,7 @@ def open_dataset(
         seed=seed,
         process_index=process_index,
         process_count=process_count,
+        channels=channels,
     )
 
 

@@ -1,26 +1,61 @@
-"""Drawn scenes as a source of pictures with captions."""
+"""Drawn scenes, and edits of them, as sources of pictures with captions."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
 from fluxjax.config import ConfigError
 from fluxjax.train.data.buckets import bucket
-from fluxjax.train.data.item import Item
+from fluxjax.train.data.item import Item, bad_item
 from fluxjax.train.data.settings import DataSettings
+from fluxjax.train.embedded.edits import Edit, draw_edits
 from fluxjax.train.embedded.phrasing import captions, vary
 from fluxjax.train.embedded.scenes import Scene, render, sample_scenes
 
+BEFORE = "before"
 _CHUNK = 64
 _SEED = 11
 
 
 def scene_items(settings: DataSettings) -> list[Item]:
     """`settings.scenes` scenes in chunks of one size, the sizes in turn; scene i never changes."""
+    items = []
+    for chunk, scenes, size in _chunks(settings):
+        rng = np.random.default_rng((_SEED, chunk))
+        for row, caption in enumerate(captions(scenes, _SEED * 1_000_003 + chunk)):
+            name = "scene {}, {} x {}".format(chunk * _CHUNK + row, *size)
+            scene = Scene(*(field[row] for field in scenes))
+            items.append(_item(scene, size, name, vary(caption, rng).text))
+    return items[: settings.scenes]
+
+
+def edit_items(settings: DataSettings) -> list[Item]:
+    """As many edits of scenes: what is wanted, with what is asked for; beside it is `before`."""
+    items = []
+    for chunk, scenes, size in _chunks(settings):
+        rng = np.random.default_rng((_SEED, chunk))
+        edits = draw_edits(scenes, rng, width=size[0], height=size[1], held_out=False)
+        for row, edit in enumerate(edits):
+            if edit is not None:
+                name = "edit {}, {} x {}".format(chunk * _CHUNK + row, *size)
+                item = _item(edit.after, size, name, edit.instruction)
+                items.append(item._replace(beside=functools.partial(_before, edit, size, name)))
+    return items[: settings.scenes]
+
+
+def _before(edit: Edit, size: tuple[int, int], name: str, companion: str) -> Item:
+    if companion != BEFORE:
+        return bad_item(name, f"a drawn edit has {BEFORE!r} beside it, and no {companion!r}")
+    return _item(edit.before, size, f"{BEFORE} {name}", "")
+
+
+def _chunks(settings: DataSettings) -> Iterator[tuple[int, Scene, tuple[int, int]]]:
+    """(number, scenes as numpy, (width, height)) of every chunk."""
     sizes = settings.scene_sizes or ((settings.resolution, settings.resolution),)
     for width, height in sizes:
         fitted = bucket(
@@ -35,24 +70,20 @@ def scene_items(settings: DataSettings) -> list[Item]:
                 f"scenes of {width} x {height} would be cut to {fitted[0]} x {fitted[1]} by "
                 f"resolution={settings.resolution} and bucket_step={settings.bucket_step}"
             )
-    items = []
     for chunk in range(-(-settings.scenes // _CHUNK)):
         width, height = sizes[chunk % len(sizes)]
         key = jax.random.fold_in(jax.random.key(_SEED), chunk)
         scenes = sample_scenes(key, _CHUNK, width=width, height=height)
-        scenes = Scene(*(np.asarray(field) for field in scenes))
-        rng = np.random.default_rng((_SEED, chunk))
-        for row, caption in enumerate(captions(scenes, _SEED * 1_000_003 + chunk)):
-            name = f"scene {chunk * _CHUNK + row}, {width} x {height}"
-            scene = Scene(*(field[row : row + 1] for field in scenes))
-            read = functools.partial(_draw, scene, width, height)
-            # Not of the pixels: another kind of device may round one of them otherwise.
-            digest = hashlib.sha256(f"{_SEED} {name}".encode()).hexdigest()
-            text = vary(caption, rng).text
-            items.append(Item(name, "drawn", text, "", read, digest, (width, height)))
-    return items[: settings.scenes]
+        yield chunk, Scene(*(np.asarray(field) for field in scenes)), (width, height)
+
+
+def _item(scene: Scene, size: tuple[int, int], name: str, text: str) -> Item:
+    # Not of the pixels: another kind of device may round one of them otherwise.
+    digest = hashlib.sha256(f"{_SEED} {name}".encode()).hexdigest()
+    return Item(name, "drawn", text, "", functools.partial(_draw, scene, *size), digest, size)
 
 
 def _draw(scene: Scene, width: int, height: int) -> np.ndarray:
-    pixels = np.asarray(render(scene, width=width, height=height))[0]
+    one = Scene(*(np.asarray(field)[None] for field in scene))
+    pixels = np.asarray(render(one, width=width, height=height))[0]
     return np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)

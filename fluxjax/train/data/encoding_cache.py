@@ -80,6 +80,42 @@ class EncodingCache:
         path = self._path("mask", mask.digest, "{}x{}".format(*size), str(tokens), _CROP)
         return self._find(path, make, mask.item.name)["mask"]
 
+    def masked(self, entry: Entry) -> Float[np.ndarray, "image c"]:
+        """Latents, as those of `latents`, of a picture whose fill mask is cut out."""
+        assert entry.fill_mask is not None
+
+        def make() -> dict[str, np.ndarray]:
+            kept = 1 - self._painted(entry)
+            image = pixels(entry, self.max_megapixels)[None] * kept[..., None]
+            return {"latents": np.asarray(self.encoders.encode_image(image))[0]}
+
+        found = self._find(self.masked_path(entry), make, entry.item.name)["latents"]
+        return np.asarray(pack(found[None]))[0]
+
+    def masked_path(self, entry: Entry) -> Path:
+        assert entry.fill_mask is not None
+        size = f"{entry.width}x{entry.height}"
+        both = entry.digest, entry.fill_mask.digest
+        return self._path("masked", *both, self.encoders.image_hash, size, _CROP, _LAYOUT)
+
+    def fill_mask(self, entry: Entry) -> Float[np.ndarray, "image c"]:
+        """The pixels of a fill mask as channels of the tokens under them."""
+        mask, size = entry.fill_mask, f"{entry.width}x{entry.height}"
+        assert mask is not None
+
+        def make() -> dict[str, np.ndarray]:
+            channels = self.encoders.mask_channels(self._painted(entry))
+            return {"mask": np.asarray(pack(channels))[0]}
+
+        path = self._path("fill mask", mask.digest, size, str(self.encoders.unit), _CROP)
+        return self._find(path, make, mask.item.name)["mask"]
+
+    def _painted(self, entry: Entry) -> Float[np.ndarray, "1 height width"]:
+        """1 where it is painted anew, else 0."""
+        assert entry.fill_mask is not None
+        white = pixels(entry.fill_mask, self.max_megapixels).mean(-1) >= 0
+        return white.astype(np.float32)[None]
+
     def text(self, captions: list[str]) -> Conditioning:
         """States of each caption."""
 

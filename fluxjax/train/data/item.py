@@ -20,6 +20,7 @@ class Item(NamedTuple):
 
     `stamp` changes when the picture may have. `read` gives the file's bytes, or pixels (h, w, 3)
     of a drawn picture; it raises BadPicture or OSError. `digest` stands for content known ahead.
+    `beside` finds pictures that lie in one sample of an archive with it, by a name.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Item(NamedTuple):
     read: Callable[[], bytes | np.ndarray]
     digest: str = ""
     size: tuple[int, int] | None = None
+    beside: Callable[[str], Item] | None = None
 
 
 def shown(name: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fluxjax.config import ConfigError
+from fluxjax.train.data.random_masks import RandomMasks
+
+RANDOM, CANNY = "random", "canny"
 
 _LARGEST = {"resolution": 2**15, "bucket_step": 2**15, "max_megapixels": 10**4, "scenes": 10**7}
 
@@ -14,7 +17,12 @@ class DataSettings:
     """Where pictures and captions come from, and how they are cut to size.
 
     `source` is a folder of pictures with captions beside them or in metadata.jsonl, a parquet file
-    or folder, a webdataset tar or folder of tars, or `scenes`: drawn ones. It is only read.
+    or folder, a webdataset tar or folder of tars, or drawn: `scenes`, or `edits` of scenes, whose
+    captions say what becomes of their `references = "before"`. It is only read.
+
+    `references`, `masks`, `fill_masks` and `controls` are pictures that go with those of the
+    source: a folder with files of the same names, of a parquet file a column, and in a tar members
+    with that before the extension (`KEY.before.png` for "before").
     """
 
     source: str = "scenes"
@@ -32,10 +40,19 @@ class DataSettings:
     default_caption: str | None = None
     """For pictures without a caption; None counts them as bad."""
     references: str = ""
-    """Training to edit (FLUX.1-Kontext): a folder of pictures, of the source's names, from which
-    the source's are made. Scaled and cut as these are, those of validation pictures too."""
+    """Training to edit (FLUX.1-Kontext): what the source's pictures are made from. Scaled and cut
+    as these are, those of validation pictures too."""
     masks: str = ""
-    """A folder of grey pictures, of the source's names and sizes: white is learnt, black is not."""
+    """Grey pictures of the source's sizes: white is learnt, black is not."""
+    fill_masks: str = ""
+    """Training to fill (FLUX.1 Fill): pictures of the source's sizes, white is painted anew; or
+    `random`: drawn by the rule of random_masks."""
+    random_masks: RandomMasks = field(default_factory=RandomMasks)
+    controls: str = ""
+    """Training to follow (FLUX.1 Canny and Depth, ControlNets): what the source's pictures are
+    shaped like, scaled and cut as these are; or `canny`: their own edges."""
+    canny: tuple[int, int] = (50, 200)
+    """The thresholds of these edges."""
     follow_links: bool = False
     """Read what links point to outside of the source."""
     max_megapixels: float = 80.0
@@ -48,6 +65,17 @@ class DataSettings:
     scene_sizes: tuple[tuple[int, int], ...] = ()
     """(width, height) of the drawn scenes, in turn; by default a square of the resolution."""
 
+    @property
+    def pictures(self) -> frozenset[str]:
+        """What a model draws from besides text that learns from these data, see `families.Task`."""
+        taught = {
+            "reference": bool(self.references),
+            "image": bool(self.fill_masks),
+            "mask": bool(self.fill_masks),
+            "control": bool(self.controls),
+        }
+        return frozenset(name for name, is_taught in taught.items() if is_taught)
+
     def __post_init__(self) -> None:
         for name, largest in _LARGEST.items():
             value = getattr(self, name)
@@ -56,6 +84,12 @@ class DataSettings:
         if self.resolution < self.bucket_step:
             raise ConfigError(
                 f"resolution {self.resolution} is smaller than bucket_step {self.bucket_step}"
+            )
+        taught = [n for n in ("references", "fill_masks", "controls") if getattr(self, n)]
+        if len(taught) > 1:
+            raise ConfigError(
+                f"references teach to edit, fill_masks to fill and controls to follow: of "
+                f"{' and '.join(taught)} give one"
             )
         if self.max_aspect < 1:
             raise ConfigError(f"max_aspect must be at least 1, got {self.max_aspect}")

@@ -29,7 +29,7 @@ from fluxjax.train.data.item import (
 )
 from fluxjax.train.data.settings import DataSettings
 
-SCENES = "scenes"
+SCENES, EDITS = "scenes", "edits"
 METADATA = "metadata.jsonl"
 
 
@@ -38,10 +38,10 @@ def list_items(settings: DataSettings) -> list[Item]:
 
     Raises FileNotFoundError and ConfigError for a source that is none.
     """
-    if settings.source == SCENES:
-        from fluxjax.train.data.drawn_scenes import scene_items
+    if settings.source in (SCENES, EDITS):
+        from fluxjax.train.data.drawn_scenes import edit_items, scene_items
 
-        return scene_items(settings)
+        return (scene_items if settings.source == SCENES else edit_items)(settings)
     path = Path(settings.source).expanduser()
     if path.is_dir():
         items = _folder_items(path, settings)

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -321,8 +322,8 @@ def write_sheet(
         Image.fromarray(sheet).save(part, format="PNG", pnginfo=text)
 
 
-def evaluate(settings: EvaluateSettings) -> Evaluation:
-    """What `python -m fluxjax.train evaluate` does: measure, print, return.
+def evaluate(settings: EvaluateSettings) -> None:
+    """What `python -m fluxjax.train evaluate` does: measure and print.
 
     Raises FileNotFoundError, ConfigError or OSError with one sentence for a model that cannot be
     opened or a sheet that cannot be written.
@@ -331,19 +332,29 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     from rich.progress import Progress
 
     from fluxjax.sample.cache import enable_cache
+    from fluxjax.train.embedded.evaluate_tools import evaluate_tool, print_tool_evaluation
 
     if settings.sheet is not None:
         check_side_output(settings.sheet, "sheet")
     if note := enable_cache():
         print(f"note: {note}", file=sys.stderr)
-    pipeline = load_pipeline(settings.model, mesh=settings.mesh, quantise=settings.quantise)
+    pipeline = load_pipeline(
+        settings.model, mesh=settings.mesh, loras=settings.lora, quantise=settings.quantise
+    )
+    kinds = len(settings.kinds) if settings.task == "text" else 1
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=settings.prompts * len(settings.kinds))
-        result = evaluate_pipeline(
-            pipeline, settings, lambda done: bar.update(task, completed=done)
-        )
+        task = bar.add_task("drawing", total=settings.prompts * kinds)
+
+        def progress(done: int) -> None:
+            bar.update(task, completed=done)
+
+        if settings.task == "text":
+            result = evaluate_pipeline(pipeline, settings, progress)
+            show = partial(print_evaluation, result)
+        else:
+            result = evaluate_tool(pipeline, settings.task, settings, progress)
+            show = partial(print_tool_evaluation, result)
     if settings.json:
         print(result.to_json())
     else:
-        print_evaluation(result)
-    return result
+        show()

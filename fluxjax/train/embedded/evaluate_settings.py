@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -43,10 +43,15 @@ KINDS = {
 class EvaluateSettings:
     """Draw prompts that training never saw and read back what the pictures show."""
 
+    task: Literal["text", "edit", "fill", "canny"] = "text"
+    """From text alone, or one of the tools: edit a reference, fill a mask, follow edges."""
     model: str = "tiny"
     """tiny (the embedded model) or a pipeline folder."""
+    lora: tuple[str, ...] = ()
+    """Adapters of the model, FILE or FILE:SCALE."""
     prompts: int = 48
-    """Of each kind: sentences, terse, "X and Y", other orders of words, other sizes."""
+    """Of each kind: sentences, terse, "X and Y", other orders of words, other sizes; of a tool
+    cases in all."""
     kinds: tuple[str, ...] = tuple(KINDS)
     """Which kinds."""
     held_out: bool = True

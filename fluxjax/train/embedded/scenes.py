@@ -125,6 +125,22 @@ def _verdict(draw: tuple[Array, ...], held_out: bool | Array) -> Array:
     return ~twins & ~unseen & ((object_out | pair_out) == held_out)
 
 
+def is_legal(scene: Scene, held_out: bool | None) -> bool:
+    """`_verdict` of one finished scene (numpy fields without leading axis); None: either side."""
+    used = range(int(scene.count))
+    shape, colour = ([int(v) for v in field] for field in (scene.shape, scene.colour))
+    grounds = [int(ground) for ground in scene.background[: 1 + (int(scene.split) > 0)]]
+    if any(_UNSEEN[colour[i], ground] for i in used for ground in grounds):
+        return False
+    pairs = [(i, j) for i in used for j in range(i)]
+    twins = any(shape[i] == shape[j] and colour[i] == colour[j] for i, j in pairs)
+    if twins and KINDS[int(scene.kind)] != "count":
+        return False
+    out = any(_OBJECT_HELD_OUT[colour[i], shape[i]] for i in used)
+    out = out or any(_PAIR_HELD_OUT[shape[i], shape[j]] for i, j in pairs)
+    return held_out is None or out == held_out
+
+
 def _spread(key: PRNGKeyArray, extents: Array, used: Array, length: Array) -> Array:
     """Centres of objects laid one after the other on a line of `length` with random gaps."""
     widths = jnp.where(used, 2 * extents, 0.0)
