@@ -1,53 +1,62 @@
-"""Frozen configurations of every network and pipeline, one file per network, and the presets."""
+"""Frozen configurations of every network and pipeline, one file per network, and the presets.
 
-from fluxjax.config.autoencoder import AutoencoderConfig
+What a name stands for is read when it is first used: a command that only explains its options needs
+few of them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from fluxjax.config.base import Activation, ConfigError, from_dict, multiple
-from fluxjax.config.clip import (
-    CLIP_BASE_TEXT,
-    CLIP_BASE_VISION,
-    CLIP_BIGG_TEXT,
-    CLIP_H_TEXT,
-    CLIP_L_TEXT,
-    CLIP_L_VISION,
-    CLIPConfig,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-)
-from fluxjax.config.controlnet import (
-    CONTROL_MODES,
-    CONTROLS,
-    UNION,
-    UNION_2,
-    XLABS,
-    ControlNetConfig,
-)
-from fluxjax.config.flux import FluxConfig
-from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
-from fluxjax.config.lora import LoraConfig
-from fluxjax.config.pipeline import (
-    CONTROL,
-    DEV,
-    FILL,
-    KONTEXT,
-    PRESETS,
-    SCHNELL,
-    TINY,
-    PipelineConfig,
-    published_defaults,
-)
-from fluxjax.config.pixart import PIXART_ALPHA, PIXART_SIGMA, PixArtConfig
-from fluxjax.config.redux import REDUX, ReduxConfig
-from fluxjax.config.scheduler import SchedulerConfig
-from fluxjax.config.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
-from fluxjax.config.siglip import SIGLIP_SO400M, SiglipVisionConfig
-from fluxjax.config.t5 import T5_SMALL, T5_XXL, T5Config
-from fluxjax.config.unet import (
-    SD15_UNET,
-    SD21_UNET,
-    SDXL_REFINER_UNET,
-    SDXL_UNET,
-    UNetConfig,
-)
+
+if TYPE_CHECKING:
+    from fluxjax.config.autoencoder import AutoencoderConfig
+    from fluxjax.config.clip import (
+        CLIP_BASE_TEXT,
+        CLIP_BASE_VISION,
+        CLIP_BIGG_TEXT,
+        CLIP_H_TEXT,
+        CLIP_L_TEXT,
+        CLIP_L_VISION,
+        CLIPConfig,
+        CLIPTextConfig,
+        CLIPVisionConfig,
+    )
+    from fluxjax.config.controlnet import (
+        CONTROL_MODES,
+        CONTROLS,
+        UNION,
+        UNION_2,
+        XLABS,
+        ControlNetConfig,
+    )
+    from fluxjax.config.flux import FluxConfig
+    from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
+    from fluxjax.config.lora import LoraConfig
+    from fluxjax.config.pipeline import (
+        CONTROL,
+        DEV,
+        FILL,
+        KONTEXT,
+        PRESETS,
+        SCHNELL,
+        TINY,
+        PipelineConfig,
+        published_defaults,
+    )
+    from fluxjax.config.pixart import PIXART_ALPHA, PIXART_SIGMA, PixArtConfig
+    from fluxjax.config.redux import REDUX, ReduxConfig
+    from fluxjax.config.scheduler import SchedulerConfig
+    from fluxjax.config.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
+    from fluxjax.config.siglip import SIGLIP_SO400M, SiglipVisionConfig
+    from fluxjax.config.t5 import T5_SMALL, T5_XXL, T5Config
+    from fluxjax.config.unet import (
+        SD15_UNET,
+        SD21_UNET,
+        SDXL_REFINER_UNET,
+        SDXL_UNET,
+        UNetConfig,
+    )
 
 __all__ = [
     "CLIP_BASE_TEXT",
@@ -104,3 +113,52 @@ __all__ = [
     "multiple",
     "published_defaults",
 ]
+
+_NAMES = {
+    "autoencoder": ("AutoencoderConfig",),
+    "clip": (
+        "CLIP_BASE_TEXT",
+        "CLIP_BASE_VISION",
+        "CLIP_BIGG_TEXT",
+        "CLIP_H_TEXT",
+        "CLIP_L_TEXT",
+        "CLIP_L_VISION",
+        "CLIPConfig",
+        "CLIPTextConfig",
+        "CLIPVisionConfig",
+    ),
+    "controlnet": ("CONTROL_MODES", "CONTROLS", "UNION", "UNION_2", "XLABS", "ControlNetConfig"),
+    "flux": ("FluxConfig",),
+    "ip_adapter": ("IP_ADAPTER", "IPAdapterConfig"),
+    "lora": ("LoraConfig",),
+    "pipeline": (
+        "CONTROL",
+        "DEV",
+        "FILL",
+        "KONTEXT",
+        "PRESETS",
+        "SCHNELL",
+        "TINY",
+        "PipelineConfig",
+        "published_defaults",
+    ),
+    "pixart": ("PIXART_ALPHA", "PIXART_SIGMA", "PixArtConfig"),
+    "redux": ("REDUX", "ReduxConfig"),
+    "scheduler": ("SchedulerConfig",),
+    "sd3": ("SD3_MEDIUM", "SD35_LARGE", "SD35_MEDIUM", "SD3Config"),
+    "siglip": ("SIGLIP_SO400M", "SiglipVisionConfig"),
+    "t5": ("T5_SMALL", "T5_XXL", "T5Config"),
+    "unet": ("SD15_UNET", "SD21_UNET", "SDXL_REFINER_UNET", "SDXL_UNET", "UNetConfig"),
+}
+_FILES = {name: file for file, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -28,9 +28,8 @@ from fluxjax.plan.attention import flash_like
 from fluxjax.plan.options import Options, device_count, mesh_shape, tokens
 from fluxjax.quantised_kinds import KINDS
 from fluxjax.sample.executables import Executables
-from fluxjax.sample.programs import programs
+from fluxjax.sample.programs import defaults, programs
 from fluxjax.sample.quantise_option import parse_quantise
-from fluxjax.sample.settings import defaults
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.optimizers import learning_rates, make_optimizer
 from fluxjax.train.settings import Objective, OptimizerSettings

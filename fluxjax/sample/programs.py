@@ -218,6 +218,12 @@ def program(family: Family, name: Name, *inputs: Any, rounding: Rounding = "diff
     return Program(name, functions[name], shapes, (family,) * (name in OF_RUNS), rounding)
 
 
+def defaults(config: PipelineConfig) -> Settings:
+    """What a model is sampled with when nothing else is asked."""
+    shared = ("steps", "guidance", "width", "height", "max_sequence_length")
+    return Settings(**{name: getattr(config, name) for name in shared})
+
+
 def programs(
     family: Family,
     config: PipelineConfig,

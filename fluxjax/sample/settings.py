@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fluxjax.config import CONTROL_MODES, CONTROLS, ConfigError, PipelineConfig
+from fluxjax.config import CONTROL_MODES, CONTROLS, ConfigError
 from fluxjax.config.sampler import Respacing
 from fluxjax.config.scheduler import MAX_STEPS
 
@@ -237,12 +237,6 @@ def _typed(name: str, value: Any) -> Any:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
-
-
-def defaults(config: PipelineConfig) -> Settings:
-    """What a model is sampled with when nothing else is asked."""
-    shared = ("steps", "guidance", "width", "height", "max_sequence_length")
-    return Settings(**{name: getattr(config, name) for name in shared})
 
 
 def override(settings: Settings, values: Mapping[str, Any], where: str = "") -> Settings:

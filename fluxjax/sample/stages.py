@@ -28,9 +28,9 @@ from fluxjax.sample.executables import Executables
 from fluxjax.sample.given_pictures import NO_PICTURES, Given
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.picture_inputs import NOTHING, Inputs, kept
-from fluxjax.sample.programs import COMPONENTS, TEXT_ALONE, Drawn, Name, programs, tiled
+from fluxjax.sample.programs import COMPONENTS, TEXT_ALONE, Drawn, Name, defaults, programs, tiled
 from fluxjax.sample.reference import pixels, preferred_size
-from fluxjax.sample.settings import Rounding, Settings, defaults
+from fluxjax.sample.settings import Rounding, Settings
 from fluxjax.sample.sources import Sources
 from fluxjax.schedules.schedule import Schedule, bucket, pad, with_gains_in
 from fluxjax.shapes import Params
