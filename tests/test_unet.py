@@ -102,7 +102,7 @@ def test_every_layer_equals_diffusers(name):
     got, state = quickly(lambda p, x: module.apply({"params": p}, **x, **capture), params, inputs)
     pairs = pair_layers(layers, captured(state["intermediates"]))
     assert len(pairs) > 80
-    errors = {pair.name: relative_l2(pair.ours, pair.reference) for pair in pairs}
+    errors = {pair.name: relative_l2(pair.ours, pair.expected) for pair in pairs}
     assert not {layer: error for layer, error in errors.items() if not error < 1e-5}
     assert relative_l2(got, expected) < 1e-5
 
