@@ -11,6 +11,7 @@ from fluxjax.config.base import Activation, ConfigError, from_dict, multiple
 
 if TYPE_CHECKING:
     from fluxjax.config.autoencoder import AutoencoderConfig
+    from fluxjax.config.choices import CONTROL_MODES, CONTROLS
     from fluxjax.config.clip import (
         CLIP_BASE_TEXT,
         CLIP_BASE_VISION,
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
         CLIPVisionConfig,
     )
     from fluxjax.config.controlnet import (
-        CONTROL_MODES,
-        CONTROLS,
         UNION,
         UNION_2,
         XLABS,
@@ -127,7 +126,8 @@ _NAMES = {
         "CLIPTextConfig",
         "CLIPVisionConfig",
     ),
-    "controlnet": ("CONTROL_MODES", "CONTROLS", "UNION", "UNION_2", "XLABS", "ControlNetConfig"),
+    "choices": ("CONTROL_MODES", "CONTROLS"),
+    "controlnet": ("UNION", "UNION_2", "XLABS", "ControlNetConfig"),
     "flux": ("FluxConfig",),
     "ip_adapter": ("IP_ADAPTER", "IPAdapterConfig"),
     "lora": ("LoraConfig",),

@@ -32,3 +32,18 @@ FAMILY_NAMES: dict[FileFamily, str] = {
 """As sentences have them, and as `infer_config` takes them."""
 LoraNaming = Literal["peft", "kohya", "comfy"]
 """Whose names a LoRA file is written in."""
+MAX_STEPS = 1000
+Respacing = Literal["plain", "karras", "exponential", "beta", "lu"]
+"""How the noise levels of a run are spaced."""
+CONTROLS = ("control", "control_2", "control_3")
+"""What the control pictures of several ControlNets are called, in their order."""
+CONTROL_MODES: dict[str, int] = {
+    "canny": 0,
+    "tile": 1,
+    "depth": 2,
+    "blur": 3,
+    "pose": 4,
+    "gray": 5,
+    "low-quality": 6,
+}
+"""The modes that InstantX and Shakker trained, of ten."""

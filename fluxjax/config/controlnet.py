@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from fluxjax.config.base import in_range, require
 from fluxjax.config.flux import FluxConfig
 
-CONTROLS = ("control", "control_2", "control_3")
-"""What the control pictures of several ControlNets are called, in their order."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetConfig(FluxConfig):
@@ -48,13 +45,3 @@ UNION_2 = replace(UNION, num_layers=6, num_single_layers=0, num_mode=0)
 XLABS = replace(
     UNION, num_layers=2, num_single_layers=0, num_mode=0, conditioning_embedding_channels=16
 )
-CONTROL_MODES: dict[str, int] = {
-    "canny": 0,
-    "tile": 1,
-    "depth": 2,
-    "blur": 3,
-    "pose": 4,
-    "gray": 5,
-    "low-quality": 6,
-}
-"""The modes that InstantX and Shakker trained, of ten."""

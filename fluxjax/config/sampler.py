@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fluxjax.config.base import ConfigError, check_types, from_dict, in_range, require
-from fluxjax.config.scheduler import MAX_STEPS
+from fluxjax.config.choices import MAX_STEPS, Respacing
 
 SamplerClass = Literal[
     "DDPMScheduler",
@@ -25,7 +25,6 @@ SamplerClass = Literal[
 ]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Spacing = Literal["leading", "linspace", "trailing"]
-Respacing = Literal["plain", "karras", "exponential", "beta", "lu"]
 
 
 @dataclass(frozen=True, kw_only=True)

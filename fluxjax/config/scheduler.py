@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from fluxjax.config.base import check_types, in_range, require
 
-MAX_STEPS = 1000
-
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:

@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fluxjax.config import ConfigError, PipelineConfig, SchedulerConfig
+from fluxjax.config.choices import Respacing
 from fluxjax.config.latents import PATCH, latent_size
-from fluxjax.config.sampler import Respacing, SamplerConfig
+from fluxjax.config.sampler import SamplerConfig
 from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
 from fluxjax.families.flux_controls import Each as OfControls
 from fluxjax.families.flux_controls import forward_controls, hoist_controls

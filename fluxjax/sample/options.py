@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fluxjax.config import CONTROLS, ConfigError, multiple
-from fluxjax.config.sampler import Respacing
+from fluxjax.config import ConfigError, multiple
+from fluxjax.config.choices import CONTROLS, Respacing
 from fluxjax.hub import size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS

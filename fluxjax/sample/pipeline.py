@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.config import ConfigError
+from fluxjax.config.choices import Respacing
 from fluxjax.config.latents import PATCH
-from fluxjax.config.sampler import Respacing
 from fluxjax.families.family import Conditioning
 from fluxjax.sample.controls import check_controls, control_settings
 from fluxjax.sample.given_pictures import Given, apart, read_given, spread_controls

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fluxjax.config import CONTROL_MODES, CONTROLS, ConfigError
-from fluxjax.config.sampler import Respacing
-from fluxjax.config.scheduler import MAX_STEPS
+from fluxjax.config import ConfigError
+from fluxjax.config.choices import CONTROL_MODES, CONTROLS, MAX_STEPS, Respacing
 
 Rounding = Literal["diffusers", "bfl", "none"]
 Noise = Literal["torch", "jax"]

@@ -15,9 +15,8 @@ from jaxtyping import Array, Float
 
 from fluxjax.checkpoint.templates import Part
 from fluxjax.config import ConfigError, PipelineConfig
-from fluxjax.config.choices import SequenceAttention
+from fluxjax.config.choices import Respacing, SequenceAttention
 from fluxjax.config.latents import PATCH
-from fluxjax.config.sampler import Respacing
 from fluxjax.families.family import Conditioning, Family, Task
 from fluxjax.models.lora import adapt
 from fluxjax.parallel.mesh import gathered, pad_rows

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.config import ConfigError, SchedulerConfig
+from fluxjax.config.choices import MAX_STEPS
 from fluxjax.config.sampler import SamplerConfig
-from fluxjax.config.scheduler import MAX_STEPS
 from fluxjax.schedules.schedule import Schedule
 from fluxjax.schedules.sigma_levels import flow_levels
 from fluxjax.schedules.step_table import NOISE, OUTPUT, SAMPLE, Run, StepTable, X

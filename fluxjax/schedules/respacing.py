@@ -10,7 +10,7 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-from fluxjax.config.sampler import Respacing
+from fluxjax.config.choices import Respacing
 
 RHO = 7.0
 BETA_SHAPE = 0.6

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import ConfigError
+from fluxjax.config.choices import Respacing
 from fluxjax.config.sampler import (
     DEFAULTS,
-    Respacing,
     SamplerClass,
     SamplerConfig,
     Spacing,
