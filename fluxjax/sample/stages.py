@@ -284,6 +284,8 @@ class Stages:
 
         With a LoRA the transformer's are those of `fluxjax.models.lora.adapt`.
         """
+        if component == "controlnets" and not self.config.controlnets:
+            return ()
         if component not in self._params:
             self._params[component] = self._loaded(component)
         return self._params[component]
