@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -322,8 +322,9 @@ def write_sheet(
         Image.fromarray(sheet).save(part, format="PNG", pnginfo=text)
 
 
-def evaluate(settings: EvaluateSettings) -> None:
-    """What `python -m fluxjax.train evaluate` does: measure and print.
+def evaluate(settings: EvaluateSettings) -> Any:
+    """What `python -m fluxjax.train evaluate` does: measure, print and return it: an Evaluation, or
+    of a tool a ToolEvaluation.
 
     Raises FileNotFoundError, ConfigError or OSError with one sentence for a model that cannot be
     opened or a sheet that cannot be written.
@@ -358,3 +359,4 @@ def evaluate(settings: EvaluateSettings) -> None:
         print(result.to_json())
     else:
         show()
+    return result
