@@ -43,7 +43,7 @@ from fluxjax.config import (
     PipelineConfig,
     T5Config,
 )
-from fluxjax.families import FLUX, Conditioning
+from fluxjax.families import FLUX, Conditioning, Task
 from fluxjax.hub import tiny_folder
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, unpack
@@ -371,10 +371,12 @@ def test_mistakes_of_a_run_are_one_sentence(recipe, tmp_path):
 def test_guidance_that_trains_badly_is_warned_of(recipe, lora_run):
     warned = replace(recipe, objective=Objective(guidance=3.5))
     job = lora_run[0]
-    assert any("guidance 3.5" in note for note in finetune._notes(warned, job.config, job.data))
-    assert not finetune._notes(recipe, job.config, job.data)
+    assert any(
+        "guidance 3.5" in note for note in finetune._notes(warned, Task(), job.config, job.data)
+    )
+    assert not finetune._notes(recipe, Task(), job.config, job.data)
     schnell = replace(job.config, transformer=SCHNELL.transformer)
-    assert not finetune._notes(warned, schnell, job.data)
+    assert not finetune._notes(warned, Task(), schnell, job.data)
 
 
 def test_flops_are_the_published_count():
