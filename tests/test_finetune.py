@@ -38,8 +38,8 @@ from fluxjax.config import (
     CLIPTextConfig,
     ConfigError,
     FluxConfig,
+    FluxPipelineConfig,
     LoraConfig,
-    PipelineConfig,
     T5Config,
 )
 from fluxjax.families import FLUX, Conditioning
@@ -64,7 +64,7 @@ RECIPES = Path(__file__).parents[1] / "train"
 
 
 # Tokenizers of the embedded model around small networks with random weights.
-SMALL = PipelineConfig(
+SMALL = FluxPipelineConfig(
     transformer=FluxConfig(
         in_channels=16,
         out_channels=16,

@@ -15,9 +15,7 @@ from fluxjax.config.clip import (
 )
 from fluxjax.config.controlnet import CONTROL_MODES, UNION, UNION_2, XLABS, ControlNetConfig
 from fluxjax.config.flux import FluxConfig
-from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
-from fluxjax.config.lora import LoraConfig
-from fluxjax.config.pipeline import (
+from fluxjax.config.flux_pipeline import (
     CONTROL,
     DEV,
     FILL,
@@ -25,9 +23,12 @@ from fluxjax.config.pipeline import (
     PRESETS,
     SCHNELL,
     TINY,
-    PipelineConfig,
+    FluxPipelineConfig,
     published_defaults,
 )
+from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
+from fluxjax.config.lora import LoraConfig
+from fluxjax.config.pipeline import PipelineConfig
 from fluxjax.config.pixart import PIXART_ALPHA, PIXART_SIGMA, PixArtConfig
 from fluxjax.config.redux import REDUX, ReduxConfig
 from fluxjax.config.scheduler import SchedulerConfig
@@ -42,6 +43,9 @@ from fluxjax.config.unet import (
     UNetConfig,
 )
 
+PIPELINES: tuple[type[PipelineConfig], ...] = (FluxPipelineConfig,)
+"""Those of all families, the most particular first."""
+
 __all__ = [
     "CLIP_BASE_TEXT",
     "CLIP_BASE_VISION",
@@ -55,6 +59,7 @@ __all__ = [
     "FILL",
     "IP_ADAPTER",
     "KONTEXT",
+    "PIPELINES",
     "PIXART_ALPHA",
     "PIXART_SIGMA",
     "PRESETS",
@@ -82,6 +87,7 @@ __all__ = [
     "ConfigError",
     "ControlNetConfig",
     "FluxConfig",
+    "FluxPipelineConfig",
     "IPAdapterConfig",
     "LoraConfig",
     "PipelineConfig",

@@ -1,7 +1,7 @@
 """The families of models, by the class name in a pipeline folder's model_index.json."""
 
 from fluxjax.config import ConfigError
-from fluxjax.families.family import Conditioning, Extras, Family, Task, Tokens
+from fluxjax.families.family import Conditioning, Extras, Family, Guidance, Steps, Task, Tokens
 from fluxjax.families.flux import FLUX
 
 FAMILIES: dict[str, Family] = {name: family for family in (FLUX,) for name in family.tasks}
@@ -14,4 +14,15 @@ def family_of(class_name: str) -> Family:
     return FAMILIES[class_name]
 
 
-__all__ = ["FAMILIES", "FLUX", "Conditioning", "Extras", "Family", "Task", "Tokens", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "FLUX",
+    "Conditioning",
+    "Extras",
+    "Family",
+    "Guidance",
+    "Steps",
+    "Task",
+    "Tokens",
+    "family_of",
+]

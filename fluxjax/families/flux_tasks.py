@@ -5,13 +5,11 @@ Sources: diffusers `pipelines/flux`; BFL's tools follow with `rounding="bfl"`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 from einops import rearrange
 from jaxtyping import Float
 
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import FluxPipelineConfig
 from fluxjax.families.family import Task
 
 _IMAGE, _MASKED = frozenset({"image"}), frozenset({"image", "mask"})
@@ -51,40 +49,25 @@ TASKS: dict[str, Task] = {
 }
 
 
-def tasks_of(config: PipelineConfig) -> list[Task]:
+def joined(config: FluxPipelineConfig) -> int:
+    """Channels that the transformer reads besides those of its latents, as many as all pixels of a
+    latent have in a mask."""
+    return config.transformer.in_channels // 4 - config.vae.latent_channels
+
+
+def tasks_of(config: FluxPipelineConfig) -> list[Task]:
     """Those whose channels a model's transformer reads."""
     latent, mask = config.vae.latent_channels, config.vae.scale**2
     size = {"control": latent, "masked": latent, "mask": mask}
-    joined = config.transformer.in_channels // 4 - latent
-    return [task for task in TASKS.values() if sum(map(size.__getitem__, task.channels)) == joined]
-
-
-def find_task(config: PipelineConfig, given: Iterable[str]) -> Task:
-    """The task of a model that is given these pictures.
-
-    Raises ConfigError, which says what the model takes, if there is none.
-    """
-    given = frozenset(given)
-    mine = tasks_of(config)
-    for task in mine:
-        if task.pictures == given:
-            return task
-    takes = [_in_words(task.pictures) for task in mine]
-    raise ConfigError(
-        f"this model draws from {', or from '.join(takes)}; it was given {_in_words(given)}"
-    )
-
-
-def _in_words(pictures: Iterable[str]) -> str:
-    order = ("reference", "control", "image", "mask")
-    names = [f"{'an' if name == 'image' else 'a'} {name}" for name in order if name in pictures]
-    if not names:
-        return "text alone"
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return [
+        task
+        for task in TASKS.values()
+        if sum(map(size.__getitem__, task.channels)) == joined(config)
+    ]
 
 
 def mask_channels(
-    mask: Float[np.ndarray, "n height width"], config: PipelineConfig
+    mask: Float[np.ndarray, "n height width"], config: FluxPipelineConfig
 ) -> Float[np.ndarray, "n c rows columns"]:
     """The pixels of a mask as channels of the latents under them (FLUX.1 Fill)."""
     scale = config.vae.scale

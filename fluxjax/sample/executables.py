@@ -17,12 +17,9 @@ from fluxjax.checkpoint.templates import Part, abstract_params, in_dtype, part_o
 from fluxjax.config import PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Family
-from fluxjax.models.autoencoder import Autoencoder
-from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.compilation import compiler_options
-from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import adapt
-from fluxjax.models.t5 import T5Encoder
+from fluxjax.networks import network_of
 from fluxjax.parallel.activations import attention_on
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.host_memory import with_places
@@ -30,12 +27,13 @@ from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, place, replicated
 from fluxjax.parallel.rules import state_shardings
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.programs import (
-    COMPONENTS,
+    NAMES,
     OF_PICTURES,
     OF_RUNS,
     Drawn,
     Name,
     Program,
+    of_components,
     program,
 )
 from fluxjax.sample.settings import Rounding
@@ -48,9 +46,10 @@ class Executables:
     """Of a model's programs those of the KEPT shapes of each that were asked for last; two are
     compiled at a time.
 
-    On a mesh the transformer and the text encoders are split by the roles of their layers, and the
-    autoencoder's pictures over all devices. `quantised`: of components some of whose weights are
-    codes, the shapes of their parameters. `stream`: the transformer's lie on the host.
+    On a mesh the network that draws and the text encoders are split by the roles of their layers,
+    and the autoencoder's pictures over all devices. `quantised`: of components some of whose
+    weights are codes, the shapes of their parameters. `stream`: those of the network that draws lie
+    on the host.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Executables:
         self.lora, self.slots, self.mesh = lora, slots, mesh
         self.sequence: SequenceAttention = sequence
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
-        self._futures: dict[Name, OrderedDict[Any, Future]] = {n: OrderedDict() for n in COMPONENTS}
+        self._futures: dict[Name, OrderedDict[Any, Future]] = {n: OrderedDict() for n in NAMES}
 
     def start(self, program: Program) -> Future:
         """Begin to compile it."""
@@ -87,8 +86,8 @@ class Executables:
         return kept[key]
 
     def get(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
-        """The executable for inputs of these shapes, a function of (params of each of COMPONENTS,
-        *inputs)."""
+        """The executable for inputs of these shapes, a function of (params, *inputs), see
+        `of_components`."""
         return self.start(program(self.family, name, *inputs, rounding=rounding)).result()
 
     def rows(self, name: Name, rows: int) -> int:
@@ -98,40 +97,38 @@ class Executables:
         parts = self.mesh.size if name in OF_PICTURES else batch_parts(self.mesh)
         return -(-rows // parts) * parts
 
-    def modules(self, name: Name, rounding: Rounding = "diffusers") -> tuple[Any, ...]:
-        """The networks that a program runs, in the order of COMPONENTS."""
-        config = self.config
+    def module(self, name: Name, rounding: Rounding = "diffusers") -> Any:
+        """The network that a program runs, or networks, see `of_components`."""
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
-        stacked = {**types, "scan_layers": self.scan_layers}
-        if name in OF_PICTURES:
-            return (Autoencoder(config.vae, **types),)
-        if name == "encode":
-            clip = CLIPTextModel(config.text_encoder, **stacked)
-            modules = clip, T5Encoder(config.text_encoder_2, **stacked)
-        else:
-            flux = FluxTransformer(config.transformer, **stacked, timestep_rounding=rounding)
-            modules = (flux,)
-        return modules
+        if name in OF_RUNS:
+            fields = {**types, "scan_layers": self.scan_layers}
+            return self.family.network(self.config, rounding, **fields)
+
+        def built(component: str) -> Any:
+            config = self.config.networks[component]
+            return network_of(config).build(config, scan_layers=self.scan_layers, **types)
+
+        return of_components(self.config, name, built)
 
     def compile(self, program: Program, options: Mapping[str, str] | None = None) -> Any:
         """Now and in this thread; `get` keeps what it makes, this does not. `options`: more of the
         compiler's."""
-        modules = (*program.static, *self.modules(program.name, program.rounding))
+        static = (*program.static, self.module(program.name, program.rounding))
         params = self.arguments(program)
         if self.slots is not None and program.name in OF_RUNS:
             pictures = program.inputs[0][0].shape[0]
-            params = [adapt(params[0], self.slots.shapes(pictures))]
+            params = adapt(params, self.slots.shapes(pictures))
         function, inputs = program.function, program.inputs
         if self.mesh is not None:
-            function, inputs = _split(program, len(modules), self.mesh, self.sequence)
-        lowered = function.lower(*modules, *params, *inputs)
+            function, inputs = _split(program, len(static), self.mesh, self.sequence)
+        lowered = function.lower(*static, params, *inputs)
         compiled = lowered.compile(compiler_options={**compiler_options(), **(options or {})})
         return compiled if jax.process_count() == 1 else partial(_placed, compiled, inputs)
 
     def weights(self, component: str) -> Params:
         """Shapes of a component's parameters, without a LoRA."""
-        stacked = self.scan_layers and component != "vae"
-        config = getattr(self.config, component)
+        config = self.config.networks[component]
+        stacked = self.scan_layers and bool(network_of(config).scanned)
         template = self.quantised.get(component)
         if template is None:
             template = abstract_params(config, stacked=stacked)
@@ -141,23 +138,24 @@ class Executables:
         """The same in two: what is done before the steps, and the steps."""
         of = partial(program, self.family, rounding=denoise.rounding)
         before = of("before", *denoise.inputs)
-        modules = (*before.static, *self.modules("before", denoise.rounding))
-        function: Any = partial(before.function, *modules)
-        each = jax.eval_shape(function, *self.arguments(before), *denoise.inputs)
+        static = (*before.static, self.module("before", denoise.rounding))
+        function: Any = partial(before.function, *static)
+        each = jax.eval_shape(function, self.arguments(before), *denoise.inputs)
         return before, of("denoise", *denoise.inputs, each)
 
-    def arguments(self, program: Program) -> list[Params]:
+    def arguments(self, program: Program) -> Any:
         """Shapes of the parameters that a program is given; without slots."""
-        return [self.shapes(component, program.part) for component in COMPONENTS[program.name]]
+        shapes = partial(self.shapes, part=program.part)
+        return of_components(self.config, program.name, shapes)
 
     def shapes(self, component: str, part: Part = "all") -> Params:
         """Of the parameters that a program is given of a component, and where they lie."""
-        config = getattr(self.config, component)
+        config, denoises = self.config.networks[component], component == self.config.denoiser
         shapes = part_of(self.weights(component), config, part)
         spec: Any = jax.ShapeDtypeStruct
-        if component == "transformer" and self.stream:
+        if denoises and self.stream:
             shapes = with_places(shapes)
-        if component == "transformer" and self.lora is not None:
+        if denoises and self.lora is not None:
             lora = jax.tree.map(lambda leaf: spec(leaf.shape, leaf.dtype), self.lora)
             shapes = adapt(shapes, lora)
         if self.mesh is None:

@@ -16,9 +16,7 @@ from jaxtyping import Array, Float
 from fluxjax.checkpoint.templates import Part
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
-from fluxjax.config.latents import PATCH
-from fluxjax.config.sampler import Respacing
-from fluxjax.families.family import Conditioning, Family, Task
+from fluxjax.families.family import Conditioning, Family, Steps, Task
 from fluxjax.models.lora import adapt
 from fluxjax.parallel.mesh import gathered, pad_rows
 from fluxjax.sample import noise
@@ -27,12 +25,21 @@ from fluxjax.sample.denoise import State, in_parts, wait
 from fluxjax.sample.executables import Executables
 from fluxjax.sample.given_pictures import NO_PICTURES, Given
 from fluxjax.sample.lora_slots import LoraSlots
-from fluxjax.sample.picture_inputs import NOTHING, Inputs, kept
-from fluxjax.sample.programs import COMPONENTS, TEXT_ALONE, Drawn, Name, programs, tiled
+from fluxjax.sample.picture_inputs import NOTHING, Inputs, kept, noise_of_steps
+from fluxjax.sample.programs import (
+    TEXT_ALONE,
+    Drawn,
+    Name,
+    components,
+    of_components,
+    programs,
+    tiled,
+)
 from fluxjax.sample.reference import pixels, preferred_size
 from fluxjax.sample.settings import Rounding, Settings, defaults
 from fluxjax.sample.sources import Sources
-from fluxjax.schedules.schedule import Schedule, bucket, pad, with_gains_in
+from fluxjax.schedules.schedule import Schedule, pad, with_gains_in
+from fluxjax.schedules.step_table import Run
 from fluxjax.shapes import Params
 
 if TYPE_CHECKING:
@@ -61,7 +68,7 @@ class Stages:
         family: Family,
         config: PipelineConfig,
         load_params: Callable[..., Params],
-        load_tokenizers: Callable[[], tuple[PromptTokenizer, PromptTokenizer]],
+        load_tokenizers: Callable[[], tuple[PromptTokenizer, ...]],
         *,
         dtype: Any,
         scan_layers: bool = True,
@@ -96,7 +103,7 @@ class Stages:
         self.sources, self.slots, self.redux = sources, slots, redux
         self.offload = offload
         self._load_params, self._load_tokenizers = load_params, load_tokenizers
-        self._tokenizers: tuple[PromptTokenizer, PromptTokenizer] | None = None
+        self._tokenizers: tuple[PromptTokenizer, ...] | None = None
         self._params: dict[str, Params] = {}
 
     def encode_prompt(
@@ -125,7 +132,7 @@ class Stages:
             picture.width,
             picture.height,
             area=self.defaults.width * self.defaults.height,
-            unit=PATCH * self.config.vae.scale,
+            unit=self.config.unit,
         )
 
     def encode_reference(self, picture: Image) -> Float[np.ndarray, "1 c h w"]:
@@ -150,39 +157,49 @@ class Stages:
         """What a run of `count` pictures starts from; one seed draws all at once, as diffusers."""
         return self.draw_each(settings, seeds, count, TEXT_ALONE)["noise"]
 
+    def check(self, settings: Settings) -> None:
+        """Raises ConfigError for settings that the family does not have."""
+        self.family.scale(self.config, settings.asked_guidance)
+        self.run_of(settings)
+
+    def run_of(self, settings: Settings) -> Run:
+        """The steps of a picture of `settings`."""
+        shape = self.family.state_shape(self.config, settings.width, settings.height)
+        return self.family.run(self.config, settings.course(self.family.first_step), *shape[1:])
+
     def draw_each(
         self, settings: Settings, seeds: int | Sequence[int], count: int, task: Task
     ) -> dict[str, Float[np.ndarray, "_ c h w"]]:
-        """All that is drawn for a task, see `Task.draws`; BFL draws the noise alone."""
+        """All that is drawn for a task, see `Task.draws`, and then for each step of a sampler that
+        draws, in order; BFL draws the noise alone."""
         shape = self.family.state_shape(self.config, settings.width, settings.height)
         dtype = np.float32 if settings.rounding == "none" else self.dtype
         draws = ("noise",) if settings.rounding == "bfl" else task.draws
-        shapes = {draw: (task.row_count(draw, count), *shape) for draw in draws}
+        steps = [f"step {i}" for i in np.flatnonzero(self.run_of(settings).draws)]
+        rows = {draw: task.row_count(draw, count) for draw in draws} | dict.fromkeys(steps, count)
+        shapes = {draw: (rows[draw], *shape) for draw in rows}
         return noise.draw_each(seeds, shapes, kind=settings.noise, dtype=dtype)
 
     def start(
-        self, noise: Float[AnyArray, "n c h w"], inputs: Inputs, schedule: Schedule
+        self, noise: Float[AnyArray, "n c h w"], inputs: Inputs, run: Run
     ) -> Float[AnyArray, "n c h w"]:
         """The latents before the first step: noise, or an image with so much of it."""
         if inputs.image is None:
-            return noise
-        level = np.asarray(schedule.times[[schedule.first]], noise.dtype)
+            return noise if run.scale == 1 else noise * noise.dtype.type(run.scale)
         image = np.broadcast_to(inputs.image, noise.shape).astype(noise.dtype)
-        return self.family.noised(image, noise, level).astype(noise.dtype)
+        return self.family.started(image, noise, run).astype(noise.dtype)
 
     def denoise(
         self,
         conditioning: Conditioning,
         noise: Float[AnyArray, "n c h w"],
         *,
-        steps: int | Sequence[float] | None = None,
+        steps: int | Sequence[float] | Steps | None = None,
         guidance: float | None = None,
         negative: Conditioning | None = None,
         true_cfg: float = 1.0,
         inputs: Inputs = NOTHING,
-        first: int = 0,
-        sampler: str | None = None,
-        sigmas: Respacing | None = None,
+        added: Mapping[str, AnyArray] | None = None,
         rounding: Rounding = "diffusers",
         adapters: Sequence[Mapping[str, float]] | None = None,
         progress: Callable[[int], None] | None = None,
@@ -191,26 +208,19 @@ class Stages:
     ) -> Float[AnyArray, "n c h w"]:
         """Latents from noise (see `draw_noise`), still normalised as the transformer sees them.
 
-        `steps`: their number, or sigmas before the shift. `guidance` is ignored by models without
-        a guidance embedding. `inputs`: of pictures that are given. `first`: the first step that is
-        run, see `Settings.first_step`. `sampler`, `sigmas`: see `Settings`. `adapters`: of each
+        `steps`: their number, or sigmas before the shift, or all about them. `guidance` is ignored
+        by models without a guidance embedding; `true_cfg` is the weight of `negative`. `inputs`: of
+        pictures that are given. `added`: what steps add, see `draw_each`. `adapters`: of each
         picture, see `LoraSlots.each`. `progress` and `on_step` cut the run in parts, and count the
         network's evaluations.
         """
         if every < 1:
             raise ConfigError(f"every must be at least 1 step, got {every}")
         count = noise.shape[0]
-        schedule = pad(
-            self.family.schedule(
-                self.config,
-                self.config.steps if steps is None else steps,
-                *noise.shape[2:],
-                first=first,
-                keeps=inputs.mask is not None,
-                sampler=sampler,
-                spacing=sigmas,
-            )
-        )
+        if not isinstance(steps, Steps):
+            steps = Steps(self.config.steps if steps is None else steps)
+        course = self.family.run(self.config, steps, *noise.shape[2:])
+        schedule = pad(course.schedule if inputs.mask is None else course.keeping)
         if rounding == "diffusers":
             schedule = with_gains_in(schedule, self.dtype)
         passes = self.family.passes(len(schedule.times), None if negative is None else true_cfg)
@@ -227,10 +237,12 @@ class Stages:
             for_each(inputs.channels),
             kept(inputs, noise),
         )
-        noise = self.start(noise, inputs, schedule)
+        noises = noise_of_steps(course, schedule, noise, added or {})
+        noise = self.start(noise, inputs, course)
         if self.mesh is not None:
-            noise, *each = pad_rows((noise, *each), self.executables.rows("denoise", count))
-        drawn = Drawn(schedule, passes, *each)
+            rows = self.executables.rows("denoise", count)
+            noise, noises, *each = pad_rows((noise, noises, *each), rows)
+        drawn = Drawn(schedule, passes, *each, noise=noises)
         state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
         lora = None
         if self.slots is not None:
@@ -267,7 +279,7 @@ class Stages:
         """
         if tile is None and not tiled(*latents.shape[2:]):
             return self._run("decode", latents, len(latents), phase="decoding")
-        (params,), (model,) = self._networks("decode"), self.executables.modules("decode")
+        params, model = self._networks("decode"), self.executables.module("decode")
         with self._timed("decoding"):
             return decode_in_tiles(model, params, latents, tile=tile or TILE, mesh=self.mesh)
 
@@ -275,9 +287,9 @@ class Stages:
         return component in self._params
 
     def params(self, component: str) -> Params:
-        """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5).
+        """Parameters of one of the pipeline's networks, by the name of its folder.
 
-        With a LoRA the transformer's are those of `fluxjax.models.lora.adapt`.
+        With a LoRA those of the network that draws are `fluxjax.models.lora.adapt`'s.
         """
         if component not in self._params:
             self._params[component] = self._loaded(component)
@@ -305,7 +317,6 @@ class Stages:
             self.config,
             settings,
             dtype=self.dtype,
-            steps=bucket(settings.steps),
             task=self.family.find_task(self.config, given.names),
             pictures=count,
             reference_size=seen,
@@ -322,19 +333,19 @@ class Stages:
         """The program of the steps, its parameters, and what has been done before the steps."""
         if not self.offload:
             program = self._executable("denoise", state, drawn, rounding=rounding)
-            return program, adapt(self.params("transformer"), lora), ()
+            return program, adapt(self.params(self.config.denoiser), lora), ()
         self._params.clear()
         before = self._executable("before", state, drawn, rounding=rounding)
-        each = wait(before(adapt(self._loaded("transformer", "before"), lora), state, drawn))
+        each = wait(before(adapt(self._loaded(self.config.denoiser, "before"), lora), state, drawn))
         program = self._executable("denoise", state, drawn, each, rounding=rounding)
-        return program, adapt(self._loaded("transformer", "steps"), lora), (each,)
+        return program, adapt(self._loaded(self.config.denoiser, "steps"), lora), (each,)
 
-    def _networks(self, name: Name) -> list[Params]:
+    def _networks(self, name: Name) -> Any:
         """The parameters of a program; with `offload` no others stay."""
         if self.offload:
-            for component in self._params.keys() - set(COMPONENTS[name]):
+            for component in self._params.keys() - set(components(self.config, name)):
                 del self._params[component]
-        return [self.params(component) for component in COMPONENTS[name]]
+        return of_components(self.config, name, self.params)
 
     def _loaded(self, component: str, part: Part = "all") -> Params:
         with self._timed("loading"):
@@ -346,7 +357,7 @@ class Stages:
             inputs = pad_rows(inputs, self.executables.rows(name, count))
         program = self._executable(name, inputs)
         with self._timed(phase):
-            return jax.tree.map(lambda x: gathered(wait(x))[:count], program(*params, inputs))
+            return jax.tree.map(lambda x: gathered(wait(x))[:count], program(params, inputs))
 
     def _executable(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
         with self._timed("compiling"):

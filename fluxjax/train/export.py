@@ -13,10 +13,10 @@ import numpy as np
 
 from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.lora.writer import write_lora
-from fluxjax.checkpoint.pipeline_folder import read_config, save_params, write_config
+from fluxjax.checkpoint.pipeline_folder import read_flux, save_params, write_config
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.training_state import read_state
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import ConfigError, FluxPipelineConfig
 from fluxjax.models.lora import init_lora, join_scales, split_scales
 from fluxjax.models.names import flatten, is_stacked
 from fluxjax.parallel.mesh import gathered
@@ -29,7 +29,7 @@ COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 
 def export(
     recipe: FinetuneRecipe,
-    config: PipelineConfig,
+    config: FluxPipelineConfig,
     trained: Tree,
     scales: Tree,
     *,
@@ -73,7 +73,7 @@ def export_run(
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError(f"{folder} is no fine-tuning run: it trains the embedded model")
     recipe = dataclasses.replace(recipe, folder=folder, model=model or recipe.model)
-    config = read_config(recipe.model_folder)
+    config = read_flux(recipe.model_folder)
     part = "ema" if recipe.decay > 0 else "params"
     found, trained = read_state(folder / CHECKPOINTS, part, step)
     scales = None
@@ -85,7 +85,7 @@ def export_run(
     return export(recipe, config, trained, scales, step=found, out=out)
 
 
-def _write_pipeline(folder: Path, source: Path, config: PipelineConfig, params: Tree) -> None:
+def _write_pipeline(folder: Path, source: Path, config: FluxPipelineConfig, params: Tree) -> None:
     for name in COPIED:
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name)

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fluxjax.checkpoint.pipeline_folder import load_params, read_config
+from fluxjax.checkpoint.pipeline_folder import load_params, read_flux
 from fluxjax.checkpoint.source import open_component
 from fluxjax.checkpoint.templates import Part, abstract_params
-from fluxjax.config import ConfigError, FluxConfig, PipelineConfig
+from fluxjax.config import ConfigError, FluxConfig, FluxPipelineConfig
 from fluxjax.config.latents import latent_size
 from fluxjax.families import FLUX, Conditioning
 from fluxjax.families.family import Apply
@@ -24,6 +24,7 @@ from fluxjax.file_hash import hash_files
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import init_lora, join_scales, split_scales, with_magnitudes
 from fluxjax.models.stacking import scan_by_default
+from fluxjax.networks import network_of
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import param_shardings, state_shardings
@@ -51,8 +52,8 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
 
     Raises ConfigError, OSError and ValueError.
     """
-    config, mesh = read_config(recipe.model_folder), make_mesh(recipe.mesh)
-    config.require_text_to_image(recipe.model)
+    config, mesh = read_flux(recipe.model_folder), make_mesh(recipe.mesh)
+    config.require_whole(recipe.model, text_alone=True)
     parts = batch_parts(mesh) * recipe.accumulate
     if recipe.batch % parts:
         raise ConfigError(
@@ -130,7 +131,7 @@ def with_usable_cache(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, str]:
     return dataclasses.replace(recipe, data=data), note
 
 
-def _notes(recipe: FinetuneRecipe, config: PipelineConfig, data: Dataset) -> list[str]:
+def _notes(recipe: FinetuneRecipe, config: FluxPipelineConfig, data: Dataset) -> list[str]:
     notes = [f"warning: {note}" for note in data.notes]
     notes += [f"left out {name}: {reason}" for name, reason in data.quarantined]
     guidance = recipe.objective.guidance
@@ -174,11 +175,11 @@ def _apply(recipe: FinetuneRecipe, mesh: Mesh) -> Apply:
 
 
 def _networks(
-    recipe: FinetuneRecipe, config: PipelineConfig, mesh: Mesh
+    recipe: FinetuneRecipe, config: FluxPipelineConfig, mesh: Mesh
 ) -> tuple[FluxTransformer, dict[str, Tree], Tree]:
     """The transformer, its frozen parts and what is trained."""
     lora, dtype = recipe.method == "lora", recipe.compute_dtype
-    stacked = scan_by_default(config.transformer)
+    stacked = scan_by_default(network_of(config.transformer).blocks(config.transformer))
     stored = dtype if lora else jnp.dtype("float32")
     model = FluxTransformer(
         config.transformer,
@@ -238,7 +239,7 @@ def _held_out(
     return [data(step) for step in range(settings.batches if settings.every else 0)]
 
 
-def _references(recipe: FinetuneRecipe, config: PipelineConfig) -> np.ndarray | None:
+def _references(recipe: FinetuneRecipe, config: FluxPipelineConfig) -> np.ndarray | None:
     """The pictures that validation edits, (prompts, height, width, 3)."""
     settings = recipe.validation
     if not (settings.every and settings.references):
@@ -247,7 +248,7 @@ def _references(recipe: FinetuneRecipe, config: PipelineConfig) -> np.ndarray | 
     return np.stack([fit(read_picture(path)[0], *size) for path in settings.references])
 
 
-def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[int, int]:
+def _validation_size(recipe: FinetuneRecipe, config: FluxPipelineConfig) -> tuple[int, int]:
     """(width, height) in pixels."""
     settings = recipe.validation
     return settings.width or config.width, settings.height or config.height
@@ -255,7 +256,7 @@ def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[in
 
 def _validation(
     recipe: FinetuneRecipe,
-    config: PipelineConfig,
+    config: FluxPipelineConfig,
     model: FluxTransformer,
     mesh: Mesh,
     held: list[DataBatch],
