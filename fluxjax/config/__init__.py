@@ -20,7 +20,6 @@ from fluxjax.config.flux_pipeline import (
     DEV,
     FILL,
     KONTEXT,
-    PRESETS,
     SCHNELL,
     TINY,
     FluxPipelineConfig,
@@ -34,6 +33,14 @@ from fluxjax.config.redux import REDUX, ReduxConfig
 from fluxjax.config.scheduler import SchedulerConfig
 from fluxjax.config.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
 from fluxjax.config.siglip import SIGLIP_SO400M, SiglipVisionConfig
+from fluxjax.config.stable_diffusion import (
+    SD15,
+    SD21,
+    SDXL,
+    SDXL_REFINER,
+    StableDiffusionConfig,
+    StableDiffusionXLConfig,
+)
 from fluxjax.config.t5 import T5_SMALL, T5_XXL, T5Config
 from fluxjax.config.unet import (
     SD15_UNET,
@@ -43,8 +50,24 @@ from fluxjax.config.unet import (
     UNetConfig,
 )
 
-PIPELINES: tuple[type[PipelineConfig], ...] = (FluxPipelineConfig,)
-"""Those of all families, the most particular first."""
+PIPELINES: tuple[type[PipelineConfig], ...] = (
+    FluxPipelineConfig,
+    StableDiffusionConfig,
+    StableDiffusionXLConfig,
+)
+"""Those of all families."""
+PRESETS: dict[str, PipelineConfig] = {
+    "dev": DEV,
+    "schnell": SCHNELL,
+    "kontext": KONTEXT,
+    "fill": FILL,
+    "control": CONTROL,
+    "tiny": TINY,
+    "sd15": SD15,
+    "sd21": SD21,
+    "sdxl": SDXL,
+    "sdxl-refiner": SDXL_REFINER,
+}
 
 __all__ = [
     "CLIP_BASE_TEXT",
@@ -66,10 +89,14 @@ __all__ = [
     "REDUX",
     "SCHNELL",
     "SD3_MEDIUM",
+    "SD15",
     "SD15_UNET",
+    "SD21",
     "SD21_UNET",
     "SD35_LARGE",
     "SD35_MEDIUM",
+    "SDXL",
+    "SDXL_REFINER",
     "SDXL_REFINER_UNET",
     "SDXL_UNET",
     "SIGLIP_SO400M",
@@ -96,6 +123,8 @@ __all__ = [
     "SD3Config",
     "SchedulerConfig",
     "SiglipVisionConfig",
+    "StableDiffusionConfig",
+    "StableDiffusionXLConfig",
     "T5Config",
     "UNetConfig",
     "from_dict",

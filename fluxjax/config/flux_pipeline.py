@@ -136,12 +136,3 @@ TINY = FluxPipelineConfig(
     width=96,
     height=96,
 )
-
-PRESETS: dict[str, FluxPipelineConfig] = {
-    "dev": DEV,
-    "schnell": SCHNELL,
-    "kontext": KONTEXT,
-    "fill": FILL,
-    "control": CONTROL,
-    "tiny": TINY,
-}

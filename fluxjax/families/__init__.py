@@ -3,8 +3,11 @@
 from fluxjax.config import ConfigError
 from fluxjax.families.family import Conditioning, Extras, Family, Guidance, Steps, Task, Tokens
 from fluxjax.families.flux import FLUX
+from fluxjax.families.stable_diffusion import STABLE_DIFFUSION
 
-FAMILIES: dict[str, Family] = {name: family for family in (FLUX,) for name in family.tasks}
+FAMILIES: dict[str, Family] = {
+    name: family for family in (FLUX, STABLE_DIFFUSION) for name in family.tasks
+}
 
 
 def family_of(class_name: str) -> Family:
@@ -17,6 +20,7 @@ def family_of(class_name: str) -> Family:
 __all__ = [
     "FAMILIES",
     "FLUX",
+    "STABLE_DIFFUSION",
     "Conditioning",
     "Extras",
     "Family",

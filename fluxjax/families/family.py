@@ -93,6 +93,8 @@ class Task:
     taken."""
     channels: tuple[str, ...] = ()
     """What is joined to the state's channels, in this order."""
+    from_noise: bool = False
+    """Whether a strength of 1 starts from noise alone, with no image encoded for it."""
     keeps: bool = False
     """Whether the image is put back after each step where the mask is black."""
     strength: float | None = None
@@ -100,6 +102,15 @@ class Task:
 
     bfl_text: int | None = None
     """The text length of BFL's own tool, where it is not the model's."""
+
+    def starts_from(self, strength: float | None) -> bool:
+        """Whether there is something of the image in what the run starts from."""
+        return "image" in self.pictures and not (self.from_noise and strength == 1)
+
+    def drawn(self, strength: float | None) -> tuple[str, ...]:
+        """`draws` of a run with this strength."""
+        needed = self.keeps or self.starts_from(strength)
+        return tuple(draw for draw in self.draws if needed or draw != "image")
 
     def row_count(self, draw: str, count: int) -> int:
         """Rows of noise that are drawn for `count` pictures from one seed."""
@@ -134,8 +145,9 @@ class Family:
     passes: Callable[..., Float[np.ndarray, "steps differences"]]
     forward: Callable[..., Any]
     hoist: Callable[..., tuple[Any, Callable[[Any, Any], Any]]]
-    noised: Callable[..., Float[AnyArray, "b *shape"]]
-    target: Callable[..., Float[Array, "b *shape"]]
+    noised: Callable[..., Float[AnyArray, "b *shape"]] | None = None
+    """Of what is trained here, as `target`."""
+    target: Callable[..., Float[Array, "b *shape"]] | None = None
 
     def find_task(self, config: PipelineConfig, given: Iterable[str]) -> Task:
         """The task of a model that is given these pictures.

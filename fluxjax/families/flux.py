@@ -37,6 +37,7 @@ from fluxjax.models.t5 import T5Encoder
 from fluxjax.schedules.flow_euler import flow_euler, sigmas, start_step
 from fluxjax.schedules.step_table import Run
 from fluxjax.shapes import Params
+from fluxjax.text.cut_prompts import left_out
 
 if TYPE_CHECKING:
     from fluxjax.text.tokenizers import PromptTokenizer
@@ -50,38 +51,31 @@ class PromptIds(NamedTuple):
 
 
 def tokenize(
-    clip: PromptTokenizer,
-    t5: PromptTokenizer,
+    tokenizers: Sequence[PromptTokenizer],
     prompts: Sequence[str],
     prompts_2: Sequence[str] | None = None,
     *,
     max_sequence_length: int,
+    clip_skip: int = 0,
 ) -> tuple[PromptIds, list[str]]:
     """Token ids, and one line for each prompt whose end T5 does not read, with that end's first and
     last words.
 
     T5 reads `prompts_2` where given. CLIP's 77 tokens are cut silently while T5 hears the whole:
-    CLIP only sets the mood. Raises ValueError when the numbers of prompts differ.
+    CLIP only sets the mood. Raises ValueError when the numbers of prompts differ, ConfigError for
+    `clip_skip`.
     """
     second = prompts if prompts_2 is None else prompts_2
     if len(second) != len(prompts):
         raise ValueError(f"got {len(prompts)} prompts, but {len(second)} second prompts")
+    if clip_skip:
+        raise ConfigError(
+            "clip_skip leaves out layers of CLIP, of which FLUX.1 reads the pooled end"
+        )
+    clip, t5 = tokenizers
     heard, read = clip(prompts), t5(second, max_sequence_length)
-    notes = [
-        f"the prompt is longer than {max_sequence_length} tokens; left out: {_ends(rest)}"
-        for rest in read.removed
-        if rest
-    ]
-    return PromptIds(heard.input_ids, read.input_ids), notes
-
-
-def _ends(text: str, count: int = 6) -> str:
-    """Its first and last words, and how many there are; all of it where that is no longer."""
-    words = text.split()
-    if len(words) <= 2 * count and len(text) <= 200:
-        return repr(text)
-    first, last = " ".join(words[:count])[:80], " ".join(words[-count:])[-80:]
-    return f"{first!r} ... {last!r} ({len(words)} words)"
+    ids = PromptIds(heard.input_ids, read.input_ids)
+    return ids, left_out(read.removed, max_sequence_length)
 
 
 @partial(jax.jit, static_argnames=("encoders", "apply"))

@@ -61,6 +61,8 @@ class Pipeline(Stages):
         sampler: str | None = None,
         spacing: Spacing | None = None,
         eta: float | None = None,
+        guidance_rescale: float | None = None,
+        clip_skip: int | None = None,
         sigmas: Respacing | None = None,
         noise: Noise | None = None,
         rounding: Rounding | None = None,
@@ -101,6 +103,9 @@ class Pipeline(Stages):
             "unipc"; of Stable Diffusion also "ddpm", "ddim", "pndm", "euler-a", "dpm++sde", "lcm".
           spacing: how its timesteps are spaced: "leading", "linspace" or "trailing".
           eta: how much noise DDIM adds, 0 to 1.
+          guidance_rescale: how far classifier-free guidance is brought back to the spread of what it
+            guides, 0 to 1.
+          clip_skip: how many of CLIP's last layers are left out.
           sigmas: how noise levels are spaced: "plain", "karras", "exponential" or "beta".
           noise: "torch" (what PyTorch's CPU generator draws for the seed) or "jax".
           rounding: whose rounding is followed: "diffusers", "bfl" or "none", see `Settings`.
@@ -139,6 +144,8 @@ class Pipeline(Stages):
             "sigmas": sigmas,
             "spacing": spacing,
             "eta": eta,
+            "guidance_rescale": guidance_rescale,
+            "clip_skip": clip_skip,
         }
         chosen = override(self.defaults, {**settings, **files})
         given, chosen = read_given(chosen, objects)
@@ -236,6 +243,7 @@ class Pipeline(Stages):
             true_cfg=scale or 1.0,
             inputs=inputs,
             added=draws,
+            rescale=settings.guidance_rescale,
             rounding=settings.rounding,
             adapters=adapters,
             progress=progress,
@@ -262,9 +270,10 @@ class Pipeline(Stages):
     ) -> tuple[Conditioning, Conditioning | None]:
         """Of every picture what it is to show, and what not."""
         encode = partial(self.encode_prompt, max_sequence_length=settings.max_sequence_length)
+        skip = {"clip_skip": settings.clip_skip}  # which negative prompts take no notice of
         together = self.executables.rows("encode", 1)
         groups = [prompts[i : i + together] for i in range(0, len(prompts), together)]
-        each = [encode(group, settings.prompt_2) for group in groups]
+        each = [encode(group, settings.prompt_2, **skip) for group in groups]
         conditioning = jax.tree.map(lambda *c: np.repeat(np.concatenate(c), number, axis=0), *each)
         if scale is None:
             return conditioning, None

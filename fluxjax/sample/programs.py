@@ -61,6 +61,8 @@ class Drawn(NamedTuple):
     """Its mask has one channel."""
     noise: Float[AnyArray, "n steps c h w"] | None = None
     """What each step adds, where a sampler may."""
+    rescale: Float[AnyArray, ""] | None = None
+    """Of guidance; None: 0."""
 
 
 @partial(jax.jit, static_argnames=("family", "module", "apply"))
@@ -106,7 +108,14 @@ def denoise_pictures(
     if drawn.noise is not None:
         noise = jax.vmap(lambda latents: family.pack(latents).values)(jnp.asarray(drawn.noise))
     packed = sampler.denoise(
-        step, each, packed, drawn.schedule, drawn.passes, noise=noise, kept=kept
+        step,
+        each,
+        packed,
+        drawn.schedule,
+        drawn.passes,
+        noise=noise,
+        kept=kept,
+        rescale=drawn.rescale,
     )
     return tuple(family.unpack(tokens, rows, columns) for tokens in packed)
 
@@ -259,6 +268,7 @@ def programs(
         channels,
         kept,
         spec((n, steps, *shape), state) if schedule.matrices is not None else None,
+        spec((), jnp.float32) if settings.guidance_rescale else None,
     )
     states = (spec((n, *shape), state),) * schedule.latents
     listed = partial(program, family)
@@ -271,7 +281,7 @@ def programs(
     if reference_size is not None and "reference" in task.pictures:
         seen["reference", reference_size] = None
     if task.pictures - {"reference"}:
-        sampled = task.draws != ("noise",) and settings.rounding != "bfl"
+        sampled = task.drawn(settings.strength) != ("noise",) and settings.rounding != "bfl"
         seen["posterior" if sampled else "reference", (settings.width, settings.height)] = None
     for name, (width, height) in seen:
         found.append(listed(name, spec((rows(name, 1), height, width, 3), jnp.float32)))

@@ -18,6 +18,7 @@ Noise = Literal["torch", "jax"]
 Dtype = Literal["float32", "bfloat16"]
 MAX_SEQUENCE_LENGTH = 512
 SEED_LIMIT = 2**64
+MAX_SKIP = 10  # a CLIP-L that is left two layers
 MAX_SIDE = 16384  # pixels; one million tokens, more than any of these models can draw
 MAX_GUIDANCE = 1000.0
 MAX_THRESHOLD = 10_000  # of Canny's gradients, which are below
@@ -56,6 +57,10 @@ class Settings:
     """How noise levels are spaced; None: as the model has it."""
     eta: float = 0.0
     """How much noise DDIM adds: 0 none, 1 DDPM's."""
+    guidance_rescale: float = 0.0
+    """How far classifier-free guidance is brought back to the spread of what it guides, 0 to 1."""
+    clip_skip: int = 0
+    """How many of CLIP's last layers are left out."""
     reference: str | None = None
     reference_sha256: str | None = None
     image: str | None = None
@@ -102,7 +107,9 @@ class Settings:
             from fluxjax.schedules.samplers import NAMES
 
             _require(self.sampler in NAMES, "sampler", f"one of {', '.join(NAMES)}", self)
-        _require(0 <= self.eta <= 1, "eta", "from 0 to 1", self)
+        for name in ("eta", "guidance_rescale"):
+            _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1", self)
+        _require(0 <= self.clip_skip <= MAX_SKIP, "clip_skip", f"from 0 to {MAX_SKIP}", self)
         for name in _TEXTS:
             check_text(name, getattr(self, name) or "")
         _require(1 <= self.steps <= MAX_STEPS, "steps", f"from 1 to {MAX_STEPS}", self)
@@ -154,10 +161,10 @@ def check_text(name: str, text: str) -> None:
 _TEXTS = ("prompt", "prompt_2", "negative_prompt")
 _KINDS = {
     **dict.fromkeys(("steps", "width", "height", "seed", "max_sequence_length"), "an integer"),
-    **dict.fromkeys(("guidance", "true_cfg", "strength", "eta"), "a number"),
+    **dict.fromkeys(("guidance", "true_cfg", "strength", "eta", "guidance_rescale"), "a number"),
     **dict.fromkeys(_TEXTS, "a text"),
     **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
-    "mask_crop": "an integer",
+    **dict.fromkeys(("mask_crop", "clip_skip"), "an integer"),
     "soft_mask": "true or false",
     **dict.fromkeys(("expand", "canny"), "a list of integers"),
     "sampler": "a text",

@@ -78,7 +78,7 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
 
         def encode(texts: list[str]) -> Conditioning:
             length = config.max_sequence_length
-            ids, _ = FLUX.tokenize(*tokenizers, texts, max_sequence_length=length)
+            ids, _ = FLUX.tokenize(tokenizers, texts, max_sequence_length=length)
             return FLUX.encode((clip, t5), weights, ids)
 
         return encode
