@@ -43,6 +43,23 @@ def tiny_folder() -> Path:
     return Path(__file__).resolve().parent / "assets" / "tiny"
 
 
+TINY = "tiny"
+TOOLS = {"reference": "tiny-edit", "mask": "tiny-fill", "control": "tiny-canny"}
+"""The embedded model with an adapter that has learnt a tool, by the picture that it is given."""
+
+
+def is_embedded(source: str | Path) -> bool:
+    """Whether it is the name of something that is always there."""
+    return str(source) in (TINY, *TOOLS.values())
+
+
+def tool_adapter(source: str | Path) -> Path | None:
+    """The adapter that makes the embedded model one of TOOLS; None for any other source."""
+    if str(source) not in TOOLS.values():
+        return None
+    return tiny_folder().parent / f"{source}.safetensors"
+
+
 def hub_name(source: str | Path) -> Name | None:
     """`source` as a name on the hub; None for a path that exists, or that can only be one."""
     match = _NAME.fullmatch(str(source))
@@ -223,7 +240,7 @@ def size_unit(model: str) -> int:
 
     Light: for refusing a size before anything is imported that could open the model.
     """
-    folder = tiny_folder() if model == "tiny" else Path(model)
+    folder = tiny_folder() if is_embedded(model) else Path(model)
     try:
         kind = json.loads((folder / _INDEX).read_text("utf-8"))["_class_name"]
         config = json.loads((folder / "vae" / "config.json").read_text("utf-8"))

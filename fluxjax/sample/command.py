@@ -11,6 +11,7 @@ from typing import Any
 
 from fluxjax import __version__
 from fluxjax.config import ConfigError
+from fluxjax.hub import TINY, TOOLS, is_embedded
 from fluxjax.sample import picture_record
 from fluxjax.sample.opened_model import OpenedModel
 from fluxjax.sample.options import Options, given_settings, given_sources
@@ -19,7 +20,7 @@ from fluxjax.sample.picture_record import Remembered, remembered
 from fluxjax.sample.picture_shelf import PictureShelf
 from fluxjax.sample.prompts_file import Line, read_prompts
 from fluxjax.sample.settings import PICTURES, Settings
-from fluxjax.sample.sources import SCALED, SINGLE, TINY, Sources, replaced
+from fluxjax.sample.sources import SCALED, SINGLE, Sources, replaced
 from fluxjax.terminal import say
 
 
@@ -68,7 +69,7 @@ def _wanted(
         Job(Settings(**job["settings"]), tuple(job["lora"]), job["place"])
         for job in hosts.from_first(on_first)
     ]
-    if opened.sources.model == TINY:
+    if is_embedded(opened.sources.model):
         for job in jobs:  # a size that would show nothing is refused before anything is drawn
             outside_sizes(job.settings.width, job.settings.height)
     return jobs
@@ -83,7 +84,8 @@ def _sources(
     """
     given = given_sources(options)
     if options.like is None:
-        return replaced(Sources(), given), {}, options.dtype
+        sources = _with_tool(replaced(Sources(), given), given_settings(options), note)
+        return sources, {}, options.dtype
     said = remembered(options.like)
     chosen = given_settings(options)
     given_all = {**given, **{name: chosen[name] for name in PICTURES}}
@@ -101,7 +103,7 @@ def _tell_opened(
     said: Remembered, sources: Sources, pictures: dict[str, str], note: Callable[[str], None]
 ) -> None:
     """Which files a picture, perhaps a stranger's, has made us open."""
-    named = [f"{kind} {path}" for kind, path in sources.files().items() if path != TINY]
+    named = [f"{kind} {path}" for kind, path in sources.files().items() if not is_embedded(path)]
     named += [f"{name} {path}" for name, path in pictures.items()]
     if named:
         note(f"{said.path} names: {', '.join(named)}")
@@ -157,8 +159,8 @@ def _draw_all(
     for batch in batches(wanted, size):
         pipe, settings = opened.pipeline(batch[0].lora), batch[0].settings
         require_room(pipe, settings, len(batch))
-        if first and opened.sources.model == TINY:
-            _tell_unknown(batch, once)
+        if first and is_embedded(opened.sources.model):
+            _tell_unknown(batch, opened.sources.model, once)
         ends = done + len(batch)
         what = f"picture {ends} of {len(wanted)}" if len(wanted) > 1 else "picture"
         prompts, seeds = zip(*((j.settings.prompt, j.settings.seed) for j in batch), strict=True)
@@ -190,13 +192,28 @@ def _draw_all(
         shelf.save_sheet()
 
 
-def _tell_unknown(batch: Sequence[Job], once: Callable[[str], None]) -> None:
-    from fluxjax.sample.known_words import EDITS, outside, outside_sizes
+def _with_tool(sources: Sources, chosen: dict[str, Any], note: Callable[[str], None]) -> Sources:
+    """The embedded model as it has learnt to use the pictures that it is given.
+
+    A mask with a strength below 1, or a soft one, asks for inpainting, which needs no tool; an
+    adapter of one's own may be one.
+    """
+    filled = chosen["mask"] or chosen["expand"]
+    if (chosen["strength"] or 1.0) < 1.0 or chosen["soft_mask"]:
+        filled = None
+    given = {"control": chosen["control"], "reference": chosen["reference"], "mask": filled}
+    picture = next((name for name, value in given.items() if value is not None), None)
+    if sources.model != TINY or sources.lora or sources.controlnet or picture is None:
+        return sources
+    note(f"--model {TOOLS[picture]}: the embedded model that has learnt to use a {picture}")
+    return dataclasses.replace(sources, model=TOOLS[picture])
+
+
+def _tell_unknown(batch: Sequence[Job], model: str, once: Callable[[str], None]) -> None:
+    from fluxjax.sample.known_words import outside, outside_sizes
 
     for job in batch:
         if text := outside_sizes(job.settings.width, job.settings.height):
             once(text)
-        if text := outside(job.settings.prompt):
+        if text := outside(job.settings.prompt, edits=model == TOOLS["reference"]):
             once(text)
-        if job.settings.reference:
-            once(EDITS)

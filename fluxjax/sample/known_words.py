@@ -13,7 +13,25 @@ from fluxjax.config import ConfigError
 from fluxjax.hub import tiny_folder
 
 FILE = "world.json"
-EDITS = "the embedded model has not learnt to edit: a reference only disturbs what it draws"
+# Of what it is told when it edits, beside the words of world.json.
+_EDIT_WORDS = frozenset(
+    {
+        *("make", "turn", "paint", "change", "put", "remove", "delete", "erase", "take", "away"),
+        *(
+            "into",
+            "larger",
+            "bigger",
+            "smaller",
+            "it",
+            "them",
+            "the",
+            "one",
+            "to",
+            "on",
+            "background",
+        ),
+    }
+)
 
 
 class _World(NamedTuple):
@@ -49,10 +67,14 @@ def _world(folder: Path) -> _World:
     return _World(frozenset(world["words"]), world["knows"], world.get("sizes"))
 
 
-def outside(prompt: str, folder: Path | None = None) -> str:
-    """A sentence for a prompt with words that the embedded model has never read; else ""."""
+def outside(prompt: str, folder: Path | None = None, *, edits: bool = False) -> str:
+    """A sentence for a prompt with words that the embedded model has never read; else "".
+
+    `edits`: the prompt says what becomes of a reference.
+    """
     world = _world(folder or tiny_folder())
-    unknown = [word for word in words_of(prompt) if not _is_known(word, world.words)]
+    words = world.words | (_EDIT_WORDS if edits else frozenset())
+    unknown = [word for word in words_of(prompt) if not _is_known(word, words)]
     if not world.words or not unknown:
         return ""
     listed = ", ".join(f'"{word}"' for word in unknown[:5])

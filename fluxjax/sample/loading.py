@@ -21,7 +21,7 @@ from fluxjax.checkpoint.templates import Part, abstract_params, part_of
 from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig, published_defaults
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
-from fluxjax.hub import find
+from fluxjax.hub import TINY, find, tool_adapter
 from fluxjax.json_input import parse_json, read_json
 from fluxjax.models.lora import adapt, combine_loras
 from fluxjax.models.names import flatten
@@ -67,7 +67,8 @@ def load_pipeline(
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
     Args:
-      model: "tiny", a diffusers folder, an Orbax folder, or a BFL file (flux1-*.safetensors or
+      model: "tiny", or with a tool that it has learnt "tiny-edit", "tiny-fill", "tiny-canny"; a
+        diffusers folder, an Orbax folder, or a BFL file (flux1-*.safetensors or
         .gguf), which needs the two below. Here and below a hub's name will do as well, such as
         "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
       dtype: of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
@@ -105,7 +106,7 @@ def load_pipeline(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in get_args(Dtype):
         raise ConfigError(f"dtype must be float32 or bfloat16, got {dtype!r}")
-    path = find(model, "model", read_config)
+    path = find(TINY if tool_adapter(model) else model, "model", read_config)
     if path.is_file():
         family = FLUX
         networks, config, tokenizers = _of_file(path, text_encoders, vae)
@@ -116,8 +117,8 @@ def load_pipeline(
     kinds = parse_quantise(quantise)
     scaled = [_scaled(lora) for lora in loras]
     low_rank: LowRank = []
-    if loras:
-        networks, low_rank, defaults = _adapted(networks, scaled)
+    if used := [(file, 1.0) for file in filter(None, [tool_adapter(model)])] + scaled:
+        networks, low_rank, defaults = _adapted(networks, used)
         parts: dict[str, Any] = {name: networks[name].config for name in config.networks}
         inputs, config = config.transformer.in_channels, replace(config, **parts)
         if config.transformer.in_channels != inputs:  # a control LoRA, the only kind that widens
@@ -153,7 +154,7 @@ def load_pipeline(
             )
     slots = None
     if lora_slots:
-        if loras:
+        if used:
             raise ConfigError("lora_slots do not go with loras: choose those by call too")
         places = None if mesh is None else partial(_slot_places, config.transformer, mesh)
         template = abstract_params(config.transformer, stacked=scan_layers)

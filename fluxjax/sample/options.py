@@ -12,7 +12,7 @@ import tyro
 
 from fluxjax.config import CONTROLS, ConfigError, multiple
 from fluxjax.config.sampler import Respacing
-from fluxjax.hub import size_unit
+from fluxjax.hub import TINY, TOOLS, size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
 from fluxjax.quantised_kinds import KEEP
@@ -30,7 +30,7 @@ from fluxjax.sample.settings import (
     brief,
     override,
 )
-from fluxjax.sample.sources import SCALED, SINGLE, TINY, absolute, absolute_scaled, is_name
+from fluxjax.sample.sources import SCALED, SINGLE, absolute, absolute_scaled, is_name
 
 MOST_PICTURES = 2**20  # of one run
 
@@ -133,7 +133,9 @@ class Options:
     prompt: _Words = ()
     """What to draw. May be empty ("")."""
     model: _Text = None
-    """tiny (the embedded model), a diffusers or Orbax folder, or a BFL file."""
+    """tiny (the embedded model; given a reference, a control or a mask it is tiny-edit, tiny-canny
+    or tiny-fill, unless a mask comes with a strength below 1 or there is a --lora), a diffusers or
+    Orbax folder, or a BFL file."""
     text_encoders: _Path = None
     """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2."""
     vae: _Path = None
@@ -306,7 +308,8 @@ def _check_model(model: str | None) -> None:
 
     path = Path(model)
     beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-    near = get_close_matches(path.name, [TINY, *(entry.name for entry in beside)], 1)
+    names = [TINY, *TOOLS.values(), *(entry.name for entry in beside)]
+    near = get_close_matches(path.name, names, 1)
     what = "file" if path.suffix else "folder"
     meant = f"; did you mean {near[0]}?" if near else ""
     raise FileNotFoundError(f"there is no model {what} {path}{meant}")

@@ -20,14 +20,13 @@ from fluxjax import __version__
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import CONTROLS, ConfigError
 from fluxjax.file_hash import hash_file
-from fluxjax.hub import is_cached
+from fluxjax.hub import TINY, is_cached, is_embedded
 from fluxjax.sample import known_places
 from fluxjax.sample.picture_formats import read_record
 from fluxjax.sample.settings import ALPHA, PICTURES, Dtype, Settings, brief, override
 from fluxjax.sample.sources import (
     SCALED,
     SINGLE,
-    TINY,
     Sources,
     changed,
     hashes_of,
@@ -173,7 +172,7 @@ def find(said: Remembered, kind: str, where: str, hashes: Mapping[str, str], eve
 
     What has the right hashes is preferred to what has only the name. Raises ConfigError.
     """
-    if is_name(where) and (where == TINY or every or is_cached(where)):
+    if is_name(where) and (is_embedded(where) or every or is_cached(where)):
         return where
     usual = [said.path.absolute().parent, Path.cwd()]
     try:

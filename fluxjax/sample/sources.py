@@ -10,9 +10,8 @@ from pathlib import Path
 
 from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG, split_scale
 from fluxjax.config import ConfigError
-from fluxjax.hub import Kind, find, hub_name
+from fluxjax.hub import TINY, Kind, find, hub_name, is_embedded, tool_adapter
 
-TINY = "tiny"
 SINGLE = ("model", "text_encoders", "vae", "redux")
 SCALED = {
     "lora": "LoRA file",
@@ -74,6 +73,8 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
         "redux": "checkpoint",
         "controlnet": "checkpoint",
     }
+    if adapter := tool_adapter(source):
+        return {**hashes_of(TINY, kind), "adapter": hash_file(adapter)}
     path = find(source, wanted.get(kind.split()[0], "lora"))
     if path.is_file():
         return {"": hash_file(path)}
@@ -106,8 +107,8 @@ def changed(then: Mapping[str, str], now: Mapping[str, str], kind: str) -> list[
 
 
 def is_name(source: str) -> bool:
-    """Whether it is no path: "tiny", or a name on a hub."""
-    return source == TINY or hub_name(source) is not None
+    """Whether it is no path: the embedded model, or a name on a hub."""
+    return is_embedded(source) or hub_name(source) is not None
 
 
 def model_name(model: str) -> str:

@@ -247,7 +247,7 @@ def evaluate_pipeline(
         prompts={name: settings.prompts for name in settings.kinds} | {READER: done},
         psnr=float((10 * np.log10(4.0 / np.concatenate(errors))).mean()),
         settings={
-            "model": settings.model,
+            "model": settings.opened,
             "steps": chosen.steps,
             "guidance": chosen.guidance,
             "true_cfg": chosen.true_cfg,
@@ -339,7 +339,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     if note := enable_cache():
         print(f"note: {note}", file=sys.stderr)
     pipeline = load_pipeline(
-        settings.model, mesh=settings.mesh, loras=settings.lora, quantise=settings.quantise
+        settings.opened, mesh=settings.mesh, loras=settings.lora, quantise=settings.quantise
     )
     kinds = len(settings.kinds) if settings.task == "text" else 1
     with Progress(console=Console(stderr=True), transient=True) as bar:

@@ -45,8 +45,8 @@ class EvaluateSettings:
 
     task: Literal["text", "edit", "fill", "canny"] = "text"
     """From text alone, or one of the tools: edit a reference, fill a mask, follow edges."""
-    model: str = "tiny"
-    """tiny (the embedded model) or a pipeline folder."""
+    model: str | None = None
+    """By default the embedded model of the task (tiny, tiny-edit, ...); or a pipeline folder."""
     lora: tuple[str, ...] = ()
     """Adapters of the model, FILE or FILE:SCALE."""
     prompts: int = 48
@@ -76,6 +76,12 @@ class EvaluateSettings:
     """Write a contact sheet to this PNG, a row for each kind."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the numbers as JSON instead of a table."""
+
+    @property
+    def opened(self) -> str:
+        """The model's name or folder."""
+        own = "tiny" if self.task == "text" else f"tiny-{self.task}"
+        return self.model or own
 
     def __post_init__(self) -> None:
         if self.prompts < 1 or self.batch < 1:
