@@ -5,6 +5,7 @@ Light, as is all that stands before `run` in a `__main__`: until then Ctrl-C sho
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 TRACEBACK_VARIABLE = "FLUXJAX_TRACEBACK"
 
 _NARROWEST = 40  # columns; help is laid out without end in a terminal of one
+_COLLECTION = (50_000, 20, 10)  # objects, then rounds; importing and tracing make few cycles
 _NO_HOME = "Could not determine home directory."  # pathlib, of ~nosuchuser
 
 
@@ -85,7 +87,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Ctrl-C exits with 130, SIGTERM with 143. A bug is raised. `--version` is answered here.
     """
     before, stderr, unraisable = _catch_signals(), sys.stderr, sys.unraisablehook
-    sys.unraisablehook = _try_again
+    sys.unraisablehook, collection = _try_again, gc.get_threshold()
+    gc.set_threshold(*_COLLECTION)
     try:
         open_standard_streams()
         if shutil.get_terminal_size().columns < _NARROWEST:
@@ -110,6 +113,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = report(error)
     finally:
         sys.stderr, sys.unraisablehook = stderr or sys.stderr, unraisable
+        gc.set_threshold(*collection)
         for number, handler in before.items():
             signal.signal(number, handler)
     sys.exit(code)

@@ -20,14 +20,14 @@ from fluxjax.terminal import say
 
 Kind = Literal["model", "configuration", "checkpoint", "vae", "text encoders", "lora"]
 
-_NAME = re.compile(
+_NAME = (
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?"
     r"(?:/(?P<file>(?:[\w .+()-]+/)*[\w .+()-]+\.safetensors))?"
 )
 _FILES = (".safetensors", ".gguf", ".ckpt", ".bin", ".pt", ".pth", ".png", ".toml")
 _TEXT = (".json", ".txt", ".model", ".jinja")
-_ENCODERS = re.compile(r"(text_encoder|tokenizer)(_\d)?")
+_ENCODERS = r"(text_encoder|tokenizer)(_\d)?"
 _NOT_OURS = ("safety_checker", "feature_extractor")
 _INDEX = "model_index.json"
 
@@ -45,7 +45,7 @@ def tiny_folder() -> Path:
 
 def hub_name(source: str | Path) -> Name | None:
     """`source` as a name on the hub; None for a path that exists, or that can only be one."""
-    match = _NAME.fullmatch(str(source))
+    match = re.fullmatch(_NAME, str(source))
     if match is None or Path(source).exists() or ".." in match["repo"] or "--" in match["repo"]:
         return None
     if match["repo"].lower().endswith(_FILES):
@@ -154,8 +154,8 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
     if kind in ("model", "checkpoint") and whole:
         texts = [file for file in files if "/" not in file and file.endswith(".json")]
         return sorted(texts) + [file for part in sorted(top) for file in _part(files, part)]
-    if kind == "text encoders" and any(map(_ENCODERS.fullmatch, top)):
-        parts = sorted(filter(_ENCODERS.fullmatch, top))
+    if kind == "text encoders" and any(re.fullmatch(_ENCODERS, name) for name in top):
+        parts = sorted(name for name in top if re.fullmatch(_ENCODERS, name))
         return [file for part in parts for file in _part(files, part)]
     if kind == "vae" and "vae/config.json" in files:
         return _part(files, "vae")
