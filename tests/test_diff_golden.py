@@ -60,9 +60,11 @@ def test_wrong_weights_fail_and_outputs_are_saved(shared, tmp_path, capsys):
     assert "FAIL" in capsys.readouterr().out
 
 
-def test_other_families_are_refused(shared):
-    with pytest.raises(ConfigError, match=r"Open-Sora.*does not support"):
-        check_golden(shared / "goldens" / "opensora_i2v.safetensors")
+def test_other_families_are_refused(tmp_path):
+    tensors, path = {"outputs.x": np.zeros(2, np.float32)}, tmp_path / "other.safetensors"
+    save_file(tensors, path, {"config": '{"source": "somebody/else"}'})
+    with pytest.raises(ConfigError, match=r"somebody/else.*does not support"):
+        check_golden(path)
 
 
 def test_missing_tensors_are_named(shared, tmp_path):

@@ -15,7 +15,6 @@ KINDS = {
     "hunyuan_vae": "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",
     "opensora_vae": "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",
     "hunyuan_video": "HunyuanVideo's transformer",
-    "opensora_v2": "Open-Sora 2.0's transformer",
     "ldm_sd15": WHOLE,
     "ldm_sdxl_base": WHOLE,
 }
@@ -23,7 +22,7 @@ KINDS = {
 READ = {
     *("sd15_unet", "sd21_unet", "sdxl_unet", "sdxl_refiner_unet"),
     *("sd3_medium", "sd35_medium", "sd35_large"),
-    "pixart_alpha_1024",
+    *("pixart_alpha_1024", "opensora_v2"),
     *("ldm_sd3_medium", "ldm_sd35_medium", "ldm_sd35_large"),
 }
 # Ours by their names, where the shapes leave something open.

@@ -113,6 +113,8 @@ def to_published(
             tensor = tensors.reshape(tensor, tensor.shape[:2])
         if rule.swap_halves:
             tensor = tensors.swap_halves(tensor)
+        if rule.halved_heads and tensor.shape and tensor.shape[0] % rule.halved_heads == 0:
+            tensor = tensors.interleave(tensor, rule.halved_heads)
         if len(names) == 1 or any(name not in shapes for name in names):
             put(names[0], tensor, theirs)
             continue
@@ -169,6 +171,8 @@ def from_published(published: Mapping[str, Tensor], table: Table) -> dict[str, T
                 break
             if rule.swap_halves:
                 tensor = tensors.swap_halves(tensor)
+            if rule.halved_heads:
+                tensor = tensors.deinterleave(tensor, rule.halved_heads)
             if rule.conv1x1 and leaf == "weight":
                 tensor = tensors.reshape(tensor, (*tensor.shape, 1, 1))
             theirs[target] = tensor

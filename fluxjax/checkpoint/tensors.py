@@ -143,6 +143,30 @@ def swap_halves(tensor: Tensor) -> Tensor:
     return concatenate([slice_rows(tensor, half, 2 * half), slice_rows(tensor, 0, half)])
 
 
+def interleave(tensor: Tensor, size: int) -> Tensor:
+    """In every `size` rows those of the first half at even places, of the second at odd ones."""
+    return _permuted(tensor, np.arange(size).reshape(2, -1).T.ravel())
+
+
+def deinterleave(tensor: Tensor, size: int) -> Tensor:
+    """The inverse of `interleave`."""
+    return _permuted(tensor, np.arange(size).reshape(-1, 2).T.ravel())
+
+
+def _permuted(tensor: Tensor, order: np.ndarray) -> Tensor:
+    """Every len(order) rows in this order, which must divide the rows."""
+    size = len(order)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        first, last = start // size * size, -(-stop // size) * size
+        groups = tensor.rows(first, last).reshape(-1, size, *tensor.shape[1:])
+        taken = groups[:, order].reshape(-1, *tensor.shape[1:])
+        return taken[start - first : stop - first]
+
+    packed = tensor.packed and tensor.packed.map(lambda part: _permuted(part, order))
+    return Tensor(tensor.shape, tensor.dtype, rows, tensor.by_rows, packed)
+
+
 def index(tensor: Tensor, i: int) -> Tensor:
     """The i-th element of the first axis, as of a stacked leaf."""
     return of_whole(tensor.shape[1:], tensor.dtype, lambda: tensor.rows(i, i + 1)[0])

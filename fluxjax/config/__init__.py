@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fluxjax.config.flux import FluxConfig
     from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
     from fluxjax.config.lora import LoraConfig
+    from fluxjax.config.open_sora import OPEN_SORA_2, OPEN_SORA_2_DC_AE, OpenSoraConfig
     from fluxjax.config.pipeline import (
         CONTROL,
         DEV,
@@ -71,6 +72,8 @@ __all__ = [
     "FILL",
     "IP_ADAPTER",
     "KONTEXT",
+    "OPEN_SORA_2",
+    "OPEN_SORA_2_DC_AE",
     "PIXART_ALPHA",
     "PIXART_SIGMA",
     "PRESETS",
@@ -100,6 +103,7 @@ __all__ = [
     "FluxConfig",
     "IPAdapterConfig",
     "LoraConfig",
+    "OpenSoraConfig",
     "PipelineConfig",
     "PixArtConfig",
     "ReduxConfig",
@@ -131,6 +135,7 @@ _NAMES = {
     "flux": ("FluxConfig",),
     "ip_adapter": ("IP_ADAPTER", "IPAdapterConfig"),
     "lora": ("LoraConfig",),
+    "open_sora": ("OPEN_SORA_2", "OPEN_SORA_2_DC_AE", "OpenSoraConfig"),
     "pipeline": (
         "CONTROL",
         "DEV",

@@ -152,8 +152,8 @@ class FluxTrunk(Part):
         return by_steps(flat, steps)
 
 
-class FluxTransformer(FluxTrunk):
-    """Predicts the velocity (noise - data) of packed latents."""
+class FluxVelocity(FluxTrunk):
+    """The trunk and the last layer, which predict the velocity (noise - data) of packed latents."""
 
     def setup(self) -> None:
         super().setup()
@@ -164,16 +164,15 @@ class FluxTransformer(FluxTrunk):
     def _modulate_out(self, vector: Float[Array, "n d"]) -> Float[Array, "n 2 d"] | None:
         return self.norm_out.modulation(vector)
 
-    def denoise(
+    def velocity(
         self,
-        hidden_states: Float[Array, "b image in_channels"],
+        image: Float[Array, "b image d"],
         text: Float[Array, "b text d"],
         modulations: Modulations,
         rope: Rope,
         guides: Guides = UNGUIDED,
     ) -> Float[Array, "b image out_channels"]:
-        """One step, given what `embed_text`, `modulations` and `rope` return."""
-        image = self.x_embedder(hidden_states)
+        """Of embedded tokens, given what `embed_text`, `modulations` and `rope` return."""
         (image, text), _ = run(
             self.transformer_blocks,
             (image, text),
@@ -196,6 +195,21 @@ class FluxTransformer(FluxTrunk):
         # diffusers' order, (scale, shift); BFL stores (shift, scale) and conversion swaps them.
         scale, shift = modulations.out[:, 0], modulations.out[:, 1]
         return self.proj_out(self.norm_out(joint[:, length:], shift, scale))
+
+
+class FluxTransformer(FluxVelocity):
+    """FLUX.1's."""
+
+    def denoise(
+        self,
+        hidden_states: Float[Array, "b image in_channels"],
+        text: Float[Array, "b text d"],
+        modulations: Modulations,
+        rope: Rope,
+        guides: Guides = UNGUIDED,
+    ) -> Float[Array, "b image out_channels"]:
+        """One step, given what `embed_text`, `modulations` and `rope` return."""
+        return self.velocity(self.x_embedder(hidden_states), text, modulations, rope, guides)
 
     def __call__(
         self,

@@ -8,6 +8,7 @@ from fluxjax.config import (
     ControlNetConfig,
     FluxConfig,
     IPAdapterConfig,
+    OpenSoraConfig,
     PixArtConfig,
     ReduxConfig,
     SD3Config,
@@ -21,6 +22,7 @@ from fluxjax.networks.controlnet import CONTROLNET
 from fluxjax.networks.flux import FLUX
 from fluxjax.networks.ip_adapter import IP_ADAPTER
 from fluxjax.networks.network import Network
+from fluxjax.networks.open_sora import OPEN_SORA
 from fluxjax.networks.pixart import PIXART
 from fluxjax.networks.redux import REDUX
 from fluxjax.networks.sd3 import SD3
@@ -35,6 +37,7 @@ NETWORKS: dict[type, Network] = {
         UNET,
         SD3,
         PIXART,
+        OPEN_SORA,
         AUTOENCODER,
         CLIP_TEXT,
         T5,
@@ -51,6 +54,7 @@ Config = (
     | UNetConfig
     | SD3Config
     | PixArtConfig
+    | OpenSoraConfig
     | AutoencoderConfig
     | CLIPTextConfig
     | T5Config

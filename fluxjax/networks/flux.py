@@ -21,7 +21,10 @@ from fluxjax.networks.network import (
 from fluxjax.networks.tables import Rule, Table
 
 PUBLISHED = Table("diffusers FLUX transformer", identity=True)
-_CONTROLNET = (r"controlnet_blocks\.0\.weight|controlnet_x_embedder\.weight|pos_embed_input\..*",)
+_OTHERS = (
+    r"controlnet_blocks\.0\.weight|controlnet_x_embedder\.weight|pos_embed_input\..*",
+    r"cond_in\.weight",  # Open-Sora
+)
 _SCALE = (("scale", "weight"),)
 
 
@@ -159,7 +162,7 @@ def _infer(
     )
 
 
-def _from_bfl(params: Mapping[str, Any]) -> FluxConfig:
+def from_bfl(params: Mapping[str, Any]) -> FluxConfig:
     """BFL's FluxParams."""
     return FluxConfig(
         in_channels=params["in_channels"],
@@ -327,7 +330,7 @@ FLUX = Network(
             ),
             lambda config: PUBLISHED,
             infer_published,
-            unless=_CONTROLNET,
+            unless=_OTHERS,
         ),
         Dialect(
             "bfl",
@@ -335,8 +338,8 @@ FLUX = Network(
             lambda config: BFL,
             infer_bfl,
             "depth_single_blocks",
-            _from_bfl,
-            unless=_CONTROLNET,
+            from_bfl,
+            unless=_OTHERS,
         ),
     ),
     roles=ROLES,

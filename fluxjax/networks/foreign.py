@@ -46,13 +46,6 @@ FOREIGN = (
         (r"context_embedder\.token_refiner\..*", r"x_embedder\.proj\.weight"),
     ),
     Foreign("HunyuanVideo's transformer", (r"txt_in\.individual_token_refiner\..*",)),
-    Foreign(
-        "Open-Sora 2.0's transformer",
-        (
-            r"cond_in\.weight|double_blocks\.0\.img_attn\.q_proj\.weight",
-            r"(double|single)_blocks\.0\..*",
-        ),
-    ),
     Foreign("Chroma's transformer", (r"distilled_guidance_layer\..*",)),
     Foreign(
         "FLUX.2's transformer",

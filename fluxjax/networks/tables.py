@@ -14,7 +14,9 @@ from dataclasses import dataclass
 class Rule:
     """One module of theirs = the rows of `ours`, one after the other.
 
-    `swap_halves`: the two halves of the rows are exchanged. `conv1x1`: theirs is a 1 x 1
+    `swap_halves`: the two halves of the rows are exchanged. `halved_heads`: their rows are of heads
+    of so many channels, in each first those that published names have at even places, then the
+    others (rotary embeddings of halves, where ours rotate neighbours). `conv1x1`: theirs is a 1 x 1
     convolution (out, in, 1, 1) where PyTorch has a linear layer (out, in).
     `leaves`: their parameters' names -> the published ones.
     """
@@ -22,6 +24,7 @@ class Rule:
     theirs: str
     ours: tuple[str, ...]
     swap_halves: bool = False
+    halved_heads: int = 0
     conv1x1: bool = False
     leaves: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
 

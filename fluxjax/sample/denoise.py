@@ -41,7 +41,7 @@ def denoise(
     each: Any,
     state: State,
     schedule: Schedule,
-    passes: Float[AnyArray, "steps differences"],
+    passes: Float[AnyArray, "steps differences *frames"],
     *,
     noise: Float[Array, "b steps *shape"] | None = None,
     kept: Kept | None = None,
@@ -79,18 +79,22 @@ def denoise(
 
 
 def combined(
-    predicted: Float[Array, "passes_b *shape"], weights: Float[Array, "differences"]
+    predicted: Float[Array, "passes_b *shape"], weights: Float[Array, "differences *frames"]
 ) -> Float[Array, "b *shape"]:
     """The passes, stacked in the batch, added up: the last one, and each weight times the
     difference of its pass to the next.
 
     One weight is classifier-free guidance, negative + scale (positive - negative), rounded as in
     the references; two are three-way guidance. Any sum whose weights add up to 1 can be written so.
+    Weights of each frame of a video are those of its tokens, which follow one another.
     """
     each = jnp.split(predicted, weights.shape[0] + 1)
     total = each[-1]
     for i in range(weights.shape[0]):
-        total = total + weights[i] * (each[i] - each[i + 1])
+        weight = weights[i]
+        if weight.ndim:
+            weight = jnp.repeat(weight, total.shape[1] // len(weight))[None, :, None]
+        total = total + weight * (each[i] - each[i + 1])
     return total
 
 
