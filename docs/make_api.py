@@ -38,6 +38,7 @@ PUBLIC = {
     "Training": ["fluxjax.train.recipe:read_recipe", "fluxjax.train.finetune:finetune"],
     "Configurations": [
         "fluxjax.config:PipelineConfig",
+        "fluxjax.config:FluxPipelineConfig",
         "fluxjax.config:FluxConfig",
         "fluxjax.config:AutoencoderConfig",
         "fluxjax.config:T5Config",

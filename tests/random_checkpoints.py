@@ -13,11 +13,17 @@ from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.pipeline_folder import save_params, write_config
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import AutoencoderConfig, CLIPTextConfig, FluxConfig, PipelineConfig, T5Config
+from fluxjax.config import (
+    AutoencoderConfig,
+    CLIPTextConfig,
+    FluxConfig,
+    FluxPipelineConfig,
+    T5Config,
+)
 from fluxjax.networks import network_of
 
 # Sizes that shapes alone tell: heads of 128, CLIP heads of 64, 32 groups.
-SMALL = PipelineConfig(
+SMALL = FluxPipelineConfig(
     transformer=FluxConfig(
         num_layers=2,
         num_single_layers=3,
@@ -53,7 +59,9 @@ def random_tree(config, dtype, seed: int = 0) -> dict:
     )
 
 
-def pipeline_folder(folder: Path, config: PipelineConfig = SMALL, dtype=ml_dtypes.bfloat16) -> Path:
+def pipeline_folder(
+    folder: Path, config: FluxPipelineConfig = SMALL, dtype=ml_dtypes.bfloat16
+) -> Path:
     write_config(folder, config)
     for seed, (component, part) in enumerate(config.networks.items()):
         save_params(folder, component, random_tree(part, dtype, seed), part, None)

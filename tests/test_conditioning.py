@@ -58,10 +58,8 @@ def test_equals_diffusers(folder, tokenizers):
         states, pooled, _ = reference.encode_prompt(PROMPTS, second, max_sequence_length=16)
     ids, notes = tokenize(*tokenizers, PROMPTS, second, max_sequence_length=16)
     ours = encode_prompts(
-        CLIPTextModel(clip_config),
-        T5Encoder(t5_config),
-        from_torch(clip_torch, clip_config),
-        from_torch(t5_torch, t5_config),
+        (CLIPTextModel(clip_config), T5Encoder(t5_config)),
+        (from_torch(clip_torch, clip_config), from_torch(t5_torch, t5_config)),
         ids,
     )
     assert notes == []

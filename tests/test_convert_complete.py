@@ -36,7 +36,7 @@ def pipeline(tmp_path: Path) -> Path:
 
 
 def relist(folder: Path, **changes) -> None:
-    (folder / "model_index.json").write_text(json.dumps({**model_index(DEV.networks), **changes}))
+    (folder / "model_index.json").write_text(json.dumps({**model_index(DEV), **changes}))
 
 
 def test_a_whole_pipeline(pipeline: Path) -> None:

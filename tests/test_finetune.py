@@ -39,8 +39,8 @@ from fluxjax.config import (
     CLIPTextConfig,
     ConfigError,
     FluxConfig,
+    FluxPipelineConfig,
     LoraConfig,
-    PipelineConfig,
     T5Config,
 )
 from fluxjax.families import FLUX, Conditioning, Task
@@ -65,7 +65,7 @@ RECIPES = Path(__file__).parents[1] / "train"
 
 
 # Tokenizers of the embedded model around small networks with random weights.
-SMALL = PipelineConfig(
+SMALL = FluxPipelineConfig(
     transformer=FluxConfig(
         in_channels=16,
         out_channels=16,

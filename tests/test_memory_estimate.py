@@ -23,8 +23,8 @@ def test_the_estimate_is_below_what_the_programs_take_and_not_far(width, height)
             pipe.config,
             settings,
             dtype=pipe.dtype,
-            steps=1,
             rows=pipe.executables.rows,
+            padded=False,
         )
     )
     estimate = activation_bytes(pipe, settings)

@@ -261,7 +261,7 @@ def test_evaluation_counts_by_kind_writes_a_sheet_and_prints(tmp_path, capsys, m
     found = measure.evaluate_pipeline(pipeline, settings)
     assert pipeline.batches == [6] * 6 and pipeline.seeds[:8] == list(range(5, 13))
     assert pipeline.sizes == [(96, 96)] * 4 + [(128, 64)] * 2
-    assert pipeline.settings.true_cfg == 2.0 and pipeline.settings.uses_true_cfg
+    assert pipeline.settings.true_cfg == 2.0
     for kind in settings.kinds:
         assert found.rate(kind, "all") == 5 / 8 and found.rate(kind, "shape") == 1
         assert found.rate(kind, "colour") < 1 and found.prompts[kind] == 8

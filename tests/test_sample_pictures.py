@@ -22,7 +22,7 @@ from fluxjax.checkpoint.bfl import config_from_bfl, from_bfl_params
 from fluxjax.checkpoint.pipeline_folder import model_index, read_config
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.config import DEV, ConfigError
-from fluxjax.families import FLUX, Conditioning
+from fluxjax.families import FLUX, Conditioning, Steps
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.sample import edges
 from fluxjax.sample.noise import draw
@@ -317,7 +317,7 @@ def test_each_model_has_its_published_defaults(folder, both, tmp_path):
     cached.parent.mkdir(parents=True)
     cached.symlink_to(folder("control"))
     assert read_config(cached).guidance == 10.0
-    named = {kind: model_index(both(kind, "FluxPipeline")[0].config.networks) for kind in CHANNELS}
+    named = {kind: model_index(both(kind, "FluxPipeline")[0].config) for kind in CHANNELS}
     assert [one["_class_name"] for one in named.values()] == [
         "FluxPipeline",
         "FluxControlPipeline",
@@ -426,7 +426,7 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers_is(both, folder):
         half.start(
             np.zeros((1, 16, 2, 2), half.dtype),
             Inputs(image=np.zeros((1, 16, 2, 2), half.dtype)),
-            pad(flow_euler(np.array([1.0, 0.5, 0.0], np.float32), first=1)),
+            FLUX.run(half.config, Steps(2, 1), 2, 2),
         ).dtype
         == half.dtype
     )

@@ -1,5 +1,7 @@
 """FLUX.1 by other samplers: diffusers' pictures, and one program for all of them."""
 
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
@@ -8,7 +10,6 @@ import torch
 import fluxjax
 from fluxjax.config import ConfigError
 from fluxjax.sample.preview import Preview
-from fluxjax.sample.settings import Settings
 
 CHOICES = {"steps": 4, "width": 96, "height": 80, "seed": 4}
 SOLVERS = {
@@ -79,7 +80,7 @@ def test_the_same_steps_by_either_program(pipe):
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
-        ({"sampler": "ddim"}, "sampler must be one of euler, heun"),
+        ({"sampler": "ddim"}, "'ddim' is no sampler of a flow: there are euler, heun"),
         ({"sampler": "unipc", "sigmas": "karras"}, "no karras sigmas on a flow"),
         ({"sigmas": "lu"}, "has no lu sigmas: it has karras, exponential, beta"),
     ],
@@ -89,12 +90,21 @@ def test_what_a_flow_does_not_have_is_said(pipe, choices, words):
         pipe("a star", **CHOICES | choices)
 
 
-def test_a_preview_is_of_the_models_own_levels(pipe):
-    with pytest.raises(ConfigError, match="leave out --sampler"):
-        Preview(pipe, Settings(sampler="unipc", width=96, height=80), 0, print)
+def test_previews_of_another_sampler_come_to_its_picture(pipe):
+    """Heun's half steps end where they began: of them nothing is shown."""
+    settings = replace(pipe.defaults, **CHOICES, prompt="a star", sampler="heun")
+    shown: list[tuple[int, np.ndarray]] = []
+    preview = Preview(pipe, settings, 4, lambda *seen: shown.append(seen), decoder=True)
+    (picture,) = pipe.draw(settings, on_step=preview)
+    assert [step for step, _ in shown] == [1, 3, 5, 7]
+    np.testing.assert_array_equal(shown[-1][1][0], picture)
 
 
-def test_an_image_is_drawn_by_the_models_own_levels(pipe):
+def test_an_image_is_drawn_by_any_sampler(pipe):
     (image,) = pipe("a star", **CHOICES)
-    with pytest.raises(ConfigError, match="give the one or the other"):
-        pipe("a star", image=image, sampler="unipc", **CHOICES)
+    drawn = [
+        np.asarray(pipe("a red circle", image=image, sampler=name, strength=0.5, **CHOICES)[0], int)
+        for name in ("euler", "unipc", None)
+    ]
+    assert np.abs(drawn[0] - drawn[2]).max() <= 1, "the model's own is Euler's"
+    assert np.abs(drawn[0] - drawn[1]).max() > 1

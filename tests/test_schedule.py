@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
 from fluxjax.config import DEV, SCHNELL, ConfigError
+from fluxjax.families import FLUX, Steps
 from fluxjax.schedules import flow_euler, schedule
 
 STATIC = replace(DEV.scheduler, use_dynamic_shifting=False, shift=3.0)
@@ -61,7 +62,7 @@ def test_image_to_image_starts_where_diffusers_does(steps, strength):
     start = int(max(steps - min(steps * strength, steps), 0))
     assert flow_euler.start_step(steps, strength) == start
     levels = flow_euler.sigmas(steps, 256, DEV.scheduler)
-    run = schedule.pad(flow_euler.flow_euler(levels, first=start, keeps=True))
+    run = schedule.pad(FLUX.run(DEV, Steps(steps, start), 32, 32).keeping)
     assert (run.first, run.steps) == (start, steps) and run.active.sum() == steps - start
     np.testing.assert_array_equal(run.keep[:steps], np.stack([1 - levels[1:], levels[1:]], -1))
     assert run.thresholds[start] == 1 and (np.diff(run.thresholds[start:steps]) < 0).all()

@@ -232,7 +232,7 @@ def test_encoders_behind_new_tokenizers_say_the_same(warm):
     texts = ["a red circle to the left of a blue star", "three green squares on a black background"]
 
     def encode(e):
-        return encode_prompts(e.clip, e.t5, e.params["clip"], e.params["t5"], e.ids(texts))
+        return encode_prompts((e.clip, e.t5), (e.params["clip"], e.params["t5"]), e.ids(texts))
 
     assert not np.array_equal(old.ids(texts).t5, new.ids(texts).t5)  # other numbers, same pieces
     for a, b in zip(jax.tree.leaves(encode(old)), jax.tree.leaves(encode(new)), strict=True):

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fluxjax.config import ConfigError, SchedulerConfig, from_dict
+from fluxjax.config import PIPELINES, ConfigError, PipelineConfig, SchedulerConfig, from_dict
 from fluxjax.json_input import read_json
 from fluxjax.networks import NETWORKS
 from fluxjax.networks.network import JsonForm
@@ -36,19 +36,20 @@ _FORMS: dict[type, JsonForm] = {
 }
 
 
-def pipeline_class(folder: Path) -> str:
-    """The class that a pipeline folder's model_index.json names.
+def pipeline_class(folder: Path) -> type[PipelineConfig]:
+    """The configuration of the class that a pipeline folder's model_index.json names.
 
-    Raises FileNotFoundError, ValueError; ConfigError, naming it, for one that is not FLUX.1's.
+    Raises FileNotFoundError, ValueError; ConfigError, naming it, for one of no family of ours.
     """
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
-    if not isinstance(name, str) or not re.fullmatch(r"Flux([A-Z]\w*)?Pipeline", name):
-        what = f"a {name}" if isinstance(name, str) and name else "a pipeline without a name"
-        raise ConfigError(
-            f"{folder} holds {what}, which fluxjax cannot read yet, not a FLUX.1 pipeline"
-        )
-    return name
+    for config in PIPELINES:
+        if isinstance(name, str) and re.fullmatch(config.class_names, name):
+            return config
+    what = f"a {name}" if isinstance(name, str) and name else "a pipeline without a name"
+    raise ConfigError(
+        f"{folder} holds {what}, which fluxjax cannot read yet, not a FLUX.1 pipeline"
+    )
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

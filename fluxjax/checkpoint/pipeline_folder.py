@@ -1,4 +1,4 @@
-"""The diffusers pipeline folder: configurations and weights of a whole FLUX pipeline.
+"""The diffusers pipeline folder: configurations and weights of a whole pipeline.
 
 model_index.json, one folder per component with config.json and safetensors under PyTorch names
 (one file or shards with an index), and fluxjax.json beside with the sampling defaults. JAX is
@@ -7,7 +7,7 @@ imported only for weights: options are checked before that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,8 @@ from fluxjax.checkpoint.component_json import (
     read_config_json,
     write_json,
 )
-from fluxjax.config import (
-    DEV,
-    ConfigError,
-    FluxConfig,
-    PipelineConfig,
-    SchedulerConfig,
-    published_defaults,
-)
+from fluxjax.config import ConfigError, FluxPipelineConfig, PipelineConfig
+from fluxjax.config.base import kind_of
 from fluxjax.json_input import read_json
 from fluxjax.networks import Config, network_of
 
@@ -42,62 +36,75 @@ def weights_stem(config: Config) -> str:
     return "diffusion_pytorch_model" if library == "diffusers" else "model"
 
 
-def model_index(networks: Mapping[str, Config]) -> dict[str, Any]:
-    """model_index.json of a FLUX pipeline of these networks, by component."""
-    transformer: Any = networks.get("transformer")
-    inputs = 1 if transformer is None else transformer.in_channels // transformer.out_channels
-    tool = {1: "", 2: "Control"}.get(inputs, "Fill")
-    forms = {name: (network_of(config).json, config) for name, config in networks.items()}
+def model_index(config: PipelineConfig, networks: Iterable[str] | None = None) -> dict[str, Any]:
+    """model_index.json of a pipeline, or of these networks of it."""
+    named = config.networks if networks is None else networks
+    forms = {name: (network_of(part).json, part) for name, part in config.networks.items()}
+    tokenizers = {
+        tokenizer_of(name): ["transformers", network_of(config.networks[name]).tokenizer]
+        for name in config.text_encoders
+    }
     return {
-        "_class_name": f"Flux{tool}Pipeline",
+        "_class_name": config.class_name,
         "_diffusers_version": "0.30.0",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "T5TokenizerFast"],
-        **{name: [form.library, form.class_name(config)] for name, (form, config) in forms.items()},
+        "scheduler": ["diffusers", config_json(config.scheduler)["_class_name"]],
+        **tokenizers,
+        **{
+            name: [form.library, form.class_name(part)]
+            for name, (form, part) in forms.items()
+            if name in named
+        },
+        **{name: getattr(config, name) for name in config.index_fields},
     }
 
 
-def scheduler_of(transformer: FluxConfig) -> dict[str, Any]:
-    """scheduler_config.json as published: dev shifts by the number of tokens, schnell does not."""
-    dynamic = transformer.guidance_embeds
-    scheduler = SchedulerConfig(use_dynamic_shifting=dynamic, shift=3.0 if dynamic else 1.0)
-    return config_json(scheduler)
+def tokenizer_of(text_encoder: str) -> str:
+    """The folder of the tokenizer of what lies in the folder `text_encoder`."""
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def read_config(folder: Path) -> PipelineConfig:
     """The configuration of a pipeline folder.
 
-    Raises FileNotFoundError naming the missing file, ConfigError for what is not FLUX.
+    Raises FileNotFoundError naming the missing file, ConfigError for what is of no family of ours.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no model folder {folder}")
     _present(folder, "model_index.json")
-    pipeline_class(folder)
-    parts: dict[str, Any] = {
-        component: read_config_json(type(config), _present(folder, f"{component}/config.json"))
-        for component, config in DEV.networks.items()
-    }
-    parts["scheduler"] = read_config_json(
-        SchedulerConfig, _present(folder, "scheduler/scheduler_config.json")
-    )
+    cls, index = pipeline_class(folder), read_json(folder / "model_index.json")
+    parts: dict[str, Any] = {name: index[name] for name in cls.index_fields if name in index}
+    for component in cls.components:
+        kind, optional = kind_of(cls, component)
+        if optional and index.get(component) in (None, [None, None]):
+            parts[component] = None
+        else:
+            path = _present(folder, f"{component}/config.json")
+            parts[component] = read_config_json(kind, path)
+    path = _present(folder, "scheduler/scheduler_config.json")
+    parts["scheduler"] = read_config_json(kind_of(cls, "scheduler")[0], path)
     if (folder / _DEFAULTS_FILE).is_file():
         parts |= saved_defaults(read_json(folder / _DEFAULTS_FILE))
-    else:
-        place = folder.absolute()
-        name = place.parent.parent.name if place.parent.name == "snapshots" else place.name
-        parts |= published_defaults(parts["transformer"], name)
+    place = folder.absolute()
+    name = place.parent.parent.name if place.parent.name == "snapshots" else place.name
     try:
-        return PipelineConfig(**parts)
+        return cls.published(parts, name)
     except ConfigError as error:
         raise ConfigError(f"{folder / _DEFAULTS_FILE}: {error}") from None
+
+
+def read_flux(folder: Path) -> FluxPipelineConfig:
+    """`read_config` where it must be FLUX.1. Raises ConfigError for another family."""
+    config = read_config(folder)
+    if isinstance(config, FluxPipelineConfig):
+        return config
+    raise ConfigError(f"{folder} is a {config.class_name}, and this is for FLUX.1 alone")
 
 
 def write_config(folder: Path, config: PipelineConfig) -> None:
     """Every JSON file but the tokenizers', as diffusers reads them, and fluxjax.json."""
     folder = Path(folder)
-    write_json(folder / "model_index.json", model_index(config.networks))
+    write_json(folder / "model_index.json", model_index(config))
     for component, network in config.networks.items():
         # diffusers computes in float32 unless told, transformers in the stored type: a pipeline
         # opened without a dtype would mix the two.

@@ -29,11 +29,9 @@ if TYPE_CHECKING:
         XLABS,
         ControlNetConfig,
     )
+    from fluxjax.config.families import PIPELINES
     from fluxjax.config.flux import FluxConfig
-    from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
-    from fluxjax.config.lora import LoraConfig
-    from fluxjax.config.open_sora import OPEN_SORA_2, OPEN_SORA_2_DC_AE, OpenSoraConfig
-    from fluxjax.config.pipeline import (
+    from fluxjax.config.flux_pipeline import (
         CONTROL,
         DEV,
         FILL,
@@ -41,9 +39,13 @@ if TYPE_CHECKING:
         PRESETS,
         SCHNELL,
         TINY,
-        PipelineConfig,
+        FluxPipelineConfig,
         published_defaults,
     )
+    from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
+    from fluxjax.config.lora import LoraConfig
+    from fluxjax.config.open_sora import OPEN_SORA_2, OPEN_SORA_2_DC_AE, OpenSoraConfig
+    from fluxjax.config.pipeline import PipelineConfig
     from fluxjax.config.pixart import PIXART_ALPHA, PIXART_SIGMA, PixArtConfig
     from fluxjax.config.redux import REDUX, ReduxConfig
     from fluxjax.config.scheduler import SchedulerConfig
@@ -74,6 +76,7 @@ __all__ = [
     "KONTEXT",
     "OPEN_SORA_2",
     "OPEN_SORA_2_DC_AE",
+    "PIPELINES",
     "PIXART_ALPHA",
     "PIXART_SIGMA",
     "PRESETS",
@@ -101,6 +104,7 @@ __all__ = [
     "ConfigError",
     "ControlNetConfig",
     "FluxConfig",
+    "FluxPipelineConfig",
     "IPAdapterConfig",
     "LoraConfig",
     "OpenSoraConfig",
@@ -132,11 +136,9 @@ _NAMES = {
     ),
     "choices": ("CONTROL_MODES", "CONTROLS"),
     "controlnet": ("UNION", "UNION_2", "XLABS", "ControlNetConfig"),
+    "families": ("PIPELINES",),
     "flux": ("FluxConfig",),
-    "ip_adapter": ("IP_ADAPTER", "IPAdapterConfig"),
-    "lora": ("LoraConfig",),
-    "open_sora": ("OPEN_SORA_2", "OPEN_SORA_2_DC_AE", "OpenSoraConfig"),
-    "pipeline": (
+    "flux_pipeline": (
         "CONTROL",
         "DEV",
         "FILL",
@@ -144,9 +146,13 @@ _NAMES = {
         "PRESETS",
         "SCHNELL",
         "TINY",
-        "PipelineConfig",
+        "FluxPipelineConfig",
         "published_defaults",
     ),
+    "ip_adapter": ("IP_ADAPTER", "IPAdapterConfig"),
+    "lora": ("LoraConfig",),
+    "open_sora": ("OPEN_SORA_2", "OPEN_SORA_2_DC_AE", "OpenSoraConfig"),
+    "pipeline": ("PipelineConfig",),
     "pixart": ("PIXART_ALPHA", "PIXART_SIGMA", "PixArtConfig"),
     "redux": ("REDUX", "ReduxConfig"),
     "scheduler": ("SchedulerConfig",),

@@ -13,7 +13,7 @@ import dataclasses
 import math
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu"]
 
@@ -46,7 +46,15 @@ def check_types(config: object) -> None:
 
 @cache
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    hints = get_type_hints(cls)
+    return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+
+
+def kind_of(cls: type, name: str) -> tuple[type, bool]:
+    """The class that the field `name` of `cls` takes, and whether it may be None."""
+    hint = _hints(cls)[name]
+    kinds = get_args(hint) or (hint,)
+    return next(kind for kind in kinds if kind is not NoneType), NoneType in kinds
 
 
 def _fits(value: Any, hint: Any) -> bool:

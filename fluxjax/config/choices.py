@@ -33,6 +33,8 @@ FAMILY_NAMES: dict[FileFamily, str] = {
 LoraNaming = Literal["peft", "kohya", "comfy"]
 """Whose names a LoRA file is written in."""
 MAX_STEPS = 1000
+Spacing = Literal["leading", "linspace", "trailing"]
+"""How the timesteps of a run are spaced."""
 Respacing = Literal["plain", "karras", "exponential", "beta", "lu"]
 """How the noise levels of a run are spaced."""
 CONTROLS = ("control", "control_2", "control_3")

@@ -1,41 +1,43 @@
-"""FLUX pipelines: all networks of one, its defaults, and the published presets."""
+"""A pipeline: all networks of one, by the names of their folders, and its defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from fluxjax.config.autoencoder import AutoencoderConfig
-from fluxjax.config.base import check_types, in_range, require
-from fluxjax.config.clip import CLIPTextConfig
+from fluxjax.config.base import check_types, in_range, multiple
 from fluxjax.config.controlnet import ControlNetConfig
-from fluxjax.config.flux import FluxConfig
+from fluxjax.config.sampler import SamplerConfig
 from fluxjax.config.scheduler import SchedulerConfig
-from fluxjax.config.t5 import T5Config
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """All networks of one FLUX pipeline and the defaults it is sampled with."""
+    """What all families share. Each has a class of its own, whose fields are its networks, called
+    as their folders are; None where a pipeline comes without one.
+    """
 
-    transformer: FluxConfig = FluxConfig()
     vae: AutoencoderConfig = AutoencoderConfig()
-    text_encoder: CLIPTextConfig = CLIPTextConfig()
-    """CLIP, whose pooled state is the transformer's text vector."""
-    text_encoder_2: T5Config = T5Config()
-    """T5, whose states are the transformer's text tokens."""
-    scheduler: SchedulerConfig = SchedulerConfig()
+    scheduler: SchedulerConfig | SamplerConfig = SchedulerConfig()
     controlnets: tuple[ControlNetConfig, ...] = ()
     """Networks beside the pipeline's own that see control pictures."""
     max_sequence_length: int = 512
-    """Tokens of T5, padding included."""
+    """Tokens of a prompt, padding included."""
     steps: int = 28
     guidance: float = 3.5
-    """Fed to the guidance embedding; models without one ignore it."""
+    """What diffusers calls guidance_scale in this family."""
     width: int = 1024
     """Pixels."""
     height: int = 1024
     """Pixels."""
+
+    class_names: ClassVar[str] = ""
+    """diffusers' classes of the family, as a regular expression."""
+    components: ClassVar[tuple[str, ...]] = ()
+    """The networks that there may be, the one that draws first."""
+    index_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that model_index.json keeps."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -46,111 +48,46 @@ class PipelineConfig:
 
     @property
     def networks(self) -> dict[str, Any]:
-        """The configurations of the networks, by the names of their folders."""
-        names = ("transformer", "vae", "text_encoder", "text_encoder_2")
-        return {name: getattr(self, name) for name in names}
+        """The configurations of the networks that there are."""
+        each = {name: getattr(self, name) for name in self.components}
+        return {name: config for name, config in each.items() if config is not None}
 
     def of(self, component: str) -> tuple[Any, ...]:
         """The configurations of a component: of the `controlnets` each one, else one."""
         found = getattr(self, component)
         return found if isinstance(found, tuple) else (found,)
 
-    def require_text_to_image(self, model: object, *, or_tool: bool = False) -> None:
-        """Raises ConfigError, which names `model`, unless text and noise fill the transformer;
-        `or_tool`: or these and pictures, as those of FLUX.1 Fill and Control do."""
-        transformer = self.transformer
-        tokens = 4 * self.vae.latent_channels
-        tools = (2 * tokens, 2 * tokens + 4 * self.vae.scale**2)
-        if or_tool and transformer.in_channels in tools:
-            tokens = transformer.in_channels
-        made, decoded = transformer.out_channels // 4, self.vae.latent_channels
-        require(
-            made == decoded,
-            f"{model}: the transformer makes {made} latent channels and the autoencoder decodes "
-            f"{decoded}: it belongs to another model",
-        )
-        for name, reads, given in (
-            ("in_channels", transformer.in_channels, tokens),
-            ("joint_attention_dim", transformer.joint_attention_dim, self.text_encoder_2.d_model),
-            (
-                "pooled_projection_dim",
-                transformer.pooled_projection_dim,
-                self.text_encoder.hidden_size,
-            ),
-        ):
-            require(
-                reads == given,
-                f"{model}: the transformer's {name} is {reads}, and in a text-to-image model the "
-                f"other networks give {given}",
-            )
+    @property
+    def denoiser(self) -> str:
+        """The network that draws."""
+        return self.components[0]
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        return tuple(name for name in self.networks if name.startswith("text_encoder"))
 
-def published_defaults(transformer: FluxConfig, name: str) -> dict[str, Any]:
-    """What differs from FLUX.1-dev in how a model is sampled: steps, guidance, text length.
+    @property
+    def unit(self) -> int:
+        """Pixels that widths and heights are multiples of."""
+        return self.vae.scale
 
-    Canny and Depth are the same network: a Depth model is known by its file's or folder's `name`.
-    """
-    if not transformer.guidance_embeds:
-        return {"max_sequence_length": 256, "steps": 4, "guidance": 0.0}
-    inputs = transformer.in_channels // transformer.out_channels
-    if inputs > 2:
-        return {"steps": 50, "guidance": 30.0}
-    return {"guidance": 10.0 if "depth" in name.lower() else 30.0} if inputs == 2 else {}
+    def require_size(self, width: int, height: int) -> None:
+        """Raises ConfigError unless both are positive multiples of `unit`."""
+        multiple("width", width, self.unit)
+        multiple("height", height, self.unit)
 
+    @property
+    def class_name(self) -> str:
+        """The class that model_index.json names."""
+        raise NotImplementedError
 
-DEV = PipelineConfig()
-SCHNELL = replace(
-    DEV,
-    transformer=replace(DEV.transformer, guidance_embeds=False),
-    scheduler=replace(DEV.scheduler, use_dynamic_shifting=False, shift=1.0),
-    max_sequence_length=256,
-    steps=4,
-    guidance=0.0,
-)
-KONTEXT = DEV
-FILL = replace(DEV, transformer=replace(DEV.transformer, in_channels=384), steps=50, guidance=30.0)
-CONTROL = replace(DEV, transformer=replace(DEV.transformer, in_channels=128), guidance=30.0)
+    @classmethod
+    def published(cls, parts: dict[str, Any], name: str) -> PipelineConfig:
+        """Of these networks and this scheduler, with their published defaults; `name` is that of
+        the folder or file."""
+        raise NotImplementedError
 
-# The embedded model: every part of the published architecture, small, trained on drawn scenes.
-TINY = PipelineConfig(
-    transformer=FluxConfig(
-        num_layers=2,
-        num_single_layers=6,
-        attention_head_dim=32,
-        num_attention_heads=6,
-        joint_attention_dim=128,
-        pooled_projection_dim=128,
-        axes_dims_rope=(8, 12, 12),
-    ),
-    vae=AutoencoderConfig(
-        block_out_channels=(16, 24, 64, 64), layers_per_block=1, norm_num_groups=4
-    ),
-    text_encoder=CLIPTextConfig(
-        vocab_size=791,
-        hidden_size=128,
-        intermediate_size=384,
-        projection_dim=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        bos_token_id=789,
-        eos_token_id=790,
-        pad_token_id=790,
-    ),
-    text_encoder_2=T5Config(
-        vocab_size=188, d_model=128, d_kv=32, d_ff=320, num_layers=3, num_heads=4
-    ),
-    max_sequence_length=32,
-    steps=20,
-    guidance=3.5,
-    width=96,
-    height=96,
-)
-
-PRESETS: dict[str, PipelineConfig] = {
-    "dev": DEV,
-    "schnell": SCHNELL,
-    "kontext": KONTEXT,
-    "fill": FILL,
-    "control": CONTROL,
-    "tiny": TINY,
-}
+    def require_whole(self, model: object, *, text_alone: bool = False) -> None:
+        """Raises ConfigError, which names `model`, unless the networks belong together;
+        `text_alone`: and need no picture besides text and noise."""
+        raise NotImplementedError

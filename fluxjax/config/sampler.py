@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fluxjax.config.base import ConfigError, check_types, from_dict, in_range, require
-from fluxjax.config.choices import MAX_STEPS, Respacing
+from fluxjax.config.choices import MAX_STEPS, Respacing, Spacing
 
 SamplerClass = Literal[
     "DDPMScheduler",
@@ -24,7 +24,6 @@ SamplerClass = Literal[
     "FlowMatchHeunDiscreteScheduler",
 ]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
-Spacing = Literal["leading", "linspace", "trailing"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,17 +14,17 @@ import ml_dtypes
 import numpy as np
 
 from fluxjax.atomic_write import whole_or_nothing
-from fluxjax.checkpoint.component_json import write_json
+from fluxjax.checkpoint.component_json import config_json, write_json
 from fluxjax.checkpoint.detect import describe
 from fluxjax.checkpoint.lora.merge import merge_files
 from fluxjax.checkpoint.opened_network import OpenNetwork, with_dtype
 from fluxjax.checkpoint.orbax_params import write_orbax
-from fluxjax.checkpoint.pipeline_folder import model_index, scheduler_of
+from fluxjax.checkpoint.pipeline_folder import model_index
 from fluxjax.checkpoint.quantised.gguf_writer import write_gguf
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
 from fluxjax.checkpoint.source import open_source
-from fluxjax.config import ConfigError
+from fluxjax.config import ConfigError, FluxPipelineConfig
 from fluxjax.config.choices import FAMILY_NAMES, FileFamily
 from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.destination import check_destination
@@ -189,9 +189,10 @@ def _files(
     transformer = networks.get("transformer")
     flux = transformer is not None and network_of(transformer.config).family == "FLUX.1"
     if len(networks) > 1 and not whole and flux:
-        configs = {name: network.config for name, network in networks.items()}
-        files[Path("model_index.json")] = model_index(configs)
-        files[Path("scheduler/scheduler_config.json")] = scheduler_of(configs["transformer"])
+        parts = {name: network.config for name, network in networks.items()}
+        config = FluxPipelineConfig.published(parts, "")
+        files[Path("model_index.json")] = model_index(config, networks)
+        files[Path("scheduler/scheduler_config.json")] = config_json(config.scheduler)
     return {path: values for path, values in files.items() if path not in copies}
 
 

@@ -100,7 +100,8 @@ def _flux(
         extras = guided(guidance)
         if tokens is not None:  # recorded for these tokens too: here they are the state's
             x = jnp.concatenate([x, tokens.values], axis=1)
-            positions = jnp.concatenate([extras.positions, tokens.positions])
+            both = extras.positions, tokens.positions
+            positions = jnp.concatenate([jnp.asarray(one) for one in both])
             extras = extras._replace(positions=positions, tokens=None)
         return FLUX.forward(model, {"params": params}, x, t, text, extras, apply=apply)
 

@@ -1,7 +1,16 @@
 """The families of models, by the class name in a pipeline folder's model_index.json."""
 
 from fluxjax.config import ConfigError
-from fluxjax.families.family import Conditioning, Control, Extras, Family, Task, Tokens
+from fluxjax.families.family import (
+    Conditioning,
+    Control,
+    Extras,
+    Family,
+    Guidance,
+    Steps,
+    Task,
+    Tokens,
+)
 from fluxjax.families.flux import FLUX
 
 FAMILIES: dict[str, Family] = {name: family for family in (FLUX,) for name in family.tasks}
@@ -21,6 +30,8 @@ __all__ = [
     "Control",
     "Extras",
     "Family",
+    "Guidance",
+    "Steps",
     "Task",
     "Tokens",
     "family_of",

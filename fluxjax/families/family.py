@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config.choices import Respacing, Spacing
+from fluxjax.schedules.step_table import Run
 from fluxjax.shapes import Params
 
 AnyArray = Array | np.ndarray
@@ -22,14 +25,44 @@ class Conditioning(NamedTuple):
 
     sequence: Float[AnyArray, "b text d"]
     mask: Int[AnyArray, "b text"] | None
-    vector: Float[AnyArray, "b p"]
+    vector: Float[AnyArray, "b p"] | None
+    sizes: Float[AnyArray, "b numbers"] | None = None
+    """What a picture is said to be like besides: its sizes and its crop."""
 
 
 class Tokens(NamedTuple):
-    """Latents as a sequence, and where each token stands."""
+    """Latents as a network takes them, channels last: a sequence, with where each token stands, or
+    rows and columns."""
 
-    values: Float[AnyArray, "b image d"]
-    positions: Num[AnyArray, "image axes"]
+    values: Float[AnyArray, "b *image d"]
+    positions: Num[AnyArray, "image axes"] | None
+
+
+class Steps(NamedTuple):
+    """How a run goes from noise to a picture."""
+
+    count: int | Sequence[float]
+    """How many, or their own levels where a family takes them."""
+    first: int = 0
+    """The first that is run, for image to image."""
+    sampler: str | None = None
+    """Of `fluxjax.schedules.samplers`; None here and below: as the model has it."""
+    spacing: Spacing | None = None
+    """How the timesteps are spaced."""
+    sigmas: Respacing | None = None
+    """How the noise levels are spaced."""
+    eta: float = 0.0
+    """How much noise DDIM adds."""
+
+
+class Guidance(NamedTuple):
+    """What is asked for of guidance."""
+
+    guidance: float
+    """What diffusers calls guidance_scale."""
+    true_cfg: float = 1.0
+    """What it calls true_cfg_scale, beside embedded guidance."""
+    negative_prompt: str | None = None
 
 
 class Control(NamedTuple):
@@ -49,13 +82,13 @@ class Control(NamedTuple):
 class Extras(NamedTuple):
     """What a forward is given besides state, times and text."""
 
-    positions: Num[AnyArray, "image axes"]
+    positions: Num[AnyArray, "image axes"] | None
     """Of the state's tokens."""
     guidance: Float[AnyArray, " b"] | None = None
     """For the guidance embedding; models without one ignore it."""
     tokens: Tokens | None = None
     """More tokens, free of noise, after the state's (FLUX.1 Kontext's reference)."""
-    channels: Float[AnyArray, "b image c"] | None = None
+    channels: Float[AnyArray, "b *image c"] | None = None
     """More channels of the state's tokens, after its own (FLUX.1 Fill and Control)."""
     controls: tuple[Control, ...] = ()
     """What ControlNets add to the state's tokens, one after the other."""
@@ -99,21 +132,48 @@ class Family:
     is the same for a whole run, taken apart into what is done once and what each step does.
     """
 
-    components: tuple[str, ...]
     tasks: Mapping[str, Task]
     """By the class names in model_index.json."""
-    find_task: Callable[..., Task]
+    tasks_of: Callable[..., list[Task]]
+    joined: Callable[..., int]
     widened: Callable[..., Any]
     mask_channels: Callable[..., Float[np.ndarray, "n c rows columns"]]
     tokenize: Callable[..., tuple[Any, list[str]]]
     encode: Callable[..., Conditioning]
     text_shapes: Callable[..., tuple[Any, Conditioning]]
+    scale: Callable[..., float | None]
+    networks: Callable[..., tuple[Any, tuple[Any, ...]]]
     state_shape: Callable[..., tuple[int, int, int]]
     pack: Callable[..., Tokens]
     unpack: Callable[..., Float[AnyArray, "n c h w"]]
-    schedule: Callable[..., Any]
+    run: Callable[..., Run]
+    first_step: Callable[..., int]
+    started: Callable[..., Float[AnyArray, "n c h w"]]
     passes: Callable[..., Float[np.ndarray, "steps differences"]]
     forward: Callable[..., Any]
     hoist: Callable[..., tuple[Any, Callable[[Any, Any], Any]]]
     noised: Callable[..., Float[AnyArray, "b *shape"]]
     target: Callable[..., Float[Array, "b *shape"]]
+
+    def find_task(self, config: PipelineConfig, given: Iterable[str]) -> Task:
+        """The task of a model that is given these pictures.
+
+        Raises ConfigError, which says what the model takes, if there is none.
+        """
+        given = frozenset(given)
+        mine = self.tasks_of(config)
+        for task in mine:
+            if task.pictures == given:
+                return task
+        takes = [_in_words(task.pictures) for task in mine]
+        raise ConfigError(
+            f"this model draws from {', or from '.join(takes)}; it was given {_in_words(given)}"
+        )
+
+
+def _in_words(pictures: Iterable[str]) -> str:
+    order = ("reference", "control", "image", "mask")
+    names = [f"{'an' if name == 'image' else 'a'} {name}" for name in order if name in pictures]
+    if not names:
+        return "text alone"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -15,20 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fluxjax.config import ConfigError, PipelineConfig, SchedulerConfig
-from fluxjax.config.choices import Respacing
+from fluxjax.config import ConfigError, FluxPipelineConfig
 from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.config.sampler import SamplerConfig
-from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
+from fluxjax.families.family import (
+    AnyArray,
+    Apply,
+    Conditioning,
+    Extras,
+    Family,
+    Guidance,
+    Steps,
+    Tokens,
+)
 from fluxjax.families.flux_controls import Each as OfControls
 from fluxjax.families.flux_controls import forward_controls, hoist_controls
-from fluxjax.families.flux_tasks import TASKS, find_task, mask_channels, widened
+from fluxjax.families.flux_tasks import TASKS, joined, mask_channels, tasks_of, widened
 from fluxjax.models import latents as layout
 from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
+from fluxjax.models.controlnet import FluxControlNet
+from fluxjax.models.embeddings import TimestepRounding
 from fluxjax.models.flux import FluxTransformer, Modulations
 from fluxjax.models.t5 import T5Encoder
-from fluxjax.schedules.flow_euler import flow_euler, sigmas
-from fluxjax.schedules.schedule import Schedule
+from fluxjax.schedules.flow_euler import flow_euler, sigmas, start_step
+from fluxjax.schedules.step_table import Run
 from fluxjax.shapes import Params
 
 if TYPE_CHECKING:
@@ -81,17 +91,16 @@ def _ends(text: str, count: int = 6) -> str:
     return f"{first!r} ... {last!r} ({len(words)} words)"
 
 
-@partial(jax.jit, static_argnames=("clip", "t5", "apply"))
+@partial(jax.jit, static_argnames=("encoders", "apply"))
 def encode_prompts(
-    clip: CLIPTextModel,
-    t5: T5Encoder,
-    clip_params: Params,
-    t5_params: Params,
+    encoders: tuple[CLIPTextModel, T5Encoder],
+    params: tuple[Params, Params],
     ids: PromptIds,
     *,
     apply: Apply = nn.Module.apply,
 ) -> Conditioning:
     """T5's states, of its padding too as FLUX was trained, and CLIP's pooled state."""
+    (clip, t5), (clip_params, t5_params) = encoders, params
     output = apply(clip, {"params": clip_params}, ids.clip)
     assert isinstance(output, CLIPTextOutput)
     states = jnp.asarray(apply(t5, {"params": t5_params}, ids.t5))
@@ -99,7 +108,7 @@ def encode_prompts(
 
 
 def text_shapes(
-    config: PipelineConfig, count: int, length: int, dtype: Any
+    config: FluxPipelineConfig, count: int, length: int, dtype: Any
 ) -> tuple[PromptIds, Conditioning]:
     """Shapes of what `tokenize` and `encode_prompts` make of `count` prompts."""
     spec: Any = jax.ShapeDtypeStruct
@@ -110,7 +119,7 @@ def text_shapes(
     return PromptIds(clip, t5), Conditioning(sequence, None, vector)
 
 
-def state_shape(config: PipelineConfig, width: int, height: int) -> tuple[int, int, int]:
+def state_shape(config: FluxPipelineConfig, width: int, height: int) -> tuple[int, int, int]:
     """(channels, rows, columns) of the latents of a picture of `width` x `height` pixels.
 
     Raises ConfigError unless both are positive multiples of 16.
@@ -124,47 +133,70 @@ def pack(latents: Float[Array | np.ndarray, "n c h w"], *, reference: bool = Fal
     return Tokens(layout.pack(latents), positions)
 
 
-def schedule(
-    config: PipelineConfig,
-    steps: int | Sequence[float],
-    rows: int,
-    columns: int,
-    *,
-    first: int = 0,
-    keeps: bool = False,
-    sampler: str | None = None,
-    spacing: Respacing | None = None,
-) -> Schedule:
+def run(config: FluxPipelineConfig, steps: Steps, rows: int, columns: int) -> Run:
     """Of a picture of so many latent rows and columns; see `flow_euler`.
 
-    `sampler` is one of `ON_FLOW`, `spacing` how its levels are spaced; they run in the program that
-    all samplers share, and from the first step on.
+    `steps.sampler` is one of `ON_FLOW`; another sampler and other sigmas run in the program that
+    all samplers share. Raises ConfigError for what a flow does not have.
     """
     tokens = rows * columns // PATCH**2
-    if sampler is None and spacing is None:
-        return flow_euler(sigmas(steps, tokens, config.scheduler), first=first, keeps=keeps)
-    if first or keeps or not isinstance(steps, int):
-        raise ConfigError("another sampler or spacing draws from noise, not from an image")
-    return _sampled(config.scheduler, steps, tokens, sampler, spacing)
-
-
-def _sampled(
-    config: SchedulerConfig, steps: int, tokens: int, sampler: str | None, spacing: Respacing | None
-) -> Schedule:
+    if steps.eta:
+        raise ConfigError("eta is how much noise DDIM adds, and this model is a flow")
+    if steps.sampler is None and steps.spacing is None and steps.sigmas is None:
+        levels = sigmas(steps.count, tokens, config.scheduler)
+        plain = flow_euler(levels, first=steps.first)
+        left = np.stack([1 - levels[:-1], levels[:-1]], axis=-1)
+        return Run(plain, np.zeros(len(left), np.bool_), left)
+    if not isinstance(steps.count, int):
+        raise ConfigError("own sigmas are stepped along by the model's own sampler")
     from fluxjax.schedules.samplers import chosen, sampler_run  # a dozen files, seldom asked for
 
+    scheduler = config.scheduler
     own = SamplerConfig(
         sampler="FlowMatchEulerDiscreteScheduler",
-        num_train_timesteps=config.num_train_timesteps,
-        shift=config.shift,
-        use_dynamic_shifting=config.use_dynamic_shifting,
+        num_train_timesteps=scheduler.num_train_timesteps,
+        shift=scheduler.shift,
+        use_dynamic_shifting=scheduler.use_dynamic_shifting,
     )
-    asked = chosen(own, sampler, sigmas=spacing)
-    choices: dict[str, Any] = {"mu": config.mu(tokens) if config.use_dynamic_shifting else None}
+    asked = chosen(own, steps.sampler, spacing=steps.spacing, sigmas=steps.sigmas)
+    mu = scheduler.mu(tokens) if scheduler.use_dynamic_shifting else None
+    choices: dict[str, Any] = {"mu": mu}
     if asked.sampler.startswith("FlowMatch"):
-        choices["own"] = np.linspace(1.0, 1.0 / steps, steps).tolist()
-    found = sampler_run(asked, steps, **choices).schedule
-    return found._replace(times=found.times / np.float32(config.num_train_timesteps))
+        choices["own"] = np.linspace(1.0, 1.0 / steps.count, steps.count).tolist()
+    order = sampler_run(asked, steps.count, **choices).order if steps.first else 1
+    found = sampler_run(asked, steps.count, steps.first * order, **choices)
+    times = found.schedule.times / np.float32(scheduler.num_train_timesteps)
+    return found._replace(schedule=found.schedule._replace(times=times))
+
+
+def started(
+    image: Float[np.ndarray, "n c h w"], noise: Float[np.ndarray, "n c h w"], run: Run
+) -> Float[np.ndarray, "n c h w"]:
+    """The latents before the first step that is run: the image with as much noise as that has."""
+    level = np.asarray(run.schedule.times[[run.schedule.first]], noise.dtype)
+    return np.asarray(noised(image, noise, level))
+
+
+def scale(config: FluxPipelineConfig, asked: Guidance) -> float | None:
+    """Of classifier-free guidance; None where there is one pass.
+
+    Raises ConfigError for a scale with nothing to guide away from, and the other way round.
+    """
+    if asked.negative_prompt is None and asked.true_cfg > 1:
+        raise ConfigError('true_cfg needs a negative_prompt; an empty one ("") will do')
+    if asked.negative_prompt is not None and asked.true_cfg <= 1:
+        raise ConfigError("negative_prompt needs true_cfg above 1, such as true_cfg=3.5")
+    return asked.true_cfg if asked.negative_prompt is not None else None
+
+
+def networks(
+    config: FluxPipelineConfig, rounding: TimestepRounding, **fields: Any
+) -> tuple[FluxTransformer, tuple[FluxControlNet, ...]]:
+    """The one that draws and its ControlNets, with the rounding of timesteps of whom `rounding`
+    names."""
+    fields["timestep_rounding"] = rounding
+    controlnets = tuple(FluxControlNet(one, **fields) for one in config.controlnets)
+    return FluxTransformer(config.transformer, **fields), controlnets
 
 
 def passes(steps: int, true_cfg: float | None) -> Float[np.ndarray, "steps differences"]:
@@ -257,7 +289,7 @@ def _seen(x: Array, extras: Extras) -> Array:
 def _positions(extras: Extras) -> Array:
     if extras.tokens is None:
         return jnp.asarray(extras.positions)
-    return jnp.concatenate([extras.positions, extras.tokens.positions])
+    return jnp.concatenate([jnp.asarray(extras.positions), jnp.asarray(extras.tokens.positions)])
 
 
 def _guidance(module: FluxTransformer, extras: Extras) -> Any:
@@ -282,18 +314,22 @@ def target(
 
 
 FLUX = Family(
-    components=("transformer", "vae", "text_encoder", "text_encoder_2"),
     tasks=TASKS,
-    find_task=find_task,
+    tasks_of=tasks_of,
+    joined=joined,
     widened=widened,
     mask_channels=mask_channels,
     tokenize=tokenize,
     encode=encode_prompts,
     text_shapes=text_shapes,
+    scale=scale,
+    networks=networks,
     state_shape=state_shape,
     pack=pack,
     unpack=layout.unpack,
-    schedule=schedule,
+    run=run,
+    first_step=start_step,
+    started=started,
     passes=passes,
     forward=forward,
     hoist=hoist,

@@ -34,7 +34,7 @@ def forward_controls(
     apply: Apply,
 ) -> Guides:
     """Of `extras.controls`, for one forward of a transformer of `config`."""
-    found = []
+    found, vector = [], jnp.asarray(conditioning.vector)
     for control in extras.controls:
         n = len(control.picture)
         text = conditioning.sequence[:n]
@@ -44,7 +44,7 @@ def forward_controls(
             x[:n],
             _seen(control),
             text,
-            conditioning.vector[:n],
+            vector[:n],
             t[:n],
             extras.positions,
             layout.text_ids(text.shape[1]),
@@ -87,12 +87,13 @@ def _hoist(
         return apply(control.module, control.variables, *args, method=name)
 
     n, dtype = len(control.picture), control.module.dtype
+    vector = jnp.asarray(conditioning.vector)[:n]
     sequence = conditioning.sequence[:n].astype(dtype)
     rope = method("rope", layout.text_ids(sequence.shape[1]), jnp.asarray(extras.positions))
     text = method("embed_text", sequence, control.mode)
     seen = method("embed_control", _seen(control).astype(dtype))
     guidance = _guidance(control, extras)
-    each = method("step_modulations", times, conditioning.vector[:n], guidance)
+    each = method("step_modulations", times, vector, guidance)
 
     def run(x: Array, modulations: Modulations) -> ControlSamples:
         return method("samples", x[:n].astype(dtype), seen, text, modulations, rope)

@@ -12,7 +12,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float
 
-from fluxjax.config import CONTROLS, ConfigError, PipelineConfig
+from fluxjax.config import CONTROLS, FluxPipelineConfig
 from fluxjax.families.family import Task
 
 _IMAGE, _MASKED = frozenset({"image"}), frozenset({"image", "mask"})
@@ -62,14 +62,20 @@ TASKS: dict[str, Task] = {
 }
 
 
-def in_channels(task: Task, config: PipelineConfig) -> int:
+def in_channels(task: Task, config: FluxPipelineConfig) -> int:
     """Of a transformer for the task: a token of 2 x 2 latents, and what is joined to it."""
     latent, mask = config.vae.latent_channels, config.vae.scale**2
     size = {"control": latent, "masked": latent, "mask": mask}
     return 4 * (latent + sum(size[name] for name in task.channels))
 
 
-def tasks_of(config: PipelineConfig) -> list[Task]:
+def joined(config: FluxPipelineConfig) -> int:
+    """Channels that the transformer reads besides those of its latents, as many as all pixels of a
+    latent have in a mask."""
+    return config.transformer.in_channels // 4 - config.vae.latent_channels
+
+
+def tasks_of(config: FluxPipelineConfig) -> list[Task]:
     """Those whose channels a model's transformer reads, and for which it has a ControlNet."""
     found = []
     for name, task in TASKS.items():
@@ -80,7 +86,7 @@ def tasks_of(config: PipelineConfig) -> list[Task]:
     return found
 
 
-def _with_controls(task: Task, config: PipelineConfig) -> Task:
+def _with_controls(task: Task, config: FluxPipelineConfig) -> Task:
     """With a draw for each control picture that the autoencoder encodes."""
     encoded = [i for i, net in enumerate(config.controlnets) if not net.sees_pixels]
     controls = tuple(CONTROLS[i] for i in encoded)
@@ -88,7 +94,7 @@ def _with_controls(task: Task, config: PipelineConfig) -> Task:
     return replace(task, draws=tuple(draw for group in draws for draw in group))
 
 
-def widened(config: PipelineConfig, given: Iterable[str]) -> PipelineConfig:
+def widened(config: FluxPipelineConfig, given: Iterable[str]) -> FluxPipelineConfig:
     """What a text-to-image model becomes that learns to draw from these pictures: one that reads
     them as channels, if it does not draw from them already or sees them as tokens."""
     pictures = frozenset(given)
@@ -99,32 +105,8 @@ def widened(config: PipelineConfig, given: Iterable[str]) -> PipelineConfig:
     return replace(config, transformer=replace(config.transformer, in_channels=inputs))
 
 
-def find_task(config: PipelineConfig, given: Iterable[str]) -> Task:
-    """The task of a model that is given these pictures.
-
-    Raises ConfigError, which says what the model takes, if there is none.
-    """
-    given = frozenset(given)
-    mine = tasks_of(config)
-    for task in mine:
-        if task.pictures == given:
-            return task
-    takes = [_in_words(task.pictures) for task in mine]
-    raise ConfigError(
-        f"this model draws from {', or from '.join(takes)}; it was given {_in_words(given)}"
-    )
-
-
-def _in_words(pictures: Iterable[str]) -> str:
-    order = ("reference", "control", "image", "mask")
-    names = [f"{'an' if name == 'image' else 'a'} {name}" for name in order if name in pictures]
-    if not names:
-        return "text alone"
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
 def mask_channels(
-    mask: Float[np.ndarray, "n height width"], config: PipelineConfig
+    mask: Float[np.ndarray, "n height width"], config: FluxPipelineConfig
 ) -> Float[np.ndarray, "n c rows columns"]:
     """The pixels of a mask as channels of the latents under them (FLUX.1 Fill)."""
     scale = config.vae.scale

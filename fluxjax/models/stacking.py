@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fluxjax.config import FluxConfig
-
 # FLUX's two kinds of blocks, a ControlNet's ends of them, an IP-Adapter's part of each, T5's
 # blocks, CLIP's layers.
 GROUPS = (
@@ -37,13 +35,12 @@ _STACK = re.compile(rf"({'|'.join(GROUPS)})(?:_(\d+)_to_\d+)?")
 _UNROLLED = 12  # more blocks than this are scanned, so that compiling takes seconds
 
 
-def scan_by_default(config: FluxConfig) -> bool:
-    """Whether a transformer's blocks are scanned where nobody says: on CPUs only many of them.
+def scan_by_default(blocks: int) -> bool:
+    """Whether so many equal blocks are scanned where nobody says: on CPUs only many of them.
 
     There few blocks run 1.3 times faster if each is compiled for itself.
     """
-    many = config.num_layers + config.num_single_layers > _UNROLLED
-    return many or jax.default_backend() != "cpu"
+    return blocks > _UNROLLED or jax.default_backend() != "cpu"
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

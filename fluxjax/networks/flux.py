@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import ConfigError, FluxConfig
+from fluxjax.config.latents import PATCH
 from fluxjax.networks.network import (
     Arrays,
     Dialect,
@@ -254,6 +255,12 @@ def _module() -> type:
     return FluxTransformer
 
 
+def held(config: FluxConfig, latents: int, text_tokens: int) -> int:
+    """A single block's: its input, q, k and v, and the MLP's four widths."""
+    width = config.num_attention_heads * config.attention_head_dim
+    return (latents // PATCH**2 + text_tokens) * width * 8
+
+
 def flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> float:
     """FLOPs of the matrix products of one forward of one picture; a multiply-add counts two."""
     d, mlp = config.inner_dim, config.mlp_dim
@@ -370,5 +377,7 @@ FLUX = Network(
     ),
     adapter_rules=lambda shapes: (*BFL.rules, *_XLABS),
     widened=("x_embedder", "in_channels", "FluxControlPipeline"),
+    blocks=lambda config: config.num_layers + config.num_single_layers,
+    held=held,
     flops=flops,
 )

@@ -138,6 +138,8 @@ class Network:
     what modulates all of its steps."""
     scanned: tuple[str, ...] = ()
     """Groups of equal blocks that may be scanned, their parameters then stacked."""
+    blocks: Callable[[Any], int] = lambda config: 0
+    """configuration -> how many those are."""
     token_split: TokenSplit | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
     """Networks that are read out of this one's files: component -> field of the configuration."""
@@ -152,6 +154,11 @@ class Network:
     widened: tuple[str, str, str] = ("", "", "")
     """A first layer that adapters may give more inputs: the module, the field of the configuration
     and the class of the pipeline that has something to feed them."""
+    tokenizer: str = ""
+    """The class of transformers that makes its input of a text, where it is a text encoder."""
+    held: Callable[[Any, int, int], int] = lambda config, latents, text: 0
+    """(configuration, latents, text tokens) -> numbers that one forward of a picture holds at the
+    same time, at least."""
     flops: Callable[[Any, int, int], float] | None = None
     """(configuration, image tokens, text tokens) -> FLOPs of one forward of one picture."""
 

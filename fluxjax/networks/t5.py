@@ -124,6 +124,8 @@ def _module() -> type:
 T5 = Network(
     config=T5Config,
     component="text_encoder_2",
+    tokenizer="T5TokenizerFast",
+    blocks=lambda config: config.num_layers,
     words="T5 encoder",
     describe=_describe,
     module=_module,

@@ -11,7 +11,7 @@ import tyro
 
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.chips import CHIPS, Chip
-from fluxjax.config import PRESETS, ConfigError, PipelineConfig
+from fluxjax.config import PRESETS, ConfigError, FluxPipelineConfig, PipelineConfig
 from fluxjax.config.choices import Remat, SequenceAttention
 from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.hub import find, hub_name
@@ -134,8 +134,8 @@ def read_model(options: Options) -> PipelineConfig:
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     config = dataclasses.replace(config, **given)
-    latent_size(config.width, config.height, config.vae)
-    config.require_text_to_image(options.model, or_tool=options.task == "sample")
+    config.require_size(config.width, config.height)
+    config.require_whole(options.model, text_alone=options.task != "sample")
     return config
 
 
@@ -154,6 +154,6 @@ def find_chips(names: tuple[str, ...]) -> tuple[Chip, ...]:
     return tuple(found)
 
 
-def tokens(config: PipelineConfig) -> int:
+def tokens(config: FluxPipelineConfig) -> int:
     """Image tokens of one picture."""
     return math.prod(latent_size(config.width, config.height, config.vae)) // PATCH**2

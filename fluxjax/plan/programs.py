@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from fluxjax.checkpoint.templates import abstract_params, in_dtype, quantised_template
-from fluxjax.config import ConfigError, LoraConfig, PipelineConfig
-from fluxjax.families import FLUX, Task
-from fluxjax.families.flux_tasks import tasks_of
+from fluxjax.config import ConfigError, FluxPipelineConfig, LoraConfig, PipelineConfig
+from fluxjax.families import FLUX, Task, family_of
 from fluxjax.models.attention import auto_attention
 from fluxjax.models.compilation import compiler_options
 from fluxjax.models.flux import FluxTransformer
@@ -28,7 +27,7 @@ from fluxjax.plan.attention import flash_like
 from fluxjax.plan.options import Options, device_count, mesh_shape, tokens
 from fluxjax.quantised_kinds import KINDS
 from fluxjax.sample.executables import Executables
-from fluxjax.sample.programs import defaults, programs
+from fluxjax.sample.programs import NAMES, Name, components, defaults, programs
 from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.optimizers import learning_rates, make_optimizer
@@ -79,6 +78,8 @@ def compile_plan(options: Options, config: PipelineConfig, say: Say) -> Placed:
         )
     if options.task == "sample":
         return _sampling(options, config, mesh, say)
+    if not isinstance(config, FluxPipelineConfig):
+        raise ConfigError(f"{options.model} is a {config.class_name}; FLUX.1 alone is trained")
     return _training(options, config, mesh, say)
 
 
@@ -117,9 +118,10 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     for name, network in config.networks.items():
         placed = _placed(templates[name], param_shardings(network, templates[name], mesh))
         weights[name] = _size(placed)
+    family = family_of(config.class_name)
     devices = mesh if mesh.size > 1 else None
     executables = Executables(
-        FLUX,
+        family,
         config,
         dtype,
         True,
@@ -130,25 +132,22 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     )
     n, needed, size = options.batch, defaults(config), (config.width, config.height)
     listed = programs(
-        FLUX,
+        family,
         config,
         needed,
         dtype=dtype,
-        steps=config.steps,
         task=_task(options, config),
         pictures=n,
         prompts=n,
         reference_size=size,
         rows=executables.rows,
+        padded=False,
     )
-    reads = {
-        "encode": weights["text_encoder"] + weights["text_encoder_2"],
-        "reference": weights["vae"],
-        "posterior": weights["vae"],
-        "before": weights["transformer"],
-        "denoise": weights["transformer"] * config.steps,
-        "decode": weights["vae"],
+    reads: dict[Name, int] = {
+        name: sum(weights.get(part, 0) for part in components(config, name)) for name in NAMES
     }
+    evaluations = len(listed[0].inputs[1].schedule.times)
+    reads["denoise"] *= evaluations
     notes: tuple[str, ...] = ()
     if "decode" not in {program.name for program in listed}:
         notes = ("a picture of this size is decoded in tiles, which is not counted",)
@@ -182,11 +181,11 @@ def _template(options: Options, name: str, network: Any, dtype: Any) -> dict[str
 def _task(options: Options, config: PipelineConfig) -> Task:
     """The one of the pictures that are named, or the simplest of the model's."""
     if options.pictures or options.model == "kontext":
-        return FLUX.find_task(config, options.pictures or ("reference",))
-    return tasks_of(config)[0]
+        return family_of(config.class_name).find_task(config, options.pictures or ("reference",))
+    return family_of(config.class_name).tasks_of(config)[0]
 
 
-def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:
+def _training(options: Options, config: FluxPipelineConfig, mesh: Mesh, say: Say) -> Placed:
     lora, dtype, n = options.task == "lora", jnp.dtype(options.dtype), options.batch
     model = FluxTransformer(
         config.transformer,

@@ -162,7 +162,7 @@ def _draw_all(
         ends = done + len(batch)
         what = f"picture {ends} of {len(wanted)}" if len(wanted) > 1 else "picture"
         prompts, seeds = zip(*((j.settings.prompt, j.settings.seed) for j in batch), strict=True)
-        steps = settings.evaluations
+        steps = pipe.run_of(settings).evaluations
         with step_progress(steps, what, quiet=options.quiet) as progress, ExitStack() as s:
             on_step, every = None, options.preview or 1
             if options.preview is not None:

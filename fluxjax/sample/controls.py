@@ -19,9 +19,9 @@ from fluxjax.config import (
     CONTROLS,
     ConfigError,
     ControlNetConfig,
-    FluxConfig,
     PipelineConfig,
 )
+from fluxjax.families import family_of
 from fluxjax.families.family import AnyArray
 from fluxjax.hub import find
 from fluxjax.sample.edges import canny_edges
@@ -83,17 +83,19 @@ def open_controlnets(folders: Sequence[Scaled], config: PipelineConfig) -> list[
     Raises FileNotFoundError, and ConfigError for one that belongs to another model.
     """
     opened: dict[str, OpenNetwork] = {}
+    if folders and not any("ControlNet" in name for name in family_of(config.class_name).tasks):
+        raise ConfigError(f"a ControlNet goes with FLUX.1 alone, and this is a {config.class_name}")
     for folder, _ in folders:
         if folder not in opened:
             path = find(folder, "checkpoint")
             if not path.exists():
                 raise FileNotFoundError(f"there is no ControlNet folder {path}")
             opened[folder] = open_network(path, "controlnet")
-            _require_same_model(path, opened[folder].config, config.transformer)
+            _require_same_model(path, opened[folder].config, config.networks[config.denoiser])
     return [opened[folder] for folder, _ in folders]
 
 
-def _require_same_model(path: Path, net: ControlNetConfig, transformer: FluxConfig) -> None:
+def _require_same_model(path: Path, net: ControlNetConfig, transformer: Any) -> None:
     if transformer.in_channels != transformer.out_channels:
         raise ConfigError(
             f"{path}: ControlNets go with models that draw from text, and this one joins "

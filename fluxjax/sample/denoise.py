@@ -43,7 +43,7 @@ def denoise(
     schedule: Schedule,
     passes: Float[AnyArray, "steps differences *frames"],
     *,
-    noise: Float[Array, "b steps *shape"] | None = None,
+    noise: Float[AnyArray, "b steps *shape"] | None = None,
     kept: Kept | None = None,
 ) -> State:
     """Run the active steps of `schedule`, as `Schedule` has them; returns the state of the end.

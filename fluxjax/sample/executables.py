@@ -17,13 +17,9 @@ from fluxjax.checkpoint.templates import Part, abstract_params, in_dtype, part_o
 from fluxjax.config import PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Family
-from fluxjax.models.autoencoder import Autoencoder
-from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.compilation import compiler_options
-from fluxjax.models.controlnet import FluxControlNet
-from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import adapt
-from fluxjax.models.t5 import T5Encoder
+from fluxjax.networks import network_of
 from fluxjax.parallel.activations import attention_on
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.host_memory import with_places
@@ -31,13 +27,14 @@ from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, place, replicated
 from fluxjax.parallel.rules import state_shardings
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.programs import (
-    COMPONENTS,
+    NAMES,
     OF_PICTURES,
     OF_RUNS,
     WHOLE,
     Drawn,
     Name,
     Program,
+    of_components,
     program,
 )
 from fluxjax.sample.settings import Rounding
@@ -50,9 +47,10 @@ class Executables:
     """Of a model's programs those of the KEPT shapes of each that were asked for last; two are
     compiled at a time.
 
-    On a mesh the transformer and the text encoders are split by the roles of their layers, and the
-    autoencoder's pictures over all devices. `quantised`: of components some of whose weights are
-    codes, the shapes of their parameters. `stream`: the transformer's lie on the host.
+    On a mesh the network that draws and the text encoders are split by the roles of their layers,
+    and the autoencoder's pictures over all devices. `quantised`: of components some of whose
+    weights are codes, the shapes of their parameters. `stream`: those of the network that draws lie
+    on the host.
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class Executables:
         self.lora, self.slots, self.mesh = lora, slots, mesh
         self.sequence: SequenceAttention = sequence
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
-        self._futures: dict[Name, OrderedDict[Any, Future]] = {n: OrderedDict() for n in COMPONENTS}
+        self._futures: dict[Name, OrderedDict[Any, Future]] = {n: OrderedDict() for n in NAMES}
 
     def start(self, program: Program) -> Future:
         """Begin to compile it."""
@@ -89,8 +87,8 @@ class Executables:
         return kept[key]
 
     def get(self, name: Name, *inputs: Any, rounding: Rounding = "diffusers") -> Callable:
-        """The executable for inputs of these shapes, a function of (params of each of COMPONENTS,
-        *inputs)."""
+        """The executable for inputs of these shapes, a function of (*params, *inputs), see
+        `of_components`."""
         return self.start(program(self.family, name, *inputs, rounding=rounding)).result()
 
     def rows(self, name: Name, rows: int) -> int:
@@ -101,42 +99,41 @@ class Executables:
         return -(-rows // parts) * parts
 
     def modules(self, name: Name, rounding: Rounding = "diffusers") -> tuple[Any, ...]:
-        """The networks that a program runs, in the order of COMPONENTS."""
-        config = self.config
+        """The networks that a program runs, see `of_components`."""
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
-        stacked = {**types, "scan_layers": self.scan_layers}
-        if name in OF_PICTURES:
-            return (Autoencoder(config.vae, **types),)
-        if name == "encode":
-            clip = CLIPTextModel(config.text_encoder, **stacked)
-            modules = clip, T5Encoder(config.text_encoder_2, **stacked)
-        else:
-            stacked["timestep_rounding"] = rounding
-            flux = FluxTransformer(config.transformer, **stacked)
-            modules = flux, tuple(FluxControlNet(one, **stacked) for one in config.controlnets)
-        return modules
+        if name in OF_RUNS:
+            fields = {**types, "scan_layers": self.scan_layers}
+            return self.family.networks(self.config, rounding, **fields)
+
+        def built(component: str) -> Any:
+            config = self.config.networks[component]
+            return network_of(config).build(config, scan_layers=self.scan_layers, **types)
+
+        return of_components(self.config, name, built)
 
     def compile(self, program: Program, options: Mapping[str, str] | None = None) -> Any:
         """Now and in this thread; `get` keeps what it makes, this does not. `options`: more of the
         compiler's."""
-        modules = (*program.static, *self.modules(program.name, program.rounding))
+        static = (*program.static, *self.modules(program.name, program.rounding))
         params = self.arguments(program)
         if self.slots is not None and program.name in OF_RUNS:
             pictures = program.inputs[0][0].shape[0]
-            params[0] = adapt(params[0], self.slots.shapes(pictures))
+            params = adapt(params[0], self.slots.shapes(pictures)), *params[1:]
         function, inputs = program.function, program.inputs
         if self.mesh is not None:
-            function, inputs = _split(program, len(modules), self.mesh, self.sequence)
-        lowered = function.lower(*modules, *params, *inputs)
+            function, inputs = _split(program, len(static), self.mesh, self.sequence)
+        lowered = function.lower(*static, *params, *inputs)
         compiled = lowered.compile(compiler_options={**compiler_options(), **(options or {})})
         return compiled if jax.process_count() == 1 else partial(_placed, compiled, inputs)
 
     def weights(self, component: str) -> Any:
         """Shapes of a component's parameters, without a LoRA; of each of the `controlnets`."""
-        stacked = self.scan_layers and component != "vae"
         if component in self.quantised:
             return in_dtype(self.quantised[component], self.dtype)
-        templates = (abstract_params(one, stacked=stacked) for one in self.config.of(component))
+        templates = (
+            abstract_params(one, stacked=self.scan_layers and bool(network_of(one).scanned))
+            for one in self.config.of(component)
+        )
         each = tuple(in_dtype(template, self.dtype) for template in templates)
         return each if component == "controlnets" else each[0]
 
@@ -144,24 +141,25 @@ class Executables:
         """The same in two: what is done before the steps, and the steps."""
         of = partial(program, self.family, rounding=denoise.rounding)
         before = of("before", *denoise.inputs)
-        modules = (*before.static, *self.modules("before", denoise.rounding))
-        function: Any = partial(before.function, *modules)
+        static = (*before.static, *self.modules("before", denoise.rounding))
+        function: Any = partial(before.function, *static)
         each = jax.eval_shape(function, *self.arguments(before), *denoise.inputs)
         return before, of("denoise", *denoise.inputs, each)
 
-    def arguments(self, program: Program) -> list[Any]:
+    def arguments(self, program: Program) -> tuple[Any, ...]:
         """Shapes of the parameters that a program is given; without slots."""
-        return [self.shapes(component, program.part) for component in COMPONENTS[program.name]]
+        shapes = partial(self.shapes, part=program.part)
+        return of_components(self.config, program.name, shapes)
 
     def shapes(self, component: str, part: Part = "all") -> Any:
         """Of the parameters that a program is given of a component, and where they lie."""
         if component == "controlnets":
             return tuple(map(self._given, self.config.controlnets, self.weights(component)))
-        config = getattr(self.config, component)
+        config, denoises = self.config.networks[component], component == self.config.denoiser
         shapes = part_of(self.weights(component), config, part)
-        if component == "transformer" and self.stream:
+        if denoises and self.stream:
             shapes = with_places(shapes)
-        if component == "transformer" and self.lora is not None:
+        if denoises and self.lora is not None:
             shapes = adapt(shapes, jax.tree.map(_spec, self.lora))
         return self._given(config, shapes)
 

@@ -15,10 +15,15 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.checkpoint.opened_network import OpenNetwork
-from fluxjax.checkpoint.pipeline_folder import DEFAULTS_KEY, read_config, saved_defaults
+from fluxjax.checkpoint.pipeline_folder import (
+    DEFAULTS_KEY,
+    read_config,
+    saved_defaults,
+    tokenizer_of,
+)
 from fluxjax.checkpoint.source import open_component, open_file, open_folder
 from fluxjax.checkpoint.templates import Part, abstract_params, part_of
-from fluxjax.config import DEV, SCHNELL, ConfigError, PipelineConfig, published_defaults
+from fluxjax.config import DEV, ConfigError, FluxPipelineConfig, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
@@ -42,6 +47,7 @@ from fluxjax.sample.redux import open_redux
 from fluxjax.sample.settings import Dtype
 from fluxjax.sample.sources import Sources, absolute
 from fluxjax.shapes import Params
+from fluxjax.text.tokenizers import PromptTokenizer, load_tokenizer
 
 LowRank = list[tuple[dict[str, Adapter], float]]
 _TEXT_COMPONENTS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
@@ -117,14 +123,16 @@ def load_pipeline(
     scaled = [_scaled(lora) for lora in loras]
     low_rank: LowRank = []
     if loras:
-        networks, low_rank, defaults = _adapted(networks, scaled)
+        networks, low_rank, defaults = _adapted(networks, scaled, config.denoiser)
         parts: dict[str, Any] = {name: networks[name].config for name in config.networks}
-        inputs, config = config.transformer.in_channels, replace(config, **parts)
-        if config.transformer.in_channels != inputs:  # a control LoRA, the only kind that widens
+        before, config = config, replace(config, **parts)
+        if config.class_name != before.class_name:  # a control LoRA, the only kind that widens
             names = " ".join(str(file) for file, _ in scaled)
-            published = published_defaults(config.transformer, names)
-            config = replace(config, **(defaults or published))
-    config.require_text_to_image(path, or_tool=True)
+            kept = ("scheduler", "max_sequence_length", "steps", "width", "height")
+            own = {name: getattr(config, name) for name in kept}
+            config = config.published(parts | own | defaults, names)
+    config.require_whole(path)
+    denoiser = config.networks[config.denoiser]
     if stream and scan_layers is False:
         raise ConfigError("stream brings one block at a time: it needs scan_layers")
     scaled_nets = given_controlnets(controlnet)
@@ -133,8 +141,10 @@ def load_pipeline(
     controlnets = open_controlnets(scaled_nets, config)
     config = replace(config, controlnets=tuple(net.config for net in controlnets))
     if scan_layers is None:
-        scan_layers = stream or scan_by_default(config.transformer)
-    for name in ("tokenizer", "tokenizer_2"):
+        each = config.networks.values()
+        most = max(network_of(part).blocks(part) for part in each)
+        scan_layers = stream or scan_by_default(most)
+    for name in map(tokenizer_of, config.text_encoders):
         if not (tokenizers / name).is_dir():
             raise FileNotFoundError(f"{tokenizers} is not a whole model: {name} is missing")
     if mesh is None and jax.process_count() > 1:
@@ -144,8 +154,15 @@ def load_pipeline(
     if mesh is not None and (offload or stream):
         raise ConfigError("offload and stream are for one device: give them or a mesh")
     if mesh is not None:  # heads that ulysses cannot split are a mistake now
-        heads = config.transformer.num_attention_heads
-        attention_over(Layout(1, 1, mesh.shape[AXIS]), heads, sequence, "auto")
+        split = network_of(denoiser).token_split
+        if split is not None:
+            layout = Layout(1, 1, mesh.shape[AXIS])
+            attention_over(layout, split.heads(denoiser), sequence, "auto")
+        elif mesh.shape[AXIS] > 1:
+            raise ConfigError(
+                f"the tokens of a {network_of(denoiser).words} are not split: give a mesh without "
+                "sequence"
+            )
         if controlnets and mesh.shape[AXIS] > 1:
             raise ConfigError(
                 f"a ControlNet takes whole pictures, and {AXIS}={mesh.shape[AXIS]} splits their "
@@ -155,18 +172,33 @@ def load_pipeline(
     if lora_slots:
         if loras:
             raise ConfigError("lora_slots do not go with loras: choose those by call too")
-        places = None if mesh is None else partial(_slot_places, config.transformer, mesh)
-        template = abstract_params(config.transformer, stacked=scan_layers)
+        places = None if mesh is None else partial(_slot_places, denoiser, mesh)
+        template = abstract_params(denoiser, stacked=_stacked(denoiser, scan_layers))
         slots = LoraSlots(template, lora_slots, places)
     lora = _tree(low_rank, config, scan_layers)
     prior = None
+    if redux is not None and family is not FLUX:
+        raise ConfigError(f"FLUX.1 Redux is heard by FLUX.1 alone, and {path} is another model")
     if redux is not None:
-        prior = open_redux(find(redux, "checkpoint"), config.text_encoder_2.d_model, dtype)
+        prior = open_redux(
+            find(redux, "checkpoint"), config.networks["text_encoder_2"].d_model, dtype
+        )
     held, notes = _held(networks, kinds, scan_layers)
     pipeline = Pipeline(
         family,
         config,
-        partial(_load, networks, controlnets, dtype, scan_layers, lora, mesh, held, stream),
+        partial(
+            _load,
+            networks,
+            controlnets,
+            dtype,
+            scan_layers,
+            lora,
+            mesh,
+            held,
+            stream,
+            config.denoiser,
+        ),
         partial(_tokenizers, tokenizers, config),
         dtype=dtype,
         scan_layers=scan_layers,
@@ -227,9 +259,7 @@ def _of_file(
     for component in _TEXT_COMPONENTS:
         networks[component] = open_component(folder, component)
     parts: dict[str, Any] = {name: networks[name].config for name in DEV.networks}
-    base = DEV if parts["transformer"].guidance_embeds else SCHNELL
-    own = published_defaults(parts["transformer"], path.name)
-    return networks, replace(base, **own, **parts), folder
+    return networks, FluxPipelineConfig.published(parts, path.name), folder
 
 
 def _open_vae(path: Path) -> OpenNetwork:
@@ -252,6 +282,7 @@ def _load(
     mesh: Mesh | None,
     held: dict[str, Params],
     stream: bool,
+    denoiser: str,
     component: str,
     part: Part = "all",
 ) -> Any:
@@ -259,23 +290,23 @@ def _load(
         different = {id(net): net for net in controlnets}
         loaded = {key: _whole(net, dtype, scan_layers, mesh) for key, net in different.items()}
         return tuple(loaded[id(net)] for net in controlnets)
-    network = networks[component]
-    stacked = _stacked(network, scan_layers)
+    network, denoises = networks[component], component == denoiser
+    stacked = _stacked(network.config, scan_layers)
     template = held.get(component) or abstract_params(network.config, stacked=stacked)
     template = part_of(template, network.config, part)
     places: Any = SingleDeviceSharding(jax.devices()[0])
     lora_places = jax.tree.map(lambda _: places, lora)
-    if stream and component == "transformer":
+    if stream and denoises:
         places = streamed(template)
     if mesh is not None:
         places = param_shardings(network.config, template, mesh)
         lora_places = state_shardings(network.config, lora, mesh)
     params = network.fill(template, dtype=dtype, shardings=places)
-    return adapt(params, place(lora, lora_places) if component == "transformer" else None)
+    return adapt(params, place(lora, lora_places) if denoises else None)
 
 
 def _whole(network: OpenNetwork, dtype: Dtype, scan_layers: bool, mesh: Mesh | None) -> Params:
-    template = abstract_params(network.config, stacked=_stacked(network, scan_layers))
+    template = abstract_params(network.config, stacked=_stacked(network.config, scan_layers))
     places: Any = SingleDeviceSharding(jax.devices()[0])
     if mesh is not None:
         places = param_shardings(network.config, template, mesh)
@@ -292,7 +323,9 @@ def _held(
     held, notes = {}, []
     for name, kind in kinds.items():
         network = networks[name]
-        found, mixed = network.template(stacked=_stacked(network, scan_layers), quantise=kind)
+        found, mixed = network.template(
+            stacked=_stacked(network.config, scan_layers), quantise=kind
+        )
         if mixed:
             notes.append(
                 f"{len(mixed)} kinds of layers of the {name}, such as {mixed[0]}, have codes of "
@@ -308,10 +341,6 @@ def _held(
     return held, notes
 
 
-def _stacked(network: OpenNetwork, scan_layers: bool) -> bool:
-    return scan_layers and bool(network_of(network.config).scanned)
-
-
 def _scaled(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, float]:
     if isinstance(lora, tuple):
         return lora
@@ -319,9 +348,9 @@ def _scaled(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, fl
 
 
 def _adapted(
-    networks: dict[str, OpenNetwork], loras: Sequence[tuple[str | Path, float]]
+    networks: dict[str, OpenNetwork], loras: Sequence[tuple[str | Path, float]], denoiser: str
 ) -> tuple[dict[str, OpenNetwork], LowRank, dict[str, Any]]:
-    """All that adapters change other than by low-rank products in the transformer's layers, merged;
+    """All that adapters change other than by low-rank products in the denoiser's layers, merged;
     those products, which are computed beside the weights; and how they say to be sampled."""
     from fluxjax.checkpoint.lora.merge import Scaled, adaptable, merge
     from fluxjax.checkpoint.lora.reader import read_adapters, split_low_rank
@@ -335,7 +364,7 @@ def _adapted(
         defaults |= _defaults_of(file, found.metadata)
         for name, changes in found.changes.items():
             others = changes
-            if name == "transformer":
+            if name == denoiser:
                 adapters, others = split_low_rank(changes, templates[name])
                 low_rank.append((adapters, strength))
             merged[name].append((others, strength))
@@ -356,14 +385,17 @@ def _tree(low_rank: LowRank, config: PipelineConfig, stacked: bool) -> Params | 
         return None
     from fluxjax.checkpoint.lora.reader import low_rank_tree
 
-    template = abstract_params(config.transformer, stacked=stacked)
+    denoiser = config.networks[config.denoiser]
+    template = abstract_params(denoiser, stacked=_stacked(denoiser, stacked))
     return combine_loras([(low_rank_tree(a, template), scale) for a, scale in low_rank if a])
 
 
-def _tokenizers(folder: Path, config: PipelineConfig):
-    from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+def _stacked(config: Any, scan_layers: bool) -> bool:
+    return scan_layers and bool(network_of(config).scanned)
 
-    return (
-        load_clip_tokenizer(folder / "tokenizer", config.text_encoder.vocab_size),
-        load_t5_tokenizer(folder / "tokenizer_2", config.text_encoder_2.vocab_size),
+
+def _tokenizers(folder: Path, config: PipelineConfig) -> tuple[PromptTokenizer, ...]:
+    return tuple(
+        load_tokenizer(network_of(part).tokenizer, folder / tokenizer_of(name), part.vocab_size)
+        for name, part in ((name, config.networks[name]) for name in config.text_encoders)
     )

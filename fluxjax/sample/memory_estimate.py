@@ -40,7 +40,7 @@ def weight_bytes(pipe: Pipeline) -> int:
     """On one device, of what is not loaded yet."""
     import jax
 
-    from fluxjax.sample.programs import COMPONENTS
+    from fluxjax.sample.programs import NAMES, components
 
     def size(component: str) -> int:
         if pipe.is_loaded(component):
@@ -48,7 +48,7 @@ def weight_bytes(pipe: Pipeline) -> int:
         leaves = jax.tree.leaves(pipe.executables.weights(component))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    together = {frozenset(names) for names in COMPONENTS.values()}
+    together = {frozenset(components(pipe.config, name)) for name in NAMES}
     if not pipe.offload:
         together = {frozenset().union(*together)}
     return max(sum(map(size, names)) for names in together) // _devices(pipe)
@@ -56,17 +56,16 @@ def weight_bytes(pipe: Pipeline) -> int:
 
 def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> int:
     """On one device, of the larger one of denoising and decoding."""
-    from fluxjax.config.latents import PATCH
+    from fluxjax.networks import network_of
     from fluxjax.sample.decoding import TILE
     from fluxjax.sample.programs import UNTILED_LATENTS
 
     config, scale = pipe.config, pipe.config.vae.scale
     latents = (settings.width // scale) * (settings.height // scale)
-    tokens = latents // PATCH**2 * (2 if settings.reference else 1) + settings.max_sequence_length
-    passes = 2 if settings.uses_true_cfg else 1
-    width = config.transformer.num_attention_heads * config.transformer.attention_head_dim
-    # A single block: its input, q, k and v, and the MLP's four widths.
-    denoising = pictures * passes * tokens * width * 8
+    seen, text = latents * (2 if settings.reference else 1), settings.max_sequence_length
+    passes = 1 if pipe.family.scale(config, settings.asked_guidance) is None else 2
+    denoiser = config.networks[config.denoiser]
+    denoising = pictures * passes * network_of(denoiser).held(denoiser, seen, text)
     decoded = min(latents, TILE**2) if latents > UNTILED_LATENTS else latents * pictures
     # The last stage of the decoder at full size: a layer's input and output.
     decoding = decoded * scale**2 * config.vae.block_out_channels[0] * 2

@@ -21,7 +21,7 @@ def parameters_text(settings: Settings, model: str, version: str, loras: Mapping
 
     FLUX's embedded guidance is what web UIs call the distilled CFG scale.
     """
-    scale = settings.true_cfg if settings.uses_true_cfg else 1.0
+    scale = settings.true_cfg if settings.negative_prompt is not None else 1.0
     values = {
         "Steps": settings.steps,
         "Sampler": _SAMPLERS.get(settings.sampler or "euler", settings.sampler),
@@ -37,7 +37,7 @@ def parameters_text(settings: Settings, model: str, version: str, loras: Mapping
         values["Lora hashes"] = _quoted(hashes, always=True)
     values["Version"] = f"fluxjax {version}"
     lines = [_one_line(settings.prompt)]
-    if settings.uses_true_cfg:
+    if settings.negative_prompt is not None:
         lines.append(f"Negative prompt: {_one_line(settings.negative_prompt or '')}")
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
 

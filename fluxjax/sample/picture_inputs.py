@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from fluxjax.config import CONTROLS
+from fluxjax.config import CONTROLS, ConfigError
 from fluxjax.families.family import AnyArray, Task
 from fluxjax.models.autoencoder import normalize_latents
 from fluxjax.sample.controls import ControlInput, control_inputs, control_pictures
@@ -19,6 +19,8 @@ from fluxjax.sample.denoise import Kept
 from fluxjax.sample.given_pictures import Given
 from fluxjax.sample.masks import Box, crop_box, cropped, mask_values, pasted
 from fluxjax.sample.reference import pixels
+from fluxjax.schedules.schedule import Schedule
+from fluxjax.schedules.step_table import Run
 
 if TYPE_CHECKING:
     from fluxjax.sample.pipeline import Pipeline
@@ -109,6 +111,24 @@ def kept(inputs: Inputs, noise: Latents) -> Kept | None:
     count, dtype = len(noise), noise.dtype
     mask = np.broadcast_to(inputs.mask, (count, *inputs.mask.shape[1:])).astype(np.float32)
     return Kept(mask, np.broadcast_to(inputs.image, noise.shape).astype(dtype), noise)
+
+
+def noise_of_steps(
+    run: Run, schedule: Schedule, noise: Latents, added: Mapping[str, Latents]
+) -> Float[np.ndarray, "n steps c h w"] | None:
+    """What the steps of the padded schedule add, of `Stages.draw_each`; None where none may.
+
+    Zeros where this sampler draws nothing, so that all samplers share a program. Raises ConfigError
+    where a draw is missing.
+    """
+    if schedule.matrices is None:
+        return None
+    found = np.zeros((len(noise), len(schedule.times), *noise.shape[1:]), noise.dtype)
+    for i in np.flatnonzero(run.draws):
+        if f"step {i}" not in added:
+            raise ConfigError("this sampler draws noise on its way: give `added`, of `draw_each`")
+        found[:, i] = added[f"step {i}"]
+    return found
 
 
 def finished(

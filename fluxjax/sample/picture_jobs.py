@@ -40,8 +40,6 @@ def picture_jobs(
 
     Raises ConfigError, beginning with the line where one is to blame.
     """
-    from fluxjax.config.latents import latent_size
-
     given = given_settings(options)
     base = override(override(pipe.defaults, repeated, str(options.like)), given)
     found: list[Job] = []
@@ -49,8 +47,7 @@ def picture_jobs(
         try:
             settings = override(base, line.values)
             settings = _completed(settings, (repeated, given, line.values), pipe)
-            _check_guidance(settings)
-            latent_size(settings.width, settings.height, pipe.config.vae)
+            pipe.check(settings)
             if all(one.get("seed") is None for one in (given, line.values, repeated)):
                 settings = dataclasses.replace(settings, seed=secrets.randbelow(2**32))
             loras = lora if line.lora is None else tuple(map(absolute_lora, line.lora))
@@ -62,13 +59,6 @@ def picture_jobs(
         if len(found) > MOST_PICTURES:
             raise ConfigError(f"more than {MOST_PICTURES} pictures are asked for")
     return found
-
-
-def _check_guidance(settings: Settings) -> None:
-    if settings.negative_prompt is None and settings.true_cfg > 1:
-        raise ConfigError('--true-cfg needs --negative-prompt; an empty one ("") will do')
-    if settings.negative_prompt is not None and settings.true_cfg <= 1:
-        raise ConfigError("--negative-prompt needs --true-cfg above 1, such as --true-cfg 3.5")
 
 
 def _completed(settings: Settings, given: Sequence[Mapping], pipe: Pipeline) -> Settings:

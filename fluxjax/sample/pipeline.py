@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,18 +13,17 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.config import ConfigError
-from fluxjax.config.choices import Respacing
-from fluxjax.config.latents import PATCH
+from fluxjax.config.choices import Respacing, Spacing
 from fluxjax.families.family import Conditioning
 from fluxjax.sample.controls import check_controls, control_settings
 from fluxjax.sample.given_pictures import Given, apart, read_given, spread_controls
 from fluxjax.sample.lora_slots import LoraChoice
 from fluxjax.sample.picture_inputs import finished, make_inputs
 from fluxjax.sample.pictures import to_bytes
-from fluxjax.sample.programs import COMPONENTS
+from fluxjax.sample.programs import NAMES, components
 from fluxjax.sample.redux import Heard, read_heard
 from fluxjax.sample.reference import whole_size
-from fluxjax.sample.refusals import require_both, require_finite, unknown_options
+from fluxjax.sample.refusals import require_finite, unknown_options
 from fluxjax.sample.save_picture import tell_made
 from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, override
 from fluxjax.sample.sources import Sources, absolute
@@ -66,6 +64,8 @@ class Pipeline(Stages):
         prompt_2: str | None = None,
         max_sequence_length: int | None = None,
         sampler: str | None = None,
+        spacing: Spacing | None = None,
+        eta: float | None = None,
         sigmas: Respacing | None = None,
         noise: Noise | None = None,
         rounding: Rounding | None = None,
@@ -108,7 +108,9 @@ class Pipeline(Stages):
           prompt_2: what T5 reads instead of `prompt`.
           max_sequence_length: T5 tokens, at most 512.
           sampler: another than the model's own: "euler", "heun", "dpm++", "dpm++1", "dpm++3m" or
-            "unipc"; from noise alone.
+            "unipc"; of Stable Diffusion also "ddpm", "ddim", "pndm", "euler-a", "dpm++sde", "lcm".
+          spacing: how its timesteps are spaced: "leading", "linspace" or "trailing".
+          eta: how much noise DDIM adds, 0 to 1.
           sigmas: how noise levels are spaced: "plain", "karras", "exponential" or "beta".
           noise: "torch" (what PyTorch's CPU generator draws for the seed) or "jax".
           rounding: whose rounding is followed: "diffusers", "bfl" or "none", see `Settings`.
@@ -146,6 +148,8 @@ class Pipeline(Stages):
             "canny": canny,
             "sampler": sampler,
             "sigmas": sigmas,
+            "spacing": spacing,
+            "eta": eta,
             **control_settings(control_mode, control_scale, control_range),
         }
         chosen = override(self.defaults, {**settings, **files})
@@ -185,11 +189,6 @@ class Pipeline(Stages):
         check_controls(self.config, settings, given)
         if task.strength is None and settings.strength is not None:
             raise ConfigError("strength says how much of an image is drawn anew: give an image")
-        if task.strength is not None and (settings.sampler or settings.sigmas):
-            raise ConfigError(
-                "sampler and sigmas draw from noise, and an image by its own levels: "
-                "give the one or the other"
-            )
         size = dict(zip(("width", "height"), self.picture_size(given), strict=True))
         found: dict[str, Any] = {name: size[name] for name in size if name not in fixed}
         if not given.names:
@@ -221,7 +220,7 @@ class Pipeline(Stages):
         count = len(prompts) * number
         if count < 1:
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
-        require_both(settings)
+        scale = self.family.scale(self.config, settings.asked_guidance)
         adapters = self._adapters(lora, len(prompts), number)
         self._require_redux(settings, heard)
         if given is None:
@@ -231,9 +230,11 @@ class Pipeline(Stages):
         draws = self.draw_each(settings, settings.seed if seeds is None else seeds, count, task)
         more = self.redux.count if self.redux is not None and heard else 0
         self.prepare(settings, count, given, more_text=more)
-        for component in () if self.offload else itertools.chain(*COMPONENTS.values()):
-            self.params(component)  # while the programs compile
-        conditioning, negative = self._heard(settings, prompts, number)
+        if not self.offload:
+            for name in NAMES:
+                for component in components(self.config, name):
+                    self.params(component)  # while the programs compile
+        conditioning, negative = self._heard(settings, prompts, number, scale)
         if self.redux is not None and heard:
             with self._timed("encoding"):
                 conditioning = self.redux.heard(conditioning, heard)
@@ -241,14 +242,12 @@ class Pipeline(Stages):
         latents = self.denoise(
             conditioning,
             draws["noise"],
-            steps=settings.steps,
+            steps=settings.course(self.family.first_step),
             guidance=settings.guidance,
             negative=negative,
-            true_cfg=settings.true_cfg,
+            true_cfg=scale or 1.0,
             inputs=inputs,
-            first=settings.first_step,
-            sampler=settings.sampler,
-            sigmas=settings.sigmas,
+            added=draws,
             rounding=settings.rounding,
             adapters=adapters,
             progress=progress,
@@ -264,14 +263,14 @@ class Pipeline(Stages):
             raise ConfigError(
                 "redux_image is heard through FLUX.1 Redux: give its folder as redux (--redux)"
             )
-        if heard and settings.uses_true_cfg:
+        if heard and settings.negative_prompt is not None:
             raise ConfigError(
                 "redux_image makes the prompt longer than the negative prompt, which true_cfg "
                 "needs of the same length: leave out one of the two"
             )
 
     def _heard(
-        self, settings: Settings, prompts: Sequence[str], number: int
+        self, settings: Settings, prompts: Sequence[str], number: int, scale: float | None
     ) -> tuple[Conditioning, Conditioning | None]:
         """Of every picture what it is to show, and what not."""
         encode = partial(self.encode_prompt, max_sequence_length=settings.max_sequence_length)
@@ -279,9 +278,9 @@ class Pipeline(Stages):
         groups = [prompts[i : i + together] for i in range(0, len(prompts), together)]
         each = [encode(group, settings.prompt_2) for group in groups]
         conditioning = jax.tree.map(lambda *c: np.repeat(np.concatenate(c), number, axis=0), *each)
-        if settings.negative_prompt is None:
+        if scale is None:
             return conditioning, None
-        one, count = encode(settings.negative_prompt), len(prompts) * number
+        one, count = encode(settings.negative_prompt or ""), len(prompts) * number
         return conditioning, jax.tree.map(lambda c: np.repeat(c, count, axis=0), one)
 
     def _sources(self, lora: LoraChoice | None, prompts: int, number: int) -> list[Sources]:
@@ -314,7 +313,7 @@ class Pipeline(Stages):
         one = given.image or given.control
         if one is None:
             return self.defaults.width, self.defaults.height
-        return whole_size(one.width, one.height, unit=PATCH * self.config.vae.scale)
+        return whole_size(one.width, one.height, unit=self.config.unit)
 
     def begin(
         self, settings: Settings, seeds: int | Sequence[int], count: int = 1
@@ -325,7 +324,4 @@ class Pipeline(Stages):
         task = self.family.find_task(self.config, given.names)
         draws = self.draw_each(settings, seeds, count, task)
         noise, inputs = draws["noise"], make_inputs(self, task, given, settings, draws)
-        schedule = self.family.schedule(
-            self.config, settings.steps, *noise.shape[2:], first=settings.first_step
-        )
-        return self.start(noise, inputs, schedule)
+        return self.start(noise, inputs, self.run_of(settings))

@@ -12,11 +12,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.atomic_write import write_bytes, write_new
-from fluxjax.config import AutoencoderConfig, ConfigError
-from fluxjax.config.latents import PATCH
+from fluxjax.config import AutoencoderConfig
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.pictures import to_bytes
-from fluxjax.schedules.flow_euler import sigmas
 from fluxjax.terminal import say
 
 if TYPE_CHECKING:
@@ -95,9 +93,9 @@ def linear_map(pipe: Pipeline) -> LinearMap:
 class Preview:
     """`on_step` of a run (see `Pipeline.__call__`), which gives what its latents promise.
 
-    That is the latents of the picture if the rest of the way were straight: x - sigma v, with the
-    velocity v of the steps since the last call. `show(step, pictures)` gets bytes, in the pictures'
-    own size. `decoder`: decode them with the autoencoder in place of the linear map.
+    That is the picture that, with the same noise, is in the latents of this call and of the last
+    one; on a flow the end of the way, were it straight. `show(step, pictures)` gets bytes, in the
+    pictures' own size. `decoder`: decode them with the autoencoder in place of the linear map.
     """
 
     def __init__(
@@ -110,23 +108,21 @@ class Preview:
         pictures: int = 1,
         decoder: bool = False,
     ) -> None:
-        if settings.sampler is not None or settings.sigmas is not None:
-            raise ConfigError(
-                "a preview follows the model's own levels: leave out --sampler and "
-                "--sigmas, or --preview"
-            )
         self._pipe, self._show = pipe, show
         self._map = None if decoder else linear_map(pipe)
         self._last = np.asarray(pipe.begin(settings, seeds, pictures), np.float32)
-        tokens = self._last.shape[2] * self._last.shape[3] // PATCH**2
-        levels = sigmas(settings.steps, tokens, pipe.config.scheduler)
-        self._levels = levels[settings.first_step :]
+        run = pipe.run_of(settings)
+        left = run.levels[run.schedule.first : run.schedule.steps]
+        self._left = np.append(left, [[1.0, 0.0]], axis=0).astype(np.float32)
         self._step = 0
 
     def __call__(self, step: int, latents: Float[Any, "n c h w"]) -> None:
-        now, then = self._levels[step], self._levels[self._step]
+        (signal, level), (signal_then, level_then) = self._left[step], self._left[self._step]
         here = np.asarray(latents, np.float32)
-        promised = here - now * (here - self._last) / (now - then)
+        between = level_then * signal - level * signal_then
+        if between == 0:  # an evaluation that ends where it began
+            return
+        promised = level_then / between * here - level / between * self._last
         self._last, self._step = here, step
         if self._map is None:
             self._show(step, to_bytes(np.asarray(self._pipe.decode(promised), np.float32)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -33,19 +33,27 @@ from fluxjax.schedules.schedule import Schedule, pad
 from fluxjax.shapes import Params
 
 Name = Literal["encode", "reference", "posterior", "before", "denoise", "decode"]
-COMPONENTS: dict[Name, tuple[str, ...]] = {
-    "encode": ("text_encoder", "text_encoder_2"),
-    "reference": ("vae",),
-    "posterior": ("vae",),
-    "before": ("transformer", "controlnets"),
-    "denoise": ("transformer", "controlnets"),
-    "decode": ("vae",),
-}
+NAMES: tuple[Name, ...] = get_args(Name)
 OF_RUNS: tuple[Name, ...] = ("before", "denoise")
 OF_PICTURES: tuple[Name, ...] = ("reference", "posterior", "decode")
 UNTILED_LATENTS = 256 * 256
 WHOLE = ("schedule", "passes", "control_scales")  # of Drawn: the same for all pictures
 TEXT_ALONE = Task()
+
+
+def components(config: PipelineConfig, name: Name) -> tuple[str, ...]:
+    """What a program runs: networks, and the `controlnets`."""
+    if name == "encode":
+        return config.text_encoders
+    return (config.denoiser, "controlnets") if name in OF_RUNS else ("vae",)
+
+
+def of_components(
+    config: PipelineConfig, name: Name, each: Callable[[str], Any]
+) -> tuple[Any, ...]:
+    """`each` of what a program runs, as it takes them: one argument for all text encoders."""
+    found = tuple(map(each, components(config, name)))
+    return (found,) if name == "encode" else found
 
 
 class Drawn(NamedTuple):
@@ -66,6 +74,8 @@ class Drawn(NamedTuple):
     controls: tuple[tuple[AnyArray, Int[AnyArray, "n"] | None], ...] = ()
     """Of each ControlNet what it sees, latents or pixels, and its mode."""
     control_scales: tuple[Float[AnyArray, "steps"], ...] = ()
+    noise: Float[AnyArray, "n steps c h w"] | None = None
+    """What each step adds, where a sampler may."""
 
 
 @partial(jax.jit, static_argnames=("family", "module", "controlnets", "apply"))
@@ -114,7 +124,12 @@ def denoise_pictures(
     if drawn.kept is not None:
         mask = jnp.broadcast_to(drawn.kept.mask, state[0].shape)
         kept = jax.tree.map(lambda x: family.pack(x).values, drawn.kept._replace(mask=mask))
-    packed = sampler.denoise(step, each, packed, drawn.schedule, drawn.passes, kept=kept)
+    noise = None
+    if drawn.noise is not None:
+        noise = jax.vmap(lambda latents: family.pack(latents).values)(jnp.asarray(drawn.noise))
+    packed = sampler.denoise(
+        step, each, packed, drawn.schedule, drawn.passes, noise=noise, kept=kept
+    )
     return tuple(family.unpack(tokens, rows, columns) for tokens in packed)
 
 
@@ -185,9 +200,9 @@ def encode_posterior(
 
 
 class Program(NamedTuple):
-    """A program and the shapes of its inputs, which follow the parameters of COMPONENTS[name].
+    """A program and the shapes of its inputs, which follow the parameters.
 
-    `function`, jitted, takes `static` arguments and the networks before all.
+    `function`, jitted, takes `static` arguments and the networks before all, see `of_components`.
     """
 
     name: Name
@@ -230,48 +245,42 @@ def programs(
     settings: Settings,
     *,
     dtype: Any,
-    steps: int,
     task: Task = TEXT_ALONE,
     pictures: int = 1,
     prompts: int = 1,
     reference_size: tuple[int, int] | None = None,
     more_text: int = 0,
     rows: Callable[[Name, int], int] = lambda name, count: count,
+    padded: bool = True,
 ) -> list[Program]:
     """All that pictures of `settings` need, the longest to compile first, then in order of need.
 
     Args:
       dtype: of weights and computation.
-      steps: how many are compiled, see `fluxjax.schedules.schedule.bucket`.
       task: which pictures are given.
       pictures, prompts: drawn and encoded together.
       reference_size: (width, height) at which a reference is seen.
       more_text: tokens beside those of the prompt (Redux).
       rows: the batch that a program runs for so many pictures or prompts.
+      padded: whether the steps are filled up to those of their bucket.
     """
     spec: Any = jax.ShapeDtypeStruct
     state = jnp.float32 if settings.rounding == "none" else dtype
     n, text = rows("denoise", pictures), settings.max_sequence_length
     shape = family.state_shape(config, settings.width, settings.height)
     _, conditioning = family.text_shapes(config, n, text + more_text, dtype)
-    many = 2 if settings.uses_true_cfg else 1
-    column = spec((steps,), jnp.float32)
-    schedule = Schedule(column, column, spec((steps,), jnp.bool_))
-    if settings.sampler is not None or settings.sigmas is not None:
-        table = family.schedule(
-            config, settings.steps, *shape[1:], sampler=settings.sampler, spacing=settings.sigmas
-        )
-        schedule = jax.tree.map(lambda x: spec(x.shape, x.dtype), pad(table))
-        steps = len(schedule.times)
-        column = spec((steps,), jnp.float32)
+    many = 1 if family.scale(config, settings.asked_guidance) is None else 2
+    run = family.run(config, settings.course(family.first_step), *shape[1:])
+    table = run.keeping if task.keeps else run.schedule
+    table = pad(table) if padded else table
+    schedule = jax.tree.map(lambda x: spec(x.shape, x.dtype), table)
+    steps = len(schedule.times)
     reference = channels = kept = None
     if "reference" in task.pictures and reference_size is not None:
         reference = spec((n, *family.state_shape(config, *reference_size)), dtype)
     if task.channels:
-        joined = config.transformer.in_channels // config.transformer.out_channels * shape[0]
-        channels = spec((n, joined - shape[0], *shape[1:]), dtype)
+        channels = spec((n, family.joined(config), *shape[1:]), dtype)
     if task.keeps:
-        schedule = schedule._replace(keep=spec((steps, 2), jnp.float32), thresholds=column)
         noise = spec((n, *shape), state)
         kept = sampler.Kept(spec((n, 1, *shape[1:]), jnp.float32), noise, noise)
     drawn = Drawn(
@@ -282,7 +291,8 @@ def programs(
         reference,
         channels,
         kept,
-        *_controls(config, n, settings, shape, dtype, column),
+        *_controls(config, n, settings, shape, dtype, spec((steps,), jnp.float32)),
+        spec((n, steps, *shape), state) if schedule.matrices is not None else None,
     )
     states = (spec((n, *shape), state),) * schedule.latents
     listed = partial(program, family)

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from fluxjax.config import ConfigError
 from fluxjax.families.family import Conditioning
 from fluxjax.sample.picture_inputs import Inputs
-from fluxjax.sample.settings import FIELDS, Settings
+from fluxjax.sample.settings import FIELDS
 
 _Array = Array | np.ndarray
 
@@ -41,14 +41,6 @@ def unknown_options(names: list[str]) -> str:
         fields = ", ".join(f for f in FIELDS if f != "prompt" and not f.endswith("_sha256"))
         known.append(f"{', '.join(rest)} is no setting; there are {fields}")
     return "; ".join(known)
-
-
-def require_both(settings: Settings) -> None:
-    """Classifier-free guidance needs a scale and something to guide away from."""
-    if settings.negative_prompt is None and settings.true_cfg > 1:
-        raise ConfigError('true_cfg needs a negative_prompt; an empty one ("") will do')
-    if settings.negative_prompt is not None and settings.true_cfg <= 1:
-        raise ConfigError("negative_prompt needs true_cfg above 1, such as true_cfg=3.5")
 
 
 def require_finite(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fluxjax.config import ConfigError
-from fluxjax.config.choices import CONTROL_MODES, CONTROLS, MAX_STEPS, Respacing
+from fluxjax.config.choices import CONTROL_MODES, CONTROLS, MAX_STEPS, Respacing, Spacing
+
+if TYPE_CHECKING:
+    from fluxjax.families.family import Guidance, Steps
 
 Rounding = Literal["diffusers", "bfl", "none"]
 Noise = Literal["torch", "jax"]
@@ -49,8 +52,12 @@ class Settings:
     max_sequence_length: int = 512
     sampler: str | None = None
     """Of `fluxjax.schedules.samplers`; None: the model's own."""
+    spacing: Spacing | None = None
+    """How timesteps are spaced; None: as the model has it."""
     sigmas: Respacing | None = None
     """How noise levels are spaced; None: as the model has it."""
+    eta: float = 0.0
+    """How much noise DDIM adds: 0 none, 1 DDPM's."""
     reference: str | None = None
     reference_sha256: str | None = None
     image: str | None = None
@@ -106,9 +113,10 @@ class Settings:
             _require(fits, "canny", wanted, self)
         self._check_controls()
         if self.sampler is not None:
-            from fluxjax.schedules.samplers import ON_FLOW
+            from fluxjax.schedules.samplers import NAMES
 
-            _require(self.sampler in ON_FLOW, "sampler", f"one of {', '.join(ON_FLOW)}", self)
+            _require(self.sampler in NAMES, "sampler", f"one of {', '.join(NAMES)}", self)
+        _require(0 <= self.eta <= 1, "eta", "from 0 to 1", self)
         for name in _TEXTS:
             check_text(name, getattr(self, name) or "")
         _require(1 <= self.steps <= MAX_STEPS, "steps", f"from 1 to {MAX_STEPS}", self)
@@ -135,24 +143,19 @@ class Settings:
             fits = fits and all(0 <= start < end <= 1 for start, end in pairs)
             _require(fits, "control_range", "a start and a later end from 0 to 1, for each", self)
 
-    @property
-    def first_step(self) -> int:
-        """The first that is run."""
-        from fluxjax.schedules.flow_euler import start_step
+    def course(self, first_step: Callable[..., int]) -> Steps:
+        """How the run goes; `first_step` is the family's."""
+        from fluxjax.families.family import Steps
 
         strength = 1.0 if self.strength is None else self.strength
-        return start_step(self.steps, strength, rounding=self.rounding)
+        first = first_step(self.steps, strength, rounding=self.rounding)
+        return Steps(self.steps, first, self.sampler, self.spacing, self.sigmas, self.eta)
 
     @property
-    def evaluations(self) -> int:
-        """How often the network is run on all passes; Heun's steps take two, but the last."""
-        if self.sampler == "heun":
-            return 2 * self.steps - 1
-        return self.steps - self.first_step
+    def asked_guidance(self) -> Guidance:
+        from fluxjax.families.family import Guidance
 
-    @property
-    def uses_true_cfg(self) -> bool:
-        return self.true_cfg > 1 and self.negative_prompt is not None
+        return Guidance(self.guidance, self.true_cfg, self.negative_prompt)
 
 
 def _is_mode(mode: str) -> bool:
@@ -189,7 +192,7 @@ _LISTS = ("expand", "canny", "control_mode", "control_scale", "control_range")
 _TEXTS = ("prompt", "prompt_2", "negative_prompt")
 _KINDS = {
     **dict.fromkeys(("steps", "width", "height", "seed", "max_sequence_length"), "an integer"),
-    **dict.fromkeys(("guidance", "true_cfg", "strength"), "a number"),
+    **dict.fromkeys(("guidance", "true_cfg", "strength", "eta"), "a number"),
     **dict.fromkeys(_TEXTS, "a text"),
     **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
     "mask_crop": "an integer",
@@ -198,6 +201,7 @@ _KINDS = {
     "control_mode": "a list of texts",
     **dict.fromkeys(("control_scale", "control_range"), "a list of numbers"),
     "sampler": "a text",
+    "spacing": " or ".join(get_args(Spacing)),
     "sigmas": " or ".join(get_args(Respacing)),
     "noise": " or ".join(get_args(Noise)),
     "rounding": " or ".join(get_args(Rounding)),
@@ -248,7 +252,8 @@ def override(settings: Settings, values: Mapping[str, Any], where: str = "") -> 
     prefix = f"{where}: " if where else ""
     unknown = ", ".join(brief(name) for name in values if name not in FIELDS)
     if unknown:
-        raise ConfigError(f"{prefix}{unknown} is no setting; there are {', '.join(FIELDS)}")
+        known = ", ".join(name for name in FIELDS if not name.endswith("_sha256"))
+        raise ConfigError(f"{prefix}{unknown} is no setting; there are {known}")
     try:
         given = {name: _typed(name, value) for name, value in values.items() if value is not None}
         for name in PICTURES:

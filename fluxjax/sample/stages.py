@@ -15,9 +15,8 @@ from jaxtyping import Array, Float
 
 from fluxjax.checkpoint.templates import Part
 from fluxjax.config import ConfigError, PipelineConfig
-from fluxjax.config.choices import Respacing, SequenceAttention
-from fluxjax.config.latents import PATCH
-from fluxjax.families.family import Conditioning, Family, Task
+from fluxjax.config.choices import SequenceAttention
+from fluxjax.families.family import Conditioning, Family, Steps, Task
 from fluxjax.models.lora import adapt
 from fluxjax.parallel.mesh import gathered, pad_rows
 from fluxjax.sample import noise
@@ -26,12 +25,22 @@ from fluxjax.sample.denoise import State, in_parts, wait
 from fluxjax.sample.executables import Executables
 from fluxjax.sample.given_pictures import NO_PICTURES, Given
 from fluxjax.sample.lora_slots import LoraSlots
-from fluxjax.sample.picture_inputs import NOTHING, Inputs, kept
-from fluxjax.sample.programs import COMPONENTS, TEXT_ALONE, Drawn, Name, defaults, programs, tiled
+from fluxjax.sample.picture_inputs import NOTHING, Inputs, kept, noise_of_steps
+from fluxjax.sample.programs import (
+    TEXT_ALONE,
+    Drawn,
+    Name,
+    components,
+    defaults,
+    of_components,
+    programs,
+    tiled,
+)
 from fluxjax.sample.reference import pixels, preferred_size
 from fluxjax.sample.settings import Rounding, Settings
 from fluxjax.sample.sources import Sources
-from fluxjax.schedules.schedule import Schedule, bucket, pad, with_gains_in
+from fluxjax.schedules.schedule import Schedule, pad, with_gains_in
+from fluxjax.schedules.step_table import Run
 from fluxjax.shapes import Params
 
 if TYPE_CHECKING:
@@ -60,7 +69,7 @@ class Stages:
         family: Family,
         config: PipelineConfig,
         load_params: Callable[..., Params],
-        load_tokenizers: Callable[[], tuple[PromptTokenizer, PromptTokenizer]],
+        load_tokenizers: Callable[[], tuple[PromptTokenizer, ...]],
         *,
         dtype: Any,
         scan_layers: bool = True,
@@ -98,7 +107,7 @@ class Stages:
         self.control_scales = tuple(control_scales)
         """Of each ControlNet, unless a call says otherwise."""
         self._load_params, self._load_tokenizers = load_params, load_tokenizers
-        self._tokenizers: tuple[PromptTokenizer, PromptTokenizer] | None = None
+        self._tokenizers: tuple[PromptTokenizer, ...] | None = None
         self._params: dict[str, Any] = {}
 
     def encode_prompt(
@@ -127,7 +136,7 @@ class Stages:
             picture.width,
             picture.height,
             area=self.defaults.width * self.defaults.height,
-            unit=PATCH * self.config.vae.scale,
+            unit=self.config.unit,
         )
 
     def encode_reference(self, picture: Image) -> Float[np.ndarray, "1 c h w"]:
@@ -152,39 +161,49 @@ class Stages:
         """What a run of `count` pictures starts from; one seed draws all at once, as diffusers."""
         return self.draw_each(settings, seeds, count, TEXT_ALONE)["noise"]
 
+    def check(self, settings: Settings) -> None:
+        """Raises ConfigError for settings that the family does not have."""
+        self.family.scale(self.config, settings.asked_guidance)
+        self.run_of(settings)
+
+    def run_of(self, settings: Settings) -> Run:
+        """The steps of a picture of `settings`."""
+        shape = self.family.state_shape(self.config, settings.width, settings.height)
+        return self.family.run(self.config, settings.course(self.family.first_step), *shape[1:])
+
     def draw_each(
         self, settings: Settings, seeds: int | Sequence[int], count: int, task: Task
     ) -> dict[str, Float[np.ndarray, "_ c h w"]]:
-        """All that is drawn for a task, see `Task.draws`; BFL draws the noise alone."""
+        """All that is drawn for a task, see `Task.draws`, and then for each step of a sampler that
+        draws, in order; BFL draws the noise alone."""
         shape = self.family.state_shape(self.config, settings.width, settings.height)
         dtype = np.float32 if settings.rounding == "none" else self.dtype
         draws = ("noise",) if settings.rounding == "bfl" else task.draws
-        shapes = {draw: (task.row_count(draw, count), *shape) for draw in draws}
+        steps = [f"step {i}" for i in np.flatnonzero(self.run_of(settings).draws)]
+        rows = {draw: task.row_count(draw, count) for draw in draws} | dict.fromkeys(steps, count)
+        shapes = {draw: (rows[draw], *shape) for draw in rows}
         return noise.draw_each(seeds, shapes, kind=settings.noise, dtype=dtype)
 
     def start(
-        self, noise: Float[AnyArray, "n c h w"], inputs: Inputs, schedule: Schedule
+        self, noise: Float[AnyArray, "n c h w"], inputs: Inputs, run: Run
     ) -> Float[AnyArray, "n c h w"]:
         """The latents before the first step: noise, or an image with so much of it."""
         if inputs.image is None:
-            return noise
-        level = np.asarray(schedule.times[[schedule.first]], noise.dtype)
+            return noise if run.scale == 1 else noise * noise.dtype.type(run.scale)
         image = np.broadcast_to(inputs.image, noise.shape).astype(noise.dtype)
-        return self.family.noised(image, noise, level).astype(noise.dtype)
+        return self.family.started(image, noise, run).astype(noise.dtype)
 
     def denoise(
         self,
         conditioning: Conditioning,
         noise: Float[AnyArray, "n c h w"],
         *,
-        steps: int | Sequence[float] | None = None,
+        steps: int | Sequence[float] | Steps | None = None,
         guidance: float | None = None,
         negative: Conditioning | None = None,
         true_cfg: float = 1.0,
         inputs: Inputs = NOTHING,
-        first: int = 0,
-        sampler: str | None = None,
-        sigmas: Respacing | None = None,
+        added: Mapping[str, AnyArray] | None = None,
         rounding: Rounding = "diffusers",
         adapters: Sequence[Mapping[str, float]] | None = None,
         progress: Callable[[int], None] | None = None,
@@ -193,26 +212,19 @@ class Stages:
     ) -> Float[AnyArray, "n c h w"]:
         """Latents from noise (see `draw_noise`), still normalised as the transformer sees them.
 
-        `steps`: their number, or sigmas before the shift. `guidance` is ignored by models without
-        a guidance embedding. `inputs`: of pictures that are given. `first`: the first step that is
-        run, see `Settings.first_step`. `sampler`, `sigmas`: see `Settings`. `adapters`: of each
+        `steps`: their number, or sigmas before the shift, or all about them. `guidance` is ignored
+        by models without a guidance embedding; `true_cfg` is the weight of `negative`. `inputs`: of
+        pictures that are given. `added`: what steps add, see `draw_each`. `adapters`: of each
         picture, see `LoraSlots.each`. `progress` and `on_step` cut the run in parts, and count the
         network's evaluations.
         """
         if every < 1:
             raise ConfigError(f"every must be at least 1 step, got {every}")
         count = noise.shape[0]
-        schedule = pad(
-            self.family.schedule(
-                self.config,
-                self.config.steps if steps is None else steps,
-                *noise.shape[2:],
-                first=first,
-                keeps=inputs.mask is not None,
-                sampler=sampler,
-                spacing=sigmas,
-            )
-        )
+        if not isinstance(steps, Steps):
+            steps = Steps(self.config.steps if steps is None else steps)
+        course = self.family.run(self.config, steps, *noise.shape[2:])
+        schedule = pad(course.schedule if inputs.mask is None else course.keeping)
         if rounding == "diffusers":
             schedule = with_gains_in(schedule, self.dtype)
         passes = self.family.passes(len(schedule.times), None if negative is None else true_cfg)
@@ -231,10 +243,12 @@ class Stages:
             tuple(one.rows(count) for one in inputs.controls),
         )
         scales = tuple(one.scales(schedule) for one in inputs.controls)
-        noise = self.start(noise, inputs, schedule)
+        noises = noise_of_steps(course, schedule, noise, added or {})
+        noise = self.start(noise, inputs, course)
         if self.mesh is not None:
-            noise, *each = pad_rows((noise, *each), self.executables.rows("denoise", count))
-        drawn = Drawn(schedule, passes, *each, control_scales=scales)
+            rows = self.executables.rows("denoise", count)
+            noise, noises, *each = pad_rows((noise, noises, *each), rows)
+        drawn = Drawn(schedule, passes, *each, control_scales=scales, noise=noises)
         state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
         lora = None
         if self.slots is not None:
@@ -279,10 +293,10 @@ class Stages:
         return component in self._params
 
     def params(self, component: str) -> Any:
-        """Parameters of transformer, vae, text_encoder (CLIP) or text_encoder_2 (T5), or of each of
+        """Parameters of one of the pipeline's networks, by the name of its folder, or of each of
         the `controlnets`.
 
-        With a LoRA the transformer's are those of `fluxjax.models.lora.adapt`.
+        With a LoRA those of the network that draws are `fluxjax.models.lora.adapt`'s.
         """
         if component == "controlnets" and not self.config.controlnets:
             return ()
@@ -312,7 +326,6 @@ class Stages:
             self.config,
             settings,
             dtype=self.dtype,
-            steps=bucket(settings.steps),
             task=self.family.find_task(self.config, given.names),
             pictures=count,
             reference_size=seen,
@@ -327,25 +340,26 @@ class Stages:
         self, state: State, drawn: Drawn, lora: Params | None, rounding: Rounding
     ) -> tuple[Callable, tuple, tuple]:
         """The program of the steps, its parameters, and what has been done before the steps."""
+        denoiser = self.config.denoiser
         if not self.offload:
             program = self._executable("denoise", state, drawn, rounding=rounding)
-            params = adapt(self.params("transformer"), lora)
+            params = adapt(self.params(denoiser), lora)
             return program, (params, self.params("controlnets")), ()
         self._params.clear()
         controlnets = self.params("controlnets")
         before = self._executable("before", state, drawn, rounding=rounding)
-        params = adapt(self._loaded("transformer", "before"), lora)
+        params = adapt(self._loaded(denoiser, "before"), lora)
         each = wait(before(params, controlnets, state, drawn))
         del params
         program = self._executable("denoise", state, drawn, each, rounding=rounding)
-        return program, (adapt(self._loaded("transformer", "steps"), lora), controlnets), (each,)
+        return program, (adapt(self._loaded(denoiser, "steps"), lora), controlnets), (each,)
 
-    def _networks(self, name: Name) -> list[Any]:
+    def _networks(self, name: Name) -> tuple[Any, ...]:
         """The parameters of a program; with `offload` no others stay."""
         if self.offload:
-            for component in self._params.keys() - set(COMPONENTS[name]):
+            for component in self._params.keys() - set(components(self.config, name)):
                 del self._params[component]
-        return [self.params(component) for component in COMPONENTS[name]]
+        return of_components(self.config, name, self.params)
 
     def _loaded(self, component: str, part: Part = "all") -> Any:
         with self._timed("loading"):

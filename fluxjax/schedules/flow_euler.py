@@ -70,22 +70,13 @@ def start_step(steps: int, strength: float, *, rounding: str = "diffusers") -> i
     return min(int(first), steps - 1)
 
 
-def flow_euler(
-    levels: Float[np.ndarray, "levels"], *, first: int = 0, keeps: bool = False
-) -> Schedule:
+def flow_euler(levels: Float[np.ndarray, "levels"], *, first: int = 0) -> Schedule:
     """The Euler steps along `levels`: x + (next - level) v. Steps of length zero are skipped.
 
-    Image to image runs from the step `first`. With `keeps` the schedule says how noisy a kept
-    picture is after each step, and from which grey of a mask on it is painted: that white is
-    painted in all steps and black in none is ComfyUI's `DifferentialDiffusion`.
+    Image to image runs from the step `first`.
     """
     gains = np.diff(levels)
-    schedule = Schedule(levels[:-1], gains, gains != 0)
-    if keeps:
-        keep = np.stack([1 - levels[1:], levels[1:]], axis=-1)
-        thresholds = np.minimum(levels[:-1] / levels[first], 1)
-        schedule = schedule._replace(keep=keep, thresholds=thresholds.astype(np.float32))
-    return schedule.part(first, len(gains))
+    return Schedule(levels[:-1], gains, gains != 0).part(first, len(gains))
 
 
 def sampled_flow(

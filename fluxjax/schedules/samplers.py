@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import ConfigError
-from fluxjax.config.choices import Respacing
+from fluxjax.config.choices import Respacing, Spacing
 from fluxjax.config.sampler import (
     DEFAULTS,
     SamplerClass,
     SamplerConfig,
-    Spacing,
 )
 from fluxjax.schedules.ddim import ddim
 from fluxjax.schedules.ddpm import ddpm

@@ -40,10 +40,21 @@ class Run(NamedTuple):
     """Evaluations for each step, by which image to image counts."""
 
     @property
-    def keep(self) -> Float[np.ndarray, "evaluations 2"]:
-        """`Schedule.keep` for inpainting: what is kept has the next evaluation's noise, at last
-        none."""
-        return np.append(self.levels[1:], [[1.0, 0.0]], axis=0).astype(np.float32)
+    def keeping(self) -> Schedule:
+        """The schedule for inpainting: what is kept has the next evaluation's noise, at last none.
+
+        With a soft mask white is painted in all steps and black in none (ComfyUI's
+        `DifferentialDiffusion`).
+        """
+        keep = np.append(self.levels[1:], [[1.0, 0.0]], axis=0).astype(np.float32)
+        times = self.schedule.times
+        thresholds = np.minimum(times / times[self.schedule.first], 1)
+        return self.schedule._replace(keep=keep, thresholds=thresholds.astype(np.float32))
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is run."""
+        return self.schedule.steps - self.schedule.first
 
 
 class StepTable:

@@ -85,6 +85,12 @@ def _removed(prompt: str, encoding: Any) -> str:
     return ""
 
 
+def load_tokenizer(kind: str, folder: Path, vocab_size: int | None = None) -> PromptTokenizer:
+    """`kind` is the class of transformers."""
+    load = {"CLIPTokenizer": load_clip_tokenizer, "T5TokenizerFast": load_t5_tokenizer}[kind]
+    return load(folder, vocab_size)
+
+
 def load_clip_tokenizer(folder: Path, vocab_size: int | None = None) -> PromptTokenizer:
     """CLIP's byte-level BPE from vocab.json and merges.txt (or tokenizer.json).
 

@@ -47,10 +47,10 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
     import jax
     from jax.sharding import SingleDeviceSharding
 
-    from fluxjax.checkpoint.pipeline_folder import read_config
+    from fluxjax.checkpoint.pipeline_folder import read_flux
     from fluxjax.checkpoint.source import open_component
 
-    config = read_config(model)
+    config = read_flux(model)
 
     def params(component: Any, *, stacked: bool) -> Any:
         network = open_component(model, component, getattr(config, component))
@@ -86,7 +86,7 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         def encode(texts: list[str]) -> Conditioning:
             length = config.max_sequence_length
             ids, _ = FLUX.tokenize(*tokenizers, texts, max_sequence_length=length)
-            return FLUX.encode(clip, t5, *weights, ids)
+            return FLUX.encode((clip, t5), weights, ids)
 
         return encode
 

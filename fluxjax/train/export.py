@@ -16,14 +16,14 @@ from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.lora.writer import write_lora
 from fluxjax.checkpoint.pipeline_folder import (
     DEFAULTS_KEY,
-    read_config,
+    read_flux,
     sampling_defaults,
     save_params,
     write_config,
 )
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.training_state import read_state
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import ConfigError, FluxPipelineConfig
 from fluxjax.models.lora import init_lora, join_scales, split_scales
 from fluxjax.models.names import flatten, is_stacked
 from fluxjax.parallel.mesh import gathered
@@ -38,7 +38,7 @@ COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 
 def export(
     recipe: FinetuneRecipe,
-    config: PipelineConfig,
+    config: FluxPipelineConfig,
     trained: Tree,
     scales: Tree,
     *,
@@ -59,7 +59,7 @@ def export(
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             metadata = {"recipe": recipe_toml(without_places(recipe))}
-            if added_inputs(read_config(recipe.model_folder).transformer, config.transformer):
+            if added_inputs(read_flux(recipe.model_folder).transformer, config.transformer):
                 metadata[DEFAULTS_KEY] = json.dumps(sampling_defaults(config))
             shapes = abstract_params(config.transformer)
             naming = recipe.lora_naming
@@ -84,7 +84,7 @@ def export_run(
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError(f"{folder} is no fine-tuning run: it trains the embedded model")
     recipe = dataclasses.replace(recipe, folder=folder, model=model or recipe.model)
-    base = read_config(recipe.model_folder)
+    base = read_flux(recipe.model_folder)
     config, _ = learnt(recipe, base)
     part = "ema" if recipe.decay > 0 else "params"
     found, trained = read_state(folder / CHECKPOINTS, part, step)
@@ -98,13 +98,13 @@ def export_run(
     return export(recipe, config, trained, scales, step=found, out=out)
 
 
-def _write_pipeline(folder: Path, source: Path, config: PipelineConfig, params: Tree) -> None:
+def _write_pipeline(folder: Path, source: Path, config: FluxPipelineConfig, params: Tree) -> None:
     for name in COPIED:
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name)
     write_config(folder, config)
     # Those of the source, unless the model has become one of another task.
-    other = added_inputs(read_config(source).transformer, config.transformer)
+    other = added_inputs(read_flux(source).transformer, config.transformer)
     for file in source.glob("*.json"):
         if not (other and (folder / file.name).exists()):
             shutil.copyfile(file, folder / file.name)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fluxjax.checkpoint.pipeline_folder import load_params, read_config
+from fluxjax.checkpoint.pipeline_folder import load_params, read_flux
 from fluxjax.checkpoint.source import open_component
 from fluxjax.checkpoint.templates import Part, abstract_params
-from fluxjax.config import ConfigError, FluxConfig, PipelineConfig
+from fluxjax.config import ConfigError, FluxConfig, FluxPipelineConfig
 from fluxjax.config.latents import latent_size
 from fluxjax.families import FLUX, Conditioning, Task
 from fluxjax.families.family import Apply
@@ -23,6 +23,7 @@ from fluxjax.file_hash import hash_files
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.lora import init_lora, join_scales, split_scales, with_magnitudes
 from fluxjax.models.stacking import scan_by_default
+from fluxjax.networks import network_of
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import param_shardings, state_shardings
@@ -52,8 +53,8 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
 
     Raises ConfigError, OSError and ValueError.
     """
-    base, mesh = read_config(recipe.model_folder), make_mesh(recipe.mesh)
-    base.require_text_to_image(recipe.model, or_tool=True)
+    base, mesh = read_flux(recipe.model_folder), make_mesh(recipe.mesh)
+    base.require_whole(recipe.model)
     config, task = learnt(recipe, base)
     parts = batch_parts(mesh) * recipe.accumulate
     if recipe.batch % parts:
@@ -129,7 +130,9 @@ def with_usable_cache(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, str]:
     return dataclasses.replace(recipe, data=data), note
 
 
-def _notes(recipe: FinetuneRecipe, task: Task, config: PipelineConfig, data: Dataset) -> list[str]:
+def _notes(
+    recipe: FinetuneRecipe, task: Task, config: FluxPipelineConfig, data: Dataset
+) -> list[str]:
     notes = [f"warning: {note}" for note in data.notes]
     notes += [f"left out {name}: {reason}" for name, reason in data.quarantined]
     guidance = recipe.objective.guidance
@@ -180,7 +183,7 @@ def _networks(
 ) -> tuple[FluxTransformer, dict[str, Tree], Tree]:
     """The transformer, its frozen parts and what is trained; `base` may have fewer inputs."""
     lora, dtype = recipe.method == "lora", recipe.compute_dtype
-    stacked = scan_by_default(config)
+    stacked = scan_by_default(network_of(config).blocks(config))
     stored = dtype if lora else jnp.dtype("float32")
     model = FluxTransformer(
         config,
@@ -240,7 +243,7 @@ def _held_out(
     return [data(step) for step in range(settings.batches if settings.every else 0)]
 
 
-def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[int, int]:
+def _validation_size(recipe: FinetuneRecipe, config: FluxPipelineConfig) -> tuple[int, int]:
     """(width, height) in pixels."""
     settings = recipe.validation
     return settings.width or config.width, settings.height or config.height
@@ -248,7 +251,7 @@ def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[in
 
 def _validation(
     recipe: FinetuneRecipe,
-    config: PipelineConfig,
+    config: FluxPipelineConfig,
     model: FluxTransformer,
     mesh: Mesh,
     held: list[DataBatch],

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from fluxjax.atomic_write import write_bytes
 from fluxjax.cli import sentence
-from fluxjax.config import PipelineConfig
+from fluxjax.config import FluxPipelineConfig
 from fluxjax.config.latents import latent_size
 from fluxjax.families import Conditioning
 from fluxjax.models.flux import FluxTransformer
@@ -39,7 +39,7 @@ class Job(NamedTuple):
     """Everything a run needs. `frozen` is never trained; `state` holds what is, and `step` is one
     update of it, compiled when it is first called."""
 
-    config: PipelineConfig
+    config: FluxPipelineConfig
     mesh: Mesh
     model: FluxTransformer
     data: Dataset
@@ -60,7 +60,7 @@ class Placement:
     before to end.
     """
 
-    def __init__(self, mesh: Mesh, config: PipelineConfig) -> None:
+    def __init__(self, mesh: Mesh, config: FluxPipelineConfig) -> None:
         self.mesh, self.config = mesh, config
         self._of_size: dict[tuple[int, int], tuple[Array, Array]] = {}
 
@@ -193,7 +193,7 @@ def weights(state: TrainState) -> Tree:
     return state.params if state.ema is None else state.ema
 
 
-def _flops(recipe: FinetuneRecipe, config: PipelineConfig, rows: Rows) -> float:
+def _flops(recipe: FinetuneRecipe, config: FluxPipelineConfig, rows: Rows) -> float:
     """Of one step without what is computed twice; a LoRA needs no gradient of its base."""
     passes = 2 if recipe.method == "lora" else 3
     pictures = (rows.latents, rows.reference)

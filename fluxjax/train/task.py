@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import ConfigError, FluxPipelineConfig
 from fluxjax.families import FLUX, Task
 from fluxjax.train.recipe import FinetuneRecipe
 
 
-def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig, Task]:
+def learnt(recipe: FinetuneRecipe, base: FluxPipelineConfig) -> tuple[FluxPipelineConfig, Task]:
     """What the model becomes, and the task that it learns, which follow from the recipe's data.
 
     A transformer that gets more inputs is sampled with the guidance that it is trained with.

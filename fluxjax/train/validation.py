@@ -82,7 +82,7 @@ class Validation:
         """A row per prompt and a column per seed; `params` may carry a LoRA (`lora.adapt`)."""
         assert self._states is not None
         asked, pipeline = self.settings, self.pipeline
-        prompts, columns = len(self._states.vector), len(asked.seeds)
+        prompts, columns = len(self._states.sequence), len(asked.seeds)
         states, shown = jax.tree.map(
             lambda x: np.repeat(np.asarray(x), columns, axis=0), (self._states, self._shown)
         )

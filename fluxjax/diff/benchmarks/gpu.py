@@ -20,7 +20,7 @@ import numpy as np
 from fluxjax.checkpoint.templates import Config, abstract_params
 from fluxjax.config import DEV
 from fluxjax.diff.benchmarks.bench import Measure
-from fluxjax.families import FLUX, Conditioning
+from fluxjax.families import FLUX, Conditioning, Steps
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.sample.programs import Drawn, decode_latents, denoise_pictures
@@ -91,7 +91,7 @@ def _ours(rounds: int) -> dict[str, float]:
     conditioning = Conditioning(
         normal(1, TEXT, DEV.text_encoder_2.d_model), None, normal(1, DEV.text_encoder.hidden_size)
     )
-    schedule = pad(FLUX.schedule(DEV, STEPS, ROWS, ROWS))
+    schedule = pad(FLUX.run(DEV, Steps(STEPS), ROWS, ROWS).schedule)
     passes = FLUX.passes(len(schedule.times), None)
     guidance = jnp.full((1,), DEV.guidance, jnp.float32)
     drawn = Drawn(schedule, passes, (conditioning,), guidance)

@@ -23,7 +23,7 @@ def _measure(folder: Path, rounds: int, *, lora: bool) -> Measure:
     import torch
     from diffusers import FluxTransformer2DModel
 
-    from fluxjax.checkpoint.pipeline_folder import load_params, read_config
+    from fluxjax.checkpoint.pipeline_folder import load_params, read_flux
     from fluxjax.checkpoint.templates import abstract_params
     from fluxjax.config import LoraConfig
     from fluxjax.config.latents import latent_size
@@ -36,7 +36,7 @@ def _measure(folder: Path, rounds: int, *, lora: bool) -> Measure:
     from fluxjax.train.settings import Objective, OptimizerSettings
     from fluxjax.train.step import init_state, make_step
 
-    config = read_config(folder)
+    config = read_flux(folder)
     c = config.transformer
     random = np.random.default_rng(0)
 

@@ -19,8 +19,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from fluxjax.checkpoint.pipeline_folder import load_params, read_config, save_params
-from fluxjax.config import PipelineConfig
+from fluxjax.checkpoint.pipeline_folder import load_params, read_flux, save_params
+from fluxjax.config import FluxPipelineConfig
 from fluxjax.families.flux import PromptIds, encode_prompts
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
@@ -85,7 +85,7 @@ class Lesson(NamedTuple):
     other: Float[Array | np.ndarray, "b teacher"]
 
 
-def open_encoders(folder: Path, config: PipelineConfig) -> Encoders:
+def open_encoders(folder: Path, config: FluxPipelineConfig) -> Encoders:
     """The encoders in a pipeline folder, in float32."""
 
     def params(component: Any, part: Any) -> Tree:
@@ -104,7 +104,7 @@ def open_encoders(folder: Path, config: PipelineConfig) -> Encoders:
     )
 
 
-def warm_start(old: Encoders, config: PipelineConfig, folder: Path) -> Encoders:
+def warm_start(old: Encoders, config: FluxPipelineConfig, folder: Path) -> Encoders:
     """The same networks behind the tokenizers in `folder`, whose new pieces begin as the mean of
     what the old tokenizer made of them."""
     clip_tokenizer = load_clip_tokenizer(folder / "tokenizer")
@@ -221,7 +221,7 @@ def distance(
 
 
 def train_paraphrases(
-    folder: Path, config: PipelineConfig, stage: ParaphraseStage, runs: Path
+    folder: Path, config: FluxPipelineConfig, stage: ParaphraseStage, runs: Path
 ) -> dict[str, float]:
     """Writes folder/text_encoder and folder/text_encoder_2 (bfloat16), returns what is measured.
 
@@ -231,11 +231,11 @@ def train_paraphrases(
     if stage.teacher is None:
         teacher = student = open_encoders(folder, config)
     else:
-        teacher = open_encoders(stage.teacher, read_config(stage.teacher))
+        teacher = open_encoders(stage.teacher, read_flux(stage.teacher))
         student = warm_start(teacher, config, folder)
 
     def both(encoders: Encoders, params: Tree, ids: PromptIds):
-        return encode_prompts(encoders.clip, encoders.t5, params["clip"], params["t5"], ids)
+        return encode_prompts((encoders.clip, encoders.t5), (params["clip"], params["t5"]), ids)
 
     def errors(params: Tree, lesson: Lesson) -> dict[str, Array]:
         target = jax.lax.stop_gradient(both(teacher, teacher.params, lesson.plain))

@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from fluxjax.checkpoint.pipeline_folder import save_params
-from fluxjax.config import CLIPVisionConfig, PipelineConfig
+from fluxjax.config import CLIPVisionConfig, FluxPipelineConfig
 from fluxjax.models.clip import CLIPTextModel, CLIPVisionModel
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
@@ -104,7 +104,7 @@ def draw(
     return Drawn(scenes, typed, [c.text for c in typed])
 
 
-def train_tokenizers(folder: Path, config: PipelineConfig, settings: TextTraining) -> None:
+def train_tokenizers(folder: Path, config: FluxPipelineConfig, settings: TextTraining) -> None:
     """Writes folder/tokenizer (CLIP) and folder/tokenizer_2 (T5)."""
     seed, count = settings.seed + _HELD_OUT_SEED // 2, settings.tokenizer_captions
     texts = [t for i in range(0, count, 1000) for t in draw(settings, seed + i, 1000).texts]
@@ -117,7 +117,7 @@ def train_tokenizers(folder: Path, config: PipelineConfig, settings: TextTrainin
     )
 
 
-def fit_vocabularies(folder: Path, config: PipelineConfig) -> PipelineConfig:
+def fit_vocabularies(folder: Path, config: FluxPipelineConfig) -> FluxPipelineConfig:
     """`config` with the vocabulary sizes and special ids of the tokenizers in `folder`."""
     clip = load_clip_tokenizer(folder / "tokenizer").backend.get_vocab_size()
     t5 = load_t5_tokenizer(folder / "tokenizer_2").backend.get_vocab_size()
@@ -140,7 +140,7 @@ def _optimizer(rate: float, steps: int) -> optax.GradientTransformation:
 
 
 def train_t5(
-    folder: Path, runs: Path, config: PipelineConfig, settings: TextTraining
+    folder: Path, runs: Path, config: FluxPipelineConfig, settings: TextTraining
 ) -> dict[str, float]:
     """Masked tokens and scene read-out, unmasked and padded as FLUX reads T5.
 
@@ -223,7 +223,7 @@ def train_t5(
 
 
 def train_clip(
-    folder: Path, runs: Path, config: PipelineConfig, settings: TextTraining
+    folder: Path, runs: Path, config: FluxPipelineConfig, settings: TextTraining
 ) -> dict[str, float]:
     """Symmetric InfoNCE between captions and drawn pictures.
 
@@ -290,8 +290,8 @@ def train_clip(
 
 
 def train(
-    folder: Path, runs: Path, config: PipelineConfig, settings: TextTraining
-) -> tuple[PipelineConfig, dict[str, dict[str, float]]]:
+    folder: Path, runs: Path, config: FluxPipelineConfig, settings: TextTraining
+) -> tuple[FluxPipelineConfig, dict[str, dict[str, float]]]:
     """All three stages. Returns the configuration that fits the vocabularies, and the reports."""
     train_tokenizers(folder, config, settings)
     config = fit_vocabularies(folder, config)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fluxjax.checkpoint.pipeline_folder import load_params, save_params, write_config
-from fluxjax.config import TINY, PipelineConfig
+from fluxjax.config import TINY, FluxPipelineConfig
 from fluxjax.families import Conditioning
 from fluxjax.families.flux import encode_prompts, tokenize
 from fluxjax.models.autoencoder import Autoencoder
@@ -113,7 +113,7 @@ def _train_stages(recipe: TinyRecipe) -> Path:
     return pipeline
 
 
-def _text(recipe: TinyRecipe) -> PipelineConfig:
+def _text(recipe: TinyRecipe) -> FluxPipelineConfig:
     done = recipe.folder / "text_report.json"
     if not done.is_file():
         _, report = text_encoders.train(recipe.pipeline, recipe.folder / "text", TINY, recipe.text)
@@ -127,7 +127,7 @@ def _text(recipe: TinyRecipe) -> PipelineConfig:
     return config
 
 
-def _autoencoder(recipe: TinyRecipe, config: PipelineConfig) -> PipelineConfig:
+def _autoencoder(recipe: TinyRecipe, config: FluxPipelineConfig) -> FluxPipelineConfig:
     """Trains it, and sets shift and scale so that latents have mean 0 and deviation 1."""
     statistics = recipe.folder / "latents.json"
     if not statistics.is_file():
@@ -142,7 +142,7 @@ def _autoencoder(recipe: TinyRecipe, config: PipelineConfig) -> PipelineConfig:
     return replace(config, vae=replace(config.vae, **json.loads(statistics.read_text())))
 
 
-def _decoder(recipe: TinyRecipe, config: PipelineConfig) -> None:
+def _decoder(recipe: TinyRecipe, config: FluxPipelineConfig) -> None:
     """More training for the decoder, which changes no latent, and so can come last."""
     done = recipe.folder / "decoder_done.json"
     if not done.is_file():
@@ -152,14 +152,14 @@ def _decoder(recipe: TinyRecipe, config: PipelineConfig) -> None:
         done.write_text(json.dumps({"steps": recipe.autoencoder.decoder_steps}))
 
 
-def _once(folder: Path, config: PipelineConfig, train) -> Tree:
+def _once(folder: Path, config: FluxPipelineConfig, train) -> Tree:
     """The float32 transformer in `folder`, trained if it is not there yet."""
     if not (folder / "transformer").is_dir():
         save_params(folder, "transformer", train(), config.transformer, jnp.float32)
     return load_params(folder, "transformer", config.transformer, stacked=False)
 
 
-def make_conditioner(pipeline: Path, config: PipelineConfig) -> Conditioner:
+def make_conditioner(pipeline: Path, config: FluxPipelineConfig) -> Conditioner:
     """The frozen networks of a pipeline folder as functions of pictures and captions."""
     clip_tokenizer = load_clip_tokenizer(pipeline / "tokenizer")
     t5_tokenizer = load_t5_tokenizer(pipeline / "tokenizer_2")
@@ -176,7 +176,7 @@ def make_conditioner(pipeline: Path, config: PipelineConfig) -> Conditioner:
         ids, _ = tokenize(
             clip_tokenizer, t5_tokenizer, texts, max_sequence_length=config.max_sequence_length
         )
-        return encode_prompts(clip, t5, clip_params, t5_params, ids)
+        return encode_prompts((clip, t5), (clip_params, t5_params), ids)
 
     return Conditioner(image_encoder(config, params("vae", config.vae)), encode_text)
 

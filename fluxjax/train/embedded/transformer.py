@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from fluxjax.config import PipelineConfig
+from fluxjax.config import FluxPipelineConfig
 from fluxjax.config.latents import latent_size
 from fluxjax.families import FLUX, Conditioning, Extras
 from fluxjax.models.autoencoder import Autoencoder, normalize_latents
@@ -82,7 +82,7 @@ class Conditioner(NamedTuple):
     """Of n captions."""
 
 
-def image_encoder(config: PipelineConfig, params: Tree):
+def image_encoder(config: FluxPipelineConfig, params: Tree):
     """Pictures to packed, normalised posterior means."""
     model = Autoencoder(config.vae)
 
@@ -153,7 +153,9 @@ class Pool:
 class Batches:
     """All buckets; `self(step)` gives (rows, image ids, mu)."""
 
-    def __init__(self, config: PipelineConfig, stage: TransformerStage, conditioner: Conditioner):
+    def __init__(
+        self, config: FluxPipelineConfig, stage: TransformerStage, conditioner: Conditioner
+    ):
         self.config, self.stage, self.conditioner = config, stage, conditioner
         self.pools: dict[tuple[int, int], Pool] = {}
 
@@ -200,7 +202,7 @@ def guidance_distillation_loss(model: FluxTransformer, scales: tuple[float, floa
     return loss
 
 
-def init_transformer(config: PipelineConfig, seed: int) -> tuple[FluxTransformer, Tree]:
+def init_transformer(config: FluxPipelineConfig, seed: int) -> tuple[FluxTransformer, Tree]:
     model = FluxTransformer(config.transformer, scan_layers=False)
     c, tokens = config.transformer, image_ids(4, 4)
     params = jax.jit(model.init)(
@@ -217,7 +219,7 @@ def init_transformer(config: PipelineConfig, seed: int) -> tuple[FluxTransformer
 
 
 def train_transformer(
-    config: PipelineConfig,
+    config: FluxPipelineConfig,
     stage: TransformerStage,
     conditioner: Conditioner,
     folder: Path,

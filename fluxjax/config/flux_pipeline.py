@@ -1,0 +1,147 @@
+"""FLUX.1 pipelines, and the published presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from fluxjax.config.autoencoder import AutoencoderConfig
+from fluxjax.config.base import require
+from fluxjax.config.clip import CLIPTextConfig
+from fluxjax.config.flux import FluxConfig
+from fluxjax.config.latents import PATCH
+from fluxjax.config.pipeline import PipelineConfig
+from fluxjax.config.scheduler import SchedulerConfig
+from fluxjax.config.t5 import T5Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxPipelineConfig(PipelineConfig):
+    """All networks of one FLUX.1 pipeline. `guidance` is fed to the guidance embedding; models
+    without one ignore it. `max_sequence_length` counts T5's tokens."""
+
+    transformer: FluxConfig = FluxConfig()
+    text_encoder: CLIPTextConfig = CLIPTextConfig()
+    """CLIP, whose pooled state is the transformer's text vector."""
+    text_encoder_2: T5Config = T5Config()
+    """T5, whose states are the transformer's text tokens."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+    class_names: ClassVar[str] = r"Flux([A-Z]\w*)?Pipeline"
+    components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+    @property
+    def unit(self) -> int:
+        return PATCH * self.vae.scale
+
+    @property
+    def class_name(self) -> str:
+        inputs = self.transformer.in_channels // self.transformer.out_channels
+        tool = {1: "", 2: "Control"}.get(inputs, "Fill")
+        return f"Flux{tool}Pipeline"
+
+    @classmethod
+    def published(cls, parts: dict[str, Any], name: str) -> FluxPipelineConfig:
+        transformer = parts["transformer"]
+        # dev shifts by the number of tokens, schnell does not.
+        dynamic = transformer.guidance_embeds
+        scheduler = SchedulerConfig(use_dynamic_shifting=dynamic, shift=3.0 if dynamic else 1.0)
+        return cls(**{"scheduler": scheduler, **published_defaults(transformer, name), **parts})
+
+    def require_whole(self, model: object, *, text_alone: bool = False) -> None:
+        transformer = self.transformer
+        tokens = 4 * self.vae.latent_channels
+        tools = (2 * tokens, 2 * tokens + 4 * self.vae.scale**2)
+        if not text_alone and transformer.in_channels in tools:
+            tokens = transformer.in_channels
+        made, decoded = transformer.out_channels // 4, self.vae.latent_channels
+        require(
+            made == decoded,
+            f"{model}: the transformer makes {made} latent channels and the autoencoder decodes "
+            f"{decoded}: it belongs to another model",
+        )
+        for name, reads, given in (
+            ("in_channels", transformer.in_channels, tokens),
+            ("joint_attention_dim", transformer.joint_attention_dim, self.text_encoder_2.d_model),
+            (
+                "pooled_projection_dim",
+                transformer.pooled_projection_dim,
+                self.text_encoder.hidden_size,
+            ),
+        ):
+            require(
+                reads == given,
+                f"{model}: the transformer's {name} is {reads}, and in a text-to-image model the "
+                f"other networks give {given}",
+            )
+
+
+def published_defaults(transformer: FluxConfig, name: str) -> dict[str, Any]:
+    """What differs from FLUX.1-dev in how a model is sampled: steps, guidance, text length.
+
+    Canny and Depth are the same network: a Depth model is known by its file's or folder's `name`.
+    """
+    if not transformer.guidance_embeds:
+        return {"max_sequence_length": 256, "steps": 4, "guidance": 0.0}
+    inputs = transformer.in_channels // transformer.out_channels
+    if inputs > 2:
+        return {"steps": 50, "guidance": 30.0}
+    return {"guidance": 10.0 if "depth" in name.lower() else 30.0} if inputs == 2 else {}
+
+
+DEV = FluxPipelineConfig()
+SCHNELL = replace(
+    DEV,
+    transformer=replace(DEV.transformer, guidance_embeds=False),
+    scheduler=replace(DEV.scheduler, use_dynamic_shifting=False, shift=1.0),
+    max_sequence_length=256,
+    steps=4,
+    guidance=0.0,
+)
+KONTEXT = DEV
+FILL = replace(DEV, transformer=replace(DEV.transformer, in_channels=384), steps=50, guidance=30.0)
+CONTROL = replace(DEV, transformer=replace(DEV.transformer, in_channels=128), guidance=30.0)
+
+# The embedded model: every part of the published architecture, small, trained on drawn scenes.
+TINY = FluxPipelineConfig(
+    transformer=FluxConfig(
+        num_layers=2,
+        num_single_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=128,
+        pooled_projection_dim=128,
+        axes_dims_rope=(8, 12, 12),
+    ),
+    vae=AutoencoderConfig(
+        block_out_channels=(16, 24, 64, 64), layers_per_block=1, norm_num_groups=4
+    ),
+    text_encoder=CLIPTextConfig(
+        vocab_size=791,
+        hidden_size=128,
+        intermediate_size=384,
+        projection_dim=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=789,
+        eos_token_id=790,
+        pad_token_id=790,
+    ),
+    text_encoder_2=T5Config(
+        vocab_size=188, d_model=128, d_kv=32, d_ff=320, num_layers=3, num_heads=4
+    ),
+    max_sequence_length=32,
+    steps=20,
+    guidance=3.5,
+    width=96,
+    height=96,
+)
+
+PRESETS: dict[str, FluxPipelineConfig] = {
+    "dev": DEV,
+    "schnell": SCHNELL,
+    "kontext": KONTEXT,
+    "fill": FILL,
+    "control": CONTROL,
+    "tiny": TINY,
+}
