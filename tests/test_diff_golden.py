@@ -85,3 +85,24 @@ def test_no_recording(tmp_path):
         check_golden(tmp_path / "plain.json")
     with pytest.raises(ValueError, match="one FILE"):
         execute(Golden(files=(tmp_path / "a", tmp_path / "b"), save=tmp_path / "c"))
+
+
+# Each tiling once; the others of these files take as many programs again.
+CLIPS = {
+    "hunyuan_vae": ("latents_tiled", "video_framewise"),
+    "opensora_vae": ("latents_tiled", "video_tiled", "video_spatially_tiled", "image_latents"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLIPS)
+def test_recorded_autoencoders_of_clips(shared, tmp_path, name):
+    def fewer(tensors):
+        for left_out in CLIPS[name]:
+            del tensors[f"outputs.{left_out}"]
+
+    path = _rewritten(shared / f"goldens/{name}.safetensors", tmp_path / "a.safetensors", fewer)
+    report, outputs = check_golden(path)
+    assert report.passed, report.first_failure
+    assert len(report.rows) == len(outputs) >= 5
+    assert all(row.bound == 1e-5 for row in report.rows)

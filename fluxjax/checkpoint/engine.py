@@ -27,8 +27,9 @@ class MappingError(ValueError):
     """Tensors that do not fit the network; the message lists every one of them."""
 
 
-_AXES = {"kernel2": (1, 0), "kernel4": (3, 2, 0, 1)}  # ours -> theirs
-_INVERSE_AXES = {"kernel2": (1, 0), "kernel4": (2, 3, 1, 0)}  # theirs -> ours
+# Dense layers', pictures' and clips' convolutions.
+_AXES = {"kernel2": (1, 0), "kernel4": (3, 2, 0, 1), "kernel5": (4, 3, 0, 1, 2)}  # ours -> theirs
+_INVERSE_AXES = {"kernel2": (1, 0), "kernel4": (2, 3, 1, 0), "kernel5": (2, 3, 4, 1, 0)}
 
 
 @dataclass(frozen=True)

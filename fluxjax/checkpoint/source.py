@@ -69,7 +69,7 @@ def open_file(
         family = "FLUX.1"
     networks = {}
     for prefixed, names in groups.items():
-        wanted = not prefixed or prefixed == (component or "transformer")
+        wanted = len(groups) == 1 or prefixed == (component or "transformer")
         network = make_network(
             {short: raw[name] for short, name in names.items()},
             path,

@@ -11,6 +11,7 @@ from fluxjax.config.base import Activation, ConfigError, from_dict, multiple
 
 if TYPE_CHECKING:
     from fluxjax.config.autoencoder import AutoencoderConfig
+    from fluxjax.config.causal_autoencoder import CausalAutoencoderConfig
     from fluxjax.config.choices import CONTROL_MODES, CONTROLS
     from fluxjax.config.clip import (
         CLIP_BASE_TEXT,
@@ -101,6 +102,7 @@ __all__ = [
     "CLIPConfig",
     "CLIPTextConfig",
     "CLIPVisionConfig",
+    "CausalAutoencoderConfig",
     "ConfigError",
     "ControlNetConfig",
     "FluxConfig",
@@ -123,6 +125,7 @@ __all__ = [
 
 _NAMES = {
     "autoencoder": ("AutoencoderConfig",),
+    "causal_autoencoder": ("CausalAutoencoderConfig",),
     "clip": (
         "CLIP_BASE_TEXT",
         "CLIP_BASE_VISION",

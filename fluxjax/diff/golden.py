@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import ConfigError
-from fluxjax.diff import golden_flux, golden_open_sora
+from fluxjax.diff import golden_clip_autoencoders, golden_flux, golden_open_sora
 from fluxjax.diff.recordings import Arrays, Recording, parse, read_recording
 from fluxjax.diff.report import Report, Row
 from fluxjax.parallel.mesh import make_mesh
@@ -26,6 +26,11 @@ CHECKS: Mapping[str, Callable[[Recording, Mesh | None], Checked]] = {
     "hpcaitech/Open-Sora v2": golden_open_sora.check,
 }
 """By what a recording says that it is of."""
+AUTOENCODER_CHECKS: Mapping[str, Callable[[Recording, Mesh | None], Checked]] = {
+    "AutoencoderKLHunyuanVideo": golden_clip_autoencoders.check_diffusers,
+    "hunyuan_vae": golden_clip_autoencoders.check_open_sora,
+}
+"""Of autoencoders of clips, which several families share: by the recorded network."""
 TABLE_CHECKS: Mapping[str, Callable[[Path, Mapping[str, Any]], Checked]] = {
     "black-forest-labs/flux": golden_flux.check_tables,
     "hpcaitech/Open-Sora v2": golden_open_sora.check_tables,
@@ -45,7 +50,8 @@ def check_golden(path: Path, mesh: str | None = None) -> tuple[Report, Arrays]:
         rows, ours = _known(path, recorded, TABLE_CHECKS)(path, recorded)
         return Report(title=path.name, rows=tuple(rows)), ours
     recording = read_recording(path)
-    check = _known(path, recording.config, CHECKS)
+    check = AUTOENCODER_CHECKS.get(str(recording.config.get("network")))
+    check = check or _known(path, recording.config, CHECKS)
     rows, ours = check(recording, None if mesh is None else make_mesh(mesh))
     outputs = {f"outputs.{name}": ours[name] for name in recording.outputs}
     return Report(title=path.name, rows=tuple(rows)), outputs

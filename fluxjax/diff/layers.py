@@ -62,8 +62,8 @@ def recorded(network: torch.nn.Module) -> Iterator[list[Layer]]:
     """Record every submodule's outputs, in the order in which the calls return.
 
     A module returns after its children, so the first wrong entry is the innermost fault. In a
-    convolutional network, and from what holds a convolution, pictures (b, c, h, w) come out as
-    (b, h, w, c), as ours are laid out.
+    convolutional network, and from what holds a convolution, pictures (b, c, h, w) and clips
+    (b, c, t, h, w) come out with channels last, as ours are laid out.
     """
     import torch
 
@@ -84,7 +84,7 @@ def recorded(network: torch.nn.Module) -> Iterator[list[Layer]]:
                 # numpy has no bfloat16; the copy guards against later in-place changes.
                 array = tensor.detach().float().cpu().numpy().copy()
                 # GroupNorm has its channels second even on the flattened (b, c, h w).
-                if pictures and (array.ndim == 4 or (group_norm and array.ndim == 3)):
+                if pictures and (array.ndim in (4, 5) or (group_norm and array.ndim == 3)):
                     array = np.moveaxis(array, 1, -1)
                 outputs.append(array)
             layers.append(Layer(name, calls.get(name, 0), tuple(outputs)))

@@ -23,6 +23,7 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import (
     DEV,
     AutoencoderConfig,
+    CausalAutoencoderConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     ControlNetConfig,
@@ -74,7 +75,8 @@ def require_torch() -> Any:
 
 
 def _autoencoder(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    image, latents = (tensors[k].movedim(-1, 1) for k in ("image", "latents"))
+    """Of pictures, and of clips that are short and small enough for one tile."""
+    image, latents = (tensor.movedim(-1, 1) for tensor in tensors.values())
     moments = model.encode(image).latent_dist
     decoded = model.decode(latents).sample
     outputs = {"mean": moments.mean, "logvar": moments.logvar, "decoded": decoded}
@@ -116,6 +118,7 @@ THEIRS: dict[type, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     PixArtConfig: _latents,
     UNetConfig: _unet,
     AutoencoderConfig: _autoencoder,
+    CausalAutoencoderConfig: _autoencoder,
     CLIPTextConfig: _clip_text,
     T5Config: lambda model, x: {
         "last_hidden_state": model(x["input_ids"].long()).last_hidden_state

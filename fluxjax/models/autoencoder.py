@@ -25,10 +25,10 @@ Dtype = jnp.dtype | type
 class Posterior(NamedTuple):
     """A diagonal Gaussian over latents."""
 
-    mean: Float[Array, "b h w c"]
-    logvar: Float[Array, "b h w c"]
+    mean: Float[Array, "b *size c"]
+    logvar: Float[Array, "b *size c"]
 
-    def sample(self, key: PRNGKeyArray) -> Float[Array, "b h w c"]:
+    def sample(self, key: PRNGKeyArray) -> Float[Array, "b *size c"]:
         noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
@@ -48,7 +48,7 @@ def denormalize_latents(
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with float32 statistics."""
+    """Group normalisation of pictures or clips, with float32 statistics over all of each."""
 
     groups: int
     dtype: Dtype
@@ -56,24 +56,27 @@ class GroupNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, _, _, channels = x.shape
+    def __call__(self, x: Float[Array, "b *size c"]) -> Float[Array, "b *size c"]:
+        b, *size, channels = x.shape
+        pixels = tuple(range(1, x.ndim - 1))
+        per_channel = (b, *(1 for _ in size), channels)
         scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
 
         def group_mean(values: Array) -> Array:
             # Over pixels first, with the channels innermost, then over the few in each group: a
             # reduction over (pixels, channels of a group) at once does not vectorise.
-            means = values.mean((1, 2)).reshape(b, self.groups, channels // self.groups).mean(-1)
-            return jnp.repeat(means, channels // self.groups, axis=1)[:, None, None, :]
+            means = values.mean(pixels).reshape(b, self.groups, channels // self.groups).mean(-1)
+            return jnp.repeat(means, channels // self.groups, axis=1).reshape(per_channel)
 
         y = x.astype(jnp.float32)
         mean = group_mean(y)
         # Two passes: E[x^2] - E[x]^2 loses the digits that parity needs.
         var = group_mean(jnp.square(y - mean))
         # One multiply-add per pixel: the statistics are folded into the affine.
-        gain = jax.lax.rsqrt(var + self.epsilon) * scale.astype(jnp.float32)[None, None, None]
-        offset = bias.astype(jnp.float32)[None, None, None] - mean * gain
+        scale, bias = (v.astype(jnp.float32).reshape(*per_channel[1:]) for v in (scale, bias))
+        gain = jax.lax.rsqrt(var + self.epsilon) * scale[None]
+        offset = bias[None] - mean * gain
         return (y * gain + offset).astype(self.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from fluxjax.config import (
     AutoencoderConfig,
+    CausalAutoencoderConfig,
     CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
@@ -17,6 +18,7 @@ from fluxjax.config import (
     UNetConfig,
 )
 from fluxjax.networks.autoencoder import AUTOENCODER
+from fluxjax.networks.causal_autoencoder import CAUSAL_AUTOENCODER
 from fluxjax.networks.clip import CLIP, CLIP_TEXT, CLIP_VISION
 from fluxjax.networks.controlnet import CONTROLNET
 from fluxjax.networks.flux import FLUX
@@ -47,6 +49,7 @@ NETWORKS: dict[type, Network] = {
         SIGLIP,
         REDUX,
         IP_ADAPTER,
+        CAUSAL_AUTOENCODER,
     )
 }
 Config = (
@@ -64,6 +67,7 @@ Config = (
     | SiglipVisionConfig
     | ReduxConfig
     | IPAdapterConfig
+    | CausalAutoencoderConfig
 )
 
 

@@ -73,8 +73,8 @@ FOREIGN = (
     ),
     # Autoencoders.
     Foreign(
-        "HunyuanVideo's autoencoder (Open-Sora 2.0 has the same)",
-        (r"encoder\.conv_in\.conv\.weight", r"encoder\.down_blocks\.0\.resnets\.0\..*"),
+        "HunyuanVideo 1.5's autoencoder",
+        (r"encoder\.conv_in\.conv\.weight", r"encoder\.down_blocks\.0\.resnets\.0\.norm1\.gamma"),
     ),
     Foreign("FLUX.2's autoencoder", (r"bn\.running_mean", r"encoder\.(down|down_blocks)\.0\..*")),
     Foreign(

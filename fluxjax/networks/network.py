@@ -18,9 +18,9 @@ from fluxjax.networks.tables import Rule, Table
 
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = dict[str, np.ndarray]
-Role = Literal["columns", "modulation", "rows", "whole", "convolution", "copied"]
+Role = Literal["columns", "modulation", "rows", "whole", "convolution", "convolution_3d", "copied"]
 """How a layer shares out its parameters: by outputs (columns) or inputs (rows) over `tensor`, and
-the inputs over `fsdp`; over `fsdp` alone (whole, and a convolution); the same on every device. A
+the inputs over `fsdp`; over `fsdp` alone (whole, and convolutions); the same on every device. A
 modulation is split by columns, and what it returns, a vector for all tokens, is not."""
 
 

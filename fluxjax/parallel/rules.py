@@ -41,6 +41,7 @@ SPECS: Mapping[Role, Mapping[str, P]] = {
     "rows": {"kernel": P(("tensor", "fsdp"), None), "a": P(("tensor", "fsdp"), None)},
     "whole": {"kernel": P("fsdp", None), "embedding": P(None, "fsdp"), "a": P("fsdp", None)},
     "convolution": {"kernel": P(None, None, None, "fsdp")},
+    "convolution_3d": {"kernel": P(None, None, None, None, "fsdp")},
     "copied": {},
 }
 """The specs of a layer's parameters by their names; every device holds those that are not here."""

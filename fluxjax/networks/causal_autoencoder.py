@@ -1,0 +1,145 @@
+"""The causal autoencoder of clips. diffusers, Tencent and Open-Sora name its tensors alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fluxjax.config import CausalAutoencoderConfig, ConfigError, from_dict
+from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes, count
+from fluxjax.networks.tables import Table
+
+PUBLISHED = Table("causal autoencoder of clips", identity=True)
+
+
+def _infer(shapes: Shapes, family: str) -> CausalAutoencoderConfig:
+    levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
+    changing = [f"encoder.down_blocks.{i}.downsamplers.0.conv.conv.weight" for i in range(levels)]
+    if [name in shapes for name in changing] != [True, True, True, False]:
+        raise ConfigError(
+            "how often this autoencoder halves frames and how often pixels cannot be told from "
+            "shapes (the published one has four resolutions); give its config.json with --config"
+        )
+    widths = tuple(
+        shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"][0] for i in range(levels)
+    )
+    groups = CausalAutoencoderConfig.norm_num_groups
+    if any(width % groups for width in widths):
+        raise ConfigError(
+            f"an autoencoder of widths {', '.join(map(str, widths))} does not have the published "
+            f"{groups} groups in its norms, and shapes do not tell how many; give its config.json "
+            "with --config"
+        )
+    return CausalAutoencoderConfig(
+        in_channels=shapes["encoder.conv_in.conv.weight"][1],
+        out_channels=shapes["decoder.conv_out.conv.weight"][0],
+        latent_channels=shapes["decoder.conv_in.conv.weight"][1],
+        block_out_channels=widths,
+        layers_per_block=count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+    )
+
+
+def _read(values: dict[str, Any]) -> dict[str, Any]:
+    """Tencent's and Open-Sora's configurations name two things otherwise."""
+    shift = values.get("shift_factor", 0)
+    if shift != 0:
+        raise ConfigError(f"shift_factor={shift!r} is not supported, only 0")
+    names = {
+        "scale_factor": "scaling_factor",
+        "time_compression_ratio": "temporal_compression_ratio",
+    }
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+def _from_original(params: Mapping[str, Any]) -> CausalAutoencoderConfig:
+    """Open-Sora's AutoEncoder3DConfig; what it leaves out is as published."""
+    return from_dict(CausalAutoencoderConfig, _read(dict(params)))
+
+
+def _write(config: CausalAutoencoderConfig, values: dict[str, Any]) -> dict[str, Any]:
+    levels = len(config.block_out_channels)
+    return values | {
+        "act_fn": "silu",
+        "mid_block_add_attention": True,
+        "down_block_types": ["HunyuanVideoDownBlock3D"] * levels,
+        "up_block_types": ["HunyuanVideoUpBlock3D"] * levels,
+    }
+
+
+def _inputs(config: CausalAutoencoderConfig) -> Arrays:
+    random = np.random.default_rng(0)
+    t, h, w = 3, 2, 3
+    frames = (t - 1) * config.temporal_compression_ratio + 1
+    scale = config.spatial_compression_ratio
+    clip = random.uniform(-1, 1, (2, frames, h * scale, w * scale, config.in_channels))
+    latents = random.standard_normal((2, t, h, w, config.latent_channels))
+    return {"clip": clip.astype(np.float32), "latents": latents.astype(np.float32)}
+
+
+def _both_ways(module: Any, clip: Any, latents: Any) -> tuple[Any, Any, Any]:
+    posterior = module.encode(clip)
+    return posterior.mean, posterior.logvar, module.decode(latents)
+
+
+def _describe(config: CausalAutoencoderConfig) -> str:
+    ratio = f"{config.temporal_compression_ratio} x {config.spatial_compression_ratio}^2 smaller"
+    return f"HunyuanVideo's autoencoder, {config.latent_channels} latent channels, {ratio}"
+
+
+def _module() -> type:
+    from fluxjax.models.causal_autoencoder import CausalAutoencoder
+
+    return CausalAutoencoder
+
+
+_ROLES: dict[str, Role] = {
+    "conv": "convolution_3d",
+    "quant_conv": "convolution_3d",
+    "post_quant_conv": "convolution_3d",
+    "norm1": "copied",
+    "norm2": "copied",
+    "group_norm": "copied",
+    "conv_norm_out": "copied",
+    # One head in the middle, which cannot be shared out.
+    "attentions_0/to_q": "whole",
+    "attentions_0/to_k": "whole",
+    "attentions_0/to_v": "whole",
+    "attentions_0/to_out_0": "whole",
+}
+
+CAUSAL_AUTOENCODER = Network(
+    config=CausalAutoencoderConfig,
+    component="vae",
+    words="autoencoder of HunyuanVideo and Open-Sora",
+    describe=_describe,
+    module=_module,
+    inputs=_inputs,
+    outputs=lambda returned: dict(zip(("mean", "logvar", "decoded"), returned, strict=True)),
+    json=JsonForm(
+        "diffusers",
+        ("AutoencoderKLHunyuanVideo", "AutoencoderKLCausal3D"),
+        required={"act_fn": "silu", "mid_block_add_attention": True, "mid_block_causal_attn": True},
+        read=_read,
+        write=_write,
+    ),
+    dialects=(
+        Dialect(
+            "published",
+            (
+                r"encoder\.down_blocks\.0\.resnets\.0\.norm1\.weight",
+                r"encoder\.conv_in\.conv\.weight",
+                r"decoder\.conv_in\.conv\.weight",
+            ),
+            lambda config: PUBLISHED,
+            _infer,
+            "sample_tsize",
+            _from_original,
+        ),
+    ),
+    roles=_ROLES,
+    prefixes=("vae.",),
+    file_name=lambda config: "hunyuan_vae.safetensors",
+    method=_both_ways,
+)

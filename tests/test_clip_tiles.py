@@ -1,0 +1,148 @@
+"""Clips in tiles: the same frames in groups, memory that does not grow, tiles on many devices."""
+
+import tracemalloc
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fluxjax.config import CausalAutoencoderConfig, ConfigError
+from fluxjax.config.tiling import OPEN_SORA, TENCENT, WHOLE, Tiles, Tiling
+from fluxjax.models import clip_tiles
+from fluxjax.models.causal_autoencoder import CausalAutoencoder
+from fluxjax.models.clip_tiles import decode_groups, decode_tiled, encode_tiled
+from fluxjax.parallel.mesh import AXES, make_mesh, replicated
+
+SMALL = Tiles(16, 12)
+BOTH = Tiling(rows=SMALL, columns=SMALL, frames=Tiles(8, 4))
+
+
+class Copying(NamedTuple):
+    """What an autoencoder would be whose latents are every fourth frame and eighth pixel."""
+
+    config: CausalAutoencoderConfig
+
+    def __call__(self, model, method, params, tiles):
+        if method == "encode_tile":
+            return tiles[:, ::4, ::4, ::4]
+        first, later = tiles[:, :1], np.repeat(tiles[:, 1:], 4, axis=1)
+        clip = np.concatenate([first, later], axis=1)
+        return np.repeat(np.repeat(clip, 4, axis=2), 4, axis=3) * params
+
+
+@pytest.fixture
+def copying(monkeypatch):
+    config = CausalAutoencoderConfig(
+        block_out_channels=(32, 32, 32), spatial_compression_ratio=4, latent_channels=3
+    )
+    model, calls = Copying(config), []
+
+    def run(*arguments):
+        calls.append(arguments[3].shape)
+        return model(*arguments)
+
+    monkeypatch.setattr(clip_tiles, "_run", run)
+    return model, calls
+
+
+def latents(t, h, w, channels=3):
+    return np.random.default_rng(0).normal(size=(2, t, h, w, channels)).astype(np.float32)
+
+
+def test_tiles_of_what_needs_none_are_the_whole(copying):
+    """Where tiles agree on what they share, blending changes nothing."""
+    model, calls = copying
+    z = latents(8, 7, 9)
+    whole = decode_tiled(model, 1.0, z, WHOLE)
+    assert whole.shape == (2, 29, 28, 36, 3) and calls == [z.shape]
+    for together in (1, 3, 16):
+        calls.clear()
+        groups = list(decode_groups(model, 1.0, z, BOTH, together=together))
+        # Frames begin at latents 0, 1, ... 6, each group but the first with a frame less.
+        assert [group.shape[1] for group in groups] == [5, *[4] * 6]
+        np.testing.assert_allclose(np.concatenate(groups, axis=1), whole, atol=1e-6)
+        assert {shape[0] for shape in calls} == {2 * together}
+    np.testing.assert_allclose(encode_tiled(model, 1.0, whole, BOTH), z, atol=1e-6)
+
+
+def test_rows_and_columns_are_cut_where_either_is_long(copying):
+    model, calls = copying
+    z = latents(3, 2, 5)
+    decode_tiled(model, 1.0, z, Tiling(rows=SMALL, columns=SMALL))
+    assert [shape[2:4] for shape in calls] == [(2, 4), (2, 2)]
+    calls.clear()
+    decode_tiled(model, 1.0, z[:, :, :, :4], BOTH)
+    assert [shape[1:4] for shape in calls] == [(3, 2, 4), (2, 2, 4)]
+
+
+def test_a_neighbour_fades_into_a_tile(copying, monkeypatch):
+    """Tiles that are worth 0, 1, 2, ... one after the other: a ramp that starts at the old."""
+    model, _ = copying
+    worth = iter(range(9))
+    monkeypatch.setattr(
+        clip_tiles, "_run", lambda *given: model(*given[:3], given[3] * 0 + next(worth))
+    )
+    line = decode_tiled(model, 1.0, latents(1, 1, 9), Tiling(rows=SMALL, columns=SMALL))[0, 0, 0]
+    expected = [0] * 12 + [0, 0.25, 0.5, 0.75] + [1] * 8 + [1, 1.25, 1.5, 1.75] + [2] * 8
+    np.testing.assert_allclose(line[:, 0], expected)
+
+
+def test_memory_does_not_grow_with_the_clip(copying):
+    model, _ = copying
+
+    def peak(t: int) -> int:
+        z = np.zeros((1, t, 16, 16, 3), np.float32)
+        tracemalloc.start()
+        for _ in decode_groups(model, 1.0, z, BOTH):
+            pass
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    assert peak(40) < 1.2 * peak(10)
+
+
+def test_tiles_are_whole_latents(copying):
+    odd = Tiling(frames=Tiles(6, 4))
+    with pytest.raises(ConfigError, match=r"tiles of 6 frames .* multiples of 4"):
+        decode_tiled(copying[0], 1.0, latents(9, 2, 2), odd)
+    with pytest.raises(ConfigError, match="leave gaps"):
+        Tiles(16, 20)
+    with pytest.raises(ConfigError, match="rows and columns or neither"):
+        Tiling(rows=SMALL)
+    assert OPEN_SORA.frames is None and TENCENT.frames is not None
+    assert TENCENT.frames.overlap == 16
+
+
+@pytest.mark.slow
+def test_tiles_on_eight_devices_equal_one():
+    config = CausalAutoencoderConfig(
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=2,
+        spatial_compression_ratio=2,
+        temporal_compression_ratio=2,
+    )
+    model, z = CausalAutoencoder(config), latents(9, 4, 4, 2)[:1]
+    tiling = Tiling(rows=Tiles(4, 4), columns=Tiles(4, 4), frames=Tiles(8, 8))
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 3, 4, 4, 3), np.float32))
+    mesh = make_mesh("data=8")
+    place = NamedSharding(mesh, P(AXES))
+    placed = []
+
+    def spread(tiles):
+        placed.append(jax.device_put(tiles, place))
+        return placed[-1]
+
+    held = jax.device_put(params["params"], replicated(mesh))
+    ours = decode_tiled(model, held, z, tiling, together=8, spread=spread)
+    alone = decode_tiled(model, params["params"], z, tiling)
+    assert ours.shape == (1, 17, 8, 8, 3)
+    np.testing.assert_allclose(ours, alone, atol=1e-5)
+    # Four tiles of each of two groups of frames, one on each device.
+    (tiles,) = placed
+    assert tiles.shape[0] == 8 and len({shard.device for shard in tiles.addressable_shards}) == 8
