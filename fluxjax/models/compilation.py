@@ -7,9 +7,15 @@ from threading import Lock
 
 import jax
 
-from fluxjax.models.products import BFLOAT16, Precision
+from fluxjax.models.products import BFLOAT16, TILED, Precision
 
 _LOCK = Lock()
+# What a loop does in each turn stays there.
+IN_LOOPS = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
+    "while-loop-expensive-invariant-code-motion"
+}
+IN_PLACE = {**IN_LOOPS, "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def compiler_options(precision: Precision = None) -> dict[str, str]:
@@ -19,9 +25,15 @@ def compiler_options(precision: Precision = None) -> dict[str, str]:
     an Intel Xeon: 1.7 times for (1536, 3072) x (3072, 3072) in float32, 1.4 times for
     (68, 192) x (192, 768); on an AMD EPYC the two are about equal. No library fusion means Eigen.
     With `precision=BFLOAT16` the products are left to YNNPACK, which has the instructions for them.
+    With TILED, each product is done where its kernel is converted: by default XLA converts the
+    kernels of several layers beforehand, out of a loop over them or for several threads.
     """
     if jax.default_backend() != "cpu" or precision == BFLOAT16:
         return {}
+    return {**_without_ynnpack(), **(IN_PLACE if precision == TILED else {})}
+
+
+def _without_ynnpack() -> dict[str, str]:
     # Of two threads one would read the trial's entry in the cache while the other writes it.
     with _LOCK:
         return _eigen()
