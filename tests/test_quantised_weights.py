@@ -22,7 +22,7 @@ from fluxjax.checkpoint.tensors import astype, of_array
 from fluxjax.config import ConfigError
 from fluxjax.convert import convert
 from fluxjax.models import tiled_product
-from fluxjax.models.compilation import compiler_options
+from fluxjax.models.compilation import IN_PLACE, compiler_options
 from fluxjax.models.dense import Dense
 from fluxjax.models.dynamic_product import _rounded_product, dynamic_product
 from fluxjax.models.gguf_blocks import BLOCK_TYPES
@@ -311,6 +311,9 @@ def test_quantised_files_keep_their_codes_and_draw(quantised_folder, tmp_path):
     assert record["quantise"] == "transformer=nf4,text_encoder_2=int8"
     assert "unrepeatable" not in record
     assert remembered(tmp_path / "picture.png").sources.quantise == record["quantise"]
+    pipe = fluxjax.load_pipeline(quantised_folder, quantise="transformer=int8_dynamic")
+    drawn = np.asarray(pipe("a red circle", **CHOSEN)[0], np.int16)
+    assert 0 < np.abs(drawn - values).mean() < 4
 
 
 def test_codes_are_split_as_their_kernels_are(tiny):
@@ -387,6 +390,32 @@ def test_scales_of_blocks_that_are_not_finite_are_refused(kind):
     damaged = Quantised(kind, {"blocks": of_array(blocks)})
     with pytest.raises(ConfigError, match=r"x has values that are not finite .1 infinite"):
         only_finite_codes(damaged, "x").parts["blocks"].read()
+
+
+def test_a_pipeline_on_one_cpu_converts_by_tiles(tiny):
+    """Where there is something to convert; and dynamic products take a file's own codes."""
+    for quantise, dtype, precision in (
+        ("int8_dynamic", "float32", TILED),
+        ("none", "bfloat16", TILED),
+        ("none", "float32", None),
+    ):
+        executables = fluxjax.load_pipeline("tiny", quantise=quantise, dtype=dtype).executables
+        module, _ = executables.modules("denoise")
+        assert module.precision == executables.precision == precision
+    assert "xla_cpu_scheduler_type" in compiler_options(TILED)
+    assert compiler_options(TILED, integers=True).keys() == IN_PLACE.keys()
+    name = "single_transformer_blocks.0.proj_mlp.weight"
+    packed = quantised(tiny.tensors[name], "int8")
+    assert packed is not None and packed.packed is not None
+
+    def values(start: int, stop: int) -> np.ndarray:
+        raise AssertionError("codes are not made anew")
+
+    network = replace(tiny, tensors=tiny.tensors | {name: replace(packed, rows=values)})
+    params = network.params(stacked=False, dtype=np.float32, quantise="int8_dynamic")
+    kernel = params["single_transformer_blocks_0"]["proj_mlp"]["kernel"]
+    assert kernel.kind == "int8_dynamic"
+    np.testing.assert_array_equal(kernel.parts["codes"], packed.packed.parts["codes"].read())
 
 
 def test_what_cannot_be_is_refused():

@@ -6,7 +6,7 @@ form: Micikevicius et al. 2022, FP8 Formats for Deep Learning.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ _LARGEST = {"int8_dynamic": 127, "fp8_dynamic": 448}
 _CONTRACTING = (((1,), (1,)), ((), ()))
 
 
-def is_dynamic(kernel: Any) -> bool:
+def is_dynamic(kernel: Any) -> TypeGuard[Quantised]:
     return isinstance(kernel, Quantised) and kernel.kind in DYNAMIC
 
 

@@ -56,6 +56,7 @@ def affine(
     elif takes_stored(kernel, precision):
         y = tiled_product(x, kernel)
     else:
+        assert not isinstance(kernel, Quantised)
         y = _product(x, kernel, precision)
     return y if bias is None else add_bias(y, bias, precision)
 
