@@ -56,7 +56,7 @@ def mask_channels(masks: np.ndarray) -> np.ndarray:
     return rearrange(masks, "n (h y) (w x) -> n (y x) h w", y=2, x=2)
 
 
-ENCODERS = Encoders(encode_image, encode_text, "image", "text", mask_channels)
+ENCODERS = Encoders(encode_image, encode_text, "image", "text", mask_channels, lambda texts: None)
 
 
 def number_of(latents: np.ndarray) -> int:

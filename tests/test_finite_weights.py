@@ -112,7 +112,7 @@ def test_a_lora(tmp_path, leaf):
     template = abstract_params(pipeline_folder.read_config(EMBEDDED).transformer)
     lora = init_lora(jax.random.key(0), template, LoraConfig(rank=2, alpha=2.0))
     path = tmp_path / "lora.safetensors"
-    write_lora(path, jax.tree.map(jnp.ones_like, lora))
+    write_lora(path, {"transformer": jax.tree.map(jnp.ones_like, lora)})
     assert flatten(read_lora(path, template).tree)
     module = DAMAGED["transformer"].removesuffix(".weight")
     for words, value in VALUES.items():

@@ -122,7 +122,7 @@ def make_lora(folder: Path) -> None:
 
     config = LoraConfig(rank=2, alpha=3.0, targets=("attn.to_q", "proj_out"))
     tree = init_lora(jax.random.key(0), TEMPLATE, config)
-    write_lora(folder / "adapter_model.safetensors", tree, config)
+    write_lora(folder / "adapter_model.safetensors", {"transformer": tree}, config)
     text = {
         "peft_type": "LORA",
         "r": 2,

@@ -89,7 +89,9 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("loras")
     params = abstract_params(TINY.transformer)
     ours = LoraConfig(rank=3, alpha=1.5, targets=("attn.to_[qkv]", "proj_mlp", "norm1.linear"))
-    write_lora(folder / "ours.safetensors", random_lora(params, ours, size=1.0), ours)
+    write_lora(
+        folder / "ours.safetensors", {"transformer": random_lora(params, ours, size=1.0)}, ours
+    )
     torch.manual_seed(0)
     pipe = FluxPipeline.from_pretrained(tiny_folder())
     config = PeftConfig(
@@ -294,7 +296,7 @@ def test_written_and_read_again(tmp_path, naming):
     targets = ("attn.to_[qkv]", "attn.add_k_proj", r"transformer_blocks\.1\.ff.net.2", "norm_out.*")
     config = LoraConfig(rank=3, alpha=2.0, targets=targets)
     lora, path = random_lora(params, config), tmp_path / "a.safetensors"
-    write_lora(path, lora, config, {"recipe": "x"}, naming=naming, params=params)
+    write_lora(path, {"transformer": lora}, config, {"recipe": "x"}, naming=naming, params=params)
     got = read_lora(path, params)
     assert got.metadata["recipe"] == "x"
     assert json.loads(got.metadata["fluxjax_lora"])["alpha"] == 2.0

@@ -107,7 +107,7 @@ def test_what_is_trained_begins_with_nothing_and_is_read_as_it_is_written(
     config = KINDS[kind]
     flat, path = flatten(params), tmp_path / "a.safetensors"
     tree = drawn(config, params)
-    write_lora(path, tree, config)
+    write_lora(path, {"transformer": tree}, config)
     adapted, fresh = flatten(tree), init_lora(jax.random.key(0), TEMPLATE, config)
     fresh = flatten(with_magnitudes(fresh, params))
     changes = read_adapters(path, {"transformer": TEMPLATE}).changes["transformer"]

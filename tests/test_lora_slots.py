@@ -28,7 +28,7 @@ def lora_file(path: Path, seed: int, targets: tuple[str, ...], rank: int) -> Pat
     tree = jax.tree.map(
         lambda leaf: leaf if leaf.any() else 0.3 * rng.standard_normal(leaf.shape, np.float32), tree
     )
-    write_lora(path, tree)
+    write_lora(path, {"transformer": tree})
     return path
 
 

@@ -1,5 +1,7 @@
 """Optimisers, schedules, timestep densities, loss weights, accumulation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from diffusers.training_utils import (
 )
 from optax.contrib import prodigy
 
+from fluxjax.config import ConfigError
 from fluxjax.train.objectives import density_times, time_weights, velocity_loss
 from fluxjax.train.optimizers import (
     OptimizerSettings,
@@ -19,6 +22,7 @@ from fluxjax.train.optimizers import (
     make_optimizer,
     matrices,
     muon_dimensions,
+    text_encoder_share,
 )
 from fluxjax.train.settings import Objective
 from fluxjax.train.step import init_state, make_step
@@ -83,6 +87,28 @@ def test_decay_shrinks_matrices_alone(name):
     decayed = jax.tree.map(lambda p: -0.05 * p, params)
     decayed["to_q"]["bias"] = jnp.zeros(6)
     jax.tree.map(lambda u, d: np.testing.assert_allclose(u, d, atol=1e-6), updates, decayed)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+def test_text_encoders_have_a_learning_rate_of_their_own(name):
+    params = {"transformer": _tree(0), "text_encoder": _tree(0)}
+    grads = {"transformer": _tree(1), "text_encoder": _tree(1)}
+    settings = OptimizerSettings(
+        name=name, learning_rate=0.1, text_encoder_learning_rate=0.02, weight_decay=0.5, warmup=0
+    )
+    share = text_encoder_share(settings, 1e-4)
+    optimizer = make_optimizer(
+        settings, learning_rates(settings, 10, 1e-4), {"text_encoder": share}
+    )
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    jax.tree.map(
+        lambda u, t: np.testing.assert_allclose(0.2 * u, t, rtol=1e-6),
+        updates["transformer"],
+        updates["text_encoder"],
+    )
+    still = dataclasses.replace(settings, learning_rate=0.0)
+    with pytest.raises(ConfigError, match=r"0\.02 follows the course of learning_rate, which is 0"):
+        text_encoder_share(still, 1e-4)
 
 
 def test_prodigy_decays_as_optax_does_but_matrices_alone():

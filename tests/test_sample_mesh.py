@@ -93,7 +93,7 @@ def test_a_lora_over_split_weights(tmp_path, expected):
     lora = jax.tree.map(
         lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), lora
     )
-    write_lora(tmp_path / "lora.safetensors", lora, config, {})
+    write_lora(tmp_path / "lora.safetensors", {"transformer": lora}, config, {})
     given = {"scan_layers": True, "loras": [tmp_path / "lora.safetensors"]}
     conditioning = Conditioning(expected["T5"], None, expected["CLIP"])
 

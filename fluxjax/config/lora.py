@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from fluxjax.config.base import ConfigError
 
 Kind = Literal["lora", "dora", "lokr"]
+TextEncoder = Literal["clip", "t5"]
 # What diffusers' FLUX scripts adapt: attention and feed-forward of the double blocks, and queries,
 # keys and values of the single blocks.
 TARGETS = (
@@ -26,6 +29,12 @@ TARGETS = (
     "ff_context.net.0.proj",
     "ff_context.net.2",
 )
+# The folders of FLUX's text encoders, and what kohya's scripts adapt of each: all of its layers.
+TEXT_ENCODERS: dict[TextEncoder, str] = {"clip": "text_encoder", "t5": "text_encoder_2"}
+_TEXT_TARGETS = {
+    "text_encoder": ("[qkv]_proj", "out_proj", "fc[12]"),
+    "text_encoder_2": ("SelfAttention.[qkvo]", "DenseReluDense.w[io].*"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +53,13 @@ class LoraConfig:
     """Of lokr: how many blocks the first of the two matrices has on each side, where that divides
     the weight's; -1: about as many as each block has rows. A second matrix of less than twice the
     rank is whole, and alpha counts for nothing."""
+    text_encoders: tuple[TextEncoder, ...] = ()
+    """Those that learn too, clip, t5 or both, in all their layers. They then run in every step,
+    over captions of that step; what does not learn is encoded once."""
+    text_encoder_rank: int | None = None
+    """Of the text encoders; by default `rank`."""
+    text_encoder_alpha: float | None = None
+    """Of the text encoders; by default their rank."""
 
     def __post_init__(self) -> None:
         if self.factor < 1 and self.factor != -1:
@@ -52,6 +68,15 @@ class LoraConfig:
             raise ConfigError(f"the LoRA's rank must be at least 1, got {self.rank}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"the LoRA's alpha must be a positive number, got {self.alpha}")
+        if self.text_encoder_rank is not None and self.text_encoder_rank < 1:
+            raise ConfigError(f"text_encoder_rank must be at least 1, got {self.text_encoder_rank}")
+        alpha = self.text_encoder_alpha
+        if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+            raise ConfigError(f"text_encoder_alpha must be a positive number, got {alpha}")
+        if len({*self.text_encoders}) != len(self.text_encoders):
+            raise ConfigError(
+                f"text_encoders names one of them twice: {', '.join(self.text_encoders)}"
+            )
         if not self.targets:
             raise ConfigError("the LoRA's targets are empty: name at least one module")
         for target in self.targets:
@@ -59,3 +84,17 @@ class LoraConfig:
                 re.compile(target)
             except re.error as error:
                 raise ConfigError(f"the LoRA's target {target!r} is no pattern: {error}") from None
+
+    @property
+    def components(self) -> Mapping[str, LoraConfig]:
+        """What is trained, by the folder of a pipeline, each with `targets` and `rank` of its own;
+        the transformer first."""
+        rank = self.text_encoder_rank or self.rank
+        alpha = self.text_encoder_alpha or float(rank)
+        texts = (TEXT_ENCODERS[name] for name in TEXT_ENCODERS if name in self.text_encoders)
+        return {"transformer": self} | {
+            component: dataclasses.replace(
+                self, rank=rank, alpha=alpha, targets=_TEXT_TARGETS[component], text_encoders=()
+            )
+            for component in texts
+        }

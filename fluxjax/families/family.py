@@ -154,6 +154,7 @@ class Family:
     hoist: Callable[..., tuple[Any, Callable[[Any, Any], Any]]]
     noised: Callable[..., Float[AnyArray, "b *shape"]]
     target: Callable[..., Float[Array, "b *shape"]]
+    encode_anew: Callable[..., Conditioning]
 
     def find_task(self, config: PipelineConfig, given: Iterable[str]) -> Task:
         """The task of a model that is given these pictures.

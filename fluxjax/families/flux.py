@@ -5,7 +5,7 @@ Source: diffusers `FluxPipeline`, `FluxKontextPipeline`; BFL `sampling.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +32,7 @@ from fluxjax.families.flux_controls import Each as OfControls
 from fluxjax.families.flux_controls import forward_controls, hoist_controls
 from fluxjax.families.flux_tasks import TASKS, joined, mask_channels, tasks_of, widened
 from fluxjax.models import latents as layout
+from fluxjax.models import lora
 from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
 from fluxjax.models.controlnet import FluxControlNet
 from fluxjax.models.embeddings import TimestepRounding
@@ -101,10 +102,34 @@ def encode_prompts(
 ) -> Conditioning:
     """T5's states, of its padding too as FLUX was trained, and CLIP's pooled state."""
     (clip, t5), (clip_params, t5_params) = encoders, params
-    output = apply(clip, {"params": clip_params}, ids.clip)
+    vector = _pooled(clip, clip_params, ids, apply)
+    states = jnp.asarray(apply(t5, lora.variables(t5_params), ids.t5))
+    return Conditioning(states, None, vector)
+
+
+def encode_anew(
+    encoders: Mapping[str, Any],
+    params: Mapping[str, Params],
+    ids: PromptIds,
+    heard: Conditioning,
+    *,
+    apply: Apply = nn.Module.apply,
+) -> Conditioning:
+    """`heard`, with what some of the encoders, by component, say now in place of what they said."""
+    if "text_encoder" in encoders:
+        vector = _pooled(encoders["text_encoder"], params["text_encoder"], ids, apply)
+        heard = heard._replace(vector=vector)
+    if "text_encoder_2" in encoders:
+        t5 = encoders["text_encoder_2"]
+        states = jnp.asarray(apply(t5, lora.variables(params["text_encoder_2"]), ids.t5))
+        heard = heard._replace(sequence=states)
+    return heard
+
+
+def _pooled(clip: CLIPTextModel, params: Params, ids: PromptIds, apply: Apply) -> Any:
+    output = apply(clip, lora.variables(params), ids.clip)
     assert isinstance(output, CLIPTextOutput)
-    states = jnp.asarray(apply(t5, {"params": t5_params}, ids.t5))
-    return Conditioning(states, None, output.pooler_output)
+    return output.pooler_output
 
 
 def text_shapes(
@@ -321,6 +346,7 @@ FLUX = Family(
     mask_channels=mask_channels,
     tokenize=tokenize,
     encode=encode_prompts,
+    encode_anew=encode_anew,
     text_shapes=text_shapes,
     scale=scale,
     networks=networks,

@@ -24,7 +24,7 @@ from fluxjax.config import (
 )
 from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import dot_product_attention
-from fluxjax.models.dense import Dense
+from fluxjax.models.dense import COLLECTION, Dense
 from fluxjax.models.products import own_precision
 
 EncoderConfig = CLIPTextConfig | CLIPVisionConfig | SiglipVisionConfig
@@ -155,7 +155,7 @@ class CLIPEncoder(nn.Module):
         if self.scan_layers:
             (x, before), _ = nn.scan(
                 lambda layer, carry: ((layer(carry[0]), carry[0]), None),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, COLLECTION: 0},
                 split_rngs={"params": True},
                 length=self.config.num_hidden_layers,
             )(self.layers, (x, x))

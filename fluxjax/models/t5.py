@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fluxjax.config import T5Config
 from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import dot_product_attention
-from fluxjax.models.dense import Dense
+from fluxjax.models.dense import COLLECTION, Dense
 from fluxjax.models.norms import RMSNorm
 
 
@@ -180,7 +180,7 @@ class T5Stack(nn.Module):
         if self.scan_layers:
             x, _ = nn.scan(
                 lambda block, x: (block(x, bias), None),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, COLLECTION: 0},
                 split_rngs={"params": True},
                 length=c.num_layers,
             )(self.block, x)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -93,7 +93,8 @@ def param_shardings(config: Any, params: Any, mesh: Mesh | AbstractMesh) -> Any:
     Raises ValueError, listing them, for parameters that have no role.
     """
     unknown: list[str] = []
-    shardings = _shardings(network_of(config), params, mesh, unknown)
+    network = network_of(config)
+    shardings = _shardings(lambda path: network, params, mesh, unknown)
     if unknown:
         raise ValueError("\n  ".join(["no role is known of:", *unknown]))
     return shardings
@@ -104,16 +105,36 @@ def state_shardings(config: Any, state: Any, mesh: Mesh | AbstractMesh) -> Any:
 
     What has no role (counters, factored moments) is held by every device.
     """
-    return _shardings(network_of(config), state, mesh, [])
+    network = network_of(config)
+    return _shardings(lambda path: network, state, mesh, [])
 
 
-def _shardings(network: Network, tree: Any, mesh: Mesh | AbstractMesh, unknown: list[str]) -> Any:
+def shardings_by_component(
+    configs: Mapping[str, Any], state: Any, mesh: Mesh | AbstractMesh
+) -> Any:
+    """`state_shardings` of a tree with trees of several networks in it, wherever each lies under
+    the name of its component."""
+    networks = {name: network_of(config) for name, config in configs.items()}
+
+    def of(path: tuple[str, ...]) -> Network | None:
+        return next((networks[name] for name in path if name in networks), None)
+
+    return _shardings(of, state, mesh, [])
+
+
+def _shardings(
+    network_at: Callable[[tuple[str, ...]], Network | None],
+    tree: Any,
+    mesh: Mesh | AbstractMesh,
+    unknown: list[str],
+) -> Any:
     """`unknown` receives the leaves that have no role."""
 
     def place(path: tuple, leaf: Any) -> Any:
         codes = leaf if isinstance(leaf, Quantised) else None
         shape = tuple(leaf.shape) if codes is None else codes.kernel_cuts
-        spec = spec_of(network, _keys(path), shape, mesh)
+        network = network_at(_keys(path))
+        spec = None if network is None else spec_of(network, _keys(path), shape, mesh)
         if spec is None:
             unknown.append(f"{'/'.join(_keys(path))} {list(leaf.shape)}")
         if codes is None or not spec:

@@ -28,6 +28,7 @@ class Encoders(NamedTuple):
     image_hash: str
     text_hash: str
     mask_channels: Callable[[Any], Any]  # (n, height, width) of 0 and 1 -> (n, c, h, w)
+    tokenize: Callable[[list[str]], Any]  # of n captions, what text encoders read
     unit: int = 1
     """Sides of pictures are multiples of this."""
     release: Callable[[], None] = lambda: None
@@ -67,28 +68,31 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         )
 
     @functools.cache
+    def tokenizers() -> tuple[Any, Any]:
+        from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+
+        return (
+            load_clip_tokenizer(model / "tokenizer", config.text_encoder.vocab_size),
+            load_t5_tokenizer(model / "tokenizer_2", config.text_encoder_2.vocab_size),
+        )
+
+    def tokenize(texts: list[str]) -> Any:
+        length = config.max_sequence_length
+        return FLUX.tokenize(*tokenizers(), texts, max_sequence_length=length)[0]
+
+    @functools.cache
     def text() -> Callable[[list[str]], Conditioning]:
         import jax.numpy as jnp
 
         from fluxjax.models.clip import CLIPTextModel
         from fluxjax.models.t5 import T5Encoder
-        from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 
-        tokenizers = (
-            load_clip_tokenizer(model / "tokenizer", config.text_encoder.vocab_size),
-            load_t5_tokenizer(model / "tokenizer_2", config.text_encoder_2.vocab_size),
-        )
         kind = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype), "scan_layers": True}
         clip = CLIPTextModel(config.text_encoder, **kind)
         t5 = T5Encoder(config.text_encoder_2, **kind)
         weights = params("text_encoder", stacked=True), params("text_encoder_2", stacked=True)
 
-        def encode(texts: list[str]) -> Conditioning:
-            length = config.max_sequence_length
-            ids, _ = FLUX.tokenize(*tokenizers, texts, max_sequence_length=length)
-            return FLUX.encode((clip, t5), weights, ids)
-
-        return encode
+        return lambda texts: FLUX.encode((clip, t5), weights, tokenize(texts))
 
     def release() -> None:
         image.cache_clear()
@@ -101,6 +105,7 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         hash_files(model, ("vae", "ae.safetensors"), _VERSION, dtype),
         hash_files(model, texts, _VERSION, dtype, str(config.max_sequence_length)),
         functools.partial(FLUX.mask_channels, config=config),
+        tokenize,
         PATCH * config.vae.scale,
         release,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from fluxjax.checkpoint.pipeline_folder import (
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.training_state import read_state
 from fluxjax.config import ConfigError, FluxPipelineConfig
-from fluxjax.models.lora import init_lora, join_scales, split_scales
+from fluxjax.models.lora import join_scales
 from fluxjax.models.names import flatten, is_stacked
 from fluxjax.parallel.mesh import gathered
 from fluxjax.train.loop import CHECKPOINTS
 from fluxjax.train.recipe import FinetuneRecipe, read_recipe, recipe_toml, without_places
 from fluxjax.train.step import Tree
 from fluxjax.train.task import learnt
+from fluxjax.train.trained_networks import initial_loras
 from fluxjax.train.wider_input import added_inputs
 
 COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
@@ -55,15 +57,16 @@ def export(
     name = ("lora" if lora else "pipeline") + ("" if step is None else f"_{step:07d}")
     path = out or recipe.folder / (f"{name}.safetensors" if lora else name)
     if lora:
-        tree = join_scales(_on_first_host(trained), _on_first_host(scales))
+        trained, scales = _on_first_host(trained), _on_first_host(scales)
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             metadata = {"recipe": recipe_toml(without_places(recipe))}
             if added_inputs(read_flux(recipe.model_folder).transformer, config.transformer):
                 metadata[DEFAULTS_KEY] = json.dumps(sampling_defaults(config))
+            trees = {name: join_scales(trained[name], scales[name]) for name in trained}
             shapes = abstract_params(config.transformer)
             naming = recipe.lora_naming
-            write_lora(path, tree, recipe.lora, metadata, naming=naming, params=shapes)
+            write_lora(path, trees, recipe.lora, metadata, naming=naming, params=shapes)
         return path
     params = _on_first_host(trained, jnp.dtype(recipe.save_dtype))
     if jax.process_index() == 0:
@@ -91,10 +94,9 @@ def export_run(
     scales = None
     if recipe.method == "lora":
         stacked = any(map(is_stacked, flatten(trained)))
-        abstract = abstract_params(config.transformer, stacked=stacked)
-        key = jax.random.key(0)
         added = added_inputs(base.transformer, config.transformer)
-        scales = jax.jit(lambda: split_scales(init_lora(key, abstract, recipe.lora, added))[1])()
+        of = partial(initial_loras, recipe.lora, config, recipe.seed, stacked=stacked, added=added)
+        scales = jax.jit(lambda: of()[1])()
     return export(recipe, config, trained, scales, step=found, out=out)
 
 

@@ -1,4 +1,5 @@
-"""Fine-tunes a FLUX pipeline on pictures with captions: a LoRA, or all of the transformer."""
+"""Fine-tunes a FLUX pipeline on pictures with captions: LoRAs of the transformer and the text
+encoders, or all of the transformer."""
 
 from __future__ import annotations
 
@@ -8,26 +9,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_flux
-from fluxjax.checkpoint.source import open_component
 from fluxjax.checkpoint.templates import Part, abstract_params
-from fluxjax.config import ConfigError, FluxConfig, FluxPipelineConfig
+from fluxjax.config import ConfigError, FluxPipelineConfig
 from fluxjax.config.latents import latent_size
-from fluxjax.families import FLUX, Conditioning, Task
+from fluxjax.families import FLUX, Task
 from fluxjax.families.family import Apply
 from fluxjax.file_hash import hash_files
-from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.lora import init_lora, join_scales, split_scales, with_magnitudes
-from fluxjax.models.stacking import scan_by_default
-from fluxjax.networks import network_of
+from fluxjax.models.lora import join_scales
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
-from fluxjax.parallel.rules import param_shardings, state_shardings
-from fluxjax.quantised_kinds import NONE
+from fluxjax.parallel.rules import param_shardings
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.train.data.cache_file import usable_folder
@@ -38,14 +32,14 @@ from fluxjax.train.encoders import Encoders, folder_encoders
 from fluxjax.train.flow_matching import finetune_loss
 from fluxjax.train.job import Job, Placement, replicate, train
 from fluxjax.train.loop import run_folder
-from fluxjax.train.optimizers import learning_rates, make_optimizer
+from fluxjax.train.optimizers import learning_rates, make_optimizer, text_encoder_share
 from fluxjax.train.progress import Filling
 from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.shown_pictures import encode_shown, read_shown
-from fluxjax.train.step import TrainState, Tree, init_state, make_step
+from fluxjax.train.step import Tree, make_step
 from fluxjax.train.task import learnt
-from fluxjax.train.validation import Validation
-from fluxjax.train.wider_input import added_inputs, widen
+from fluxjax.train.trained_networks import TrainedNetworks, initial_state, load_networks
+from fluxjax.train.validation import Prompts, Validation
 
 
 def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
@@ -71,42 +65,45 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     with Filling() as report:
         data = _open_data(recipe, recipe.data, encoders, mesh, task, report)
         data.fill(report)
-    prompts = data.captions([*recipe.validation.prompts]) if recipe.validation.prompts else None
+    prompts = None
+    if recipe.validation.prompts:
+        asked = [*recipe.validation.prompts]
+        prompts = Prompts(data.captions(asked), data.ids(asked))
     shown = encode_shown(seen, task, encoders.encode_each, encoders.mask_channels)
     held = _held_out(recipe, data, encoders, mesh, task)
     # The encoders have done their work: their memory is the transformer's.
     encoders.release()
-    model, frozen, trained = _networks(recipe, base.transformer, config.transformer, mesh)
-    rates = learning_rates(recipe.optimizer, recipe.steps, 1e-4 if "params" in frozen else 1e-5)
-    optimizer = make_optimizer(recipe.optimizer, rates)
-    state = _initial_state(config.transformer, trained, optimizer, mesh, ema=recipe.decay > 0)
+    nets = load_networks(recipe, base, config, mesh)
+    default = 1e-4 if recipe.method == "lora" else 1e-5
+    rates = learning_rates(recipe.optimizer, recipe.steps, default)
+    share = text_encoder_share(recipe.optimizer, default) if nets.encoders else 1.0
+    optimizer = make_optimizer(recipe.optimizer, rates, dict.fromkeys(nets.encoders, share))
+    state = initial_state(
+        config, nets.trained, optimizer, mesh, ema=recipe.decay > 0, by_component=bool(nets.frozen)
+    )
     step = make_step(
-        finetune_loss(FLUX, model, recipe.objective, _apply(recipe, mesh)),
+        finetune_loss(FLUX, nets.model, recipe.objective, _apply(recipe, mesh), nets.encoders),
         optimizer,
         seed=recipe.seed,
         ema_decay=recipe.decay,
         accumulate=recipe.accumulate,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
     )
-    empty = jax.tree.map(lambda x: replicate(x, mesh), data.captions([""]))
+    empty = Prompts(data.captions([""]), data.ids([""]))
     validation = None
     if recipe.validation.every:
-        lora = join_scales(trained, frozen["scales"]) if "scales" in frozen else None
-        base_shapes, lora = _shapes(frozen.get("params")), _shapes(lora)
-        validation = _validation(
-            recipe, config, model, mesh, held, prompts, shown, base_shapes, lora
-        )
+        validation = _validation(recipe, config, nets, mesh, held, prompts, shown)
     notes = [note] * bool(note) + _notes(recipe, task, config, data)
     return Job(
         config=config,
         mesh=mesh,
-        model=model,
+        model=nets.model,
         data=data,
-        frozen=frozen,
+        frozen=nets.frozen,
         state=state,
         step=step,
         rates=rates,
-        empty=empty,
+        empty=jax.tree.map(lambda x: replicate(x, mesh), empty),
         validation=validation,
         notes=notes,
         base=base_hash(recipe.model_folder),
@@ -163,6 +160,7 @@ def _open_data(
         process_count=count,
         report=report,
         channels=task.channels,
+        with_ids=bool(recipe.lora.text_encoders),
     )
 
 
@@ -178,57 +176,8 @@ def _apply(recipe: FinetuneRecipe, mesh: Mesh) -> Apply:
     return partial(apply_on, mesh if mesh.size > 1 else None, sequence=recipe.sequence)
 
 
-def _networks(
-    recipe: FinetuneRecipe, base: FluxConfig, config: FluxConfig, mesh: Mesh
-) -> tuple[FluxTransformer, dict[str, Tree], Tree]:
-    """The transformer, its frozen parts and what is trained; `base` may have fewer inputs."""
-    lora, dtype = recipe.method == "lora", recipe.compute_dtype
-    stacked = scan_by_default(network_of(config).blocks(config))
-    stored = dtype if lora else jnp.dtype("float32")
-    model = FluxTransformer(
-        config,
-        dtype=dtype,
-        param_dtype=stored,
-        scan_layers=stacked,
-        remat=recipe.remat,
-        attention=recipe.attention,
-    )
-    abstract = abstract_params(config, stacked=stacked)
-    network = open_component(recipe.model_folder, "transformer", base)
-    template, _ = network.template(stacked=stacked, quantise=recipe.quantise if lora else NONE)
-    where = param_shardings(base, template, mesh)
-    params = widen(network.fill(template, dtype=stored, shardings=where), base, config)
-    if not lora:
-        return model, {}, params
-    key = jax.random.fold_in(jax.random.key(recipe.seed), 2**31 - 2)
-
-    def start() -> tuple[Tree, Tree]:
-        return split_scales(init_lora(key, abstract, recipe.lora, added_inputs(base, config)))
-
-    where = state_shardings(config, jax.eval_shape(start), mesh)
-    trained, scales = jax.jit(start, out_shardings=where)()
-    if recipe.lora.kind == "dora":
-        trained = jax.jit(with_magnitudes, out_shardings=where[0])(trained, params)
-    return model, {"params": params, "scales": scales}, trained
-
-
-def _shapes(tree: Tree | None) -> Any:
+def _shapes(tree: Tree) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-def _initial_state(
-    config: FluxConfig,
-    trained: Tree,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    ema: bool,
-) -> TrainState:
-    def start(params: Tree) -> TrainState:
-        return init_state(params, optimizer, ema=ema)
-
-    where = state_shardings(config, jax.eval_shape(start, trained), mesh)
-    return jax.jit(start, out_shardings=where, donate_argnums=0)(trained)
 
 
 def _held_out(
@@ -252,16 +201,18 @@ def _validation_size(recipe: FinetuneRecipe, config: FluxPipelineConfig) -> tupl
 def _validation(
     recipe: FinetuneRecipe,
     config: FluxPipelineConfig,
-    model: FluxTransformer,
+    nets: TrainedNetworks,
     mesh: Mesh,
     held: list[DataBatch],
-    states: Conditioning | None,
+    prompts: Prompts | None,
     shown: Inputs,
-    base: Tree | None,
-    lora: Tree | None,
 ) -> Validation:
-    """`base`: shapes of a LoRA's frozen weights."""
-    devices = mesh if mesh.size > 1 else None
+    devices, model, lora = mesh if mesh.size > 1 else None, nets.model, None
+    quantised: dict[str, Tree] = {}
+    if nets.frozen:
+        frozen = {name: tree["transformer"] for name, tree in nets.frozen.items()}
+        lora = _shapes(join_scales(nets.trained["transformer"], frozen["scales"]))
+        quantised["transformer"] = _shapes(frozen["params"])
 
     def load(component: Any, part: Part = "all") -> Tree:
         assert part == "all", "nothing comes and goes here"
@@ -288,18 +239,18 @@ def _validation(
         dtype=model.dtype,
         scan_layers=model.scan_layers,
         lora=lora,
-        quantised={} if base is None else {"transformer": base},
+        quantised=quantised,
         mesh=devices,
         sequence=recipe.sequence,
     )
     return Validation(
         pipeline,
-        model,
+        nets,
         recipe.validation,
         recipe.objective,
         mesh,
         batches=list(map(Placement(mesh, config), held)),
-        states=states,
+        prompts=prompts,
         shown=shown,
         seed=recipe.seed,
         apply=_apply(recipe, mesh),

@@ -5,8 +5,9 @@ Source: Liu et al. 2022 (rectified flow); Esser et al. 2024 (SD3).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -32,6 +33,7 @@ class Rows(NamedTuple):
 
     `reference`: latents of the pictures that these are made from. `mask`: what each of a token's
     2 x 2 latents counts, 0 to 1. `channels`: what is joined to the latents' (Fill and Control).
+    `ids`: token ids of the captions (`Family.tokenize`), for text encoders that learn.
     """
 
     latents: Float[AnyArray, "b image c"]
@@ -40,6 +42,7 @@ class Rows(NamedTuple):
     reference: Float[Array, "b image c"] | None = None
     mask: Float[Array, "b image 4"] | None = None
     channels: Float[Array, "b image more"] | None = None
+    ids: Any = None
 
 
 def predict(
@@ -100,12 +103,16 @@ def fixed_loss(
     )
 
 
-def assemble(model: FluxTransformer, trained: Tree, frozen: dict[str, Tree]) -> Tree:
-    """Parameters for `lora.variables`: a LoRA over its frozen base, or all in the compute dtype."""
+def assemble(model: FluxTransformer, trained: Tree, frozen: dict[str, Tree]) -> dict[str, Tree]:
+    """By component, parameters for `lora.variables`: LoRAs over their frozen bases, all three by
+    component, or all of the transformer in the compute dtype."""
     if "params" in frozen:
-        return adapt(frozen["params"], join_scales(trained, frozen["scales"]))
+        bases, scales = frozen["params"], frozen["scales"]
+        return {
+            name: adapt(bases[name], join_scales(trained[name], scales[name])) for name in bases
+        }
     # Before layers are gathered, so that half the bytes travel.
-    return jax.tree.map(lambda leaf: leaf.astype(model.dtype), trained)
+    return {"transformer": jax.tree.map(lambda leaf: leaf.astype(model.dtype), trained)}
 
 
 def finetune_loss(
@@ -113,9 +120,12 @@ def finetune_loss(
     model: FluxTransformer,
     objective: Objective,
     apply: Apply = nn.Module.apply,
+    encoders: Mapping[str, nn.Module] | None = None,
 ):
-    """`loss(trained, key, rows, frozen, empty, ids, mu)`: a scalar, and a mean over rows.
+    """`loss(trained, key, rows, frozen, empty, ids, mu, empty_ids)`: a scalar, a mean over rows.
 
+    `encoders`: text encoders that learn, by component; they read the rows' `ids`, and `empty_ids`
+    where a caption is dropped.
     A row's timestep, noise and dropped caption depend on the key and its `index` alone, so that
     they are the same in any split of the batch over devices, processes and accumulation.
     """
@@ -133,6 +143,7 @@ def finetune_loss(
         empty: Conditioning,
         ids: Float[Array, "image 3"],
         mu: Float[Array, ""],
+        empty_ids: Any = None,
     ) -> Float[Array, ""]:
         shape = rows.latents.shape[1:]
         quantiles, noise, chance = jax.vmap(lambda i: draw(key, i, shape))(rows.index)
@@ -141,10 +152,15 @@ def finetune_loss(
         def heard(dropped: Array, said: Array) -> Array:
             return jnp.where(drop.reshape(-1, *[1] * (said.ndim - 1)), dropped, said)
 
-        rows = rows._replace(conditioning=jax.tree.map(heard, empty, rows.conditioning))
+        conditioning = jax.tree.map(heard, empty, rows.conditioning)
+        params = assemble(model, trained, frozen)
+        if encoders:
+            said = jax.tree.map(heard, empty_ids, rows.ids)
+            conditioning = family.encode_anew(encoders, params, said, conditioning, apply=apply)
+        rows = rows._replace(conditioning=conditioning)
         t = density_times(objective, quantiles, mu)
         x = jnp.asarray(family.noised(rows.latents, noise, t))
-        leaves = variables(assemble(model, trained, frozen))
+        leaves = variables(params["transformer"])
         predicted = predict(family, model, leaves, x, rows, t, ids, objective.guidance, apply)
         return velocity_loss(
             predicted, family.target(rows.latents, noise), error_weights(objective, rows, t)

@@ -16,10 +16,8 @@ from fluxjax.atomic_write import write_bytes
 from fluxjax.cli import sentence
 from fluxjax.config import FluxPipelineConfig
 from fluxjax.config.latents import latent_size
-from fluxjax.families import Conditioning
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids
-from fluxjax.models.lora import variables
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import batch_sharding, replicated
 from fluxjax.train.curve import draw_curve
@@ -32,7 +30,7 @@ from fluxjax.train.optimizers import Rates
 from fluxjax.train.progress import Progress
 from fluxjax.train.recipe import FinetuneRecipe, deciding_values, recipe_toml
 from fluxjax.train.step import TrainState, Tree
-from fluxjax.train.validation import Validation
+from fluxjax.train.validation import Prompts, Validation
 
 
 class Job(NamedTuple):
@@ -47,7 +45,7 @@ class Job(NamedTuple):
     state: TrainState
     step: Callable[..., tuple[TrainState, dict[str, Array]]]
     rates: Rates
-    empty: Conditioning
+    empty: Prompts
     validation: Validation | None
     notes: list[str]
     base: str  # hash of the weights that training starts from
@@ -152,7 +150,8 @@ class _Training:
             self.progress.waited += time.perf_counter() - start
         rows, ids, mu = self._place(batch)
         self.progress.flops += _flops(self.recipe, job.config, rows)
-        return job.step(state, rows, self._frozen, job.empty, ids, mu)
+        empty, empty_ids = job.empty
+        return job.step(state, rows, self._frozen, empty, ids, mu, empty_ids)
 
     def write_recipe(self) -> None:
         if jax.process_index() == 0:
@@ -170,7 +169,7 @@ class _Training:
         params = assemble(self.job.model, weights(state), self.job.frozen)
         found = {}
         if validation.batches:
-            found["validation_loss"] = validation.loss(variables(params))
+            found["validation_loss"] = validation.loss(params)
         if self.recipe.validation.prompts:
             path = self.recipe.folder / f"validation/{int(state.step):07d}.png"
             try:

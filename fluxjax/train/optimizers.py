@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon, prodigy
 
+from fluxjax.config import ConfigError
 from fluxjax.train.settings import OptimizerSettings
 
 Tree = Any
@@ -20,11 +22,16 @@ FACTORS = ("a", "b", "w1", "w2")  # matrices of a LoRA or LoKr
 _RELATIVE = {"lion": 1 / 3}
 
 
+def peak_rate(settings: OptimizerSettings, default: float) -> float:
+    """The highest learning rate; `default` is AdamW's for the method."""
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    return 1.0 if settings.name == "prodigy" else default * _RELATIVE.get(settings.name, 1.0)
+
+
 def learning_rates(settings: OptimizerSettings, steps: int, default: float) -> Rates:
-    """The learning rate of each step; `default` is AdamW's for the method."""
-    peak = settings.learning_rate
-    if peak is None:
-        peak = 1.0 if settings.name == "prodigy" else default * _RELATIVE.get(settings.name, 1.0)
+    """The learning rate of each step; `default` as of `peak_rate`."""
+    peak = peak_rate(settings, default)
     warmup = min(settings.warmup, steps // 10)
     if settings.schedule == "constant":
         rest = optax.constant_schedule(peak)
@@ -37,8 +44,28 @@ def learning_rates(settings: OptimizerSettings, steps: int, default: float) -> R
     return optax.join_schedules([warm, rest], [warmup]) if warmup else rest
 
 
-def make_optimizer(settings: OptimizerSettings, rates: Rates) -> optax.GradientTransformation:
-    """Clipping, then the optimiser of that name; any tree of parameters or of LoRA factors."""
+def text_encoder_share(settings: OptimizerSettings, default: float) -> float:
+    """Of the learning rate the share that text encoders have; `default` as of `peak_rate`.
+
+    Raises ConfigError where it would be a share of nothing.
+    """
+    own, peak = settings.text_encoder_learning_rate, peak_rate(settings, default)
+    if own is None or own == peak:
+        return 1.0
+    if not peak:
+        raise ConfigError(
+            f"text_encoder_learning_rate {own:g} follows the course of learning_rate, which is 0"
+        )
+    return own / peak
+
+
+def make_optimizer(
+    settings: OptimizerSettings, rates: Rates, shares: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+    """Clipping, then the optimiser of that name; any tree of parameters or of LoRA factors.
+
+    `shares`: of the learning rate, for parts of the tree by their key at its root.
+    """
     decay: dict[str, Any] = {"weight_decay": settings.weight_decay}
     b1, b2 = settings.b1, settings.b2
     if settings.name == "adamw":
@@ -67,9 +94,18 @@ def make_optimizer(settings: OptimizerSettings, rates: Rates) -> optax.GradientT
             muon_weight_dimension_numbers=muon_dimensions,
             **decay,
         )
-    if not settings.clip:
-        return optax.with_extra_args_support(inner)
-    return optax.chain(optax.clip_by_global_norm(settings.clip), inner)
+    chain = [optax.clip_by_global_norm(settings.clip)] * bool(settings.clip)
+    chain += [inner, *itertools.starmap(_share, (shares or {}).items())]
+    return optax.chain(*chain) if len(chain) > 1 else optax.with_extra_args_support(inner)
+
+
+def _share(part: str, share: float) -> optax.GradientTransformation:
+    """A step is its learning rate times something, decay included: to scale it scales the rate."""
+
+    def scaled(updates: Tree, params: Tree) -> Tree:
+        return {**updates, part: jax.tree.map(lambda leaf: leaf * share, updates[part])}
+
+    return optax.stateless(scaled)
 
 
 def _prodigy(settings: OptimizerSettings, rates: Rates) -> optax.GradientTransformation:

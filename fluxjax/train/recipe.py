@@ -124,6 +124,11 @@ class FinetuneRecipe:
                 f"a {self.lora.kind} is written in {_NAMES[self.lora.kind]} names: leave out "
                 f"lora_naming = {self.lora_naming!r}"
             )
+        if self.method == "full" and self.lora.text_encoders:
+            raise ConfigError(
+                "lora.text_encoders learn as a LoRA does: with method full the transformer learns "
+                "alone"
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 

@@ -53,6 +53,8 @@ class OptimizerSettings:
     name: Optimizer = "adamw"
     learning_rate: float | None = None
     """By default that of the method: LoRA 1e-4, full 1e-5; Lion a third of it, Prodigy 1."""
+    text_encoder_learning_rate: float | None = None
+    """Of the text encoders that learn (`lora.text_encoders`); by default `learning_rate`."""
     schedule: Schedule = "constant"
     """After the warm-up: constant, or down to `final` of the learning rate at the last step."""
     warmup: int = 100
@@ -68,7 +70,8 @@ class OptimizerSettings:
     """Global norm to which gradients are clipped; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "warmup", "final", "weight_decay", "clip"):
+        rates = "learning_rate", "text_encoder_learning_rate"
+        for name in (*rates, "warmup", "final", "weight_decay", "clip"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,8 +16,8 @@ from jaxtyping import Array, Float, UInt8
 
 from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.families.family import Apply, Conditioning
-from fluxjax.models.flux import FluxTransformer
-from fluxjax.parallel.mesh import batch_sharding
+from fluxjax.models.lora import variables
+from fluxjax.parallel.mesh import batch_sharding, gathered
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pictures import to_bytes
@@ -24,6 +26,15 @@ from fluxjax.sample.settings import override
 from fluxjax.train.flow_matching import Rows, fixed_loss
 from fluxjax.train.settings import Objective, ValidationSettings
 from fluxjax.train.step import Tree
+from fluxjax.train.trained_networks import TrainedNetworks
+
+
+class Prompts(NamedTuple):
+    """What encoders that do not learn say of prompts, and what those that learn read of them."""
+
+    conditioning: Conditioning
+    ids: Any
+    """None where no text encoder learns."""
 
 
 class Validation:
@@ -32,27 +43,37 @@ class Validation:
     def __init__(
         self,
         pipeline: Pipeline,
-        model: FluxTransformer,
+        nets: TrainedNetworks,
         settings: ValidationSettings,
         objective: Objective,
         mesh: Mesh,
         *,
         batches: Sequence[tuple[Rows, Float[Array, "image 3"], Float[Array, ""]]],
-        states: Conditioning | None,
+        prompts: Prompts | None,
         shown: Inputs,
         seed: int,
         apply: Apply = nn.Module.apply,
     ) -> None:
-        """`pipeline` draws; `batches` are (rows, image ids, mu); `states` and what is
-        `shown` are those of the prompts."""
-        self.pipeline, self.model = pipeline, model
+        """`pipeline` draws; `batches` are (rows, image ids, mu); what is `shown` is that of the
+        prompts."""
+        self.pipeline, self.model = pipeline, nets.model
         self.settings, self.objective = settings, objective
         self.mesh, self.batches, self.seed = mesh, batches, jnp.int32(seed)
-        self._apply = apply
-        self._states, self._shown = states, shown
+        self._apply, self._encoders = apply, nets.encoders
+        self._prompts, self._shown = prompts, shown
+        heard = partial(pipeline.family.encode_anew, nets.encoders, apply=apply)
+        self._heard = jax.jit(heard)
 
-    def loss(self, variables: Tree) -> float:
-        """Mean over the batches; timesteps are the evenly spaced quantiles of the density."""
+    def _conditioning(self, params: Tree, prompts: Prompts) -> Conditioning:
+        """What text encoders say now."""
+        if not self._encoders:
+            return prompts.conditioning
+        mine = {name: params[name] for name in self._encoders}
+        return self._heard(mine, prompts.ids, prompts.conditioning)
+
+    def loss(self, params: Tree) -> float:
+        """Mean over the batches; timesteps are the evenly spaced quantiles of the density. `params`
+        as of `flow_matching.assemble`."""
         values = []
         total = sum(rows.index.shape[0] for rows, _, _ in self.batches)
         first = 0
@@ -63,12 +84,13 @@ class Validation:
             quantiles = ((order + 0.5) / total).astype(np.float32)
             first += count
             placed = self._place(quantiles)
+            conditioning = self._conditioning(params, Prompts(rows.conditioning, rows.ids))
             value = fixed_loss(
                 self.pipeline.family,
                 self.model,
                 self.objective,
-                variables,
-                rows,
+                variables(params["transformer"]),
+                rows._replace(conditioning=conditioning, ids=None),
                 placed,
                 self.seed,
                 ids,
@@ -79,12 +101,14 @@ class Validation:
         return float(np.mean(jax.device_get(values)))
 
     def pictures(self, params: Tree) -> UInt8[np.ndarray, "n height width 3"]:
-        """A row per prompt and a column per seed; `params` may carry a LoRA (`lora.adapt`)."""
-        assert self._states is not None
+        """A row per prompt and a column per seed; `params` as of `loss`."""
+        assert self._prompts is not None
         asked, pipeline = self.settings, self.pipeline
-        prompts, columns = len(self._states.sequence), len(asked.seeds)
+        heard = self._conditioning(params, self._prompts)
+        heard = jax.tree.map(lambda x: gathered(x) if isinstance(x, jax.Array) else x, heard)
+        prompts, columns = len(heard.sequence), len(asked.seeds)
         states, shown = jax.tree.map(
-            lambda x: np.repeat(np.asarray(x), columns, axis=0), (self._states, self._shown)
+            lambda x: np.repeat(np.asarray(x), columns, axis=0), (heard, self._shown)
         )
         # In float32 and without the rounding of a sampler, whatever the network computes in.
         chosen = override(
@@ -92,7 +116,7 @@ class Validation:
             {"width": asked.width, "height": asked.height, "rounding": "none"},
         )
         noise = pipeline.draw_noise(chosen, [*asked.seeds] * prompts, prompts * columns)
-        pipeline.use("transformer", params)
+        pipeline.use("transformer", params["transformer"])
         latents = pipeline.denoise(
             states, noise, steps=asked.steps, guidance=asked.guidance, inputs=shown
         )

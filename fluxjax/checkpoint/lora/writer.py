@@ -44,7 +44,7 @@ PREFIXES: dict[LoraNaming, dict[str, str]] = {
 
 def write_lora(
     path: Path,
-    tree: Params,
+    trees: Mapping[str, Params],
     config: LoraConfig | None = None,
     metadata: Mapping[str, str] | None = None,
     *,
@@ -52,23 +52,29 @@ def write_lora(
     params: Params | None = None,
     dtype: Any = None,
 ) -> None:
-    """Write a LoRA of the transformer; layers with scale 0 are left out. See `write_adapters`.
+    """Write LoRAs by component; layers with scale 0 are left out. See `write_adapters`.
 
-    A DoRA is written in PEFT's names, a LoKr in LyCORIS' (those that SimpleTuner gives it).
+    A DoRA is written in PEFT's names, a LoKr in LyCORIS' (those that SimpleTuner gives it, and
+    kohya that of text encoders).
 
-    `params`: as the model's look. `config` and `metadata` (the recipe, say) are kept beside it.
+    `params`: as the transformer's look. `config` and `metadata` (the recipe, say) are kept beside.
     """
     texts = dict(metadata or {})
     if config is not None:
         values = dataclasses.asdict(config)
         texts[OWN_METADATA] = json.dumps(values)
-    modules = _modules(tree)
-    if any("w1" in leaves for leaves in modules.values()):
-        _write(Path(path), _lycoris_arrays(modules), texts, dtype)
+    networks = {component: _modules(tree) for component, tree in trees.items()}
+    if any("w1" in leaves for modules in networks.values() for leaves in modules.values()):
+        arrays: dict[str, np.ndarray] = {}
+        for component, modules in networks.items():
+            arrays |= _lycoris_arrays(component, modules)
+        _write(Path(path), arrays, texts, dtype)
         return
-    adapters = {"transformer": {name: _adapter(leaves) for name, leaves in modules.items()}}
-    vectors = {n: leaves["magnitude"] for n, leaves in modules.items() if "magnitude" in leaves}
-    magnitudes = {"transformer": vectors} if vectors else {}
+    adapters, magnitudes = {}, {}
+    for component, modules in networks.items():
+        adapters[component] = {name: _adapter(leaves) for name, leaves in modules.items()}
+        vectors = {n: leaves["magnitude"] for n, leaves in modules.items() if "magnitude" in leaves}
+        magnitudes |= {component: vectors} if vectors else {}
     write_adapters(
         path, adapters, texts, naming=naming, params=params, dtype=dtype, magnitudes=magnitudes
     )
@@ -125,11 +131,14 @@ def _write(
     write_safetensors(path, tensors, {"format": "pt", **texts})
 
 
-def _lycoris_arrays(modules: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _lycoris_arrays(
+    component: str, modules: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
     """LoKr, and LoRA beside it; scales are multiplied into it, and alpha is the rank."""
     arrays: dict[str, np.ndarray] = {}
+    prefix = "lycoris_" if component == "transformer" else PREFIXES["kohya"][component]
     for module, leaves in modules.items():
-        key, scale = f"lycoris_{module.replace('.', '_')}", leaves["scale"]
+        key, scale = f"{prefix}{module.replace('.', '_')}", leaves["scale"]
         rank = np.asarray(leaves["a"].shape[1] if "a" in leaves else 1, np.float32)
         arrays[f"{key}.alpha"] = rank
         if "w1" not in leaves:

@@ -62,7 +62,8 @@ def _measure(folder: Path, rounds: int, *, lora: bool) -> Measure:
     if lora:
         abstract = abstract_params(c)
         trained, scales = split_scales(init_lora(jax.random.key(0), abstract, adapter))
-        frozen = {"params": params, "scales": scales}
+        trained = {"transformer": trained}
+        frozen = {"params": {"transformer": params}, "scales": {"transformer": scales}}
     state = init_state(trained, optimizer, ema=False)
     step = make_step(finetune_loss(FLUX, model, Objective()), optimizer, seed=0, ema_decay=0.0)
     latents, states, pooled = map(jnp.asarray, arrays)

@@ -50,6 +50,8 @@ class DataBatch(NamedTuple):
     mask: Float[np.ndarray, "b image 4"] | None = None
     channels: Float[np.ndarray, "b image more"] | None = None
     """What is joined to the latents' channels."""
+    ids: Any = None
+    """Token ids of the captions, where they are asked for."""
 
 
 class Dataset:
@@ -70,10 +72,12 @@ class Dataset:
         process_index: int,
         process_count: int,
         channels: Sequence[str] = (),
+        with_ids: bool = False,
     ):
         self.entries, self.quarantined, self.notes = catalogue
         self.batch, self.process_index, self.process_count = batch, process_index, process_count
         self._settings, self._states, self._channels = settings, states, tuple(channels)
+        self._with_ids = with_ids
         self._order = Order(self.entries, batch, seed)
         listing = [
             (e.digest, e.item.caption, e.width, e.height, *(c.digest for c in e.companions))
@@ -115,7 +119,8 @@ class Dataset:
         first = self.process_index * rows
         chosen = [self.entries[i] for i in self._order(step, range(first, first + rows))]
         latents = np.stack([self._states.latents(entry) for entry in chosen])
-        conditioning = self.captions([entry.item.caption for entry in chosen])
+        captions = [entry.item.caption for entry in chosen]
+        conditioning, ids = self.captions(captions), self.ids(captions)
         index = np.arange(first, first + rows, dtype=np.int32) + np.int32(step * self.batch)
         reference = mask = None
         if references := [e.reference for e in chosen if e.reference is not None]:
@@ -126,7 +131,7 @@ class Dataset:
         if self._channels:
             channels = np.stack([self._joined(entry) for entry in chosen])
         size = chosen[0].width, chosen[0].height
-        return DataBatch(latents, conditioning, index, *size, reference, mask, channels)
+        return DataBatch(latents, conditioning, index, *size, reference, mask, channels, ids)
 
     def _joined(self, entry: Entry) -> Float[np.ndarray, "image more"]:
         """What is joined to the channels of an entry's tokens."""
@@ -153,6 +158,10 @@ class Dataset:
     def captions(self, texts: list[str]) -> Conditioning:
         """States of any captions, through the cache; [""] is what dropped captions become."""
         return self._states.text(texts)
+
+    def ids(self, texts: list[str]) -> Any:
+        """Token ids of any captions; None where they are not asked for."""
+        return self._states.encoders.tokenize(texts) if self._with_ids else None
 
     def fill(self, report: Report | None = None) -> None:
         """Encode what the cache lacks; `report(what, done, due)` as it goes.
@@ -208,9 +217,11 @@ def open_dataset(
     process_count: int = 1,
     report: Report | None = None,
     channels: Sequence[str] = (),
+    with_ids: bool = False,
 ) -> Dataset:
     """Lists and checks the source; `batch` is the global one, of which this process gets a share.
-    `channels`: what is joined to the latents', as in `families.Task`.
+    `channels`: what is joined to the latents', as in `families.Task`. `with_ids`: whether batches
+    have token ids of their captions.
 
     `report(what, done, due)` is called while pictures that are new to the cache are checked. Raises
     ConfigError, FileNotFoundError, and ValueError above the share of bad pictures.
@@ -240,6 +251,7 @@ def open_dataset(
         process_index=process_index,
         process_count=process_count,
         channels=channels,
+        with_ids=with_ids,
     )
 
 
