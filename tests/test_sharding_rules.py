@@ -62,7 +62,10 @@ VISION = replace(presets.CLIP_L_VISION, with_projection=True)
 CONFIGS |= {TEXT, VISION, CLIPConfig(text_config=TEXT, vision_config=VISION)}
 CONFIGS |= {replace(presets.SD35_MEDIUM, num_layers=4, dual_attention_layers=(0, 1))}
 CONFIGS |= {presets.PIXART_ALPHA, presets.CausalAutoencoderConfig()}
-CONFIGS |= {replace(presets.OPEN_SORA_2, num_layers=1, num_single_layers=1)}
+CONFIGS |= {
+    replace(preset, num_layers=1, num_single_layers=1)
+    for preset in (presets.OPEN_SORA_2, presets.HUNYUAN_VIDEO)
+}
 CONFIGS |= {presets.UNION, presets.XLABS, presets.SIGLIP_SO400M, presets.REDUX, presets.IP_ADAPTER}
 # Of each network's leaves, blocks without their numbers: the mesh axes of each dimension.
 RECORDED = json.loads((Path(__file__).parent / "sharding_specs.json").read_text())

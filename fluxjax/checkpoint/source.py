@@ -64,7 +64,8 @@ def open_file(
     name = f"{path.stem}.safetensors"
     if "transformer" in groups:
         shapes = {short: raw[full].shape for short, full in groups["transformer"].items()}
-        family = detect_network(shapes)[0].family
+        found = detect_network(shapes)[0].family
+        family = family if family.startswith(found) else found  # it may be told more closely
     elif not family and any(fnmatch(name, files) for files in SINGLE_FILES.values()):
         family = "FLUX.1"
     networks = {}

@@ -43,6 +43,12 @@ if TYPE_CHECKING:
         FluxPipelineConfig,
         published_defaults,
     )
+    from fluxjax.config.hunyuan_video import (
+        HUNYUAN_VIDEO,
+        HUNYUAN_VIDEO_CONCAT,
+        HUNYUAN_VIDEO_REPLACE,
+        HunyuanVideoConfig,
+    )
     from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
     from fluxjax.config.lora import LoraConfig
     from fluxjax.config.open_sora import OPEN_SORA_2, OPEN_SORA_2_DC_AE, OpenSoraConfig
@@ -73,6 +79,9 @@ __all__ = [
     "CONTROL_MODES",
     "DEV",
     "FILL",
+    "HUNYUAN_VIDEO",
+    "HUNYUAN_VIDEO_CONCAT",
+    "HUNYUAN_VIDEO_REPLACE",
     "IP_ADAPTER",
     "KONTEXT",
     "OPEN_SORA_2",
@@ -107,6 +116,7 @@ __all__ = [
     "ControlNetConfig",
     "FluxConfig",
     "FluxPipelineConfig",
+    "HunyuanVideoConfig",
     "IPAdapterConfig",
     "LoraConfig",
     "OpenSoraConfig",
@@ -151,6 +161,12 @@ _NAMES = {
         "TINY",
         "FluxPipelineConfig",
         "published_defaults",
+    ),
+    "hunyuan_video": (
+        "HUNYUAN_VIDEO",
+        "HUNYUAN_VIDEO_CONCAT",
+        "HUNYUAN_VIDEO_REPLACE",
+        "HunyuanVideoConfig",
     ),
     "ip_adapter": ("IP_ADAPTER", "IPAdapterConfig"),
     "lora": ("LoraConfig",),

@@ -21,13 +21,15 @@ ComparedNetwork = Literal[
 """What is compared with PyTorch layer by layer."""
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes again of each block."""
-FileFamily = Literal["flux", "sd", "sdxl", "sd3"]
+FileFamily = Literal["flux", "sd", "sdxl", "sd3", "hunyuan-video", "hunyuan-video-i2v"]
 """Whose files these are, where neither names nor shapes tell it."""
 FAMILY_NAMES: dict[FileFamily, str] = {
     "flux": "FLUX.1",
     "sd": "Stable Diffusion",
     "sdxl": "Stable Diffusion XL",
     "sd3": "Stable Diffusion 3",
+    "hunyuan-video": "HunyuanVideo text to video",
+    "hunyuan-video-i2v": "HunyuanVideo image to video",
 }
 """As sentences have them, and as `infer_config` takes them."""
 LoraNaming = Literal["peft", "kohya", "comfy"]

@@ -14,7 +14,12 @@ from jax.sharding import Mesh
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import ConfigError
-from fluxjax.diff import golden_clip_autoencoders, golden_flux, golden_open_sora
+from fluxjax.diff import (
+    golden_clip_autoencoders,
+    golden_flux,
+    golden_hunyuan_video,
+    golden_open_sora,
+)
 from fluxjax.diff.recordings import Arrays, Recording, parse, read_recording
 from fluxjax.diff.report import Report, Row
 from fluxjax.parallel.mesh import make_mesh
@@ -24,6 +29,7 @@ Checked = tuple[list[Row], Arrays]
 CHECKS: Mapping[str, Callable[[Recording, Mesh | None], Checked]] = {
     "black-forest-labs/flux": golden_flux.check,
     "hpcaitech/Open-Sora v2": golden_open_sora.check,
+    "huggingface/diffusers 0.42.1": golden_hunyuan_video.check,
 }
 """By what a recording says that it is of."""
 AUTOENCODER_CHECKS: Mapping[str, Callable[[Recording, Mesh | None], Checked]] = {

@@ -75,7 +75,9 @@ def recorded(network: torch.nn.Module) -> Iterator[list[Layer]]:
     calls: dict[str, int] = {}
 
     def hook_for(name: str, module: torch.nn.Module):
-        pictures = convolutional or holds(module, torch.nn.Conv2d)
+        pictures = convolutional or any(
+            holds(module, kind) for kind in (torch.nn.Conv2d, torch.nn.Conv3d)
+        )
         group_norm = isinstance(module, torch.nn.GroupNorm)
 
         def hook(_module: object, _inputs: object, output: object) -> None:

@@ -28,6 +28,7 @@ from fluxjax.config import (
     CLIPVisionConfig,
     ControlNetConfig,
     FluxConfig,
+    HunyuanVideoConfig,
     IPAdapterConfig,
     PixArtConfig,
     ReduxConfig,
@@ -106,6 +107,13 @@ def _unet(model: Any, x: dict[str, Any]) -> dict[str, Any]:
     return {"sample": returned.sample.movedim(1, -1)}
 
 
+def _hunyuan_video(model: Any, x: dict[str, Any]) -> dict[str, Any]:
+    """The pipeline multiplies guidance by 1000, in the network's type."""
+    if "guidance" in x:
+        x = {**x, "guidance": x["guidance"].to(model.dtype) * 1000}
+    return {"sample": model(**x).sample}
+
+
 def _flux_timestep(call: Callable[..., Any], model: Any, x: dict[str, Any]) -> Any:
     """FluxPipeline casts 1000 t, then divides."""
     return call(model, {**x, "timestep": (1000 * x["timestep"]).to(model.dtype) / 1000})
@@ -116,6 +124,7 @@ THEIRS: dict[type, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     FluxConfig: partial(_flux_timestep, lambda model, x: {"sample": model(**x).sample}),
     SD3Config: _latents,
     PixArtConfig: _latents,
+    HunyuanVideoConfig: _hunyuan_video,
     UNetConfig: _unet,
     AutoencoderConfig: _autoencoder,
     CausalAutoencoderConfig: _autoencoder,
@@ -155,7 +164,16 @@ def _theirs(loaded: OpenNetwork, dtype: Any) -> Any:
     return from_tensors(cls, loaded).to(dtype).eval()
 
 
-_NUMBERS = ("img_ids", "txt_ids", "guidance", "timestep", "resolution", "aspect_ratio", "time_ids")
+_NUMBERS = (
+    "img_ids",
+    "txt_ids",
+    "guidance",
+    "timestep",
+    "resolution",
+    "aspect_ratio",
+    "time_ids",
+    "encoder_attention_mask",
+)
 
 
 def run_theirs(folder: Path, network: ComparedNetwork, inputs: Arrays, dtype: Dtype) -> list[Layer]:

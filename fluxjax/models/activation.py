@@ -30,4 +30,5 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
     "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
 }

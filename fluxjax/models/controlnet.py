@@ -16,7 +16,7 @@ from fluxjax.config import ConfigError, ControlNetConfig
 from fluxjax.models.dense import COLLECTION, Dense, Part
 from fluxjax.models.embeddings import Rope
 from fluxjax.models.flux import FluxTrunk, Modulations
-from fluxjax.models.flux_blocks import NOTHING, DoubleBlock, SingleBlock
+from fluxjax.models.flux_blocks import NOTHING, UNMARKED, DoubleBlock, SingleBlock
 from fluxjax.models.latents import pack
 from fluxjax.models.products import own_precision
 from fluxjax.models.repeated_blocks import run
@@ -172,11 +172,12 @@ class FluxControlNet(FluxTrunk):
             rope,
             NOTHING,
             (),
+            UNMARKED,
         )
         image, text = streams
         joint = jnp.concatenate([text, image], axis=1)
         blocks = self.single_transformer_blocks
-        _, single = run(blocks, joint, modulations.single, rope, NOTHING, ())
+        _, single = run(blocks, joint, modulations.single, rope, NOTHING, (), UNMARKED)
         if single is not None:
             single = single[:, :, text.shape[1] :]
         return ControlSamples(

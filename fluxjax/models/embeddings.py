@@ -152,12 +152,15 @@ class TimeTextEmbed(Part):
         timestep: Float[Array, " b"],
         pooled_projections: Float[Array, "b pooled"],
         guidance: Float[Array, " b"] | None = None,
+        *,
+        guided: bool = True,
     ) -> Float[Array, "b d"]:
+        """Without the guidance of a distilled model where it is not `guided`."""
         t = timestep
         if self.timestep_rounding is not None:
             t = thousandfold(timestep, self.dtype, self.timestep_rounding)
         vector = self.timestep_embedder(sinusoid(t).astype(self.dtype))
-        if self.guidance_embeds:
+        if self.guidance_embeds and guided:
             if guidance is None:
                 raise ValueError("a model with guidance_embeds needs `guidance`, got None")
             # BFL and diffusers cast guidance before they multiply: 3.5 becomes 3504 in bfloat16.

@@ -34,13 +34,15 @@ from fluxjax.models.attention import AttentionKind
 from fluxjax.models.dense import Part
 from fluxjax.models.embeddings import Rope, TimestepRounding, TimeTextEmbed, rope_table
 from fluxjax.models.flux_blocks import (
+    UNMARKED,
     Additions,
     DoubleBlock,
+    Marks,
     Samples,
     SingleBlock,
 )
 from fluxjax.models.repeated_blocks import by_steps, modulations_of, repeated, run
-from fluxjax.models.transformer_blocks import AdaLayerNorm, ImagePrompt
+from fluxjax.models.transformer_blocks import AdaLayerNorm, ImagePrompt, joined, places
 
 
 class Modulations(NamedTuple):
@@ -82,27 +84,36 @@ class FluxTrunk(Part):
     """What the transformer and its ControlNets have in common: embedders and blocks.
 
     `scan_layers` and `remat`: see `fluxjax.models.repeated_blocks`. `timestep_rounding`: see
-    `embeddings.thousandfold`.
+    `embeddings.TimeTextEmbed`.
     """
+
+    text_last: ClassVar[bool] = False
+    """Whether the text follows the image in the joint sequence."""
 
     config: FluxConfig
     scan_layers: bool = False
     remat: Remat = "none"
-    timestep_rounding: TimestepRounding = "diffusers"
+    timestep_rounding: TimestepRounding | None = "diffusers"
     attention: AttentionKind = "auto"
 
     double_block: ClassVar[type[DoubleBlock]] = DoubleBlock
     single_block: ClassVar[type[SingleBlock]] = SingleBlock
 
     def setup(self) -> None:
-        config, init = self.config, nn.initializers.normal(0.02)
+        config = self.config
         self.time_text_embed = TimeTextEmbed(
             config.inner_dim, config.guidance_embeds, self.timestep_rounding, **self.types
         )
-        self.context_embedder = self.dense(config.inner_dim, kernel_init=init)
-        self.x_embedder = self.dense(config.inner_dim, kernel_init=init)
+        self.context_embedder = self._context_embedder()
+        self.x_embedder = self._x_embedder()
         self.transformer_blocks = self._blocks(self.double_block, config.num_layers)
         self.single_transformer_blocks = self._blocks(self.single_block, config.num_single_layers)
+
+    def _context_embedder(self) -> Any:
+        return self.dense(self.config.inner_dim, kernel_init=nn.initializers.normal(0.02))
+
+    def _x_embedder(self) -> Any:
+        return self.dense(self.config.inner_dim, kernel_init=nn.initializers.normal(0.02))
 
     def _blocks(self, block: type, count: int) -> Any:
         def build(cls: Any) -> nn.Module:
@@ -111,8 +122,8 @@ class FluxTrunk(Part):
         return repeated(block, build, count, scan=self.scan_layers, remat=self.remat)
 
     def rope(self, txt_ids: Num[Array, "text axes"], img_ids: Num[Array, "image axes"]) -> Rope:
-        """Rotary tables of the joint sequence, text first."""
-        ids = jnp.concatenate([txt_ids, img_ids], axis=0)
+        """Rotary tables of the joint sequence."""
+        ids = jnp.concatenate(joined(txt_ids, img_ids, self.text_last), axis=0)
         return rope_table(ids, self.config.axes_dims_rope, self.config.rope_theta)
 
     def embed_text(
@@ -171,6 +182,7 @@ class FluxVelocity(FluxTrunk):
         modulations: Modulations,
         rope: Rope,
         guides: Guides = UNGUIDED,
+        marks: Marks = UNMARKED,
     ) -> Float[Array, "b image out_channels"]:
         """Of embedded tokens, given what `embed_text`, `modulations` and `rope` return."""
         (image, text), _ = run(
@@ -180,9 +192,14 @@ class FluxVelocity(FluxTrunk):
             rope,
             Additions(guides.double_index, guides.prompt),
             guides.double,
+            marks,
         )
-        length = text.shape[1]
-        joint = jnp.concatenate([text, image], axis=1)
+        _, of_image = places(text.shape[1], image.shape[1], self.text_last)
+        joint = jnp.concatenate(joined(text, image, self.text_last), axis=1)
+        if marks.replaced is not None:
+            none = jnp.zeros(text.shape[1], bool)
+            of_joint = jnp.concatenate(joined(none, marks.replaced, self.text_last))
+            marks = marks._replace(replaced=of_joint)
         joint, _ = run(
             self.single_transformer_blocks,
             joint,
@@ -190,11 +207,12 @@ class FluxVelocity(FluxTrunk):
             rope,
             Additions(guides.single_index),
             guides.single,
+            marks,
         )
         assert modulations.out is not None
         # diffusers' order, (scale, shift); BFL stores (shift, scale) and conversion swaps them.
         scale, shift = modulations.out[:, 0], modulations.out[:, 1]
-        return self.proj_out(self.norm_out(joint[:, length:], shift, scale))
+        return self.proj_out(self.norm_out(joint[:, of_image], shift, scale))
 
 
 class FluxTransformer(FluxVelocity):

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fluxjax.config import FluxConfig
 from fluxjax.models.attention import AttentionKind, dot_product_attention
@@ -25,6 +25,7 @@ from fluxjax.models.transformer_blocks import (
     ImagePrompt,
     JointAttention,
     modulate,
+    over_tokens,
     parts,
     split_heads,
 )
@@ -45,6 +46,18 @@ class Additions(NamedTuple):
 NOTHING = Additions()
 
 
+class Marks(NamedTuple):
+    """What sets tokens of the picture, or of the joint sequence, apart."""
+
+    key_lengths: Int[Array, " b"] | None = None
+    """How many of the joint sequence are no padding, which comes last; None: all."""
+    replaced: Bool[Array, " tokens"] | None = None
+    """Those that the second half of each modulation is for (see `parts`); None: all have one."""
+
+
+UNMARKED = Marks()
+
+
 class SingleAttention(Part):
     """Self-attention over the joint sequence, without an output projection."""
 
@@ -56,22 +69,25 @@ class SingleAttention(Part):
         self.to_q, self.to_k, self.to_v = (self.dense(dim, use_bias=bias) for _ in range(3))
         self.norm_q, self.norm_k = (RMSNorm(**self.types) for _ in range(2))
 
-    def __call__(self, x: Float[Array, "b l d"], rope: Rope) -> Float[Array, "b l d"]:
+    def __call__(
+        self, x: Float[Array, "b l d"], rope: Rope, key_lengths: Int[Array, " b"] | None = None
+    ) -> Float[Array, "b l d"]:
         q, k, v = (
             split_heads(to(x), self.config.num_attention_heads)
             for to in (self.to_q, self.to_k, self.to_v)
         )
         q, k = apply_rope(self.norm_q(q), rope), apply_rope(self.norm_k(k), rope)
-        out = dot_product_attention(q, k, v, implementation=self.attention)
+        out = dot_product_attention(q, k, v, key_lengths=key_lengths, implementation=self.attention)
         return out.reshape(x.shape)
 
 
 class DoubleBlock(Part):
     """Text and image streams with their own weights and one joint attention."""
 
+    text_last: ClassVar[bool] = False
     config: FluxConfig
     attention: AttentionKind = "auto"
-    axes: ClassVar = (EACH, BROADCAST, EACH, BROADCAST)
+    axes: ClassVar = (EACH, BROADCAST, EACH, BROADCAST, BROADCAST)
 
     def setup(self) -> None:
         config = self.config
@@ -81,6 +97,7 @@ class DoubleBlock(Part):
             config.num_attention_heads,
             config.attention_head_dim,
             qkv_bias=config.qkv_bias,
+            text_last=self.text_last,
             attention=self.attention,
             **self.types,
         )
@@ -96,31 +113,33 @@ class DoubleBlock(Part):
     def __call__(
         self,
         streams: tuple[Float[Array, "b image d"], Float[Array, "b text d"]],
-        modulation: tuple[Float[Array, "b 6 d"], Float[Array, "b 6 d"]],
+        modulation: tuple[Float[Array, "b image_parts d"], Float[Array, "b 6 d"]],
         rope: Rope,
         added: Additions = NOTHING,
         samples: Samples = (),
+        marks: Marks = UNMARKED,
     ) -> tuple[tuple[Float[Array, "b image d"], Float[Array, "b text d"]], None]:
         image, text = streams
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts(modulation[0])
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts(modulation[0], marks.replaced)
         c_shift, c_scale, c_gate, c_mlp_shift, c_mlp_scale, c_mlp_gate = parts(modulation[1])
         image_out, text_out, seen = self.attn(
             self.norm1(image, shift, scale),
             self.norm1_context(text, c_shift, c_scale),
             rope,
             added.prompt,
+            marks.key_lengths,
         )
         assert text_out is not None
-        image = image + gate[:, None, :] * image_out
+        image = image + over_tokens(gate) * image_out
         image_mlp = self.ff(modulate(self.norm2(image), mlp_shift, mlp_scale))
-        image = image + mlp_gate[:, None, :] * image_mlp
+        image = image + over_tokens(mlp_gate) * image_mlp
         if seen is not None:
             image = image + seen
         for sample, index in zip(samples, added.samples, strict=True):
             image = image + sample[index]
-        text = text + c_gate[:, None, :] * text_out
+        text = text + over_tokens(c_gate) * text_out
         text_mlp = self.ff_context(modulate(self.norm2_context(text), c_mlp_shift, c_mlp_scale))
-        text = text + c_mlp_gate[:, None, :] * text_mlp
+        text = text + over_tokens(c_mlp_gate) * text_mlp
         return (image, text), None
 
 
@@ -129,7 +148,7 @@ class SingleBlock(Part):
 
     config: FluxConfig
     attention: AttentionKind = "auto"
-    axes: ClassVar = (EACH, BROADCAST, EACH, BROADCAST)
+    axes: ClassVar = (EACH, BROADCAST, EACH, BROADCAST, BROADCAST)
 
     def setup(self) -> None:
         config = self.config
@@ -146,16 +165,18 @@ class SingleBlock(Part):
     def __call__(
         self,
         x: Float[Array, "b l d"],
-        modulation: Float[Array, "b 3 d"],
+        modulation: Float[Array, "b parts d"],
         rope: Rope,
         added: Additions = NOTHING,
         samples: Samples = (),
+        marks: Marks = UNMARKED,
     ) -> tuple[Float[Array, "b l d"], None]:
-        shift, scale, gate = parts(modulation)
+        shift, scale, gate = parts(modulation, marks.replaced)
         normed = self.norm(x, shift, scale)
         mlp = nn.gelu(self.proj_mlp(normed), approximate=True)
-        out = self.proj_out(jnp.concatenate([self.attn(normed, rope), mlp], axis=-1))
-        x = x + gate[:, None, :] * out
+        seen = self.attn(normed, rope, marks.key_lengths)
+        out = self.proj_out(jnp.concatenate([seen, mlp], axis=-1))
+        x = x + over_tokens(gate) * out
         for sample, index in zip(samples, added.samples, strict=True):
             text = x.shape[1] - sample.shape[2]
             x = jnp.concatenate([x[:, :text], x[:, text:] + sample[index]], axis=1)

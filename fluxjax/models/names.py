@@ -12,7 +12,7 @@ from fluxjax.models.stacking import stack_of
 _INDEXED = (
     "transformer_blocks|single_transformer_blocks|controlnet_blocks|controlnet_single_blocks|"
     "ip_adapter|block|blocks|layers|layer|to_out|net|down_blocks|up_blocks|resnets|attentions|"
-    "downsamplers|upsamplers"
+    "downsamplers|upsamplers|refiner_blocks"
 )
 _INDEX = re.compile(rf"\b({_INDEXED})_(\d+)(?=\.|$)")
 _T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"

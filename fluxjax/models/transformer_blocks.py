@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from fluxjax.config import Activation
+from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import AttentionKind, dot_product_attention
 from fluxjax.models.dense import Part
 from fluxjax.models.embeddings import Rope, apply_rope
@@ -19,6 +21,9 @@ from fluxjax.models.norms import LayerNorm, RMSNorm
 from fluxjax.models.products import affine
 
 _zeros = nn.initializers.zeros_init()
+
+Vector = Float[Array, "b d"] | Float[Array, "b l d"]
+"""A shift, scale or gate: for all tokens of a row or for each of them."""
 
 
 class ImagePrompt(NamedTuple):
@@ -47,34 +52,39 @@ class AdaLayerNorm(Part):
     def modulation(self, vector: Float[Array, "n d"]) -> Float[Array, "n parts d"]:
         return self.linear(nn.silu(vector)).reshape(vector.shape[0], self.parts, self.dim)
 
-    def __call__(
-        self, x: Float[Array, "b l d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
-    ) -> Float[Array, "b l d"]:
+    def __call__(self, x: Float[Array, "b l d"], shift: Vector, scale: Vector) -> Array:
         return modulate(self.norm(x), shift, scale)
 
 
 def modulate(x, shift, scale):
-    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+    return x * (1 + over_tokens(scale)) + over_tokens(shift)
 
 
-class GELUProjection(Part):
+def over_tokens(vector: Vector) -> Float[Array, "b #l d"]:
+    """A vector for all tokens of a row, or one for each, beside (b, l, d)."""
+    return vector if vector.ndim == 3 else vector[:, None, :]
+
+
+class ActivatedProjection(Part):
     dim: int
+    activation: Activation = "gelu_new"
 
     def setup(self) -> None:
         self.proj = self.dense(self.dim)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l mlp"]:
-        return nn.gelu(self.proj(x), approximate=True)
+        return ACTIVATIONS[self.activation](self.proj(x))
 
 
 class FeedForward(Part):
-    """Linear, tanh GELU, Linear; `net_0` and `net_2` as in diffusers' `FeedForward`."""
+    """Linear, tanh GELU or another, Linear; `net_0` and `net_2` as in diffusers' `FeedForward`."""
 
     dim: int
     mlp_dim: int
+    activation: Activation = "gelu_new"
 
     def setup(self) -> None:
-        self.net_0 = GELUProjection(self.mlp_dim, **self.types)
+        self.net_0 = ActivatedProjection(self.mlp_dim, self.activation, **self.types)
         self.net_2 = self.dense(self.dim)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -113,7 +123,7 @@ class Attention(Part):
 
 
 class JointAttention(Part):
-    """Attention over [text, image], with separate projections for the two."""
+    """Attention over [text, image], or [image, text], with separate projections for the two."""
 
     heads: int
     head_dim: int
@@ -121,6 +131,8 @@ class JointAttention(Part):
     qk_norm: bool = True
     text_out: bool = True
     """Whether the text goes on; the last block of Stable Diffusion 3 drops it."""
+    text_last: bool = False
+    """Whether the text follows the image, as text that is padded must."""
     attention: AttentionKind = "auto"
 
     def setup(self) -> None:
@@ -142,10 +154,14 @@ class JointAttention(Part):
         text: Float[Array, "b text d"],
         rope: Rope | None = None,
         prompt: ImagePrompt | None = None,
+        key_lengths: Int[Array, " b"] | None = None,
     ) -> tuple[
         Float[Array, "b image d"], Float[Array, "b text d"] | None, Float[Array, "b image d"] | None
     ]:
-        """Image, text, and what the image's tokens see of the image prompt, if there is one."""
+        """Image, text, and what the image's tokens see of the image prompt, if there is one.
+
+        `rope` and `key_lengths`, how many tokens are no padding, are of the joint sequence.
+        """
         q, k, v = (split_heads(to(image), self.heads) for to in (self.to_q, self.to_k, self.to_v))
         text_q, text_k, text_v = (
             split_heads(to(text), self.heads)
@@ -154,17 +170,20 @@ class JointAttention(Part):
         if self.qk_norm:
             q, k = self.norm_q(q), self.norm_k(k)
             text_q, text_k = self.norm_added_q(text_q), self.norm_added_k(text_k)
-        joint_q = jnp.concatenate([text_q, q], axis=1)
-        joint_k = jnp.concatenate([text_k, k], axis=1)
-        v = jnp.concatenate([text_v, v], axis=1)
+        joint_q, joint_k, v = (
+            jnp.concatenate(joined(*pair, self.text_last), axis=1)
+            for pair in ((text_q, q), (text_k, k), (text_v, v))
+        )
         if rope is not None:
             joint_q, joint_k = apply_rope(joint_q, rope), apply_rope(joint_k, rope)
-        out = dot_product_attention(joint_q, joint_k, v, implementation=self.attention)
+        out = dot_product_attention(
+            joint_q, joint_k, v, key_lengths=key_lengths, implementation=self.attention
+        )
         out = out.reshape(*out.shape[:2], -1)
-        length = text.shape[1]
         seen = None if prompt is None else _see(q, prompt)
-        text_out = self.to_add_out(out[:, :length]) if self.text_out else None
-        return self.to_out_0(out[:, length:]), text_out, seen
+        of_text, of_image = places(text.shape[1], image.shape[1], self.text_last)
+        text_out = self.to_add_out(out[:, of_text]) if self.text_out else None
+        return self.to_out_0(out[:, of_image]), text_out, seen
 
 
 def _see(q: Float[Array, "b image heads k"], prompt: ImagePrompt) -> Float[Array, "b image d"]:
@@ -174,12 +193,33 @@ def _see(q: Float[Array, "b image heads k"], prompt: ImagePrompt) -> Float[Array
     return prompt.scale.astype(q.dtype) * out.reshape(*q.shape[:2], -1)
 
 
+def joined(text: Array, image: Array, text_last: bool) -> tuple[Array, Array]:
+    """Both in the order of the joint sequence."""
+    return (image, text) if text_last else (text, image)
+
+
+def places(text: int, image: int, text_last: bool) -> tuple[slice, slice]:
+    """Where in the joint sequence text and image of so many tokens stand."""
+    return (slice(image, None), slice(image)) if text_last else (slice(text), slice(text, None))
+
+
 def split_heads(x: Float[Array, "b l d"], heads: int) -> Float[Array, "b l heads k"]:
     return x.reshape(*x.shape[:2], heads, -1)
 
 
-def parts(modulation: Float[Array, "b parts d"]) -> list[Float[Array, "b d"]]:
-    return [modulation[:, i] for i in range(modulation.shape[1])]
+def parts(
+    modulation: Float[Array, "b parts d"], replaced: Bool[Array, " l"] | None = None
+) -> list[Vector]:
+    """Each vector of a modulation. Where tokens are `replaced` its second half is theirs, and the
+    first the others'."""
+    vectors = [modulation[:, i] for i in range(modulation.shape[1])]
+    if replaced is None:
+        return vectors
+    usual, own = vectors[: len(vectors) // 2], vectors[len(vectors) // 2 :]
+    return [
+        jnp.where(replaced[None, :, None], mine[:, None], other[:, None])
+        for other, mine in zip(usual, own, strict=True)
+    ]
 
 
 class PatchProjection(Part):

@@ -8,6 +8,7 @@ from fluxjax.config import (
     CLIPVisionConfig,
     ControlNetConfig,
     FluxConfig,
+    HunyuanVideoConfig,
     IPAdapterConfig,
     OpenSoraConfig,
     PixArtConfig,
@@ -22,6 +23,7 @@ from fluxjax.networks.causal_autoencoder import CAUSAL_AUTOENCODER
 from fluxjax.networks.clip import CLIP, CLIP_TEXT, CLIP_VISION
 from fluxjax.networks.controlnet import CONTROLNET
 from fluxjax.networks.flux import FLUX
+from fluxjax.networks.hunyuan_video import HUNYUAN_VIDEO
 from fluxjax.networks.ip_adapter import IP_ADAPTER
 from fluxjax.networks.network import Network
 from fluxjax.networks.open_sora import OPEN_SORA
@@ -40,6 +42,7 @@ NETWORKS: dict[type, Network] = {
         SD3,
         PIXART,
         OPEN_SORA,
+        HUNYUAN_VIDEO,
         AUTOENCODER,
         CLIP_TEXT,
         T5,
@@ -58,6 +61,7 @@ Config = (
     | SD3Config
     | PixArtConfig
     | OpenSoraConfig
+    | HunyuanVideoConfig
     | AutoencoderConfig
     | CLIPTextConfig
     | T5Config

@@ -25,6 +25,7 @@ PUBLISHED = Table("diffusers FLUX transformer", identity=True)
 _OTHERS = (
     r"controlnet_blocks\.0\.weight|controlnet_x_embedder\.weight|pos_embed_input\..*",
     r"cond_in\.weight",  # Open-Sora
+    r"(x_embedder|img_in)\.proj\.weight",  # HunyuanVideo
 )
 _SCALE = (("scale", "weight"),)
 

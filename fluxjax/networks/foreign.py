@@ -41,11 +41,6 @@ FOREIGN = (
         ),
     ),
     # Transformers of the FLUX kind.
-    Foreign(
-        "HunyuanVideo's transformer",
-        (r"context_embedder\.token_refiner\..*", r"x_embedder\.proj\.weight"),
-    ),
-    Foreign("HunyuanVideo's transformer", (r"txt_in\.individual_token_refiner\..*",)),
     Foreign("Chroma's transformer", (r"distilled_guidance_layer\..*",)),
     Foreign(
         "FLUX.2's transformer",

@@ -85,8 +85,8 @@ class TokenSplit:
     method: str
     """The method whose arguments are tokens; what else the network does is done whole."""
     arguments: tuple[tuple[str, int] | None, ...]
-    """For each argument of `method`, "image", "text" or "joint" (text first) and the axis of its
-    tokens in every leaf; None where there are none. The result has the image's tokens."""
+    """For each argument of `method`, "image", "text" or "joint" and the axis of its tokens in every
+    leaf; None where there are none. The result has the image's tokens."""
     whole: Callable[..., tuple]
     """(run, *arguments of the network) -> arguments of `method`; `run(name, *inputs)` is another
     method of the network."""
@@ -94,6 +94,8 @@ class TokenSplit:
     """configuration -> heads of attention."""
     result: Callable[..., Any] = lambda run, returned, *arguments, **options: returned
     """(run, what `method` returns, *arguments of the network) -> what the network returns."""
+    text_last: bool = False
+    """Whether the text follows the image in what is joint."""
     image_attention: bool = False
     """Whether the module has an `image_attention` of its own, of the image's tokens alone."""
 

@@ -84,9 +84,10 @@ def _split(
     lengths = {"text": 0} | {
         where[0]: jax.tree.leaves(value)[0].shape[where[1]]
         for where, value in arguments
-        if where is not None
+        if where is not None and jax.tree.leaves(value)
     }
-    heads, layout = split.heads(config), Layout(lengths["text"], lengths["image"], mesh.shape[AXIS])
+    heads = split.heads(config)
+    layout = Layout(lengths["text"], lengths["image"], mesh.shape[AXIS], split.text_last)
     # The partitioner gathers batch and heads around a collective that it did not make itself.
     over = "tensor" if heads % (mesh.shape["tensor"] * layout.devices) == 0 else None
 
@@ -146,5 +147,6 @@ def _pieces(
         return jax.tree.map(one, value)
 
     if kind == "joint":
-        return cut(0, layout.text), cut(layout.text, None)
+        first = layout.image if layout.text_last else layout.text
+        return cut(0, first), cut(first, None)
     return (cut(0, None),)
