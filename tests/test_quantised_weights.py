@@ -1,5 +1,7 @@
 """Weights that stay quantised on the device: the same as their values, in less memory."""
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,19 @@ from fluxjax.checkpoint.templates import abstract_params, quantised_template
 from fluxjax.checkpoint.tensors import astype, of_array
 from fluxjax.config import ConfigError
 from fluxjax.convert import convert
+from fluxjax.models import tiled_product
+from fluxjax.models.compilation import IN_PLACE, compiler_options
 from fluxjax.models.dense import Dense
+from fluxjax.models.dynamic_product import _rounded_product, dynamic_product
 from fluxjax.models.gguf_blocks import BLOCK_TYPES
 from fluxjax.models.lora import LoraConfig, adapt, init_lora, variables
 from fluxjax.models.names import flatten
-from fluxjax.models.products import affine
+from fluxjax.models.products import TILED, affine
 from fluxjax.models.quantised import Quantised, abstract, decode
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import make_mesh
 from fluxjax.parallel.rules import param_shardings
-from fluxjax.quantised_kinds import KINDS
+from fluxjax.quantised_kinds import DYNAMIC, KINDS
 from fluxjax.sample.picture_formats import read_record
 from fluxjax.sample.picture_record import remembered
 
@@ -136,6 +141,117 @@ def test_one_layer_is_decoded_at_a_time():
     assert many.temp_size_in_bytes < few.temp_size_in_bytes + 4 * 256 * 256
 
 
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "nf4", None])
+def test_little_is_decoded_at_a_time(monkeypatch, scanned, kind):
+    """Beside weights in codes or 16 bits a program holds a tile of one of them in float32.
+
+    By default XLA converts all of them before the first product, and scanned 16 bits too.
+    """
+    monkeypatch.setattr(tiled_product, "TILE", 2**14)
+    shape, layers = (256, 256), 8
+
+    def compiled(precision):
+        layer = Dense(256, use_bias=False, dtype=jnp.bfloat16, precision=precision)
+
+        def body(x, kernel):
+            return layer.apply({"params": {"kernel": kernel}}, x), None
+
+        def run(x, kernels):
+            if scanned:
+                return jax.lax.scan(body, x, kernels)[0]
+            for kernel in kernels:
+                x, _ = body(x, kernel)
+            return x
+
+        def one(*layers):
+            whole = (*layers, *shape)
+            return abstract(kind, whole) if kind else jax.ShapeDtypeStruct(whole, jnp.bfloat16)
+
+        kernels = one(layers) if scanned else [one() for _ in range(layers)]
+        x = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
+        lowered = jax.jit(run).lower(x, kernels)
+        program = lowered.compile(compiler_options=compiler_options(precision))
+        return program.memory_analysis()
+
+    decoded = 4 * math.prod(shape)
+    tiled, plain = compiled(TILED), compiled(None)
+    own = tiled.argument_size_in_bytes // layers  # of a scan's body, a layer of its own
+    assert tiled.temp_size_in_bytes < decoded / 2 + scanned * own
+    assert plain.temp_size_in_bytes > decoded
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "q8_0", None])
+@pytest.mark.parametrize("columns", [96, 97])
+def test_tiles_compute_the_product(monkeypatch, kind, columns):
+    """96 columns in three tiles of 32; 97 cannot be shared out."""
+    monkeypatch.setattr(tiled_product, "TILE", 32 * 64)
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 3, 64)).astype(np.float32)
+    values = random.normal(size=(columns, 64)).astype(np.float32)
+    kernel: Any = jnp.asarray(values.T, jnp.bfloat16)
+    whole = np.asarray(kernel, np.float32)
+    if kind:
+        made = quantised(of_array(values), kind)
+        assert made is not None and made.packed is not None
+        kernel = made.packed.map(lambda part: jnp.asarray(part.read()))
+        whole = made.read().T
+    assert tiled_product.is_large(kernel)
+    y = jax.jit(tiled_product.tiled_product)(x, kernel)
+    np.testing.assert_allclose(y, x @ whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """Rows, of which one is zero, and a matrix (k, n)."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 5, 64)).astype(np.float32)
+    x[1, 2] = 0
+    return x, random.normal(size=(48, 64)).astype(np.float32)
+
+
+def _dynamic(values, kind):
+    made = quantised(of_array(values), DYNAMIC[kind])
+    assert made is not None and made.packed is not None
+    return Quantised(kind, made.packed.map(lambda part: jnp.asarray(part.read())).parts)
+
+
+def test_int8_products_are_numpy_s(layer):
+    """Exactly: codes of rows and columns, sums as integers, one multiplication for each scale."""
+    x, values = layer
+    kernel = _dynamic(values, "int8_dynamic")
+    dense = Dense(48, use_bias=False)
+    y = jax.jit(lambda k, x: dense.apply({"params": {"kernel": k}}, x))(kernel, x)
+    codes, absmax = (np.asarray(kernel.parts[name]) for name in ("codes", "absmax"))
+    inverse = np.float32(1 / 127)
+    largest = np.abs(x).max(-1, keepdims=True)
+    scale = np.where(largest > 0, largest * inverse, np.float32(1))
+    rounded = np.rint(x / scale)
+    sums = np.einsum("abk,nk->abn", rounded.astype(np.int32), codes.astype(np.int32))
+    expected = sums.astype(np.float32) * scale * (absmax[:, 0] * inverse)
+    np.testing.assert_array_equal(y, expected)
+    assert np.abs(rounded).max() == 127 and not np.asarray(y)[1, 2].any()
+    exact = x @ values.T
+    assert 1e-3 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 2e-2
+
+
+def test_fp8_products_are_of_fp8_on_cuda_and_plain_elsewhere(layer):
+    x, values = layer
+    kernel = _dynamic(values, "fp8_dynamic")
+    run = jax.jit(dynamic_product)
+    plain = x @ np.asarray(decode(kernel)).T
+    np.testing.assert_allclose(run(x, kernel), plain, rtol=1e-5, atol=1e-5)
+    texts = {
+        platform: run.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    fp8 = r"dot_general .*: \(tensor<10x64xf8E4M3FN>, tensor<48x64xf8E4M3FN>\) -> tensor<10x48xf32>"
+    found = {platform: bool(re.search(fp8, text)) for platform, text in texts.items()}
+    assert found == {"cpu": False, "cuda": True, "tpu": False}
+    rounded = _rounded_product(jnp.asarray(x.reshape(-1, 64)), kernel).reshape(plain.shape)
+    assert 1e-3 < np.linalg.norm(rounded - plain) / np.linalg.norm(plain) < 5e-2
+
+
 def test_programs_without_codes_are_the_same_to_the_letter():
     """A plain kernel is declared and used as flax's own layer does."""
 
@@ -195,6 +311,9 @@ def test_quantised_files_keep_their_codes_and_draw(quantised_folder, tmp_path):
     assert record["quantise"] == "transformer=nf4,text_encoder_2=int8"
     assert "unrepeatable" not in record
     assert remembered(tmp_path / "picture.png").sources.quantise == record["quantise"]
+    pipe = fluxjax.load_pipeline(quantised_folder, quantise="transformer=int8_dynamic")
+    drawn = np.asarray(pipe("a red circle", **CHOSEN)[0], np.int16)
+    assert 0 < np.abs(drawn - values).mean() < 4
 
 
 def test_codes_are_split_as_their_kernels_are(tiny):
@@ -271,6 +390,32 @@ def test_scales_of_blocks_that_are_not_finite_are_refused(kind):
     damaged = Quantised(kind, {"blocks": of_array(blocks)})
     with pytest.raises(ConfigError, match=r"x has values that are not finite .1 infinite"):
         only_finite_codes(damaged, "x").parts["blocks"].read()
+
+
+def test_a_pipeline_on_one_cpu_converts_by_tiles(tiny):
+    """Where there is something to convert; and dynamic products take a file's own codes."""
+    for quantise, dtype, precision in (
+        ("int8_dynamic", "float32", TILED),
+        ("none", "bfloat16", TILED),
+        ("none", "float32", None),
+    ):
+        executables = fluxjax.load_pipeline("tiny", quantise=quantise, dtype=dtype).executables
+        module, _ = executables.modules("denoise")
+        assert module.precision == executables.precision == precision
+    assert "xla_cpu_scheduler_type" in compiler_options(TILED)
+    assert compiler_options(TILED, integers=True).keys() == IN_PLACE.keys()
+    name = "single_transformer_blocks.0.proj_mlp.weight"
+    packed = quantised(tiny.tensors[name], "int8")
+    assert packed is not None and packed.packed is not None
+
+    def values(start: int, stop: int) -> np.ndarray:
+        raise AssertionError("codes are not made anew")
+
+    network = replace(tiny, tensors=tiny.tensors | {name: replace(packed, rows=values)})
+    params = network.params(stacked=False, dtype=np.float32, quantise="int8_dynamic")
+    kernel = params["single_transformer_blocks_0"]["proj_mlp"]["kernel"]
+    assert kernel.kind == "int8_dynamic"
+    np.testing.assert_array_equal(kernel.parts["codes"], packed.packed.parts["codes"].read())
 
 
 def test_what_cannot_be_is_refused():

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fluxjax.checkpoint import mapped_memory as memory
 from fluxjax.checkpoint import tensors
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.models.names import flatten, is_stacked, published_name, unflatten
@@ -222,7 +223,8 @@ def stack(parts: list[Tensor]) -> Tensor:
     def rows(start: int, stop: int) -> np.ndarray:
         if stop - start == 1:  # not copied
             return parts[start].read()[None]
-        out = np.empty((stop - start, *parts[0].shape), parts[0].dtype)
+        # Aligned, or JAX would copy it to a device that is the host.
+        out = memory.empty((stop - start, *parts[0].shape), parts[0].dtype)
         for i in range(start, stop):
             out[i - start] = parts[i].read()
         return out

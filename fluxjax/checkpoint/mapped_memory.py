@@ -6,7 +6,10 @@ through buffers of a few megabytes would leave hundreds of them behind.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,3 +35,16 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     out = empty(array.shape, array.dtype)
     np.copyto(out, array)
     return out
+
+
+def release() -> None:
+    """Gives back to the system what the allocator keeps, as after compiling; with glibc."""
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Any:
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -59,7 +59,7 @@ class OpenNetwork:
         """Our parameters as JAX arrays; see `pipeline_folder.load_params`.
 
         `quantise`: "keep" leaves dense kernels in the codes that the file has; one of
-        `fluxjax.quantised_kinds.KINDS` keeps the blocks' products in that; "none" keeps values.
+        `fluxjax.quantised_kinds.LOADED` keeps the blocks' products in that; "none" keeps values.
 
         Raises ConfigError naming a tensor with NaN or infinite values, and the file or folder.
         """

@@ -22,6 +22,7 @@ from fluxjax.models.absent import Absent
 from fluxjax.models.names import is_stacked, published_name
 from fluxjax.models.quantised import Quantised
 from fluxjax.networks.tables import Table
+from fluxjax.quantised_kinds import DYNAMIC
 
 _AT_ONCE = 2**24  # bytes of a stacked leaf below which layer by layer is not worth it
 
@@ -99,10 +100,10 @@ def _place_codes(
 
 def _packed(tensor: Tensor, name: str, leaf: Quantised) -> Quantised:
     """Raises ConfigError, naming the tensor, for values that are not finite."""
-    packed = codes_of(tensor)
-    if packed is not None and form_of(packed) == form_of(leaf):
+    packed, kind = codes_of(tensor), DYNAMIC.get(leaf.kind, leaf.kind)
+    if packed is not None and form_of(packed) == form_of(Quantised(kind, leaf.parts)):
         return only_finite_codes(packed, name)
-    made = quantised(only_finite(replace(tensor, packed=None), name), leaf.kind)
+    made = quantised(only_finite(replace(tensor, packed=None), name), kind)
     assert made is not None and made.packed is not None  # or the template would have no codes here
     return made.packed
 

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fluxjax.models.adapter import adapted
-from fluxjax.models.products import Precision, affine
+from fluxjax.models.products import Precision, affine, takes_stored
 from fluxjax.models.quantised import Quantised, decode
 
 COLLECTION = "lora"
@@ -33,26 +33,29 @@ class Dense(nn.Dense):
     precision: Precision = None
     promote_dtype: Any = promote_dtype  # flax's own type cannot be checked at run time
 
-    def _kernel(self, shape: tuple[int, int]) -> Any:
-        """The parameter (k, features), brought from the host and decoded where it lies there or is
-        kept in few bits: in the body of a scan, where only one layer's is."""
+    def _stored(self, shape: tuple[int, int]) -> Any:
+        """The parameter (k, features), brought from the host where it lies there: in the body of a
+        scan only one layer's is."""
         if self.has_variable("params", "kernel"):
-            kernel = jax.tree.map(_brought, self.get_variable("params", "kernel"))
-            if isinstance(kernel, Quantised):
-                return decode(kernel).astype(self.param_dtype).T
-            if kernel is not self.get_variable("params", "kernel"):
+            stored = self.get_variable("params", "kernel")
+            kernel = jax.tree.map(_brought, stored)
+            if isinstance(kernel, Quantised) or kernel is not stored:
                 return kernel
         return self.param("kernel", self.kernel_init, shape, self.param_dtype)
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*rows k"]) -> Float[Array, "*rows features"]:
         shape = inputs.shape[-1], self.features
-        kernel = self._kernel(shape)
+        stored = self._stored(shape)
+        kernel = stored
+        if isinstance(stored, Quantised):
+            kernel = decode(stored).astype(self.param_dtype).T
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
         x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        y = affine(x, kernel, bias, self.precision)
+        as_stored = takes_stored(stored, self.precision)
+        y = affine(x, stored if as_stored else kernel, bias, self.precision)
         if not self.has_variable(COLLECTION, "scale"):
             return y
         leaves = self.variables[COLLECTION]

@@ -14,6 +14,7 @@ The derivative of a bias or scale is a sum over rows. On CPUs XLA's goes through
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,18 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from fluxjax.models.dynamic_product import dynamic_product, is_dynamic
+from fluxjax.models.quantised import Quantised
+from fluxjax.models.tiled_product import is_large, tiled_product
+
 BFLOAT16 = "BF16_BF16_F32"  # as jax.lax calls it
 
+TILED = "TILED"
+"""Kernels of 16 bits or in codes are converted a tile at a time, see `tiled_product`: on one CPU
+that takes less memory and less time."""
+
 Precision = str | None
-"""Of `jax.lax.dot_general`; None is `own_precision` of what is multiplied."""
+"""Of `jax.lax.dot_general`, or TILED; None is `own_precision` of what is multiplied."""
 
 
 def own_precision(dtype: DTypeLike) -> lax.Precision:
@@ -37,18 +46,29 @@ def own_precision(dtype: DTypeLike) -> lax.Precision:
 
 def affine(
     x: Float[Array, "*rows k"],
-    kernel: Float[Array, "k n"],
+    kernel: Float[Array, "k n"] | Quantised,
     bias: Float[Array, " n"] | None = None,
     precision: Precision = None,
 ) -> Float[Array, "*rows n"]:
-    """`x kernel + bias`."""
-    y = _product(x, kernel, precision)
+    """`x kernel + bias`; codes only where `takes_stored`."""
+    if is_dynamic(kernel):
+        y = dynamic_product(x, kernel)
+    elif takes_stored(kernel, precision):
+        y = tiled_product(x, kernel)
+    else:
+        assert not isinstance(kernel, Quantised)
+        y = _product(x, kernel, precision)
     return y if bias is None else add_bias(y, bias, precision)
+
+
+def takes_stored(kernel: Any, precision: Precision) -> bool:
+    """Whether a product is given the kernel as it is stored, to convert parts of it or nothing."""
+    return is_dynamic(kernel) or (precision == TILED and is_large(kernel))
 
 
 def _product(x: Array, kernel: Array, precision: Precision) -> Array:
     contracting = (((x.ndim - 1,), (0,)), ((), ()))
-    chosen = precision or own_precision(x.dtype)
+    chosen = own_precision(x.dtype) if precision in (None, TILED) else precision
     if jax.default_backend() != "cpu":
         return lax.dot_general(x, kernel, contracting, precision=chosen)
     if precision == BFLOAT16 and x.dtype == kernel.dtype == jnp.float32:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from fluxjax.models.gguf_blocks import BLOCK_TYPES, decode_blocks
+from fluxjax.quantised_kinds import DYNAMIC
 
 GROUP = 64  # elements of nf4 and fp4 that share a scale
 # Quantiles of the normal distribution, and bitsandbytes' float of four bits.
@@ -45,7 +46,7 @@ LEVELS = {"nf4": NF4, "fp4": FP4}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantised:
-    """`kind`: "int8", "fp8", "nf4", "fp4", or a block type of GGUF.
+    """`kind`: "int8", "fp8", "nf4", "fp4", a block type of GGUF, or one of DYNAMIC.
 
     Parts: `blocks` of GGUF (out, bytes); `codes` (out, in), or two to a byte, the first in the high
     half; `scale` (out, 1) or `absmax` (out, 1), the value of code 127; of nf4 and fp4 (out, in/64).
@@ -83,12 +84,13 @@ class Quantised:
 
 
 def abstract(kind: str, shape: tuple[int, ...]) -> Quantised | None:
-    """Shapes of a kernel (..., in, out) in codes of one of `quantised_kinds.KINDS`.
+    """Shapes of a kernel (..., in, out) in codes of one of `quantised_kinds.LOADED`.
 
     None where its columns are not whole blocks.
     """
     *layers, columns, rows = shape
     name = kind.upper() if kind.upper() in BLOCK_TYPES else kind
+    codes = DYNAMIC.get(name, name)
     widths: dict[str, tuple[int, Any]]
     if name in BLOCK_TYPES:
         block, size = BLOCK_TYPES[name].elements, BLOCK_TYPES[name].size
@@ -96,7 +98,7 @@ def abstract(kind: str, shape: tuple[int, ...]) -> Quantised | None:
     elif name in LEVELS:
         block = GROUP
         widths = {"codes": (columns // 2, np.uint8), "absmax": (columns // GROUP, np.float32)}
-    elif name == "int8":
+    elif codes == "int8":
         block, widths = 1, {"codes": (columns, np.int8), "absmax": (1, np.float32)}
     else:
         fp8 = jax.numpy.float8_e4m3fn

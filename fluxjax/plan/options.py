@@ -16,7 +16,7 @@ from fluxjax.config.choices import Remat, SequenceAttention
 from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.hub import find, hub_name
 from fluxjax.parallel.mesh_shape import MeshShape, parse_mesh
-from fluxjax.quantised_kinds import KINDS, NONE
+from fluxjax.quantised_kinds import DYNAMIC, LOADED, NONE
 from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.train.settings import Optimizer
 
@@ -87,8 +87,10 @@ def check(options: Options) -> None:
     device_count(options)
     find_chips(options.chips)
     kinds = parse_quantise(options.quantise)
-    if options.task == "full" and any(kind in KINDS for kind in kinds.values()):
+    if options.task == "full" and any(kind in LOADED for kind in kinds.values()):
         raise ConfigError("--quantise is for weights that are not trained: --task full trains all")
+    if options.task != "sample" and (dynamic := DYNAMIC.keys() & kinds.values()):
+        raise ConfigError(f"--quantise {min(dynamic)} rounds activations: it has no derivative")
     if (options.offload or options.stream) and (
         options.task != "sample" or device_count(options) > 1
     ):

@@ -15,7 +15,7 @@ from fluxjax.checkpoint.templates import abstract_params, in_dtype, quantised_te
 from fluxjax.config import ConfigError, FluxPipelineConfig, LoraConfig, PipelineConfig
 from fluxjax.families import FLUX, Task, family_of
 from fluxjax.models.attention import auto_attention
-from fluxjax.models.compilation import compiler_options
+from fluxjax.models.compilation import IN_LOOPS, compiler_options
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.compiled_program import Structure, measure
@@ -24,7 +24,7 @@ from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replic
 from fluxjax.parallel.rules import bytes_per_device, param_shardings, state_shardings
 from fluxjax.plan.attention import flash_like
 from fluxjax.plan.options import Options, device_count, mesh_shape, tokens
-from fluxjax.quantised_kinds import KINDS
+from fluxjax.quantised_kinds import LOADED
 from fluxjax.sample.executables import Executables
 from fluxjax.sample.programs import NAMES, Name, components, defaults, programs
 from fluxjax.sample.quantise_option import parse_quantise
@@ -35,12 +35,6 @@ from fluxjax.train.step import init_state, make_step
 from fluxjax.train.trained_networks import initial_loras
 
 Say = Callable[[str], None]
-# On CPUs a product of bfloat16 is one of float32, and the conversion of all layers' weights would
-# leave the loop over them: twice their bytes, which no accelerator needs.
-ON_ACCELERATORS = {
-    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
-    "while-loop-expensive-invariant-code-motion"
-}
 
 
 @dataclass(frozen=True)
@@ -158,7 +152,7 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     for program in sorted(listed, key=lambda program: list(reads).index(program.name)):
         say(program.name)
         with auto_attention(flash_like):  # as accelerators have it
-            compiled = executables.compile(program, ON_ACCELERATORS)
+            compiled = executables.compile(program, IN_LOOPS)
         held, read = sum(weights.values()), reads[program.name]
         if options.offload:
             held = _on_device(executables.arguments(program))
@@ -173,7 +167,7 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
 def _template(options: Options, name: str, network: Any, dtype: Any) -> dict[str, Any]:
     """Shapes of a network's parameters as they lie on devices."""
     tree, kind = abstract_params(network, stacked=True), parse_quantise(options.quantise).get(name)
-    if kind in KINDS:
+    if kind in LOADED:
         tree = quantised_template(tree, network, kind)
     return in_dtype(tree, dtype)
 
@@ -240,6 +234,6 @@ def _training(options: Options, config: FluxPipelineConfig, mesh: Mesh, say: Say
     say("step")
     with auto_attention(flash_like):
         lowered = step.lower(*arguments)  # pyright: ignore[reportFunctionMemberAccess]
-        compiled = lowered.compile(compiler_options=compiler_options() | ON_ACCELERATORS)
+        compiled = lowered.compile(compiler_options=compiler_options() | IN_LOOPS)
     program = Program("step", measure(compiled), moved, sum(weights.values()))
     return Placed(weights, held, (program,))

@@ -13,12 +13,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fluxjax.checkpoint import mapped_memory as memory
 from fluxjax.checkpoint.templates import Part, abstract_params, in_dtype, part_of
 from fluxjax.config import PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Family
+from fluxjax.models.absent import is_node
 from fluxjax.models.compilation import compiler_options
+from fluxjax.models.dynamic_product import is_dynamic
 from fluxjax.models.lora import adapt
+from fluxjax.models.products import TILED, Precision
 from fluxjax.networks import network_of
 from fluxjax.parallel.activations import attention_on
 from fluxjax.parallel.apply import apply_on
@@ -50,7 +54,8 @@ class Executables:
     On a mesh the network that draws and the text encoders are split by the roles of their layers,
     and the autoencoder's pictures over all devices. `quantised`: of components some of whose
     weights are codes, the shapes of their parameters. `stream`: those of the network that draws lie
-    on the host.
+    on the host. `one_cpu`: the programs run there, where weights that are not float32 are converted
+    for their products: a little at a time.
     """
 
     def __init__(
@@ -65,11 +70,14 @@ class Executables:
         slots: LoraSlots | None = None,
         quantised: Mapping[str, Params] | None = None,
         stream: bool = False,
+        one_cpu: bool = False,
     ):
         self.stream = stream
         self.quantised = quantised or {}
         self.family, self.config = family, config
         self.dtype, self.scan_layers = jnp.dtype(dtype), scan_layers
+        converted = self.dtype != jnp.float32 or bool(self.quantised)
+        self.precision: Precision = TILED if one_cpu and converted else None
         self.lora, self.slots, self.mesh = lora, slots, mesh
         self.sequence: SequenceAttention = sequence
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
@@ -102,7 +110,7 @@ class Executables:
         """The networks that a program runs, see `of_components`."""
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
         if name in OF_RUNS:
-            fields = {**types, "scan_layers": self.scan_layers}
+            fields = {**types, "scan_layers": self.scan_layers, "precision": self.precision}
             return self.family.networks(self.config, rounding, **fields)
 
         def built(component: str) -> Any:
@@ -122,8 +130,11 @@ class Executables:
         function, inputs = program.function, program.inputs
         if self.mesh is not None:
             function, inputs = _split(program, len(static), self.mesh, self.sequence)
+        chosen = compiler_options(self.precision, integers=any(map(is_dynamic, _nodes(params))))
         lowered = function.lower(*static, *params, *inputs)
-        compiled = lowered.compile(compiler_options={**compiler_options(), **(options or {})})
+        compiled = lowered.compile(compiler_options={**chosen, **(options or {})})
+        if self.precision == TILED:
+            memory.release()
         return compiled if jax.process_count() == 1 else partial(_placed, compiled, inputs)
 
     def weights(self, component: str) -> Any:
@@ -168,6 +179,10 @@ class Executables:
         if self.mesh is None:
             return shapes
         return jax.tree.map(_spec, shapes, state_shardings(config, shapes, self.mesh))
+
+
+def _nodes(params: Any) -> list[Any]:
+    return jax.tree.leaves(params, is_leaf=is_node)
 
 
 def _spec(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:

@@ -38,7 +38,7 @@ from fluxjax.parallel.mesh import make_mesh, place
 from fluxjax.parallel.mesh_shape import MeshShape
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
-from fluxjax.quantised_kinds import KEEP, KINDS
+from fluxjax.quantised_kinds import KEEP, LOADED
 from fluxjax.sample.controls import given_controlnets, open_controlnets
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.pipeline import Pipeline
@@ -93,7 +93,7 @@ def load_pipeline(
       sequence: how attention works where the mesh splits the tokens of a picture.
       quantise: what weights are on the device, decoded a layer at a time. "keep" leaves those of
         quantised files in their codes; "int8", "nf4" or another of
-        `fluxjax.quantised_kinds.KINDS` puts the blocks of the transformer and the text encoders
+        `fluxjax.quantised_kinds.LOADED` puts the blocks of the transformer and the text encoders
         into that, "transformer=nf4,text_encoder_2=int8" those of each; "none" decodes all.
       offload: have no other networks on the device than those that are at work: the text encoders
         leave before denoising, the autoencoder comes after it, the modulations of all steps (27 %
@@ -333,7 +333,7 @@ def _held(
             )
         if any(isinstance(leaf, Quantised) for leaf in flatten(found).values()):
             held[name] = found
-        elif kind in KINDS and name == "transformer":
+        elif kind in LOADED and name == "transformer":
             raise ConfigError(
                 f"{network.where}: no layer of the transformer has rows that are whole blocks of "
                 f"{kind}: try another --quantise"

@@ -215,7 +215,8 @@ class Options:
     quantise: _Text = None
     """Weights in few bits on the device: int8, fp8, nf4, q8_0, q6_k, q5_k, q4_k or q4_0, or for
     each network its own, transformer=nf4,text_encoder_2=int8; none decodes quantised files, which
-    otherwise keep their codes."""
+    otherwise keep their codes. int8_dynamic and fp8_dynamic (on CUDA) round the activations too,
+    and multiply 8 bits by 8 bits."""
     offload: bool = False
     """Only the networks that are at work are on the device: text encoders leave before denoising,
     the autoencoder comes after it. The same picture, more reading."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fluxjax.config import ConfigError
-from fluxjax.quantised_kinds import KEEP, KINDS, NONE
+from fluxjax.quantised_kinds import KEEP, LOADED, NONE
 
 NETWORKS: tuple[str, ...] = ("transformer", "text_encoder", "text_encoder_2")
 
@@ -25,7 +25,7 @@ def parse_quantise(text: str) -> dict[str, str]:
 
 
 def _kind(text: str) -> str:
-    if text not in (*KINDS, KEEP, NONE):
-        known = ", ".join((*KINDS, KEEP, NONE))
+    if text not in (*LOADED, KEEP, NONE):
+        known = ", ".join((*LOADED, KEEP, NONE))
         raise ConfigError(f"quantise must be one of {known}, got {text[:40]!r}")
     return text

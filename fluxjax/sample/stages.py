@@ -99,6 +99,7 @@ class Stages:
             slots=slots,
             quantised=quantised,
             stream=stream,
+            one_cpu=mesh is None and jax.default_backend() == "cpu",
         )
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
