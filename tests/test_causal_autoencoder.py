@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from fluxjax.checkpoint.component_json import network_config
+from fluxjax.checkpoint.component_json import config_json, network_config
 from fluxjax.checkpoint.detect import detect_network, infer_config
 from fluxjax.checkpoint.engine import published_leaves
 from fluxjax.checkpoint.source import open_source
@@ -75,9 +76,8 @@ def test_impossible_configurations(values, said):
 def folder(tmp_path_factory):
     """diffusers' network with random weights, no norm left without scale and bias."""
     torch.manual_seed(0)
-    network = diffusers.AutoencoderKLHunyuanVideo(
-        block_out_channels=TINY.block_out_channels, layers_per_block=1, norm_num_groups=4
-    )
+    sizes: dict[str, Any] = {k: v for k, v in config_json(TINY).items() if k[0] != "_"}
+    network = diffusers.AutoencoderKLHunyuanVideo(**sizes)
     with torch.no_grad():
         for name, tensor in network.named_parameters():
             if "norm" in name:

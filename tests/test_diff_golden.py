@@ -89,8 +89,9 @@ def test_no_recording(tmp_path):
 
 # Each tiling once; the others of these files take as many programs again.
 CLIPS = {
-    "hunyuan_vae": ("latents_tiled", "video_framewise"),
+    "hunyuan_vae": ("latents_tiled", "video_tiled"),
     "opensora_vae": ("latents_tiled", "video_tiled", "video_spatially_tiled", "image_latents"),
+    "opensora_dc_ae": ("latents_tiled",),
 }
 
 
@@ -104,5 +105,5 @@ def test_recorded_autoencoders_of_clips(shared, tmp_path, name):
     path = _rewritten(shared / f"goldens/{name}.safetensors", tmp_path / "a.safetensors", fewer)
     report, outputs = check_golden(path)
     assert report.passed, report.first_failure
-    assert len(report.rows) == len(outputs) >= 5
+    assert len(report.rows) == len(outputs) >= 4
     assert all(row.bound == 1e-5 for row in report.rows)

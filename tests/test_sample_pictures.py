@@ -18,7 +18,8 @@ from torch_pipeline import save_random_pipeline
 from torch_reference import relative_l2
 
 import fluxjax
-from fluxjax.checkpoint.bfl import config_from_bfl, from_bfl_params
+from fluxjax.checkpoint.bfl import from_bfl_params
+from fluxjax.checkpoint.component_json import original_config
 from fluxjax.checkpoint.pipeline_folder import model_index, read_config
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.config import DEV, ConfigError
@@ -376,7 +377,7 @@ def test_the_recorded_fill_is_drawn_by_the_sampler(shared):
     path = shared / "goldens" / "bfl_flux_fill.safetensors"
     tensors, metadata = read_safetensors(path)
     recorded = json.loads(metadata["config"])
-    config = config_from_bfl(recorded["params"])
+    config = original_config(recorded["params"])
     weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k[:8] == "weights."}
     inputs = {k[7:]: v.read() for k, v in tensors.items() if k.startswith("inputs.")}
     noise, count = inputs["noise"], len(inputs["noise"])

@@ -62,6 +62,7 @@ VISION = replace(presets.CLIP_L_VISION, with_projection=True)
 CONFIGS |= {TEXT, VISION, CLIPConfig(text_config=TEXT, vision_config=VISION)}
 CONFIGS |= {replace(presets.SD35_MEDIUM, num_layers=4, dual_attention_layers=(0, 1))}
 CONFIGS |= {presets.PIXART_ALPHA, presets.CausalAutoencoderConfig()}
+CONFIGS |= {presets.DCAutoencoderConfig()}
 CONFIGS |= {
     replace(preset, num_layers=1, num_single_layers=1)
     for preset in (presets.OPEN_SORA_2, presets.HUNYUAN_VIDEO)
@@ -79,7 +80,7 @@ def leaves(config):
 
 
 def unnumbered(network, path) -> str:
-    groups = "|".join(("down_blocks", "up_blocks", "resnets", *network.scanned))
+    groups = "|".join(("down_blocks", "up_blocks", "resnets", "stages", *network.scanned))
     return "/".join(re.sub(rf"^({groups})_\d+(_to_\d+)?$", r"\1", part) for part in path)
 
 

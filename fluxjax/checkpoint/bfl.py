@@ -1,4 +1,4 @@
-"""Networks in their original code's form: its configurations and its parameters' names."""
+"""Networks under their original code's names."""
 
 from __future__ import annotations
 
@@ -8,23 +8,7 @@ from typing import Any
 from fluxjax.checkpoint.placement import load_tree
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import as_tensor
-from fluxjax.config import ConfigError
-from fluxjax.networks import NETWORKS, Config, network_of
-
-
-def config_from_bfl(params: Mapping[str, Any]) -> Any:
-    """BFL's FluxParams or AutoEncoderParams (as dictionaries) -> ours.
-
-    Raises KeyError for a missing key, ConfigError for values of no network of ours.
-    """
-    for network in NETWORKS.values():
-        for dialect in network.dialects:
-            if dialect.from_original is not None and dialect.original_key in params:
-                try:
-                    return dialect.from_original(params)
-                except (TypeError, ZeroDivisionError) as error:
-                    raise ConfigError(f"no configuration of the {network.words}: {error}") from None
-    raise ConfigError(f"no network has a configuration with the keys {', '.join(sorted(params))}")
+from fluxjax.networks import Config, network_of
 
 
 def from_bfl_params(

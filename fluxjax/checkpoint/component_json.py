@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,30 @@ def network_config(values: dict[str, Any], path: Path) -> Any:
             return parse_config(cls, values, path)
     known = ", ".join(network.json.class_names[0] for network in NETWORKS.values())
     if not (name or kind):
-        raise ConfigError(f"{path} names no network; fluxjax reads {known}")
+        if "model_name" not in values:
+            raise ConfigError(f"{path} names no network; fluxjax reads {known}")
+        try:  # Open-Sora's deep-compression autoencoders say no more
+            return original_config(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
     raise ConfigError(
         f"{path} is of {(name or kind)[:100]}, which fluxjax cannot read yet; it reads {known}"
     )
+
+
+def original_config(params: Mapping[str, Any]) -> Any:
+    """The original code's own configuration of a network, such as BFL's FluxParams -> ours.
+
+    Raises KeyError for a missing key, ConfigError for values of no network of ours.
+    """
+    for network in NETWORKS.values():
+        for dialect in network.dialects:
+            if dialect.from_original is not None and dialect.original_key in params:
+                try:
+                    return dialect.from_original(params)
+                except (TypeError, ZeroDivisionError) as error:
+                    raise ConfigError(f"no configuration of the {network.words}: {error}") from None
+    raise ConfigError(f"no network has a configuration with the keys {', '.join(sorted(params))}")
 
 
 def _names(values: dict[str, Any], path: Path) -> tuple[str, str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         XLABS,
         ControlNetConfig,
     )
+    from fluxjax.config.dc_autoencoder import DCAutoencoderConfig
     from fluxjax.config.families import PIPELINES
     from fluxjax.config.flux import FluxConfig
     from fluxjax.config.flux_pipeline import (
@@ -114,6 +115,7 @@ __all__ = [
     "CausalAutoencoderConfig",
     "ConfigError",
     "ControlNetConfig",
+    "DCAutoencoderConfig",
     "FluxConfig",
     "FluxPipelineConfig",
     "HunyuanVideoConfig",
@@ -150,6 +152,7 @@ _NAMES = {
     "choices": ("CONTROL_MODES", "CONTROLS"),
     "controlnet": ("UNION", "UNION_2", "XLABS", "ControlNetConfig"),
     "families": ("PIPELINES",),
+    "dc_autoencoder": ("DCAutoencoderConfig",),
     "flux": ("FluxConfig",),
     "flux_pipeline": (
         "CONTROL",

@@ -35,6 +35,7 @@ CHECKS: Mapping[str, Callable[[Recording, Mesh | None], Checked]] = {
 AUTOENCODER_CHECKS: Mapping[str, Callable[[Recording, Mesh | None], Checked]] = {
     "AutoencoderKLHunyuanVideo": golden_clip_autoencoders.check_diffusers,
     "hunyuan_vae": golden_clip_autoencoders.check_open_sora,
+    "dc_ae": golden_clip_autoencoders.check_dc,
 }
 """Of autoencoders of clips, which several families share: by the recorded network."""
 TABLE_CHECKS: Mapping[str, Callable[[Path, Mapping[str, Any]], Checked]] = {

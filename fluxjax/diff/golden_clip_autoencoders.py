@@ -12,15 +12,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fluxjax.checkpoint.component_json import parse_config
-from fluxjax.config import CausalAutoencoderConfig, ConfigError
+from fluxjax.checkpoint.component_json import original_config, parse_config
+from fluxjax.config import CausalAutoencoderConfig, ConfigError, DCAutoencoderConfig, from_dict
 from fluxjax.config.tiling import WHOLE, Tiles, Tiling
 from fluxjax.diff.recordings import Arrays, Recording
 from fluxjax.diff.report import Row
-from fluxjax.models.autoencoder import Posterior
-from fluxjax.models.causal_autoencoder import CausalAutoencoder, posterior
+from fluxjax.models.causal_autoencoder import posterior
 from fluxjax.models.clip_tiles import decode_tiled, encode_tiled
-from fluxjax.networks import NETWORKS
+from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import AXES, replicated
 
 
@@ -43,21 +42,30 @@ def check_diffusers(recording: Recording, devices: Mesh | None) -> tuple[list[Ro
 
 def check_open_sora(recording: Recording, devices: Mesh | None) -> tuple[list[Row], Arrays]:
     """Raises ConfigError for a recording that lacks something."""
-    values = recording.config.get("config", {})
-    read = partial(_recorded, recording, values)
-    dialect = NETWORKS[CausalAutoencoderConfig].dialect("published")
-    assert dialect.from_original is not None
-    config = dialect.from_original(values)
-    overlap = read("tile_overlap_factor")
-    space, frames = (
-        Tiles(size, int(size * (1 - overlap)))
-        for size in (read("sample_size"), read("sample_tsize"))
-    )
+    config = original_config(recording.config.get("config", {}))
+    space, frames = _tiles(recording, "sample_size", "sample_tsize")
     tilings = {
         "spatially_tiled": Tiling(rows=space, columns=space),
         "tiled": Tiling(rows=space, columns=space, frames=frames),
     }
     return _check(recording, config, tilings, devices)
+
+
+def check_dc(recording: Recording, devices: Mesh | None) -> tuple[list[Row], Arrays]:
+    """Raises ConfigError for a recording that lacks something."""
+    values = recording.config.get("config", {})
+    config = from_dict(DCAutoencoderConfig, values)
+    space, frames = _tiles(recording, "spatial_tile_size", "temporal_tile_size")
+    tilings = {"tiled": Tiling(rows=space, columns=space, frames=frames)}
+    return _check(recording, config, tilings, devices, random=False)
+
+
+def _tiles(recording: Recording, *names: str) -> tuple[Tiles, ...]:
+    """Of Open-Sora's sizes, and the part that two tiles share."""
+    values = recording.config["config"]
+    stride = 1 - _recorded(recording, values, "tile_overlap_factor")
+    sizes = [_recorded(recording, values, name) for name in names]
+    return tuple(Tiles(size, int(size * stride)) for size in sizes)
 
 
 def _recorded(recording: Recording, values: Mapping[str, Any], name: str) -> Any:
@@ -68,11 +76,14 @@ def _recorded(recording: Recording, values: Mapping[str, Any], name: str) -> Any
 
 def _check(
     recording: Recording,
-    config: CausalAutoencoderConfig,
+    config: CausalAutoencoderConfig | DCAutoencoderConfig,
     tilings: Mapping[str, Tiling],
     devices: Mesh | None,
+    random: bool = True,
 ) -> tuple[list[Row], Arrays]:
-    """Everything recorded: latents are scaled, and what is long is in tiles, one on each device."""
+    """Everything recorded: latents are scaled, and what is long is in tiles, one on each device.
+
+    `random`: whether latents have a spread."""
     inputs, factor = recording.inputs, config.latent_factor
     params = recording.params(config, "published", None)
     run: dict[str, Any] = {}
@@ -80,31 +91,36 @@ def _check(
         params = jax.device_put(params, replicated(devices))
         place = NamedSharding(devices, P(AXES))
         run = {"together": devices.size, "spread": partial(jax.device_put, device=place)}
-    model = CausalAutoencoder(config)
+    model = network_of(config).build(config)
 
     @cache
-    def encoded(name: str, tiling: Tiling) -> Posterior:
+    def encoded(name: str, tiling: Tiling) -> Any:
         clip = np.moveaxis(inputs[name], 1, -1)
-        return posterior(encode_tiled(model, params, clip, tiling, **run))
+        return encode_tiled(model, params, clip, tiling, **run)
+
+    def latents(name: str, tiling: Tiling) -> Any:
+        code = encoded(name, tiling)
+        return factor * (posterior(code).mean if random else code)
 
     def sampled() -> Any:
         noise = np.moveaxis(inputs["posterior_noise"], 1, -1)
-        mean, logvar = encoded("video", WHOLE)
-        return mean + jnp.exp(logvar / 2) * noise
+        mean, logvar = posterior(encoded("video", WHOLE))
+        return factor * (mean + jnp.exp(logvar / 2) * noise)
 
     def decoded(name: str, tiling: Tiling) -> np.ndarray:
-        latents = np.moveaxis(inputs[name], 1, -1) / np.float32(factor)
-        return decode_tiled(model, params, latents, tiling, **run)
+        unscaled = np.moveaxis(inputs[name], 1, -1) / np.float32(factor)
+        return decode_tiled(model, params, unscaled, tiling, **run)
 
     known: dict[str, Callable[[], Any]] = {
-        "latents": lambda: encoded("video", WHOLE).mean * factor,
-        "latents_sampled": lambda: sampled() * factor,
-        "logvar": lambda: encoded("video", WHOLE).logvar,
-        "image_latents": lambda: encoded("image", WHOLE).mean * factor,
+        "latents": lambda: latents("video", WHOLE),
+        "image_latents": lambda: latents("image", WHOLE),
         "video": lambda: decoded("latents", WHOLE),
     }
+    if random:
+        known["latents_sampled"] = sampled
+        known["logvar"] = lambda: posterior(encoded("video", WHOLE)).logvar
     for name, tiling in tilings.items():
-        known[f"latents_{name}"] = lambda t=tiling: encoded("long_video", t).mean * factor
+        known[f"latents_{name}"] = lambda t=tiling: latents("long_video", t)
         known[f"video_{name}"] = lambda t=tiling: decoded("long_latents", t)
     unknown = ", ".join(sorted(recording.outputs.keys() - known.keys()))
     if unknown:

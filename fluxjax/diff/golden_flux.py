@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fluxjax.checkpoint.bfl import config_from_bfl
+from fluxjax.checkpoint.component_json import original_config
 from fluxjax.config import (
     DEV,
     SCHNELL,
@@ -40,7 +40,7 @@ def check(recording: Recording, devices: Mesh | None) -> tuple[list[Row], Arrays
     if not isinstance(params, dict):
         raise ConfigError(f"{recording.path} says nothing of the network's sizes (params)")
     try:
-        network = config_from_bfl(params)
+        network = original_config(params)
     except KeyError as missing:
         raise ConfigError(f"{recording.path}: the recorded configuration lacks {missing}") from None
     weights = recording.params(network, "bfl", devices)

@@ -26,6 +26,7 @@ from fluxjax.config import (
     CausalAutoencoderConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
+    ConfigError,
     ControlNetConfig,
     FluxConfig,
     HunyuanVideoConfig,
@@ -156,7 +157,12 @@ def _theirs(loaded: OpenNetwork, dtype: Any) -> Any:
     if assembled := ASSEMBLED.get(type(loaded.config)):
         return assembled(loaded).to(dtype).eval()
     form = network_of(loaded.config).json
-    cls = getattr(importlib.import_module(form.library), form.class_name(loaded.config))
+    name = form.class_name(loaded.config)
+    cls = getattr(importlib.import_module(form.library), name, None)
+    if cls is None:
+        raise ConfigError(
+            f"{form.library} has no {name} to compare with; `diff golden` takes recordings of it"
+        )
     if loaded.where.is_dir():
         read_sharded(loaded.where)  # says in one sentence which file is missing or broken
         path = str(loaded.where)

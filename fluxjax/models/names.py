@@ -12,9 +12,9 @@ from fluxjax.models.stacking import stack_of
 _INDEXED = (
     "transformer_blocks|single_transformer_blocks|controlnet_blocks|controlnet_single_blocks|"
     "ip_adapter|block|blocks|layers|layer|to_out|net|down_blocks|up_blocks|resnets|attentions|"
-    "downsamplers|upsamplers|refiner_blocks"
+    "downsamplers|upsamplers|refiner_blocks|stages|op_list|aggreg"
 )
-_INDEX = re.compile(rf"\b({_INDEXED})_(\d+)(?=\.|$)")
+_INDEX = re.compile(rf"\b({_INDEXED})((?:_\d+)+)(?=\.|$)")
 _T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
 
 
@@ -49,7 +49,11 @@ def module_name(module: tuple[str, ...], layer: int | None) -> str:
         group, first = stack_of(module[place]) or ("", 0)
         parts[place] = f"{group}.{first + layer}"
     name = ".".join(parts)
-    return _T5_BIAS if name == "encoder.relative_attention_bias" else _INDEX.sub(r"\1.\2", name)
+    return _T5_BIAS if name == "encoder.relative_attention_bias" else _INDEX.sub(_dotted, name)
+
+
+def _dotted(index: re.Match[str]) -> str:
+    return index[0].removesuffix(index[2]) + index[2].replace("_", ".")
 
 
 def published_name(path: tuple[str, ...], layer: int | None) -> str:

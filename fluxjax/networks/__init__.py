@@ -7,6 +7,7 @@ from fluxjax.config import (
     CLIPTextConfig,
     CLIPVisionConfig,
     ControlNetConfig,
+    DCAutoencoderConfig,
     FluxConfig,
     HunyuanVideoConfig,
     IPAdapterConfig,
@@ -22,6 +23,7 @@ from fluxjax.networks.autoencoder import AUTOENCODER
 from fluxjax.networks.causal_autoencoder import CAUSAL_AUTOENCODER
 from fluxjax.networks.clip import CLIP, CLIP_TEXT, CLIP_VISION
 from fluxjax.networks.controlnet import CONTROLNET
+from fluxjax.networks.dc_autoencoder import DC_AUTOENCODER
 from fluxjax.networks.flux import FLUX
 from fluxjax.networks.hunyuan_video import HUNYUAN_VIDEO
 from fluxjax.networks.ip_adapter import IP_ADAPTER
@@ -53,6 +55,7 @@ NETWORKS: dict[type, Network] = {
         REDUX,
         IP_ADAPTER,
         CAUSAL_AUTOENCODER,
+        DC_AUTOENCODER,
     )
 }
 Config = (
@@ -72,6 +75,7 @@ Config = (
     | ReduxConfig
     | IPAdapterConfig
     | CausalAutoencoderConfig
+    | DCAutoencoderConfig
 )
 
 

@@ -73,8 +73,8 @@ FOREIGN = (
     ),
     Foreign("FLUX.2's autoencoder", (r"bn\.running_mean", r"encoder\.(down|down_blocks)\.0\..*")),
     Foreign(
-        "a deep-compression autoencoder (DC-AE, as of Open-Sora 2.0 and Sana)",
-        (r"encoder\.(stages|down_blocks)\.\d+\.\d+\..*|encoder\.project_in\..*", r"decoder\..*"),
+        "a deep-compression autoencoder of pictures (DC-AE, as Sana has)",
+        (r"encoder\.(stages|down_blocks)\.\d+\.\d+\..*", r"decoder\..*"),
     ),
     Foreign(
         "a video autoencoder of the Wan kind",
