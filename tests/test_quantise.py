@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from random_checkpoints import assert_same_bits, hf_arrays, read_arrays
 
 from fluxjax.checkpoint.component_json import config_json, write_json
+from fluxjax.checkpoint.orbax_params import read_orbax, write_orbax
 from fluxjax.checkpoint.quantised.gguf import read_gguf
 from fluxjax.checkpoint.quantised.quantise import quantised
 from fluxjax.checkpoint.safetensors_file import write_safetensors
@@ -16,6 +18,9 @@ from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import ConfigError, FluxConfig, T5Config
 from fluxjax.convert import convert
 from fluxjax.convert.__main__ import main as convert_command
+from fluxjax.convert.report import relative_error
+from fluxjax.models.quantised import Quantised
+from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.quantised_kinds import KINDS
 
 # Rows of 256, so that the K types fit; shapes tell it all.
@@ -96,6 +101,54 @@ def test_codes_stay_as_they_are(written, tmp_path, kind):
         assert first == second
     else:
         assert_same_bits(read_arrays(tmp_path / "again"), read_arrays(written(kind)))
+
+
+@pytest.mark.parametrize(
+    "kind", ["int8", "q4_k", *(pytest.param(k, marks=pytest.mark.slow) for k in ("fp8", "nf4"))]
+)
+def test_orbax_holds_codes(source, written, tmp_path, kind):
+    """Those of the files of their kind; in parts for a mesh; and they are taken onto the device."""
+    mesh = parse_mesh("fsdp=2") if kind == "int8" else None
+    folder = tmp_path / "orbax"
+    planned = convert.plan(source, folder, "orbax", quantised=kind, mesh=mesh)
+    convert.run(planned)
+    stored = jax.tree.leaves(read_orbax(folder / "params"))
+    assert planned.nbytes == sum(tensor.nbytes for tensor in stored)
+    network, files = open_source(folder)["transformer"], open_source(written(kind))["transformer"]
+    plain = open_source(source)["transformer"].tensors
+    assert network.config == SMALL
+    packed = {name for name, tensor in network.tensors.items() if tensor.packed}
+    assert packed == {n for n, tensor in files.tensors.items() if tensor.packed} - {
+        "proj_out.weight"
+    }
+    for name in packed:
+        found, expected = network.tensors[name].packed, files.tensors[name].packed
+        assert found.kind == expected.kind and found.parts.keys() == expected.parts.keys()
+        for part, tensor in found.parts.items():
+            assert tensor.shape == expected.parts[part].shape
+            if kind != "fp8":  # whose scales are those of BFL's joined tensors
+                assert_same_bits({part: tensor.read()}, {part: expected.parts[part].read()})
+        error = relative_error(network.tensors[name], plain[name])
+        assert 0 < error < ERRORS[kind]
+    params = network.params(stacked=True, dtype=np.float32, quantise="keep")
+    kernel = params["single_transformer_blocks"]["proj_out"]["kernel"]
+    assert isinstance(kernel, Quantised) and kernel.shape[0] == SMALL.num_single_layers
+
+
+def test_damaged_codes_in_orbax_are_refused(tmp_path):
+    codes = np.ones((4, 8), np.int8)
+    for number, (kind, parts) in enumerate(
+        [
+            ("int8", {"codes": codes}),
+            ("int8", {"codes": codes, "absmax": np.ones((3, 1), np.float32)}),
+            ("nf4", {"codes": codes, "absmax": np.ones((4, 1), np.float32)}),
+            ("int3", {"codes": codes, "absmax": np.ones((4, 1), np.float32)}),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        write_orbax(folder, {"layer": {"kernel": {kind: parts}}})
+        with pytest.raises(ValueError, match=f"no codes of the kind '{kind}' consist of"):
+            read_orbax(folder)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q5_k", "q4_k", "q4_0"])
@@ -182,8 +235,8 @@ def test_the_command_reports_what_it_cost(source, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, why",
     [
-        ({"quantised": "int8", "target": "bfl"}, "written as --to diffusers, not bfl"),
-        ({"quantised": "q8_0", "target": "orbax"}, "written as --to bfl, not orbax"),
+        ({"quantised": "int8", "target": "bfl"}, "as --to diffusers or orbax, not bfl"),
+        ({"quantised": "q8_0", "target": "diffusers"}, "as --to bfl or orbax, not diffusers"),
         ({"destination": "x.gguf"}, r"ends in \.gguf"),
         ({"destination": "x.safetensors", "quantised": "q8_0"}, r"ends in \.safetensors.*\.gguf"),
     ],

@@ -21,6 +21,7 @@ from fluxjax.checkpoint import mapped_memory as memory
 from fluxjax.checkpoint import tensors
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.models.names import flatten, is_stacked, published_name, unflatten
+from fluxjax.models.quantised import Quantised
 from fluxjax.networks.tables import Rule, Table
 
 
@@ -49,7 +50,8 @@ def published_leaves(template: Mapping[str, Any]) -> dict[str, Leaf]:
     for path, value in flatten(template).items():
         stacked = is_stacked(path)
         shape = tuple(value.shape[1:] if stacked else value.shape)
-        layout = f"kernel{len(shape)}" if path[-1] == "kernel" else "same"
+        coded = isinstance(value, Quantised)  # its codes lie as published
+        layout = f"kernel{len(shape)}" if path[-1] == "kernel" and not coded else "same"
         if layout in _AXES:
             shape = tuple(shape[axis] for axis in _AXES[layout])
         for layer in range(value.shape[0]) if stacked else (None,):
@@ -235,12 +237,19 @@ def stack(parts: list[Tensor]) -> Tensor:
 def from_tree(params: Mapping[str, Any]) -> dict[str, Tensor]:
     """Published names -> lazy tensors in the published layout, of a stacked or per-layer tree.
 
-    Leaves are arrays or `Tensor`s.
+    Leaves are arrays, `Tensor`s, or codes of them.
     """
     flat = flatten(params)
     published: dict[str, Tensor] = {}
     for name, leaf in published_leaves(params).items():
-        tensor = tensors.as_tensor(flat[leaf.path])
+        value = flat[leaf.path]
+        if isinstance(value, Quantised):
+            codes, layer = value.map(tensors.as_tensor), leaf.layer
+            if layer is not None:
+                codes = codes.map(lambda part, i=layer: tensors.index(part, i))
+            published[name] = tensors.unpacked(codes)
+            continue
+        tensor = tensors.as_tensor(value)
         if leaf.layer is not None:
             tensor = tensors.index(tensor, leaf.layer)
         if leaf.layout in _AXES:

@@ -1,7 +1,8 @@
 """A parameter tree as an Orbax checkpoint (OCDBT), written and read one tensor at a time.
 
 What Orbax calls a PyTree checkpoint: `ocp.StandardCheckpointer` and `ocp.PyTreeCheckpointer`
-restore it, into any sharding.
+restore it, into any sharding. A kernel in codes is a node of the tree there: under the name of its
+kind it holds its parts, as in kernel/int8/codes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import numpy as np
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.manifest import check_manifest, write_manifest
+from fluxjax.checkpoint.quantised.parts import codes_of_parts
 from fluxjax.checkpoint.tensors import Tensor, as_tensor
+from fluxjax.models.quantised import Quantised
 
 _MARKER = "_METADATA"
 _CHUNK_BYTES = 2**26
@@ -39,13 +42,16 @@ def write_orbax(
 ) -> None:
     """Write a tree of `Tensor`s (or arrays) to `folder`, which must not exist, and its manifest.
 
-    `chunks`: a tree like `params` of the shapes in which each leaf is stored, and can be read in
-    part; those of more than `_CHUNK_BYTES` are divided further.
+    Leaves may be codes, with `Tensor`s as parts. `chunks`: a tree like `params` of the shapes in
+    which each leaf is stored, and can be read in part; those of more than `_CHUNK_BYTES` are
+    divided further.
     """
     import orbax.checkpoint as ocp
     from orbax.checkpoint._src.arrays.subchunking import choose_chunk_shape
 
-    shapes = {".".join(path): shape for path, shape in engine.flatten(chunks or {}).items()}
+    shapes = {
+        ".".join(path): shape for path, shape in engine.flatten(_nested(chunks or {})).items()
+    }
 
     class LazyHandler(ocp.type_handlers.NumpyHandler):
         """Reads tensors when their turn comes, and waits until they are written.
@@ -77,7 +83,7 @@ def write_orbax(
                 )
             await super()._open_and_write(value, tspec, ts_context)
 
-    leaves = {path: as_tensor(leaf) for path, leaf in engine.flatten(params).items()}
+    leaves = {path: as_tensor(leaf) for path, leaf in engine.flatten(_nested(params)).items()}
     args = dict.fromkeys(leaves, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
     handler = LazyHandler(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry((Tensor, handler))
@@ -116,7 +122,7 @@ class _quiet:
 
 
 def read_orbax(folder: Path) -> dict[str, Any]:
-    """The tree with lazy leaves; the hashes are checked where they were written.
+    """The tree with lazy leaves, or codes; the hashes are checked where they were written.
 
     Raises FileNotFoundError; ValueError for a folder that is damaged or of another format.
     """
@@ -138,7 +144,29 @@ def read_orbax(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} cannot be read as an Orbax checkpoint: {error}") from None
     if not flat:
         raise ValueError(f"{folder} holds no arrays in the OCDBT form of Orbax")
-    return engine.unflatten(flat)
+    return _with_codes(engine.unflatten(flat))
+
+
+def _nested(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """With nodes in the place of codes."""
+
+    def open_(value: Any) -> Any:
+        if isinstance(value, Quantised):
+            return {value.kind: value.parts}
+        return _nested(value) if isinstance(value, Mapping) else value
+
+    return {key: open_(value) for key, value in tree.items()}
+
+
+def _with_codes(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_nested`. Raises ValueError for parts that do not fit each other."""
+    closed: dict[str, Any] = {}
+    for key, value in tree.items():
+        closed[key] = value
+        if isinstance(value, Mapping):
+            kind = next(iter(value)) if key == "kernel" and len(value) == 1 else ""
+            closed[key] = codes_of_parts(kind, value[kind]) if kind else _with_codes(value)
+    return closed
 
 
 def _lazy(base: dict[str, Any], name: str, parts: int) -> Tensor:

@@ -38,15 +38,16 @@ def form_of(kind: str | None, form: Any) -> Any:
     if kind is None:
         return form or "diffusers"
     own = FORMS.get(kind, "bfl")
-    if form not in (None, own):
-        raise ConfigError(f"--quantise {kind} is written as --to {own}, not {form}")
-    return own
+    if form not in (None, own, "orbax"):
+        raise ConfigError(f"--quantise {kind} is written as --to {own} or orbax, not {form}")
+    return form or own
 
 
 def quantise(
-    tensors: Mapping[str, Tensor], config: Any, table: Table, kind: str
+    tensors: Mapping[str, Tensor], config: Any, table: Table, kind: str, form: str
 ) -> dict[str, Tensor]:
-    """Tensors under the names of `table`; those of the blocks' products have codes of `kind`."""
+    """Tensors under the names of `table`; those of the blocks' products have codes of `kind`, to be
+    written in a `form`."""
     description = network_of(config)
     chosen = {
         name
@@ -54,7 +55,7 @@ def quantise(
         if len(tensor.shape) == 2
         and all(re.fullmatch(description.quantised, part) for part in _parts(table, name))
     }
-    if kind in FORMS:
+    if form == "diffusers":
         chosen = _as_bitsandbytes_finds_them(tensors, chosen, description.json.library)
     out = dict(tensors)
     for name in chosen:

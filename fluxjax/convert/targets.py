@@ -29,6 +29,7 @@ from fluxjax.convert.quantise import (
     quantise,
     spelled,
 )
+from fluxjax.models.quantised import Quantised
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh_shape import AXES, MeshShape
 from fluxjax.parallel.rules import param_shardings
@@ -55,6 +56,8 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
+        if self.kind == "orbax":
+            return sum(tensor.nbytes for tensor in jax.tree.leaves(self.tree))
         tensors = self.tensors.values()
         return sum((stored(t)[0] if self.kind == "gguf" else t).nbytes for t in tensors)
 
@@ -72,11 +75,19 @@ def plan_weights(
     `quantised`: the kind of the codes of the networks that have large products.
     """
     return [
-        _plan(network, target, mesh, Path(name if len(networks) > 1 else "."))
-        if quantised is None or network.component not in COMPONENTS
-        else _plan_quantised(network, quantised, Path(name if len(networks) > 1 else "."))
+        _plan_network(network, target, mesh, quantised, Path(name if len(networks) > 1 else "."))
         for name, network in networks.items()
     ]
+
+
+def _plan_network(
+    network: OpenNetwork, target: Target, mesh: MeshShape | None, kind: str | None, folder: Path
+) -> Weights:
+    if kind is None or network.component not in COMPONENTS:
+        return _plan(network, target, mesh, folder)
+    if target == "orbax":
+        return _plan_codes(network, kind, mesh, folder)
+    return _plan_quantised(network, kind, folder)
 
 
 def _plan_quantised(network: OpenNetwork, kind: str, folder: Path) -> Weights:
@@ -86,7 +97,8 @@ def _plan_quantised(network: OpenNetwork, kind: str, folder: Path) -> Weights:
     dialect = description.dialect("gguf" if gguf and description.has_dialect("gguf") else name)
     table = dialect.table(network.config)
     tensors = engine.from_published(network.tensors, table)
-    tensors = quantise(tensors, network.config, table, kind)
+    form = "diffusers" if kind in FORMS else "bfl"
+    tensors = quantise(tensors, network.config, table, kind, form)
     tensors = network.record.restore(tensors, dialect.name, fp8=False)
     saved = json.dumps({"config": config_json(network.config)})
     file = Path(description.file_name(network.config))
@@ -100,6 +112,31 @@ def _plan_quantised(network: OpenNetwork, kind: str, folder: Path) -> Weights:
     codes = dict(sorted(spelled(tensors, kind).items()))
     config = bitsandbytes_config(tensors, kind)
     return Weights("sharded", path, codes, {}, {}, quantisation=config)
+
+
+def _plan_codes(network: OpenNetwork, kind: str, mesh: MeshShape | None, folder: Path) -> Weights:
+    """For Orbax, whose trees hold codes of all kinds."""
+    table = network_of(network.config).dialect("published").table(network.config)
+    tensors = quantise(network.tensors, network.config, table, kind, "orbax")
+    template = abstract_params(network.config)
+    codes: dict[tuple[str, ...], Quantised] = {}
+    for name, leaf in engine.published_leaves(template).items():
+        packed = tensors[name].packed
+        if packed is not None and packed.kind in (kind, kind.upper()):
+            codes[leaf.path] = packed
+    plain = {path: leaf for path, leaf in engine.flatten(template).items() if path not in codes}
+    tree = engine.to_tree(tensors, engine.unflatten(plain), place=lambda _, tensor: tensor)
+    tree = engine.unflatten(engine.flatten(tree) | codes)
+    chunks = None
+    if mesh is not None:
+        shapes = {path: packed.map(_shape) for path, packed in codes.items()}
+        template = engine.unflatten(plain | shapes)
+        chunks = _shard_shapes(network.config, template, mesh)
+    return Weights("orbax", folder / PARAMS, tensors, tree, {}, chunks)
+
+
+def _shape(tensor: Tensor) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
 
 
 def _plan(network: OpenNetwork, target: Target, mesh: MeshShape | None, folder: Path) -> Weights:

@@ -12,7 +12,8 @@ import numpy as np
 
 from fluxjax.checkpoint.tensors import Tensor, of_whole, unpacked
 from fluxjax.json_input import parse_json
-from fluxjax.models.quantised import Quantised
+from fluxjax.models.gguf_blocks import BLOCK_TYPES
+from fluxjax.models.quantised import LEVELS, Quantised
 
 FP8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 _MAX_JSON = 2**16
@@ -108,6 +109,40 @@ def codes_of(tensor: Tensor) -> Quantised | None:
         return tensor.packed
     one = Tensor((1,), np.dtype(np.float32), lambda a, b: np.ones(b - a, np.float32))
     return Quantised("fp8", {"codes": tensor, "scale": column(one, tensor.shape[0])})
+
+
+def codes_of_parts(kind: str, parts: Mapping[str, Tensor]) -> Quantised:
+    """Codes by their parts. Raises ValueError where these do not fit the kind or each other."""
+    packed = Quantised(kind, dict(parts))
+    if not _fit(packed):
+        found = ", ".join(f"{name} {part.dtype} {list(part.shape)}" for name, part in parts.items())
+        raise ValueError(f"no codes of the kind {kind[:40]!r} consist of {found}")
+    return packed
+
+
+# Types of the codes, and names of what scales them.
+_PARTS = {
+    "int8": ((np.dtype(np.int8),), ("absmax", "scale")),
+    "fp8": (FP8, ("scale",)),
+    **dict.fromkeys(LEVELS, ((np.dtype(np.uint8),), ("absmax",))),
+}
+
+
+def _fit(packed: Quantised) -> bool:
+    kind, parts = packed.kind, dict(packed.parts)
+    codes = parts.pop("blocks" if kind in BLOCK_TYPES else "codes", None)
+    if codes is None or len(codes.shape) not in (2, 3) or not all(codes.shape):
+        return False
+    if kind in BLOCK_TYPES:
+        whole = codes.shape[-1] % BLOCK_TYPES[kind].size == 0
+        return not parts and codes.dtype == np.uint8 and whole
+    dtypes, names = _PARTS.get(kind, ((), ()))
+    if codes.dtype not in dtypes or len(parts) != 1 or not parts.keys() <= set(names):
+        return False
+    ((*rows, groups),) = (part.shape or (0,) for part in parts.values())
+    shared = packed.columns % max(groups, 1) == 0 if kind in LEVELS else groups == 1
+    floats = all(part.dtype == np.float32 for part in parts.values())
+    return floats and groups > 0 and shared and tuple(rows) == codes.shape[:-1]
 
 
 def form_of(packed: Quantised) -> tuple[Any, ...]:
