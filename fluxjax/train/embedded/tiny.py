@@ -7,6 +7,7 @@ command goes on where it was stopped.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from fluxjax.train.embedded.autoencoder import (
 )
 from fluxjax.train.embedded.paraphrase import ParaphraseStage, train_paraphrases
 from fluxjax.train.embedded.phrasing import captions
+from fluxjax.train.embedded.prompt_distillation import PromptStage, train_prompts
 from fluxjax.train.embedded.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -65,6 +67,7 @@ class TinyRecipe:
     transformer: TransformerStage = field(default_factory=TransformerStage)
     refine: TransformerStage = field(default_factory=TransformerStage)
     distill: DistillStage = field(default_factory=DistillStage)
+    prompts: PromptStage = field(default_factory=PromptStage)
 
     @property
     def pipeline(self) -> Path:
@@ -108,7 +111,7 @@ def _train_stages(recipe: TinyRecipe) -> Path:
         config,
         lambda: train_transformer(config, recipe.distill, conditioner, folder / "distill", teacher),
     )
-    save_params(pipeline, "transformer", student, config.transformer, jnp.float16)
+    _prompts(recipe, config, student)
     _decoder(recipe, config)
     return pipeline
 
@@ -140,6 +143,27 @@ def _autoencoder(recipe: TinyRecipe, config: FluxPipelineConfig) -> FluxPipeline
         values = {"shift_factor": round(shift, 4), "scaling_factor": round(scale, 4)}
         statistics.write_text(json.dumps(values))
     return replace(config, vae=replace(config.vae, **json.loads(statistics.read_text())))
+
+
+def _prompts(recipe: TinyRecipe, config: FluxPipelineConfig, student: Tree) -> None:
+    """Transformer and text encoders together, from those that the stages before have left."""
+    pipeline, learnt = recipe.pipeline, recipe.folder / "prompted"
+    done = recipe.folder / "prompts_done.json"
+    if done.is_file():
+        return
+    parts = {
+        "text_encoder": ("clip", config.text_encoder, jnp.bfloat16),
+        "text_encoder_2": ("t5", config.text_encoder_2, jnp.bfloat16),
+        "transformer": ("transformer", config.transformer, jnp.float16),
+    }
+    if not (learnt / "transformer").is_dir():
+        save_params(pipeline, "transformer", student, config.transformer, jnp.float16)
+        params = train_prompts(pipeline, config, recipe.prompts, recipe.folder / "prompts")
+        for name, (key, part, dtype) in parts.items():
+            save_params(learnt, name, params[key], part, dtype)
+    for name in parts:
+        shutil.copytree(learnt / name, pipeline / name, dirs_exist_ok=True)
+    done.write_text(json.dumps({"steps": recipe.prompts.steps}))
 
 
 def _decoder(recipe: TinyRecipe, config: FluxPipelineConfig) -> None:
