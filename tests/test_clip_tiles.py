@@ -6,15 +6,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from fluxjax.config import CausalAutoencoderConfig, ConfigError
 from fluxjax.config.tiling import OPEN_SORA, TENCENT, WHOLE, Tiles, Tiling
 from fluxjax.models import clip_tiles
 from fluxjax.models.causal_autoencoder import CausalAutoencoder
 from fluxjax.models.clip_tiles import decode_groups, decode_tiled, encode_tiled
-from fluxjax.parallel.mesh import AXES, make_mesh, replicated
+from fluxjax.parallel.mesh import make_mesh
+from fluxjax.parallel.tiles import tiles_on
 
 SMALL = Tiles(16, 12)
 BOTH = Tiling(rows=SMALL, columns=SMALL, frames=Tiles(8, 4))
@@ -130,16 +129,14 @@ def test_tiles_on_eight_devices_equal_one():
     model, z = CausalAutoencoder(config), latents(9, 4, 4, 2)[:1]
     tiling = Tiling(rows=Tiles(4, 4), columns=Tiles(4, 4), frames=Tiles(8, 8))
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 3, 4, 4, 3), np.float32))
-    mesh = make_mesh("data=8")
-    place = NamedSharding(mesh, P(AXES))
+    held, together = tiles_on(make_mesh("data=8"), params["params"])
     placed = []
 
     def spread(tiles):
-        placed.append(jax.device_put(tiles, place))
+        placed.append(together["spread"](tiles))
         return placed[-1]
 
-    held = jax.device_put(params["params"], replicated(mesh))
-    ours = decode_tiled(model, held, z, tiling, together=8, spread=spread)
+    ours = decode_tiled(model, held, z, tiling, **together | {"spread": spread})
     alone = decode_tiled(model, params["params"], z, tiling)
     assert ours.shape == (1, 17, 8, 8, 3)
     np.testing.assert_allclose(ours, alone, atol=1e-5)

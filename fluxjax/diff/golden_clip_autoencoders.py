@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from fluxjax.checkpoint.component_json import original_config, parse_config
 from fluxjax.config import CausalAutoencoderConfig, ConfigError, DCAutoencoderConfig, from_dict
@@ -20,7 +18,7 @@ from fluxjax.diff.report import Row
 from fluxjax.models.causal_autoencoder import posterior
 from fluxjax.models.clip_tiles import decode_tiled, encode_tiled
 from fluxjax.networks import network_of
-from fluxjax.parallel.mesh import AXES, replicated
+from fluxjax.parallel.tiles import tiles_on
 
 
 def check_diffusers(recording: Recording, devices: Mesh | None) -> tuple[list[Row], Arrays]:
@@ -85,18 +83,13 @@ def _check(
 
     `random`: whether latents have a spread."""
     inputs, factor = recording.inputs, config.latent_factor
-    params = recording.params(config, "published", None)
-    run: dict[str, Any] = {}
-    if devices is not None:
-        params = jax.device_put(params, replicated(devices))
-        place = NamedSharding(devices, P(AXES))
-        run = {"together": devices.size, "spread": partial(jax.device_put, device=place)}
+    params, together = tiles_on(devices, recording.params(config, "published", None))
     model = network_of(config).build(config)
 
     @cache
     def encoded(name: str, tiling: Tiling) -> Any:
         clip = np.moveaxis(inputs[name], 1, -1)
-        return encode_tiled(model, params, clip, tiling, **run)
+        return encode_tiled(model, params, clip, tiling, **together)
 
     def latents(name: str, tiling: Tiling) -> Any:
         code = encoded(name, tiling)
@@ -109,7 +102,7 @@ def _check(
 
     def decoded(name: str, tiling: Tiling) -> np.ndarray:
         unscaled = np.moveaxis(inputs[name], 1, -1) / np.float32(factor)
-        return decode_tiled(model, params, unscaled, tiling, **run)
+        return decode_tiled(model, params, unscaled, tiling, **together)
 
     known: dict[str, Callable[[], Any]] = {
         "latents": lambda: latents("video", WHOLE),
