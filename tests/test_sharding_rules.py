@@ -67,6 +67,7 @@ CONFIGS |= {
     replace(preset, num_layers=1, num_single_layers=1)
     for preset in (presets.OPEN_SORA_2, presets.HUNYUAN_VIDEO)
 }
+CONFIGS |= {replace(presets.QWEN3_4B, num_hidden_layers=2)}
 CONFIGS |= {presets.UNION, presets.XLABS, presets.SIGLIP_SO400M, presets.REDUX, presets.IP_ADAPTER}
 # Of each network's leaves, blocks without their numbers: the mesh axes of each dimension.
 RECORDED = json.loads((Path(__file__).parent / "sharding_specs.json").read_text())

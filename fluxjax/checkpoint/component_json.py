@@ -162,5 +162,5 @@ def config_json(config: Any, dtype: str | None = None) -> dict[str, Any]:
     name = form.class_name(config)
     if form.library == "diffusers":
         return values | {"_class_name": name, "_diffusers_version": _DIFFUSERS_VERSION}
-    values |= {"architectures": [name], "model_type": form.model_types[0]}
+    values = {"model_type": form.model_types[0], **values, "architectures": [name]}
     return values | ({"torch_dtype": dtype} if dtype else {})

@@ -90,9 +90,13 @@ def to_published(
     found: dict[str, Tensor] = {}
     errors: list[str] = []
 
+    def ignored(theirs: str) -> bool:
+        return any(re.fullmatch(pattern, theirs) for pattern in table.ignored)
+
     def put(name: str, tensor: Tensor, theirs: str) -> None:
         if name not in shapes:
-            errors.append(f"unknown: {theirs} {list(tensor.shape)}")
+            if not ignored(theirs):
+                errors.append(f"unknown: {theirs} {list(tensor.shape)}")
         elif name in found and theirs != "encoder.embed_tokens.weight":
             errors.append(f"doubled: {theirs} is {name}, which the file holds too")
         elif tensor.shape != shapes[name]:
@@ -109,7 +113,7 @@ def to_published(
         if matched is None:
             if theirs in shapes and table.identity:
                 put(theirs, tensor, theirs)
-            elif not any(re.fullmatch(pattern, theirs) for pattern in table.ignored):
+            elif not ignored(theirs):
                 errors.append(f"unknown: {theirs} {list(tensor.shape)}")
             continue
         rule, names = matched

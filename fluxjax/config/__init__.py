@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         HunyuanVideoConfig,
     )
     from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
+    from fluxjax.config.llama import LLAMA3_8B, QWEN3_4B, LlamaConfig
     from fluxjax.config.lora import LoraConfig
     from fluxjax.config.open_sora import OPEN_SORA_2, OPEN_SORA_2_DC_AE, OpenSoraConfig
     from fluxjax.config.pipeline import PipelineConfig
@@ -85,12 +86,14 @@ __all__ = [
     "HUNYUAN_VIDEO_REPLACE",
     "IP_ADAPTER",
     "KONTEXT",
+    "LLAMA3_8B",
     "OPEN_SORA_2",
     "OPEN_SORA_2_DC_AE",
     "PIPELINES",
     "PIXART_ALPHA",
     "PIXART_SIGMA",
     "PRESETS",
+    "QWEN3_4B",
     "REDUX",
     "SCHNELL",
     "SD3_MEDIUM",
@@ -120,6 +123,7 @@ __all__ = [
     "FluxPipelineConfig",
     "HunyuanVideoConfig",
     "IPAdapterConfig",
+    "LlamaConfig",
     "LoraConfig",
     "OpenSoraConfig",
     "PipelineConfig",
@@ -172,6 +176,7 @@ _NAMES = {
         "HunyuanVideoConfig",
     ),
     "ip_adapter": ("IP_ADAPTER", "IPAdapterConfig"),
+    "llama": ("LLAMA3_8B", "QWEN3_4B", "LlamaConfig"),
     "lora": ("LoraConfig",),
     "open_sora": ("OPEN_SORA_2", "OPEN_SORA_2_DC_AE", "OpenSoraConfig"),
     "pipeline": ("PipelineConfig",),

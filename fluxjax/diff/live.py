@@ -31,6 +31,7 @@ from fluxjax.config import (
     FluxConfig,
     HunyuanVideoConfig,
     IPAdapterConfig,
+    LlamaConfig,
     PixArtConfig,
     ReduxConfig,
     SD3Config,
@@ -108,6 +109,14 @@ def _unet(model: Any, x: dict[str, Any]) -> dict[str, Any]:
     return {"sample": returned.sample.movedim(1, -1)}
 
 
+def _language_model(model: Any, x: dict[str, Any]) -> dict[str, Any]:
+    """The state of the layer that ours ends with, before the last norm, or after it."""
+    stops_after = getattr(model.config, "stops_after", None)
+    output = model(x["input_ids"].long(), x["attention_mask"], output_hidden_states=True)
+    last = output.last_hidden_state if stops_after is None else output.hidden_states[stops_after]
+    return {"last_hidden_state": last}
+
+
 def _hunyuan_video(model: Any, x: dict[str, Any]) -> dict[str, Any]:
     """The pipeline multiplies guidance by 1000, in the network's type."""
     if "guidance" in x:
@@ -126,6 +135,7 @@ THEIRS: dict[type, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     SD3Config: _latents,
     PixArtConfig: _latents,
     HunyuanVideoConfig: _hunyuan_video,
+    LlamaConfig: _language_model,
     UNetConfig: _unet,
     AutoencoderConfig: _autoencoder,
     CausalAutoencoderConfig: _autoencoder,

@@ -54,6 +54,14 @@ def apply_rope(x: Float[Array, "b l heads k"], rope: Rope) -> Float[Array, "b l 
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
+def rotate_halves(x: Float[Array, "b l heads k"], rope: Rope) -> Float[Array, "b l heads k"]:
+    """The same for pairs (i, i + k / 2), as transformers' language models have them."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rope.cos[None, :, None, :], rope.sin[None, :, None, :]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
 def sinusoid(t: Float[Array, " b"], dim: int = SINUSOID_DIM) -> Float[Array, "b dim"]:
     """Cosines, then sines, of `t` at `dim / 2` frequencies from 1 down to 1/10000, in float32."""
     half = dim // 2

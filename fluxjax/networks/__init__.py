@@ -11,6 +11,7 @@ from fluxjax.config import (
     FluxConfig,
     HunyuanVideoConfig,
     IPAdapterConfig,
+    LlamaConfig,
     OpenSoraConfig,
     PixArtConfig,
     ReduxConfig,
@@ -27,6 +28,7 @@ from fluxjax.networks.dc_autoencoder import DC_AUTOENCODER
 from fluxjax.networks.flux import FLUX
 from fluxjax.networks.hunyuan_video import HUNYUAN_VIDEO
 from fluxjax.networks.ip_adapter import IP_ADAPTER
+from fluxjax.networks.llama import LLAMA
 from fluxjax.networks.network import Network
 from fluxjax.networks.open_sora import OPEN_SORA
 from fluxjax.networks.pixart import PIXART
@@ -56,6 +58,7 @@ NETWORKS: dict[type, Network] = {
         IP_ADAPTER,
         CAUSAL_AUTOENCODER,
         DC_AUTOENCODER,
+        LLAMA,
     )
 }
 Config = (
@@ -76,6 +79,7 @@ Config = (
     | IPAdapterConfig
     | CausalAutoencoderConfig
     | DCAutoencoderConfig
+    | LlamaConfig
 )
 
 

@@ -94,13 +94,6 @@ FOREIGN = (
     ),
     Foreign("a whole SigLIP, of which only the vision encoder is read", (r"logit_bias",)),
     Foreign(
-        "a language model of the Llama kind",
-        (
-            r"(language_model\.)?(model\.)?layers\.0\.self_attn\.q_proj\.weight",
-            r".*layers\.0\.mlp\.gate_proj\.weight",
-        ),
-    ),
-    Foreign(
         "a multilingual T5 (UMT5)",
         (r"encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",),
     ),

@@ -87,7 +87,11 @@ def _removed(prompt: str, encoding: Any) -> str:
 
 def load_tokenizer(kind: str, folder: Path, vocab_size: int | None = None) -> PromptTokenizer:
     """`kind` is the class of transformers."""
-    load = {"CLIPTokenizer": load_clip_tokenizer, "T5TokenizerFast": load_t5_tokenizer}[kind]
+    load = {
+        "CLIPTokenizer": load_clip_tokenizer,
+        "T5TokenizerFast": load_t5_tokenizer,
+        "LlamaTokenizerFast": load_llama_tokenizer,
+    }[kind]
     return load(folder, vocab_size)
 
 
@@ -156,6 +160,29 @@ def load_t5_tokenizer(folder: Path, vocab_size: int | None = None) -> PromptToke
     """
     with undamaged(str(folder)):
         return _with_rows(_t5_tokenizer(folder), vocab_size)
+
+
+def load_llama_tokenizer(folder: Path, vocab_size: int | None = None) -> PromptTokenizer:
+    """A language model's, as its tokenizer.json has it, with what stands before and after a prompt.
+
+    `vocab_size` is the network's. Raises FileNotFoundError where there is no such file, ValueError
+    when it is damaged, another network's, has no token for padding, or ids that the network has
+    not.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    settings = _Settings(folder)
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no language model's tokenizer: no tokenizer.json")
+    with undamaged(str(path)):
+        settings.require_type("BPE", "a language model")
+        backend = Tokenizer.from_file(str(path))
+        pad = settings.token("pad_token", "")
+        if backend.token_to_id(pad) is None:
+            raise ValueError(f"it has no token for padding (pad_token={pad!r})")
+        length = settings.max_length(512)
+        return _with_rows(PromptTokenizer(backend, pad, length, str(path)), vocab_size)
 
 
 def _with_rows(tokenizer: PromptTokenizer, vocab_size: int | None) -> PromptTokenizer:

@@ -1,0 +1,175 @@
+"""Decoder-only language models as text encoders: Llama and Qwen3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fluxjax.config import LLAMA3_8B, ConfigError, LlamaConfig
+from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes, count
+from fluxjax.networks.tables import Rule, Table
+
+_FIRST = r"layers\.0\.self_attn\.q_proj\.weight"
+_PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+)
+
+
+def _table(config: LlamaConfig, prefix: str, others: tuple[str, ...] = ()) -> Table:
+    """`others`: what else lies in such a file. Of what is never computed nothing is read."""
+    start = prefix.replace(".", r"\.")
+    ignored = [r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\..*", *others]
+    if config.stops_after is not None:
+        late = range(config.stops_after, config.num_hidden_layers)
+        numbers = "|".join(map(str, late)) or "none"
+        ignored += [rf"{start}layers\.({numbers})\..*", rf"{start}norm\.weight"]
+    rules: list[Rule] = []
+    if prefix:
+        rules += [Rule(f"{prefix}{name}", (name,)) for name in ("embed_tokens", "norm")]
+        rules += [
+            Rule(f"{prefix}layers.{{}}.{name}", (f"layers.{{}}.{name}",))
+            for name in (*_PROJECTIONS, *_NORMS)
+        ]
+    return Table("language model", tuple(rules), identity=not prefix, ignored=tuple(ignored))
+
+
+def _infer(prefix: str, shapes: Shapes, family: str) -> LlamaConfig:
+    vocabulary, width = shapes[f"{prefix}embed_tokens.weight"]
+    number = count(shapes, rf"{prefix.replace('.', '[.]')}layers\.(\d+)\.")
+    known = LLAMA3_8B.vocab_size, LLAMA3_8B.hidden_size
+    if (vocabulary, width) != known or number not in (30, 32):
+        raise ConfigError(
+            f"the heads and rotations of a language model, {number} layers of width {width}, "
+            "cannot be told from shapes; give the network's config.json with --config"
+        )
+    return LLAMA3_8B
+
+
+def _dialect(name: str, prefix: str, others: tuple[str, ...] = ()) -> Dialect:
+    return Dialect(
+        name,
+        (f"{prefix.replace('.', '[.]')}{_FIRST}",),
+        lambda config: _table(config, prefix, others),
+        lambda shapes, family: _infer(prefix, shapes, family),
+    )
+
+
+def _read(values: dict[str, Any]) -> dict[str, Any]:
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"rope_parameters must be a JSON object, got {rope!r}")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind != "default":
+        raise ConfigError(f"rope_type={kind!r} is not supported, only 'default'")
+    if "rope_theta" in rope:
+        values = {**values, "rope_theta": rope["rope_theta"]}
+    heads, width = values["num_attention_heads"], values["hidden_size"]
+    if type(heads) is type(width) is int and heads > 0:
+        values = {"head_dim": width // heads, **values}
+    qwen = values.get("model_type") == "qwen3"
+    return {"num_key_value_heads": heads, **values, "qk_norm": qwen}
+
+
+def _write(config: LlamaConfig, values: dict[str, Any]) -> dict[str, Any]:
+    # transformers tells Qwen3 by its class and knows no layer to stop after.
+    left = {k: v for k, v in values.items() if k != "qk_norm"}
+    if config.stops_after is None:
+        del left["stops_after"]
+    kind = "qwen3" if config.qk_norm else "llama"
+    return {**left, "model_type": kind, "tie_word_embeddings": False}
+
+
+def _inputs(config: LlamaConfig) -> Arrays:
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 12))
+    mask = np.ones((2, 12), np.int32)
+    mask[0, 9:] = 0
+    return {"input_ids": ids.astype(np.int32), "attention_mask": mask}
+
+
+def _describe(config: LlamaConfig) -> str:
+    name = "Qwen3" if config.qk_norm else "Llama"
+    read = "" if config.stops_after is None else f", of which {config.stops_after} are read"
+    return f"{name}, {config.num_hidden_layers} layers of width {config.hidden_size}{read}"
+
+
+def _module() -> type:
+    from fluxjax.models.llama import LlamaModel
+
+    return LlamaModel
+
+
+def flops(config: LlamaConfig, image_tokens: int, text_tokens: int) -> float:
+    """FLOPs of the matrix products of one prompt of `text_tokens`; a multiply-add counts two."""
+    c = config
+    heads = c.num_attention_heads * c.head_dim
+    shared = c.num_key_value_heads * c.head_dim
+    layer = c.hidden_size * (2 * heads + 2 * shared + 3 * c.intermediate_size)
+    attention = 2 * text_tokens * heads
+    return 2.0 * text_tokens * c.kept_layers * (layer + attention)
+
+
+_ROLES: dict[str, Role] = {
+    "embed_tokens": "whole",
+    "self_attn/q_proj": "columns",
+    "self_attn/k_proj": "columns",
+    "self_attn/v_proj": "columns",
+    "self_attn/o_proj": "rows",
+    "mlp/gate_proj": "columns",
+    "mlp/up_proj": "columns",
+    "mlp/down_proj": "rows",
+    "input_layernorm": "copied",
+    "post_attention_layernorm": "copied",
+    "q_norm": "copied",
+    "k_norm": "copied",
+    "norm": "copied",
+}
+
+LLAMA = Network(
+    config=LlamaConfig,
+    component="text_encoder",
+    words="language model",
+    describe=_describe,
+    module=_module,
+    inputs=_inputs,
+    outputs=lambda hidden: {"last_hidden_state": hidden},
+    json=JsonForm(
+        "transformers",
+        ("LlamaModel", "LlamaForCausalLM", "Qwen3Model", "Qwen3ForCausalLM"),
+        model_types=("llama", "qwen3"),
+        defaults={
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "rope_theta": 10000.0,
+            "rms_norm_eps": 1e-6,
+        },
+        required={"mlp_bias": False, "use_sliding_window": False},
+        read=_read,
+        write=_write,
+        written_class=lambda config: "Qwen3Model" if config.qk_norm else "LlamaModel",
+    ),
+    dialects=(
+        _dialect("published", ""),
+        _dialect("causal", "model."),
+        _dialect(
+            "llava", "language_model.model.", (r"vision_tower\..*", r"multi_modal_projector\..*")
+        ),
+    ),
+    roles=_ROLES,
+    prefixes=("llama.transformer.",),
+    file_name=lambda config: "language_model.safetensors",
+    quantised=r"layers\.\d+\.(self_attn|mlp)\..*_proj\.weight",
+    scanned=("layers",),
+    tokenizer="LlamaTokenizerFast",
+    flops=flops,
+)
