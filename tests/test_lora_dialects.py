@@ -255,6 +255,8 @@ def test_a_control_adapter_widens_the_model_that_it_is_merged_into(goldens, tmp_
     assert networks["transformer"].tensors["x_embedder.weight"].shape == (192, 128)
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["_class_name"] == "FluxControlPipeline"
+    # As the model with the adapter beside it is sampled.
+    assert fluxjax.load_pipeline(tmp_path / "out").config.guidance == 30.0
 
 
 def test_a_pipeline_has_all_changes_beside_or_in_its_weights(goldens, tmp_path) -> None:

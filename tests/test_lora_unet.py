@@ -297,6 +297,13 @@ def test_convolutions_in_lycoris_forms(unets, templates, tmp_path) -> None:
         )
         got = merged(tmp_path / "a.safetensors", templates, unet=(TINIES["1.5"], before))["unet"]
         agree(got, {f"{CONV}.weight": weight + delta}, before)
+    for good, _ in (cases[0], cases[1], cases[4]):
+        (name,) = [n for n in good if n.endswith(("mid.weight", "_t2"))]
+        for wrong in ((rank, rank + 1, 3, 3), (rank, rank, 1, 1), (rank, rank, 3)):
+            bad = {**good, name: random(*wrong)}
+            save_file({f"{key}.{n}": t for n, t in bad.items()}, tmp_path / "a.safetensors")
+            with pytest.raises(MappingError, match="conv1"):
+                merged(tmp_path / "a.safetensors", templates, unet=(TINIES["1.5"], before))
     with pytest.raises(
         MappingError, match=r"conv1 has .*, expected \[rank, 288\] and \[32, rank\]"
     ):

@@ -21,10 +21,10 @@ from fluxjax.checkpoint.component_json import (
 )
 from fluxjax.config import ConfigError, FluxPipelineConfig, PipelineConfig
 from fluxjax.config.base import kind_of
-from fluxjax.json_input import read_json
+from fluxjax.json_input import parse_json, read_json
 from fluxjax.networks import Config, network_of
 
-_DEFAULTS_FILE = "fluxjax.json"
+DEFAULTS_FILE = "fluxjax.json"
 DEFAULTS_KEY = "sampling_defaults"
 """Of an adapter's metadata: what fluxjax.json is to a folder."""
 _DEFAULTS = ("max_sequence_length", "steps", "guidance", "width", "height")
@@ -83,14 +83,14 @@ def read_config(folder: Path) -> PipelineConfig:
             parts[component] = read_config_json(kind, path)
     path = _present(folder, "scheduler/scheduler_config.json")
     parts["scheduler"] = read_config_json(kind_of(cls, "scheduler")[0], path)
-    if (folder / _DEFAULTS_FILE).is_file():
-        parts |= saved_defaults(read_json(folder / _DEFAULTS_FILE))
+    if (folder / DEFAULTS_FILE).is_file():
+        parts |= saved_defaults(read_json(folder / DEFAULTS_FILE))
     place = folder.absolute()
     name = place.parent.parent.name if place.parent.name == "snapshots" else place.name
     try:
         return cls.published(parts, name)
     except ConfigError as error:
-        raise ConfigError(f"{folder / _DEFAULTS_FILE}: {error}") from None
+        raise ConfigError(f"{folder / DEFAULTS_FILE}: {error}") from None
 
 
 def read_flux(folder: Path) -> FluxPipelineConfig:
@@ -111,7 +111,7 @@ def write_config(folder: Path, config: PipelineConfig) -> None:
         values = config_json(network, "float32")
         write_json(folder / component / "config.json", values)
     write_json(folder / "scheduler" / "scheduler_config.json", config_json(config.scheduler))
-    write_json(folder / _DEFAULTS_FILE, sampling_defaults(config))
+    write_json(folder / DEFAULTS_FILE, sampling_defaults(config))
 
 
 def sampling_defaults(config: PipelineConfig) -> dict[str, Any]:
@@ -122,6 +122,14 @@ def sampling_defaults(config: PipelineConfig) -> dict[str, Any]:
 def saved_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of what fluxjax.json or an adapter's metadata holds, what is known here."""
     return {key: values[key] for key in _DEFAULTS if key in values}
+
+
+def adapter_defaults(file: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """How the metadata of an adapter's file say that it is sampled. Raises ConfigError."""
+    try:
+        return saved_defaults(parse_json(metadata.get(DEFAULTS_KEY, "{}")))
+    except (ValueError, AttributeError, TypeError):
+        raise ConfigError(f"{file}: {DEFAULTS_KEY} in its metadata is not JSON") from None
 
 
 def _present(folder: Path, name: str) -> Path:

@@ -19,12 +19,12 @@ from fluxjax.checkpoint.detect import describe
 from fluxjax.checkpoint.lora.merge import merge_files
 from fluxjax.checkpoint.opened_network import OpenNetwork, with_dtype
 from fluxjax.checkpoint.orbax_params import write_orbax
-from fluxjax.checkpoint.pipeline_folder import model_index
+from fluxjax.checkpoint.pipeline_folder import DEFAULTS_FILE, model_index
 from fluxjax.checkpoint.quantised.gguf_writer import write_gguf
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
 from fluxjax.checkpoint.source import open_source
-from fluxjax.config import ConfigError, FluxPipelineConfig
+from fluxjax.config import ConfigError, FluxPipelineConfig, published_defaults
 from fluxjax.config.choices import FAMILY_NAMES, FileFamily
 from fluxjax.convert.completeness import check_complete
 from fluxjax.convert.destination import check_destination
@@ -116,7 +116,7 @@ def plan(
     networks = open_source(source, config_file, FAMILY_NAMES[family] if family else "")
     if dtype != "keep":
         networks = {k: with_dtype(network, _DTYPES[dtype]) for k, network in networks.items()}
-    plain, networks = networks, merge_files(networks, loras)
+    plain, (networks, defaults) = networks, merge_files(networks, loras)
     weights = plan_weights(networks, form, mesh, quantised)
     ending = ".gguf" if is_gguf_kind(quantised) else ".safetensors"
     single_file = destination.suffix == ending
@@ -132,6 +132,12 @@ def plan(
         )
     copies = {} if single_file else _copies(source)
     widened = {} if single_file else _without_old_configs(copies, plain, networks)
+    if Path("model_index.json") in widened:
+        # Sampled as the model is with the adapters beside it.
+        names = " ".join(str(file) for file, _ in loras)
+        told = published_defaults(networks["transformer"].config, names) | defaults
+        given = copies.pop(Path(DEFAULTS_FILE), None)
+        widened[Path(DEFAULTS_FILE)] = (read_json(given) if given else {}) | told
     files = {} if single_file else _files(networks, form, copies, whole=_is_pipeline(source))
     files |= widened | _as_written(copies, dtype)
     for part in weights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,8 @@ from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import (
-    DEFAULTS_KEY,
+    adapter_defaults,
     read_config,
-    saved_defaults,
     tokenizer_of,
 )
 from fluxjax.checkpoint.source import open_component, open_file, open_folder
@@ -27,7 +26,7 @@ from fluxjax.config import DEV, ConfigError, FluxPipelineConfig, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
-from fluxjax.json_input import parse_json, read_json
+from fluxjax.json_input import read_json
 from fluxjax.models.lora import adapt, combine_loras
 from fluxjax.models.names import flatten
 from fluxjax.models.quantised import Quantised
@@ -361,7 +360,7 @@ def _adapted(
     defaults: dict[str, Any] = {}
     for file, strength in loras:
         found = read_adapters(find(file, "lora"), templates)
-        defaults |= _defaults_of(file, found.metadata)
+        defaults |= adapter_defaults(file, found.metadata)
         for name, changes in found.changes.items():
             others = changes
             if name == denoiser:
@@ -371,13 +370,6 @@ def _adapted(
     # In float32: to what the pipeline computes in, weights are cast when they are loaded.
     changed = {n: merge(networks[n], mine, dtype=np.float32) for n, mine in merged.items()}
     return networks | changed, low_rank, defaults
-
-
-def _defaults_of(file: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        return saved_defaults(parse_json(metadata.get(DEFAULTS_KEY, "{}")))
-    except (ValueError, AttributeError, TypeError):
-        raise ConfigError(f"{file}: {DEFAULTS_KEY} in its metadata is not JSON") from None
 
 
 def _tree(low_rank: LowRank, config: PipelineConfig, stacked: bool) -> Params | None:

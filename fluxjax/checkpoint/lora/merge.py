@@ -15,6 +15,7 @@ from fluxjax.checkpoint.finite import is_finite
 from fluxjax.checkpoint.lora.changes import Change
 from fluxjax.checkpoint.lora.reader import read_adapters
 from fluxjax.checkpoint.opened_network import OpenNetwork, without_fp8
+from fluxjax.checkpoint.pipeline_folder import adapter_defaults
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_whole
 from fluxjax.config import ConfigError
@@ -36,17 +37,22 @@ def adaptable(networks: Mapping[str, OpenNetwork]) -> dict[str, Params]:
 
 def merge_files(
     networks: Mapping[str, OpenNetwork], files: Sequence[tuple[Path, float]]
-) -> dict[str, OpenNetwork]:
-    """The networks with the adapters of all files at their strengths; see `merge`.
+) -> tuple[dict[str, OpenNetwork], dict[str, Any]]:
+    """The networks with the adapters of all files at their strengths, see `merge`; and how those
+    files say that the model is sampled, a part of `sampling_defaults`.
 
     Raises also what `read_adapters` does.
     """
-    templates = adaptable(networks)
-    read = [(read_adapters(path, templates).changes, strength) for path, strength in files]
-    return {
+    templates, defaults, read = adaptable(networks), dict[str, Any](), []
+    for path, strength in files:
+        changes, metadata = read_adapters(path, templates)
+        read.append((changes, strength))
+        defaults |= adapter_defaults(path, metadata)
+    merged = {
         name: merge(network, [(changes.get(name, {}), strength) for changes, strength in read])
         for name, network in networks.items()
     }
+    return merged, defaults
 
 
 def merge(network: OpenNetwork, adapters: Sequence[Scaled], *, dtype: Any = None) -> OpenNetwork:
