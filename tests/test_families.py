@@ -15,6 +15,7 @@ from fluxjax.config import DEV, TINY, ConfigError, ControlNetConfig, FluxConfig
 from fluxjax.families import FAMILIES, FLUX, Conditioning, Control, Extras, family_of
 from fluxjax.models.controlnet import FluxControlNet
 from fluxjax.models.flux import FluxTransformer
+from fluxjax.models.transformer_blocks import ImagePrompt
 
 SMALL = FluxConfig(
     num_layers=1,
@@ -40,7 +41,9 @@ def random_variables(config, dtype) -> dict:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kind", ["text", "reference", "channels", "schnell", "control"])
+@pytest.mark.parametrize(
+    "kind", ["text", "reference", "channels", "schnell", "control", "image prompt"]
+)
 def test_what_a_run_hoists_is_the_forward(kind, dtype):
     """For every step of two pictures, with all that can come beside text."""
     config = replace(
@@ -63,6 +66,10 @@ def test_what_a_run_hoists_is_the_forward(kind, dtype):
         extras = extras._replace(controls=(control,))
         in_run = extras._replace(controls=(control._replace(scale=jnp.full(3, 0.6)),))
 
+    if kind == "image prompt":
+        keys, values = normal(4, 2, 1, 2, 4, 16).astype(dtype)
+        extras = in_run = extras._replace(image_prompt=ImagePrompt(keys, values, jnp.ones(1)))
+
     @jax.jit
     def run(variables, x):
         def forward(t, extras):
@@ -71,7 +78,8 @@ def test_what_a_run_hoists_is_the_forward(kind, dtype):
         each, step = FLUX.hoist(module, variables, times, text, in_run)
         hoisted = jax.lax.map(partial(step, x), each)
         plain = jax.lax.map(partial(forward, extras=extras), times)
-        without = forward(times[0], alone) if kind in ("reference", "channels", "control") else None
+        beside = ("reference", "channels", "control", "image prompt")
+        without = forward(times[0], alone) if kind in beside else None
         return hoisted, plain, without
 
     blank = jnp.zeros((2, 6, 32)) if kind == "channels" else None

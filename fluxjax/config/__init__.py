@@ -12,7 +12,7 @@ from fluxjax.config.base import Activation, ConfigError, from_dict, multiple
 if TYPE_CHECKING:
     from fluxjax.config.autoencoder import AutoencoderConfig
     from fluxjax.config.causal_autoencoder import CausalAutoencoderConfig
-    from fluxjax.config.choices import CONTROL_MODES, CONTROLS
+    from fluxjax.config.choices import CONTROL_MODES, CONTROLS, IP_IMAGES
     from fluxjax.config.clip import (
         CLIP_BASE_TEXT,
         CLIP_BASE_VISION,
@@ -85,6 +85,7 @@ __all__ = [
     "HUNYUAN_VIDEO_CONCAT",
     "HUNYUAN_VIDEO_REPLACE",
     "IP_ADAPTER",
+    "IP_IMAGES",
     "KONTEXT",
     "LLAMA3_8B",
     "OPEN_SORA_2",
@@ -153,7 +154,7 @@ _NAMES = {
         "CLIPTextConfig",
         "CLIPVisionConfig",
     ),
-    "choices": ("CONTROL_MODES", "CONTROLS"),
+    "choices": ("CONTROL_MODES", "CONTROLS", "IP_IMAGES"),
     "controlnet": ("UNION", "UNION_2", "XLABS", "ControlNetConfig"),
     "families": ("PIPELINES",),
     "dc_autoencoder": ("DCAutoencoderConfig",),

@@ -41,6 +41,8 @@ Respacing = Literal["plain", "karras", "exponential", "beta", "lu"]
 """How the noise levels of a run are spaced."""
 CONTROLS = ("control", "control_2", "control_3")
 """What the control pictures of several ControlNets are called, in their order."""
+IP_IMAGES = ("ip_image", "ip_image_2", "ip_image_3")
+"""What the pictures of an IP-Adapter are called."""
 CONTROL_MODES: dict[str, int] = {
     "canny": 0,
     "tile": 1,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import Respacing, Spacing
+from fluxjax.models.transformer_blocks import ImagePrompt
 from fluxjax.schedules.step_table import Run
 from fluxjax.shapes import Params
 
@@ -92,6 +93,8 @@ class Extras(NamedTuple):
     """More channels of the state's tokens, after its own (FLUX.1 Fill and Control)."""
     controls: tuple[Control, ...] = ()
     """What ControlNets add to the state's tokens, one after the other."""
+    image_prompt: ImagePrompt | None = None
+    """What an IP-Adapter has them attend to beside, in each block."""
 
 
 @dataclass(frozen=True, kw_only=True)

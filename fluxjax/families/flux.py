@@ -249,7 +249,7 @@ def forward(
     flax's `mutable` and `capture_intermediates`, the result is (velocity, state).
     """
     guides: tuple[Any, ...] = ()
-    if extras.controls:
+    if extras.controls or extras.image_prompt is not None:
         guides = (forward_controls(module.config, x, t, conditioning, extras, apply=apply),)
     returned: Any = apply(
         module,
@@ -295,7 +295,7 @@ def hoist(
     def step(x: Array, each: Each) -> Array:
         modulations, controls = each
         x = x.astype(module.dtype)
-        guides = (add(x, controls),) if controls else ()
+        guides = (add(x, controls),) if controls or extras.image_prompt is not None else ()
         out = method("denoise", _seen(x, extras), text, modulations, rope, *guides)
         return out[:, : x.shape[1]]
 

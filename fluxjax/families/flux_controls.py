@@ -1,4 +1,4 @@
-"""What ControlNets add to FLUX.1's tokens, in one forward and hoisted for a run.
+"""What ControlNets and IP-Adapters add to FLUX.1's tokens, in one forward and hoisted for a run.
 
 Source: diffusers `FluxControlNetPipeline`; with classifier-free guidance both passes take the
 samples of the prompt's, as there.
@@ -33,7 +33,7 @@ def forward_controls(
     *,
     apply: Apply,
 ) -> Guides:
-    """Of `extras.controls`, for one forward of a transformer of `config`."""
+    """Of `extras`, for one forward of a transformer of `config`."""
     found, vector = [], jnp.asarray(conditioning.vector)
     for control in extras.controls:
         n = len(control.picture)
@@ -52,7 +52,7 @@ def forward_controls(
             control.mode,
         )
         found.append(_scaled(control.scale, samples))
-    return _guides(config, extras.controls, found, len(x))
+    return _guides(config, extras, found, len(x))
 
 
 def hoist_controls(
@@ -71,7 +71,7 @@ def hoist_controls(
             _unless_zero(scale, partial(run, x, modulations))
             for (_, run), (scale, modulations) in zip(hoisted, each, strict=True)
         ]
-        return _guides(config, extras.controls, found, len(x))
+        return _guides(config, extras, found, len(x))
 
     return tuple(each for each, _ in hoisted), add
 
@@ -124,14 +124,12 @@ def _unless_zero(scale: Array, run: Callable[[], ControlSamples]) -> ControlSamp
     return jax.lax.cond(scale != 0, lambda: _scaled(scale, run()), nothing)
 
 
-def _guides(
-    config: FluxConfig, controls: tuple[Control, ...], found: list[ControlSamples], rows: int
-) -> Guides:
-    """Samples for `rows` rows, spread over the blocks of the transformer."""
+def _guides(config: FluxConfig, extras: Extras, found: list[ControlSamples], rows: int) -> Guides:
+    """Samples for `rows` rows, spread over the blocks of the transformer, and the image prompt."""
 
     def each(kind: str, blocks: int) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
         samples, indices = [], []
-        for control, one in zip(controls, found, strict=True):
+        for control, one in zip(extras.controls, found, strict=True):
             if (sample := getattr(one, kind)) is not None:
                 repeat = control.module.config.sees_pixels
                 samples.append(jnp.tile(sample, (1, rows // sample.shape[1], 1, 1)))
@@ -140,4 +138,4 @@ def _guides(
 
     double, double_index = each("double", config.num_layers)
     single, single_index = each("single", config.num_single_layers)
-    return Guides(double, single, double_index, single_index)
+    return Guides(double, single, double_index, single_index, extras.image_prompt)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from fluxjax.checkpoint.lora.scaled_file import split_scale
+from fluxjax.checkpoint.lora.scaled_file import scaled_files
 from fluxjax.checkpoint.source import OpenNetwork, open_network
 from fluxjax.config import (
     CONTROL_MODES,
@@ -64,14 +64,7 @@ class ControlInput(NamedTuple):
 def given_controlnets(given: Any) -> list[Scaled]:
     """(folder, scale) of each of what Python gives: "FOLDER", "FOLDER:SCALE", (FOLDER, SCALE), or
     a list of these. Raises ConfigError for too many."""
-    if isinstance(given, str | Path) or (
-        isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
-    ):
-        given = [given]
-    found: list[Scaled] = []
-    for one in given or ():
-        file, scale = one if isinstance(one, tuple) else split_scale(str(one))
-        found.append((str(file), float(scale)))
+    found = scaled_files(given)
     if len(found) > len(CONTROLS):
         raise ConfigError(f"at most {len(CONTROLS)} ControlNets go together, got {len(found)}")
     return found

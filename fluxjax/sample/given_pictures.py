@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxjax.config import CONTROLS, ConfigError
+from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
 from fluxjax.picture_files import BadPicture, decode, quiet, upright_holes, upright_rgb
 from fluxjax.sample.masks import expanded
-from fluxjax.sample.settings import ALPHA, PICTURES, Settings
+from fluxjax.sample.settings import ALPHA, PICTURES, TASK_PICTURES, Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -32,18 +32,31 @@ class Given:
     control: Picture | None = None
     control_2: Picture | None = None
     control_3: Picture | None = None
+    ip_image: Picture | None = None
+    ip_image_2: Picture | None = None
+    ip_image_3: Picture | None = None
+    negative_ip_image: Picture | None = None
 
     @property
     def controls(self) -> list[Picture]:
         """Those that there are, in their order."""
-        each = [getattr(self, name) for name in CONTROLS]
+        return self._those_of(CONTROLS)
+
+    @property
+    def ip_images(self) -> list[Picture]:
+        """Likewise, what an IP-Adapter sees."""
+        return self._those_of(IP_IMAGES)
+
+    def _those_of(self, names: Sequence[str]) -> list[Picture]:
+        each = [getattr(self, name) for name in names]
         return [one for one in each if one is not None]
 
     @property
     def names(self) -> frozenset[str]:
+        """Of those that decide about the task."""
         return frozenset(
             "control" if name in CONTROLS else name
-            for name in PICTURES
+            for name in TASK_PICTURES
             if getattr(self, name) is not None
         )
 
@@ -51,14 +64,14 @@ class Given:
 NO_PICTURES = Given()
 
 
-def spread_controls(given: Any) -> dict[str, Any]:
-    """One control or a list of several, by the names of CONTROLS.
+def spread_over(names: Sequence[str], given: Any) -> dict[str, Any]:
+    """One picture or a list of several, by their `names`, such as CONTROLS.
 
     Raises ConfigError for more than there can be."""
     each = list(given) if isinstance(given, list | tuple) else [given]
-    if len(each) > len(CONTROLS):
-        raise ConfigError(f"at most {len(CONTROLS)} controls go together, got {len(each)}")
-    return dict(zip(CONTROLS, each, strict=False))
+    if len(each) > len(names):
+        raise ConfigError(f"at most {len(names)} {names[0]}s go together, got {len(each)}")
+    return dict(zip(names, each, strict=False))
 
 
 def apart(**given: Picture | str | Path | None) -> tuple[dict[str, str], dict[str, Picture]]:

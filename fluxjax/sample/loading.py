@@ -39,6 +39,7 @@ from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
 from fluxjax.quantised_kinds import KEEP, LOADED
 from fluxjax.sample.controls import given_controlnets, open_controlnets
+from fluxjax.sample.ip_adapter import given_ip_adapter, open_ip_adapter
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.quantise_option import parse_quantise
@@ -68,6 +69,8 @@ def load_pipeline(
     stream: bool = False,
     redux: str | Path | None = None,
     controlnet: Any = None,
+    ip_adapter: Any = None,
+    image_encoder: str | Path | None = None,
 ) -> Pipeline:
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
@@ -103,6 +106,8 @@ def load_pipeline(
       controlnet: a folder or file of a ControlNet, "FOLDER:SCALE" or (FOLDER, SCALE), or a list of
         up to three, which `control` is for. A folder of diffusers' FluxControlNetPipeline has its
         own.
+      ip_adapter: the file of an IP-Adapter (XLabs'), "FILE", "FILE:SCALE" or (FILE, SCALE), which
+        `ip_image` is for, seen by the CLIP vision encoder in the folder `image_encoder`.
 
     Raises FileNotFoundError, ConfigError or ValueError with one sentence naming what is wrong.
     """
@@ -162,9 +167,10 @@ def load_pipeline(
                 f"the tokens of a {network_of(denoiser).words} are not split: give a mesh without "
                 "sequence"
             )
-        if controlnets and mesh.shape[AXIS] > 1:
+        beside = "a ControlNet" if controlnets else "an IP-Adapter"
+        if (controlnets or ip_adapter) and mesh.shape[AXIS] > 1:
             raise ConfigError(
-                f"a ControlNet takes whole pictures, and {AXIS}={mesh.shape[AXIS]} splits their "
+                f"{beside} takes whole pictures, and {AXIS}={mesh.shape[AXIS]} splits their "
                 "tokens: use data, fsdp or tensor"
             )
     slots = None
@@ -182,6 +188,8 @@ def load_pipeline(
         prior = open_redux(
             find(redux, "checkpoint"), config.networks["text_encoder_2"].d_model, dtype
         )
+    scaled_ip = given_ip_adapter(ip_adapter)
+    prompter = open_ip_adapter(scaled_ip, image_encoder, path, config, dtype)
     held, notes = _held(networks, kinds, scan_layers)
     pipeline = Pipeline(
         family,
@@ -209,10 +217,13 @@ def load_pipeline(
         offload=offload,
         stream=stream,
         redux=prior,
+        image_prompter=prompter,
         control_scales=[scale for _, scale in scaled_nets],
         sources=Sources(
             quantise=None if quantise == KEEP else quantise,
             controlnet=tuple(f"{absolute(folder)}:{scale:g}" for folder, scale in scaled_nets),
+            ip_adapter=() if scaled_ip is None else (f"{absolute(scaled_ip[0])}:{scaled_ip[1]:g}",),
+            image_encoder=None if image_encoder is None else absolute(str(image_encoder)),
             redux=None if redux is None else absolute(str(redux)),
             model=absolute(str(model)),
             text_encoders=None if text_encoders is None else absolute(str(text_encoders)),

@@ -51,6 +51,8 @@ class OpenedModel:
             stream=self.options.stream,
             quantise=sources.quantise or KEEP,
             controlnet=sources.controlnet or None,
+            ip_adapter=sources.ip_adapter or None,
+            image_encoder=sources.image_encoder,
             mesh=self.options.mesh,
             sequence=self.options.sequence or "auto",
         )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fluxjax.config import ConfigError, multiple
-from fluxjax.config.choices import CONTROLS, Respacing
+from fluxjax.config.choices import CONTROLS, IP_IMAGES, Respacing
 from fluxjax.hub import size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
@@ -173,6 +173,14 @@ class Options:
     low-quality, or a number."""
     control_range: _Ranges = ()
     """START,END, such as 0,0.8: between which parts of the run a ControlNet counts."""
+    ip_adapter: _Loras = ()
+    """XLabs' IP-Adapter, through which the blocks see pictures beside the prompt."""
+    ip_image: _Files = ()
+    """A picture for it, or several."""
+    negative_ip_image: _Text = None
+    """What it sees in the pass that --true-cfg guides away from; by default black."""
+    image_encoder: _Path = None
+    """Folder of the CLIP vision encoder that sees for it."""
     canny: _Thresholds = None
     """LOW,HIGH, such as 50,200: draw by the edges of the control, which is a photograph."""
     reference: _Text = None
@@ -277,6 +285,7 @@ def check(options: Options) -> None:
         raise ConfigError("--redux FOLDER and --redux-image FILE belong together: give both")
     if options.controlnet and not options.control and not (options.like or options.prompts):
         raise ConfigError("--controlnet FOLDER needs a picture that it sees: give --control FILE")
+    _check_ip_adapter(options)
     if sources["redux"] and not (is_name(sources["redux"]) or Path(sources["redux"]).exists()):
         raise FileNotFoundError(f"there is no Redux folder {sources['redux']}")
     named = [(f"{name} picture", given[name]) for name in PICTURES]
@@ -299,6 +308,17 @@ def check(options: Options) -> None:
         remembered(options.like)
 
 
+def _check_ip_adapter(options: Options) -> None:
+    if len(options.ip_adapter) > 1:
+        raise ConfigError(f"one IP-Adapter sees all pictures, got {len(options.ip_adapter)}")
+    if options.like or options.prompts:
+        return
+    if options.ip_adapter and not options.ip_image:
+        raise ConfigError("--ip-adapter FILE needs a picture that it sees: give --ip-image FILE")
+    if options.ip_image and not options.ip_adapter:
+        raise ConfigError("--ip-image is seen by an IP-Adapter: give --ip-adapter FILE")
+
+
 def _check_model(model: str | None) -> None:
     """Raises FileNotFoundError, with the name that may be meant."""
     if model is None or is_name(model) or Path(model).exists():
@@ -317,13 +337,16 @@ def given_settings(options: Options) -> dict[str, Any]:
     """The settings on the command line; None is what is not there."""
     given = {name: getattr(options, name, None) for name in FIELDS}
     given["prompt"] = " ".join(options.prompt) if options.prompt else None
-    if len(options.control) > len(CONTROLS):
-        raise ConfigError(
-            f"--control is given {len(options.control)} times, and at most "
-            f"{len(CONTROLS)} go together"
-        )
-    given["control"] = None
-    given |= dict(zip(CONTROLS, options.control, strict=False))
+    for option, names, files in (
+        ("--control", CONTROLS, options.control),
+        ("--ip-image", IP_IMAGES, options.ip_image),
+    ):
+        if len(files) > len(names):
+            raise ConfigError(
+                f"{option} is given {len(files)} times, and at most {len(names)} go together"
+            )
+        given[names[0]] = None
+        given |= dict(zip(names, files, strict=False))
     given["control_mode"] = options.control_mode or None
     given["control_range"] = _ranges(options.control_range) or None
     for name in PICTURES:

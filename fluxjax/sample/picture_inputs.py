@@ -17,6 +17,7 @@ from fluxjax.models.autoencoder import normalize_latents
 from fluxjax.sample.controls import ControlInput, control_inputs, control_pictures
 from fluxjax.sample.denoise import Kept
 from fluxjax.sample.given_pictures import Given
+from fluxjax.sample.ip_adapter import ImagePrompts
 from fluxjax.sample.masks import Box, crop_box, cropped, mask_values, pasted
 from fluxjax.sample.reference import pixels
 from fluxjax.schedules.schedule import Schedule
@@ -43,6 +44,8 @@ class Inputs(NamedTuple):
     """At 0 the image is put back after each step."""
     controls: tuple[ControlInput, ...] = ()
     """Of each ControlNet."""
+    image_prompts: ImagePrompts | None = None
+    """Of an IP-Adapter."""
 
 
 NOTHING = Inputs()

@@ -18,7 +18,7 @@ from typing import Any
 
 from fluxjax import __version__
 from fluxjax.checkpoint.lora.scaled_file import split_scale
-from fluxjax.config import CONTROLS, ConfigError
+from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
 from fluxjax.file_hash import hash_file
 from fluxjax.hub import is_cached
 from fluxjax.sample import known_places
@@ -35,10 +35,12 @@ from fluxjax.sample.sources import (
 )
 
 _OPTIONS = {
-    "text_encoders": "--text-encoders",
-    "redux_image": "--redux-image",
-    **{name: f"--{name}" for name in ("model", "vae", "redux", "controlnet", *PICTURES)},
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in (*SINGLE, "redux_image", "controlnet", "ip_adapter", *PICTURES)
+    },
     **dict.fromkeys(CONTROLS, "--control"),
+    **dict.fromkeys(IP_IMAGES, "--ip-image"),
 }
 _MOST_LORAS = 100
 
@@ -136,13 +138,13 @@ def remembered(path: Path) -> Remembered:
     for name, listed in scaled.items():
         fine = _are_texts(listed, list) and len(listed) <= _MOST_LORAS
         _check(fine, path, name, "a list of texts", listed)
+    single: dict[str, Any] = {name: record.get(name) for name in SINGLE if name != "model"}
+    listings: dict[str, Any] = {name: tuple(listed) for name, listed in scaled.items()}
     sources = Sources(
         model=record.get("model") or TINY,
-        text_encoders=record.get("text_encoders"),
-        vae=record.get("vae"),
-        redux=record.get("redux"),
+        **single,
         quantise=record.get("quantise"),
-        **{name: tuple(listed) for name, listed in scaled.items()},
+        **listings,
     )
     version = record.get("fluxjax")
     version = version if isinstance(version, str) else ""
@@ -219,13 +221,13 @@ def find_all(
             for i, (file, scale) in enumerate(map(split_scale, listed), start=1)
         )
 
+    single: dict[str, Any] = {name: place(name) for name in SINGLE if name != "model"}
+    listings: dict[str, Any] = {name: places(name) for name in SCALED}
     sources = Sources(
         model=place("model") or TINY,
-        text_encoders=place("text_encoders"),
-        vae=place("vae"),
-        redux=place("redux"),
+        **single,
         quantise=wanted.quantise,
-        **{name: places(name) for name in SCALED},
+        **listings,
     )
     pictures: dict[str, str] = {}
     for name in PICTURES:

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from fluxjax.config import ConfigError
+from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
 from fluxjax.config.choices import Respacing, Spacing
 from fluxjax.families.family import Conditioning
 from fluxjax.sample.controls import check_controls, control_settings
-from fluxjax.sample.given_pictures import Given, apart, read_given, spread_controls
+from fluxjax.sample.given_pictures import Given, apart, read_given, spread_over
+from fluxjax.sample.ip_adapter import check_image_prompts
 from fluxjax.sample.lora_slots import LoraChoice
 from fluxjax.sample.picture_inputs import finished, make_inputs
 from fluxjax.sample.pictures import to_bytes
@@ -59,6 +60,9 @@ class Pipeline(Stages):
         expand: tuple[int, int, int, int] | None = None,
         canny: tuple[int, int] | None = None,
         redux_image: Any = None,
+        ip_image: Any = None,
+        negative_ip_image: Image | str | Path | None = None,
+        ip_scale: float | Sequence[float] | None = None,
         negative_prompt: str | None = None,
         true_cfg: float | None = None,
         prompt_2: str | None = None,
@@ -103,6 +107,9 @@ class Pipeline(Stages):
           expand: a border of (left, top, right, bottom) pixels round the image, painted anew.
           redux_image: what is heard beside the prompt through FLUX.1 Redux: a picture or its file,
             (either, weight), or a list of these.
+          ip_image: what an IP-Adapter sees, or a list of up to three pictures.
+          negative_ip_image: what it sees in the pass that true_cfg guides away from; else black.
+          ip_scale: how strong it is, in all double blocks or a list of each.
           negative_prompt, true_cfg: what not to draw, by classifier-free guidance above 1; both or
             neither.
           prompt_2: what T5 reads instead of `prompt`.
@@ -127,8 +134,9 @@ class Pipeline(Stages):
         if others:
             raise ConfigError(unknown_options(sorted(others)))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        controls = spread_controls(control)
-        files, objects = apart(image=image, mask=mask, reference=reference, **controls)
+        several = spread_over(CONTROLS, control) | spread_over(IP_IMAGES, ip_image)
+        several["negative_ip_image"] = negative_ip_image
+        files, objects = apart(image=image, mask=mask, reference=reference, **several)
         settings = {
             "steps": steps,
             "guidance": guidance,
@@ -150,6 +158,7 @@ class Pipeline(Stages):
             "sigmas": sigmas,
             "spacing": spacing,
             "eta": eta,
+            "ip_scale": [ip_scale] if isinstance(ip_scale, int | float) else ip_scale,
             **control_settings(control_mode, control_scale, control_range),
         }
         chosen = override(self.defaults, {**settings, **files})
@@ -187,6 +196,7 @@ class Pipeline(Stages):
         """
         task = self.family.find_task(self.config, given.names)
         check_controls(self.config, settings, given)
+        check_image_prompts(self.image_prompter, settings, given)
         if task.strength is None and settings.strength is not None:
             raise ConfigError("strength says how much of an image is drawn anew: give an image")
         size = dict(zip(("width", "height"), self.picture_size(given), strict=True))
@@ -239,6 +249,10 @@ class Pipeline(Stages):
             with self._timed("encoding"):
                 conditioning = self.redux.heard(conditioning, heard)
         inputs = make_inputs(self, task, given, settings, draws)
+        if self.image_prompter is not None:
+            with self._timed("encoding"):
+                seen = self.image_prompter.prompts(given, settings, 1 if scale is None else 2)
+            inputs = inputs._replace(image_prompts=seen)
         latents = self.denoise(
             conditioning,
             draws["noise"],

@@ -27,7 +27,9 @@ from fluxjax.families.family import (
 from fluxjax.models.absent import with_zeros
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents, normalize_latents
 from fluxjax.models.lora import stack_passes, variables
+from fluxjax.models.transformer_blocks import ImagePrompt
 from fluxjax.sample import denoise as sampler
+from fluxjax.sample.ip_adapter import Attended
 from fluxjax.sample.settings import Rounding, Settings
 from fluxjax.schedules.schedule import Schedule, pad
 from fluxjax.shapes import Params
@@ -37,7 +39,12 @@ NAMES: tuple[Name, ...] = get_args(Name)
 OF_RUNS: tuple[Name, ...] = ("before", "denoise")
 OF_PICTURES: tuple[Name, ...] = ("reference", "posterior", "decode")
 UNTILED_LATENTS = 256 * 256
-WHOLE = ("schedule", "passes", "control_scales")  # of Drawn: the same for all pictures
+WHOLE = (
+    "schedule",
+    "passes",
+    "control_scales",
+    "image_prompt_scale",
+)  # of Drawn: the same for all pictures
 TEXT_ALONE = Task()
 
 
@@ -73,7 +80,10 @@ class Drawn(NamedTuple):
     """Its mask has one channel."""
     controls: tuple[tuple[AnyArray, Int[AnyArray, "n"] | None], ...] = ()
     """Of each ControlNet what it sees, latents or pixels, and its mode."""
+    image_prompts: tuple[Attended, ...] = ()
+    """Of each pass, where there is an IP-Adapter."""
     control_scales: tuple[Float[AnyArray, "steps"], ...] = ()
+    image_prompt_scale: Float[AnyArray, "layers"] | None = None
     noise: Float[AnyArray, "n steps c h w"] | None = None
     """What each step adds, where a sampler may."""
 
@@ -158,7 +168,12 @@ def _hoisted(
         for net, weights, (seen, mode), scale in nets
     )
     # One pass over a batch of twice the size, not two passes over the weights.
-    extras = Extras(positions, jnp.tile(drawn.guidance, many), reference, channels, controls)
+    prompt = None
+    if drawn.image_prompt_scale is not None:
+        keys, values = (jnp.moveaxis(x, 1, 0) for x in stack(*drawn.image_prompts))
+        prompt = ImagePrompt(keys, values, jnp.asarray(drawn.image_prompt_scale))
+    guidance = jnp.tile(drawn.guidance, many)
+    extras = Extras(positions, guidance, reference, channels, controls, prompt)
     return family.hoist(
         module,
         stack_passes(variables(with_zeros(params)), many),
@@ -250,6 +265,7 @@ def programs(
     prompts: int = 1,
     reference_size: tuple[int, int] | None = None,
     more_text: int = 0,
+    image_prompt: tuple[int, int, int] | None = None,
     rows: Callable[[Name, int], int] = lambda name, count: count,
     padded: bool = True,
 ) -> list[Program]:
@@ -261,6 +277,7 @@ def programs(
       pictures, prompts: drawn and encoded together.
       reference_size: (width, height) at which a reference is seen.
       more_text: tokens beside those of the prompt (Redux).
+      image_prompt: (layers, tokens, width) of what an IP-Adapter adds.
       rows: the batch that a program runs for so many pictures or prompts.
       padded: whether the steps are filled up to those of their bucket.
     """
@@ -291,7 +308,10 @@ def programs(
         reference,
         channels,
         kept,
-        *_controls(config, n, settings, shape, dtype, spec((steps,), jnp.float32)),
+        _controls(config, n, settings, shape, dtype),
+        () if image_prompt is None else ((spec((n, *image_prompt), dtype),) * 2,) * many,
+        (spec((steps,), jnp.float32),) * len(config.controlnets),
+        None if image_prompt is None else spec(image_prompt[:1], jnp.float32),
         spec((n, steps, *shape), state) if schedule.matrices is not None else None,
     )
     states = (spec((n, *shape), state),) * schedule.latents
@@ -323,19 +343,17 @@ def _controls(
     settings: Settings,
     shape: tuple[int, int, int],
     dtype: Any,
-    column: Any,
-) -> tuple[tuple, tuple]:
-    """Shapes of `Drawn.controls` and of their scales."""
+) -> tuple:
+    """Shapes of `Drawn.controls`."""
     spec: Any = jax.ShapeDtypeStruct
     pixels = (n, settings.height, settings.width, 3)
-    controls = tuple(
+    return tuple(
         (
             spec(pixels if net.sees_pixels else (n, *shape), dtype),
             spec((n,), jnp.int32) if net.num_mode else None,
         )
         for net in config.controlnets
     )
-    return controls, (column,) * len(controls)
 
 
 def tiled(rows: int, columns: int) -> bool:

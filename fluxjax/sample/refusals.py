@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -23,6 +24,8 @@ OTHER_NAMES = {
     "generator": "seed",
     "mask_image": "mask",
     "control_image": "control",
+    "ip_adapter_image": "ip_image",
+    "negative_ip_adapter_image": "negative_ip_image",
     "image_reference": "reference",
     "padding_mask_crop": "mask_crop",
     "callback_on_step_end": "on_step",
@@ -53,11 +56,13 @@ def require_finite(
     if np.isfinite(np.asarray(pictures, np.float32)).all():
         return
     said = [one for one in heard if one is not None]
-    seen = [one for one in inputs if one is not None]
+    seen = jax.tree.leaves(inputs._replace(image_prompts=None))
+    looked = jax.tree.leaves(inputs.image_prompts)
     outputs = {
         "the CLIP text encoder (text_encoder)": [one.vector for one in said],
         "the T5 text encoder (text_encoder_2)": [one.sequence for one in said],
         "the autoencoder (vae), encoding a picture": seen,
+        "the image encoder or the IP-Adapter": looked,
         "the transformer": [latents],
         "the autoencoder (vae)": [pictures],
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fluxjax.config import ConfigError
-from fluxjax.config.choices import CONTROL_MODES, CONTROLS, MAX_STEPS, Respacing, Spacing
+from fluxjax.config.choices import CONTROL_MODES, CONTROLS, IP_IMAGES, MAX_STEPS, Respacing, Spacing
 
 if TYPE_CHECKING:
     from fluxjax.families.family import Guidance, Steps
@@ -23,7 +23,8 @@ MAX_SIDE = 16384  # pixels; one million tokens, more than any of these models ca
 MAX_GUIDANCE = 1000.0
 MAX_SCALE = 100.0  # of what a ControlNet adds
 MAX_THRESHOLD = 10_000  # of Canny's gradients, which are below
-PICTURES = ("reference", "image", "mask", *CONTROLS)
+TASK_PICTURES = ("reference", "image", "mask", *CONTROLS)
+PICTURES = (*TASK_PICTURES, *IP_IMAGES, "negative_ip_image")
 ALPHA = "alpha"  # the mask that is the image's own transparency
 
 
@@ -78,6 +79,18 @@ class Settings:
     """How strong each ControlNet is, or all; None: as they were loaded."""
     control_range: tuple[float, ...] | None = None
     """Between which parts of the run (0 to 1) each ControlNet counts, or all: (start, end, ...)."""
+    ip_image: str | None = None
+    """What an IP-Adapter sees; of several the other two below."""
+    ip_image_sha256: str | None = None
+    ip_image_2: str | None = None
+    ip_image_2_sha256: str | None = None
+    ip_image_3: str | None = None
+    ip_image_3_sha256: str | None = None
+    negative_ip_image: str | None = None
+    """What it sees in the pass that is guided away from; None: black."""
+    negative_ip_image_sha256: str | None = None
+    ip_scale: tuple[float, ...] | None = None
+    """How strong it is, in all blocks or in each; None: as it was loaded."""
     strength: float | None = None
     """How much of its steps image to image runs; None: the task's own."""
     mask_crop: int | None = None
@@ -137,6 +150,9 @@ class Settings:
         if (scales := self.control_scale) is not None:
             fits = 0 < len(scales) <= most and all(abs(scale) <= MAX_SCALE for scale in scales)
             _require(fits, "control_scale", f"from {-MAX_SCALE:g} to {MAX_SCALE:g}, for each", self)
+        if (each := self.ip_scale) is not None:
+            fits = len(each) > 0 and all(abs(scale) <= MAX_SCALE for scale in each)
+            _require(fits, "ip_scale", f"from {-MAX_SCALE:g} to {MAX_SCALE:g}", self)
         if (ends := self.control_range) is not None:
             pairs = list(zip(ends[::2], ends[1::2], strict=False))
             fits = 0 < len(ends) <= 2 * most and 2 * len(pairs) == len(ends)
@@ -188,7 +204,7 @@ def check_text(name: str, text: str) -> None:
         ) from None
 
 
-_LISTS = ("expand", "canny", "control_mode", "control_scale", "control_range")
+_LISTS = ("expand", "canny", "control_mode", "control_scale", "control_range", "ip_scale")
 _TEXTS = ("prompt", "prompt_2", "negative_prompt")
 _KINDS = {
     **dict.fromkeys(("steps", "width", "height", "seed", "max_sequence_length"), "an integer"),
@@ -199,7 +215,7 @@ _KINDS = {
     "soft_mask": "true or false",
     **dict.fromkeys(("expand", "canny"), "a list of integers"),
     "control_mode": "a list of texts",
-    **dict.fromkeys(("control_scale", "control_range"), "a list of numbers"),
+    **dict.fromkeys(("control_scale", "control_range", "ip_scale"), "a list of numbers"),
     "sampler": "a text",
     "spacing": " or ".join(get_args(Spacing)),
     "sigmas": " or ".join(get_args(Respacing)),

@@ -13,11 +13,12 @@ from fluxjax.config import ConfigError
 from fluxjax.hub import Kind, find, hub_name
 
 TINY = "tiny"
-SINGLE = ("model", "text_encoders", "vae", "redux")
+SINGLE = ("model", "text_encoders", "vae", "redux", "image_encoder")
 SCALED = {
     "lora": "LoRA file",
     "redux_image": "picture for Redux",
     "controlnet": "ControlNet folder",
+    "ip_adapter": "IP-Adapter file",
 }
 """Fields of Sources that hold several FILE:SCALE, and what one is called."""
 _INDEX = ("model_index.json", "fluxjax.json")
@@ -39,6 +40,10 @@ class Sources:
     """The pictures that it reads, FILE:SCALE."""
     controlnet: tuple[str, ...] = ()
     """Folders (or files) of ControlNets, each with its scale."""
+    ip_adapter: tuple[str, ...] = ()
+    """The file of an IP-Adapter with its scale, if there is one."""
+    image_encoder: str | None = None
+    """The folder of the CLIP that sees for it."""
 
     def files(self) -> dict[str, str]:
         """Paths by what they are: model, text_encoders, vae, redux, lora 1, lora 2 ..."""
@@ -72,7 +77,7 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
         "text_encoders": "text encoders",
         "vae": "vae",
         "redux": "checkpoint",
-        "controlnet": "checkpoint",
+        **dict.fromkeys(("controlnet", "ip_adapter", "image_encoder"), "checkpoint"),
     }
     path = find(source, wanted.get(kind.split()[0], "lora"))
     if path.is_file():

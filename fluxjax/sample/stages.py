@@ -46,6 +46,7 @@ from fluxjax.shapes import Params
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from fluxjax.sample.ip_adapter import ImagePrompter
     from fluxjax.sample.redux import Redux
     from fluxjax.text.tokenizers import PromptTokenizer
 
@@ -82,6 +83,7 @@ class Stages:
         stream: bool = False,
         sources: Sources | None = None,
         redux: Redux | None = None,
+        image_prompter: ImagePrompter | None = None,
         control_scales: Sequence[float] = (),
     ):
         self.family, self.config = family, config
@@ -104,6 +106,7 @@ class Stages:
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.notes: list[str] = []
         self.sources, self.slots, self.redux = sources, slots, redux
+        self.image_prompter = image_prompter
         self.offload = offload
         self.control_scales = tuple(control_scales)
         """Of each ControlNet, unless a call says otherwise."""
@@ -234,6 +237,7 @@ class Stages:
         def for_each(one: AnyArray | None) -> AnyArray | None:
             return None if one is None else np.broadcast_to(one, (count, *one.shape[1:]))
 
+        prompts = inputs.image_prompts
         conditionings = (conditioning,) if negative is None else (conditioning, negative)
         each: Any = (
             conditionings,
@@ -242,6 +246,7 @@ class Stages:
             for_each(inputs.channels),
             kept(inputs, noise),
             tuple(one.rows(count) for one in inputs.controls),
+            () if prompts is None else prompts.rows(count),
         )
         scales = tuple(one.scales(schedule) for one in inputs.controls)
         noises = noise_of_steps(course, schedule, noise, added or {})
@@ -249,7 +254,15 @@ class Stages:
         if self.mesh is not None:
             rows = self.executables.rows("denoise", count)
             noise, noises, *each = pad_rows((noise, noises, *each), rows)
-        drawn = Drawn(schedule, passes, *each, control_scales=scales, noise=noises)
+        seen = None if prompts is None else prompts.scale
+        drawn = Drawn(
+            schedule,
+            passes,
+            *each,
+            control_scales=scales,
+            image_prompt_scale=seen,
+            noise=noises,
+        )
         state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
         lora = None
         if self.slots is not None:
@@ -321,6 +334,7 @@ class Stages:
 
         `more_text`: tokens beside those of the prompt.
         """
+        prompter = self.image_prompter
         seen = given.reference and self.reference_size(given.reference)
         for program in programs(
             self.family,
@@ -332,6 +346,7 @@ class Stages:
             reference_size=seen,
             rows=self.executables.rows,
             more_text=more_text,
+            image_prompt=prompter and prompter.shape(len(given.ip_images)),
         ):
             apart = self.offload and program.name == "denoise"
             for one in self.executables.split(program) if apart else (program,):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fluxjax.config import ConfigError
 from fluxjax.hub import find
@@ -22,6 +23,17 @@ def split_scale(text: str) -> tuple[str, float]:
     if not math.isfinite(scale):
         raise ConfigError(f"the scale of a LoRA must be a number, got {text!r}")
     return (file, scale) if file else (text, 1.0)
+
+
+def scaled_files(given: Any) -> list[tuple[str, float]]:
+    """(file, scale) of each of what Python gives: "FILE", "FILE:SCALE", (FILE, SCALE), or several
+    of these; none of None."""
+    one = isinstance(given, str | Path) or (
+        isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
+    )
+    each: Any = [given] if one else given or ()
+    pairs = (x if isinstance(x, tuple) else split_scale(str(x)) for x in each)
+    return [(str(file), float(scale)) for file, scale in pairs]
 
 
 def found(texts: Iterable[str]) -> list[tuple[Path, float]]:

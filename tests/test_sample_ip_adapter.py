@@ -1,0 +1,231 @@
+"""Pictures by an IP-Adapter: those of diffusers' FLUX pipelines that have one, seed for seed."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from safetensors.numpy import save_file
+from test_image_encoders import randomised, xlabs_file
+from test_sample import compilations, same_picture
+from test_sample_pictures import photo
+from torch_pipeline import random_pipeline  # noqa: F401
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+import fluxjax
+from fluxjax.config import ConfigError, IPAdapterConfig
+from fluxjax.sample.command import draw
+from fluxjax.sample.ip_adapter import _pixels
+from fluxjax.sample.options import Options, check
+from fluxjax.sample.picture_formats import read_record
+
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed`")  # diffusers' own
+
+ADAPTER = IPAdapterConfig(
+    num_layers=1, inner_dim=32, cross_attention_dim=24, image_embed_dim=18, num_tokens=4
+)
+SIZE = 28
+DRAW = {"width": 96, "height": 64, "max_sequence_length": 24, "steps": 5, "guidance": 3.5}
+
+
+def saved_adapter(folder, name, **sizes):
+    save_file(xlabs_file(replace(ADAPTER, **sizes)), folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(XLabs' file, CLIP's folder, a LoRA) with small random weights."""
+    folder = tmp_path_factory.mktemp("ip")
+    torch.manual_seed(2)
+    config = CLIPVisionConfig(
+        hidden_size=20,
+        intermediate_size=24,
+        projection_dim=18,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=14,
+    )
+    randomised(CLIPVisionModelWithProjection(config)).save_pretrained(folder / "clip")
+    random, layer = np.random.default_rng(1), "transformer.transformer_blocks.0.attn.to_q"
+    shapes = {f"{layer}.lora_A.weight": (2, 32), f"{layer}.lora_B.weight": (32, 2)}
+    lora = {name: random.normal(size=size).astype(np.float32) for name, size in shapes.items()}
+    save_file(lora, folder / "lora.safetensors")
+    return saved_adapter(folder, "xlabs"), folder / "clip", folder / "lora.safetensors"
+
+
+@pytest.fixture(scope="module")
+def ours(random_pipeline, files):  # noqa: F811
+    file, clip, lora = files
+    return fluxjax.load_pipeline(
+        random_pipeline, ip_adapter=(file, 0.7), image_encoder=clip, loras=[lora], scan_layers=False
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs(random_pipeline, files):  # noqa: F811
+    file, clip, lora = files
+    pipe = FluxPipeline.from_pretrained(random_pipeline)
+    pipe.load_ip_adapter(
+        file.parent, file.name, image_encoder_pretrained_model_name_or_path=str(clip)
+    )
+    pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+CFG = {"true_cfg": 2.0, "negative_prompt": "a heart"}
+THEIR_CFG = {"true_cfg_scale": 2.0, "negative_prompt": "a heart"}
+CASES = {
+    "one": (0.7, 1, {}, {}),
+    "guided": (1.0, 2, THEIR_CFG, CFG),
+    "negative": (
+        0.4,
+        2,
+        {**THEIR_CFG, "negative_ip_adapter_image": photo(7)},
+        {**CFG, "negative_ip_image": photo(7)},
+    ),
+    "image": (0.7, 1, {"image": photo(5), "strength": 0.7}, {"image": photo(5), "strength": 0.7}),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c == "one" else pytest.mark.slow) for c in CASES]
+)
+def test_same_pictures_as_diffusers(ours, theirs, case):
+    """Two at once, from one or two pictures of odd sizes, with a LoRA."""
+    scale, count, theirs_only, ours_only = CASES[case]
+    seen = [photo(i, (203, 121 + i)) for i in range(count)]
+    pipe = theirs if case != "image" else FluxImg2ImgPipeline(**theirs.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.set_ip_adapter_scale(scale)
+    expected = pipe(
+        prompt="a red circle",
+        num_images_per_prompt=2,
+        guidance_scale=3.5,
+        num_inference_steps=5,
+        generator=torch.Generator().manual_seed(7),
+        width=96,
+        height=64,
+        max_sequence_length=24,
+        ip_adapter_image=[seen],
+        **theirs_only,
+    ).images
+    given = {"ip_image": seen, "ip_scale": scale}
+    got = ours("a red circle", seed=7, number=2, **DRAW, **given, **ours_only)
+    for one, other in zip(got, expected, strict=True):
+        same_picture(one, other)
+    given["ip_image"] = [photo(9)] * count
+    other = ours("a red circle", seed=7, number=2, **DRAW, **given, **ours_only)[0]
+    assert np.abs(np.asarray(got[0], int) - np.asarray(other, int)).mean() > 1
+
+
+def test_pictures_are_seen_as_by_clips_processor():
+    processor = CLIPImageProcessor(size=SIZE, crop_size=SIZE)
+    for size in ((203, 121), (30, 97), (20, 20)):
+        expected = processor(photo(1, size), return_tensors="np").pixel_values[0]
+        np.testing.assert_allclose(
+            _pixels(photo(1, size), SIZE), np.moveaxis(expected, 0, -1), atol=1e-6
+        )
+
+
+def test_another_picture_or_scale_compiles_nothing(ours):
+    given = {**DRAW, "number": 2, "ip_image": photo()}
+    first = ours("a star", **given)[0]
+    with compilations() as seen:
+        for change in ({"ip_scale": 0.2}, {"ip_scale": [1.0]}, {"ip_image": photo(3)}):
+            other = ours("a star", **{**given, **change})[0]
+            assert other.tobytes() != first.tobytes(), change
+    assert not seen
+
+
+@pytest.mark.slow
+def test_the_command_records_and_repeats(random_pipeline, files, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        photo(i).save(f"{i}.png")
+    options = Options(
+        prompt=("a star",),
+        model=str(random_pipeline),
+        quiet=True,
+        seed=3,
+        steps=2,
+        width=64,
+        height=48,
+        max_sequence_length=24,
+        ip_adapter=(f"{saved_adapter(tmp_path, 'xlabs', num_tokens=5)}:0.6",),
+        image_encoder=files[1],
+        ip_image=("0.png", "1.png"),
+        out=tmp_path / "first.png",
+        dtype="bfloat16",
+    )
+    check(options)
+    draw(options)
+    record = read_record(tmp_path / "first.png")
+    assert record["ip_adapter"] == ["xlabs.safetensors:0.6"] and record["image_encoder"] == "clip"
+    assert record["settings"]["ip_image_2"] == "1.png"
+    assert {"ip_adapter 1", "image_encoder files"} <= record["sha256"].keys()
+    like = Options(like=tmp_path / "first.png", quiet=True, out=tmp_path / "again.png")
+    draw(like)
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "first.png").read_bytes()
+    photo(5).save("1.png")
+    with pytest.raises(ConfigError, match=r"1.png has changed since it was the ip_image_2"):
+        draw(replace(like, out=tmp_path / "third.png"))
+    photo(1).save("1.png")
+    lines = [{"prompt": "a star", "ip_image": "1.png"}, {"prompt": "a star", "ip_scale": [1]}]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    many = replace(options, prompt=(), prompts=tmp_path / "lines.jsonl", out=tmp_path / "many")
+    draw(replace(many, grid=True, record=False))
+    assert len(list((tmp_path / "many").iterdir())) == 3
+    saved_adapter(tmp_path, "xlabs", num_tokens=6)
+    with pytest.raises(ConfigError, match=r"not what .*first.png was made with.*ip_adapter 1"):
+        draw(replace(like, out=tmp_path / "third.png"))
+
+
+def test_what_cannot_be_is_one_sentence(ours, files, random_pipeline, tmp_path):  # noqa: F811
+    plain = fluxjax.load_pipeline(random_pipeline, scan_layers=False)
+    for pipe, given, message in (
+        (ours, {}, "IP-Adapter needs a picture that it sees: give an ip_image"),
+        (ours, {"ip_image": [photo()] * 4}, "at most 3 ip_images"),
+        (ours, {"ip_image": photo(), "ip_scale": [1.0, 2.0]}, "one for each of 1 blocks, got 2"),
+        (ours, {"ip_image": photo(), "negative_ip_image": photo()}, "give a negative_prompt"),
+        (plain, {"ip_image": photo()}, "ip_image is for an IP-Adapter, and this model has none"),
+        (plain, {"ip_scale": 0.5}, "ip_scale is for an IP-Adapter, and this model has none"),
+        (plain, {"ip_adapter_image": photo()}, "ip_adapter_image is called ip_image here"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pipe("a star", **{**DRAW, **given})
+    adapter, clip = files[:2]
+    for ours_only, message in (
+        ({"ip_adapter": adapter}, "needs an image_encoder"),
+        ({"image_encoder": clip}, "give a file of one too"),
+        ({"ip_adapter": [adapter, adapter]}, "one IP-Adapter sees all pictures, got 2"),
+        ({"ip_adapter": tmp_path / "none", "image_encoder": clip}, "there is no IP-Adapter file"),
+        ({"ip_adapter": adapter, "image_encoder": "nowhere"}, "no image encoder folder nowhere"),
+        ({"ip_adapter": adapter, "image_encoder": clip, "mesh": "sequence=2"}, "whole pictures"),
+        *(
+            (
+                {"ip_adapter": saved_adapter(tmp_path, f"{i}", **sizes), "image_encoder": clip},
+                message,
+            )
+            for i, (sizes, message) in enumerate(
+                (
+                    ({"inner_dim": 48}, "blocks of width 48, and the model has 32: it belongs"),
+                    ({"num_layers": 2}, "for 2 double blocks, and the model has 1"),
+                    ({"image_embed_dim": 20}, "embedded in 20 numbers, and .*clip makes 18"),
+                )
+            )
+        ),
+    ):
+        with pytest.raises((ConfigError, FileNotFoundError), match=message):
+            fluxjax.load_pipeline(random_pipeline, **ours_only)
+    for options, message in (
+        (Options(prompt=("a",), ip_adapter=(str(adapter),)), "give --ip-image FILE"),
+        (Options(prompt=("a",), ip_image=("a.png",)), "give --ip-adapter FILE"),
+        (Options(prompt=("a",), ip_adapter=("nowhere",)), "no IP-Adapter file .*nowhere"),
+    ):
+        with pytest.raises((ConfigError, FileNotFoundError), match=message):
+            check(options)
