@@ -26,6 +26,7 @@ WRONG = {
 ANOTHER_FORM = {
     ("UNetConfig", "transformer_layers_per_block", "7"),
     ("UNetConfig", "layers_per_block", "[1.5]"),
+    ("DCAutoencoderConfig", "scaling_factor", "2.5"),  # None where there is none
     *(("ControlNetConfig", "conditioning_embedding_channels", given) for given in WRONG),
 }
 
