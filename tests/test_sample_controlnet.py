@@ -180,6 +180,19 @@ def test_zero_and_no_range_draw_without(ours, random_pipeline):  # noqa: F811
 
 
 @pytest.mark.slow
+def test_a_mesh_draws_what_one_device_draws(nets, ours, random_pipeline):  # noqa: F811
+    given = {**DRAW, "control": photo(0, (96, 64)), "control_mode": "canny", "number": 2}
+    pipe = fluxjax.load_pipeline(
+        random_pipeline,
+        controlnet=nets("union")[0],
+        scan_layers=False,
+        mesh="data=2,fsdp=2,tensor=2",
+    )
+    for one, other in zip(ours("union")("a heart", **given), pipe("a heart", **given), strict=True):
+        same_picture(other, one)
+
+
+@pytest.mark.slow
 def test_the_command_records_and_repeats(nets, random_pipeline, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     for i in range(2):

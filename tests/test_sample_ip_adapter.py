@@ -143,6 +143,22 @@ def test_another_picture_or_scale_compiles_nothing(ours):
 
 
 @pytest.mark.slow
+def test_a_mesh_draws_what_one_device_draws(ours, files, random_pipeline):  # noqa: F811
+    given = {**DRAW, "ip_image": [photo(0), photo(1)], **CFG, "number": 2}
+    file, clip, lora = files
+    pipe = fluxjax.load_pipeline(
+        random_pipeline,
+        ip_adapter=(file, 0.7),
+        image_encoder=clip,
+        loras=[lora],
+        scan_layers=False,
+        mesh="data=2,fsdp=2,tensor=2",
+    )
+    for one, other in zip(ours("a heart", **given), pipe("a heart", **given), strict=True):
+        same_picture(other, one)
+
+
+@pytest.mark.slow
 def test_the_command_records_and_repeats(random_pipeline, files, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     for i in range(2):
