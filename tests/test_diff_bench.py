@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 
 from fluxjax.diff.benchmarks import bench
-from fluxjax.diff.benchmarks.bench import Measure, medians, print_measures, wide_transformer
+from fluxjax.diff.benchmarks.bench import Measure, medians, print_measures
+from fluxjax.diff.benchmarks.wide_transformer import quantised_transformer, wide_transformer
 from fluxjax.diff.commands import Bench, execute
 
 
@@ -34,6 +35,15 @@ def test_both_transformers_compute_the_same():
     assert "width 128" in measure.what
     apart = float(measure.what.split("apart by ")[1].rstrip(")"))
     assert 0 < apart < 1e-5
+
+
+@pytest.mark.slow
+def test_both_quantised_transformers_compute_about_the_same():
+    measures = {m.what.split()[0]: m for m in quantised_transformer(1, heads=1)}
+    assert measures.keys() == {"int8_dynamic", "int8", "bfloat16", "float32"}
+    for name, measure in measures.items():
+        apart = float(measure.what.split("apart by ")[1].rstrip(")"))
+        assert (0 < apart < 1e-5) == (name == "float32") and apart < 0.2, measure.what
 
 
 def test_json_and_refusals(monkeypatch, capsys, tmp_path):

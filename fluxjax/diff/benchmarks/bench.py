@@ -81,7 +81,8 @@ def run_bench(command: Bench) -> int:
     sections: dict[str, Callable[[], list[Measure]]] = {
         "model": lambda: denoising(folder, command.rounds),
         "start": lambda: cold_start(folder, command.rounds),
-        "transformer": lambda: wide_transformer(command.rounds),
+        "transformer": lambda: _wide(command.rounds),
+        "quantised": lambda: _quantised(command.rounds),
         "attention": lambda: attention(command.rounds),
         "training": lambda: _training(folder, command.rounds),
         "gpu": lambda: _gpu(command.rounds),
@@ -118,6 +119,18 @@ def _gpu(rounds: int) -> list[Measure]:
     from fluxjax.diff.benchmarks.gpu import full_depth
 
     return full_depth(rounds)
+
+
+def _wide(rounds: int) -> list[Measure]:
+    from fluxjax.diff.benchmarks.wide_transformer import wide_transformer
+
+    return wide_transformer(rounds)
+
+
+def _quantised(rounds: int) -> list[Measure]:
+    from fluxjax.diff.benchmarks.wide_transformer import quantised_transformer
+
+    return quantised_transformer(rounds)
 
 
 def _training(folder: Path, rounds: int) -> list[Measure]:
@@ -209,83 +222,6 @@ def cold_start(folder: Path, rounds: int) -> list[Measure]:
             ours=statistics.median(seconds[1:]),
             wanted="<= 12 s",
         ),
-    ]
-
-
-def wide_transformer(rounds: int, heads: int = 24) -> list[Measure]:
-    """A forward of 2 double and 4 single blocks at 512x512; 24 heads are FLUX.1's width."""
-    import jax
-    import torch
-    from diffusers import FluxTransformer2DModel
-
-    from fluxjax.checkpoint.placement import load_tree
-    from fluxjax.checkpoint.templates import abstract_params
-    from fluxjax.checkpoint.tensors import of_array
-    from fluxjax.config import DEV
-    from fluxjax.diff.report import relative_l2
-    from fluxjax.families import FLUX, Conditioning, Extras
-    from fluxjax.models.compilation import compiler_options
-    from fluxjax.models.flux import FluxTransformer
-    from fluxjax.models.latents import image_ids, text_ids
-    from fluxjax.networks.flux import PUBLISHED
-
-    config = dataclasses.replace(
-        DEV.transformer, num_layers=2, num_single_layers=4, num_attention_heads=heads
-    )
-    with torch.device("meta"):
-        theirs = FluxTransformer2DModel(
-            num_layers=2, num_single_layers=4, num_attention_heads=heads, guidance_embeds=True
-        )
-    theirs = theirs.to_empty(device="cpu").eval()
-    draw = torch.randn(2**22) * 0.02  # drawing 1.2 billion numbers would take longer than the rest
-    for parameter in theirs.parameters():
-        repeats = -(-parameter.numel() // draw.numel())
-        parameter.data = draw.repeat(repeats)[: parameter.numel()].reshape(parameter.shape)
-    source = {name: of_array(value.numpy()) for name, value in theirs.state_dict().items()}
-    params = load_tree(source, PUBLISHED, abstract_params(config, stacked=True))
-    model = FluxTransformer(config, scan_layers=True)
-
-    random = np.random.default_rng(0)
-
-    def normal(*shape: int) -> np.ndarray:
-        return random.standard_normal(shape, np.float32)
-
-    arrays = {
-        "hidden_states": normal(1, 1024, config.in_channels),
-        "encoder_hidden_states": normal(1, 512, config.joint_attention_dim),
-        "pooled_projections": normal(1, config.pooled_projection_dim),
-        "timestep": np.array([0.5], np.float32),
-        "img_ids": np.array(image_ids(64, 64)),
-        "txt_ids": np.array(text_ids(512)),
-        "guidance": np.array([1.0], np.float32),
-    }
-    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    state, times = arrays["hidden_states"], arrays["timestep"]
-    text = Conditioning(arrays["encoder_hidden_states"], None, arrays["pooled_projections"])
-    extras = Extras(arrays["img_ids"], arrays["guidance"])
-    forward = jax.jit(
-        lambda params, *inputs: FLUX.forward(model, {"params": params}, *inputs),
-        compiler_options=compiler_options(),
-    )
-    results: dict[str, np.ndarray] = {}
-
-    def run_ours() -> None:
-        results["ours"] = np.asarray(forward(params, state, times, text, extras))
-
-    def run_theirs() -> None:
-        with torch.no_grad():
-            results["theirs"] = theirs(**tensors).sample.numpy()
-
-    seconds = medians({"fluxjax": run_ours, "eager": run_theirs}, rounds)
-    error = relative_l2(results["ours"], results["theirs"])
-    return [
-        Measure(
-            what=f"2+4 blocks of width {config.inner_dim}, 512x512, float32 (apart by {error:.0e})",
-            ours=seconds["fluxjax"],
-            theirs=seconds["eager"],
-            beside="diffusers eager",
-            wanted="1.0",
-        )
     ]
 
 
