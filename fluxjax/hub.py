@@ -231,4 +231,8 @@ def size_unit(model: str) -> int:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return 1
     # Tokens of FLUX are 2 x 2 latents.
-    return 2 ** (halvings + 1) if str(kind).startswith("Flux") and halvings < 8 else 1
+    more = {"Flux": 1, "StableDiffusion": 0}
+    for start, patches in more.items():
+        if str(kind).startswith(start) and halvings < 8:
+            return 2 ** (halvings + patches)
+    return 1

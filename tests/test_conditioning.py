@@ -56,7 +56,7 @@ def test_equals_diffusers(folder, tokenizers):
     second = PROMPTS[::-1]
     with torch.no_grad():
         states, pooled, _ = reference.encode_prompt(PROMPTS, second, max_sequence_length=16)
-    ids, notes = tokenize(*tokenizers, PROMPTS, second, max_sequence_length=16)
+    ids, notes = tokenize(tokenizers, PROMPTS, second, max_sequence_length=16)
     ours = encode_prompts(
         (CLIPTextModel(clip_config), T5Encoder(t5_config)),
         (from_torch(clip_torch, clip_config), from_torch(t5_torch, t5_config)),
@@ -68,8 +68,8 @@ def test_equals_diffusers(folder, tokenizers):
 
 
 def test_notes_show_what_is_left_out(tokenizers):
-    ids, notes = tokenize(*tokenizers, PROMPTS, max_sequence_length=6)
+    ids, notes = tokenize(tokenizers, PROMPTS, max_sequence_length=6)
     assert ids.t5.shape == (2, 6) and ids.clip.shape == (2, 77)
     assert notes == ["the prompt is longer than 6 tokens; left out: 'a blue square'"]
     with pytest.raises(ValueError, match="2 prompts, but 1"):
-        tokenize(*tokenizers, PROMPTS, PROMPTS[:1], max_sequence_length=6)
+        tokenize(tokenizers, PROMPTS, PROMPTS[:1], max_sequence_length=6)

@@ -313,7 +313,7 @@ def test_on_step_sees_the_latents_of_every_nth_step(ours):
     ("component", "leaf", "words"),
     [
         ("text_encoder", "final_layer_norm.bias", r"CLIP text encoder \(text_encoder\)"),
-        ("text_encoder_2", "final_layer_norm.scale", r"T5 text encoder \(text_encoder_2\)"),
+        ("text_encoder_2", "final_layer_norm.scale", r"T5 encoder \(text_encoder_2\)"),
         ("transformer", "proj_out.bias", "the transformer is the first"),
         ("vae", "decoder.conv_out.bias", r"the autoencoder \(vae\) is the first"),
     ],

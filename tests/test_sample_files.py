@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxjax.config import ConfigError
+from fluxjax.config import TINY, ConfigError
 from fluxjax.sample.file_names import check_pattern, file_name
 from fluxjax.sample.options import Options, check, destination
 from fluxjax.sample.parameters_line import parameters_text
@@ -180,7 +180,7 @@ def test_a_record_that_a_jpeg_cannot_hold_is_said_before_it_is_written():
 
 def test_parameters_are_as_other_programs_read_them():
     settings = replace(STAR, prompt="a, b\nSteps: 9", negative_prompt="dark\x1b", true_cfg=2.5)
-    text = parameters_text(settings, 'my "model", 2', "1.0", {"style": "0123456789abcdef"})
+    text = parameters_text(settings, TINY, 'my "model", 2', "1.0", {"style": "0123456789abcdef"})
     assert text == (
         "a, b Steps: 9\n"
         "Negative prompt: dark\n"

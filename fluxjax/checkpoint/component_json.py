@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxjax.config import PIPELINES, ConfigError, PipelineConfig, SchedulerConfig, from_dict
+from fluxjax.config.sampler import DEFAULTS, SamplerConfig
 from fluxjax.json_input import read_json
 from fluxjax.networks import NETWORKS
 from fluxjax.networks.network import JsonForm
@@ -34,6 +35,15 @@ _FORMS: dict[type, JsonForm] = {
             "time_shift_type": "exponential",
         },
     ),
+    SamplerConfig: JsonForm(
+        "diffusers",
+        tuple(DEFAULTS),
+        read=lambda values: {**values, "sampler": values["_class_name"]},
+        write=lambda config, values: {
+            name: value for name, value in values.items() if value is not None and name != "sampler"
+        },
+        written_class=lambda config: config.sampler,
+    ),
 }
 
 
@@ -49,7 +59,8 @@ def pipeline_class(folder: Path) -> type[PipelineConfig]:
             return config
     what = f"a {name}" if isinstance(name, str) and name else "a pipeline without a name"
     raise ConfigError(
-        f"{folder} holds {what}, which fluxjax cannot read yet, not a FLUX.1 pipeline"
+        f"{folder} holds {what}, which fluxjax cannot read yet, not a FLUX.1 or Stable "
+        "Diffusion pipeline"
     )
 
 
@@ -125,7 +136,9 @@ def read_config_json(cls: type, path: Path) -> Any:
     for part in NETWORKS[type(config)].parts.values() if config is not None else ():
         if type(getattr(config, part)) is cls:
             return getattr(config, part)
-    raise ConfigError(f"{path} is of {(name or kind)[:100]}, expected {form.class_names[0]}")
+    raise ConfigError(
+        f"{path} is of {(name or kind)[:100]}, expected {' or '.join(form.class_names)}"
+    )
 
 
 def parse_config(cls: type, values: dict[str, Any], path: Path) -> Any:

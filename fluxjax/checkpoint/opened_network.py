@@ -101,7 +101,8 @@ def make_network(
                 config = getattr(config, network.parts[component])
             network = by_component(component)
             dialect = network.dialects[0]
-        if component and network.component != component:
+        told = type(config) is network.config  # in which folder a pipeline may keep this kind
+        if component and network.component != component and not told:
             wanted = by_component(component).words
             raise ConfigError(
                 f"expected the {wanted}, but these are tensors of the {network.words}"
@@ -133,7 +134,8 @@ def make_network(
     if record is None:
         record = Record(dialect.name, renamed, doubled, extras, scaled)
     dropped = tuple(sorted(set(ignored) - set(kept)))
-    return OpenNetwork(network.component, config, published, record, dialect.name, where, dropped)
+    component = component or network.component
+    return OpenNetwork(component, config, published, record, dialect.name, where, dropped)
 
 
 def _check_record(

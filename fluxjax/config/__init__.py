@@ -31,14 +31,13 @@ if TYPE_CHECKING:
         ControlNetConfig,
     )
     from fluxjax.config.dc_autoencoder import DCAutoencoderConfig
-    from fluxjax.config.families import PIPELINES
+    from fluxjax.config.families import PIPELINES, PRESETS
     from fluxjax.config.flux import FluxConfig
     from fluxjax.config.flux_pipeline import (
         CONTROL,
         DEV,
         FILL,
         KONTEXT,
-        PRESETS,
         SCHNELL,
         TINY,
         FluxPipelineConfig,
@@ -60,6 +59,14 @@ if TYPE_CHECKING:
     from fluxjax.config.scheduler import SchedulerConfig
     from fluxjax.config.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
     from fluxjax.config.siglip import SIGLIP_SO400M, SiglipVisionConfig
+    from fluxjax.config.stable_diffusion import (
+        SD15,
+        SD21,
+        SDXL,
+        SDXL_REFINER,
+        StableDiffusionConfig,
+        StableDiffusionXLConfig,
+    )
     from fluxjax.config.t5 import T5_SMALL, T5_XXL, T5Config
     from fluxjax.config.unet import (
         SD15_UNET,
@@ -98,10 +105,14 @@ __all__ = [
     "REDUX",
     "SCHNELL",
     "SD3_MEDIUM",
+    "SD15",
     "SD15_UNET",
+    "SD21",
     "SD21_UNET",
     "SD35_LARGE",
     "SD35_MEDIUM",
+    "SDXL",
+    "SDXL_REFINER",
     "SDXL_REFINER_UNET",
     "SDXL_UNET",
     "SIGLIP_SO400M",
@@ -133,6 +144,8 @@ __all__ = [
     "SD3Config",
     "SchedulerConfig",
     "SiglipVisionConfig",
+    "StableDiffusionConfig",
+    "StableDiffusionXLConfig",
     "T5Config",
     "UNetConfig",
     "from_dict",
@@ -156,15 +169,14 @@ _NAMES = {
     ),
     "choices": ("CONTROL_MODES", "CONTROLS", "IP_IMAGES"),
     "controlnet": ("UNION", "UNION_2", "XLABS", "ControlNetConfig"),
-    "families": ("PIPELINES",),
     "dc_autoencoder": ("DCAutoencoderConfig",),
+    "families": ("PIPELINES", "PRESETS"),
     "flux": ("FluxConfig",),
     "flux_pipeline": (
         "CONTROL",
         "DEV",
         "FILL",
         "KONTEXT",
-        "PRESETS",
         "SCHNELL",
         "TINY",
         "FluxPipelineConfig",
@@ -186,6 +198,14 @@ _NAMES = {
     "scheduler": ("SchedulerConfig",),
     "sd3": ("SD3_MEDIUM", "SD35_LARGE", "SD35_MEDIUM", "SD3Config"),
     "siglip": ("SIGLIP_SO400M", "SiglipVisionConfig"),
+    "stable_diffusion": (
+        "SD15",
+        "SD21",
+        "SDXL",
+        "SDXL_REFINER",
+        "StableDiffusionConfig",
+        "StableDiffusionXLConfig",
+    ),
     "t5": ("T5_SMALL", "T5_XXL", "T5Config"),
     "unet": ("SD15_UNET", "SD21_UNET", "SDXL_REFINER_UNET", "SDXL_UNET", "UNetConfig"),
 }

@@ -1,7 +1,38 @@
-"""The pipeline configurations of all families."""
+"""The pipeline configurations of all families, and their published presets."""
 
-from fluxjax.config.flux_pipeline import FluxPipelineConfig
+from fluxjax.config.flux_pipeline import (
+    CONTROL,
+    DEV,
+    FILL,
+    KONTEXT,
+    SCHNELL,
+    TINY,
+    FluxPipelineConfig,
+)
 from fluxjax.config.pipeline import PipelineConfig
+from fluxjax.config.stable_diffusion import (
+    SD15,
+    SD21,
+    SDXL,
+    SDXL_REFINER,
+    StableDiffusionConfig,
+    StableDiffusionXLConfig,
+)
 
-PIPELINES: tuple[type[PipelineConfig], ...] = (FluxPipelineConfig,)
-"""The most particular first."""
+PIPELINES: tuple[type[PipelineConfig], ...] = (
+    FluxPipelineConfig,
+    StableDiffusionConfig,
+    StableDiffusionXLConfig,
+)
+PRESETS: dict[str, PipelineConfig] = {
+    "dev": DEV,
+    "schnell": SCHNELL,
+    "kontext": KONTEXT,
+    "fill": FILL,
+    "control": CONTROL,
+    "tiny": TINY,
+    "sd15": SD15,
+    "sd21": SD21,
+    "sdxl": SDXL,
+    "sdxl-refiner": SDXL_REFINER,
+}

@@ -27,8 +27,13 @@ class FluxPipelineConfig(PipelineConfig):
     """T5, whose states are the transformer's text tokens."""
     scheduler: SchedulerConfig = SchedulerConfig()
 
+    embeds_guidance: ClassVar[bool] = True
     class_names: ClassVar[str] = r"Flux([A-Z]\w*)?Pipeline"
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+    @property
+    def own_sampler(self) -> str:
+        return "euler"
 
     @property
     def unit(self) -> int:
@@ -136,12 +141,3 @@ TINY = FluxPipelineConfig(
     width=96,
     height=96,
 )
-
-PRESETS: dict[str, FluxPipelineConfig] = {
-    "dev": DEV,
-    "schnell": SCHNELL,
-    "kontext": KONTEXT,
-    "fill": FILL,
-    "control": CONTROL,
-    "tiny": TINY,
-}

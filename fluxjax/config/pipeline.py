@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fluxjax.config.autoencoder import AutoencoderConfig
-from fluxjax.config.base import check_types, in_range, multiple
+from fluxjax.config.base import check_types, in_range, multiple, require
 from fluxjax.config.controlnet import ControlNetConfig
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.config.scheduler import SchedulerConfig
@@ -38,6 +38,10 @@ class PipelineConfig:
     """The networks that there may be, the one that draws first."""
     index_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that model_index.json keeps."""
+    force_zeros_for_empty_prompt: ClassVar[bool] = False
+    """Whether no negative prompt is heard as zeros, and not as an empty text."""
+    embeds_guidance: ClassVar[bool] = False
+    """Whether `guidance` is told to the network, beside that of two passes."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -67,9 +71,20 @@ class PipelineConfig:
         return tuple(name for name in self.networks if name.startswith("text_encoder"))
 
     @property
+    def own_sampler(self) -> str:
+        """A name of `fluxjax.schedules.samplers`, or of diffusers."""
+        raise NotImplementedError
+
+    @property
     def unit(self) -> int:
         """Pixels that widths and heights are multiples of."""
         return self.vae.scale
+
+    def require_clip_skip(self, count: int) -> None:
+        """Raises ConfigError if so many of CLIP's last layers cannot be left out."""
+        require(
+            count == 0, f"clip_skip leaves out layers whose states {self.class_name} never sees"
+        )
 
     def require_size(self, width: int, height: int) -> None:
         """Raises ConfigError unless both are positive multiples of `unit`."""

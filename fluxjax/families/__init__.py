@@ -10,10 +10,17 @@ from fluxjax.families.family import (
     Steps,
     Task,
     Tokens,
+    Told,
 )
 from fluxjax.families.flux import FLUX
+from fluxjax.families.sdxl import STABLE_DIFFUSION_XL
+from fluxjax.families.stable_diffusion import STABLE_DIFFUSION
 
-FAMILIES: dict[str, Family] = {name: family for family in (FLUX,) for name in family.tasks}
+FAMILIES: dict[str, Family] = {
+    name: family
+    for family in (FLUX, STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
+    for name in family.tasks
+}
 
 
 def family_of(class_name: str) -> Family:
@@ -26,6 +33,8 @@ def family_of(class_name: str) -> Family:
 __all__ = [
     "FAMILIES",
     "FLUX",
+    "STABLE_DIFFUSION",
+    "STABLE_DIFFUSION_XL",
     "Conditioning",
     "Control",
     "Extras",
@@ -34,5 +43,6 @@ __all__ = [
     "Steps",
     "Task",
     "Tokens",
+    "Told",
     "family_of",
 ]

@@ -66,6 +66,21 @@ class Guidance(NamedTuple):
     negative_prompt: str | None = None
 
 
+class Told(NamedTuple):
+    """What a model may be told of a picture besides its prompt; sizes are (width, height)."""
+
+    size: tuple[int, int]
+    """That it is drawn in."""
+    original_size: tuple[int, int] | None = None
+    """That it had before it was cropped."""
+    crop: tuple[int, int] | None = None
+    """(left, top) of where it was cropped."""
+    target_size: tuple[int, int] | None = None
+    """That it was to have."""
+    aesthetic_score: float = 6.0
+    """How beautiful it is, 1 to 10."""
+
+
 class Control(NamedTuple):
     """A ControlNet and what it sees. Of several passes it hears the first; all take its samples."""
 
@@ -113,6 +128,8 @@ class Task:
     taken."""
     channels: tuple[str, ...] = ()
     """What is joined to the state's channels, in this order."""
+    from_noise: bool = False
+    """Whether a strength of 1 starts from noise alone, with no image encoded for it."""
     keeps: bool = False
     """Whether the image is put back after each step where the mask is black."""
     strength: float | None = None
@@ -121,9 +138,28 @@ class Task:
     bfl_text: int | None = None
     """The text length of BFL's own tool, where it is not the model's."""
 
+    def starts_from(self, strength: float | None) -> bool:
+        """Whether there is something of the image in what the run starts from."""
+        return "image" in self.pictures and not (self.from_noise and strength == 1)
+
+    def drawn(self, strength: float | None) -> tuple[str, ...]:
+        """`draws` of a run with this strength."""
+        needed = self.keeps or self.starts_from(strength)
+        return tuple(draw for draw in self.draws if needed or draw != "image")
+
     def row_count(self, draw: str, count: int) -> int:
         """Rows of noise that are drawn for `count` pictures from one seed."""
         return count if draw == "noise" or draw.startswith("control") else 1
+
+
+def _no_sizes(config: PipelineConfig, told: Told) -> None:
+    for name in ("original_size", "crop", "target_size"):
+        if getattr(told, name) is not None:
+            raise ConfigError(f"{name} is told to Stable Diffusion XL alone")
+
+
+def _not_trained(*arguments: Any) -> Any:
+    raise ConfigError("FLUX.1 alone is trained")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +175,6 @@ class Family:
     """By the class names in model_index.json."""
     tasks_of: Callable[..., list[Task]]
     joined: Callable[..., int]
-    widened: Callable[..., Any]
     mask_channels: Callable[..., Float[np.ndarray, "n c rows columns"]]
     tokenize: Callable[..., tuple[Any, list[str]]]
     encode: Callable[..., Conditioning]
@@ -155,9 +190,11 @@ class Family:
     passes: Callable[..., Float[np.ndarray, "steps differences"]]
     forward: Callable[..., Any]
     hoist: Callable[..., tuple[Any, Callable[[Any, Any], Any]]]
-    noised: Callable[..., Float[AnyArray, "b *shape"]]
-    target: Callable[..., Float[Array, "b *shape"]]
-    encode_anew: Callable[..., Conditioning]
+    sizes: Callable[..., Float[np.ndarray, " numbers"] | None] = _no_sizes
+    widened: Callable[..., Any] = lambda config, given: config
+    noised: Callable[..., Float[AnyArray, "b *shape"]] = _not_trained
+    target: Callable[..., Float[Array, "b *shape"]] = _not_trained
+    encode_anew: Callable[..., Conditioning] = _not_trained
 
     def find_task(self, config: PipelineConfig, given: Iterable[str]) -> Task:
         """The task of a model that is given these pictures.

@@ -41,6 +41,7 @@ from fluxjax.models.t5 import T5Encoder
 from fluxjax.schedules.flow_euler import flow_euler, sigmas, start_step
 from fluxjax.schedules.step_table import Run
 from fluxjax.shapes import Params
+from fluxjax.text.cut_prompts import left_out
 
 if TYPE_CHECKING:
     from fluxjax.text.tokenizers import PromptTokenizer
@@ -58,8 +59,7 @@ class PromptIds(NamedTuple):
 
 
 def tokenize(
-    clip: PromptTokenizer,
-    t5: PromptTokenizer,
+    tokenizers: Sequence[PromptTokenizer],
     prompts: Sequence[str],
     prompts_2: Sequence[str] | None = None,
     *,
@@ -74,22 +74,10 @@ def tokenize(
     second = prompts if prompts_2 is None else prompts_2
     if len(second) != len(prompts):
         raise ValueError(f"got {len(prompts)} prompts, but {len(second)} second prompts")
+    clip, t5 = tokenizers
     heard, read = clip(prompts), t5(second, max_sequence_length)
-    notes = [
-        f"the prompt is longer than {max_sequence_length} tokens; left out: {_ends(rest)}"
-        for rest in read.removed
-        if rest
-    ]
-    return PromptIds(heard.input_ids, read.input_ids), notes
-
-
-def _ends(text: str, count: int = 6) -> str:
-    """Its first and last words, and how many there are; all of it where that is no longer."""
-    words = text.split()
-    if len(words) <= 2 * count and len(text) <= 200:
-        return repr(text)
-    first, last = " ".join(words[:count])[:80], " ".join(words[-count:])[-80:]
-    return f"{first!r} ... {last!r} ({len(words)} words)"
+    ids = PromptIds(heard.input_ids, read.input_ids)
+    return ids, left_out(read.removed, max_sequence_length)
 
 
 @partial(jax.jit, static_argnames=("encoders", "apply"))

@@ -35,8 +35,9 @@ class CLIPTextOutput(struct.PyTreeNode):
     """What the text encoder gives.
 
     `last_hidden_state` is final-layer-normed, `penultimate_hidden_state` (the input of the last
-    layer) is not. `pooler_output` is the last state at the end-of-text token, not projected: this
-    is what FLUX reads. `text_embeds` is its projection, None without projection.
+    layer) is not. With `layers` both are of the state after so many layers, of each row its own.
+    `pooler_output` is the last state, always of all layers, at the end-of-text token, not
+    projected: this is what FLUX reads. `text_embeds` is its projection, None without projection.
     """
 
     last_hidden_state: Float[Array, "b l d"]
@@ -149,9 +150,12 @@ class CLIPEncoder(nn.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b l d"]
+        self, x: Float[Array, "b l d"], layers: Int[Array, " b"] | None = None
     ) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
-        """Output and input of the last layer."""
+        """Output and input of the last layer; with `layers`, the output of so many of them in place
+        of that input."""
+        if layers is not None:
+            return self._after(x, layers)
         if self.scan_layers:
             (x, before), _ = nn.scan(
                 lambda layer, carry: ((layer(carry[0]), carry[0]), None),
@@ -164,6 +168,28 @@ class CLIPEncoder(nn.Module):
         for layer in self.layers:
             before, x = x, layer(x)
         return x, before
+
+    def _after(
+        self, x: Float[Array, "b l d"], layers: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
+        """The number is data, so that another one compiles nothing."""
+
+        def advance(layer: Any, x: Array, kept: Array, done: Any) -> tuple[Array, Array]:
+            x = layer(x)
+            return x, jnp.where((layers == done)[:, None, None], x, kept)
+
+        if self.scan_layers:
+
+            def body(layer: Any, carry: Any, done: Any) -> Any:
+                return advance(layer, carry[0], carry[1], done), None
+
+            counts = jnp.arange(1, self.config.num_hidden_layers + 1)
+            scanned: Any = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True})
+            return scanned(self.layers, (x, x), counts)[0]
+        kept = x
+        for done, layer in enumerate(self.layers, start=1):
+            x, kept = advance(layer, x, kept, done)
+        return x, kept
 
 
 def embedding_table(
@@ -206,14 +232,18 @@ class CLIPTextTransformer(nn.Module):
         self.encoder = CLIPEncoder(self.config, True, *dtypes, self.scan_layers, self.remat)
         self.final_layer_norm = layer_norm(self.config.layer_norm_eps, *dtypes)
 
-    def __call__(self, input_ids: Int[Array, "b l"]) -> CLIPTextOutput:
-        last, before = self.encoder(self.embeddings(input_ids))
+    def __call__(
+        self, input_ids: Int[Array, "b l"], layers: Int[Array, " b"] | None = None
+    ) -> CLIPTextOutput:
+        last, before = self.encoder(self.embeddings(input_ids), layers)
         last = self.final_layer_norm(last)
         # The published configs give a wrong eos_token_id, 2, and CLIP was trained to pool at the
         # highest id, which is the end-of-text token. A true eos_token_id pools at its first place.
         eos = self.config.eos_token_id
         position = jnp.argmax(input_ids if eos == _PUBLISHED_EOS else input_ids == eos, axis=-1)
         pooled = jnp.take_along_axis(last, position[:, None, None], axis=1)[:, 0]
+        if layers is not None:
+            last = self.final_layer_norm(before)
         return CLIPTextOutput(last, before, pooled, None)
 
 
@@ -233,8 +263,11 @@ class CLIPTextModel(nn.Module):
         if self.config.with_projection:
             self.text_projection = _projection(self.config, self.dtype, self.param_dtype)
 
-    def __call__(self, input_ids: Int[Array, "b l"]) -> CLIPTextOutput:
-        output = self.text_model(input_ids)
+    def __call__(
+        self, input_ids: Int[Array, "b l"], layers: Int[Array, " b"] | None = None
+    ) -> CLIPTextOutput:
+        """`layers`: see `CLIPTextOutput`."""
+        output = self.text_model(input_ids, layers)
         if not self.config.with_projection:
             return output
         return output.replace(text_embeds=self.text_projection(output.pooler_output))

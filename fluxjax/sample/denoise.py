@@ -45,11 +45,13 @@ def denoise(
     *,
     noise: Float[AnyArray, "b steps *shape"] | None = None,
     kept: Kept | None = None,
+    rescale: Float[AnyArray, ""] | None = None,
 ) -> State:
     """Run the active steps of `schedule`, as `Schedule` has them; returns the state of the end.
 
     `step(x, one of each)` is the network, of a family's `hoist`, on all passes stacked in the
-    batch: see `combined`. The state has the dtype of its latents. `noise` is what each step adds.
+    batch: see `combined`. The state has the dtype of its latents. `noise` is what each step adds,
+    `rescale` how far guidance is brought back to the spread of the first pass.
     """
 
     def advance(inputs: tuple, state: State) -> State:
@@ -59,7 +61,10 @@ def denoise(
             x = (row.scales * x.astype(jnp.float32)).astype(x.dtype)
         many = weights.shape[0] + 1
         predicted = step(jnp.concatenate([x] * many) if many > 1 else x, one)
-        predicted = combined(predicted.astype(jnp.float32), weights)
+        each_pass = predicted.astype(jnp.float32)
+        predicted = combined(each_pass, weights)
+        if rescale is not None:
+            predicted = _rescaled(predicted, each_pass[: len(x)], rescale)
         if row.log_variances is not None:
             predicted, variance = _halves(predicted, x.shape)
             drawn = None if drawn is None else drawn * _deviation(row.log_variances, variance)
@@ -96,6 +101,16 @@ def combined(
             weight = jnp.repeat(weight, total.shape[1] // len(weight))[None, :, None]
         total = total + weight * (each[i] - each[i + 1])
     return total
+
+
+def _rescaled(guided: Array, positive: Array, share: AnyArray) -> Array:
+    """Guidance whose standard deviation is in part that of the prompt's pass (Lin et al. 2023)."""
+
+    def spread(x: Array) -> Array:
+        return jnp.std(x, axis=tuple(range(1, x.ndim)), ddof=1, keepdims=True)
+
+    part = jnp.asarray(share)
+    return part * guided * (spread(positive) / spread(guided)) + (1.0 - part) * guided
 
 
 def _product(row: Schedule, state: State, change: Array, noise: Array | None) -> State:

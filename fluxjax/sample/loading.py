@@ -190,7 +190,7 @@ def load_pipeline(
         )
     scaled_ip = given_ip_adapter(ip_adapter)
     prompter = open_ip_adapter(scaled_ip, image_encoder, path, config, dtype)
-    held, notes = _held(networks, kinds, scan_layers)
+    held, notes = _held(networks, kinds, scan_layers, config.denoiser)
     pipeline = Pipeline(
         family,
         config,
@@ -324,14 +324,16 @@ def _whole(network: OpenNetwork, dtype: Dtype, scan_layers: bool, mesh: Mesh | N
 
 
 def _held(
-    networks: dict[str, OpenNetwork], kinds: dict[str, str], scan_layers: bool
+    networks: dict[str, OpenNetwork], kinds: dict[str, str], scan_layers: bool, denoiser: str
 ) -> tuple[dict[str, Params], list[str]]:
     """Shapes of the networks that have weights in codes, and remarks.
 
-    Raises ConfigError where no matrix of the transformer can have the kind that is asked for.
+    Raises ConfigError where no matrix of the `denoiser` can have the kind that is asked for.
     """
     held, notes = {}, []
     for name, kind in kinds.items():
+        if name not in networks:
+            continue
         network = networks[name]
         found, mixed = network.template(
             stacked=_stacked(network.config, scan_layers), quantise=kind
@@ -343,9 +345,9 @@ def _held(
             )
         if any(isinstance(leaf, Quantised) for leaf in flatten(found).values()):
             held[name] = found
-        elif kind in LOADED and name == "transformer":
+        elif kind in LOADED and name == denoiser:
             raise ConfigError(
-                f"{network.where}: no layer of the transformer has rows that are whole blocks of "
+                f"{network.where}: no layer of the {name} has rows that are whole blocks of "
                 f"{kind}: try another --quantise"
             )
     return held, notes

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fluxjax.config import ConfigError, multiple
-from fluxjax.config.choices import CONTROLS, IP_IMAGES, Respacing
+from fluxjax.config.choices import CONTROLS, IP_IMAGES, Respacing, Spacing
 from fluxjax.hub import size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
@@ -87,6 +87,11 @@ _Thresholds = Annotated[
     _integers("two integers, such as 50,200", "LOW,HIGH"),
     tyro.conf.arg(help_behavior_hint=""),
 ]
+_Pair = Annotated[
+    tuple[int, int] | None,
+    _integers("two integers, such as 1024,1024", "INT,INT"),
+    tyro.conf.arg(help_behavior_hint=""),
+]
 _Dtype = Annotated[Dtype | None, tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="")]
 _Rounding = Annotated[
     Rounding | None, tyro.conf.arg(metavar="{diffusers,bfl,none}", help_behavior_hint="")
@@ -94,6 +99,10 @@ _Rounding = Annotated[
 _Sequence = Annotated[
     Literal["auto", "ulysses", "ring"] | None,
     tyro.conf.arg(metavar="{auto,ulysses,ring}", help_behavior_hint=""),
+]
+_Spacing = Annotated[
+    Spacing | None,
+    tyro.conf.arg(metavar="{leading,linspace,trailing}", help_behavior_hint=""),
 ]
 _Respacing = Annotated[
     Respacing | None,
@@ -148,17 +157,37 @@ class Options:
     steps: _Int = None
     """Denoising steps."""
     sampler: _Text = None
-    """Another sampler than the model's own: euler, heun, dpm++, dpm++1, dpm++3m or unipc."""
+    """Another sampler than the model's own: euler, heun, dpm++, dpm++1, dpm++3m or unipc; of Stable
+    Diffusion also ddpm, ddim, pndm, euler-a, dpm++sde or lcm."""
+    spacing: _Spacing = None
+    """How the sampler's timesteps are spaced, for samplers that have them so."""
     sigmas: _Respacing = None
     """How the sampler's noise levels are spaced, for samplers that have them so."""
+    eta: _Float = None
+    """How much noise ddim adds, from 0 (none) to 1."""
     guidance: _Float = None
-    """Embedded guidance of distilled models, one pass per step."""
+    """FLUX: embedded guidance, one pass per step. Stable Diffusion: classifier-free guidance, off
+    at 1."""
+    guidance_rescale: _Float = None
+    """How far classifier-free guidance is brought back to the spread of what it guides, 0 to 1."""
     negative_prompt: _Text = None
-    """What not to draw; needs --true-cfg."""
+    """What not to draw; FLUX needs --true-cfg for it."""
     true_cfg: _Float = None
-    """Classifier-free guidance above 1; needs --negative-prompt, which may be empty."""
+    """FLUX: classifier-free guidance above 1; needs --negative-prompt, which may be empty."""
     prompt_2: _Text = None
-    """Another prompt for T5; CLIP reads PROMPT."""
+    """Another prompt for the second text encoder (FLUX: T5); the first reads PROMPT."""
+    clip_skip: _Int = None
+    """How many of CLIP's last layers are left out (Stable Diffusion)."""
+    original_size: _Pair = None
+    """WIDTH,HEIGHT that Stable Diffusion XL is told the picture had, before --crop."""
+    crop: _Pair = None
+    """LEFT,TOP where it is told that the picture was cropped."""
+    target_size: _Pair = None
+    """WIDTH,HEIGHT that it is told the picture is wanted in."""
+    aesthetic_score: _Float = None
+    """How beautiful XL's refiner is told that the picture is, 1 to 10."""
+    negative_aesthetic_score: _Float = None
+    """Likewise of what the negative prompt describes."""
     image: _Text = None
     """A picture to start from; the new one takes its size, as it does that of the three below."""
     mask: _Text = None
@@ -194,7 +223,8 @@ class Options:
     expand: _Sides = None
     """LEFT,TOP,RIGHT,BOTTOM: a border of so many pixels round the image, painted anew."""
     width: _Int = None
-    """Pixels, a multiple of 16; by default the given picture's, rounded down, or the model's."""
+    """Pixels, a multiple of 16 (Stable Diffusion: 8); by default the given picture's, rounded down,
+    or the model's."""
     height: _Int = None
     """Likewise."""
     number: Annotated[int, _INTEGER, tyro.conf.arg(aliases=["-n"])] = 1
@@ -245,7 +275,7 @@ class Options:
     noise: _Noise = None
     """torch: what PyTorch's CPU generator draws for the seed; jax: jax.random."""
     max_sequence_length: _Int = None
-    """T5 tokens, at most 512."""
+    """Tokens of a prompt; FLUX at most 512 of T5, Stable Diffusion at most 77."""
     prompts: _Path = None
     """A file, or - for standard input: one prompt per line, or JSON lines of texts or settings
     such as {"prompt": "a star", "seed": 3, "number": 2, "lora": "style.safetensors:0.8"}."""

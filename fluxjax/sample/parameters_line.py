@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fluxjax.config import PipelineConfig
 from fluxjax.sample.settings import Settings
 
 _SAMPLERS = {
@@ -13,21 +14,41 @@ _SAMPLERS = {
     "dpm++1": "DPM++ 1",
     "dpm++3m": "DPM++ 3M",
     "unipc": "UniPC",
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "euler-a": "Euler a",
+    "dpm++sde": "DPM++ SDE",
+    "lcm": "LCM",
+    "DDPMScheduler": "DDPM",
+    "DDIMScheduler": "DDIM",
+    "PNDMScheduler": "PLMS",
+    "EulerDiscreteScheduler": "Euler",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "HeunDiscreteScheduler": "Heun",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "UniPCMultistepScheduler": "UniPC",
+    "LCMScheduler": "LCM",
 }
 
 
-def parameters_text(settings: Settings, model: str, version: str, loras: Mapping[str, str]) -> str:
+def parameters_text(
+    settings: Settings, config: PipelineConfig, model: str, version: str, loras: Mapping[str, str]
+) -> str:
     """Prompt, negative prompt, and one line of settings; `loras`: SHA-256 by name.
 
     FLUX's embedded guidance is what web UIs call the distilled CFG scale.
     """
-    scale = settings.true_cfg if settings.negative_prompt is not None else 1.0
+    sampler, usual = settings.sampler or config.own_sampler, "automatic"
+    scales = {"CFG scale": f"{settings.guidance:g}"}
+    if config.embeds_guidance:
+        scale, usual = settings.true_cfg if settings.negative_prompt is not None else 1.0, "simple"
+        scales = {"CFG scale": f"{scale:g}", "Distilled CFG Scale": f"{settings.guidance:g}"}
     values = {
         "Steps": settings.steps,
-        "Sampler": _SAMPLERS.get(settings.sampler or "euler", settings.sampler),
-        "Schedule type": (settings.sigmas or "simple").replace("plain", "simple").capitalize(),
-        "CFG scale": f"{scale:g}",
-        "Distilled CFG Scale": f"{settings.guidance:g}",
+        "Sampler": _SAMPLERS.get(sampler, sampler),
+        "Schedule type": (settings.sigmas or usual).replace("plain", "simple").capitalize(),
+        **scales,
         "Seed": settings.seed,
         "Size": f"{settings.width}x{settings.height}",
         "Model": _quoted(_one_line(model)),

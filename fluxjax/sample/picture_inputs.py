@@ -41,7 +41,8 @@ class Inputs(NamedTuple):
     image: Latents | None = None
     """Where image to image starts."""
     mask: Float[AnyArray, "_ 1 h w"] | None = None
-    """At 0 the image is put back after each step."""
+    """At 0 `kept` is put back after each step."""
+    kept: Latents | None = None
     controls: tuple[ControlInput, ...] = ()
     """Of each ControlNet."""
     image_prompts: ImagePrompts | None = None
@@ -93,6 +94,8 @@ def make_inputs(
     rows = max((len(one) for one in channels), default=1)
     joined = [np.repeat(one, rows, axis=0) if len(one) < rows else one for one in channels]
     scale, nets = pipe.config.vae.scale, pipe.config.controlnets
+    starts = task.starts_from(settings.strength)
+    image = encoded("image") if starts or task.keeps else None
     controls = [
         (seen[name] if net.sees_pixels else encoded(name)).astype(pipe.dtype)
         for name, net in zip(CONTROLS, nets, strict=False)
@@ -100,8 +103,9 @@ def make_inputs(
     return Inputs(
         None if given.reference is None else pipe.encode_reference(given.reference),
         np.concatenate([one.astype(pipe.dtype) for one in joined], axis=1) if joined else None,
-        None if given.image is None else encoded("image"),
+        image if starts else None,
         values[:, None, ::scale, ::scale] if task.keeps and values is not None else None,
+        image if task.keeps else None,
         control_inputs(pipe.config, settings, pipe.control_scales, controls),
     )
 
@@ -110,10 +114,10 @@ def kept(inputs: Inputs, noise: Latents) -> Kept | None:
     """What inpainting puts back, with a row for each picture."""
     if inputs.mask is None:
         return None
-    assert inputs.image is not None, "what is kept is an image's"
+    assert inputs.kept is not None, "what is kept is an image's"
     count, dtype = len(noise), noise.dtype
     mask = np.broadcast_to(inputs.mask, (count, *inputs.mask.shape[1:])).astype(np.float32)
-    return Kept(mask, np.broadcast_to(inputs.image, noise.shape).astype(dtype), noise)
+    return Kept(mask, np.broadcast_to(inputs.kept, noise.shape).astype(dtype), noise)
 
 
 def noise_of_steps(

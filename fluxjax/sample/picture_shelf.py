@@ -37,9 +37,7 @@ class PictureShelf:
     def save(self, job: Job, picture: np.ndarray, pipe: Pipeline) -> None:
         """Write one picture and print its line."""
         settings, wanted = job.settings, self.path(job)
-        record, parameters = (
-            self._record(job, str(pipe.dtype)) if self.options.record else (None, "")
-        )
+        record, parameters = self._record(job, pipe) if self.options.record else (None, "")
         path = write_new(wanted, self._encoded(picture, wanted, record, parameters))
         if self.file is not None and path != wanted:
             self.note(f"{wanted} was there already and is kept")
@@ -55,15 +53,15 @@ class PictureShelf:
         name = file_name(job.settings, self.options.name, number=number, model=model)
         return self.file or self.folder / name
 
-    def _record(self, job: Job, dtype: str) -> tuple[dict[str, Any] | None, str]:
+    def _record(self, job: Job, pipe: Pipeline) -> tuple[dict[str, Any] | None, str]:
         if not self.options.record:
             return None, ""
         sources, hashes = self.opened.with_lora(job.lora), self.opened.hashes(job.lora)
-        record = record_of(job.settings, sources, hashes, dtype, self.folder)
+        record = record_of(job.settings, sources, hashes, str(pipe.dtype), self.folder)
         names = [Path(split_scale(one)[0]).stem for one in job.lora]
         loras = {name: hashes[f"lora {i}"] for i, name in enumerate(names, start=1)}
         model = model_name(sources.model)
-        return record, parameters_text(job.settings, model, __version__, loras)
+        return record, parameters_text(job.settings, pipe.config, model, __version__, loras)
 
     def _encoded(
         self, picture: np.ndarray, path: Path, record: dict[str, Any] | None, parameters: str

@@ -1,4 +1,4 @@
-"""A FLUX pipeline: prompts -> conditioning -> latents -> pictures, and on to files."""
+"""A pipeline: prompts -> conditioning -> latents -> pictures, and on to files."""
 
 from __future__ import annotations
 
@@ -70,6 +70,13 @@ class Pipeline(Stages):
         sampler: str | None = None,
         spacing: Spacing | None = None,
         eta: float | None = None,
+        guidance_rescale: float | None = None,
+        clip_skip: int | None = None,
+        original_size: tuple[int, int] | None = None,
+        crop: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
         sigmas: Respacing | None = None,
         noise: Noise | None = None,
         rounding: Rounding | None = None,
@@ -87,9 +94,10 @@ class Pipeline(Stages):
             sequence gives each its own.
           number: pictures per prompt, in the prompts' order.
           steps: denoising steps, 1 to 1000.
-          guidance: embedded guidance of distilled models; others ignore it.
-          width, height: in pixels, multiples of 16 for FLUX; by default those of the picture that
-            is given, rounded down, see `picture_size`.
+          guidance: embedded guidance of distilled FLUX; the scale of classifier-free guidance of
+            Stable Diffusion, which is off at 1.
+          width, height: in pixels, multiples of 16 for FLUX, of 8 for Stable Diffusion; by default
+            those of the picture that is given, rounded down, see `picture_size`.
           image: what the new picture starts from; here and below a picture or its file.
           mask: white where the image is painted anew; "alpha": where the image is transparent.
           control: edges or depths that the new picture has (FLUX.1 Canny and Depth, ControlNets);
@@ -110,14 +118,21 @@ class Pipeline(Stages):
           ip_image: what an IP-Adapter sees, or a list of up to three pictures.
           negative_ip_image: what it sees in the pass that true_cfg guides away from; else black.
           ip_scale: how strong it is, in all double blocks or a list of each.
-          negative_prompt, true_cfg: what not to draw, by classifier-free guidance above 1; both or
-            neither.
-          prompt_2: what T5 reads instead of `prompt`.
-          max_sequence_length: T5 tokens, at most 512.
+          negative_prompt, true_cfg: what not to draw, by classifier-free guidance above 1; for FLUX
+            both or neither, for Stable Diffusion `guidance` is that scale.
+          prompt_2: what the second text encoder (T5 of FLUX) reads instead of `prompt`.
+          max_sequence_length: tokens of a prompt, for FLUX at most 512 of T5.
           sampler: another than the model's own: "euler", "heun", "dpm++", "dpm++1", "dpm++3m" or
             "unipc"; of Stable Diffusion also "ddpm", "ddim", "pndm", "euler-a", "dpm++sde", "lcm".
           spacing: how its timesteps are spaced: "leading", "linspace" or "trailing".
           eta: how much noise DDIM adds, 0 to 1.
+          guidance_rescale: how far classifier-free guidance is brought back to the spread of what
+            it guides, 0 to 1.
+          clip_skip: how many of CLIP's last layers are left out.
+          original_size, crop, target_size: what Stable Diffusion XL is told of the picture, as
+            (width, height) and (left, top); by default its own size and no crop.
+          aesthetic_score, negative_aesthetic_score: likewise its refiner, of what is to be drawn
+            and what not.
           sigmas: how noise levels are spaced: "plain", "karras", "exponential" or "beta".
           noise: "torch" (what PyTorch's CPU generator draws for the seed) or "jax".
           rounding: whose rounding is followed: "diffusers", "bfl" or "none", see `Settings`.
@@ -159,6 +174,13 @@ class Pipeline(Stages):
             "spacing": spacing,
             "eta": eta,
             "ip_scale": [ip_scale] if isinstance(ip_scale, int | float) else ip_scale,
+            "guidance_rescale": guidance_rescale,
+            "clip_skip": clip_skip,
+            "original_size": original_size,
+            "crop": crop,
+            "target_size": target_size,
+            "aesthetic_score": aesthetic_score,
+            "negative_aesthetic_score": negative_aesthetic_score,
             **control_settings(control_mode, control_scale, control_range),
         }
         chosen = override(self.defaults, {**settings, **files})
@@ -186,7 +208,16 @@ class Pipeline(Stages):
                 replace(one, redux=one.redux if heard else None, redux_image=heard_files or ())
                 for one in self._sources(lora, len(prompts), number)
             ]
-            tell_made(images, chosen, prompts, seed, sources, str(self.dtype), unrepeatable=why)
+            tell_made(
+                images,
+                chosen,
+                prompts,
+                seed,
+                sources,
+                self.config,
+                str(self.dtype),
+                unrepeatable=why,
+            )
         return images
 
     def complete(self, settings: Settings, given: Given, fixed: Collection[str]) -> Settings:
@@ -262,6 +293,7 @@ class Pipeline(Stages):
             true_cfg=scale or 1.0,
             inputs=inputs,
             added=draws,
+            rescale=settings.guidance_rescale,
             rounding=settings.rounding,
             adapters=adapters,
             progress=progress,
@@ -269,7 +301,7 @@ class Pipeline(Stages):
             every=every,
         )
         pictures = self.decode(latents)
-        require_finite(pictures, [conditioning, negative], inputs, latents)
+        require_finite(self.config, pictures, [conditioning, negative], inputs, latents)
         return finished(to_bytes(pictures, settings.rounding), given, settings)
 
     def _require_redux(self, settings: Settings, heard: Sequence[Heard]) -> None:
@@ -288,14 +320,27 @@ class Pipeline(Stages):
     ) -> tuple[Conditioning, Conditioning | None]:
         """Of every picture what it is to show, and what not."""
         encode = partial(self.encode_prompt, max_sequence_length=settings.max_sequence_length)
+        skip = {"clip_skip": settings.clip_skip}  # which negative prompts take no notice of
         together = self.executables.rows("encode", 1)
         groups = [prompts[i : i + together] for i in range(0, len(prompts), together)]
-        each = [encode(group, settings.prompt_2) for group in groups]
+        each = [encode(group, settings.prompt_2, **skip) for group in groups]
         conditioning = jax.tree.map(lambda *c: np.repeat(np.concatenate(c), number, axis=0), *each)
+        conditioning = self._with_sizes(conditioning, settings, negative=False)
         if scale is None:
             return conditioning, None
         one, count = encode(settings.negative_prompt or ""), len(prompts) * number
-        return conditioning, jax.tree.map(lambda c: np.repeat(c, count, axis=0), one)
+        if settings.negative_prompt is None and self.config.force_zeros_for_empty_prompt:
+            one = jax.tree.map(np.zeros_like, one)
+        negative = jax.tree.map(lambda c: np.repeat(c, count, axis=0), one)
+        return conditioning, self._with_sizes(negative, settings, negative=True)
+
+    def _with_sizes(
+        self, heard: Conditioning, settings: Settings, *, negative: bool
+    ) -> Conditioning:
+        sizes = self.family.sizes(self.config, settings.told(negative=negative))
+        if sizes is None:
+            return heard
+        return heard._replace(sizes=np.tile(sizes, (len(heard.sequence), 1)))
 
     def _sources(self, lora: LoraChoice | None, prompts: int, number: int) -> list[Sources]:
         """Of each picture what it is made of."""

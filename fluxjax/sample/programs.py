@@ -39,12 +39,8 @@ NAMES: tuple[Name, ...] = get_args(Name)
 OF_RUNS: tuple[Name, ...] = ("before", "denoise")
 OF_PICTURES: tuple[Name, ...] = ("reference", "posterior", "decode")
 UNTILED_LATENTS = 256 * 256
-WHOLE = (
-    "schedule",
-    "passes",
-    "control_scales",
-    "image_prompt_scale",
-)  # of Drawn: the same for all pictures
+WHOLE = ("schedule", "passes", "control_scales", "image_prompt_scale", "rescale")
+"""Of Drawn: the same for all pictures."""
 TEXT_ALONE = Task()
 
 
@@ -86,6 +82,8 @@ class Drawn(NamedTuple):
     image_prompt_scale: Float[AnyArray, "layers"] | None = None
     noise: Float[AnyArray, "n steps c h w"] | None = None
     """What each step adds, where a sampler may."""
+    rescale: Float[AnyArray, ""] | None = None
+    """Of guidance; None: 0."""
 
 
 @partial(jax.jit, static_argnames=("family", "module", "controlnets", "apply"))
@@ -138,7 +136,14 @@ def denoise_pictures(
     if drawn.noise is not None:
         noise = jax.vmap(lambda latents: family.pack(latents).values)(jnp.asarray(drawn.noise))
     packed = sampler.denoise(
-        step, each, packed, drawn.schedule, drawn.passes, noise=noise, kept=kept
+        step,
+        each,
+        packed,
+        drawn.schedule,
+        drawn.passes,
+        noise=noise,
+        kept=kept,
+        rescale=drawn.rescale,
     )
     return tuple(family.unpack(tokens, rows, columns) for tokens in packed)
 
@@ -313,6 +318,7 @@ def programs(
         (spec((steps,), jnp.float32),) * len(config.controlnets),
         None if image_prompt is None else spec(image_prompt[:1], jnp.float32),
         spec((n, steps, *shape), state) if schedule.matrices is not None else None,
+        spec((), jnp.float32) if settings.guidance_rescale else None,
     )
     states = (spec((n, *shape), state),) * schedule.latents
     listed = partial(program, family)
@@ -328,7 +334,7 @@ def programs(
     if config.controlnets and all(net.sees_pixels for net in config.controlnets):
         encoded -= {"control"}
     if encoded:
-        sampled = task.draws != ("noise",) and settings.rounding != "bfl"
+        sampled = task.drawn(settings.strength) != ("noise",) and settings.rounding != "bfl"
         seen["posterior" if sampled else "reference", (settings.width, settings.height)] = None
     for name, (width, height) in seen:
         found.append(listed(name, spec((rows(name, 1), height, width, 3), jnp.float32)))

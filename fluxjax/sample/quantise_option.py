@@ -5,7 +5,7 @@ from __future__ import annotations
 from fluxjax.config import ConfigError
 from fluxjax.quantised_kinds import KEEP, LOADED, NONE
 
-NETWORKS: tuple[str, ...] = ("transformer", "text_encoder", "text_encoder_2")
+NETWORKS: tuple[str, ...] = ("transformer", "unet", "text_encoder", "text_encoder_2")
 
 
 def parse_quantise(text: str) -> dict[str, str]:

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from fluxjax.config import ConfigError
+from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.families.family import Conditioning
+from fluxjax.networks import network_of
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.settings import FIELDS
 
@@ -47,6 +48,7 @@ def unknown_options(names: list[str]) -> str:
 
 
 def require_finite(
+    config: PipelineConfig,
     pictures: Array | np.ndarray,
     heard: Sequence[Conditioning | None],
     inputs: Inputs,
@@ -58,20 +60,25 @@ def require_finite(
     said = [one for one in heard if one is not None]
     seen = jax.tree.leaves(inputs._replace(image_prompts=None))
     looked = jax.tree.leaves(inputs.image_prompts)
+    first, last = config.text_encoders[0], config.text_encoders[-1]
     outputs = {
-        "the CLIP text encoder (text_encoder)": [one.vector for one in said],
-        "the T5 text encoder (text_encoder_2)": [one.sequence for one in said],
+        _named(config, first): [one.vector for one in said if one.vector is not None],
+        _named(config, last): [one.sequence for one in said],
         "the autoencoder (vae), encoding a picture": seen,
         "the image encoder or the IP-Adapter": looked,
-        "the transformer": [latents],
+        f"the {config.denoiser}": [latents],
         "the autoencoder (vae)": [pictures],
     }
-    first = next(
+    guilty = next(
         name
         for name, arrays in outputs.items()
         if not all(np.isfinite(np.asarray(array, np.float32)).all() for array in arrays)
     )
     raise ConfigError(
-        f"the picture has values that are not finite; {first} is the first network to give such "
+        f"the picture has values that are not finite; {guilty} is the first network to give such "
         "values: its weights are damaged, or overflow in this dtype"
     )
+
+
+def _named(config: PipelineConfig, component: str) -> str:
+    return f"the {network_of(config.networks[component]).words} ({component})"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fluxjax import __version__
 from fluxjax.atomic_write import write_new
-from fluxjax.config import ConfigError
+from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.sample.file_names import FORMATS
 from fluxjax.sample.parameters_line import parameters_text
 from fluxjax.sample.picture_formats import encode_picture
@@ -25,11 +25,13 @@ SAVED = "fluxjax made"  # in Image.info, which copies of a picture keep
 
 @dataclass(frozen=True)
 class Made:
-    """What a picture was drawn from; `unrepeatable` says why `--like` cannot repeat it."""
+    """What a picture was drawn from; `parameters` are for other programs, `unrepeatable` says why
+    `--like` cannot repeat it."""
 
     settings: Settings
     sources: Sources
     dtype: str
+    parameters: str
     unrepeatable: str = ""
 
 
@@ -54,8 +56,7 @@ def save_picture(picture: Image, path: str | Path) -> Path:
         path.parent,
         unrepeatable=made.unrepeatable,
     )
-    text = parameters_text(made.settings, model_name(sources.model), __version__, {})
-    return write_new(path, encode_picture(picture, path.suffix, record, text))
+    return write_new(path, encode_picture(picture, path.suffix, record, made.parameters))
 
 
 def tell_made(
@@ -64,6 +65,7 @@ def tell_made(
     prompts: Sequence[str],
     seeds: int | Sequence[int],
     sources: Sequence[Sources],
+    config: PipelineConfig,
     dtype: str,
     *,
     unrepeatable: str = "",
@@ -76,4 +78,6 @@ def tell_made(
         seeds = [seeds] * len(pictures)
     for i, picture in enumerate(pictures):
         one = replace(settings, prompt=prompts[i // number], seed=seeds[i])
-        picture.info[SAVED] = Made(one, sources[i], dtype, unrepeatable)
+        model = model_name(sources[i].model)
+        parameters = parameters_text(one, config, model, __version__, {})
+        picture.info[SAVED] = Made(one, sources[i], dtype, parameters, unrepeatable)

@@ -12,13 +12,14 @@ from fluxjax.config import ConfigError
 from fluxjax.config.choices import CONTROL_MODES, CONTROLS, IP_IMAGES, MAX_STEPS, Respacing, Spacing
 
 if TYPE_CHECKING:
-    from fluxjax.families.family import Guidance, Steps
+    from fluxjax.families.family import Guidance, Steps, Told
 
 Rounding = Literal["diffusers", "bfl", "none"]
 Noise = Literal["torch", "jax"]
 Dtype = Literal["float32", "bfloat16"]
 MAX_SEQUENCE_LENGTH = 512
 SEED_LIMIT = 2**64
+MAX_SKIP = 10  # a CLIP-L that is left two layers
 MAX_SIDE = 16384  # pixels; one million tokens, more than any of these models can draw
 MAX_GUIDANCE = 1000.0
 MAX_SCALE = 100.0  # of what a ControlNet adds
@@ -59,6 +60,20 @@ class Settings:
     """How noise levels are spaced; None: as the model has it."""
     eta: float = 0.0
     """How much noise DDIM adds: 0 none, 1 DDPM's."""
+    guidance_rescale: float = 0.0
+    """How far classifier-free guidance is brought back to the spread of what it guides, 0 to 1."""
+    clip_skip: int = 0
+    """How many of CLIP's last layers are left out."""
+    original_size: tuple[int, int] | None = None
+    """(width, height) that the picture is said to have had (Stable Diffusion XL); None: its own."""
+    crop: tuple[int, int] | None = None
+    """(left, top) where it is said to have been cropped; None: nowhere."""
+    target_size: tuple[int, int] | None = None
+    """(width, height) that it is said to be wanted in; None: its own."""
+    aesthetic_score: float = 6.0
+    """How beautiful it is said to be (the refiner of XL), 1 to 10."""
+    negative_aesthetic_score: float = 2.5
+    """Likewise what the negative prompt describes."""
     reference: str | None = None
     reference_sha256: str | None = None
     image: str | None = None
@@ -129,7 +144,15 @@ class Settings:
             from fluxjax.schedules.samplers import NAMES
 
             _require(self.sampler in NAMES, "sampler", f"one of {', '.join(NAMES)}", self)
-        _require(0 <= self.eta <= 1, "eta", "from 0 to 1", self)
+        for name in ("original_size", "crop", "target_size"):
+            if (pair := getattr(self, name)) is not None:
+                fits = len(pair) == 2 and all(0 <= side <= MAX_SIDE for side in pair)
+                _require(fits, name, f"two numbers of pixels from 0 to {MAX_SIDE}", self)
+        for name in ("aesthetic_score", "negative_aesthetic_score"):
+            _require(0 <= getattr(self, name) <= 100, name, "from 0 to 100", self)
+        for name in ("eta", "guidance_rescale"):
+            _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1", self)
+        _require(0 <= self.clip_skip <= MAX_SKIP, "clip_skip", f"from 0 to {MAX_SKIP}", self)
         for name in _TEXTS:
             check_text(name, getattr(self, name) or "")
         _require(1 <= self.steps <= MAX_STEPS, "steps", f"from 1 to {MAX_STEPS}", self)
@@ -173,6 +196,14 @@ class Settings:
 
         return Guidance(self.guidance, self.true_cfg, self.negative_prompt)
 
+    def told(self, *, negative: bool) -> Told:
+        """What the model is told of the picture, or of what it is not to be like."""
+        from fluxjax.families.family import Told
+
+        score = self.negative_aesthetic_score if negative else self.aesthetic_score
+        sizes = (self.original_size, self.crop, self.target_size)
+        return Told((self.width, self.height), *sizes, score)
+
 
 def _is_mode(mode: str) -> bool:
     return mode in CONTROL_MODES or (mode.isdecimal() and len(mode) < 4)
@@ -204,16 +235,34 @@ def check_text(name: str, text: str) -> None:
         ) from None
 
 
-_LISTS = ("expand", "canny", "control_mode", "control_scale", "control_range", "ip_scale")
+_SIZES = ("original_size", "crop", "target_size")
+_LISTS = (
+    "expand",
+    "canny",
+    *_SIZES,
+    "control_mode",
+    "control_scale",
+    "control_range",
+    "ip_scale",
+)
+_REALS = (
+    "guidance",
+    "true_cfg",
+    "strength",
+    "eta",
+    "guidance_rescale",
+    "aesthetic_score",
+    "negative_aesthetic_score",
+)
 _TEXTS = ("prompt", "prompt_2", "negative_prompt")
 _KINDS = {
     **dict.fromkeys(("steps", "width", "height", "seed", "max_sequence_length"), "an integer"),
-    **dict.fromkeys(("guidance", "true_cfg", "strength", "eta"), "a number"),
+    **dict.fromkeys(_REALS, "a number"),
     **dict.fromkeys(_TEXTS, "a text"),
     **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
-    "mask_crop": "an integer",
+    **dict.fromkeys(("mask_crop", "clip_skip"), "an integer"),
     "soft_mask": "true or false",
-    **dict.fromkeys(("expand", "canny"), "a list of integers"),
+    **dict.fromkeys(("expand", "canny", *_SIZES), "a list of integers"),
     "control_mode": "a list of texts",
     **dict.fromkeys(("control_scale", "control_range", "ip_scale"), "a list of numbers"),
     "sampler": "a text",

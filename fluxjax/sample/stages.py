@@ -120,16 +120,20 @@ class Stages:
         prompt_2: str | None = None,
         *,
         max_sequence_length: int | None = None,
+        clip_skip: int = 0,
     ) -> Conditioning:
-        """Conditioning of one prompt or several; `prompt_2` is what T5 reads instead of them."""
+        """Conditioning of one prompt or several; `prompt_2` is what the second text encoder reads
+        instead of them, `clip_skip` how many of CLIP's last layers are left out."""
         length = max_sequence_length or self.config.max_sequence_length
+        self.config.require_clip_skip(clip_skip)
+        skip = {"clip_skip": clip_skip} if clip_skip else {}
         with self._timed("loading"):
             if self._tokenizers is None:
                 self._tokenizers = self._load_tokenizers()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         second = None if prompt_2 is None else [prompt_2] * len(prompts)
         ids, notes = self.family.tokenize(
-            *self._tokenizers, prompts, second, max_sequence_length=length
+            self._tokenizers, prompts, second, max_sequence_length=length, **skip
         )
         self.notes += notes
         return self._run("encode", ids, len(prompts), phase="encoding")
@@ -168,6 +172,8 @@ class Stages:
     def check(self, settings: Settings) -> None:
         """Raises ConfigError for settings that the family does not have."""
         self.family.scale(self.config, settings.asked_guidance)
+        self.family.sizes(self.config, settings.told(negative=False))
+        self.config.require_clip_skip(settings.clip_skip)
         self.run_of(settings)
 
     def run_of(self, settings: Settings) -> Run:
@@ -182,7 +188,7 @@ class Stages:
         draws, in order; BFL draws the noise alone."""
         shape = self.family.state_shape(self.config, settings.width, settings.height)
         dtype = np.float32 if settings.rounding == "none" else self.dtype
-        draws = ("noise",) if settings.rounding == "bfl" else task.draws
+        draws = ("noise",) if settings.rounding == "bfl" else task.drawn(settings.strength)
         steps = [f"step {i}" for i in np.flatnonzero(self.run_of(settings).draws)]
         rows = {draw: task.row_count(draw, count) for draw in draws} | dict.fromkeys(steps, count)
         shapes = {draw: (rows[draw], *shape) for draw in rows}
@@ -208,6 +214,7 @@ class Stages:
         true_cfg: float = 1.0,
         inputs: Inputs = NOTHING,
         added: Mapping[str, AnyArray] | None = None,
+        rescale: float = 0.0,
         rounding: Rounding = "diffusers",
         adapters: Sequence[Mapping[str, float]] | None = None,
         progress: Callable[[int], None] | None = None,
@@ -218,9 +225,9 @@ class Stages:
 
         `steps`: their number, or sigmas before the shift, or all about them. `guidance` is ignored
         by models without a guidance embedding; `true_cfg` is the weight of `negative`. `inputs`: of
-        pictures that are given. `added`: what steps add, see `draw_each`. `adapters`: of each
-        picture, see `LoraSlots.each`. `progress` and `on_step` cut the run in parts, and count the
-        network's evaluations.
+        pictures that are given. `added`: what steps add, see `draw_each`. `rescale`: of guidance,
+        see `Settings`. `adapters`: of each picture, see `LoraSlots.each`. `progress` and `on_step`
+        cut the run in parts, and count the network's evaluations.
         """
         if every < 1:
             raise ConfigError(f"every must be at least 1 step, got {every}")
@@ -255,6 +262,7 @@ class Stages:
             rows = self.executables.rows("denoise", count)
             noise, noises, *each = pad_rows((noise, noises, *each), rows)
         seen = None if prompts is None else prompts.scale
+        share = np.asarray(rescale, np.float32) if rescale else None
         drawn = Drawn(
             schedule,
             passes,
@@ -262,6 +270,7 @@ class Stages:
             control_scales=scales,
             image_prompt_scale=seen,
             noise=noises,
+            rescale=share,
         )
         state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
         lora = None

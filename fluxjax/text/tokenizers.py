@@ -248,7 +248,7 @@ class _Settings:
             raise FileNotFoundError(f"the tokenizer folder {folder} does not exist")
         self.folder = folder
         self.values: dict[str, Any] = {}
-        for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             if (folder / name).is_file():
                 self.values.update(read_json(folder / name))
 

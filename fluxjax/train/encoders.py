@@ -78,7 +78,7 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
 
     def tokenize(texts: list[str]) -> Any:
         length = config.max_sequence_length
-        return FLUX.tokenize(*tokenizers(), texts, max_sequence_length=length)[0]
+        return FLUX.tokenize(tokenizers(), texts, max_sequence_length=length)[0]
 
     @functools.cache
     def text() -> Callable[[list[str]], Conditioning]:

@@ -197,9 +197,8 @@ def make_conditioner(pipeline: Path, config: FluxPipelineConfig) -> Conditioner:
     t5_params = params("text_encoder_2", config.text_encoder_2)
 
     def encode_text(texts: list[str]) -> Conditioning:
-        ids, _ = tokenize(
-            clip_tokenizer, t5_tokenizer, texts, max_sequence_length=config.max_sequence_length
-        )
+        tokenizers, length = (clip_tokenizer, t5_tokenizer), config.max_sequence_length
+        ids, _ = tokenize(tokenizers, texts, max_sequence_length=length)
         return encode_prompts((clip, t5), (clip_params, t5_params), ids)
 
     return Conditioner(image_encoder(config, params("vae", config.vae)), encode_text)

@@ -1,0 +1,75 @@
+"""Stable Diffusion XL, base and refiner: one or two CLIPs, and a UNet that is told sizes.
+
+Source: diffusers `StableDiffusionXLPipeline`, `StableDiffusionXLImg2ImgPipeline`,
+`StableDiffusionXLInpaintPipeline`; Podell et al. 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from fluxjax.config import StableDiffusionXLConfig
+from fluxjax.families.family import Apply, Conditioning, Told
+from fluxjax.families.stable_diffusion import STABLE_DIFFUSION, PromptIds, tasks, tasks_of
+from fluxjax.families.stable_diffusion import text_shapes as of_states
+from fluxjax.models.clip import CLIPTextModel
+from fluxjax.shapes import Params
+
+TASKS = tasks("StableDiffusionXL", image=0.3, inpaint=0.9999)
+
+
+@partial(jax.jit, static_argnames=("encoders", "apply"))
+def encode(
+    encoders: tuple[CLIPTextModel, ...],
+    params: tuple[Params, ...],
+    ids: PromptIds,
+    *,
+    apply: Apply = nn.Module.apply,
+) -> Conditioning:
+    """Side by side the encoders' states before their last layer, or an earlier one, not normed; and
+    the pooled projection of the last encoder."""
+    outputs: list[Any] = []
+    for clip, weights, tokens in zip(encoders, params, ids.ids, strict=True):
+        layer = clip.config.num_hidden_layers - 1 - ids.skipped
+        outputs.append(apply(clip, {"params": weights}, tokens, layer))
+    states = [output.penultimate_hidden_state for output in outputs]
+    return Conditioning(jnp.concatenate(states, axis=-1), None, outputs[-1].text_embeds)
+
+
+def text_shapes(
+    config: StableDiffusionXLConfig, count: int, length: int, dtype: Any
+) -> tuple[PromptIds, Conditioning]:
+    """Shapes of what `tokenize` and `encode` make of `count` prompts, with their sizes."""
+    spec: Any = jax.ShapeDtypeStruct
+    ids, heard = of_states(config, count, length, dtype)
+    pooled = config.networks[config.text_encoders[-1]].projection_dim
+    sizes = spec((count, config.size_numbers), jnp.float32)
+    return ids, heard._replace(vector=spec((count, pooled), dtype), sizes=sizes)
+
+
+def sizes(config: StableDiffusionXLConfig, told: Told) -> Float[np.ndarray, " numbers"]:
+    """Height and width of the original, top and left of its crop, and then height and width of the
+    target or, for the refiner, the aesthetic score."""
+    width, height = told.original_size or told.size
+    left, top = told.crop or (0, 0)
+    wide, high = told.target_size or told.size
+    last = (told.aesthetic_score,) if config.requires_aesthetics_score else (high, wide)
+    return np.array([height, width, top, left, *last], np.float32)
+
+
+STABLE_DIFFUSION_XL = replace(
+    STABLE_DIFFUSION,
+    tasks=TASKS,
+    tasks_of=partial(tasks_of, TASKS),
+    encode=encode,
+    text_shapes=text_shapes,
+    sizes=sizes,
+)

@@ -1,0 +1,158 @@
+"""Pipelines of Stable Diffusion in diffusers with small random weights, saved as folders."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+NOISE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+_UNCHECKED: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
+
+_GELU = {"hidden_act": "gelu"}
+
+
+def _without_clip() -> dict[str, Any]:
+    return {name: value for name, value in NOISE.items() if name != "clip_sample"}
+
+
+def random_vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
+    levels = 3
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        block_out_channels=(8, 8, 16),  # pyright: ignore[reportArgumentType]
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=scaling_factor,
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(1.5)
+    return vae
+
+
+def random_unet(**choices: Any) -> UNet2DConditionModel:
+    """Weights are drawn wide enough that prompt and time change the picture."""
+    values: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 20,
+    }
+    unet = UNet2DConditionModel(**values | choices)
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if weight.ndim == 2 and "norm" not in name:
+                weight.mul_(2.0)
+    return unet
+
+
+def random_clip(cls: Any = CLIPTextModel, **choices: Any) -> Any:
+    values: dict[str, Any] = {
+        "hidden_size": 20,
+        "intermediate_size": 40,
+        "projection_dim": 20,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    clip = cls(CLIPTextConfig(**values | choices))
+    with torch.no_grad():
+        for weight in clip.parameters():
+            if weight.ndim == 2:
+                weight.copy_(torch.randn_like(weight) * 0.3)
+    return clip
+
+
+def save_stable_diffusion(folder: Path, tokenizers: Path) -> Path:
+    """As 1.5."""
+    torch.manual_seed(0)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=random_vae(),
+        text_encoder=random_clip(),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizers / "clip-vit-large-patch14"),
+        unet=random_unet(),
+        scheduler=PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **_without_clip()),
+        **_UNCHECKED,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_xl(folder: Path, tokenizers: Path, *, refiner: bool = False) -> Path:
+    """As XL's base, or its refiner, which has the second text encoder alone."""
+    torch.manual_seed(2)
+    place = tokenizers / "clip-vit-large-patch14"
+    clip = random_clip(CLIPTextModelWithProjection, hidden_size=12, projection_dim=14, **_GELU)
+    texts: dict[str, Any] = {
+        "text_encoder": None if refiner else random_clip(),
+        "tokenizer": None if refiner else CLIPTokenizer.from_pretrained(place),
+        "text_encoder_2": clip,
+        "tokenizer_2": CLIPTokenizer.from_pretrained(place, pad_token="!"),
+        "force_zeros_for_empty_prompt": not refiner,
+    }
+    unet = random_unet(
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(1, 2),
+        cross_attention_dim=12 if refiner else 32,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=6,
+        projection_class_embeddings_input_dim=14 + 6 * (5 if refiner else 6),
+    )
+    scheduler = EulerDiscreteScheduler(timestep_spacing="leading", **_without_clip())
+    parts: dict[str, Any] = {"vae": random_vae(0.13025), "unet": unet, "scheduler": scheduler}
+    if refiner:
+        pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
+            **parts, **texts, requires_aesthetics_score=True
+        )
+    else:
+        pipeline = diffusers.StableDiffusionXLPipeline(**parts, **texts)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_inpainting(folder: Path, tokenizers: Path) -> Path:
+    """As 2, with a UNet that reads masked pictures and predicts v."""
+    torch.manual_seed(1)
+    place = tokenizers / "clip-vit-large-patch14"
+    unet = random_unet(in_channels=9, use_linear_projection=True, attention_head_dim=(1, 2, 4))
+    scheduler = DDIMScheduler(prediction_type="v_prediction", set_alpha_to_one=False, **NOISE)
+    pipeline = diffusers.StableDiffusionInpaintPipeline(
+        vae=random_vae(),
+        text_encoder=random_clip(**_GELU),
+        tokenizer=CLIPTokenizer.from_pretrained(place, pad_token="!"),
+        unet=unet,
+        scheduler=scheduler,
+        **_UNCHECKED,
+    )
+    pipeline.save_pretrained(folder)
+    return folder

@@ -1,0 +1,192 @@
+"""Stable Diffusion: the pictures of diffusers, by any sampler, from text, images and masks."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stable_diffusion_folders import save_inpainting, save_stable_diffusion
+
+import fluxjax
+from fluxjax.config import ConfigError
+from fluxjax.sample.__main__ import main
+
+PROMPT = "a red circle above a star"
+OURS = {"steps": 6, "seed": 3, "guidance": 4.0, "negative_prompt": "blue"}
+THEIRS = {"num_inference_steps": 6, "guidance_scale": 4.0, "negative_prompt": "blue"}
+SIZE = {"width": 40, "height": 56}  # latents of 10 x 14, of which the UNet sees halves of 5 and 7
+DPM = "DPMSolverMultistepScheduler"
+SAMPLERS = {
+    "ddpm": ("DDPMScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++": (DPM, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++sde": (DPM, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(shared, tmp_path_factory):
+    return save_stable_diffusion(tmp_path_factory.mktemp("sd") / "sd", shared / "tokenizers")
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return fluxjax.load_pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def inpainting(shared, tmp_path_factory):
+    folder = save_inpainting(tmp_path_factory.mktemp("sd") / "inpaint", shared / "tokenizers")
+    return folder, fluxjax.load_pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return _quiet(diffusers.StableDiffusionPipeline.from_pretrained(folder))
+
+
+@pytest.fixture(scope="module")
+def image():
+    colours = np.random.default_rng(0).integers(0, 256, (7, 5, 3), np.uint8)
+    return Image.fromarray(colours).resize((40, 56), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def mask():
+    return Image.fromarray((np.indices((56, 40))[1] > 17).astype(np.uint8) * 255)
+
+
+def _quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn(pipeline, sampler=None, **choices):
+    """By diffusers, with its own scheduler or another one that is made of it."""
+    own = pipeline.scheduler
+    if sampler is not None:
+        kind, values = sampler
+        pipeline.scheduler = getattr(diffusers, kind).from_config(own.config, **values)
+    try:
+        generator = torch.Generator().manual_seed(3)
+        return pipeline(**{"prompt": PROMPT, "generator": generator, **THEIRS, **choices}).images[0]
+    finally:
+        pipeline.scheduler = own
+
+
+def assert_same(picture, expected):
+    a, b = (np.asarray(one, int) for one in (picture, expected))
+    assert a.shape == b.shape and a.std() > 20
+    assert (np.abs(a - b) <= 1).mean() >= 0.999
+
+
+def test_the_folder_alone_decides(ours, expected):
+    """Its scheduler, its guidance."""
+    theirs = {"num_inference_steps": 5, **SIZE}
+    picture = expected(PROMPT, generator=torch.Generator().manual_seed(3), **theirs).images[0]
+    assert_same(ours(PROMPT, steps=5, seed=3, **SIZE)[0], picture)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "heun")) for name in SAMPLERS],
+)
+def test_every_sampler_draws_the_picture_of_diffusers(ours, expected, sampler):
+    (picture,) = ours(PROMPT, sampler=sampler, **OURS, **SIZE)
+    assert_same(picture, drawn(expected, SAMPLERS[sampler], **SIZE))
+
+
+def test_what_is_asked_of_the_sampler(ours, expected):
+    ddim = SAMPLERS["ddim"]
+    (noisy,) = ours(PROMPT, sampler="ddim", eta=0.7, **OURS, **SIZE)
+    assert_same(noisy, drawn(expected, ddim, eta=0.7, **SIZE))
+    spaced = ("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "use_karras_sigmas": True})
+    (karras,) = ours(PROMPT, sampler="euler", spacing="trailing", sigmas="karras", **OURS, **SIZE)
+    assert_same(karras, drawn(expected, spaced, **SIZE))
+
+
+@pytest.mark.slow
+def test_guidance_is_rescaled_or_absent(ours, expected):
+    (rescaled,) = ours(PROMPT, guidance_rescale=0.7, **OURS, **SIZE)
+    assert_same(rescaled, drawn(expected, guidance_rescale=0.7, **SIZE))
+    (alone,) = ours(PROMPT, steps=6, seed=3, guidance=1.0, **SIZE)
+    assert_same(alone, drawn(expected, guidance_scale=1.0, negative_prompt=None, **SIZE))
+    assert np.abs(np.asarray(alone, int) - np.asarray(rescaled, int)).max() > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["pndm", "heun", "euler-a"])
+def test_an_image_is_drawn_anew(ours, expected, image, sampler):
+    pipeline = _quiet(diffusers.StableDiffusionImg2ImgPipeline(**expected.components))
+    (picture,) = ours(PROMPT, image=image, strength=0.6, sampler=sampler, **OURS)
+    assert_same(picture, drawn(pipeline, SAMPLERS[sampler], image=image, strength=0.6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_any_unet_inpaints(ours, expected, image, mask, strength):
+    pipeline = _quiet(diffusers.StableDiffusionInpaintPipeline(**expected.components))
+    choices = {"image": image, "strength": strength}
+    (picture,) = ours(PROMPT, mask=mask, sampler="ddim", **choices, **OURS)
+    theirs = drawn(pipeline, SAMPLERS["ddim"], mask_image=mask, **choices, **SIZE)
+    assert_same(picture, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_inpainting_models_see_the_mask(inpainting, image, mask, strength):
+    """A second UNet, which predicts v; OpenCLIP's text encoder and padding."""
+    folder, ours = inpainting
+    pipeline = _quiet(diffusers.StableDiffusionInpaintPipeline.from_pretrained(folder))
+    choices = {"image": image, "strength": strength}
+    (picture,) = ours(PROMPT, mask=mask, **choices, **OURS)
+    assert_same(picture, drawn(pipeline, mask_image=mask, **choices, **SIZE))
+
+
+def test_last_layers_of_clip_are_left_out(ours, expected):
+    """By hand: transformers no longer has what diffusers asks for here."""
+    ids = expected.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
+    clip = expected.text_encoder
+    with torch.no_grad():
+        states = clip(ids, output_hidden_states=True).hidden_states[-2]
+        embedded = clip.final_layer_norm(states)
+        negative, _ = expected.encode_prompt("blue", "cpu", 1, False)
+    choices = {"prompt": None, "negative_prompt": None, "negative_prompt_embeds": negative}
+    (picture,) = ours(PROMPT, clip_skip=1, **OURS, **SIZE)
+    assert_same(picture, drawn(expected, prompt_embeds=embedded, **choices, **SIZE))
+
+
+def test_the_command_repeats_a_picture(folder, ours, tmp_path, monkeypatch):
+    """Options of these families, and a record that has all of them."""
+    monkeypatch.setenv("FLUXJAX_CACHE", "off")
+    monkeypatch.setattr("fluxjax.sample.loading.load_pipeline", lambda model, **choices: ours)
+    first, again = (tmp_path / name for name in ("0.png", "1.png"))
+    choices = {"sampler": "ddim", "spacing": "trailing", "eta": "0.5", "guidance": "4"}
+    choices |= {"guidance-rescale": "0.2", "clip-skip": "1", "steps": "6", "width": "40"}
+    options = [text for name, value in choices.items() for text in (f"--{name}", value)]
+    assert main(["a star", "--model", str(folder), "--out", str(first), *options]) == 0
+    assert main(["--like", str(first), "--out", str(again)]) == 0
+    pictures = [Image.open(path) for path in (first, again)]
+    assert np.array_equal(np.asarray(pictures[0]), np.asarray(pictures[1]))
+    words = "Steps: 6, Sampler: DDIM, Schedule type: Automatic, CFG scale: 4, Seed: "
+    assert words in pictures[0].info["parameters"]
+
+
+def test_mistakes_are_one_sentence(ours):
+    for choices, words in (
+        ({"true_cfg": 2.0}, "guidance is this one's scale"),
+        ({"negative_prompt": "blue", "guidance": 1.0}, "negative_prompt needs guidance above 1"),
+        ({"width": 42}, "width must be a multiple of 4"),
+        ({"prompt_2": "x"}, "prompt_2 is for a second text encoder"),
+        ({"eta": 0.5}, "eta is how much noise DDIM adds, and this is PNDMScheduler"),
+        ({"max_sequence_length": 99}, "77"),
+        ({"clip_skip": 3}, "clip_skip"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            ours("a star", steps=2, **choices)
