@@ -41,8 +41,8 @@ def as_shipped():
 
     best = {"xla_backend_optimization_level": "3", "xla_cpu_parallel_codegen_split_count": "32"}
 
-    def options(precision=None):
-        return compiler_options(precision) | best
+    def options(*choices, **others):
+        return compiler_options(*choices, **others) | best
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (step, executables):

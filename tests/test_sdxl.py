@@ -56,7 +56,7 @@ def test_sizes_are_told_and_the_second_prompt_is_read(base):
     swapped |= {f"negative_{name}": pair for name, pair in swapped.items()}
     assert_same(picture, theirs, clip_skip=1, **choices, **swapped, **SIZE)
     with pytest.raises(ConfigError, match="crop must be two numbers of pixels"):
-        ours(PROMPT, crop=(1, 2, 3), **OURS)
+        ours(PROMPT, crop=(-1, 2), **OURS)
     with pytest.raises(ConfigError, match="original_size is told to Stable Diffusion XL alone"):
         fluxjax.load_pipeline("tiny")("a star", original_size=(64, 64))
 

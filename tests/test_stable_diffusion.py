@@ -8,7 +8,9 @@ from PIL import Image
 from stable_diffusion_folders import save_inpainting, save_stable_diffusion
 
 import fluxjax
-from fluxjax.config import ConfigError
+from fluxjax.checkpoint.pipeline_folder import read_config
+from fluxjax.config import SD15, SD21, SDXL, ConfigError
+from fluxjax.convert.convert import plan, run
 from fluxjax.sample.__main__ import main
 
 PROMPT = "a red circle above a star"
@@ -176,6 +178,29 @@ def test_the_command_repeats_a_picture(folder, ours, tmp_path, monkeypatch):
     assert np.array_equal(np.asarray(pictures[0]), np.asarray(pictures[1]))
     words = "Steps: 6, Sampler: DDIM, Schedule type: Automatic, CFG scale: 4, Seed: "
     assert words in pictures[0].info["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("stable-diffusion-v1-5", SD15),
+        ("stable-diffusion-2-1", SD21),
+        ("stable-diffusion-xl-base-1.0", SDXL),
+    ],
+)
+def test_presets_are_the_published_folders(shared, name, config):
+    assert read_config(shared / "checkpoints" / name) == config
+    config.require_whole(name, text_alone=True)
+
+
+def test_a_folder_comes_back_from_orbax(folder, tmp_path):
+    for source, place, form in ((folder, "orbax", "orbax"), (tmp_path / "orbax", "back", None)):
+        run(plan(source, tmp_path / place, form))
+    for file in folder.rglob("*"):
+        back = tmp_path / "back" / file.relative_to(folder)
+        assert file.is_dir() or file.read_bytes() == back.read_bytes(), file
+    with pytest.raises(ConfigError, match=r"the UNet of .* has no file of its own beside others"):
+        plan(folder, tmp_path / "original", "bfl")
 
 
 def test_mistakes_are_one_sentence(ours):

@@ -57,7 +57,7 @@ def pipeline_class(folder: Path) -> type[PipelineConfig]:
     for config in PIPELINES:
         if isinstance(name, str) and re.fullmatch(config.class_names, name):
             return config
-    what = f"a {name}" if isinstance(name, str) and name else "a pipeline without a name"
+    what = f"a {str(name)[:100]}" if name else "a pipeline without a name"
     raise ConfigError(
         f"{folder} holds {what}, which fluxjax cannot read yet, not a FLUX.1 or Stable "
         "Diffusion pipeline"

@@ -49,9 +49,9 @@ def weights_of(folder: Path) -> dict[str, Path]:
     Raises FileNotFoundError, or ValueError for a folder of pickles.
     """
     if (folder / "model_index.json").is_file():
-        pipeline_class(folder)
+        known = dict.fromkeys((*pipeline_class(folder).components, *SINGLE_FILES))
         index = read_json(folder / "model_index.json")
-        parts = [part for part in SINGLE_FILES if index.get(part) not in (None, [None, None])]
+        parts = [part for part in known if index.get(part) not in (None, [None, None])]
     elif _has_weights(folder) and not any(single_files(folder, part) for part in SINGLE_FILES):
         return {"": folder}
     else:

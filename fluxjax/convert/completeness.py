@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fluxjax.checkpoint.component_json import pipeline_class
 from fluxjax.checkpoint.file_format import PICKLES
 from fluxjax.checkpoint.orbax_params import is_orbax
 from fluxjax.checkpoint.sharded import shards_of, weights_file
@@ -24,6 +25,9 @@ _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".msgpack", ".h5", ".sft", *PICKLE
 # Classes whose folders hold texts only, which are copied.
 _WITHOUT_WEIGHTS = re.compile(r"\w*(Tokenizer|TokenizerFast|Scheduler|Processor|FeatureExtractor)")
 _NAMED = 5
+COPIED = ("safety_checker",)
+"""Networks of no use here, whose folders are carried along as they are: PyTorch's pipelines have
+them in their index."""
 
 
 def check_complete(folder: Path) -> list[str]:
@@ -38,17 +42,13 @@ def check_complete(folder: Path) -> list[str]:
 
 
 def _check_listed(folder: Path, index: Mapping[str, Any]) -> None:
-    name = index.get("_class_name")
-    if not isinstance(name, str) or not re.fullmatch(r"Flux(?!2)\w*", name):
-        raise ConfigError(
-            f"{folder} holds a {str(name)[:100]}; only pipelines of FLUX.1 are converted"
-        )
+    name, own = index.get("_class_name"), pipeline_class(folder).components
     listed = {
         key: value
         for key, value in index.items()
         if isinstance(value, list) and value not in ([None, None], [])
     }
-    lost = [key for key, value in listed.items() if not _carried(key, value)]
+    lost = [key for key, value in listed.items() if not _carried(key, value, own)]
     if lost:
         raise ConfigError(
             f"{folder} is a {name} with {_names(lost)}, which cannot be carried over, so nothing "
@@ -61,10 +61,11 @@ def _check_listed(folder: Path, index: Mapping[str, Any]) -> None:
             raise FileNotFoundError(f"{folder} lacks {key}, which its model_index.json lists")
 
 
-def _carried(key: str, value: list[Any]) -> bool:
+def _carried(key: str, value: list[Any], own: Sequence[str]) -> bool:
     kind = value[-1]
     without_weights = isinstance(kind, str) and _WITHOUT_WEIGHTS.fullmatch(kind) is not None
-    return key in SINGLE_FILES or (without_weights and key.isidentifier())
+    known = key in own or (key in COPIED and isinstance(kind, str))
+    return known or (without_weights and key.isidentifier())
 
 
 def _has_files(folder: Path) -> bool:
@@ -85,6 +86,7 @@ def _left_out(folder: Path, read: Mapping[str, Path]) -> list[str]:
         )
         if path not in used:
             (beside if same else others).append(path)
+    others = [path for path in others if path.relative_to(folder).parts[0] not in COPIED]
     if others:
         raise ConfigError(
             f"{folder} holds {_names([str(p.relative_to(folder)) for p in others])}, which would "

@@ -19,14 +19,14 @@ from fluxjax.checkpoint.detect import describe
 from fluxjax.checkpoint.lora.merge import merge_files
 from fluxjax.checkpoint.opened_network import OpenNetwork, with_dtype
 from fluxjax.checkpoint.orbax_params import write_orbax
-from fluxjax.checkpoint.pipeline_folder import DEFAULTS_FILE, model_index
+from fluxjax.checkpoint.pipeline_folder import DEFAULTS_FILE, model_index, tokenizer_of
 from fluxjax.checkpoint.quantised.gguf_writer import write_gguf
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
 from fluxjax.checkpoint.source import open_source
 from fluxjax.config import ConfigError, FluxPipelineConfig, published_defaults
 from fluxjax.config.choices import FAMILY_NAMES, FileFamily
-from fluxjax.convert.completeness import check_complete
+from fluxjax.convert.completeness import COPIED, check_complete
 from fluxjax.convert.destination import check_destination
 from fluxjax.convert.quantise import Kind, form_of, is_gguf_kind
 from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
@@ -77,8 +77,9 @@ class Conversion:
         if self.beside:
             names = ", ".join(self.beside[:5]) + " ..." * (len(self.beside) > 5)
             lines.append(f"not read, since the source has these networks in another form: {names}")
-        missing = [n for n in ("tokenizer", "tokenizer_2") if not self._has_copy(n)]
-        if not self.single_file and len(self.networks) == 4 and missing:
+        needed = [tokenizer_of(name) for name in self.networks if name.startswith("text_encoder")]
+        missing = [name for name in needed if not self._has_copy(name)]
+        if not self.single_file and len(self.networks) > len(needed) + 1 and missing:
             lines.append(f"the source has no {' and no '.join(missing)}: a pipeline needs them too")
         return lines
 
@@ -130,6 +131,8 @@ def plan(
             f"{destination} is named like a single file, but {len(networks)} network(s) as "
             f"{form} make a folder; only --to bfl of one network is a file"
         )
+    if form == "bfl" and len(networks) > 1:
+        _require_own_files(source, networks)
     copies = {} if single_file else _copies(source)
     widened = {} if single_file else _without_old_configs(copies, plain, networks)
     if Path("model_index.json") in widened:
@@ -159,6 +162,17 @@ def plan(
     )
 
 
+def _require_own_files(source: Path, networks: Mapping[str, OpenNetwork]) -> None:
+    """Raises ConfigError unless each network has a single file that is found beside the others'."""
+    for name, network in networks.items():
+        known = network_of(network.config)
+        if not known.files or known.component != name:
+            raise ConfigError(
+                f"the {known.words} of {source} has no file of its own beside others in these "
+                f"names: convert it by itself ({source / name})"
+            )
+
+
 def _is_pipeline(source: Path) -> bool:
     return (source / "model_index.json").is_file()
 
@@ -185,6 +199,9 @@ def _copies(source: Path) -> dict[Path, Path]:
             )
             if is_text and not ours and path.stat().st_size <= _MAX_TEXT_BYTES:
                 copies[Path(folder) / path.name] = path
+    for folder in COPIED:
+        found = sorted((source / folder).rglob("*"))
+        copies |= {path.relative_to(source): path for path in found if path.is_file()}
     return copies
 
 

@@ -96,6 +96,8 @@ def attend_in_parts(
 def pinned_layers(mesh: Mesh, network: Network) -> AbstractContextManager:
     """While a `network` is traced inside, every dense layer's inputs and outputs are pinned."""
 
+    whole = (None, None)
+
     def over_tensor(axes: Any) -> str | None:
         return "tensor" if axes == "tensor" or "tensor" in (axes or ()) else None
 
@@ -104,7 +106,7 @@ def pinned_layers(mesh: Mesh, network: Network) -> AbstractContextManager:
         if not isinstance(module, nn.Dense) or context.method_name != "__call__":
             return call(*args, **kwargs)
         role = role_of(network, module.path)
-        inputs, outputs = map(over_tensor, SPECS[role]["kernel"] if role else (None, None))
+        inputs, outputs = map(over_tensor, SPECS[role].get("kernel", whole) if role else whole)
         outputs = None if role == "modulation" else outputs
         return pin(call(pin(args[0], mesh, inputs), *args[1:], **kwargs), mesh, outputs)
 
