@@ -22,13 +22,17 @@ SIZE = {"width": 64, "height": 48, "steps": 2, "max_sequence_length": 16}
 
 
 def lora_file(path: Path, seed: int, targets: tuple[str, ...], rank: int) -> Path:
-    template = abstract_params(TINY.transformer)
-    tree = init_lora(jax.random.key(seed), template, LoraConfig(rank=rank, targets=targets))
-    rng = np.random.default_rng(seed)
-    tree = jax.tree.map(
-        lambda leaf: leaf if leaf.any() else 0.3 * rng.standard_normal(leaf.shape, np.float32), tree
-    )
-    write_lora(path, {"transformer": tree})
+    """Of the transformer and both text encoders."""
+    config = LoraConfig(rank=rank, targets=targets, text_encoders=("clip", "t5"))
+    rng, trees = np.random.default_rng(seed), {}
+    for component, own in config.components.items():
+        template = abstract_params(TINY.networks[component])
+        tree = init_lora(jax.random.key(seed), template, own)
+        trees[component] = jax.tree.map(
+            lambda leaf: leaf if leaf.any() else 0.3 * rng.standard_normal(leaf.shape, np.float32),
+            tree,
+        )
+    write_lora(path, trees)
     return path
 
 

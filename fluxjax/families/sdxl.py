@@ -20,6 +20,7 @@ from fluxjax.config import StableDiffusionXLConfig
 from fluxjax.families.family import Apply, Conditioning, Told
 from fluxjax.families.stable_diffusion import STABLE_DIFFUSION, PromptIds, tasks, tasks_of
 from fluxjax.families.stable_diffusion import text_shapes as of_states
+from fluxjax.models import lora
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.shapes import Params
 
@@ -39,7 +40,7 @@ def encode(
     outputs: list[Any] = []
     for clip, weights, tokens in zip(encoders, params, ids.ids, strict=True):
         layer = clip.config.num_hidden_layers - 1 - ids.skipped
-        outputs.append(apply(clip, {"params": weights}, tokens, layer))
+        outputs.append(apply(clip, lora.variables(weights), tokens, layer))
     states = [output.penultimate_hidden_state for output in outputs]
     return Conditioning(jnp.concatenate(states, axis=-1), None, outputs[-1].text_embeds)
 

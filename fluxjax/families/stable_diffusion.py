@@ -29,6 +29,7 @@ from fluxjax.families.family import (
     Task,
     Tokens,
 )
+from fluxjax.models import lora
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.unet import UNet
 from fluxjax.networks import network_of
@@ -131,7 +132,7 @@ def encode(
     """CLIP's states after its last norm, of the last layer or of one before."""
     (clip,), (weights,) = encoders, params
     layer = clip.config.num_hidden_layers - ids.skipped
-    output: Any = apply(clip, {"params": weights}, ids.ids[0], layer)
+    output: Any = apply(clip, lora.variables(weights), ids.ids[0], layer)
     return Conditioning(output.last_hidden_state, None, None)
 
 

@@ -123,10 +123,7 @@ class Executables:
         """Now and in this thread; `get` keeps what it makes, this does not. `options`: more of the
         compiler's."""
         static = (*program.static, *self.modules(program.name, program.rounding))
-        params = self.arguments(program)
-        if self.slots is not None and program.name in OF_RUNS:
-            pictures = program.inputs[0][0].shape[0]
-            params = adapt(params[0], self.slots.shapes(pictures)), *params[1:]
+        params = self.with_slots(program.name, self.arguments(program), self._slots_of(program))
         function, inputs = program.function, program.inputs
         if self.mesh is not None:
             function, inputs = _split(program, len(static), self.mesh, self.sequence)
@@ -136,6 +133,26 @@ class Executables:
         if self.precision == TILED:
             memory.release()
         return compiled if jax.process_count() == 1 else partial(_placed, compiled, inputs)
+
+    def with_slots(
+        self, name: Name, params: tuple[Any, ...], tree: Callable[[str], Any]
+    ) -> tuple[Any, ...]:
+        """The parameters of a program, with `tree` of its component beside those of each network
+        that has slots for adapters."""
+        if self.slots is None or name not in ("encode", *OF_RUNS):
+            return params
+        if name != "encode":
+            return adapt(params[0], tree(self.config.denoiser)), *params[1:]
+        each = zip(params[0], self.config.text_encoders, strict=True)
+        return (tuple(adapt(weights, tree(component)) for weights, component in each),)
+
+    def _slots_of(self, program: Program) -> Callable[[str], Any]:
+        def shapes(component: str) -> Any:
+            assert self.slots is not None
+            rows = jax.tree.leaves(program.inputs[0])[0].shape[0]
+            return self.slots.shapes(component, rows)
+
+        return shapes
 
     def weights(self, component: str) -> Any:
         """Shapes of a component's parameters, without a LoRA; of each of the `controlnets`."""

@@ -177,9 +177,13 @@ def load_pipeline(
     if lora_slots:
         if loras:
             raise ConfigError("lora_slots do not go with loras: choose those by call too")
-        places = None if mesh is None else partial(_slot_places, denoiser, mesh)
-        template = abstract_params(denoiser, stacked=_stacked(denoiser, scan_layers))
-        slots = LoraSlots(template, lora_slots, places)
+        places = None if mesh is None else partial(_slot_places, config, mesh)
+        adapted = {name: config.networks[name] for name in (config.denoiser, *config.text_encoders)}
+        templates = {
+            name: abstract_params(one, stacked=_stacked(one, scan_layers))
+            for name, one in adapted.items()
+        }
+        slots = LoraSlots(templates, lora_slots, places)
     lora = _tree(low_rank, config, scan_layers)
     prior = None
     if redux is not None and family is not FLUX:
@@ -235,8 +239,8 @@ def load_pipeline(
     return pipeline
 
 
-def _slot_places(config: Any, mesh: Mesh, lora: Params) -> Params:
-    return state_shardings(config, lora, mesh)
+def _slot_places(config: PipelineConfig, mesh: Mesh, component: str, lora: Params) -> Params:
+    return state_shardings(config.networks[component], lora, mesh)
 
 
 def _of_folder(path: Path) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:

@@ -24,24 +24,32 @@ Chosen = str | Path | tuple[str | Path, float]
 LoraChoice = Sequence[Chosen] | Sequence[Sequence[Chosen]]
 """Adapters of all pictures, or a list of them for each prompt."""
 _Each = Sequence[Mapping[str, float]]
+Flat = dict[tuple[str, ...], Any]
+"""Leaves by their paths."""
 
 
 class LoraSlots:
-    """`rank` columns of products beside every dense layer, shared by the adapters of one call.
+    """`rank` columns of products beside every dense layer of the network that draws and of the text
+    encoders, shared by the adapters of one call.
 
-    Each adapter has columns of its own, in every layer the same, and each picture a factor for
-    every column: 0 for adapters of other pictures.
+    Each adapter has columns of its own, in every layer the same, and each picture (each prompt, in
+    a text encoder) a factor for every column: 0 for adapters of other pictures.
     """
 
-    def __init__(self, params: Params, rank: int, places: Callable[[Params], Params] | None = None):
-        """`params`: shapes of the transformer's, stacked or not. `places`: on a mesh, the shardings
-        of a tree beside them."""
+    def __init__(
+        self,
+        params: Mapping[str, Params],
+        rank: int,
+        places: Callable[[str, Params], Params] | None = None,
+    ):
+        """`params`: shapes of the networks', by component, stacked or not. `places`: on a mesh, the
+        shardings of a tree beside those of a component."""
         if rank < 1:
             raise ConfigError(f"lora_slots is a rank, at least 1, got {rank}")
         self.rank, self._params, self._places = rank, params, places
-        self._sites = list(dense_sites(params))
-        self._files: dict[str, dict[str, Adapter]] = {}
-        self._filled: tuple[tuple[str, ...], dict[tuple[str, ...], Any]] = ((), {})
+        self._sites = {component: list(dense_sites(tree)) for component, tree in params.items()}
+        self._files: dict[str, dict[str, dict[str, Adapter]]] = {}
+        self._filled: dict[str, tuple[tuple[str, ...], Flat]] = {}
 
     def each(self, lora: LoraChoice | None, prompts: int, number: int) -> _Each:
         """For each picture {file: scale}; `number` of them for each prompt.
@@ -65,52 +73,61 @@ class LoraSlots:
         self._columns(found)
         return found
 
-    def shapes(self, pictures: int) -> dict[str, Any]:
+    def shapes(self, component: str, pictures: int) -> dict[str, Any]:
         """Of `choose` for so many pictures."""
-        tree = jax.eval_shape(lambda: self._tree(self._zeros(jnp), [{}] * pictures, {}))
+
+        def empty() -> dict[str, Any]:
+            return self._tree(component, self._zeros(component, jnp), [{}] * pictures, {})
+
+        tree = jax.eval_shape(empty)
         if self._places is None:
             return tree
         spec: Any = jax.ShapeDtypeStruct
         return jax.tree.map(
             lambda leaf, sharding: spec(leaf.shape, leaf.dtype, sharding=sharding),
             tree,
-            self._places(tree),
+            self._places(component, tree),
         )
 
-    def choose(self, each: _Each) -> dict[str, Any]:
+    def choose(self, component: str, each: _Each) -> dict[str, Any]:
         """The LoRA tree (see `fluxjax.models.lora`) of pictures with these adapters."""
         columns = self._columns(each)
-        if self._filled[0] != tuple(columns) or not self._filled[1]:
-            self._filled = ((), {})  # never two banks at a time
-            self._filled = (tuple(columns), self._placed(self._fill(columns)))
-        return unflatten(self._placed(flatten(self._tree(self._filled[1], each, columns))))
+        if component not in self._filled or self._filled[component][0] != tuple(columns):
+            self._filled.pop(component, None)  # never two banks at a time
+            bank = self._placed(component, self._fill(component, columns))
+            self._filled[component] = tuple(columns), bank
+        tree = self._tree(component, self._filled[component][1], each, columns)
+        return unflatten(self._placed(component, flatten(tree)))
 
-    def _placed(self, flat: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+    def _placed(self, component: str, flat: Flat) -> Flat:
         tree = unflatten(flat)
-        places = None if self._places is None else self._places(tree)
+        places = None if self._places is None else self._places(component, tree)
         placed = jax.tree.map(jnp.asarray, tree) if places is None else place(tree, places)
         return flatten(placed)
 
-    def _read(self, file: str) -> dict[str, Adapter]:
+    def _read(self, file: str) -> dict[str, dict[str, Adapter]]:
+        """The products by component and module."""
         from fluxjax.checkpoint.lora.reader import read_adapters, split_low_rank
 
         if file not in self._files:
             path = find(file, "lora")
-            changes = read_adapters(path, {"transformer": self._params}).changes
-            adapters, others = split_low_rank(changes.get("transformer", {}), self._params)
-            if others:
-                raise ConfigError(
-                    f"{path} does more than add low-rank products (it changes "
-                    f"{next(iter(others))}): load the pipeline with it, as loras=[...]"
-                )
-            self._files[file] = adapters
+            found: dict[str, dict[str, Adapter]] = {}
+            for component, mine in read_adapters(path, self._params).changes.items():
+                found[component], others = split_low_rank(mine, self._params[component])
+                if others:
+                    raise ConfigError(
+                        f"{path} does more than add low-rank products (it changes "
+                        f"{next(iter(others))}): load the pipeline with it, as loras=[...]"
+                    )
+            self._files[file] = found
         return self._files[file]
 
     def _columns(self, each: _Each) -> dict[str, slice]:
         """Which columns each file has."""
         found, start = {}, 0
         for file in dict.fromkeys(file for scales in each for file in scales):
-            rank = max((len(one.a) for one in self._read(file).values()), default=0)
+            products = (one for mine in self._read(file).values() for one in mine.values())
+            rank = max((len(one.a) for one in products), default=0)
             found[file] = slice(start, start + rank)
             start += rank
         if start > self.rank:
@@ -120,20 +137,21 @@ class LoraSlots:
             )
         return found
 
-    def _zeros(self, numpy: Any) -> dict[tuple[str, ...], Any]:
+    def _zeros(self, component: str, numpy: Any) -> Flat:
         flat = {}
-        for site in self._sites:
+        for site in self._sites[component]:
             (fan_in, out), layers = site.shape, (len(site.names),) * site.stacked
             flat[*site.module, "a"] = numpy.zeros((*layers, fan_in, self.rank), np.float32)
             flat[*site.module, "b"] = numpy.zeros((*layers, self.rank, out), np.float32)
         return flat
 
-    def _fill(self, columns: dict[str, slice]) -> dict[tuple[str, ...], Any]:
-        flat = self._zeros(np)
+    def _fill(self, component: str, columns: dict[str, slice]) -> Flat:
+        flat = self._zeros(component, np)
         for file, own in columns.items():
-            for site in self._sites:
+            adapters = self._files[file].get(component, {})
+            for site in self._sites[component]:
                 for i, name in enumerate(site.names):
-                    adapter = self._files[file].get(name)
+                    adapter = adapters.get(name)
                     if adapter is None:
                         continue
                     a, b = (flat[*site.module, leaf] for leaf in ("a", "b"))
@@ -144,14 +162,14 @@ class LoraSlots:
         return flat
 
     def _tree(
-        self, bank: dict[tuple[str, ...], Any], each: _Each, columns: dict[str, slice]
+        self, component: str, bank: Flat, each: _Each, columns: dict[str, slice]
     ) -> dict[str, Any]:
         factors = np.zeros((len(each), self.rank), np.float32)
         for row, scales in zip(factors, each, strict=True):
             for file, scale in scales.items():
                 row[columns[file]] = scale
         flat = dict(bank)
-        for site in self._sites:
+        for site in self._sites[component]:
             layers = (len(site.names),) * site.stacked
             flat[*site.module, "scale"] = jnp.broadcast_to(factors, (*layers, *factors.shape))
         return unflatten(flat)

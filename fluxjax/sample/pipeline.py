@@ -275,7 +275,7 @@ class Pipeline(Stages):
             for name in NAMES:
                 for component in components(self.config, name):
                     self.params(component)  # while the programs compile
-        conditioning, negative = self._heard(settings, prompts, number, scale)
+        conditioning, negative = self._heard(settings, prompts, number, scale, adapters)
         if self.redux is not None and heard:
             with self._timed("encoding"):
                 conditioning = self.redux.heard(conditioning, heard)
@@ -316,22 +316,35 @@ class Pipeline(Stages):
             )
 
     def _heard(
-        self, settings: Settings, prompts: Sequence[str], number: int, scale: float | None
+        self,
+        settings: Settings,
+        prompts: Sequence[str],
+        number: int,
+        scale: float | None,
+        adapters: Sequence[Mapping[str, float]] | None,
     ) -> tuple[Conditioning, Conditioning | None]:
         """Of every picture what it is to show, and what not."""
-        encode = partial(self.encode_prompt, max_sequence_length=settings.max_sequence_length)
-        skip = {"clip_skip": settings.clip_skip}  # which negative prompts take no notice of
-        together = self.executables.rows("encode", 1)
-        groups = [prompts[i : i + together] for i in range(0, len(prompts), together)]
-        each = [encode(group, settings.prompt_2, **skip) for group in groups]
-        conditioning = jax.tree.map(lambda *c: np.repeat(np.concatenate(c), number, axis=0), *each)
+        length, together = settings.max_sequence_length, self.executables.rows("encode", 1)
+        own = [{}] * len(prompts) if adapters is None else adapters[::number]
+
+        def said(texts: Sequence[str], count: int, *second: Any, clip_skip: int = 0) -> Any:
+            parts = [slice(i, i + together) for i in range(0, len(texts), together)]
+            encode = partial(self.encode_prompt, max_sequence_length=length, clip_skip=clip_skip)
+            each = [
+                encode(texts[part], *second, adapters=own[: len(texts)][part]) for part in parts
+            ]
+            return jax.tree.map(lambda *c: np.repeat(np.concatenate(c), count, axis=0), *each)
+
+        conditioning = said(prompts, number, settings.prompt_2, clip_skip=settings.clip_skip)
         conditioning = self._with_sizes(conditioning, settings, negative=False)
         if scale is None:
             return conditioning, None
-        one, count = encode(settings.negative_prompt or ""), len(prompts) * number
+        # One will do for all where all have the same adapters. They take no notice of clip_skip.
+        different = len(prompts) if any(one != own[0] for one in own) else 1
+        texts = [settings.negative_prompt or ""] * different
+        negative = said(texts, len(prompts) * number // different)
         if settings.negative_prompt is None and self.config.force_zeros_for_empty_prompt:
-            one = jax.tree.map(np.zeros_like, one)
-        negative = jax.tree.map(lambda c: np.repeat(c, count, axis=0), one)
+            negative = jax.tree.map(np.zeros_like, negative)
         return conditioning, self._with_sizes(negative, settings, negative=True)
 
     def _with_sizes(

@@ -17,7 +17,6 @@ from fluxjax.checkpoint.templates import Part
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Conditioning, Family, Steps, Task
-from fluxjax.models.lora import adapt
 from fluxjax.parallel.mesh import gathered, pad_rows
 from fluxjax.sample import noise
 from fluxjax.sample.decoding import TILE, decode_in_tiles
@@ -121,9 +120,11 @@ class Stages:
         *,
         max_sequence_length: int | None = None,
         clip_skip: int = 0,
+        adapters: Sequence[Mapping[str, float]] | None = None,
     ) -> Conditioning:
         """Conditioning of one prompt or several; `prompt_2` is what the second text encoder reads
-        instead of them, `clip_skip` how many of CLIP's last layers are left out."""
+        instead of them, `clip_skip` how many of CLIP's last layers are left out. `adapters`: of
+        each prompt, see `LoraSlots.each`."""
         length = max_sequence_length or self.config.max_sequence_length
         self.config.require_clip_skip(clip_skip)
         skip = {"clip_skip": clip_skip} if clip_skip else {}
@@ -136,7 +137,7 @@ class Stages:
             self._tokenizers, prompts, second, max_sequence_length=length, **skip
         )
         self.notes += notes
-        return self._run("encode", ids, len(prompts), phase="encoding")
+        return self._run("encode", ids, len(prompts), phase="encoding", adapters=adapters)
 
     def reference_size(self, picture: Image) -> tuple[int, int]:
         """(width, height) at which a reference is seen, about as large as the model's pictures."""
@@ -273,11 +274,8 @@ class Stages:
             rescale=share,
         )
         state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
-        lora = None
-        if self.slots is not None:
-            more = self.executables.rows("denoise", count) - count
-            lora = self.slots.choose([*(adapters or [{}] * count), *[{}] * more])
-        program, params, each = self._steps(state, drawn, lora, rounding)
+        chosen = self._chosen("denoise", count, adapters)
+        program, params, each = self._steps(state, drawn, chosen, rounding)
 
         def run(state: State, schedule: Schedule) -> State:
             return program(*params, state, drawn._replace(schedule=schedule), *each)
@@ -361,23 +359,37 @@ class Stages:
             for one in self.executables.split(program) if apart else (program,):
                 self.executables.start(one)
 
+    def _chosen(
+        self, name: Name, count: int, adapters: Sequence[Mapping[str, float]] | None
+    ) -> Callable[[str], Any]:
+        """Of a component the adapters of so many pictures or prompts, in slots."""
+        more = self.executables.rows(name, count) - count
+        each = [*(adapters or [{}] * count), *[{}] * more]
+
+        def tree(component: str) -> Any:
+            assert self.slots is not None
+            return self.slots.choose(component, each)
+
+        return tree
+
     def _steps(
-        self, state: State, drawn: Drawn, lora: Params | None, rounding: Rounding
+        self, state: State, drawn: Drawn, chosen: Callable[[str], Any], rounding: Rounding
     ) -> tuple[Callable, tuple, tuple]:
         """The program of the steps, its parameters, and what has been done before the steps."""
-        denoiser = self.config.denoiser
+        denoiser, with_slots = self.config.denoiser, self.executables.with_slots
         if not self.offload:
             program = self._executable("denoise", state, drawn, rounding=rounding)
-            params = adapt(self.params(denoiser), lora)
-            return program, (params, self.params("controlnets")), ()
+            params = self.params(denoiser), self.params("controlnets")
+            return program, with_slots("denoise", params, chosen), ()
         self._params.clear()
         controlnets = self.params("controlnets")
         before = self._executable("before", state, drawn, rounding=rounding)
-        params = adapt(self._loaded(denoiser, "before"), lora)
-        each = wait(before(params, controlnets, state, drawn))
+        params = with_slots("before", (self._loaded(denoiser, "before"), controlnets), chosen)
+        each = wait(before(*params, state, drawn))
         del params
         program = self._executable("denoise", state, drawn, each, rounding=rounding)
-        return program, (adapt(self._loaded(denoiser, "steps"), lora), controlnets), (each,)
+        params = self._loaded(denoiser, "steps"), controlnets
+        return program, with_slots("denoise", params, chosen), (each,)
 
     def _networks(self, name: Name) -> tuple[Any, ...]:
         """The parameters of a program; with `offload` no others stay."""
@@ -390,8 +402,17 @@ class Stages:
         with self._timed("loading"):
             return self._load_params(component, part)
 
-    def _run(self, name: Name, inputs: Any, count: int, *, phase: str) -> Any:
-        params = self._networks(name)
+    def _run(
+        self,
+        name: Name,
+        inputs: Any,
+        count: int,
+        *,
+        phase: str,
+        adapters: Sequence[Mapping[str, float]] | None = None,
+    ) -> Any:
+        chosen = self._chosen(name, count, adapters)
+        params = self.executables.with_slots(name, self._networks(name), chosen)
         if self.mesh is not None:
             inputs = pad_rows(inputs, self.executables.rows(name, count))
         program = self._executable(name, inputs)
