@@ -10,8 +10,9 @@ from fluxjax.checkpoint.templates import abstract_params, parameter_count, part_
 from fluxjax.config import DEV, ConfigError
 from fluxjax.models.absent import Absent
 from fluxjax.models.names import flatten
+from fluxjax.sample.given_options import check
 from fluxjax.sample.memory_estimate import weight_bytes
-from fluxjax.sample.options import Options, check
+from fluxjax.sample.options import Options
 
 CHOSEN: dict[str, Any] = {"width": 64, "height": 64, "steps": 3, "max_sequence_length": 16}
 

@@ -15,7 +15,8 @@ from torch_pipeline import random_pipeline  # noqa: F401
 import fluxjax
 from fluxjax.config import ConfigError
 from fluxjax.sample.command import draw
-from fluxjax.sample.options import Options, check
+from fluxjax.sample.given_options import check
+from fluxjax.sample.options import Options
 from fluxjax.sample.picture_formats import read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed`")  # diffusers' own

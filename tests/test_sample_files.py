@@ -13,7 +13,8 @@ from PIL import Image
 
 from fluxjax.config import TINY, ConfigError
 from fluxjax.sample.file_names import check_pattern, file_name
-from fluxjax.sample.options import Options, check, destination
+from fluxjax.sample.given_options import check, destination
+from fluxjax.sample.options import Options
 from fluxjax.sample.parameters_line import parameters_text
 from fluxjax.sample.picture_formats import encode_picture, read_record
 from fluxjax.sample.picture_record import differences, find_all, record_of, remembered

@@ -17,8 +17,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 import fluxjax
 from fluxjax.config import ConfigError, IPAdapterConfig
 from fluxjax.sample.command import draw
+from fluxjax.sample.given_options import check
 from fluxjax.sample.ip_adapter import _pixels
-from fluxjax.sample.options import Options, check
+from fluxjax.sample.options import Options
 from fluxjax.sample.picture_formats import read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed`")  # diffusers' own

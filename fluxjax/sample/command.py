@@ -12,8 +12,9 @@ from typing import Any
 from fluxjax import __version__
 from fluxjax.config import ConfigError
 from fluxjax.sample import picture_record
+from fluxjax.sample.given_options import given_settings, given_sources
 from fluxjax.sample.opened_model import OpenedModel
-from fluxjax.sample.options import Options, given_settings, given_sources
+from fluxjax.sample.options import Options
 from fluxjax.sample.picture_jobs import Job, batches, picture_jobs
 from fluxjax.sample.picture_record import Remembered, remembered
 from fluxjax.sample.picture_shelf import PictureShelf

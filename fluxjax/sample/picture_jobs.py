@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxjax.config import ConfigError
-from fluxjax.sample.options import MOST_PICTURES, Options, given_settings
+from fluxjax.sample.given_options import MOST_PICTURES, given_settings
+from fluxjax.sample.options import Options
 from fluxjax.sample.prompts_file import Line
 from fluxjax.sample.settings import Settings, override
 from fluxjax.sample.sources import absolute_lora

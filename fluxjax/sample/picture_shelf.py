@@ -11,8 +11,9 @@ from fluxjax.atomic_write import write_new
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
 from fluxjax.sample.file_names import file_name
+from fluxjax.sample.given_options import destination
 from fluxjax.sample.opened_model import OpenedModel
-from fluxjax.sample.options import Options, destination
+from fluxjax.sample.options import Options
 from fluxjax.sample.parameters_line import parameters_text
 from fluxjax.sample.picture_formats import encode_picture
 from fluxjax.sample.picture_jobs import Job
