@@ -114,8 +114,8 @@ def test_published_configs(shared):
 
     assert read_config(shared / "checkpoints/FLUX.1-dev") == DEV
     assert read_config(shared / "checkpoints/FLUX.1-schnell") == SCHNELL
-    with pytest.raises(ConfigError, match="StableDiffusionPipeline"):
-        read_config(shared / "checkpoints/stable-diffusion-v1-5")
+    with pytest.raises(ConfigError, match="StableDiffusion3Pipeline"):
+        read_config(shared / "checkpoints/stable-diffusion-3-medium-diffusers")
 
 
 @pytest.mark.parametrize(

@@ -421,5 +421,5 @@ def test_a_pipeline_on_one_cpu_converts_by_tiles(tiny):
 def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="one of int8, fp8, nf4"):
         fluxjax.load_pipeline("tiny", quantise="int3")
-    with pytest.raises(ConfigError, match="quantise is for transformer, text_encoder"):
+    with pytest.raises(ConfigError, match="quantise is for transformer, unet, text_encoder"):
         fluxjax.load_pipeline("tiny", quantise="vae=int8")
