@@ -142,7 +142,7 @@ def test_swapped_folders_are_told(tmp_path, forms):
         ("tokenizer_config.json", '{"model_max_length": 0}'),
         ("tokenizer_config.json", '{"extra_ids": 1000000000}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
-        ("tokenizer_config.json", '{"eos_token": {"no": 1}}'),
+        ("special_tokens_map.json", '{"eos_token": {"no": 1}}'),
         ("tokenizer_config.json", "[" * 100000),
         ("tokenizer.json", '{"model": 3}'),
         ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": [["a", "b"]]}}'),
