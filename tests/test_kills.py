@@ -37,7 +37,8 @@ def test_a_killed_export_leaves_the_old_or_the_new(server: Server, tmp_path):  #
     with StateStore(run / "checkpoints") as store:
         for step in (1, 2):
             tree = init_lora(jax.random.key(step), abstract_params(TINY.transformer), recipe.lora)
-            store.save(step, init_state(split_scales(tree)[0], optax.sgd(1.0)))
+            trained = {"transformer": split_scales(tree)[0]}
+            store.save(step, init_state(trained, optax.sgd(1.0)))
     whole = [export_run(run, step=step, out=out).read_bytes() for step in (1, 2)]
     chance, part, amid = random.Random(0), out.with_name(f".{out.name}.part"), 0
     for number in range(40):

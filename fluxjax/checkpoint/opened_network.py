@@ -19,6 +19,7 @@ from fluxjax.checkpoint.templates import abstract_params, kept_template, quantis
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.config import ConfigError
 from fluxjax.networks import by_component, network_of
+from fluxjax.networks.network import Network
 from fluxjax.networks.tables import Table
 from fluxjax.quantised_kinds import KEEP, NONE
 
@@ -101,8 +102,7 @@ def make_network(
                 config = getattr(config, network.parts[component])
             network = by_component(component)
             dialect = network.dialects[0]
-        told = type(config) is network.config  # in which folder a pipeline may keep this kind
-        if component and network.component != component and not told:
+        if component and not _may_hold(component, network, config):
             wanted = by_component(component).words
             raise ConfigError(
                 f"expected the {wanted}, but these are tensors of the {network.words}"
@@ -136,6 +136,15 @@ def make_network(
     dropped = tuple(sorted(set(ignored) - set(kept)))
     component = component or network.component
     return OpenNetwork(component, config, published, record, dialect.name, where, dropped)
+
+
+def _may_hold(component: str, network: Network, config: Any) -> bool:
+    """Whether a pipeline keeps such a network in this folder: text encoders, whose kind its
+    configuration tells, in any of those for text encoders."""
+    if network.component == component:
+        return True
+    numbered = (re.sub(r"_\d$", "", name) for name in (network.component, component))
+    return type(config) is network.config and len(set(numbered)) == 1
 
 
 def _check_record(

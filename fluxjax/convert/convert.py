@@ -131,7 +131,7 @@ def plan(
             f"{destination} is named like a single file, but {len(networks)} network(s) as "
             f"{form} make a folder; only --to bfl of one network is a file"
         )
-    if form == "bfl" and len(networks) > 1:
+    if form == "bfl" and _is_pipeline(source):
         _require_own_files(source, networks)
     copies = {} if single_file else _copies(source)
     widened = {} if single_file else _without_old_configs(copies, plain, networks)
