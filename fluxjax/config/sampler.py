@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fluxjax.config.base import ConfigError, check_types, from_dict, in_range, require
+from fluxjax.config.base import check_types, in_range, require
 from fluxjax.config.choices import MAX_STEPS, Respacing, Spacing
 
 SamplerClass = Literal[
@@ -274,18 +273,3 @@ DEFAULTS: Mapping[SamplerClass, Mapping[str, Any]] = {
     # In diffusers without a dynamic shift and other spacings: here it steps along Euler's levels.
     "FlowMatchHeunDiscreteScheduler": _FLOW_LEVELS,
 }
-
-
-def sampler_config(values: Mapping[str, Any], sampler: str | None = None) -> SamplerConfig:
-    """Of the values of a scheduler_config.json, as `sampler` reads them or the class it names.
-
-    Raises ConfigError for a class that is not known, and for what no sampler has.
-    """
-    name = values.get("_class_name") if sampler is None else sampler
-    if name not in DEFAULTS:
-        raise ConfigError(
-            f"{str(name)[:100]!r} is no sampler here: there are {', '.join(DEFAULTS)}"
-        )
-    known = {field.name for field in dataclasses.fields(SamplerConfig)} - {"sampler"}
-    given = {key: value for key, value in values.items() if key in known}
-    return from_dict(SamplerConfig, {**given, "sampler": name})
