@@ -249,5 +249,5 @@ def test_what_no_sampler_can_do_is_said(values, asked, words):
 def test_another_scheduler_is_named(tmp_path):
     file = tmp_path / "scheduler_config.json"
     file.write_text('{"_class_name": "KarrasVeScheduler"}')
-    with pytest.raises(ConfigError, match="scheduler_config.json is of KarrasVeScheduler"):
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json is of KarrasVeScheduler"):
         read_config_json(SamplerConfig, file)

@@ -156,7 +156,7 @@ def test_labels_follow_the_picture_not_the_wording():
 
 def test_tokens_are_asked_about_the_object_they_name(trained):
     folder, _ = trained
-    drawn = stages.draw(SETTINGS, 3, 400, typos=0.2)
+    drawn = stages.draw(SETTINGS, 3, 400)
     encodings = load_t5_tokenizer(folder / "tokenizer_2").backend.encode_batch(drawn.texts)
     answers = objectives.scene_labels(drawn.scenes, drawn.captions)
     labels = objectives.token_labels(

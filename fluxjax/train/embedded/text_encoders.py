@@ -93,14 +93,13 @@ def draw(
     *,
     held_out: bool = False,
     manner: str | None = None,
-    typos: float = 0.0,
 ) -> Drawn:
     """`n` scenes and captions, in all of phrasing.MANNERS or one; a seed draws the same ones."""
     scenes = sample_scenes(
         jax.random.key(seed), n, width=settings.width, height=settings.height, held_out=held_out
     )
     rng = np.random.default_rng(seed)
-    typed = [vary(c, rng, typos=typos) for c in captions(scenes, seed, manner)]
+    typed = [vary(c, rng, typos=0.0) for c in captions(scenes, seed, manner)]
     return Drawn(scenes, typed, [c.text for c in typed])
 
 
