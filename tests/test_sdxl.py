@@ -15,6 +15,7 @@ OURS = {"steps": 4, "seed": 3, "guidance": 4.0}
 THEIRS = {"num_inference_steps": 4, "guidance_scale": 4.0}
 SIZE = {"width": 40, "height": 56}
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
@@ -61,7 +62,6 @@ def test_sizes_are_told_and_the_second_prompt_is_read(base):
         fluxjax.load_pipeline("tiny")("a star", original_size=(64, 64))
 
 
-@pytest.mark.slow
 def test_the_refiner_hears_how_beautiful_it_is(shared, tmp_path):
     """One text encoder, in the second's folder."""
     kind = diffusers.StableDiffusionXLImg2ImgPipeline

@@ -17,10 +17,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tyro
 
-    from fluxjax.sample.given_options import check
     from fluxjax.sample.options import Options
 
     options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
+    from fluxjax.sample.given_options import check
+
     check(options)
     # JAX, and all else, is imported only for what can be drawn.
     from fluxjax.parallel.hosts import joined_hosts
