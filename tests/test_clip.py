@@ -30,7 +30,8 @@ from fluxjax.config import (
     CLIPVisionConfig,
     ConfigError,
 )
-from fluxjax.models.clip import CLIPModel, CLIPTextModel, CLIPVisionModel
+from fluxjax.models.clip import CLIPTextModel
+from fluxjax.models.clip_vision import CLIPModel, CLIPVisionModel
 from fluxjax.models.names import flatten
 from fluxjax.models.stacking import stack_layers
 

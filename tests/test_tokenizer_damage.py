@@ -14,12 +14,11 @@ import pytest
 from fluxjax.config import TINY as TINY_CONFIG
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.text import tokenizers
+from fluxjax.text.sentencepiece_file import check_charsmap, read_sentencepiece
 from fluxjax.text.tokenizers import (
     _WHOLE_MAPS,
-    check_charsmap,
     load_clip_tokenizer,
     load_t5_tokenizer,
-    read_sentencepiece,
     undamaged,
 )
 from fluxjax.train.encoders import folder_encoders

@@ -21,6 +21,7 @@ from fluxjax.checkpoint.component_json import (
 )
 from fluxjax.config import ConfigError, FluxPipelineConfig, PipelineConfig
 from fluxjax.config.base import kind_of
+from fluxjax.config.flux_pipeline import require_flux
 from fluxjax.json_input import parse_json, read_json
 from fluxjax.networks import Config, network_of
 
@@ -95,10 +96,7 @@ def read_config(folder: Path) -> PipelineConfig:
 
 def read_flux(folder: Path) -> FluxPipelineConfig:
     """`read_config` where it must be FLUX.1. Raises ConfigError for another family."""
-    config = read_config(folder)
-    if isinstance(config, FluxPipelineConfig):
-        return config
-    raise ConfigError(f"{folder} is a {config.class_name}, and this is for FLUX.1 alone")
+    return require_flux(read_config(folder), folder)
 
 
 def write_config(folder: Path, config: PipelineConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fluxjax.config.base import check_types, in_range, positive, require
 
@@ -32,27 +33,31 @@ class AutoencoderConfig:
     """A 1 x 1 convolution before the decoder."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        in_range(self, 1, 16, "in_channels", "out_channels")
-        positive(self, "latent_channels", "norm_num_groups")
-        in_range(self, 1, 16, "layers_per_block")
-        require(
-            self.scaling_factor > 0,
-            f"AutoencoderConfig.scaling_factor must be positive, got {self.scaling_factor}",
-        )
-        require(
-            1 <= len(self.block_out_channels) <= 6
-            and all(
-                0 < c <= 2**14 and c % self.norm_num_groups == 0 for c in self.block_out_channels
-            ),
-            "AutoencoderConfig.block_out_channels must be 1 to 6 numbers that each divide by "
-            f"norm_num_groups={self.norm_num_groups}, got {_shown(self.block_out_channels)}",
-        )
+        require_levels(self)
 
     @property
     def scale(self) -> int:
         """Pixels per latent along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+def require_levels(config: Any) -> None:
+    """Raises ConfigError for numbers that no KL autoencoder has, of pictures or of clips."""
+    name, groups = type(config).__name__, config.norm_num_groups
+    check_types(config)
+    in_range(config, 1, 16, "in_channels", "out_channels")
+    positive(config, "latent_channels", "norm_num_groups")
+    in_range(config, 1, 16, "layers_per_block")
+    require(
+        config.scaling_factor > 0,
+        f"{name}.scaling_factor must be positive, got {config.scaling_factor}",
+    )
+    channels = config.block_out_channels
+    require(
+        1 <= len(channels) <= 6 and all(0 < c <= 2**14 and c % groups == 0 for c in channels),
+        f"{name}.block_out_channels must be 1 to 6 numbers that each divide by "
+        f"norm_num_groups={groups}, got {_shown(channels)}",
+    )
 
 
 def _shown(channels: tuple[int, ...]) -> str:

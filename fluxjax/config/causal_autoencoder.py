@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fluxjax.config.base import check_types, in_range, positive, require
+from fluxjax.config.autoencoder import require_levels
+from fluxjax.config.base import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +33,7 @@ class CausalAutoencoderConfig:
     """Frames per latent after the first: the last resolutions but one halve it."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        in_range(self, 1, 16, "in_channels", "out_channels")
-        positive(self, "latent_channels", "norm_num_groups")
-        in_range(self, 1, 16, "layers_per_block")
-        require(
-            self.scaling_factor > 0,
-            f"CausalAutoencoderConfig.scaling_factor must be positive, got {self.scaling_factor}",
-        )
-        require(
-            1 <= len(self.block_out_channels) <= 6
-            and all(
-                0 < c <= 2**14 and c % self.norm_num_groups == 0 for c in self.block_out_channels
-            ),
-            "CausalAutoencoderConfig.block_out_channels must be 1 to 6 numbers that each divide by "
-            f"norm_num_groups={self.norm_num_groups}, got {self.block_out_channels[:8]}",
-        )
+        require_levels(self)
         ratios = [2**i for i in range(len(self.block_out_channels))]
         for name in ("spatial_compression_ratio", "temporal_compression_ratio"):
             require(

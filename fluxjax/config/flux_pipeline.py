@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fluxjax.config.autoencoder import AutoencoderConfig
-from fluxjax.config.base import require
+from fluxjax.config.base import ConfigError, require
 from fluxjax.config.clip import CLIPTextConfig
 from fluxjax.config.flux import FluxConfig
 from fluxjax.config.latents import PATCH
@@ -79,6 +79,13 @@ class FluxPipelineConfig(PipelineConfig):
                 f"{model}: the transformer's {name} is {reads}, and in a text-to-image model the "
                 f"other networks give {given}",
             )
+
+
+def require_flux(config: PipelineConfig, model: object) -> FluxPipelineConfig:
+    """`config` where it is FLUX.1's. Raises ConfigError, which names `model`, for another one."""
+    if isinstance(config, FluxPipelineConfig):
+        return config
+    raise ConfigError(f"{model} is a {config.class_name}, and this is for FLUX.1 alone")
 
 
 def published_defaults(transformer: FluxConfig, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from fluxjax.config.scheduler import SchedulerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineConfig:
+class PipelineConfig(ABC):
     """What all families share. Each has a class of its own, whose fields are its networks, called
     as their folders are; None where a pipeline comes without one.
     """
@@ -71,9 +72,9 @@ class PipelineConfig:
         return tuple(name for name in self.networks if name.startswith("text_encoder"))
 
     @property
+    @abstractmethod
     def own_sampler(self) -> str:
         """A name of `fluxjax.schedules.samplers`, or of diffusers."""
-        raise NotImplementedError
 
     @property
     def unit(self) -> int:
@@ -92,17 +93,17 @@ class PipelineConfig:
         multiple("height", height, self.unit)
 
     @property
+    @abstractmethod
     def class_name(self) -> str:
         """The class that model_index.json names."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def published(cls, parts: dict[str, Any], name: str) -> PipelineConfig:
         """Of these networks and this scheduler, with their published defaults; `name` is that of
         the folder or file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def require_whole(self, model: object, *, text_alone: bool = False) -> None:
         """Raises ConfigError, which names `model`, unless the networks belong together;
         `text_alone`: and need no picture besides text and noise."""
-        raise NotImplementedError

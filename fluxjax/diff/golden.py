@@ -15,10 +15,10 @@ from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import ConfigError
 from fluxjax.diff import (
-    golden_clip_autoencoders,
     golden_flux,
     golden_hunyuan_video,
     golden_open_sora,
+    golden_video_autoencoders,
 )
 from fluxjax.diff.recordings import Arrays, Recording, parse, read_recording
 from fluxjax.diff.report import Report, Row
@@ -33,9 +33,9 @@ CHECKS: Mapping[str, Callable[[Recording, Mesh | None], Checked]] = {
 }
 """By what a recording says that it is of."""
 AUTOENCODER_CHECKS: Mapping[str, Callable[[Recording, Mesh | None], Checked]] = {
-    "AutoencoderKLHunyuanVideo": golden_clip_autoencoders.check_diffusers,
-    "hunyuan_vae": golden_clip_autoencoders.check_open_sora,
-    "dc_ae": golden_clip_autoencoders.check_dc,
+    "AutoencoderKLHunyuanVideo": golden_video_autoencoders.check_diffusers,
+    "hunyuan_vae": golden_video_autoencoders.check_open_sora,
+    "dc_ae": golden_video_autoencoders.check_dc,
 }
 """Of autoencoders of clips, which several families share: by the recorded network."""
 TABLE_CHECKS: Mapping[str, Callable[[Path, Mapping[str, Any]], Checked]] = {

@@ -80,27 +80,12 @@ class GroupNorm(nn.Module):
         return (y * gain + offset).astype(self.dtype)
 
 
-class _Layer(nn.Module):
-    """Fields shared by the networks below, and their leaves."""
+class Layer(nn.Module):
+    """What layers of KL autoencoders share, of pictures and of clips: fields, and their leaves."""
 
-    config: AutoencoderConfig
+    config: Any
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-
-    def conv(
-        self, features: int, size: int, name: str | None, *, stride: int = 1, padding=None
-    ) -> nn.Conv:
-        edge = size // 2
-        return nn.Conv(
-            features,
-            (size, size),
-            strides=stride,
-            padding=padding or ((edge, edge), (edge, edge)),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=own_precision(self.dtype),
-            name=name,
-        )
 
     def norm(self, name: str | None) -> GroupNorm:
         return GroupNorm(self.config.norm_num_groups, self.dtype, self.param_dtype, name=name)
@@ -116,6 +101,25 @@ class _Layer(nn.Module):
 
     def part(self, cls, *args, name: str):
         return cls(self.config, self.dtype, self.param_dtype, *args, name=name)
+
+
+class _Layer(Layer):
+    config: AutoencoderConfig
+
+    def conv(
+        self, features: int, size: int, name: str | None, *, stride: int = 1, padding=None
+    ) -> nn.Conv:
+        edge = size // 2
+        return nn.Conv(
+            features,
+            (size, size),
+            strides=stride,
+            padding=padding or ((edge, edge), (edge, edge)),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=own_precision(self.dtype),
+            name=name,
+        )
 
 
 class ResnetBlock(_Layer):

@@ -16,31 +16,12 @@ from jaxtyping import Array, Float
 
 from fluxjax.config import CausalAutoencoderConfig
 from fluxjax.models.attention import dot_product_attention
-from fluxjax.models.autoencoder import Dtype, GroupNorm, Posterior
+from fluxjax.models.autoencoder import Layer, Posterior
 from fluxjax.models.products import own_precision
 
 
-class _Layer(nn.Module):
-    """Fields shared by the networks below, and their leaves."""
-
+class _Layer(Layer):
     config: CausalAutoencoderConfig
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-
-    def norm(self, name: str) -> GroupNorm:
-        return GroupNorm(self.config.norm_num_groups, self.dtype, self.param_dtype, name=name)
-
-    def linear(self, features: int, name: str) -> nn.Dense:
-        return nn.Dense(
-            features,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=own_precision(self.dtype),
-            name=name,
-        )
-
-    def part(self, cls, *args, name: str):
-        return cls(self.config, self.dtype, self.param_dtype, *args, name=name)
 
 
 class CausalConv(_Layer):
@@ -202,7 +183,7 @@ class CausalAutoencoder(nn.Module):
     """`encode` and `decode`; latents are unscaled, see `config.latent_factor`.
 
     Source: diffusers `models/autoencoders/autoencoder_kl_hunyuan_video.py`; long and large clips go
-    through `models.clip_tiles`.
+    through `models.video_tiles`.
     """
 
     config: CausalAutoencoderConfig

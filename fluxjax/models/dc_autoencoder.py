@@ -301,7 +301,7 @@ class DCAutoencoder(nn.Module):
     """`encode` and `decode`; latents are unscaled, see `config.latent_factor`.
 
     Source: hpcaitech/Open-Sora `opensora/models/dc_ae/models/dc_ae.py`; long and large clips go
-    through `models.clip_tiles`.
+    through `models.video_tiles`.
     """
 
     config: DCAutoencoderConfig

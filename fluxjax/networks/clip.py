@@ -173,13 +173,13 @@ def _text_module() -> type:
 
 
 def _vision_module() -> type:
-    from fluxjax.models.clip import CLIPVisionModel
+    from fluxjax.models.clip_vision import CLIPVisionModel
 
     return CLIPVisionModel
 
 
 def _module() -> type:
-    from fluxjax.models.clip import CLIPModel
+    from fluxjax.models.clip_vision import CLIPModel
 
     return CLIPModel
 

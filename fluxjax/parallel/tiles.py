@@ -14,7 +14,7 @@ from fluxjax.shapes import Params
 
 def tiles_on(mesh: Mesh | None, params: Params) -> tuple[Params, dict[str, Any]]:
     """The parameters on every device of `mesh`, and how many tiles run together and what puts them
-    there: the options of `models.tiled_decode` and `models.clip_tiles`.
+    there: the options of `models.tiled_decode` and `models.video_tiles`.
 
     Without a mesh the parameters as they are, and one tile after the other. Each of several
     processes works for itself, on its own devices.

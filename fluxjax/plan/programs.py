@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from fluxjax.checkpoint.templates import abstract_params, in_dtype, quantised_template
 from fluxjax.config import ConfigError, FluxPipelineConfig, LoraConfig, PipelineConfig
+from fluxjax.config.flux_pipeline import require_flux
 from fluxjax.families import FLUX, Task, family_of
 from fluxjax.models.attention import auto_attention
 from fluxjax.models.compilation import IN_LOOPS, compiler_options
@@ -72,9 +73,7 @@ def compile_plan(options: Options, config: PipelineConfig, say: Say) -> Placed:
         )
     if options.task == "sample":
         return _sampling(options, config, mesh, say)
-    if not isinstance(config, FluxPipelineConfig):
-        raise ConfigError(f"{options.model} is a {config.class_name}; FLUX.1 alone is trained")
-    return _training(options, config, mesh, say)
+    return _training(options, require_flux(config, options.model), mesh, say)
 
 
 def _spec(mesh: Mesh, shape: tuple[int, ...], dtype: Any, rows: bool = True) -> Any:

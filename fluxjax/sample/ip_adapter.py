@@ -87,9 +87,8 @@ class ImagePrompter:
         modules = [network_of(one.config).build(one.config, **types) for one in self.networks]
         keys, values = map(np.asarray, _attended(*modules, *self._params, seen))
         many = len(given.ip_images)
-        parts = [range(many), [many] * many][
-            :passes
-        ]  # as many tokens; repeated they weigh the same
+        # The negative pass has as many tokens: one picture, repeated, weighs the same.
+        parts = (range(many), [many] * many)[:passes]
         return ImagePrompts(
             tuple((_joined(keys, part), _joined(values, part)) for part in parts),
             self.scales(settings),

@@ -94,9 +94,12 @@ def random_mask_items(digest: str, name: str, size: tuple[int, int], settings: D
 
 
 def canny_item(
-    digest: str, name: str, read: Callable[[], np.ndarray], size: tuple[int, int],
+    digest: str,
+    name: str,
+    read: Callable[[], np.ndarray],
+    size: tuple[int, int],
     thresholds: tuple[int, int],
-) -> Item:  # fmt: skip
+) -> Item:
     """The edges of one picture; `read` gives it at its size, in [-1, 1]."""
     edges = hashlib.sha256(f"{thresholds} {digest}".encode()).hexdigest()
     made = partial(_edges, read, size, thresholds)

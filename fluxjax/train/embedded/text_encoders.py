@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from fluxjax.checkpoint.pipeline_folder import save_params
 from fluxjax.config import CLIPVisionConfig, FluxPipelineConfig
-from fluxjax.models.clip import CLIPTextModel, CLIPVisionModel
+from fluxjax.models.clip import CLIPTextModel
+from fluxjax.models.clip_vision import CLIPVisionModel
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train.embedded.phrasing import Caption, captions, vary

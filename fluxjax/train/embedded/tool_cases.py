@@ -146,10 +146,12 @@ def _judge_edit(cases: Cases, i: int, drawn: Picture, rebuilt: Picture) -> Verdi
     ground = (first, second if after.split else first)
     same_ground = reading.split == int(after.split) and reading.background == ground
     right = {
-        field: [o is not None and getattr(o, field) == int(getattr(after, field)[j])
-                for j, o in enumerate(found)]
+        field: [
+            o is not None and getattr(o, field) == int(getattr(after, field)[j])
+            for j, o in enumerate(found)
+        ]
         for field in ("colour", "shape", "size")
-    }  # fmt: skip
+    }
     all_there = len(reading.objects) == count and None not in found
     if edit.change == "removal":
         asked = len(reading.objects) == count and not any(
@@ -161,12 +163,16 @@ def _judge_edit(cases: Cases, i: int, drawn: Picture, rebuilt: Picture) -> Verdi
         kept = all_there and all(all(marks) for marks in right.values())
     else:
         asked = all(right[edit.change][j] for j in changed)
-        kept = same_ground and all_there and all(
-            marks[j]
-            for field, marks in right.items()
-            for j in range(count)
-            if not (j in changed and field == edit.change)
-        )  # fmt: skip
+        kept = (
+            same_ground
+            and all_there
+            and all(
+                marks[j]
+                for field, marks in right.items()
+                for j in range(count)
+                if not (j in changed and field == edit.change)
+            )
+        )
     return Verdict(asked, kept)
 
 

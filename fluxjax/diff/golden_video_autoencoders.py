@@ -16,7 +16,7 @@ from fluxjax.config.tiling import WHOLE, Tiles, Tiling
 from fluxjax.diff.recordings import Arrays, Recording
 from fluxjax.diff.report import Row
 from fluxjax.models.causal_autoencoder import posterior
-from fluxjax.models.clip_tiles import decode_tiled, encode_tiled
+from fluxjax.models.video_tiles import decode_tiled, encode_tiled
 from fluxjax.networks import network_of
 from fluxjax.parallel.tiles import tiles_on
 

@@ -9,9 +9,9 @@ import pytest
 
 from fluxjax.config import CausalAutoencoderConfig, ConfigError
 from fluxjax.config.tiling import OPEN_SORA, TENCENT, WHOLE, Tiles, Tiling
-from fluxjax.models import clip_tiles
+from fluxjax.models import video_tiles
 from fluxjax.models.causal_autoencoder import CausalAutoencoder
-from fluxjax.models.clip_tiles import decode_groups, decode_tiled, encode_tiled
+from fluxjax.models.video_tiles import decode_groups, decode_tiled, encode_tiled
 from fluxjax.parallel.mesh import make_mesh
 from fluxjax.parallel.tiles import tiles_on
 
@@ -43,7 +43,7 @@ def copying(monkeypatch):
         calls.append(arguments[3].shape)
         return model(*arguments)
 
-    monkeypatch.setattr(clip_tiles, "_run", run)
+    monkeypatch.setattr(video_tiles, "_run", run)
     return model, calls
 
 
@@ -82,7 +82,7 @@ def test_a_neighbour_fades_into_a_tile(copying, monkeypatch):
     model, _ = copying
     worth = iter(range(9))
     monkeypatch.setattr(
-        clip_tiles, "_run", lambda *given: model(*given[:3], given[3] * 0 + next(worth))
+        video_tiles, "_run", lambda *given: model(*given[:3], given[3] * 0 + next(worth))
     )
     line = decode_tiled(model, 1.0, latents(1, 1, 9), Tiling(rows=SMALL, columns=SMALL))[0, 0, 0]
     expected = [0] * 12 + [0, 0.25, 0.5, 0.75] + [1] * 8 + [1, 1.25, 1.5, 1.75] + [2] * 8
