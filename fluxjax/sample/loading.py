@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from fluxjax.checkpoint.lora.changes import Adapter
-from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import (
-    adapter_defaults,
     read_config,
     tokenizer_of,
 )
@@ -27,7 +23,7 @@ from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
 from fluxjax.json_input import read_json
-from fluxjax.models.lora import adapt, combine_loras
+from fluxjax.models.lora import adapt
 from fluxjax.models.names import flatten
 from fluxjax.models.quantised import Quantised
 from fluxjax.models.stacking import scan_by_default
@@ -40,6 +36,7 @@ from fluxjax.parallel.sequence import AXIS, Layout, attention_over
 from fluxjax.quantised_kinds import KEEP, LOADED
 from fluxjax.sample.controls import given_controlnets, open_controlnets
 from fluxjax.sample.ip_adapter import given_ip_adapter, open_ip_adapter
+from fluxjax.sample.loaded_loras import low_rank_of, scaled_lora, with_loras
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.quantise_option import parse_quantise
@@ -49,7 +46,6 @@ from fluxjax.sample.sources import Sources, absolute
 from fluxjax.shapes import Params
 from fluxjax.text.tokenizers import PromptTokenizer, load_tokenizer
 
-LowRank = list[tuple[dict[str, Adapter], float]]
 _TEXT_COMPONENTS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
 
 
@@ -124,17 +120,8 @@ def load_pipeline(
     else:
         family, networks, config, tokenizers = _of_folder(path)
     kinds = parse_quantise(quantise)
-    scaled = [_scaled(lora) for lora in loras]
-    low_rank: LowRank = []
-    if loras:
-        networks, low_rank, defaults = _adapted(networks, scaled, config.denoiser)
-        parts: dict[str, Any] = {name: networks[name].config for name in config.networks}
-        before, config = config, replace(config, **parts)
-        if config.class_name != before.class_name:  # a control LoRA, the only kind that widens
-            names = " ".join(str(file) for file, _ in scaled)
-            kept = ("scheduler", "max_sequence_length", "steps", "width", "height")
-            own = {name: getattr(config, name) for name in kept}
-            config = config.published(parts | own | defaults, names)
+    scaled = [scaled_lora(lora) for lora in loras]
+    networks, config, low_rank = with_loras(networks, config, scaled)
     config.require_whole(path)
     denoiser = config.networks[config.denoiser]
     if stream and scan_layers is False:
@@ -151,40 +138,14 @@ def load_pipeline(
     for name in map(tokenizer_of, config.text_encoders):
         if not (tokenizers / name).is_dir():
             raise FileNotFoundError(f"{tokenizers} is not a whole model: {name} is missing")
-    if mesh is None and jax.process_count() > 1:
-        mesh = ""
-    if isinstance(mesh, str | MeshShape):
-        mesh = make_mesh(mesh)
+    beside = "a ControlNet" if controlnets else "an IP-Adapter" if ip_adapter else ""
+    mesh = _opened_mesh(mesh, denoiser, sequence, beside)
     if mesh is not None and (offload or stream):
         raise ConfigError("offload and stream are for one device: give them or a mesh")
-    if mesh is not None:  # heads that ulysses cannot split are a mistake now
-        split = network_of(denoiser).token_split
-        if split is not None:
-            layout = Layout(1, 1, mesh.shape[AXIS])
-            attention_over(layout, split.heads(denoiser), sequence, "auto")
-        elif mesh.shape[AXIS] > 1:
-            raise ConfigError(
-                f"the tokens of a {network_of(denoiser).words} are not split: give a mesh without "
-                "sequence"
-            )
-        beside = "a ControlNet" if controlnets else "an IP-Adapter"
-        if (controlnets or ip_adapter) and mesh.shape[AXIS] > 1:
-            raise ConfigError(
-                f"{beside} takes whole pictures, and {AXIS}={mesh.shape[AXIS]} splits their "
-                "tokens: use data, fsdp or tensor"
-            )
-    slots = None
-    if lora_slots:
-        if loras:
-            raise ConfigError("lora_slots do not go with loras: choose those by call too")
-        places = None if mesh is None else partial(_slot_places, config, mesh)
-        adapted = {name: config.networks[name] for name in (config.denoiser, *config.text_encoders)}
-        templates = {
-            name: abstract_params(one, stacked=_stacked(one, scan_layers))
-            for name, one in adapted.items()
-        }
-        slots = LoraSlots(templates, lora_slots, places)
-    lora = _tree(low_rank, config, scan_layers)
+    if lora_slots and loras:
+        raise ConfigError("lora_slots do not go with loras: choose those by call too")
+    slots = _slots(lora_slots, config, scan_layers, mesh) if lora_slots else None
+    lora = low_rank_of(low_rank, denoiser, _stacked(denoiser, scan_layers))
     prior = None
     if redux is not None and family is not FLUX:
         raise ConfigError(f"FLUX.1 Redux is heard by FLUX.1 alone, and {path} is another model")
@@ -237,6 +198,45 @@ def load_pipeline(
     )
     pipeline.notes += notes
     return pipeline
+
+
+def _opened_mesh(
+    mesh: Mesh | MeshShape | str | None, denoiser: Any, sequence: SequenceAttention, beside: str
+) -> Mesh | None:
+    """The devices that are asked for; with several processes all of them, where nothing is said.
+
+    `beside`: what takes whole pictures. Raises ConfigError for tokens that cannot be split so.
+    """
+    if mesh is None and jax.process_count() > 1:
+        mesh = ""
+    if isinstance(mesh, str | MeshShape):
+        mesh = make_mesh(mesh)
+    if mesh is None or mesh.shape[AXIS] == 1:
+        return mesh
+    network = network_of(denoiser)
+    if network.token_split is None:
+        raise ConfigError(
+            f"the tokens of a {network.words} are not split: give a mesh without sequence"
+        )
+    # Heads that ulysses cannot split are a mistake now.
+    layout = Layout(1, 1, mesh.shape[AXIS])
+    attention_over(layout, network.token_split.heads(denoiser), sequence, "auto")
+    if beside:
+        raise ConfigError(
+            f"{beside} takes whole pictures, and {AXIS}={mesh.shape[AXIS]} splits their tokens: "
+            "use data, fsdp or tensor"
+        )
+    return mesh
+
+
+def _slots(rank: int, config: PipelineConfig, scan_layers: bool, mesh: Mesh | None) -> LoraSlots:
+    places = None if mesh is None else partial(_slot_places, config, mesh)
+    adapted = {name: config.networks[name] for name in (config.denoiser, *config.text_encoders)}
+    templates = {
+        name: abstract_params(one, stacked=_stacked(one, scan_layers))
+        for name, one in adapted.items()
+    }
+    return LoraSlots(templates, rank, places)
 
 
 def _slot_places(config: PipelineConfig, mesh: Mesh, component: str, lora: Params) -> Params:
@@ -355,48 +355,6 @@ def _held(
                 f"{kind}: try another --quantise"
             )
     return held, notes
-
-
-def _scaled(lora: str | Path | tuple[str | Path, float]) -> tuple[str | Path, float]:
-    if isinstance(lora, tuple):
-        return lora
-    return split_scale(lora) if isinstance(lora, str) else (lora, 1.0)
-
-
-def _adapted(
-    networks: dict[str, OpenNetwork], loras: Sequence[tuple[str | Path, float]], denoiser: str
-) -> tuple[dict[str, OpenNetwork], LowRank, dict[str, Any]]:
-    """All that adapters change other than by low-rank products in the denoiser's layers, merged;
-    those products, which are computed beside the weights; and how they say to be sampled."""
-    from fluxjax.checkpoint.lora.merge import Scaled, adaptable, merge
-    from fluxjax.checkpoint.lora.reader import read_adapters, split_low_rank
-
-    templates = adaptable(networks)
-    low_rank: LowRank = []
-    merged: dict[str, list[Scaled]] = {name: [] for name in templates}
-    defaults: dict[str, Any] = {}
-    for file, strength in loras:
-        found = read_adapters(find(file, "lora"), templates)
-        defaults |= adapter_defaults(file, found.metadata)
-        for name, changes in found.changes.items():
-            others = changes
-            if name == denoiser:
-                adapters, others = split_low_rank(changes, templates[name])
-                low_rank.append((adapters, strength))
-            merged[name].append((others, strength))
-    # In float32: to what the pipeline computes in, weights are cast when they are loaded.
-    changed = {n: merge(networks[n], mine, dtype=np.float32) for n, mine in merged.items()}
-    return networks | changed, low_rank, defaults
-
-
-def _tree(low_rank: LowRank, config: PipelineConfig, stacked: bool) -> Params | None:
-    if not any(adapters for adapters, _ in low_rank):
-        return None
-    from fluxjax.checkpoint.lora.reader import low_rank_tree
-
-    denoiser = config.networks[config.denoiser]
-    template = abstract_params(denoiser, stacked=_stacked(denoiser, stacked))
-    return combine_loras([(low_rank_tree(a, template), scale) for a, scale in low_rank if a])
 
 
 def _stacked(config: Any, scan_layers: bool) -> bool:
