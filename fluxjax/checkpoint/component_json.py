@@ -59,8 +59,8 @@ def pipeline_class(folder: Path) -> type[PipelineConfig]:
             return config
     what = f"a {str(name)[:100]}" if name else "a pipeline without a name"
     raise ConfigError(
-        f"{folder} holds {what}, which fluxjax cannot read yet, not a FLUX.1 or Stable "
-        "Diffusion pipeline"
+        f"{folder} holds {what}, which fluxjax cannot read yet, not a FLUX.1, Stable "
+        "Diffusion or Open-Sora pipeline"
     )
 
 
@@ -122,23 +122,25 @@ def _names(values: dict[str, Any], path: Path) -> tuple[str, str]:
     return found["_class_name"], found["model_type"]
 
 
-def read_config_json(cls: type, path: Path) -> Any:
-    """The dataclass `cls` of a config.json; of a whole CLIP's, the part that is asked for.
+def read_config_json(cls: type | tuple[type, ...], path: Path) -> Any:
+    """The dataclass `cls`, or one of several, of a config.json; of a whole CLIP's, the part that is
+    asked for.
 
     Raises FileNotFoundError; ConfigError for another network, naming both, and for values that no
     network of ours has.
     """
-    values, form = read_json(path), _FORMS[cls]
+    values, kinds = read_json(path), cls if isinstance(cls, tuple) else (cls,)
     name, kind = _names(values, path)
-    if name in form.class_names or (not name and kind in (*form.model_types, "")):
-        return parse_config(cls, values, path)
-    config = network_config(values, path) if cls in NETWORKS else None
+    for one in kinds:
+        form = _FORMS[one]
+        if name in form.class_names or (not name and kind in (*form.model_types, "")):
+            return parse_config(one, values, path)
+    config = network_config(values, path) if kinds[0] in NETWORKS else None
     for part in NETWORKS[type(config)].parts.values() if config is not None else ():
-        if type(getattr(config, part)) is cls:
+        if type(getattr(config, part)) in kinds:
             return getattr(config, part)
-    raise ConfigError(
-        f"{path} is of {(name or kind)[:100]}, expected {' or '.join(form.class_names)}"
-    )
+    expected = [known for one in kinds for known in _FORMS[one].class_names]
+    raise ConfigError(f"{path} is of {(name or kind)[:100]}, expected {' or '.join(expected)}")
 
 
 def parse_config(cls: type, values: dict[str, Any], path: Path) -> Any:

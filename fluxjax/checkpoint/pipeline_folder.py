@@ -20,7 +20,7 @@ from fluxjax.checkpoint.component_json import (
     write_json,
 )
 from fluxjax.config import ConfigError, FluxPipelineConfig, PipelineConfig
-from fluxjax.config.base import kind_of
+from fluxjax.config.base import kinds_of
 from fluxjax.config.flux_pipeline import require_flux
 from fluxjax.json_input import parse_json, read_json
 from fluxjax.networks import Config, network_of
@@ -28,7 +28,6 @@ from fluxjax.networks import Config, network_of
 DEFAULTS_FILE = "fluxjax.json"
 DEFAULTS_KEY = "sampling_defaults"
 """Of an adapter's metadata: what fluxjax.json is to a folder."""
-_DEFAULTS = ("max_sequence_length", "steps", "guidance", "width", "height")
 
 
 def weights_stem(config: Config) -> str:
@@ -76,16 +75,16 @@ def read_config(folder: Path) -> PipelineConfig:
     cls, index = pipeline_class(folder), read_json(folder / "model_index.json")
     parts: dict[str, Any] = {name: index[name] for name in cls.index_fields if name in index}
     for component in cls.components:
-        kind, optional = kind_of(cls, component)
+        kinds, optional = kinds_of(cls, component)
         if optional and index.get(component) in (None, [None, None]):
             parts[component] = None
         else:
             path = _present(folder, f"{component}/config.json")
-            parts[component] = read_config_json(kind, path)
+            parts[component] = read_config_json(kinds, path)
     path = _present(folder, "scheduler/scheduler_config.json")
-    parts["scheduler"] = read_config_json(kind_of(cls, "scheduler")[0], path)
+    parts["scheduler"] = read_config_json(kinds_of(cls, "scheduler")[0], path)
     if (folder / DEFAULTS_FILE).is_file():
-        parts |= saved_defaults(read_json(folder / DEFAULTS_FILE))
+        parts |= saved_defaults(read_json(folder / DEFAULTS_FILE), cls)
     place = folder.absolute()
     name = place.parent.parent.name if place.parent.name == "snapshots" else place.name
     try:
@@ -114,12 +113,14 @@ def write_config(folder: Path, config: PipelineConfig) -> None:
 
 def sampling_defaults(config: PipelineConfig) -> dict[str, Any]:
     """Steps, guidance, sizes: what fluxjax.json holds."""
-    return {key: getattr(config, key) for key in _DEFAULTS}
+    return {key: getattr(config, key) for key in config.sampling_fields}
 
 
-def saved_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what fluxjax.json or an adapter's metadata holds, what is known here."""
-    return {key: values[key] for key in _DEFAULTS if key in values}
+def saved_defaults(
+    values: Mapping[str, Any], pipeline: type[PipelineConfig] = PipelineConfig
+) -> dict[str, Any]:
+    """Of what fluxjax.json or an adapter's metadata holds, what the pipeline has."""
+    return {key: values[key] for key in pipeline.sampling_fields if key in values}
 
 
 def adapter_defaults(file: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -53,6 +53,12 @@ if TYPE_CHECKING:
     from fluxjax.config.llama import LLAMA3_8B, QWEN3_4B, LlamaConfig
     from fluxjax.config.lora import LoraConfig
     from fluxjax.config.open_sora import OPEN_SORA_2, OPEN_SORA_2_DC_AE, OpenSoraConfig
+    from fluxjax.config.open_sora_pipeline import (
+        OPEN_SORA_256,
+        OPEN_SORA_768,
+        OPEN_SORA_768_DC_AE,
+        OpenSoraPipelineConfig,
+    )
     from fluxjax.config.pipeline import PipelineConfig
     from fluxjax.config.pixart import PIXART_ALPHA, PIXART_SIGMA, PixArtConfig
     from fluxjax.config.redux import REDUX, ReduxConfig
@@ -97,6 +103,9 @@ __all__ = [
     "LLAMA3_8B",
     "OPEN_SORA_2",
     "OPEN_SORA_2_DC_AE",
+    "OPEN_SORA_256",
+    "OPEN_SORA_768",
+    "OPEN_SORA_768_DC_AE",
     "PIPELINES",
     "PIXART_ALPHA",
     "PIXART_SIGMA",
@@ -138,6 +147,7 @@ __all__ = [
     "LlamaConfig",
     "LoraConfig",
     "OpenSoraConfig",
+    "OpenSoraPipelineConfig",
     "PipelineConfig",
     "PixArtConfig",
     "ReduxConfig",
@@ -192,6 +202,12 @@ _NAMES = {
     "llama": ("LLAMA3_8B", "QWEN3_4B", "LlamaConfig"),
     "lora": ("LoraConfig",),
     "open_sora": ("OPEN_SORA_2", "OPEN_SORA_2_DC_AE", "OpenSoraConfig"),
+    "open_sora_pipeline": (
+        "OPEN_SORA_256",
+        "OPEN_SORA_768",
+        "OPEN_SORA_768_DC_AE",
+        "OpenSoraPipelineConfig",
+    ),
     "pipeline": ("PipelineConfig",),
     "pixart": ("PIXART_ALPHA", "PIXART_SIGMA", "PixArtConfig"),
     "redux": ("REDUX", "ReduxConfig"),

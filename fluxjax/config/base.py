@@ -50,11 +50,11 @@ def _hints(cls: type) -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
 
 
-def kind_of(cls: type, name: str) -> tuple[type, bool]:
-    """The class that the field `name` of `cls` takes, and whether it may be None."""
+def kinds_of(cls: type, name: str) -> tuple[tuple[type, ...], bool]:
+    """The classes that the field `name` of `cls` takes, and whether it may be None."""
     hint = _hints(cls)[name]
     kinds = get_args(hint) or (hint,)
-    return next(kind for kind in kinds if kind is not NoneType), NoneType in kinds
+    return tuple(kind for kind in kinds if kind is not NoneType), NoneType in kinds
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -56,6 +56,11 @@ class CausalAutoencoderConfig:
         )
 
     @property
+    def scale(self) -> int:
+        """Pixels per latent along one side, by the name that autoencoders of pictures have."""
+        return self.spatial_compression_ratio
+
+    @property
     def latent_factor(self) -> float:
         """What the encoder's latents are multiplied by before a transformer sees them."""
         return self.scaling_factor

@@ -92,6 +92,11 @@ class DCAutoencoderConfig:
         return 2 ** len(self.temporal_stages)
 
     @property
+    def scale(self) -> int:
+        """Pixels per latent along one side, by the name that autoencoders of pictures have."""
+        return self.spatial_compression_ratio
+
+    @property
     def latent_factor(self) -> float:
         """What the encoder's latents are multiplied by before a transformer sees them."""
         return 1 / (self.scaling_factor or 1.0)

@@ -9,6 +9,7 @@ from fluxjax.config.flux_pipeline import (
     TINY,
     FluxPipelineConfig,
 )
+from fluxjax.config.open_sora_pipeline import OpenSoraPipelineConfig
 from fluxjax.config.pipeline import PipelineConfig
 from fluxjax.config.stable_diffusion import (
     SD15,
@@ -23,6 +24,7 @@ PIPELINES: tuple[type[PipelineConfig], ...] = (
     FluxPipelineConfig,
     StableDiffusionConfig,
     StableDiffusionXLConfig,
+    OpenSoraPipelineConfig,
 )
 PRESETS: dict[str, PipelineConfig] = {
     "dev": DEV,

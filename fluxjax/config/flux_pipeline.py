@@ -21,6 +21,7 @@ class FluxPipelineConfig(PipelineConfig):
     without one ignore it. `max_sequence_length` counts T5's tokens."""
 
     transformer: FluxConfig = FluxConfig()
+    vae: AutoencoderConfig = AutoencoderConfig()
     text_encoder: CLIPTextConfig = CLIPTextConfig()
     """CLIP, whose pooled state is the transformer's text vector."""
     text_encoder_2: T5Config = T5Config()

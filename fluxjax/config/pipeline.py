@@ -11,6 +11,10 @@ from fluxjax.config.base import check_types, in_range, multiple, require
 from fluxjax.config.controlnet import ControlNetConfig
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.config.scheduler import SchedulerConfig
+from fluxjax.config.tiling import Tiling
+
+MAX_FRAMES = 4097
+MAX_FPS = 240
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +23,8 @@ class PipelineConfig(ABC):
     as their folders are; None where a pipeline comes without one.
     """
 
-    vae: AutoencoderConfig = AutoencoderConfig()
+    vae: Any = AutoencoderConfig()
+    """Each family says of which kind."""
     scheduler: SchedulerConfig | SamplerConfig = SchedulerConfig()
     controlnets: tuple[ControlNetConfig, ...] = ()
     """Networks beside the pipeline's own that see control pictures."""
@@ -41,6 +46,14 @@ class PipelineConfig(ABC):
     """Fields that model_index.json keeps."""
     force_zeros_for_empty_prompt: ClassVar[bool] = False
     """Whether no negative prompt is heard as zeros, and not as an empty text."""
+    sampling_fields: ClassVar[tuple[str, ...]] = (
+        "max_sequence_length",
+        "steps",
+        "guidance",
+        "width",
+        "height",
+    )
+    """Fields that say how a model is sampled, which its folder keeps."""
     embeds_guidance: ClassVar[bool] = False
     """Whether `guidance` is told to the network, beside that of two passes."""
 
@@ -77,6 +90,11 @@ class PipelineConfig(ABC):
         """A name of `fluxjax.schedules.samplers`, or of diffusers."""
 
     @property
+    def tiling(self) -> Tiling | None:
+        """How clips are cut for the autoencoder; None where pictures are drawn."""
+        return None
+
+    @property
     def unit(self) -> int:
         """Pixels that widths and heights are multiples of."""
         return self.vae.scale
@@ -85,6 +103,13 @@ class PipelineConfig(ABC):
         """Raises ConfigError if so many of CLIP's last layers cannot be left out."""
         require(
             count == 0, f"clip_skip leaves out layers whose states {self.class_name} never sees"
+        )
+
+    def require_frames(self, frames: int) -> None:
+        """Raises ConfigError for a number of frames that is not drawn."""
+        require(
+            frames == 1,
+            f"frames are those of a clip, and {self.class_name} draws pictures: got {frames}",
         )
 
     def require_size(self, width: int, height: int) -> None:
