@@ -93,6 +93,8 @@ class Control(NamedTuple):
     """
     mode: Int[AnyArray, " b"] | None = None
     """The kind of control picture, for networks that know several."""
+    heard: Conditioning | None = None
+    """Of the first pass, where that is not among those of this forward."""
 
 
 class Extras(NamedTuple):

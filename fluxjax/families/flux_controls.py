@@ -34,10 +34,10 @@ def forward_controls(
     apply: Apply,
 ) -> Guides:
     """Of `extras`, for one forward of a transformer of `config`."""
-    found, vector = [], jnp.asarray(conditioning.vector)
+    found = []
     for control in extras.controls:
-        n = len(control.picture)
-        text = conditioning.sequence[:n]
+        n, heard = len(control.picture), control.heard or conditioning
+        text, vector = heard.sequence[:n], jnp.asarray(heard.vector)
         samples = apply(
             control.module,
             control.variables,
@@ -87,8 +87,9 @@ def _hoist(
         return apply(control.module, control.variables, *args, method=name)
 
     n, dtype = len(control.picture), control.module.dtype
-    vector = jnp.asarray(conditioning.vector)[:n]
-    sequence = conditioning.sequence[:n].astype(dtype)
+    heard = control.heard or conditioning
+    vector = jnp.asarray(heard.vector)[:n]
+    sequence = heard.sequence[:n].astype(dtype)
     rope = method("rope", layout.text_ids(sequence.shape[1]), jnp.asarray(extras.positions))
     text = method("embed_text", sequence, control.mode)
     seen = method("embed_control", _seen(control).astype(dtype))

@@ -263,7 +263,7 @@ class Pipeline(Stages):
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
         scale = self.family.scale(self.config, settings.asked_guidance)
         adapters = self._adapters(lora, len(prompts), number)
-        self._require_redux(settings, heard)
+        self._require_redux(heard)
         if given is None:
             given, settings = read_given(settings)
         settings = self.complete(settings, given, FIELDS)
@@ -304,15 +304,10 @@ class Pipeline(Stages):
         require_finite(self.config, pictures, [conditioning, negative], inputs, latents)
         return finished(to_bytes(pictures, settings.rounding), given, settings)
 
-    def _require_redux(self, settings: Settings, heard: Sequence[Heard]) -> None:
+    def _require_redux(self, heard: Sequence[Heard]) -> None:
         if heard and self.redux is None:
             raise ConfigError(
                 "redux_image is heard through FLUX.1 Redux: give its folder as redux (--redux)"
-            )
-        if heard and settings.negative_prompt is not None:
-            raise ConfigError(
-                "redux_image makes the prompt longer than the negative prompt, which true_cfg "
-                "needs of the same length: leave out one of the two"
             )
 
     def _heard(

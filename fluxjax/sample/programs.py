@@ -157,8 +157,39 @@ def _hoisted(
     drawn: Drawn,
     apply: Apply,
 ) -> tuple[Any, sampler.Step]:
-    """`Family.hoist` of all passes, stacked in the batch."""
-    positions, many = family.pack(state[0]).positions, len(drawn.conditionings)
+    """`Family.hoist` of all passes: one batch of them all, not several passes over the weights,
+    unless their texts have several lengths (Redux beside a negative prompt)."""
+    lengths = [heard.sequence.shape[1] for heard in drawn.conditionings]
+    ends = [i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]]
+    spans = [slice(*ends) for ends in zip([0, *ends], [*ends, len(lengths)], strict=True)]
+    found = [
+        _hoisted_passes(family, module, controlnets, params, state, drawn, span, apply)
+        for span in spans
+    ]
+    if len(found) == 1:
+        return found[0]
+
+    def step(x: Array, each: Any) -> Array:
+        rows = len(x) // len(lengths)
+        parts = zip(jnp.split(x, [end * rows for end in ends]), each, found, strict=True)
+        return jnp.concatenate([run(part, one) for part, one, (_, run) in parts])
+
+    return tuple(each for each, _ in found), step
+
+
+def _hoisted_passes(
+    family: Family,
+    module: Any,
+    controlnets: tuple[tuple[Any, ...], tuple[Params, ...]],
+    params: Params,
+    state: sampler.State,
+    drawn: Drawn,
+    span: slice,
+    apply: Apply,
+) -> tuple[Any, sampler.Step]:
+    """Of the passes of `span`, stacked in the batch."""
+    heard = drawn.conditionings[span]
+    positions, many = family.pack(state[0]).positions, len(heard)
     stack = partial(jax.tree.map, lambda *leaves: jnp.concatenate(leaves))
     reference = None
     if drawn.reference is not None:
@@ -168,14 +199,14 @@ def _hoisted(
     if drawn.channels is not None:
         channels = stack(*[family.pack(drawn.channels).values] * many)
     nets = zip(*controlnets, drawn.controls, drawn.control_scales, strict=True)
+    first = drawn.conditionings[0] if span.start else None
     controls = tuple(
-        Control(net, {"params": weights}, seen, scale, mode)
+        Control(net, {"params": weights}, seen, scale, mode, first)
         for net, weights, (seen, mode), scale in nets
     )
-    # One pass over a batch of twice the size, not two passes over the weights.
     prompt = None
     if drawn.image_prompt_scale is not None:
-        keys, values = (jnp.moveaxis(x, 1, 0) for x in stack(*drawn.image_prompts))
+        keys, values = (jnp.moveaxis(x, 1, 0) for x in stack(*drawn.image_prompts[span]))
         prompt = ImagePrompt(keys, values, jnp.asarray(drawn.image_prompt_scale))
     guidance = jnp.tile(drawn.guidance, many)
     extras = Extras(positions, guidance, reference, channels, controls, prompt)
@@ -183,7 +214,7 @@ def _hoisted(
         module,
         stack_passes(variables(with_zeros(params)), many),
         drawn.schedule.times,
-        stack(*drawn.conditionings),
+        stack(*heard),
         extras,
         apply=apply,
     )
@@ -281,7 +312,7 @@ def programs(
       task: which pictures are given.
       pictures, prompts: drawn and encoded together.
       reference_size: (width, height) at which a reference is seen.
-      more_text: tokens beside those of the prompt (Redux).
+      more_text: tokens beside those of the prompt (Redux); a negative prompt has none.
       image_prompt: (layers, tokens, width) of what an IP-Adapter adds.
       rows: the batch that a program runs for so many pictures or prompts.
       padded: whether the steps are filled up to those of their bucket.
@@ -290,7 +321,8 @@ def programs(
     state = jnp.float32 if settings.rounding == "none" else dtype
     n, text = rows("denoise", pictures), settings.max_sequence_length
     shape = family.state_shape(config, settings.width, settings.height)
-    _, conditioning = family.text_shapes(config, n, text + more_text, dtype)
+    _, longer = family.text_shapes(config, n, text + more_text, dtype)
+    _, conditioning = family.text_shapes(config, n, text, dtype)
     many = 1 if family.scale(config, settings.asked_guidance) is None else 2
     run = family.run(config, settings.course(family.first_step), *shape[1:])
     table = run.keeping if task.keeps else run.schedule
@@ -308,7 +340,7 @@ def programs(
     drawn = Drawn(
         schedule,
         spec((steps, many - 1), jnp.float32),
-        (conditioning,) * many,
+        (longer, *[conditioning] * (many - 1)),
         spec((n,), jnp.float32),
         reference,
         channels,
