@@ -1,14 +1,18 @@
 """Every attention equals a plain softmax, forward and backward."""
 
+import math
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from fluxjax.models import chunked_attention as chunked
 from fluxjax.models.attention import dot_product_attention
+from fluxjax.models.block_attention import attend_block
 from fluxjax.models.splash_attention import splash_attention
 
 
@@ -101,3 +105,30 @@ def test_cudnn_flash_is_compiled_on_nvidia_gpus():
     np.testing.assert_allclose(
         np.asarray(compiled(*args), np.float32), softmax_float64(*args), atol=2e-2
     )
+
+
+def test_cudnns_program_takes_key_lengths_and_writes_no_logits(monkeypatch):
+    """What is lowered for NVIDIA GPUs, which needs none: forward, backward, a step of the ring."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    heads, length = 24, 118_800
+    q = jax.ShapeDtypeStruct((2, length, heads, 128), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def attend(q, k, v, lengths):
+        return dot_product_attention(q, k, v, key_lengths=lengths, implementation="cudnn")
+
+    def gradients(q, k, v, lengths):
+        total = lambda *x: attend(*x, lengths).astype(jnp.float32).sum()  # noqa: E731
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    block = partial(attend_block, implementation="cudnn")
+    calls = (attend, ["fmhaSoftmax"]), (gradients, ["fmhaSoftmax", "fmhaSoftmaxBackward"])
+    for function, names in (*calls, (block, ["fmhaSoftmax"])):
+        lowered = jax.jit(function).trace(q, q, q, lengths).lower(lowering_platforms=("cuda",))
+        text = lowered.as_text()
+        found = re.findall(r"@__cudnn\$(\w+)\((.*?)\).*PADDING.*: \((.*)\) ->", text)
+        assert [name for name, _, _ in found] == names
+        # The last operands: of queries, all there are, and of keys.
+        assert all(types.endswith("tensor<2xi32>, tensor<2xi32>") for _, _, types in found)
+        sizes = [math.prod(map(int, shape.split("x"))) for shape in re.findall(r"<([\dx]+)x", text)]
+        assert max(sizes) == math.prod(q.shape)

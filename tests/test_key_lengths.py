@@ -12,13 +12,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fluxjax.config import ConfigError
+from fluxjax.models import block_attention
 from fluxjax.models import chunked_attention as chunked
 from fluxjax.models.attention import auto_attention, dot_product_attention
-from fluxjax.models.splash_attention import splash_attention
-from fluxjax.parallel import sequence
+from fluxjax.models.block_attention import attend_block
+from fluxjax.models.splash_attention import splash_attention, splash_with_logsum
 from fluxjax.parallel.activations import attend_in_parts, attention_on
 from fluxjax.parallel.mesh import make_mesh
-from fluxjax.parallel.sequence import AXIS, Layout, attention_over
+from fluxjax.parallel.sequence import AXIS, Layout, attention_over, group_size
 from fluxjax.plan import attention as plan_attention
 
 
@@ -123,6 +124,20 @@ def test_splash_interpreted(monkeypatch, queries, keys):
     assert_equal(value_and_gradients(attend, q, k, v), lengths, q, k, v)
 
 
+@pytest.mark.slow
+def test_a_block_of_keys_by_splash(monkeypatch):
+    """Beside the loop: what is seen and how much it weighs."""
+    monkeypatch.setattr(
+        "fluxjax.models.splash_attention.splash_with_logsum",
+        partial(splash_with_logsum, interpret=True),
+    )
+    q, k, v = qkv(2, 130, 100, 1, 64)
+    attend = partial(attend_block, q, k, v, jnp.asarray([0, 70]))
+    ours, wanted = (jax.jit(partial(attend, kind))() for kind in ("splash", "xla"))
+    np.testing.assert_allclose(ours.out, wanted.out, atol=1e-5)
+    np.testing.assert_allclose(ours.logsum, wanted.logsum, atol=1e-5)
+
+
 def test_cudnn_gets_lengths_that_it_can_take(monkeypatch):
     """Here the same function with plain matmuls stands in for the kernel."""
     given = []
@@ -187,25 +202,25 @@ def over_devices(mesh, layout: Layout, kind: str, lengths, implementation="auto"
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kind", "logits"),
+    ("mesh", "kind", "implementation"),
     [
-        ("sequence=4,data=2", "ring", None),
-        ("sequence=4,data=2", "ring", 2 * 8 * 14 * 4),  # 4 queries at a time, of 14
-        ("sequence=4,data=2", "ulysses", None),
-        ("fsdp=2,tensor=2,sequence=2", "ulysses", None),
-        ("sequence=8", "ring", None),
+        ("sequence=4,data=2", "ring", "chunked"),
+        ("sequence=4,data=2", "ring", "xla"),
+        ("sequence=4,data=2", "ulysses", "chunked"),
+        ("fsdp=2,tensor=2,sequence=2", "ulysses", "chunked"),
+        ("sequence=8", "ulysses=2", "xla"),
+        ("sequence=8", "ulysses=4", "chunked"),
     ],
 )
-def test_over_devices(monkeypatch, mesh, kind, logits):
-    if logits:
-        monkeypatch.setattr(sequence, "_RING_LOGITS", logits)
+def test_over_devices(monkeypatch, mesh, kind, implementation):
+    monkeypatch.setattr(block_attention, "_LOGITS", 4 * 8 * 14 * 3)  # 3 queries at a time, of 14
     devices = make_mesh(mesh)
     layout = LAYOUT._replace(devices=devices.shape[AXIS])
     # The whole, no text, text on some devices alone, and an empty row; image tokens alone too.
     lengths = (50, 37, 41, 0)
     q, k, v = qkv(4, 50, 50, 8, 16)
-    found = value_and_gradients(over_devices(devices, layout, kind, lengths, "chunked"), q, k, v)
-    assert_equal(found, lengths, q, k, v)
+    attend = over_devices(devices, layout, kind, lengths, implementation)
+    assert_equal(value_and_gradients(attend, q, k, v), lengths, q, k, v)
 
 
 @pytest.mark.parametrize("kind", ["ring", "ulysses"])
@@ -214,6 +229,20 @@ def test_over_devices_in_bfloat16(kind):
     q, k, v = qkv(4, 50, 50, 8, 16, jnp.bfloat16)
     found = value_and_gradients(over_devices(mesh, LAYOUT, kind, (50, 37, 41, 0)), q, k, v)
     assert_equal(found, (50, 37, 41, 0), q, k, v, 2e-2)
+
+
+def test_groups_of_ulysses_and_their_ring():
+    """24 heads over 64 devices: groups of eight; where heads are split too, those of a part."""
+    assert group_size(64, 24, "auto") == 8
+    assert group_size(8, 24, "auto") == 8 and group_size(8, 24, "auto", tensor=2) == 4
+    assert group_size(8, 6, "auto") == 2 and group_size(5, 6, "auto", tensor=4) == 1
+    assert group_size(64, 24, "ulysses=4") == 4 and group_size(64, 24, "ring") == 1
+    with pytest.raises(ConfigError, match=r"ulysses=4 .* sequence=6: 4 does not divide 6"):
+        group_size(6, 24, "ulysses=4")
+    with pytest.raises(ConfigError, match="ulysses cannot split 24 heads over sequence=64"):
+        group_size(64, 24, "ulysses")
+    with pytest.raises(ValueError, match="does not tell how much its keys weigh"):
+        attend_block(*qkv(1, 4, 4, 1, 8), implementation=lambda *given: given[0])
 
 
 def test_text_that_comes_first_is_refused():
@@ -265,6 +294,4 @@ def test_no_logits_are_written_forward_or_backward(monkeypatch):
         over_devices(mesh, layout, kind, lengths, "chunked") for kind in ("ring", "ulysses")
     )
     assert largest_array(ulysses, q, k, v) < block
-    assert largest_array(ring, q, k, v) == block
-    monkeypatch.setattr(sequence, "_RING_LOGITS", block // 8)
     assert largest_array(ring, q, k, v) < block

@@ -4,8 +4,9 @@ from typing import Literal
 
 Implementation = Literal["auto", "xla", "cudnn", "splash", "chunked"]
 """Of attention on one device."""
-SequenceAttention = Literal["auto", "ulysses", "ring"]
-"""Of attention over tokens that are split over devices."""
+SequenceAttention = Literal["auto", "ulysses", "ring", "ulysses=2", "ulysses=4", "ulysses=8"]
+"""Of attention over tokens that are split over devices; `ulysses=4` is ulysses among four
+neighbours, and a ring of such groups."""
 ComparedNetwork = Literal[
     "transformer",
     "unet",

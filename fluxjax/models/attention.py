@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,11 @@ def auto_attention(function: Kernel) -> Iterator[None]:
         yield
     finally:
         _STAND_IN.reset(token)
+
+
+def has_stand_in() -> bool:
+    """Whether programs traced now are only counted, see `auto_attention`."""
+    return _STAND_IN.get() is not None
 
 
 _SPREAD: ContextVar[Callable[..., Array] | None] = ContextVar("spread", default=None)
@@ -84,7 +89,7 @@ def dot_product_attention(
     if implementation == "auto" and plain:
         implementation = _STAND_IN.get() or implementation
     if implementation == "auto":
-        implementation = _fastest(q, k, causal=causal, plain=plain)
+        implementation = fastest(q, k, causal=causal, plain=plain)
     if callable(implementation):
         if not plain or scale is not None:
             raise ValueError("attention by a function takes no bias, causal mask or scale")
@@ -163,7 +168,10 @@ def plain_attention(
     return einsum("bhlm,bmhk->blhk", weights, v)
 
 
-def _fastest(q: Array, k: Array, *, causal: bool, plain: bool) -> Implementation:
+def fastest(
+    q: Array, k: Array, *, causal: bool = False, plain: bool = True
+) -> Literal["cudnn", "splash", "chunked", "xla"]:
+    """What `auto` takes; `plain`: neither causal nor with a bias."""
     platform, sixteen_bit = _platform(), q.dtype in (jnp.bfloat16, jnp.float16)
     head_dim = q.shape[-1]
     if platform == "cuda" and (plain or causal) and sixteen_bit and head_dim % 8 == 0:

@@ -7,11 +7,14 @@ kernel there. Here one chunk's logits exist at a time, forward and backward.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from fluxjax.models.products import own_precision
 
 # Logits of one chunk: 9 MB. Smaller ones stay nearer to the processor, but XLA's matrix products
 # are faster the larger they are, and two threads share out each of them.
@@ -19,7 +22,6 @@ _CHUNK_LOGITS = 1536 * 1536
 _LEAST_CHUNK = 64
 _ONES = 8  # columns of ones beside the values: their product with the weights is the row sum
 _LOG2_E = 1.4426950408889634
-_matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -34,17 +36,24 @@ def chunked_attention(
 
     Row b attends to its first `key_lengths[b]` keys, at least one.
     """
-    return _forward(q, k, v, key_lengths, scale)[0]
+    return chunked_with_logsum(q, k, v, key_lengths, scale)[0]
 
 
-def _forward(q, k, v, key_lengths, scale):
-    """The output, and per query the log2 of its softmax's denominator (b, heads, l padded)."""
+def chunked_with_logsum(
+    q: Float[Array, "b l heads k"],
+    k: Float[Array, "b m heads k"],
+    v: Float[Array, "b m heads k"],
+    key_lengths: Int[Array, " b"] | None,
+    scale: float,
+) -> tuple[Float[Array, "b l heads k"], Float[Array, "b heads l"]]:
+    """The output, and per query the logarithm of its softmax's denominator."""
     # Bounds every |logit| (Cauchy-Schwarz), in powers of two. Normalised heads stay far below 64,
     # where exp2 neither overflows nor underflows: the pass that finds the maximum falls away.
     # Chosen here and not in the loop, where a branch would copy the logits.
     bound = scale * _LOG2_E * _largest_norm(q) * _largest_norm(k)
     fast, safe = (partial(_loop, exponentiate, scale) for exponentiate in (_exp2, _shifted))
-    return lax.cond(bound < 64.0, fast, safe, q, k, v, key_lengths)
+    out, logsum = lax.cond(bound < 64.0, fast, safe, q, k, v, key_lengths)
+    return out, logsum[:, :, : q.shape[1]] / _LOG2_E
 
 
 def _largest_norm(x: Float[Array, "b l heads k"]) -> Float[Array, ""]:
@@ -53,15 +62,17 @@ def _largest_norm(x: Float[Array, "b l heads k"]) -> Float[Array, ""]:
     def one_head(index, largest):  # all at once, the squares alone would be as large as x
         rows = _head(x, index // heads, index % heads, 0, length)
         # A product with ones: XLA adds along the last axis one number at a time on CPUs.
-        squares = _matmul(jnp.square(rows), jnp.ones(width, jnp.float32))
+        squares = _product(jnp.square(rows), jnp.ones(width, jnp.float32), x.dtype)
         return jnp.maximum(largest, jnp.max(squares))
 
     return jnp.sqrt(lax.fori_loop(0, batch * heads, one_head, jnp.float32(0.0)))
 
 
 def _loop(exponentiate, scale, q, k, v, key_lengths):
+    """The output, and log2 of the denominators, of queries that fill their chunks."""
     batch, length, heads, _ = q.shape
     chunk, chunks = _chunking(length, k.shape[1])
+    product, transposed = (partial(f, dtype=q.dtype) for f in (_product, _product_transposed))
     padded = _pad_length(q, chunk * chunks)
     out = jnp.zeros(padded.shape, q.dtype)
     logsum = jnp.zeros((batch, heads, chunk * chunks), jnp.float32)
@@ -75,9 +86,9 @@ def _loop(exponentiate, scale, q, k, v, key_lengths):
         def one_chunk(i, carry):
             out, logsum = carry
             queries = _head(padded, b, h, i * chunk, chunk) * (scale * _LOG2_E)
-            weights, shift = exponentiate(_logits(queries, keys, padding))
+            weights, shift = exponentiate(transposed(queries, keys) + padding)
             # A column of the product and not a sum: XLA adds along rows more slowly.
-            sums = _matmul(weights, values)
+            sums = product(weights, values)
             total = sums[:, -1:]
             rows = sums[:, :-_ONES] / total
             out = lax.dynamic_update_slice(
@@ -93,16 +104,29 @@ def _loop(exponentiate, scale, q, k, v, key_lengths):
 
 
 def _forward_rule(q, k, v, key_lengths, scale):
-    out, logsum = _forward(q, k, v, key_lengths, scale)
+    out, logsum = chunked_with_logsum(q, k, v, key_lengths, scale)
     return out, (q, k, v, key_lengths, out, logsum)
 
 
 def _backward_rule(scale, saved, grad):
+    return *chunked_gradients(saved, grad, scale), None
+
+
+def chunked_gradients(
+    saved: tuple[Any, ...], grad: Float[Array, "b l heads k"], scale: float
+) -> tuple[Array, Array, Array]:
+    """Of q, k and v; `saved`: (q, k, v, key_lengths, out, logsum).
+
+    Where these keys are a part of all, `out` and `logsum` are those of all, and `key_lengths` may
+    be 0.
+    """
     q, k, v, key_lengths, out, logsum = saved
     batch, length, heads, _ = q.shape
     chunk, chunks = _chunking(length, k.shape[1])
+    product, transposed = (partial(f, dtype=q.dtype) for f in (_product, _product_transposed))
     # d logits = p (d p - delta), delta the row sum of out * d out (Dao et al., FlashAttention).
     padded, out, grad = (_pad_length(x, chunk * chunks) for x in (q, out, grad))
+    logsum = jnp.pad(logsum * _LOG2_E, ((0, 0), (0, 0), (0, chunk * chunks - length)))
 
     def one_head(index, carry):
         b, h = index // heads, index % heads
@@ -113,14 +137,14 @@ def _backward_rule(scale, saved, grad):
             dq, dk, dv = carry
             queries, rows, drows = (_head(x, b, h, i * chunk, chunk) for x in (padded, out, grad))
             row_logsum = lax.dynamic_slice(logsum, (b, h, i * chunk), (1, 1, chunk))
-            logits = _logits(queries * (scale * _LOG2_E), keys, padding)
+            logits = transposed(queries * (scale * _LOG2_E), keys) + padding
             weights = jnp.exp2(logits - row_logsum.reshape(chunk, 1))
             delta = jnp.sum(rows * drows, axis=-1, keepdims=True)
-            dlogits = weights * (_matmul_transposed(drows, values) - delta) * scale
+            dlogits = weights * (transposed(drows, values) - delta) * scale
             dq = lax.dynamic_update_slice(
-                dq, _matmul(dlogits, keys).astype(dq.dtype)[None, :, None, :], (b, i * chunk, h, 0)
+                dq, product(dlogits, keys).astype(dq.dtype)[None, :, None, :], (b, i * chunk, h, 0)
             )
-            return dq, dk + _matmul(dlogits.T, queries), dv + _matmul(weights.T, drows)
+            return dq, dk + product(dlogits.T, queries), dv + product(weights.T, drows)
 
         dq, dk, dv = carry
         zero = jnp.zeros(keys.shape, jnp.float32)
@@ -133,7 +157,7 @@ def _backward_rule(scale, saved, grad):
 
     zeros = (jnp.zeros_like(padded), jnp.zeros_like(k), jnp.zeros_like(v))
     dq, dk, dv = lax.fori_loop(0, batch * heads, one_head, zeros)
-    return dq[:, :length], dk, dv, None
+    return dq[:, :length], dk, dv
 
 
 chunked_attention.defvjp(_forward_rule, _backward_rule)
@@ -155,22 +179,22 @@ def _head(x: Array, b: Array, h: Array, start: Array | int, size: int) -> Float[
     return part.reshape(size, x.shape[-1]).astype(jnp.float32)
 
 
-def _padding(key_lengths: Array | None, b: Array, keys: int) -> Float[Array, "1 m"] | None:
+def _padding(key_lengths: Array | None, b: Array, keys: int) -> Float[Array, "1 m"] | float:
     """What is added to the logits of sample `b`: -inf at its padded keys."""
     if key_lengths is None:
-        return None
+        return 0.0
     return jnp.where(jnp.arange(keys) < key_lengths[b], 0.0, -jnp.inf)[None]
 
 
-def _logits(
-    queries: Float[Array, "l k"], keys: Float[Array, "m k"], padding: Float[Array, "1 m"] | None
+def _product(a: Array, b: Array, dtype: Any) -> Array:
+    """In float32, of values that were `dtype`: accelerators may round them to it again."""
+    return jnp.matmul(a, b, precision=own_precision(dtype))
+
+
+def _product_transposed(
+    a: Float[Array, "l k"], b: Float[Array, "m k"], dtype: Any
 ) -> Float[Array, "l m"]:
-    logits = _matmul_transposed(queries, keys)
-    return logits if padding is None else logits + padding
-
-
-def _matmul_transposed(a: Float[Array, "l k"], b: Float[Array, "m k"]) -> Float[Array, "l m"]:
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=own_precision(dtype))
 
 
 def _exp2(x: Float[Array, "l m"]) -> tuple[Float[Array, "l m"], Float[Array, "l 1"]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -32,6 +34,32 @@ def splash_attention(
     Row b attends to its first `key_lengths[b]` keys, at least one. `interpret` runs the
     kernel's Python on any device, slowly.
     """
+    return _run(q, k, v, key_lengths, scale, interpret, logsum=False)
+
+
+def splash_with_logsum(
+    q: Float[Array, "b l heads k"],
+    k: Float[Array, "b m heads k"],
+    v: Float[Array, "b m heads k"],
+    key_lengths: Int[Array, " b"] | None,
+    scale: float,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b l heads k"], Float[Array, "b heads l"]]:
+    """The same, and per query the logarithm of its softmax's denominator. Has no derivative."""
+    out, (logsum,) = _run(q, k, v, key_lengths, scale, interpret, logsum=True)
+    return out, logsum[:, :, : q.shape[1]]
+
+
+def _run(
+    q: Array,
+    k: Array,
+    v: Array,
+    key_lengths: Array | None,
+    scale: float,
+    interpret: bool,
+    logsum: bool,
+) -> Any:
     length, keys, heads = q.shape[1], k.shape[1], q.shape[2]
     padded, padded_keys = _ceil(length), _ceil(keys)
     # 4608 = 3 x 1536: FLUX at 1024 x 1024 divides well.
@@ -50,16 +78,19 @@ def splash_attention(
             block_kv_dq=block_kv,
         ),
         interpret=interpret,
+        save_residuals=logsum,
     )
     segments, over = _segments(q, k, key_lengths)
     # The kernel does not scale.
     heads_first = (_heads_first(q * scale, padded), _heads_first(k, padded_keys))
     # The kernel has no argument for it; its derivative has JAX's default.
     with jax.default_matmul_precision(own_precision(q.dtype).name.lower()):
-        out = jax.vmap(kernel, in_axes=(0, 0, 0, over))(
+        out: Any = jax.vmap(kernel, in_axes=(0, 0, 0, over))(
             *heads_first, _heads_first(v, padded_keys), segments
         )
-    return jnp.swapaxes(out, 1, 2)[:, :length]  # pyright: ignore[reportArgumentType]
+    out, *rest = out if logsum else (out,)
+    out = jnp.swapaxes(out, 1, 2)[:, :length]
+    return (out, *rest) if logsum else out
 
 
 def _segments(q: Array, k: Array, key_lengths: Array | None) -> tuple[SegmentIds, int | None]:

@@ -18,7 +18,7 @@ from fluxjax.networks import network_of
 from fluxjax.networks.network import TokenSplit
 from fluxjax.parallel.activations import activations_on, attend_in_parts, pin
 from fluxjax.parallel.mesh import BATCH
-from fluxjax.parallel.sequence import AXIS, Layout, attention_over
+from fluxjax.parallel.sequence import AXIS, Layout, attention_over, group_size
 
 
 def apply_on(
@@ -89,10 +89,12 @@ def _split(
     heads = split.heads(config)
     layout = Layout(lengths["text"], lengths["image"], mesh.shape[AXIS], split.text_last)
     # The partitioner gathers batch and heads around a collective that it did not make itself.
-    over = "tensor" if heads % (mesh.shape["tensor"] * layout.devices) == 0 else None
+    tensor = mesh.shape["tensor"]
+    group = group_size(layout.devices, heads, sequence, tensor)
+    over = "tensor" if heads % (tensor * group) == 0 else None
 
     def spread(layout: Layout) -> Any:
-        attention = attention_over(layout, heads, sequence, kind)
+        attention = attention_over(layout, heads, sequence, kind, tensor)
         return partial(attend_in_parts, mesh, BATCH, over, attention)
 
     alone = {"image_attention": spread(layout._replace(text=0))} if split.image_attention else {}
