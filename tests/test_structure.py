@@ -3,6 +3,7 @@
 Nothing of the real size is computed: shapes are lowered and compiled for eight simulated devices.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -12,13 +13,17 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import DEV
+from fluxjax.checkpoint.templates import abstract_params, in_dtype, parameter_count
+from fluxjax.config import DEV, HUNYUAN_VIDEO, OPEN_SORA_2
+from fluxjax.models.attention import auto_attention
+from fluxjax.models.compilation import IN_LOOPS
 from fluxjax.models.flux import FluxTransformer
+from fluxjax.networks import network_of
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import param_shardings, state_shardings
+from fluxjax.plan.attention import flash_like
 
 TEXT, FLOAT = 512, 4
 
@@ -172,3 +177,70 @@ def test_a_training_step_splits_the_optimiser_and_sums_gradients_once():
     # GPUs and TPUs only each part to its owner, which is half).
     gathers, sums = 2 * WEIGHTS * 7 / 8, 2 * WEIGHTS * 7 / 8
     assert sum(found.collective_bytes.values()) <= 1.1 * (gathers + sums)
+
+
+CLIPS = {  # configuration, latents, text tokens; PFLOP of one forward
+    "Open-Sora, 576 x 1024": (OPEN_SORA_2, (33, 72, 128), 512, 5.092),
+    "HunyuanVideo, 720 x 1280": (HUNYUAN_VIDEO, (33, 90, 160), 256, 12.069),
+}
+
+
+def clip_inputs(config, latents, text) -> dict:
+    """Of a forward of one clip, as each network calls them; ids are made by Open-Sora's caller."""
+    frames, rows, columns = latents
+    tokens = frames * rows * columns // config.patch_size**2
+    inputs = {
+        "encoder_hidden_states": (1, text, 4096),
+        "pooled_projections": (1, 768),
+        "timestep": (1,),
+    }
+    if config is OPEN_SORA_2:
+        inputs |= {"hidden_states": (1, tokens, 64), "condition": (1, tokens, 68)}
+        inputs |= {"img_ids": (tokens, 3), "txt_ids": (text, 3)}
+    else:
+        inputs |= {"hidden_states": (1, 16, *latents), "guidance": (1,)}
+        inputs |= {"encoder_attention_mask": (1, text)}
+    return inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("clip", "kind", "group"),
+    [("Open-Sora, 576 x 1024", "auto", 8), ("HunyuanVideo, 720 x 1280", "ulysses=2", 2)],
+)
+def test_clips_of_129_frames_on_eight_devices(clip, kind, group):
+    """In bfloat16: 76,032 and 118,800 tokens of video; by Ulysses, and by a ring of four pairs."""
+    config, latents, text, forward = CLIPS[clip]
+    mesh = make_mesh("sequence=8")
+    params = in_dtype(abstract_params(config, stacked=True), jnp.bfloat16)
+    weights = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        params,
+        param_shardings(config, params, mesh),
+    )
+    inputs = {
+        name: spec(shape, replicated(mesh))
+        for name, shape in clip_inputs(config, latents, text).items()
+    }
+    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    module = network_of(config).build(config, scan_layers=True, **types)
+
+    def run(params, inputs):
+        return apply_on(mesh, module, {"params": params}, **inputs, sequence=kind)
+
+    with auto_attention(flash_like):  # in place of a TPU's kernels
+        lowered = jax.jit(run).lower(weights, inputs)
+    found = measure(lowered.compile(compiler_options=IN_LOOPS))
+    assert found.matmul_flops == pytest.approx(forward * 1e15 / 8, rel=0.01)
+    assert found.argument_bytes == pytest.approx(2 * parameter_count(params), rel=0.01)
+    blocks, tokens = config.num_layers + config.num_single_layers, math.prod(latents) // 4 + text
+    each = tokens / 8 * 3072 * 2
+    exchanged = blocks * 4 * each * (group - 1) / group
+    passed_on = blocks * 2 * each * (8 // group - 1)
+    sent = found.collective_bytes
+    assert sent["all-to-all"] == pytest.approx(exchanged, rel=0.01)
+    assert sum(sent.values()) <= 1.1 * (exchanged + passed_on)
+    # Nothing is as large as the logits of one step of a ring of eight.
+    logits = 24 * (tokens / 8) ** 2 * 4
+    print(clip, f"{found.temporary_bytes / 1e9:.2f} GB, logits {logits / 1e9:.1f} GB", sent)
+    assert found.temporary_bytes < 0.4 * logits
