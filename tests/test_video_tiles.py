@@ -12,8 +12,9 @@ from fluxjax.config.tiling import OPEN_SORA, TENCENT, WHOLE, Tiles, Tiling
 from fluxjax.models import video_tiles
 from fluxjax.models.causal_autoencoder import CausalAutoencoder
 from fluxjax.models.video_tiles import decode_groups, decode_tiled, encode_tiled
+from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import make_mesh
-from fluxjax.parallel.tiles import tiles_on
+from fluxjax.parallel.tiles import EachDevice, tiles_on
 
 SMALL = Tiles(16, 12)
 BOTH = Tiling(rows=SMALL, columns=SMALL, frames=Tiles(8, 4))
@@ -24,7 +25,7 @@ class Copying(NamedTuple):
 
     config: CausalAutoencoderConfig
 
-    def __call__(self, model, method, params, tiles):
+    def __call__(self, model, method, spread, params, tiles):
         if method == "encode_tile":
             return tiles[:, ::4, ::4, ::4]
         first, later = tiles[:, :1], np.repeat(tiles[:, 1:], 4, axis=1)
@@ -40,7 +41,7 @@ def copying(monkeypatch):
     model, calls = Copying(config), []
 
     def run(*arguments):
-        calls.append(arguments[3].shape)
+        calls.append(arguments[4].shape)
         return model(*arguments)
 
     monkeypatch.setattr(video_tiles, "_run", run)
@@ -82,7 +83,7 @@ def test_a_neighbour_fades_into_a_tile(copying, monkeypatch):
     model, _ = copying
     worth = iter(range(9))
     monkeypatch.setattr(
-        video_tiles, "_run", lambda *given: model(*given[:3], given[3] * 0 + next(worth))
+        video_tiles, "_run", lambda *given: model(*given[:4], given[4] * 0 + next(worth))
     )
     line = decode_tiled(model, 1.0, latents(1, 1, 9), Tiling(rows=SMALL, columns=SMALL))[0, 0, 0]
     expected = [0] * 12 + [0, 0.25, 0.5, 0.75] + [1] * 8 + [1, 1.25, 1.5, 1.75] + [2] * 8
@@ -129,17 +130,39 @@ def test_tiles_on_eight_devices_equal_one():
     model, z = CausalAutoencoder(config), latents(9, 4, 4, 2)[:1]
     tiling = Tiling(rows=Tiles(4, 4), columns=Tiles(4, 4), frames=Tiles(8, 8))
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 3, 4, 4, 3), np.float32))
-    held, together = tiles_on(make_mesh("data=8"), params["params"])
+    held, together = tiles_on(make_mesh("fsdp=2,tensor=4"), params["params"])
     placed = []
 
-    def spread(tiles):
-        placed.append(together["spread"](tiles))
-        return placed[-1]
+    class Watched(EachDevice):
+        def __call__(self, tiles):
+            placed.append(super().__call__(tiles))
+            return placed[-1]
 
-    ours = decode_tiled(model, held, z, tiling, **together | {"spread": spread})
+    watched = together | {"spread": Watched(*together["spread"])}
+    ours = decode_tiled(model, held, z, tiling, **watched)
     alone = decode_tiled(model, params["params"], z, tiling)
     assert ours.shape == (1, 17, 8, 8, 3)
     np.testing.assert_allclose(ours, alone, atol=1e-5)
     # Four tiles of each of two groups of frames, one on each device.
     (tiles,) = placed
     assert tiles.shape[0] == 8 and len({shard.device for shard in tiles.addressable_shards}) == 8
+    program = video_tiles._run.lower(model, "decode", together["spread"], held, tiles).compile()
+    assert not measure(program).collectives
+
+    def most_held(times: int) -> tuple[int, int]:
+        """Bytes at once of arrays on devices and of NumPy's while a clip is streamed; its own."""
+        long, size = np.concatenate([z[:, :1], *[z[:, 1:]] * times], axis=1), 0
+        tracemalloc.start()
+        arrays = 0
+        for frames in decode_groups(model, held, long, tiling, **together):
+            arrays = max(arrays, sum(x.nbytes for x in jax.live_arrays()))
+            size += frames.nbytes
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return arrays + most, size
+
+    placed.clear()
+    del program, tiles, ours, alone
+    (short, small), (longer, large) = most_held(2), most_held(16)
+    print(f"clips of {small} and {large} bytes: {short} and {longer} at once")
+    assert longer - short < (large - small) / 4

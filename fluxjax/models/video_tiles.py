@@ -23,8 +23,20 @@ from jaxtyping import Array, Float
 from fluxjax.config import ConfigError
 from fluxjax.config.tiling import Tiles, Tiling
 
-Spread = Callable[[np.ndarray], Any]
-"""Puts several tiles, one after the other along the batch, onto devices."""
+
+class OneDevice(NamedTuple):
+    """Where tiles are coded; `parallel.tiles.EachDevice` is the same for many."""
+
+    def __call__(self, tiles: np.ndarray) -> Any:
+        """Several tiles, one after the other along the batch, put there."""
+        return tiles
+
+    def code(self, function: Callable[[Any, Any], Any], params: Any, tiles: Any) -> Any:
+        """`function(params, tiles)`, in a compiled program."""
+        return function(params, tiles)
+
+
+ONE_DEVICE = OneDevice()
 
 
 class Cut(NamedTuple):
@@ -48,9 +60,12 @@ class Cuts(NamedTuple):
     shared: int = 0
 
 
-@partial(jax.jit, static_argnames=("model", "method"))
-def _run(model: Any, method: str, params: Any, tiles: Array) -> Array:
-    return model.apply({"params": params}, tiles, method=method)
+@partial(jax.jit, static_argnames=("model", "method", "spread"))
+def _run(model: Any, method: str, spread: Any, params: Any, tiles: Array) -> Array:
+    def code(params: Any, tiles: Array) -> Array:
+        return model.apply({"params": params}, tiles, method=method)
+
+    return spread.code(code, params, tiles)
 
 
 def decode_groups(
@@ -60,20 +75,27 @@ def decode_groups(
     tiling: Tiling,
     *,
     together: int = 1,
-    spread: Spread = lambda tiles: tiles,
+    spread: Any = ONE_DEVICE,
 ) -> Iterator[Float[np.ndarray, "b frames height width 3"]]:
     """`model.decode`, tile by tile: groups of the clip's frames in their order, in float32.
 
-    `latents` are those of `model.decode`. `together`: tiles that run at once, one on each device
-    where `spread` puts them there. Raises ConfigError for tiles that are no whole latents.
+    `latents` are those of `model.decode`. `together`: tiles that run at once where `spread` puts
+    them, see `parallel.tiles.tiles_on`. Raises ConfigError for tiles that are no whole latents.
     """
-    config = model.config
-    space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
     _, t, h, w, _ = latents.shape
+    axes = decode_cuts(model.config, (t, h, w), tiling)
+    run = partial(_run, model, "decode", spread, params)
+    yield from _groups(run, np.asarray(latents), axes, together, spread)
+
+
+def decode_cuts(
+    config: Any, latents: tuple[int, int, int], tiling: Tiling
+) -> tuple[Cuts, Cuts, Cuts]:
+    """How an autoencoder of that configuration decodes so many frames, rows and columns."""
+    t, h, w = latents
+    space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
     frames = _cuts("frames", t, tiling.frames, time, 1, config.first_frame)
-    rows, columns = _space_cuts(h, w, tiling, space, 1)
-    run = partial(_run, model, "decode", params)
-    yield from _groups(run, np.asarray(latents), (frames, rows, columns), together, spread)
+    return frames, *_space_cuts(h, w, tiling, space, 1)
 
 
 def decode_tiled(
@@ -94,7 +116,7 @@ def encode_tiled(
     tiling: Tiling,
     *,
     together: int = 1,
-    spread: Spread = lambda tiles: tiles,
+    spread: Any = ONE_DEVICE,
 ) -> Float[np.ndarray, "b t h w code"]:
     """`model.encode_tile` of a clip of any size, the tiles' results blended, in float32.
 
@@ -105,17 +127,20 @@ def encode_tiled(
     _, t, h, w, _ = clip.shape
     frames = _cuts("frames", t, tiling.frames, 1, time, config.first_frame)
     rows, columns = _space_cuts(h, w, tiling, 1, space)
-    run = partial(_run, model, "encode_tile", params)
+    run = partial(_run, model, "encode_tile", spread, params)
     groups = _groups(run, np.asarray(clip), (frames, rows, columns), together, spread)
     return np.concatenate(list(groups), axis=1)
 
 
-def _space_cuts(height: int, width: int, tiling: Tiling, taken: int, given: int) -> tuple:
+def _space_cuts(
+    height: int, width: int, tiling: Tiling, taken: int, given: int
+) -> tuple[Cuts, Cuts]:
     """Rows and columns are both cut where either is longer than its tiles."""
     axes = ("rows", height, tiling.rows), ("columns", width, tiling.columns)
     if not any(tiles and length > tiles.size // taken for _, length, tiles in axes):
-        return tuple(Cuts([Cut(0, length)]) for _, length, _ in axes)
-    return tuple(_cuts(*axis, taken, given, cut=True) for axis in axes)
+        return Cuts([Cut(0, height)]), Cuts([Cut(0, width)])
+    rows, columns = (_cuts(*axis, taken, given, cut=True) for axis in axes)
+    return rows, columns
 
 
 def _cuts(
@@ -152,7 +177,7 @@ def _groups(
     clip: np.ndarray,
     axes: tuple[Cuts, Cuts, Cuts],
     together: int,
-    spread: Spread,
+    spread: Any,
 ) -> Iterator[np.ndarray]:
     """What comes out for each tile of frames, blended and cut to what is kept of it."""
     frames, rows, columns = axes
@@ -177,7 +202,7 @@ def _outputs(
     clip: np.ndarray,
     places: list[tuple[Cut, Cut, Cut]],
     together: int,
-    spread: Spread,
+    spread: Any,
 ) -> list[np.ndarray]:
     """Of each place; tiles of one shape run together, one after the other along the batch."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
