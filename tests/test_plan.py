@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields as fields_of
 from dataclasses import replace
 
 import jax
@@ -11,11 +12,24 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import save_file
+from test_image_encoders import xlabs_file
 
+from fluxjax.checkpoint.component_json import config_json, write_json
 from fluxjax.checkpoint.templates import abstract_params, parameter_count
 from fluxjax.chips import CHIPS
-from fluxjax.config import PRESETS, TINY, ConfigError
+from fluxjax.config import (
+    PRESETS,
+    TINY,
+    CLIPVisionConfig,
+    ConfigError,
+    ControlNetConfig,
+    IPAdapterConfig,
+    ReduxConfig,
+    SiglipVisionConfig,
+)
 from fluxjax.models.attention import dot_product_attention
+from fluxjax.networks import network_of
 from fluxjax.networks.flux import flops as flux_flops
 from fluxjax.parallel.compiled_program import Structure, measure
 from fluxjax.parallel.mesh import make_mesh
@@ -135,6 +149,87 @@ def test_every_tool_is_counted(model, monkeypatch):
     each = flux_flops(config.transformer, seen, config.max_sequence_length)
     assert abs(placed["denoise"].structure.matmul_flops / (3 * each) - 1) < 0.03
     assert placed[encoder].structure.matmul_flops > 0
+
+
+def tool_folders(root):
+    """Configurations alone, of tools for the embedded model; an IP-Adapter's tensors."""
+    width, text = TINY.transformer.inner_dim, TINY.text_encoder_2.d_model
+    fields = {f.name: getattr(TINY.transformer, f.name) for f in fields_of(TINY.transformer)}
+    net = ControlNetConfig(**{**fields, "num_layers": 2, "num_single_layers": 1})
+    siglip = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=112,
+    )
+    clip = CLIPVisionConfig(
+        with_projection=True, hidden_size=32, intermediate_size=64, num_hidden_layers=2
+    )
+    projector = ReduxConfig(redux_dim=32, txt_in_features=text)
+    for place, config in (
+        ("net", net),
+        ("redux/image_encoder", siglip),
+        ("redux/image_embedder", projector),
+        ("clip", clip),
+    ):
+        write_json(root / place / "config.json", config_json(config))
+    adapter = IPAdapterConfig(
+        num_layers=2, inner_dim=width, cross_attention_dim=48, image_embed_dim=768, num_tokens=5
+    )
+    save_file(xlabs_file(adapter), root / "ip.safetensors")
+    return net, siglip
+
+
+@pytest.mark.slow
+def test_networks_of_tools_are_counted(tmp_path):
+    net, siglip = tool_folders(tmp_path)
+    plain = Options(model="tiny", steps=3, width=64, height=96, dtype="float32")
+    options = replace(
+        plain,
+        controlnet=(str(tmp_path / "net"),) * 2,
+        redux=str(tmp_path / "redux"),
+        ip_adapter=str(tmp_path / "ip.safetensors"),
+        image_encoder=str(tmp_path / "clip"),
+        offload=True,
+    )
+    config = read_model(options)
+    placed = compile_plan(options, config, quiet)
+    found = {program.name: program for program in placed.programs}
+    assert found.keys() == {
+        *("redux", "ip_adapter", "encode", "posterior", "before", "denoise", "decode")
+    }
+    weights = placed.weights
+    # The same ControlNet twice has its weights once.
+    assert weights["controlnets"] == 4 * parameter_count(abstract_params(net))
+    assert weights["redux"] > 4 * parameter_count(abstract_params(siglip))
+    assert found["redux"].held == weights["redux"], "no other network is there"
+    text = config.max_sequence_length + siglip.tokens
+    each = flux_flops(config.transformer, tokens(config), text)
+    each += 2 * network_of(net).flops(net, tokens(config), text)
+    steps = found["denoise"].structure.matmul_flops + found["before"].structure.matmul_flops
+    assert abs(steps / (3 * each) - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"controlnet": ("union",)}, "union: this ControlNet has blocks of width 3072"),
+        ({"model": "fill", "controlnet": ("union",)}, "ControlNets go with models that draw from"),
+        (
+            {"controlnet": ("onion",)},
+            "'onion' is neither one of union, union-2, xlabs nor a folder",
+        ),
+        ({"controlnet": ("union",) * 4}, "at most 3 ControlNets"),
+        ({"redux": "dev"}, "tokens of width 4096, and this model reads text of width 128"),
+        ({"ip_adapter": "xlabs"}, "for 19 double blocks, and the model has 2"),
+        ({"image_encoder": "clip"}, "name one too"),
+        ({"task": "lora", "redux": "dev"}, "are for --task sample"),
+    ],
+)
+def test_tools_of_another_model_are_one_sentence(asked, words):
+    with pytest.raises(ConfigError, match=words):
+        check(Options(**{"model": "tiny", **asked}))
 
 
 @pytest.mark.slow

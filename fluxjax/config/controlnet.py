@@ -34,6 +34,25 @@ class ControlNetConfig(FluxConfig):
             f"{self.in_channels}, got {self.conditioning_embedding_channels}: 2 x 2 are a token",
         )
 
+    def require_same_model(self, where: object, transformer: FluxConfig) -> None:
+        """Raises ConfigError, which names `where` it is from, if it is of another model."""
+        require(
+            transformer.in_channels == transformer.out_channels,
+            f"{where}: ControlNets go with models that draw from text, and this one joins pictures "
+            "to its channels (FLUX.1 Fill, Canny or Depth)",
+        )
+        for words, mine, wanted in (
+            ("blocks of width", self.inner_dim, transformer.inner_dim),
+            ("text of width", self.joint_attention_dim, transformer.joint_attention_dim),
+            ("pooled text of width", self.pooled_projection_dim, transformer.pooled_projection_dim),
+            ("tokens of width", self.in_channels, transformer.in_channels),
+        ):
+            require(
+                mine == wanted,
+                f"{where}: this ControlNet has {words} {mine}, and the model {wanted}: it belongs "
+                "to another model",
+            )
+
     @property
     def sees_pixels(self) -> bool:
         """Whether the control picture comes as pixels and not as latents."""

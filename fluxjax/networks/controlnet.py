@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import ConfigError, ControlNetConfig
+from fluxjax.config.latents import PATCH
 from fluxjax.networks import flux
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes
 from fluxjax.networks.tables import Rule, Table
@@ -108,6 +109,12 @@ def _flops(config: ControlNetConfig, image_tokens: int, text_tokens: int) -> flo
     return blocks - end + 2.0 * ends * image_tokens * d * d
 
 
+def _held(config: ControlNetConfig, latents: int, text_tokens: int) -> int:
+    """Its samples, which stay while the transformer runs."""
+    layers = config.num_layers + config.num_single_layers
+    return latents // PATCH**2 * config.inner_dim * layers
+
+
 _ENDS = ("proj_out", "norm_out/linear")  # of the transformer alone
 _ROLES: dict[str, Role] = {
     **{
@@ -167,5 +174,6 @@ CONTROLNET = Network(
         "controlnet_blocks",
         "controlnet_single_blocks",
     ),
+    held=_held,
     flops=_flops,
 )

@@ -34,6 +34,10 @@ def plan(options: Options) -> int:
         made["steps"] = config.steps
         if options.pictures:
             made["pictures"] = " ".join(options.pictures)
+        named = {name: getattr(options, name) for name in ("redux", "ip_adapter", "image_encoder")}
+        made |= {name: value for name, value in named.items() if value is not None}
+        if options.controlnet:
+            made["controlnet"] = " ".join(options.controlnet)
     else:
         made |= {"remat": options.remat, "optimizer": options.optimizer}
         made |= {"accumulate": options.accumulate, "ema": options.ema}

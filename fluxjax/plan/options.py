@@ -16,6 +16,7 @@ from fluxjax.config.choices import Remat, SequenceAttention
 from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.hub import find, hub_name
 from fluxjax.parallel.mesh_shape import MeshShape, parse_mesh
+from fluxjax.plan.tools import Tools, read_tools
 from fluxjax.quantised_kinds import DYNAMIC, LOADED, NONE
 from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.train.settings import Optimizer
@@ -27,6 +28,8 @@ _Pictures = Annotated[
     tuple[Literal["reference", "image", "mask", "control"], ...],
     tyro.conf.arg(metavar="NAME ...", help_behavior_hint=""),
 ]
+_Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
+_Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 _Chips = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
 
 
@@ -41,6 +44,14 @@ class Options:
     pictures: _Pictures = ()
     """Sampling: what is given besides text, of reference, image, mask and control; by default what
     the model needs."""
+    controlnet: _Names = ()
+    """Sampling: ControlNets, each union, union-2 or xlabs (the published sizes), or a folder."""
+    redux: _Name = None
+    """Sampling: Redux, dev or a folder of it."""
+    ip_adapter: _Name = None
+    """Sampling: an IP-Adapter that sees one picture: xlabs, xlabs-2 (16 tokens), or a file."""
+    image_encoder: _Name = None
+    """For an IP-Adapter: a folder of CLIP; by default ViT-L/14."""
     mesh: str = ""
     """Such as fsdp=4,tensor=2; the rest of the devices shares out the batch."""
     devices: _Int = None
@@ -95,10 +106,14 @@ def check(options: Options) -> None:
         options.task != "sample" or device_count(options) > 1
     ):
         raise ConfigError("--offload and --stream are for --task sample on one device")
+    if options.task != "sample" and (
+        options.controlnet or options.redux or options.ip_adapter or options.pictures
+    ):
+        raise ConfigError("ControlNets, Redux, IP-Adapters and pictures are for --task sample")
     if options.rank < 1:
         raise ConfigError(f"rank must be at least 1, got {options.rank}")
     if hub_name(options.model) is None:  # what is to be downloaded is checked when it is there
-        read_model(options)
+        read_beside(options, read_model(options))
 
 
 def device_count(options: Options) -> int:
@@ -139,6 +154,18 @@ def read_model(options: Options) -> PipelineConfig:
     config.require_size(config.width, config.height)
     config.require_whole(options.model, text_alone=options.task != "sample")
     return config
+
+
+def read_beside(options: Options, config: PipelineConfig) -> Tools:
+    """The networks of tools that are named. Raises ConfigError, OSError."""
+    return read_tools(
+        config,
+        options.model,
+        options.controlnet,
+        options.redux,
+        options.ip_adapter,
+        options.image_encoder,
+    )
 
 
 def find_chips(names: tuple[str, ...]) -> tuple[Chip, ...]:

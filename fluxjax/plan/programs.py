@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +25,12 @@ from fluxjax.parallel.host_memory import HOST
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import bytes_per_device, param_shardings, state_shardings
 from fluxjax.plan.attention import flash_like
-from fluxjax.plan.options import Options, device_count, mesh_shape, tokens
+from fluxjax.plan.options import Options, device_count, mesh_shape, read_beside, tokens
+from fluxjax.plan.tools import Tools
 from fluxjax.quantised_kinds import LOADED
+from fluxjax.sample import ip_adapter, redux
 from fluxjax.sample.executables import Executables
+from fluxjax.sample.picture_reader import Reading, read_pictures
 from fluxjax.sample.programs import NAMES, Name, components, defaults, programs
 from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.train.flow_matching import Rows, finetune_loss
@@ -103,7 +107,9 @@ def _size(tree: Any) -> int:
 
 
 def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:
-    dtype = jnp.dtype(options.dtype)
+    dtype, tools = jnp.dtype(options.dtype), read_beside(options, config)
+    config = dataclasses.replace(config, controlnets=tools.controlnets)
+    readings = _readings(tools)
     weights: dict[str, int] = {}
     templates = {
         name: _template(options, name, network, dtype) for name, network in config.networks.items()
@@ -111,6 +117,8 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     for name, network in config.networks.items():
         placed = _placed(templates[name], param_shardings(network, templates[name], mesh))
         weights[name] = _size(placed)
+    for name, size in _beside_bytes(config, readings, mesh, dtype).items():
+        weights[name] = size
     family = family_of(config.class_name)
     devices = mesh if mesh.size > 1 else None
     executables = Executables(
@@ -133,6 +141,8 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         pictures=n,
         prompts=n,
         reference_size=size,
+        more_text=0 if tools.redux is None else tools.redux[0].tokens,
+        image_prompt=_keys_of(tools),
         rows=executables.rows,
         padded=False,
     )
@@ -147,7 +157,7 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     if options.offload:
         (denoise,) = (program for program in listed if program.name == "denoise")
         listed = [*executables.split(denoise), *listed[1:]]
-    done: list[Program] = []
+    done = _read(readings, weights, dtype, options, say)
     for program in sorted(listed, key=lambda program: list(reads).index(program.name)):
         say(program.name)
         with auto_attention(flash_like):  # as accelerators have it
@@ -163,6 +173,57 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     return Placed(weights, 0, tuple(done), notes)
 
 
+def _readings(tools: Tools) -> dict[str, Reading]:
+    """What reads pictures, by the tool."""
+    found = {}
+    if tools.redux is not None:
+        found["redux"] = Reading(*tools.redux, redux.SEEN)
+    if tools.ip_adapter is not None:
+        found["ip_adapter"] = Reading(*tools.ip_adapter, ip_adapter.SEEN)
+    return found
+
+
+def _keys_of(tools: Tools) -> tuple[int, int, int] | None:
+    """(layers, tokens, width) of what an IP-Adapter adds."""
+    if tools.ip_adapter is None:
+        return None
+    adapter = tools.ip_adapter[1]
+    return adapter.num_layers, adapter.num_tokens, adapter.inner_dim
+
+
+def _beside_bytes(
+    config: PipelineConfig, readings: dict[str, Reading], mesh: Mesh, dtype: Any
+) -> dict[str, int]:
+    """Bytes of the weights of tools on a device: ControlNets shared out, what reads pictures whole
+    on the first."""
+    found: dict[str, int] = {}
+    for net in dict.fromkeys(config.controlnets):  # one that is named twice is there once
+        shapes = in_dtype(abstract_params(net, stacked=True), dtype)
+        size = _size(_placed(shapes, param_shardings(net, shapes, mesh)))
+        found["controlnets"] = found.get("controlnets", 0) + size
+    for name, reading in readings.items():
+        found[name] = _on_device(reading.weights(dtype))
+    return found
+
+
+def _read(
+    readings: dict[str, Reading], weights: dict[str, int], dtype: Any, options: Options, say: Say
+) -> list[Program]:
+    """The programs that read one picture each."""
+    done = []
+    chosen: dict[str, str | bool] = {**compiler_options(), **IN_LOOPS}
+    for name, reading in readings.items():
+        say(name)
+        size = reading.encoder.image_size
+        pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        with auto_attention(flash_like):
+            lowered = read_pictures.lower(reading, dtype, reading.weights(dtype), pixels)
+            compiled = lowered.compile(compiler_options=chosen)
+        held = weights[name] if options.offload else sum(weights.values())
+        done.append(Program(name, measure(compiled), weights[name], held))
+    return done
+
+
 def _template(options: Options, name: str, network: Any, dtype: Any) -> dict[str, Any]:
     """Shapes of a network's parameters as they lie on devices."""
     tree, kind = abstract_params(network, stacked=True), parse_quantise(options.quantise).get(name)
@@ -173,7 +234,8 @@ def _template(options: Options, name: str, network: Any, dtype: Any) -> dict[str
 
 def _task(options: Options, config: PipelineConfig) -> Task:
     """The one of the pictures that are named, or the simplest of the model's."""
-    if options.pictures or options.model == "kontext":
+    kontext = options.model == "kontext" and not config.controlnets
+    if options.pictures or kontext:
         return family_of(config.class_name).find_task(config, options.pictures or ("reference",))
     return family_of(config.class_name).tasks_of(config)[0]
 

@@ -6,7 +6,6 @@ Source: diffusers `FluxControlNetPipeline`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -84,27 +83,8 @@ def open_controlnets(folders: Sequence[Scaled], config: PipelineConfig) -> list[
             if not path.exists():
                 raise FileNotFoundError(f"there is no ControlNet folder {path}")
             opened[folder] = open_network(path, "controlnet")
-            _require_same_model(path, opened[folder].config, config.networks[config.denoiser])
+            opened[folder].config.require_same_model(path, config.networks[config.denoiser])
     return [opened[folder] for folder, _ in folders]
-
-
-def _require_same_model(path: Path, net: ControlNetConfig, transformer: Any) -> None:
-    if transformer.in_channels != transformer.out_channels:
-        raise ConfigError(
-            f"{path}: ControlNets go with models that draw from text, and this one joins "
-            "pictures to its channels (FLUX.1 Fill, Canny or Depth)"
-        )
-    for words, mine, wanted in (
-        ("blocks of width", net.inner_dim, transformer.inner_dim),
-        ("text of width", net.joint_attention_dim, transformer.joint_attention_dim),
-        ("pooled text of width", net.pooled_projection_dim, transformer.pooled_projection_dim),
-        ("tokens of width", net.in_channels, transformer.in_channels),
-    ):
-        if mine != wanted:
-            raise ConfigError(
-                f"{path}: this ControlNet has {words} {mine}, and the model {wanted}: it belongs "
-                "to another model"
-            )
 
 
 def control_settings(mode: Any, scale: Any, between: Any) -> dict[str, Any]:

@@ -6,14 +6,12 @@ Source: diffusers `FluxPipeline`; the pictures are read as CLIP's processor read
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from fluxjax.checkpoint.lora.scaled_file import scaled_files
 from fluxjax.checkpoint.opened_network import OpenNetwork
@@ -22,8 +20,7 @@ from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.families import FLUX, family_of
 from fluxjax.families.family import AnyArray
 from fluxjax.hub import find
-from fluxjax.networks import network_of
-from fluxjax.shapes import Params
+from fluxjax.sample.picture_reader import PictureReader
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -35,6 +32,8 @@ if TYPE_CHECKING:
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
+SEEN = "image_embeds"
+"""Of CLIP's output what the adapter reads."""
 Attended = tuple[Float[AnyArray, "n layers tokens d"], Float[AnyArray, "n layers tokens d"]]
 """Keys and values for all blocks."""
 
@@ -51,22 +50,22 @@ class ImagePrompts(NamedTuple):
 
 
 class ImagePrompter:
-    """CLIP's vision encoder and an IP-Adapter, whose weights are read when they are first needed.
+    """CLIP's vision encoder and an IP-Adapter.
 
     `scale`: of what the blocks see of pictures, unless a call says otherwise.
     """
 
     def __init__(self, encoder: OpenNetwork, adapter: OpenNetwork, scale: float, dtype: Any):
-        self.networks, self.scale, self.dtype = (encoder, adapter), scale, jnp.dtype(dtype)
+        self.reader, self.scale = PictureReader(encoder, adapter, SEEN, dtype), scale
 
     def shape(self, pictures: int) -> tuple[int, int, int]:
         """(layers, tokens, width) of the keys that so many pictures become."""
-        config = self.networks[1].config
+        config = self.reader.reading.follower
         return config.num_layers, pictures * config.num_tokens, config.inner_dim
 
     def scales(self, settings: Settings) -> Float[np.ndarray, " layers"]:
         """Of each block. Raises ConfigError for another number of them."""
-        layers = self.networks[1].config.num_layers
+        layers = self.reader.reading.follower.num_layers
         chosen = settings.ip_scale or (self.scale,)
         if len(chosen) not in (1, layers):
             raise ConfigError(
@@ -78,14 +77,11 @@ class ImagePrompter:
         """Of the pictures that are given. A negative pass sees the negative picture, or black."""
         from PIL import Image
 
-        pictures, size = given.ip_images, self.networks[0].config.image_size
+        pictures, size = given.ip_images, self.reader.size
         if passes > 1:
             black = Image.new("RGB", (size, size))
             pictures = [*pictures, given.negative_ip_image or black]
-        seen = np.stack([_pixels(picture, size) for picture in pictures])
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
-        modules = [network_of(one.config).build(one.config, **types) for one in self.networks]
-        keys, values = map(np.asarray, _attended(*modules, *self._params, seen))
+        keys, values = self.reader(np.stack([_pixels(picture, size) for picture in pictures]))
         many = len(given.ip_images)
         # The negative pass has as many tokens: one picture, repeated, weighs the same.
         parts = (range(many), [many] * many)[:passes]
@@ -94,27 +90,11 @@ class ImagePrompter:
             self.scales(settings),
         )
 
-    @cached_property
-    def _params(self) -> tuple[Params, ...]:
-        return tuple(one.params(stacked=False, dtype=self.dtype) for one in self.networks)
-
 
 def _joined(
     x: Float[np.ndarray, "layers pictures tokens d"], part: Sequence[int]
 ) -> Float[np.ndarray, "1 layers all d"]:
     return np.concatenate([x[:, i] for i in part], axis=1)[None]
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _attended(
-    encoder: Any,
-    adapter: Any,
-    encoder_params: Params,
-    adapter_params: Params,
-    pixels: Float[Array, "n height width 3"],
-) -> Any:
-    embeds = encoder.apply({"params": encoder_params}, pixels).image_embeds
-    return adapter.apply({"params": adapter_params}, embeds)
 
 
 def _pixels(picture: Picture, size: int) -> Float[np.ndarray, "size size 3"]:
@@ -169,28 +149,9 @@ def open_ip_adapter(
     if not folder.exists():
         raise FileNotFoundError(f"there is no image encoder folder {folder}")
     adapter, encoder = open_network(path, "ip_adapter"), open_network(folder, "image_encoder")
-    _require_same_model(path, adapter.config, config.networks[config.denoiser])
-    if not encoder.config.with_projection:
-        raise ConfigError(f"{folder} has no projection (visual_projection), which IP-Adapters read")
-    made, read = encoder.config.projection_dim, adapter.config.image_embed_dim
-    if made != read:
-        raise ConfigError(
-            f"{path} reads pictures embedded in {read} numbers, and {folder} makes {made}: it "
-            "belongs to another image encoder"
-        )
+    transformer = config.networks[config.denoiser]
+    adapter.config.require_same_model(path, transformer, encoder.config, folder)
     return ImagePrompter(encoder, adapter, scale, dtype)
-
-
-def _require_same_model(path: Path, adapter: Any, transformer: Any) -> None:
-    for words, mine, wanted in (
-        ("is for {} double blocks", adapter.num_layers, transformer.num_layers),
-        ("is for blocks of width {}", adapter.inner_dim, transformer.inner_dim),
-    ):
-        if mine != wanted:
-            raise ConfigError(
-                f"{path}: this IP-Adapter {words.format(mine)}, and the model has {wanted}: it "
-                "belongs to another model"
-            )
 
 
 def check_image_prompts(prompter: ImagePrompter | None, settings: Settings, given: Given) -> None:

@@ -51,7 +51,10 @@ def weight_bytes(pipe: Pipeline) -> int:
     together = {frozenset(components(pipe.config, name)) for name in NAMES}
     if not pipe.offload:
         together = {frozenset().union(*together)}
-    return max(sum(map(size, names)) for names in together) // _devices(pipe)
+    networks = max(sum(map(size, names)) for names in together) // _devices(pipe)
+    readers = [one.reader.weight_bytes for one in (pipe.redux, pipe.image_prompter) if one]
+    # On the first device, whatever there is of others.
+    return max(networks, *readers) if pipe.offload else networks + sum(readers)
 
 
 def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> int:
@@ -63,9 +66,11 @@ def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> i
     config, scale = pipe.config, pipe.config.vae.scale
     latents = (settings.width // scale) * (settings.height // scale)
     seen, text = latents * (2 if settings.reference else 1), settings.max_sequence_length
+    text += 0 if pipe.redux is None else pipe.redux.count
     passes = 1 if pipe.family.scale(config, settings.asked_guidance) is None else 2
     denoiser = config.networks[config.denoiser]
     denoising = pictures * passes * network_of(denoiser).held(denoiser, seen, text)
+    denoising += pictures * sum(network_of(n).held(n, latents, text) for n in config.controlnets)
     decoded = min(latents, TILE**2) if latents > UNTILED_LATENTS else latents * pictures
     # The last stage of the decoder at full size: a layer's input and output.
     decoding = decoded * scale**2 * config.vae.block_out_channels[0] * 2

@@ -33,6 +33,8 @@ from fluxjax.sample.stages import AnyArray, OnStep, Stages
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from fluxjax.sample.picture_reader import PictureReader
+
 
 class Pipeline(Stages):
     """A model that draws; see `fluxjax.load_pipeline`."""
@@ -279,11 +281,13 @@ class Pipeline(Stages):
         if self.redux is not None and heard:
             with self._timed("encoding"):
                 conditioning = self.redux.heard(conditioning, heard)
+            self._leave(self.redux.reader)
         inputs = make_inputs(self, task, given, settings, draws)
         if self.image_prompter is not None:
             with self._timed("encoding"):
                 seen = self.image_prompter.prompts(given, settings, 1 if scale is None else 2)
             inputs = inputs._replace(image_prompts=seen)
+            self._leave(self.image_prompter.reader)
         latents = self.denoise(
             conditioning,
             draws["noise"],
@@ -303,6 +307,10 @@ class Pipeline(Stages):
         pictures = self.decode(latents)
         require_finite(self.config, pictures, [conditioning, negative], inputs, latents)
         return finished(to_bytes(pictures, settings.rounding), given, settings)
+
+    def _leave(self, reader: PictureReader) -> None:
+        if self.offload:
+            reader.release()
 
     def _require_redux(self, heard: Sequence[Heard]) -> None:
         if heard and self.redux is None:

@@ -6,50 +6,40 @@ Source: diffusers `FluxPriorReduxPipeline`; the pictures are read as SigLIP's pr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.source import open_network
 from fluxjax.config import ConfigError
 from fluxjax.families.family import Conditioning
-from fluxjax.networks import network_of
 from fluxjax.picture_files import upright_rgb
 from fluxjax.sample.given_pictures import read_picture
-from fluxjax.shapes import Params
+from fluxjax.sample.picture_reader import PictureReader
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+SEEN = "last_hidden_state"
+"""Of SigLIP's output what the projector reads."""
 Heard = tuple["Picture", float]
 """A picture and its weight."""
 
 
 class Redux:
-    """SigLIP and the projector, whose weights are read when they are first needed."""
+    """SigLIP and the projector."""
 
     def __init__(self, encoder: OpenNetwork, projector: OpenNetwork, dtype: Any):
-        self.networks, self.dtype = (encoder, projector), jnp.dtype(dtype)
+        self.reader = PictureReader(encoder, projector, SEEN, dtype)
         self.count: int = encoder.config.tokens
         """Tokens that a picture becomes."""
 
-    @cached_property
-    def _params(self) -> tuple[Params, ...]:
-        return tuple(one.params(stacked=False, dtype=self.dtype) for one in self.networks)
-
     def tokens(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "n tokens text"]:
         """What the transformer reads of each picture, after T5's states."""
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
-        modules = [network_of(one.config).build(one.config, **types) for one in self.networks]
-        size = self.networks[0].config.image_size
-        seen = np.stack([_pixels(picture, size) for picture in pictures])
-        return np.asarray(_tokens(*modules, *self._params, seen))
+        return self.reader(np.stack([_pixels(picture, self.reader.size) for picture in pictures]))
 
     def heard(self, conditioning: Conditioning, pictures: Sequence[Heard]) -> Conditioning:
         """The prompts' conditioning with the pictures' tokens joined.
@@ -58,29 +48,18 @@ class Redux:
         of all pictures together other than 1 makes the text louder or softer too.
         """
         tokens = self.tokens([picture for picture, _ in pictures])
-        scales = np.asarray([scale for _, scale in pictures]).astype(self.dtype)
+        dtype = self.reader.dtype
+        scales = np.asarray([scale for _, scale in pictures]).astype(dtype)
 
         def summed(each: Sequence[np.ndarray]) -> np.ndarray:
             scaled = [x * scale for x, scale in zip(each, scales, strict=True)]
-            return sum(x.astype(np.float32) for x in scaled).astype(self.dtype)  # pyright: ignore
+            return sum(x.astype(np.float32) for x in scaled).astype(dtype)  # pyright: ignore
 
         sequence, vector = np.asarray(conditioning.sequence), np.asarray(conditioning.vector)
         text = summed([sequence] * len(tokens))
         more = np.broadcast_to(summed(list(tokens))[None], (len(text), *tokens.shape[1:]))
         joined = np.concatenate([text, more], axis=1)
         return Conditioning(joined, None, summed([vector] * len(tokens)))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _tokens(
-    encoder: Any,
-    projector: Any,
-    encoder_params: Params,
-    projector_params: Params,
-    pixels: Float[Array, "n height width 3"],
-) -> Float[Array, "n tokens text"]:
-    states = encoder.apply({"params": encoder_params}, pixels).last_hidden_state
-    return projector.apply({"params": projector_params}, states)
 
 
 def _pixels(picture: Picture, size: int) -> Float[np.ndarray, "height width 3"]:
@@ -99,16 +78,7 @@ def open_redux(folder: Path, width: int, dtype: Any) -> Redux:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no Redux folder {folder}")
     encoder, projector = (open_network(folder, part) for part in ("siglip", "image_embedder"))
-    seen, read = encoder.config.hidden_size, projector.config.redux_dim
-    if seen != read:
-        raise ConfigError(
-            f"{folder}: the Redux projector reads states of width {read}, its SigLIP gives {seen}"
-        )
-    if projector.config.txt_in_features != width:
-        raise ConfigError(
-            f"{folder} makes tokens of width {projector.config.txt_in_features}, and this model "
-            f"reads text of width {width}: it belongs to another model"
-        )
+    projector.config.require_same_model(folder, encoder.config.hidden_size, width)
     return Redux(encoder, projector, dtype)
 
 
