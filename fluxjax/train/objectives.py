@@ -13,13 +13,13 @@ from fluxjax.train.settings import Objective, Weight
 
 
 def autoencoder_loss(
-    reconstruction: Float[Array, "b h w c"],
-    image: Float[Array, "b h w c"],
+    reconstruction: Float[Array, "b *shape c"],
+    image: Float[Array, "b *shape c"],
     posterior: Posterior,
     *,
     kl_weight: float = 1e-4,
 ) -> Float[Array, ""]:
-    """Mean absolute + squared error of pictures in [-1, 1], and the KL to N(0, 1) per latent.
+    """Mean absolute + squared error of pictures or clips in [-1, 1], and the KL to N(0, 1).
 
     Source: Kingma & Welling 2013, appendix B; the sum of both errors keeps edges sharp (L1) and
     large errors rare (L2).

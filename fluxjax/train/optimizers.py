@@ -159,18 +159,26 @@ def muon_dimensions(params: Tree) -> Tree:
     Embeddings, input and output layers, norms and biases go to AdamW. A stacked leaf's leading axis
     (layer) is a batch axis.
     """
-    first_and_last = ("conv_in", "conv_out", "x_embedder", "context_embedder", "proj_out")
+    first_and_last = (
+        "conv_in",
+        "conv_out",
+        "x_embedder",
+        "context_embedder",
+        "cond_in",
+        "proj_out",
+    )
 
     def spec(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
         names = _names(path)
         factor = names[-1] in FACTORS
-        outer = names[0] in first_and_last or (len(names) > 1 and names[-2].startswith("conv_in"))
-        outer = outer or names[-2] == "conv_out"
+        # Of a clip's networks the layer itself is one name further in.
+        ends = ("conv_in", "conv_out")
+        outer = names[0] in first_and_last or any(n.startswith(ends) for n in names[-3:-1])
         if (names[-1] != "kernel" and not factor) or (outer and not factor):
             return None
-        if leaf.ndim not in (2, 3, 4):
+        if leaf.ndim not in (2, 3, 4, 5):
             return None
-        inputs = tuple(range(leaf.ndim - 1)) if leaf.ndim == 4 else leaf.ndim - 2
+        inputs = tuple(range(leaf.ndim - 1)) if leaf.ndim >= 4 else leaf.ndim - 2
         return MuonDimensionNumbers(reduction_axis=inputs, output_axis=leaf.ndim - 1)
 
     return jax.tree.map_with_path(spec, params)

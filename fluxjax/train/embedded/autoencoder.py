@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -37,15 +38,16 @@ class AutoencoderStage:
     seed: int = 1
 
 
-def reconstruct(model: Autoencoder, params: Tree, images: jax.Array) -> jax.Array:
+def reconstruct(model: nn.Module, params: Tree, images: jax.Array) -> jax.Array:
     """Through the posterior mean and back, clamped to [-1, 1]."""
     reconstruction: Any = model.apply({"params": params}, images)
     return jnp.clip(reconstruction, -1.0, 1.0)
 
 
 def psnr(reconstruction: jax.Array, images: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB, pictures in [-1, 1], averaged over pictures."""
-    return (10 * jnp.log10(4.0 / jnp.square(reconstruction - images).mean((1, 2, 3)))).mean()
+    """Peak signal-to-noise ratio in dB, pictures or clips in [-1, 1], averaged over them."""
+    own = tuple(range(1, images.ndim))
+    return (10 * jnp.log10(4.0 / jnp.square(reconstruction - images).mean(own))).mean()
 
 
 def latent_statistics(model: Autoencoder, params: Tree, images: jax.Array) -> tuple[float, float]:

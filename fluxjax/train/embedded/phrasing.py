@@ -69,7 +69,8 @@ def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _an(phrase: str) -> str:
+def with_article(phrase: str) -> str:
+    """`a red circle`, `an orange circle`."""
     return ("an " if _seen(phrase)[0] in "aeiou" else "a ") + phrase
 
 
@@ -142,7 +143,7 @@ def _objects(words: _Words, sizes: Sequence[bool], *, bare: bool, after: float) 
         return [f"{_pick(words.rng, phrases.BARE_NUMBERS[1])} {nouns[0]}"]
     if not bare and kind == "single" and not words.plain and words.rng.random() < 0.1:
         return [f"{_pick(words.rng, phrases.NUMBERS[1])} {nouns[0]}"]
-    return nouns if bare else [_an(noun) for noun in nouns]
+    return nouns if bare else [with_article(noun) for noun in nouns]
 
 
 def _named(template: str, objects: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from fluxjax.train.embedded.scenes import (
     BACKGROUNDS,
     COLOURS,
     RELATIONS,
+    SHAPES,
     SIZES,
     Scene,
     unit_distances,
@@ -32,7 +33,7 @@ CONTRAST = 0.3  # pink on beige, the weakest pair, is 0.69 apart; noise at 30 dB
 PLAIN_FIT = 0.82  # whole shapes overlap their template by more than this
 WORST_FIT = 0.6  # below this overlap a blob has none of the shapes
 GRID = 36  # templates are GRID x GRID, two square roots of the object's area wide
-_ANGLES = np.linspace(-0.2, 0.2, 7)  # scenes turn objects by up to 0.14
+_UPRIGHT = tuple(np.linspace(-0.2, 0.2, 7))  # scenes turn objects by up to 0.14
 _SCALES = (0.95, 1.0, 1.05)
 _COLOURS = np.array(list(COLOURS.values()), np.float32) / 127.5 - 1
 _BACKGROUNDS = np.array(list(BACKGROUNDS.values()), np.float32) / 127.5 - 1
@@ -44,7 +45,8 @@ Picture = Float[np.ndarray, "height width 3"]
 
 
 class ReadObject(NamedTuple):
-    """`shape` is -1 when the pixels resemble none; `fit` is the overlap with the best template."""
+    """`shape` is -1 when the pixels resemble none; `fit` is the overlap with the best template, and
+    `angle` its turn clockwise, in radians."""
 
     shape: int
     colour: int
@@ -52,6 +54,7 @@ class ReadObject(NamedTuple):
     centre: tuple[float, float]
     radius: float
     fit: float
+    angle: float = 0.0
 
 
 class Reading(NamedTuple):
@@ -80,12 +83,23 @@ class Tally(NamedTuple):
     asked: int
 
 
-@cache
-def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(pictures (t, GRID^2), shape of each, area of each unit shape, centroid of each, turned).
+class Templates(NamedTuple):
+    """Turned and scaled shapes that blobs are held against.
 
-    A template has its centroid in the middle and, before `_SCALES`, area 1.
+    A picture has its centroid in the middle and, before `_SCALES`, area 1. `areas` are those of all
+    unit shapes.
     """
+
+    pictures: Float[np.ndarray, "t pixels"]
+    shapes: Int[np.ndarray, "t"]
+    angles: Float[np.ndarray, "t"]
+    centroids: Float[np.ndarray, "t 2"]
+    areas: Float[np.ndarray, "shapes"]
+
+
+@cache
+def templates(angles: tuple[float, ...] = _UPRIGHT, among: tuple[str, ...] = SHAPES) -> Templates:
+    """Of the shapes `among` all, turned clockwise by each of the angles."""
     distances = jax.jit(unit_distances)
     fine = jnp.linspace(-1.5, 1.5, 401)
     x, y = np.meshgrid(fine, fine)
@@ -93,23 +107,31 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     areas = inside.mean((1, 2)) * 9
     centroids = np.stack([(x[mask].mean(), y[mask].mean()) for mask in inside])
     # Axes: angle, scale, shape, row, column.
-    angles = np.asarray(_ANGLES)[:, None, None, None, None]
+    turns = np.asarray(angles)[:, None, None, None, None]
     units = np.sqrt(areas) / np.asarray(_SCALES)[:, None]
     cells = (np.arange(GRID) + 0.5) / GRID * 2 - 1
     gy, gx = np.meshgrid(cells, cells, indexing="ij")
     gx, gy = (units[None, :, :, None, None] * g for g in (gx, gy))
-    c, s = np.cos(angles), np.sin(angles)
+    c, s = np.cos(turns), np.sin(turns)
     cx, cy = (centroids[:, axis, None, None] for axis in (0, 1))
     at = distances(jnp.asarray(c * gx + s * gy + cx), jnp.asarray(c * gy - s * gx + cy))
     distance = np.stack([np.asarray(d)[:, :, i] for i, d in enumerate(at)], axis=2)
     pictures = np.clip(0.5 - distance * GRID / (2 * units[None, :, :, None, None]), 0, 1)
     turned = np.stack([c * cx - s * cy, s * cx + c * cy], -1)[:, :, :, 0, 0]
-    shape = (len(_ANGLES), len(_SCALES), len(areas))
-    return (
+    shape = (len(angles), len(_SCALES), len(areas))
+    every = Templates(
         pictures.reshape(-1, GRID * GRID).astype(np.float32),
         np.broadcast_to(np.arange(len(areas)), shape).ravel(),
-        areas,
+        np.broadcast_to(np.asarray(angles)[:, None, None], shape).ravel(),
         np.broadcast_to(turned, (*shape, 2)).reshape(-1, 2),
+        areas,
+    )
+    meant = np.isin(every.shapes, [SHAPES.index(name) for name in among])
+    return every._replace(
+        pictures=every.pictures[meant],
+        shapes=every.shapes[meant],
+        angles=every.angles[meant],
+        centroids=every.centroids[meant],
     )
 
 
@@ -163,7 +185,9 @@ def _distance(picture: Picture, back: Picture, seam: Mask) -> np.ndarray:
     return distance
 
 
-def _fit(opacity: Float[np.ndarray, "height width"], side: int, colour: int) -> ReadObject:
+def _fit(
+    opacity: Float[np.ndarray, "height width"], side: int, colour: int, among: Templates
+) -> ReadObject:
     """The shape that overlaps an object's opacity best, at the same area and centroid."""
     area = opacity.sum()
     y, x = np.nonzero(opacity)
@@ -172,18 +196,18 @@ def _fit(opacity: Float[np.ndarray, "height width"], side: int, colour: int) -> 
     cells = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * np.sqrt(area)
     rows, columns = np.meshgrid(cells + cy, cells + cx, indexing="ij")
     seen = ndimage.map_coordinates(opacity, [rows, columns], order=1, mode="constant").ravel()
-    pictures, shapes, areas, offsets = _templates()
+    pictures, shapes, angles, centroids, areas = among
     seen = seen.astype(np.float32)
     best = int((np.square(pictures).sum(-1) - 2 * (pictures @ seen)).argmin())
     fit = np.minimum(pictures[best], seen).sum() / np.maximum(pictures[best], seen).sum()
     shape = int(shapes[best])
     radius = np.sqrt(area / areas[shape])
-    centre = (np.array([cx, cy]) + 0.5 - offsets[best] * radius) / side
+    centre = (np.array([cx, cy]) + 0.5 - centroids[best] * radius) / side
     size = int(np.abs(np.log(radius / side / _RADII)).argmin())
     shown = shape if fit >= WORST_FIT else -1
-    return ReadObject(
-        shown, colour, size, (float(centre[0]), float(centre[1])), float(radius / side), float(fit)
-    )
+    where = float(centre[0]), float(centre[1])
+    found = float(radius / side), float(fit), float(angles[best])
+    return ReadObject(shown, colour, size, where, *found)
 
 
 def _parts(mask: Mask, smallest: float) -> list[Mask]:
@@ -207,13 +231,15 @@ def _cut(mask: Mask, smallest: float) -> list[Mask]:
     return [mask]
 
 
-def _objects(mask: Mask, opacity: np.ndarray, side: int, colour: int) -> list[ReadObject]:
+def _objects(
+    mask: Mask, opacity: np.ndarray, side: int, colour: int, among: Templates
+) -> list[ReadObject]:
     """The object that a component shows, or the two or three that touch in it."""
     smallest = SMALLEST_AREA * side**2
 
     def fit(part: Mask, other: Mask) -> ReadObject:
         around = ndimage.binary_dilation(part) & ~other
-        return _fit(np.where(around, opacity, 0.0), side, colour)
+        return _fit(np.where(around, opacity, 0.0), side, colour, among)
 
     whole = fit(mask, np.zeros_like(mask))
     if whole.fit < PLAIN_FIT:
@@ -225,8 +251,12 @@ def _objects(mask: Mask, opacity: np.ndarray, side: int, colour: int) -> list[Re
     return [whole]
 
 
-def read(picture: Picture) -> Reading:
-    """Read a picture in [-1, 1], of any size, back into objects and background."""
+def read(picture: Picture, among: Templates | None = None) -> Reading:
+    """Read a picture in [-1, 1], of any size, back into objects and background.
+
+    `among`: the shapes that it may show, by default all of them upright.
+    """
+    among = templates() if among is None else among
     shrink = max(min(picture.shape[:2]) // 96, 1)
     if shrink > 1:
         height, width = (n // shrink for n in picture.shape[:2])
@@ -255,7 +285,7 @@ def read(picture: Picture) -> Reading:
             for part in _parts(blob & (opacity > 0.5), smallest):
                 # A rim two or three pixels wide is no object; the thinnest ring keeps half.
                 if ndimage.binary_erosion(part).sum() > 0.3 * part.sum():
-                    objects += _objects(part, opacity, side, int(colour))
+                    objects += _objects(part, opacity, side, int(colour), among)
     objects.sort(key=lambda o: -o.radius)
     return Reading(tuple(objects), colours, split)
 

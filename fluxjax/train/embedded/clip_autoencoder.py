@@ -1,0 +1,113 @@
+"""Trains a causal KL autoencoder on drawn scenes that move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from fluxjax.config import CausalAutoencoderConfig
+from fluxjax.models.causal_autoencoder import CausalAutoencoder
+from fluxjax.train.embedded.autoencoder import psnr, reconstruct
+from fluxjax.train.embedded.moving_scenes import render_clips, sample_moving_scenes
+from fluxjax.train.loop import Hooks, Run, RunSettings
+from fluxjax.train.objectives import autoencoder_loss
+from fluxjax.train.optimizers import muon_optimizer
+from fluxjax.train.step import Tree, init_state, make_step
+
+_HELD_OUT = 64  # clips whose PSNR is measured
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipAutoencoderStage:
+    """Clips of half the side first (cheaper), then at full size while the rate decays.
+
+    `widths` are the channels of the four resolutions, the finest first.
+    """
+
+    widths: tuple[int, ...] = (8, 16, 32, 48)
+    steps: int = 4000
+    small_steps: int = 2000
+    small_side: int = 32
+    small_batch: int = 8
+    batch: int = 4
+    learning_rate: float = 5e-3
+    kl_weight: float = 1e-4
+    ema_decay: float = 0.998
+    seed: int = 1
+
+    @property
+    def config(self) -> CausalAutoencoderConfig:
+        """Of the network, with latents that are not scaled yet."""
+        return CausalAutoencoderConfig(
+            block_out_channels=self.widths,
+            layers_per_block=1,
+            norm_num_groups=4,
+            scaling_factor=1.0,
+        )
+
+
+def drawn_clips(
+    seed: int | tuple[int, ...], n: int, frames: int, side: int, *, held_out: bool = False
+) -> Float[Array, "n frames side side 3"]:
+    """`n` clips of scenes that move; a pure function of its arguments."""
+    scenes = sample_moving_scenes(seed, n, held_out=held_out)
+    return render_clips(scenes, frames=frames, side=side)
+
+
+def clip_latents_scale(model: CausalAutoencoder, params: Tree, clips: Array) -> float:
+    """What latents are multiplied by to have a mean square of 1."""
+
+    @jax.jit
+    def mean_square(clips: Array) -> Array:
+        posterior: Any = model.apply({"params": params}, clips, method=model.encode)
+        return jnp.square(posterior.mean).mean()
+
+    each = [mean_square(clips[i : i + _AT_ONCE]) for i in range(0, len(clips), _AT_ONCE)]
+    return float(1.0 / np.sqrt(np.mean(jax.device_get(each))))
+
+
+def train_clip_autoencoder(
+    stage: ClipAutoencoderStage, frames: int, side: int, folder: Path
+) -> Tree:
+    """Encoder and decoder together, on clips of `frames` x `side` x `side`; returns the averaged
+    (EMA) parameters. Checkpoints and metrics lie in `folder`."""
+    model = CausalAutoencoder(stage.config)
+    blank = jnp.zeros((1, frames, stage.small_side, stage.small_side, 3))
+    params = jax.jit(model.init)(jax.random.key(stage.seed), blank)["params"]
+    decay = optax.linear_schedule(1.0, 0.0, stage.steps - stage.small_steps, stage.small_steps)
+    warm = optax.linear_schedule(0.0, stage.learning_rate, 100)
+    optimizer = muon_optimizer(lambda step: warm(step) * decay(step))
+
+    def loss(params: Tree, key: jax.Array, clips: Array) -> jax.Array:
+        def forward(model: CausalAutoencoder, clips: Array):
+            posterior = model.encode(clips)
+            return model.decode(posterior.sample(key)), posterior
+
+        both: Any = model.apply({"params": params}, clips, method=forward)
+        reconstruction, posterior = both
+        return autoencoder_loss(reconstruction, clips, posterior, kl_weight=stage.kl_weight)
+
+    step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
+
+    def advance(state, index: int):
+        small = index < stage.small_steps
+        n, shown = (stage.small_batch, stage.small_side) if small else (stage.batch, side)
+        return step(state, drawn_clips((stage.seed, index), n, frames, shown))
+
+    held_out = drawn_clips(2**31 - 1, _HELD_OUT, frames, side, held_out=True)
+    measure = jax.jit(lambda params, clips: psnr(reconstruct(model, params, clips), clips))
+
+    def probe(state) -> dict[str, float]:
+        parts = held_out.reshape(-1, _AT_ONCE, *held_out.shape[1:])
+        return {"psnr": float(np.mean([measure(state.ema, part) for part in parts]))}
+
+    settings = RunSettings(steps=stage.steps, folder=folder, probe_every=500)
+    return Run(settings, advance, Hooks(probe=probe)).to_end(init_state(params, optimizer)).ema
