@@ -230,8 +230,8 @@ def size_unit(model: str) -> int:
         halvings = len(config["block_out_channels"]) - 1
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return 1
-    # Tokens of FLUX are 2 x 2 latents.
-    more = {"Flux": 1, "StableDiffusion": 0}
+    # Tokens of FLUX and of Stable Diffusion 3 are 2 x 2 latents.
+    more = {"Flux": 1, "StableDiffusion3": 1, "StableDiffusion": 0}
     for start, patches in more.items():
         if str(kind).startswith(start) and halvings < 8:
             return 2 ** (halvings + patches)

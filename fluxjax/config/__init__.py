@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from fluxjax.config.redux import REDUX, ReduxConfig
     from fluxjax.config.scheduler import SchedulerConfig
     from fluxjax.config.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
+    from fluxjax.config.sd3_pipeline import SD3PipelineConfig
     from fluxjax.config.siglip import SIGLIP_SO400M, SiglipVisionConfig
     from fluxjax.config.stable_diffusion import (
         SD15,
@@ -152,6 +153,7 @@ __all__ = [
     "PixArtConfig",
     "ReduxConfig",
     "SD3Config",
+    "SD3PipelineConfig",
     "SchedulerConfig",
     "SiglipVisionConfig",
     "StableDiffusionConfig",
@@ -213,6 +215,7 @@ _NAMES = {
     "redux": ("REDUX", "ReduxConfig"),
     "scheduler": ("SchedulerConfig",),
     "sd3": ("SD3_MEDIUM", "SD35_LARGE", "SD35_MEDIUM", "SD3Config"),
+    "sd3_pipeline": ("SD3PipelineConfig",),
     "siglip": ("SIGLIP_SO400M", "SiglipVisionConfig"),
     "stable_diffusion": (
         "SD15",

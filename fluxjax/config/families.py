@@ -11,6 +11,13 @@ from fluxjax.config.flux_pipeline import (
 )
 from fluxjax.config.open_sora_pipeline import OpenSoraPipelineConfig
 from fluxjax.config.pipeline import PipelineConfig
+from fluxjax.config.sd3_pipeline import (
+    SD3,
+    SD35_LARGE_PIPELINE,
+    SD35_LARGE_TURBO,
+    SD35_MEDIUM_PIPELINE,
+    SD3PipelineConfig,
+)
 from fluxjax.config.stable_diffusion import (
     SD15,
     SD21,
@@ -25,6 +32,7 @@ PIPELINES: tuple[type[PipelineConfig], ...] = (
     StableDiffusionConfig,
     StableDiffusionXLConfig,
     OpenSoraPipelineConfig,
+    SD3PipelineConfig,
 )
 PRESETS: dict[str, PipelineConfig] = {
     "dev": DEV,
@@ -37,4 +45,8 @@ PRESETS: dict[str, PipelineConfig] = {
     "sd21": SD21,
     "sdxl": SDXL,
     "sdxl-refiner": SDXL_REFINER,
+    "sd3": SD3,
+    "sd35-medium": SD35_MEDIUM_PIPELINE,
+    "sd35-large": SD35_LARGE_PIPELINE,
+    "sd35-large-turbo": SD35_LARGE_TURBO,
 }

@@ -112,6 +112,15 @@ class PipelineConfig(ABC):
             f"frames are those of a clip, and {self.class_name} draws pictures: got {frames}",
         )
 
+    def require_third_prompt(self) -> None:
+        """Raises ConfigError unless a third text encoder reads it."""
+        count = len(self.text_encoders)
+        require(count > 2, f"prompt_3 is for a third text encoder, and this model has {count}")
+
+    def require_skip_layers(self, layers: tuple[int, ...]) -> None:
+        """Raises ConfigError if these blocks cannot be left out of a pass."""
+        require(not layers, "skip_layers guides Stable Diffusion 3 alone")
+
     def require_size(self, width: int, height: int) -> None:
         """Raises ConfigError unless both are positive multiples of `unit`."""
         multiple("width", width, self.unit)

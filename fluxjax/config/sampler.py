@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fluxjax.config.base import check_types, in_range, require
 from fluxjax.config.choices import MAX_STEPS, Respacing, Spacing
+from fluxjax.config.scheduler import SchedulerConfig
 
 SamplerClass = Literal[
     "DDPMScheduler",
@@ -82,6 +83,12 @@ class SamplerConfig:
     shift: float | None = None
     use_dynamic_shifting: bool | None = None
     time_shift_type: Literal["exponential", "linear"] | None = None
+    base_image_seq_len: int | None = None
+    """Tokens at which the logarithm of a dynamic shift is base_shift."""
+    max_image_seq_len: int | None = None
+    """Tokens at which it is max_shift; a straight line goes through both."""
+    base_shift: float | None = None
+    max_shift: float | None = None
     shift_terminal: float | None = None
     invert_sigmas: bool | None = None
     stochastic_sampling: bool | None = None
@@ -103,6 +110,10 @@ class SamplerConfig:
             ("shift", 1e-6, 1e6),
             ("flow_shift", 1e-6, 1e6),
             ("shift_terminal", 0, 0.999),
+            ("base_image_seq_len", 1, 2**31),
+            ("max_image_seq_len", 1, 2**31),
+            ("base_shift", -100, 100),
+            ("max_shift", -100, 100),
         ):
             if getattr(self, name) is not None:
                 in_range(self, lowest, highest, name)
@@ -134,6 +145,16 @@ class SamplerConfig:
         ]
         require(len(spaced) < 2, f"only one of {' and '.join(spaced)} can be true")
         return config
+
+    def mu(self, image_tokens: int) -> float:
+        """Logarithm of the dynamic shift of a picture of `image_tokens`."""
+        return SchedulerConfig(
+            **{
+                name: getattr(self, name)
+                for name in LINE_OF_SHIFTS
+                if getattr(self, name) is not None
+            }
+        ).mu(image_tokens)
 
     @property
     def respacing(self) -> Respacing:
@@ -175,7 +196,15 @@ _FLOW = {
     "use_dynamic_shifting": False,
     "time_shift_type": "exponential",
 }
+LINE_OF_SHIFTS: dict[str, Any] = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+}
+"""By which the size of a picture decides about a dynamic shift."""
 _FLOW_LEVELS: dict[str, Any] = {
+    **LINE_OF_SHIFTS,
     "num_train_timesteps": 1000,
     "shift": 1.0,
     "use_dynamic_shifting": False,

@@ -7,18 +7,21 @@ from fluxjax.families.family import (
     Extras,
     Family,
     Guidance,
+    LeftOut,
+    SkipLayers,
     Steps,
     Task,
     Tokens,
     Told,
 )
 from fluxjax.families.flux import FLUX
+from fluxjax.families.sd3 import SD3
 from fluxjax.families.sdxl import STABLE_DIFFUSION_XL
 from fluxjax.families.stable_diffusion import STABLE_DIFFUSION
 
 FAMILIES: dict[str, Family] = {
     name: family
-    for family in (FLUX, STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
+    for family in (FLUX, STABLE_DIFFUSION, STABLE_DIFFUSION_XL, SD3)
     for name in family.tasks
 }
 
@@ -33,6 +36,7 @@ def family_of(class_name: str) -> Family:
 __all__ = [
     "FAMILIES",
     "FLUX",
+    "SD3",
     "STABLE_DIFFUSION",
     "STABLE_DIFFUSION_XL",
     "Conditioning",
@@ -40,6 +44,8 @@ __all__ = [
     "Extras",
     "Family",
     "Guidance",
+    "LeftOut",
+    "SkipLayers",
     "Steps",
     "Task",
     "Tokens",

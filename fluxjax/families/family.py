@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import Respacing, Spacing
@@ -66,6 +66,26 @@ class Guidance(NamedTuple):
     negative_prompt: str | None = None
 
 
+class SkipLayers(NamedTuple):
+    """What is asked for of skip-layer guidance, away from what a network is without some blocks."""
+
+    blocks: tuple[int, ...]
+    scale: float
+    start: float
+    """Part of the run, 0 to 1, after which it begins."""
+    stop: float
+    """Before which it ends."""
+
+
+class LeftOut(NamedTuple):
+    """Skip-layer guidance in a `forward`, or in each step of a run."""
+
+    blocks: Bool[AnyArray, "*steps layers"]
+    """Those that a third pass leaves out, of the first pass's text."""
+    weight: Float[AnyArray, "*steps"]
+    """Times which the first pass moves away from that one; where it is 0 nothing is computed."""
+
+
 class Told(NamedTuple):
     """What a model may be told of a picture besides its prompt; sizes are (width, height)."""
 
@@ -112,6 +132,8 @@ class Extras(NamedTuple):
     """What ControlNets add to the state's tokens, one after the other."""
     image_prompt: ImagePrompt | None = None
     """What an IP-Adapter has them attend to beside, in each block."""
+    left_out: LeftOut | None = None
+    """Of two passes that are stacked in the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,12 +37,20 @@ def encode(
 ) -> Conditioning:
     """Side by side the encoders' states before their last layer, or an earlier one, not normed; and
     the pooled projection of the last encoder."""
-    outputs: list[Any] = []
-    for clip, weights, tokens in zip(encoders, params, ids.ids, strict=True):
-        layer = clip.config.num_hidden_layers - 1 - ids.skipped
-        outputs.append(apply(clip, lora.variables(weights), tokens, layer))
+    outputs = read_clips(encoders, params, ids, apply)
     states = [output.penultimate_hidden_state for output in outputs]
     return Conditioning(jnp.concatenate(states, axis=-1), None, outputs[-1].text_embeds)
+
+
+def read_clips(
+    encoders: tuple[CLIPTextModel, ...], params: tuple[Params, ...], ids: PromptIds, apply: Apply
+) -> list[Any]:
+    """What each one gives, with the states before its last layer or an earlier one."""
+    outputs = []
+    for clip, weights, tokens in zip(encoders, params, ids.ids[: len(encoders)], strict=True):
+        layer = clip.config.num_hidden_layers - 1 - ids.skipped
+        outputs.append(apply(clip, lora.variables(weights), tokens, layer))
+    return outputs
 
 
 def text_shapes(

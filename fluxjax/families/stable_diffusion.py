@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fluxjax.config import ConfigError, StableDiffusionConfig
+from fluxjax.config import ConfigError, PipelineConfig, StableDiffusionConfig
 from fluxjax.families.family import (
     AnyArray,
     Apply,
@@ -70,8 +70,8 @@ def tasks(prefix: str, *, image: float, inpaint: float) -> dict[str, Task]:
 TASKS = tasks("StableDiffusion", image=0.8, inpaint=1.0)
 
 
-def tasks_of(every: dict[str, Task], config: StableDiffusionConfig) -> list[Task]:
-    """Those of a model: a UNet that reads masked pictures does nothing else, and any other one
+def tasks_of(every: dict[str, Task], config: Any) -> list[Task]:
+    """Those of a model: a network that reads masked pictures does nothing else, and any other one
     inpaints by putting the image back."""
     if config.inpaints:
         return [task for task in every.values() if task.channels]
@@ -80,13 +80,13 @@ def tasks_of(every: dict[str, Task], config: StableDiffusionConfig) -> list[Task
     ]
 
 
-def joined(config: StableDiffusionConfig) -> int:
-    """Channels that the UNet reads besides those of its latents: a mask and a masked picture."""
-    return config.unet.in_channels - config.vae.latent_channels
+def joined(config: PipelineConfig) -> int:
+    """Channels that the network reads besides those of its latents: a mask and a masked picture."""
+    return config.networks[config.denoiser].in_channels - config.vae.latent_channels
 
 
 def mask_channels(
-    mask: Float[np.ndarray, "n height width"], config: StableDiffusionConfig
+    mask: Float[np.ndarray, "n height width"], config: PipelineConfig
 ) -> Float[np.ndarray, "n 1 rows columns"]:
     """A mask at the latents' size, by the pixel at each one's corner."""
     scale = config.vae.scale
@@ -146,7 +146,7 @@ def text_shapes(
     return PromptIds(ids, spec((count,), jnp.int32)), Conditioning(sequence, None, None)
 
 
-def scale(config: StableDiffusionConfig, asked: Guidance) -> float | None:
+def scale(config: PipelineConfig, asked: Guidance) -> float | None:
     """Of classifier-free guidance; None where there is one pass.
 
     Raises ConfigError for a second scale, and for a negative prompt that nothing hears.
@@ -167,10 +167,10 @@ def networks(config: StableDiffusionConfig, rounding: str, **fields: Any) -> tup
     return network_of(config.unet).build(config.unet, **fields), ()
 
 
-def state_shape(config: StableDiffusionConfig, width: int, height: int) -> tuple[int, int, int]:
+def state_shape(config: PipelineConfig, width: int, height: int) -> tuple[int, int, int]:
     """(channels, rows, columns) of the latents of a picture of `width` x `height` pixels.
 
-    Raises ConfigError unless both are positive multiples of 8.
+    Raises ConfigError unless there are latents of that size.
     """
     config.require_size(width, height)
     return config.vae.latent_channels, height // config.vae.scale, width // config.vae.scale
@@ -238,10 +238,15 @@ def forward(
 
     With `capture`, flax's `mutable` and `capture_intermediates`, the result is (output, state).
     """
-    if extras.channels is not None:
-        x = jnp.concatenate([x, extras.channels.astype(x.dtype)], axis=-1)
     heard = (conditioning.sequence, conditioning.vector, conditioning.sizes)
-    return apply(module, variables, x, t, *heard, **capture)
+    return apply(module, variables, with_channels(x, extras), t, *heard, **capture)
+
+
+def with_channels(x: Float[Array, "b h w c"], extras: Extras) -> Float[Array, "b h w all"]:
+    """All channels that the network sees, of which the first are the state's."""
+    if extras.channels is None:
+        return x
+    return jnp.concatenate([x, extras.channels.astype(x.dtype)], axis=-1)
 
 
 def hoist(

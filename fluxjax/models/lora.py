@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -197,12 +197,20 @@ def variables(params: Params) -> Params:
 
 def stack_passes(params: Params, passes: int) -> Params:
     """With scales that are of pictures (see `adapt`) for so many passes, stacked in the batch."""
+    return _of_pictures(params, lambda scale: jnp.concatenate([scale] * passes, axis=-2))
+
+
+def first_pass(params: Params, passes: int = 2) -> Params:
+    """Of what `stack_passes` gives, the part of the first pass."""
+    return _of_pictures(params, lambda scale: scale[..., : scale.shape[-2] // passes, :])
+
+
+def _of_pictures(params: Params, change: Callable[[Any], Any]) -> Params:
+    """With scales changed that are of pictures."""
     if COLLECTION not in params:
         return params
     flat = {
-        path: jnp.concatenate([leaf] * passes, axis=-2)
-        if path[-1] == "scale" and leaf.ndim >= 2
-        else leaf
+        path: change(leaf) if path[-1] == "scale" and leaf.ndim >= 2 else leaf
         for path, leaf in flatten(params[COLLECTION]).items()
     }
     return {**params, COLLECTION: unflatten(flat)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,12 +36,12 @@ def _number(kind: Callable[[str], Any], words: str, metavar: str) -> Any:
 _INTEGER, _REAL = _number(int, "an integer", "INT"), _number(float, "a number", "FLOAT")
 
 
-def _integers(words: str, metavar: str) -> Any:
+def _numbers(kind: Callable[[str], Any], words: str, metavar: str) -> Any:
     """An option's numbers, with commas between them, or None."""
 
     def parsed(texts: Sequence[str]) -> Any:
         try:
-            return tuple(int(text) for text in texts[0].split(","))
+            return tuple(kind(text) for text in texts[0].split(","))
         except ValueError:
             raise ValueError(f"must be {words}, got {brief(texts[0])}") from None
 
@@ -53,6 +54,7 @@ def _integers(words: str, metavar: str) -> Any:
     )
 
 
+_integers = partial(_numbers, int)
 _SIDES = _integers("four integers, such as 0,0,256,0", "LEFT,TOP,RIGHT,BOTTOM")
 
 # None stands for "not given": the model's own value, or that of --like.
@@ -69,6 +71,16 @@ _Thresholds = Annotated[
 _Pair = Annotated[
     tuple[int, int] | None,
     _integers("two integers, such as 1024,1024", "INT,INT"),
+    tyro.conf.arg(help_behavior_hint=""),
+]
+_Blocks = Annotated[
+    tuple[int, ...] | None,
+    _integers("numbers of blocks, such as 7,8,9", "BLOCK,..."),
+    tyro.conf.arg(help_behavior_hint=""),
+]
+_Range = Annotated[
+    tuple[float, float] | None,
+    _numbers(float, "two numbers, such as 0.01,0.2", "START,END"),
     tyro.conf.arg(help_behavior_hint=""),
 ]
 _Dtype = Annotated[Dtype | None, tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="")]
@@ -155,8 +167,17 @@ class Options:
     """FLUX: classifier-free guidance above 1; needs --negative-prompt, which may be empty."""
     prompt_2: _Text = None
     """Another prompt for the second text encoder (FLUX: T5); the first reads PROMPT."""
+    prompt_3: _Text = None
+    """Another prompt for the third (T5 of Stable Diffusion 3)."""
     clip_skip: _Int = None
     """How many of CLIP's last layers are left out (Stable Diffusion)."""
+    skip_layers: _Blocks = None
+    """Skip-layer guidance of Stable Diffusion 3: away from what it draws without these blocks, such
+    as 7,8,9 for 3.5 medium."""
+    skip_layer_scale: _Float = None
+    """How far; 2.8 by default."""
+    skip_layer_range: _Range = None
+    """START,END between 0 and 1: in which part of the run; 0.01,0.2 by default."""
     original_size: _Pair = None
     """WIDTH,HEIGHT that Stable Diffusion XL is told the picture had, before --crop."""
     crop: _Pair = None
@@ -254,7 +275,7 @@ class Options:
     noise: _Noise = None
     """torch: what PyTorch's CPU generator draws for the seed; jax: jax.random."""
     max_sequence_length: _Int = None
-    """Tokens of a prompt; FLUX at most 512 of T5, Stable Diffusion at most 77."""
+    """Tokens of a prompt; at most 512 of T5, or 77 where CLIP reads alone."""
     prompts: _Path = None
     """A file, or - for standard input: one prompt per line, or JSON lines of texts or settings
     such as {"prompt": "a star", "seed": 3, "number": 2, "lora": "style.safetensors:0.8"}."""

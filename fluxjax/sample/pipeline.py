@@ -27,6 +27,7 @@ from fluxjax.sample.reference import whole_size
 from fluxjax.sample.refusals import require_finite, unknown_options
 from fluxjax.sample.save_picture import tell_made
 from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, override
+from fluxjax.sample.skip_layers import check_skip_layers
 from fluxjax.sample.sources import Sources, absolute
 from fluxjax.sample.stages import AnyArray, OnStep, Stages
 
@@ -68,12 +69,16 @@ class Pipeline(Stages):
         negative_prompt: str | None = None,
         true_cfg: float | None = None,
         prompt_2: str | None = None,
+        prompt_3: str | None = None,
         max_sequence_length: int | None = None,
         sampler: str | None = None,
         spacing: Spacing | None = None,
         eta: float | None = None,
         guidance_rescale: float | None = None,
         clip_skip: int | None = None,
+        skip_layers: Sequence[int] | None = None,
+        skip_layer_scale: float | None = None,
+        skip_layer_range: tuple[float, float] | None = None,
         original_size: tuple[int, int] | None = None,
         crop: tuple[int, int] | None = None,
         target_size: tuple[int, int] | None = None,
@@ -122,7 +127,8 @@ class Pipeline(Stages):
           ip_scale: how strong it is, in all double blocks or a list of each.
           negative_prompt, true_cfg: what not to draw, by classifier-free guidance above 1; for FLUX
             both or neither, for Stable Diffusion `guidance` is that scale.
-          prompt_2: what the second text encoder (T5 of FLUX) reads instead of `prompt`.
+          prompt_2, prompt_3: what the second text encoder (T5 of FLUX) and the third (T5 of Stable
+            Diffusion 3) read instead of `prompt`.
           max_sequence_length: tokens of a prompt, for FLUX at most 512 of T5.
           sampler: another than the model's own: "euler", "heun", "dpm++", "dpm++1", "dpm++3m" or
             "unipc"; of Stable Diffusion also "ddpm", "ddim", "pndm", "euler-a", "dpm++sde", "lcm".
@@ -131,6 +137,8 @@ class Pipeline(Stages):
           guidance_rescale: how far classifier-free guidance is brought back to the spread of what
             it guides, 0 to 1.
           clip_skip: how many of CLIP's last layers are left out.
+          skip_layers, skip_layer_scale, skip_layer_range: skip-layer guidance of Stable Diffusion
+            3, away from what it draws without these blocks: how far, in which part of the run.
           original_size, crop, target_size: what Stable Diffusion XL is told of the picture, as
             (width, height) and (left, top); by default its own size and no crop.
           aesthetic_score, negative_aesthetic_score: likewise its refiner, of what is to be drawn
@@ -162,6 +170,7 @@ class Pipeline(Stages):
             "negative_prompt": negative_prompt,
             "true_cfg": true_cfg,
             "prompt_2": prompt_2,
+            "prompt_3": prompt_3,
             "max_sequence_length": max_sequence_length,
             "noise": noise,
             "rounding": rounding,
@@ -178,6 +187,9 @@ class Pipeline(Stages):
             "ip_scale": [ip_scale] if isinstance(ip_scale, int | float) else ip_scale,
             "guidance_rescale": guidance_rescale,
             "clip_skip": clip_skip,
+            "skip_layers": skip_layers,
+            "skip_layer_scale": skip_layer_scale,
+            "skip_layer_range": skip_layer_range,
             "original_size": original_size,
             "crop": crop,
             "target_size": target_size,
@@ -264,6 +276,7 @@ class Pipeline(Stages):
         if count < 1:
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
         scale = self.family.scale(self.config, settings.asked_guidance)
+        check_skip_layers(self.config, settings.asked_skip_layers, scale)
         adapters = self._adapters(lora, len(prompts), number)
         self._require_redux(heard)
         if given is None:
@@ -298,6 +311,7 @@ class Pipeline(Stages):
             inputs=inputs,
             added=draws,
             rescale=settings.guidance_rescale,
+            skip_layers=settings.asked_skip_layers,
             rounding=settings.rounding,
             adapters=adapters,
             progress=progress,
@@ -330,15 +344,16 @@ class Pipeline(Stages):
         length, together = settings.max_sequence_length, self.executables.rows("encode", 1)
         own = [{}] * len(prompts) if adapters is None else adapters[::number]
 
-        def said(texts: Sequence[str], count: int, *second: Any, clip_skip: int = 0) -> Any:
+        def said(texts: Sequence[str], count: int, *others: Any, clip_skip: int = 0) -> Any:
             parts = [slice(i, i + together) for i in range(0, len(texts), together)]
             encode = partial(self.encode_prompt, max_sequence_length=length, clip_skip=clip_skip)
             each = [
-                encode(texts[part], *second, adapters=own[: len(texts)][part]) for part in parts
+                encode(texts[part], *others, adapters=own[: len(texts)][part]) for part in parts
             ]
             return jax.tree.map(lambda *c: np.repeat(np.concatenate(c), count, axis=0), *each)
 
-        conditioning = said(prompts, number, settings.prompt_2, clip_skip=settings.clip_skip)
+        others = settings.prompt_2, settings.prompt_3
+        conditioning = said(prompts, number, *others, clip_skip=settings.clip_skip)
         conditioning = self._with_sizes(conditioning, settings, negative=False)
         if scale is None:
             return conditioning, None

@@ -21,6 +21,7 @@ from fluxjax.families.family import (
     Control,
     Extras,
     Family,
+    LeftOut,
     Task,
     Tokens,
 )
@@ -31,6 +32,7 @@ from fluxjax.models.transformer_blocks import ImagePrompt
 from fluxjax.sample import denoise as sampler
 from fluxjax.sample.ip_adapter import Attended
 from fluxjax.sample.settings import Rounding, Settings
+from fluxjax.sample.skip_layers import left_out_shapes
 from fluxjax.schedules.schedule import Schedule, pad
 from fluxjax.shapes import Params
 
@@ -39,7 +41,7 @@ NAMES: tuple[Name, ...] = get_args(Name)
 OF_RUNS: tuple[Name, ...] = ("before", "denoise")
 OF_PICTURES: tuple[Name, ...] = ("reference", "posterior", "decode")
 UNTILED_LATENTS = 256 * 256
-WHOLE = ("schedule", "passes", "control_scales", "image_prompt_scale", "rescale")
+WHOLE = ("schedule", "passes", "control_scales", "image_prompt_scale", "rescale", "left_out")
 """Of Drawn: the same for all pictures."""
 TEXT_ALONE = Task()
 
@@ -84,6 +86,8 @@ class Drawn(NamedTuple):
     """What each step adds, where a sampler may."""
     rescale: Float[AnyArray, ""] | None = None
     """Of guidance; None: 0."""
+    left_out: LeftOut | None = None
+    """Skip-layer guidance."""
 
 
 @partial(jax.jit, static_argnames=("family", "module", "controlnets", "apply"))
@@ -209,7 +213,7 @@ def _hoisted_passes(
         keys, values = (jnp.moveaxis(x, 1, 0) for x in stack(*drawn.image_prompts[span]))
         prompt = ImagePrompt(keys, values, jnp.asarray(drawn.image_prompt_scale))
     guidance = jnp.tile(drawn.guidance, many)
-    extras = Extras(positions, guidance, reference, channels, controls, prompt)
+    extras = Extras(positions, guidance, reference, channels, controls, prompt, drawn.left_out)
     return family.hoist(
         module,
         stack_passes(variables(with_zeros(params)), many),
@@ -351,6 +355,7 @@ def programs(
         None if image_prompt is None else spec(image_prompt[:1], jnp.float32),
         spec((n, steps, *shape), state) if schedule.matrices is not None else None,
         spec((), jnp.float32) if settings.guidance_rescale else None,
+        left_out_shapes(config, settings.asked_skip_layers, steps),
     )
     states = (spec((n, *shape), state),) * schedule.latents
     listed = partial(program, family)

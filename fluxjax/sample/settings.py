@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fluxjax.config import ConfigError
+from fluxjax.config.base import MOST_LAYERS
 from fluxjax.config.choices import CONTROL_MODES, CONTROLS, IP_IMAGES, MAX_STEPS, Respacing, Spacing
 
 if TYPE_CHECKING:
-    from fluxjax.families.family import Guidance, Steps, Told
+    from fluxjax.families.family import Guidance, SkipLayers, Steps, Told
 
 Rounding = Literal["diffusers", "bfl", "none"]
 Noise = Literal["torch", "jax"]
@@ -64,6 +65,14 @@ class Settings:
     """How far classifier-free guidance is brought back to the spread of what it guides, 0 to 1."""
     clip_skip: int = 0
     """How many of CLIP's last layers are left out."""
+    prompt_3: str | None = None
+    """What a third text encoder reads (T5 of Stable Diffusion 3); None: the prompt."""
+    skip_layers: tuple[int, ...] | None = None
+    """Blocks without which Stable Diffusion 3 draws what it is guided away from besides."""
+    skip_layer_scale: float = 2.8
+    """How far."""
+    skip_layer_range: tuple[float, ...] = (0.01, 0.2)
+    """Between which parts of the run, 0 to 1."""
     original_size: tuple[int, int] | None = None
     """(width, height) that the picture is said to have had (Stable Diffusion XL); None: its own."""
     crop: tuple[int, int] | None = None
@@ -140,6 +149,7 @@ class Settings:
             wanted = f"two thresholds from 0 to {MAX_THRESHOLD}, the lower one first"
             _require(fits, "canny", wanted, self)
         self._check_controls()
+        self._check_skip_layers()
         if self.sampler is not None:
             from fluxjax.schedules.samplers import NAMES
 
@@ -181,6 +191,24 @@ class Settings:
             fits = 0 < len(ends) <= 2 * most and 2 * len(pairs) == len(ends)
             fits = fits and all(0 <= start < end <= 1 for start, end in pairs)
             _require(fits, "control_range", "a start and a later end from 0 to 1, for each", self)
+
+    def _check_skip_layers(self) -> None:
+        if (layers := self.skip_layers) is not None:
+            fits = 0 < len(layers) <= MOST_LAYERS and all(0 <= i < MOST_LAYERS for i in layers)
+            _require(fits, "skip_layers", "numbers of blocks from 0, such as 7,8,9", self)
+        fits = abs(self.skip_layer_scale) <= MAX_SCALE
+        _require(fits, "skip_layer_scale", f"from {-MAX_SCALE:g} to {MAX_SCALE:g}", self)
+        ends = self.skip_layer_range
+        fits = len(ends) == 2 and 0 <= ends[0] < ends[1] <= 1
+        _require(fits, "skip_layer_range", "a start and a later end from 0 to 1", self)
+
+    @property
+    def asked_skip_layers(self) -> SkipLayers | None:
+        from fluxjax.families.family import SkipLayers
+
+        if self.skip_layers is None:
+            return None
+        return SkipLayers(self.skip_layers, self.skip_layer_scale, *self.skip_layer_range)
 
     def course(self, first_step: Callable[..., int]) -> Steps:
         """How the run goes; `first_step` is the family's."""
@@ -244,6 +272,8 @@ _LISTS = (
     "control_scale",
     "control_range",
     "ip_scale",
+    "skip_layers",
+    "skip_layer_range",
 )
 _REALS = (
     "guidance",
@@ -253,8 +283,9 @@ _REALS = (
     "guidance_rescale",
     "aesthetic_score",
     "negative_aesthetic_score",
+    "skip_layer_scale",
 )
-_TEXTS = ("prompt", "prompt_2", "negative_prompt")
+_TEXTS = ("prompt", "prompt_2", "prompt_3", "negative_prompt")
 _KINDS = {
     **dict.fromkeys(("steps", "width", "height", "seed", "max_sequence_length"), "an integer"),
     **dict.fromkeys(_REALS, "a number"),
@@ -262,9 +293,11 @@ _KINDS = {
     **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
     **dict.fromkeys(("mask_crop", "clip_skip"), "an integer"),
     "soft_mask": "true or false",
-    **dict.fromkeys(("expand", "canny", *_SIZES), "a list of integers"),
+    **dict.fromkeys(("expand", "canny", "skip_layers", *_SIZES), "a list of integers"),
     "control_mode": "a list of texts",
-    **dict.fromkeys(("control_scale", "control_range", "ip_scale"), "a list of numbers"),
+    **dict.fromkeys(
+        ("control_scale", "control_range", "ip_scale", "skip_layer_range"), "a list of numbers"
+    ),
     "sampler": "a text",
     "spacing": " or ".join(get_args(Spacing)),
     "sigmas": " or ".join(get_args(Respacing)),

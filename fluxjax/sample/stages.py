@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from fluxjax.checkpoint.templates import Part
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
-from fluxjax.families.family import Conditioning, Family, Steps, Task
+from fluxjax.families.family import Conditioning, Family, SkipLayers, Steps, Task
 from fluxjax.parallel.mesh import gathered, pad_rows
 from fluxjax.sample import noise
 from fluxjax.sample.decoding import TILE, decode_in_tiles
@@ -37,6 +37,7 @@ from fluxjax.sample.programs import (
 )
 from fluxjax.sample.reference import pixels, preferred_size
 from fluxjax.sample.settings import Rounding, Settings
+from fluxjax.sample.skip_layers import check_skip_layers, left_out_layers
 from fluxjax.sample.sources import Sources
 from fluxjax.schedules.schedule import Schedule, pad, with_gains_in
 from fluxjax.schedules.step_table import Run
@@ -117,24 +118,29 @@ class Stages:
         self,
         prompt: str | Sequence[str],
         prompt_2: str | None = None,
+        prompt_3: str | None = None,
         *,
         max_sequence_length: int | None = None,
         clip_skip: int = 0,
         adapters: Sequence[Mapping[str, float]] | None = None,
     ) -> Conditioning:
-        """Conditioning of one prompt or several; `prompt_2` is what the second text encoder reads
-        instead of them, `clip_skip` how many of CLIP's last layers are left out. `adapters`: of
-        each prompt, see `LoraSlots.each`."""
+        """Conditioning of one prompt or several; `prompt_2` and `prompt_3` are what the second and
+        the third text encoder read instead of them, `clip_skip` how many of CLIP's last layers are
+        left out. `adapters`: of each prompt, see `LoraSlots.each`."""
         length = max_sequence_length or self.config.max_sequence_length
         self.config.require_clip_skip(clip_skip)
-        skip = {"clip_skip": clip_skip} if clip_skip else {}
+        more: dict[str, Any] = {"clip_skip": clip_skip} if clip_skip else {}
+        if prompt_3 is not None:
+            self.config.require_third_prompt()
         with self._timed("loading"):
             if self._tokenizers is None:
                 self._tokenizers = self._load_tokenizers()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         second = None if prompt_2 is None else [prompt_2] * len(prompts)
+        if prompt_3 is not None:
+            more["prompts_3"] = [prompt_3] * len(prompts)
         ids, notes = self.family.tokenize(
-            self._tokenizers, prompts, second, max_sequence_length=length, **skip
+            self._tokenizers, prompts, second, max_sequence_length=length, **more
         )
         self.notes += notes
         return self._run("encode", ids, len(prompts), phase="encoding", adapters=adapters)
@@ -172,7 +178,8 @@ class Stages:
 
     def check(self, settings: Settings) -> None:
         """Raises ConfigError for settings that the family does not have."""
-        self.family.scale(self.config, settings.asked_guidance)
+        scale = self.family.scale(self.config, settings.asked_guidance)
+        check_skip_layers(self.config, settings.asked_skip_layers, scale)
         self.family.sizes(self.config, settings.told(negative=False))
         self.config.require_clip_skip(settings.clip_skip)
         self.run_of(settings)
@@ -216,6 +223,7 @@ class Stages:
         inputs: Inputs = NOTHING,
         added: Mapping[str, AnyArray] | None = None,
         rescale: float = 0.0,
+        skip_layers: SkipLayers | None = None,
         rounding: Rounding = "diffusers",
         adapters: Sequence[Mapping[str, float]] | None = None,
         progress: Callable[[int], None] | None = None,
@@ -227,8 +235,8 @@ class Stages:
         `steps`: their number, or sigmas before the shift, or all about them. `guidance` is ignored
         by models without a guidance embedding; `true_cfg` is the weight of `negative`. `inputs`: of
         pictures that are given. `added`: what steps add, see `draw_each`. `rescale`: of guidance,
-        see `Settings`. `adapters`: of each picture, see `LoraSlots.each`. `progress` and `on_step`
-        cut the run in parts, and count the network's evaluations.
+        as `skip_layers` see `Settings`. `adapters`: of each picture, see `LoraSlots.each`.
+        `progress` and `on_step` cut the run in parts, and count the network's evaluations.
         """
         if every < 1:
             raise ConfigError(f"every must be at least 1 step, got {every}")
@@ -264,6 +272,7 @@ class Stages:
             noise, noises, *each = pad_rows((noise, noises, *each), rows)
         seen = None if prompts is None else prompts.scale
         share = np.asarray(rescale, np.float32) if rescale else None
+        left = left_out_layers(self.config, skip_layers, schedule, steps, true_cfg)
         drawn = Drawn(
             schedule,
             passes,
@@ -272,6 +281,7 @@ class Stages:
             image_prompt_scale=seen,
             noise=noises,
             rescale=share,
+            left_out=left,
         )
         state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
         chosen = self._chosen("denoise", count, adapters)

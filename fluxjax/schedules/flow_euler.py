@@ -34,14 +34,10 @@ def sigmas(
 
     Raises ConfigError for steps outside 1 ... 1000.
     """
-    count = check_steps(steps if isinstance(steps, int) else len(steps))
+    count, own = own_levels(steps)
     one = np.float32(1.0)
-    if not isinstance(steps, int):
-        levels = np.asarray(steps, np.float64).astype(np.float32)
-        if not (levels > 0).all() or (levels > 1).any() or (np.diff(levels) > 0).any():
-            raise ConfigError(f"sigmas must fall from at most 1 and stay above 0, got {steps}")
-    else:
-        levels = np.linspace(1.0, 1.0 / count, count).astype(np.float32)
+    levels = np.linspace(1.0, 1.0 / count, count) if own is None else np.asarray(own, np.float64)
+    levels = levels.astype(np.float32)
     if config.use_dynamic_shifting:
         power = np.float32(math.exp(config.mu(image_tokens)))
         levels = power / (power + (one / levels - one))
@@ -49,6 +45,19 @@ def sigmas(
         shift = np.float32(config.shift)
         levels = shift * levels / (one + (shift - one) * levels)
     return np.append(levels, np.float32(0.0)).astype(np.float32)
+
+
+def own_levels(steps: int | Sequence[float]) -> tuple[int, Sequence[float] | None]:
+    """How many steps, and their levels where they are given.
+
+    Raises ConfigError for a number outside 1 ... 1000, and levels that are none.
+    """
+    if isinstance(steps, int):
+        return check_steps(steps), None
+    levels = np.asarray(steps, np.float64).astype(np.float32)
+    if not (levels > 0).all() or (levels > 1).any() or (np.diff(levels) > 0).any():
+        raise ConfigError(f"sigmas must fall from at most 1 and stay above 0, got {steps}")
+    return check_steps(len(steps)), steps
 
 
 def check_steps(steps: int) -> int:
