@@ -85,7 +85,7 @@ def test_skip_layer_guidance(ours, theirs):
     }
     choices = {"skip_guidance_layers": [0, 1], "skip_layer_guidance_scale": 3.0}
     choices |= {"skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.7}
-    (picture,) = ours(PROMPT, skip_layer_scale=3.0, **asked, **OURS, **SIZE)
+    (picture,) = ours(PROMPT, **asked, **OURS, **SIZE)
     assert_same([picture], drawn(theirs, **choices, **SIZE))
     (without,) = ours(PROMPT, **OURS, **SIZE)
     assert np.abs(np.asarray(picture, int) - np.asarray(without, int)).max() > 10
