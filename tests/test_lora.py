@@ -296,7 +296,14 @@ def test_written_and_read_again(tmp_path, naming):
     targets = ("attn.to_[qkv]", "attn.add_k_proj", r"transformer_blocks\.1\.ff.net.2", "norm_out.*")
     config = LoraConfig(rank=3, alpha=2.0, targets=targets)
     lora, path = random_lora(params, config), tmp_path / "a.safetensors"
-    write_lora(path, {"transformer": lora}, config, {"recipe": "x"}, naming=naming, params=params)
+    write_lora(
+        path,
+        {"transformer": lora},
+        config,
+        {"recipe": "x"},
+        naming=naming,
+        model={"transformer": CONFIG},
+    )
     got = read_lora(path, params)
     assert got.metadata["recipe"] == "x"
     assert json.loads(got.metadata["fluxjax_lora"])["alpha"] == 2.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import peft
@@ -14,17 +15,22 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_pixart import TINY as PIXART
+from test_sd3 import TINIES as SD3
 from test_unet import TINIES, torch_unet
 
 from fluxjax.checkpoint.engine import MappingError, published_leaves
+from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.merge import merge
 from fluxjax.checkpoint.lora.reader import read_adapters
+from fluxjax.checkpoint.lora.writer import write_adapters
 from fluxjax.checkpoint.source import OpenNetwork
 from fluxjax.checkpoint.source_record import Record
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
-from fluxjax.config import CLIPTextConfig, ConfigError, UNetConfig
+from fluxjax.config import CLIPTextConfig, UNetConfig
+from fluxjax.config.choices import LoraNaming
 from fluxjax.convert.__main__ import main as convert
 from fluxjax.networks.unet import ldm
 
@@ -332,6 +338,59 @@ def test_the_command_merges_into_a_unet(unets, templates, tmp_path) -> None:
     for name, tensor in before.items():
         expected = tensor + 0.5 * deltas[name] if name in deltas else tensor
         np.testing.assert_allclose(after[name], expected, atol=1e-6)
-    options = ["--to", "kohya", "--config", str(tmp_path / "base/config.json")]
-    with pytest.raises(ConfigError, match="of a UNet are read and merged, not written"):
+    again = tmp_path / "again.safetensors"
+    options = ["--to", "comfy", "--config", str(tmp_path / "base/config.json")]
+    assert convert([str(tmp_path / "a.safetensors"), str(again), *options]) == 0
+    assert "diffusion_model.input_blocks.1.0.in_layers.2.lora_A.weight" in load_file(again)
+    options = ["--to", "kohya"]
+    with pytest.raises(MappingError, match="give its folder with --config"):
         convert([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), *options])
+
+
+def zeros(name: str) -> np.ndarray:
+    """In place of weights that are not read."""
+    return np.zeros(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "kohyas"),
+    [
+        ({"unet": TINIES["1.5"], "text_encoder": CLIP}, f"lora_unet_{CONV.replace('.', '_')}"),
+        (
+            {"unet": TINIES["XL"], "text_encoder": CLIP, "text_encoder_2": BIG},
+            "lora_unet_input_blocks_1_0_in_layers_2",
+        ),
+        ({"transformer": SD3["3.5"]}, "lora_unet_joint_blocks_0_x_block_attn_qkv"),
+        ({"transformer": PIXART}, "lora_unet_blocks_1_cross_attn_kv_linear"),
+    ],
+    ids=["1.5", "XL", "SD3", "PixArt"],
+)
+def test_written_in_all_names_and_read_again(model, kohyas, tmp_path) -> None:
+    """Every product and convolution but one, so that fused ones have a part that is not adapted;
+    alpha is the rank."""
+    templates, rng = {n: abstract_params(one) for n, one in model.items()}, np.random.default_rng(0)
+    given, expected = dict[str, dict[str, Adapter]](), dict[str, dict[str, np.ndarray]]()
+    for component, template in templates.items():
+        given[component], expected[component] = {}, {}
+        for name, leaf in published_leaves(template).items():
+            module = re.fullmatch(r"(.*(?:attn|conv|mlp|ff|proj).*)[.]weight", name)
+            if not module or len(leaf.shape) < 2 or name.endswith("attn2.to_k.weight"):
+                continue
+            a = rng.standard_normal((2, *leaf.shape[1:]), np.float32)
+            b = rng.standard_normal((leaf.shape[0], 2, *(1 for _ in leaf.shape[2:])), np.float32)
+            given[component][module[1]] = Adapter(a, b, 0.5)
+            expected[component][name] = 0.5 * added(*map(torch.from_numpy, (a, b))).numpy()
+    for naming in get_args(LoraNaming):
+        path = tmp_path / f"{naming}.safetensors"
+        write_adapters(path, given, {}, naming=naming, model=model)
+        changes = read_adapters(path, templates).changes
+        assert changes.keys() == given.keys()
+        for component, mine in expected.items():
+            deltas = {name: change.delta for name, change in changes[component].items()}
+            got = {name: delta(zeros) for name, delta in deltas.items() if delta}
+            assert {name for name, delta in got.items() if delta.any()} == mine.keys()
+            for name, delta in mine.items():
+                np.testing.assert_allclose(got[name], delta, atol=5e-6, err_msg=name)
+    arrays = load_file(tmp_path / "kohya.safetensors")
+    assert arrays[f"{kohyas}.alpha"] == len(arrays[f"{kohyas}.lora_down.weight"])

@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from fluxjax.checkpoint.component_json import network_config
-from fluxjax.checkpoint.engine import listed
+from fluxjax.checkpoint.engine import MappingError, listed
 from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.peft_config import PEFT_METADATA
 from fluxjax.checkpoint.lora.reader import read_adapters
-from fluxjax.checkpoint.lora.writer import PREFIXES, write_adapters
+from fluxjax.checkpoint.lora.writer import write_adapters
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, ConfigError
@@ -41,8 +41,13 @@ def convert_adapters(
     if destination.suffix != ".safetensors":
         raise ConfigError(f"{destination}: a LoRA is written as one .safetensors file")
     check_destination(source, destination, overwrite)
-    templates = {name: abstract_params(part) for name, part in _networks(config).items()}
-    changes, metadata = read_adapters(source, templates)
+    model = _networks(config)
+    templates = {name: abstract_params(part) for name, part in model.items()}
+    try:
+        changes, metadata = read_adapters(source, templates)
+    except MappingError as error:
+        asked = "" if config else "\nof another model than FLUX.1? give its folder with --config"
+        raise MappingError(f"{error}{asked}") from None
     others = [
         name
         for mine in changes.values()
@@ -62,7 +67,7 @@ def convert_adapters(
         adapters,
         metadata,
         naming=naming,
-        params=templates.get("transformer"),
+        model=model,
         dtype=None if dtype == "keep" else jnp.dtype(dtype),
     )
     counts = ", ".join(f"{len(mine)} modules of the {name}" for name, mine in adapters.items())
@@ -73,11 +78,8 @@ def _networks(path: Path | None) -> dict[str, Any]:
     if path is not None and path.is_file():
         one = network_config(read_json(path), path)
         network = network_of(one)
-        if network.component not in PREFIXES["peft"]:
-            raise ConfigError(
-                f"{path}: adapters of a {network.words} are read and merged, not written in other "
-                "names"
-            )
+        if not network.adapter_prefixes:
+            raise ConfigError(f"{path}: a {network.words} has no adapters")
         return {network.component: one}
     networks = (DEV if path is None else read_config(path)).networks
     return {n: one for n, one in networks.items() if network_of(one).adapter_prefixes}

@@ -266,11 +266,14 @@ CLIP_TEXT = Network(
     adapter_prefixes=(
         "text_encoders.clip_l.transformer.",
         "text_encoders.clip_l.",
+        "text_encoders.clip_h.transformer.",
+        "text_encoders.clip_h.",
         "text_encoder.",
         "base_model.model.",
         "lora_te1_",
         "lora_te_",
     ),
+    further_prefixes=("text_encoders.clip_g.transformer.", "text_encoders.clip_g."),
     adapter_rules=lambda shapes: TEXT_PUBLISHED.rules,
 )
 CLIP_VISION = Network(

@@ -150,9 +150,13 @@ class Network:
     adapter_prefixes: tuple[str, ...] = ()
     """What stands before the names of its modules in adapters (LoRA and others), longest first;
     none where there are no adapters."""
+    further_prefixes: tuple[str, ...] = ()
+    """The same where a pipeline has it in another folder than FLUX.1, besides the folder's name."""
     adapter_rules: Callable[[Shapes], tuple[Rule, ...]] = lambda shapes: ()
     """Names that adapters have for its modules besides the published ones, for parameters of
     these."""
+    kohya_dialect: Callable[[Any], str] = lambda config: "bfl"
+    """configuration -> the dialect whose names kohya gives adapters."""
     widened: tuple[str, str, str] = ("", "", "")
     """A first layer that adapters may give more inputs: the module, the field of the configuration
     and the class of the pipeline that has something to feed them."""

@@ -264,6 +264,7 @@ PIXART = Network(
         result=_result,
     ),
     adapter_prefixes=(
+        "diffusion_model.",
         "base_model.model.",
         "transformer.",
         "lora_transformer_",

@@ -176,4 +176,5 @@ T5 = Network(
         "lora_te2_",
         "lora_te3_",
     ),
+    further_prefixes=("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
 )

@@ -367,4 +367,5 @@ UNET = Network(
         "",
     ),
     adapter_rules=_adapter_rules,
+    kohya_dialect=lambda config: "bfl" if config.addition_embed_type else "published",
 )

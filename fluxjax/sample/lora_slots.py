@@ -116,7 +116,7 @@ class LoraSlots:
                 found[component], others = split_low_rank(mine, self._params[component])
                 if others:
                     raise ConfigError(
-                        f"{path} does more than add low-rank products (it changes "
+                        f"{path} does more than add low-rank products to linear layers (it changes "
                         f"{next(iter(others))}): load the pipeline with it, as loras=[...]"
                     )
             self._files[file] = found

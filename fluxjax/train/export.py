@@ -22,7 +22,6 @@ from fluxjax.checkpoint.pipeline_folder import (
     save_params,
     write_config,
 )
-from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.training_state import read_state
 from fluxjax.config import ConfigError, FluxPipelineConfig
 from fluxjax.models.lora import join_scales
@@ -64,9 +63,8 @@ def export(
             if added_inputs(read_flux(recipe.model_folder).transformer, config.transformer):
                 metadata[DEFAULTS_KEY] = json.dumps(sampling_defaults(config))
             trees = {name: join_scales(trained[name], scales[name]) for name in trained}
-            shapes = abstract_params(config.transformer)
-            naming = recipe.lora_naming
-            write_lora(path, trees, recipe.lora, metadata, naming=naming, params=shapes)
+            naming, model = recipe.lora_naming, config.networks
+            write_lora(path, trees, recipe.lora, metadata, naming=naming, model=model)
         return path
     params = _on_first_host(trained, jnp.dtype(recipe.save_dtype))
     if jax.process_index() == 0:

@@ -13,10 +13,11 @@ Read = Callable[[str], np.ndarray]
 
 
 class Adapter(NamedTuple):
-    """What one module of a model gets: x (a b) scale, in the file's layout."""
+    """What one module of a model gets: x (a b) scale, in the file's layout. Of a convolution both
+    are convolutions, `a` with its kernel and `b` of 1 x 1."""
 
-    a: np.ndarray  # (rank, in)
-    b: np.ndarray  # (out, rank)
+    a: np.ndarray  # (rank, in), or (rank, in, height, width)
+    b: np.ndarray  # (out, rank), or (out, rank, 1, 1)
     scale: float
 
 

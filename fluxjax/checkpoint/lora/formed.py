@@ -162,7 +162,19 @@ def _weights(
         uses_weight=kind.uses_weight or magnitude is not None,
         swap_halves=group.parts.swap_halves,
     )
-    return found | {name: formed.change(name, inputs) for name in rows}
+    changes = {name: formed.change(name, inputs) for name in rows}
+    if kind is LORA and magnitude is None and not inputs:
+        (name,) = rows
+        pair = _as_convolutions(tensors["a"], tensors["b"], axes)
+        changes[name] = replace(changes[name], low_rank=Adapter(*pair, scale))
+    return found | changes
+
+
+def _as_convolutions(
+    a: np.ndarray, b: np.ndarray, weight: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two that do one after the other what the matrices do: the first has the kernel."""
+    return a.reshape(len(a), *weight[1:]), b.reshape(*b.shape, *(1 for _ in weight[2:]))
 
 
 def _as_matrix(array: np.ndarray, axes: tuple[str, ...], weight: tuple[int, ...]) -> np.ndarray:

@@ -114,7 +114,8 @@ def known_network(component: str, params: Params) -> Known:
                     modules.setdefault(_flat(f"{theirs}.{rule.leaves[0][0]}"), parts)
     prefixes = network.adapter_prefixes
     if component != network.component:  # another text encoder of that kind, counted from 1
-        prefixes = (f"{component}.", f"lora_te{component.rpartition('_')[2]}_")
+        numbered = f"lora_te{component.rpartition('_')[2]}_"
+        prefixes = (*network.further_prefixes, f"{component}.", numbered)
     return Known(component, network, shapes, modules, prefixes)
 
 
