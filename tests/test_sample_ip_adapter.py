@@ -6,10 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import (
+    FluxControlNetPipeline,
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+)
+from diffusers.pipelines.flux import pipeline_flux_kontext
 from safetensors.numpy import save_file
 from test_image_encoders import randomised, xlabs_file
 from test_sample import compilations, same_picture
+from test_sample_controlnet import nets  # noqa: F401
 from test_sample_pictures import photo
 from torch_pipeline import random_pipeline  # noqa: F401
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -78,6 +85,26 @@ def theirs(random_pipeline, files):  # noqa: F811
     return pipe
 
 
+@pytest.fixture(scope="module")
+def controlled(random_pipeline, files, nets):  # noqa: F811
+    """Both with a ControlNet; ours with one network at a time, its blocks on the host."""
+
+    def loaded():
+        file, clip, lora = files
+        pipe = fluxjax.load_pipeline(
+            random_pipeline,
+            ip_adapter=file,
+            image_encoder=clip,
+            loras=[lora],
+            controlnet=nets("plain")[0],
+            offload=True,
+            stream=True,
+        )
+        return pipe, nets("plain")[1]
+
+    return loaded
+
+
 CFG = {"true_cfg": 2.0, "negative_prompt": "a heart"}
 THEIR_CFG = {"true_cfg_scale": 2.0, "negative_prompt": "a heart"}
 CASES = {
@@ -90,17 +117,26 @@ CASES = {
         {**CFG, "negative_ip_image": photo(7)},
     ),
     "image": (0.7, 1, {"image": photo(5), "strength": 0.7}, {"image": photo(5), "strength": 0.7}),
+    "reference": (0.7, 1, {"image": photo(5), "max_area": 96 * 64}, {"reference": photo(5)}),
+    "control": (0.7, 1, {"control_image": photo(5)}, {"control": photo(5)}),
 }
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=() if c == "one" else pytest.mark.slow) for c in CASES]
 )
-def test_same_pictures_as_diffusers(ours, theirs, case):
+def test_same_pictures_as_diffusers(ours, theirs, controlled, case, monkeypatch):
     """Two at once, from one or two pictures of odd sizes, with a LoRA."""
     scale, count, theirs_only, ours_only = CASES[case]
     seen = [photo(i, (203, 121 + i)) for i in range(count)]
-    pipe = theirs if case != "image" else FluxImg2ImgPipeline(**theirs.components)
+    other = {"image": FluxImg2ImgPipeline, "reference": FluxKontextPipeline}.get(case)
+    pipe = other(**theirs.components) if other else theirs
+    if case == "reference":
+        monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(96, 64)])
+        monkeypatch.setattr(ours, "defaults", replace(ours.defaults, width=96, height=64))
+    if case == "control":
+        ours, net = controlled()
+        pipe = FluxControlNetPipeline(**theirs.components, controlnet=net)
     pipe.set_progress_bar_config(disable=True)
     pipe.set_ip_adapter_scale(scale)
     expected = pipe(
@@ -144,7 +180,8 @@ def test_another_picture_or_scale_compiles_nothing(ours):
 
 
 @pytest.mark.slow
-def test_a_mesh_draws_what_one_device_draws(ours, files, random_pipeline):  # noqa: F811
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "data=2,sequence=4"])
+def test_a_mesh_draws_what_one_device_draws(ours, files, random_pipeline, mesh):  # noqa: F811
     given = {**DRAW, "ip_image": [photo(0), photo(1)], **CFG, "number": 2}
     file, clip, lora = files
     pipe = fluxjax.load_pipeline(
@@ -153,7 +190,7 @@ def test_a_mesh_draws_what_one_device_draws(ours, files, random_pipeline):  # no
         image_encoder=clip,
         loras=[lora],
         scan_layers=False,
-        mesh="data=2,fsdp=2,tensor=2",
+        mesh=mesh,
     )
     for one, other in zip(ours("a heart", **given), pipe("a heart", **given), strict=True):
         same_picture(other, one)
@@ -222,7 +259,6 @@ def test_what_cannot_be_is_one_sentence(ours, files, random_pipeline, tmp_path):
         ({"ip_adapter": [adapter, adapter]}, "one IP-Adapter sees all pictures, got 2"),
         ({"ip_adapter": tmp_path / "none", "image_encoder": clip}, "there is no IP-Adapter file"),
         ({"ip_adapter": adapter, "image_encoder": "nowhere"}, "no image encoder folder nowhere"),
-        ({"ip_adapter": adapter, "image_encoder": clip, "mesh": "sequence=2"}, "whole pictures"),
         *(
             (
                 {"ip_adapter": saved_adapter(tmp_path, f"{i}", **sizes), "image_encoder": clip},

@@ -7,17 +7,20 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields as fields_of
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 from test_parallel import MESHES, relative
+from test_sample_pictures import photo
 
 import fluxjax
 from fluxjax.checkpoint.lora.writer import write_lora
+from fluxjax.checkpoint.pipeline_folder import save_params
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import ConfigError, LoraConfig
+from fluxjax.config import TINY, ConfigError, ControlNetConfig, LoraConfig
 from fluxjax.families import Conditioning
 from fluxjax.models.lora import init_lora
 from fluxjax.parallel.compiled_program import measure
@@ -146,15 +149,32 @@ def test_attention_over_split_tokens_is_chosen():
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    """A file of three prompts, and beside it their pictures drawn by one device."""
+    """A file of three prompts, each with an image to start from and a control picture, and beside
+    it their pictures drawn by one device; a ControlNet with random weights."""
     from fluxjax.sample.command import draw
     from fluxjax.sample.options import Options
 
     folder = tmp_path_factory.mktemp("prompts")
-    lines = [json.dumps({"prompt": text, "seed": 5 + i}) for i, text in enumerate(PROMPTS)]
-    (folder / "prompts.jsonl").write_text("\n".join(lines))
-    assert draw(Options(prompts=folder / "prompts.jsonl", out=folder / "one", **QUICK)) == 0
+    photo(0, (80, 64)).save(folder / "image.png")
+    photo(1, (80, 64)).save(folder / "control.png")
+    given = {"image": "image.png", "strength": 0.7, "control": "control.png"}
+    lines = [{"prompt": text, "seed": 5 + i, **given} for i, text in enumerate(PROMPTS)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    save_controlnet(folder)
+    net = (str(folder / "net"),)
+    options = Options(prompts=folder / "prompts.jsonl", out=folder / "one", controlnet=net, **QUICK)
+    assert draw(options) == 0
     return folder / "prompts.jsonl"
+
+
+def save_controlnet(folder) -> None:
+    """For the embedded model."""
+    fields = {f.name: getattr(TINY.transformer, f.name) for f in fields_of(TINY.transformer)}
+    config = ControlNetConfig(**{**fields, "num_layers": 1, "num_single_layers": 1})
+    random = np.random.default_rng(0)
+    shapes = abstract_params(config)
+    params = jax.tree.map(lambda x: 0.05 * random.standard_normal(x.shape, np.float32), shapes)
+    save_params(folder, "net", params, config, None)
 
 
 def equal_to_those_of_one(prompts, folder) -> None:
@@ -173,7 +193,8 @@ def test_a_file_of_prompts_is_drawn_in_batches(prompts, tmp_path, capsys):
     from fluxjax.sample.command import draw
     from fluxjax.sample.options import Options
 
-    assert draw(Options(prompts=prompts, mesh="fsdp=8", out=tmp_path, **QUICK)) == 0
+    net = (str(prompts.parent / "net"),)
+    assert draw(Options(prompts=prompts, mesh="fsdp=8", out=tmp_path, controlnet=net, **QUICK)) == 0
     equal_to_those_of_one(prompts, tmp_path)
     assert len({line.split("seed")[1][:3] for line in capsys.readouterr().out.splitlines()}) == 3
     jax.clear_caches()
@@ -181,11 +202,13 @@ def test_a_file_of_prompts_is_drawn_in_batches(prompts, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_draw_together_and_one_of_them_saves(prompts, tmp_path):
-    """Four devices each; weights, heads and pictures lie across both."""
+    """Four devices each; weights, heads and pictures lie across both, and each has read what is
+    given."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     options = QUICK | {"prompts": prompts, "out": tmp_path / "two", "mesh": "tensor=2,fsdp=4"}
+    options["controlnet"] = prompts.parent / "net"
     options |= {"coordinator": f"localhost:{port}", "num_processes": 2}
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"

@@ -225,12 +225,14 @@ def _whole(
     img_ids,
     txt_ids,
     guidance=None,
+    *guides,
 ) -> tuple:
     return (
         hidden_states,
         run("embed_text", encoder_hidden_states),
         run("modulations", timestep, pooled_projections, guidance),
         run("rope", txt_ids, img_ids),
+        *guides,
     )
 
 
@@ -361,7 +363,8 @@ FLUX = Network(
     scanned=("transformer_blocks", "single_transformer_blocks"),
     token_split=TokenSplit(
         "denoise",
-        (("image", 1), ("text", 1), None, ("joint", 0)),
+        # ControlNets' samples are of the image's tokens.
+        (("image", 1), ("text", 1), None, ("joint", 0), {"double": 2, "single": 2}),
         _whole,
         lambda config: config.num_attention_heads,
     ),

@@ -84,9 +84,10 @@ class TokenSplit:
 
     method: str
     """The method whose arguments are tokens; what else the network does is done whole."""
-    arguments: tuple[tuple[str, int] | None, ...]
+    arguments: tuple[tuple[str, int] | Mapping[str, int] | None, ...]
     """For each argument of `method`, "image", "text" or "joint" and the axis of its tokens in every
-    leaf; None where there are none. The result has the image's tokens."""
+    leaf; None where there are none. Of a struct, by field, the axis of the image's tokens, where
+    there are some. The last arguments may be left out. The result has the image's tokens."""
     whole: Callable[..., tuple]
     """(run, *arguments of the network) -> arguments of `method`; `run(name, *inputs)` is another
     method of the network."""

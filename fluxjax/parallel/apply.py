@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -80,11 +81,12 @@ def _split(
     """
     config: Any = module.config  # pyright: ignore[reportAttributeAccessIssue]
     kind: Any = module.attention  # pyright: ignore[reportAttributeAccessIssue]
-    arguments = list(zip(split.arguments, args, strict=True))
+    places = split.arguments[: len(args)]
+    arguments = list(zip(places, args, strict=True))
     lengths = {"text": 0} | {
         where[0]: jax.tree.leaves(value)[0].shape[where[1]]
         for where, value in arguments
-        if where is not None and jax.tree.leaves(value)
+        if isinstance(where, tuple) and jax.tree.leaves(value)
     }
     heads = split.heads(config)
     layout = Layout(lengths["text"], lengths["image"], mesh.shape[AXIS], split.text_last)
@@ -101,7 +103,7 @@ def _split(
     inner = module.clone(attention=spread(layout), **alone)
 
     def part(variables: Any, *pieces: tuple[Any, ...]) -> Any:
-        whole = map(_joined, split.arguments, pieces)
+        whole = map(_joined, places, pieces)
         with activations_on(mesh, network_of(config)):
             return inner.apply(variables, *whole, method=split.method, **kept)
 
@@ -111,7 +113,7 @@ def _split(
         axis_names={AXIS},
         in_specs=(
             P(),
-            *(P(*(None,) * where[1], AXIS) if where else P() for where in split.arguments),
+            *(_specs(where, value) for where, value in arguments),
         ),
         out_specs=P(None, AXIS),
         check_vma=False,  # as inside, where attention kernels are spread
@@ -123,19 +125,38 @@ def _split(
     return jax.tree.map(lambda x, like: layout.in_order(x, like.shape[1]), out, whole)
 
 
-def _joined(where: tuple[str, int] | None, pieces: tuple[Any, ...]) -> Any:
+_Place = tuple[str, int] | Mapping[str, int] | None
+"""Of `TokenSplit.arguments`."""
+
+
+def _specs(where: _Place, value: Any) -> Any:
+    """Of an argument's pieces over the devices of AXIS."""
+
+    def spec(axis: int) -> P:
+        return P(*(None,) * axis, AXIS)
+
+    if isinstance(where, tuple):
+        return spec(where[1])
+    if where is None:
+        return P()
+    # One piece, a struct.
+    return (type(value)(*(spec(where[n]) if n in where else P() for n in value._fields)),)
+
+
+def _joined(where: _Place, pieces: tuple[Any, ...]) -> Any:
     """On one device, the argument that `_pieces` took apart."""
-    if where is None or len(pieces) == 1:
+    if not isinstance(where, tuple) or len(pieces) == 1:
         return pieces[0]
     return jax.tree.map(lambda *x: jnp.concatenate(x, where[1]), *pieces)
 
 
-def _pieces(
-    layout: Layout, mesh: Mesh, where: tuple[str, int] | None, value: Any
-) -> tuple[Any, ...]:
+def _pieces(layout: Layout, mesh: Mesh, where: _Place, value: Any) -> tuple[Any, ...]:
     """What is split of an argument: its tokens, or, where they are joint, text and image."""
     if where is None:
         return (value,)
+    if not isinstance(where, tuple):
+        fields = {n: _pieces(layout, mesh, ("image", where[n]), getattr(value, n)) for n in where}
+        return (value._replace(**{name: piece for name, (piece,) in fields.items()}),)
     kind, axis = where
 
     def cut(start: int, stop: int | None) -> Any:
@@ -144,7 +165,7 @@ def _pieces(
             missing = -x.shape[axis] % layout.devices
             if missing:
                 x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-            return pin(x, mesh) if axis else x
+            return pin(x, mesh) if axis == 1 else x
 
         return jax.tree.map(one, value)
 

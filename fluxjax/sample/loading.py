@@ -138,8 +138,7 @@ def load_pipeline(
     for name in map(tokenizer_of, config.text_encoders):
         if not (tokenizers / name).is_dir():
             raise FileNotFoundError(f"{tokenizers} is not a whole model: {name} is missing")
-    beside = "a ControlNet" if controlnets else "an IP-Adapter" if ip_adapter else ""
-    mesh = _opened_mesh(mesh, denoiser, sequence, beside)
+    mesh = _opened_mesh(mesh, denoiser, sequence)
     if mesh is not None and (offload or stream):
         raise ConfigError("offload and stream are for one device: give them or a mesh")
     if lora_slots and loras:
@@ -201,11 +200,11 @@ def load_pipeline(
 
 
 def _opened_mesh(
-    mesh: Mesh | MeshShape | str | None, denoiser: Any, sequence: SequenceAttention, beside: str
+    mesh: Mesh | MeshShape | str | None, denoiser: Any, sequence: SequenceAttention
 ) -> Mesh | None:
     """The devices that are asked for; with several processes all of them, where nothing is said.
 
-    `beside`: what takes whole pictures. Raises ConfigError for tokens that cannot be split so.
+    Raises ConfigError for tokens that cannot be split so.
     """
     if mesh is None and jax.process_count() > 1:
         mesh = ""
@@ -221,11 +220,6 @@ def _opened_mesh(
     # Heads that ulysses cannot split are a mistake now.
     layout = Layout(1, 1, mesh.shape[AXIS])
     attention_over(layout, network.token_split.heads(denoiser), sequence, "auto")
-    if beside:
-        raise ConfigError(
-            f"{beside} takes whole pictures, and {AXIS}={mesh.shape[AXIS]} splits their tokens: "
-            "use data, fsdp or tensor"
-        )
     return mesh
 
 
