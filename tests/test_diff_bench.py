@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fluxjax.diff.benchmarks import bench
 from fluxjax.diff.benchmarks.bench import Measure, medians, print_measures
+from fluxjax.diff.benchmarks.clips import clips
 from fluxjax.diff.benchmarks.wide_transformer import quantised_transformer, wide_transformer
 from fluxjax.diff.commands import Bench, execute
 
@@ -35,6 +36,14 @@ def test_both_transformers_compute_the_same():
     assert "width 128" in measure.what
     apart = float(measure.what.split("apart by ")[1].rstrip(")"))
     assert 0 < apart < 1e-5
+
+
+@pytest.mark.slow
+def test_both_networks_of_clips_compute_the_same():
+    for measure, width in zip(clips(1, 1, (32, 32, 32, 32)), (128, 32), strict=True):
+        assert f"of width {width}," in measure.what
+        apart = float(measure.what.split("apart by ")[1].rstrip(")"))
+        assert 0 < apart < 1e-5
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-Section = Literal["model", "start", "transformer", "quantised", "attention", "training", "gpu"]
+Section = Literal[
+    "model", "start", "transformer", "quantised", "video", "attention", "training", "gpu"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

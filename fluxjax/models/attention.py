@@ -172,18 +172,18 @@ def fastest(
     q: Array, k: Array, *, causal: bool = False, plain: bool = True
 ) -> Literal["cudnn", "splash", "chunked", "xla"]:
     """What `auto` takes; `plain`: neither causal nor with a bias."""
-    platform, sixteen_bit = _platform(), q.dtype in (jnp.bfloat16, jnp.float16)
+    where, sixteen_bit = platform(), q.dtype in (jnp.bfloat16, jnp.float16)
     head_dim = q.shape[-1]
-    if platform == "cuda" and (plain or causal) and sixteen_bit and head_dim % 8 == 0:
+    if where == "cuda" and (plain or causal) and sixteen_bit and head_dim % 8 == 0:
         return "cudnn" if head_dim <= 128 else "xla"
-    if platform == "tpu" and plain and head_dim in (64, 128, 256):
+    if where == "tpu" and plain and head_dim in (64, 128, 256):
         return "splash"
-    if platform == "cpu" and plain and q.shape[1] * k.shape[1] >= _CHUNKED_FROM:
+    if where == "cpu" and plain and q.shape[1] * k.shape[1] >= _CHUNKED_FROM:
         return "chunked"
     return "xla"
 
 
-def _platform() -> str:
+def platform() -> str:
     """`cpu`, `tpu`, `cuda` or another GPU's name: where a function traced now will run."""
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     device = jax.devices(device)[0] if isinstance(device, str) else device or jax.devices()[0]

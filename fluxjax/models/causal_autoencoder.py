@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from fluxjax.config import CausalAutoencoderConfig
 from fluxjax.models.attention import dot_product_attention
 from fluxjax.models.autoencoder import Layer, Posterior
+from fluxjax.models.clip_convolution import convolve_clips
 from fluxjax.models.products import own_precision
 
 
@@ -48,6 +49,7 @@ class CausalConv(_Layer):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=own_precision(self.dtype),
+            conv_general_dilated=convolve_clips,
             name="conv",
         )(x)
 

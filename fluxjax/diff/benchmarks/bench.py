@@ -84,6 +84,7 @@ def run_bench(command: Bench) -> int:
         "transformer": lambda: _wide(command.rounds),
         "quantised": lambda: _quantised(command.rounds),
         "attention": lambda: attention(command.rounds),
+        "video": lambda: _clips(command.rounds),
         "training": lambda: _training(folder, command.rounds),
         "gpu": lambda: _gpu(command.rounds),
     }
@@ -125,6 +126,12 @@ def _wide(rounds: int) -> list[Measure]:
     from fluxjax.diff.benchmarks.wide_transformer import wide_transformer
 
     return wide_transformer(rounds)
+
+
+def _clips(rounds: int) -> list[Measure]:
+    from fluxjax.diff.benchmarks.clips import clips
+
+    return clips(rounds)
 
 
 def _quantised(rounds: int) -> list[Measure]:
