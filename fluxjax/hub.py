@@ -20,6 +20,10 @@ from fluxjax.terminal import say
 
 Kind = Literal["model", "configuration", "checkpoint", "vae", "text encoders", "lora"]
 
+EMBEDDED = ("tiny", "tiny-sd")
+"""Models that are shipped: FLUX and Stable Diffusion in small. What the second shares with the
+first, its autoencoder, CLIP and tokenizer, are links to that one's folders."""
+
 _NAME = (
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?"
@@ -38,9 +42,9 @@ class Name(NamedTuple):
     file: str = ""
 
 
-def tiny_folder() -> Path:
-    """The embedded model, trained on drawn scenes."""
-    return Path(__file__).resolve().parent / "assets" / "tiny"
+def tiny_folder(name: str = "tiny") -> Path:
+    """The embedded model, or another of EMBEDDED, trained on drawn scenes."""
+    return Path(__file__).resolve().parent / "assets" / name
 
 
 def hub_name(source: str | Path) -> Name | None:
@@ -76,10 +80,11 @@ def find(
     Raises FileNotFoundError for what neither this machine nor the hub has, PermissionError for a
     gated model, ConfigError for a repository that holds no `kind`, each in one sentence.
     """
-    name = None if str(source) == "tiny" else hub_name(source)
+    embedded = str(source) in EMBEDDED
+    name = None if embedded else hub_name(source)
     if name is not None:
         return _download(name, kind, check)
-    return tiny_folder() if str(source) == "tiny" else Path(source).expanduser()
+    return tiny_folder(str(source)) if embedded else Path(source).expanduser()
 
 
 @functools.cache  # one process sees one state of a repository
@@ -223,7 +228,7 @@ def size_unit(model: str) -> int:
 
     Light: for refusing a size before anything is imported that could open the model.
     """
-    folder = tiny_folder() if model == "tiny" else Path(model)
+    folder = tiny_folder(model) if model in EMBEDDED else Path(model)
     try:
         kind = json.loads((folder / _INDEX).read_text("utf-8"))["_class_name"]
         config = json.loads((folder / "vae" / "config.json").read_text("utf-8"))

@@ -9,6 +9,7 @@ from einops import rearrange
 from PIL import Image
 
 from fluxjax.families import Conditioning
+from fluxjax.models.latents import pack
 from fluxjax.train.encoders import Encoders
 
 SIZES = ((40, 40), (64, 40), (40, 64), (90, 30), (33, 47))
@@ -56,7 +57,16 @@ def mask_channels(masks: np.ndarray) -> np.ndarray:
     return rearrange(masks, "n (h y) (w x) -> n (y x) h w", y=2, x=2)
 
 
-ENCODERS = Encoders(encode_image, encode_text, "image", "text", mask_channels, lambda texts: None)
+ENCODERS = Encoders(
+    encode_image,
+    encode_text,
+    "image",
+    "text",
+    mask_channels,
+    lambda texts: None,
+    lambda latents: np.asarray(pack(latents)),
+    scale=2,
+)
 
 
 def number_of(latents: np.ndarray) -> int:

@@ -44,6 +44,7 @@ from fluxjax.config import (
     T5Config,
 )
 from fluxjax.families import FLUX, Conditioning, Task
+from fluxjax.families.noise_path import FLOW
 from fluxjax.hub import tiny_folder
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, unpack
@@ -506,6 +507,7 @@ def test_precompute_says_how_far_it_is(recipe, tmp_path, capsys):
 def test_no_recipe_is_left_untried():
     tried = {"lora_dev", "lora_dev_nf4", "lora_kontext", "tiny_lora", "tiny_full", "full_8_chips"}
     tried |= {"lora_fill", "lora_control", "lora_dev_clip"}
+    tried |= {"lora_sd15", "lora_sdxl", "full_sd"}  # in test_diffusion_training.py
     # The embedded model's recipe has its own test.
     assert {path.stem for path in RECIPES.glob("*.toml")} == tried | {"tiny", "many_hosts"}
 
@@ -685,11 +687,11 @@ def test_references_follow_the_picture_and_masks_weigh_its_errors(model):
     mask = jax.random.uniform(next(keys), (2, 6, 4))
     rows = Rows(latents, Conditioning(text, None, pooled), jnp.arange(2), reference, mask)
     ids, quantiles, mu = image_ids(4, 6), jnp.array([0.3, 0.8]), jnp.float32(0.5)
-    objective = Objective(unmasked_weight=0.25, guidance=1.0)
+    objective = Objective(density="flux_shift", unmasked_weight=0.25, guidance=1.0)
 
     @jax.jit
     def loss_of(rows):
-        given = FLUX, network, objective, {"params": params}, rows
+        given = FLUX, FLOW, network, objective, {"params": params}, rows
         return fixed_loss(*given, quantiles, jnp.int32(3), ids, mu)
 
     loss = loss_of(rows)

@@ -15,7 +15,7 @@ from diffusers.training_utils import (
 from optax.contrib import prodigy
 
 from fluxjax.config import ConfigError
-from fluxjax.train.objectives import density_times, time_weights, velocity_loss
+from fluxjax.train.objectives import density_times, squared_error, time_weights
 from fluxjax.train.optimizers import (
     OptimizerSettings,
     learning_rates,
@@ -179,7 +179,9 @@ def test_densities_are_those_of_diffusers(objective, theirs):
 
 def test_shifted_densities_move_the_median():
     half = jnp.array([0.5])
-    assert float(density_times(Objective(), half, 1.15)[0]) == pytest.approx(0.7595, abs=1e-4)
+    assert float(density_times(Objective(density="flux_shift"), half, 1.15)[0]) == pytest.approx(
+        0.7595, abs=1e-4
+    )
     shifted = density_times(Objective(density="shift"), half, 0.0)
     assert float(shifted[0]) == pytest.approx(3.1582 / 4.1582, abs=1e-5)
     for density in ("flux_shift", "uniform", "logit_normal", "sigmoid", "shift", "mode"):
@@ -196,7 +198,7 @@ def test_weights_are_those_of_diffusers(weight):
 
 def test_weights_multiply_rows():
     velocity, target = jnp.ones((2, 3, 2)), jnp.zeros((2, 3, 2))
-    loss = velocity_loss(velocity, target, jnp.array([[[1.0]], [[3.0]]]))
+    loss = squared_error(velocity, target, jnp.array([[[1.0]], [[3.0]]]))
     assert float(loss) == pytest.approx(2.0)
 
 

@@ -15,11 +15,11 @@ from random_checkpoints import random_tree
 
 from fluxjax.config import TINY, ConfigError
 from fluxjax.families import FLUX, Conditioning
-from fluxjax.families.flux import noised
+from fluxjax.families.noise_path import FLOW
 from fluxjax.models.autoencoder import Posterior
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.train import objectives
-from fluxjax.train.embedded import tiny, transformer
+from fluxjax.train.embedded import examples, tiny, transformer
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.loop import Run, RunSettings
 from fluxjax.train.objectives import Objective
@@ -60,10 +60,11 @@ def test_times_have_the_shifted_logit_normal_density():
 
 def test_path_from_data_to_noise_and_its_velocity():
     data, noise = jnp.full((2, 3), 2.0), jnp.full((2, 3), -1.0)
-    path = noised(data, noise, jnp.array([0.0, 1.0]))
+    path = FLOW.state(jnp.array([0.0, 1.0])).of(data, noise)
     np.testing.assert_array_equal(path, jnp.stack([data[0], noise[1]]))
-    assert float(objectives.velocity_loss(noise - data, noise - data)) == 0.0
-    half = objectives.velocity_loss(jnp.full((1,), 3.0, jnp.bfloat16), jnp.array([3.001]))
+    target = FLOW.target(jnp.array([0.0, 1.0])).of(data, noise)
+    assert float(objectives.squared_error(noise - data, target)) == 0.0
+    half = objectives.squared_error(jnp.full((1,), 3.0, jnp.bfloat16), jnp.array([3.001]))
     assert half.dtype == jnp.float32 and float(half) > 0
 
 
@@ -146,14 +147,15 @@ def _conditioner() -> transformer.Conditioner:
             np.tile(rows[:, None, :1], (1, 4, 16)), None, np.tile(rows[:, 1:], (1, 8))
         )
 
-    return transformer.Conditioner(encode_image, encode_text)
+    return examples.Conditioner(encode_image, encode_text)
 
 
 def test_pool_is_the_same_after_a_resume():
     stage = transformer.TransformerStage(batch=4, pool=128, fresh=32, buckets=((32, 48),))
-    pool = transformer.Pool(0, stage, _conditioner(), 0)
+    taken = transformer.rows_of(stage, 32, 48)
+    pool = examples.Pool(0, stage, _conditioner(), 0, taken)
     straight = [pool.batch(step) for step in range(6)][-1]
-    resumed = transformer.Pool(0, stage, _conditioner(), 5).batch(5)
+    resumed = examples.Pool(0, stage, _conditioner(), 5, taken).batch(5)
     for one, other in zip(*map(jax.tree.leaves, (straight, resumed)), strict=True):
         assert sorted(one.sum((-1,)).ravel().tolist()) == sorted(other.sum((-1,)).ravel().tolist())
     # A bucket of smaller pictures has more of them, for about as many tokens.
@@ -260,13 +262,13 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
     for name in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
         shutil.copytree(tiny_folder() / name, tmp_path / "pipeline" / name)
     (tmp_path / "text_report.json").write_text("{}")
-    folder = tiny.train_tiny(few)
+    folder = few.train()
     pipe = load_pipeline(str(folder))
     (image,) = pipe("a red circle", seed=1, width=48, height=32, steps=2)
     assert image.size == (48, 32)
     world = json.loads((folder / "world.json").read_text())
     assert world["sizes"]["least"] == 32 and {"grey", "next", "underneath"} < set(world["words"])
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
-    assert tiny.train_tiny(few) == folder  # nothing is left to do
+    assert few.train() == folder  # nothing is left to do
     unchanged = {p: t for p, t in before.items() if p.parent.name != "transformer"}
     assert all(p.stat().st_mtime_ns == t for p, t in unchanged.items())

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         SD21,
         SDXL,
         SDXL_REFINER,
+        TINY_SD,
         StableDiffusionConfig,
         StableDiffusionXLConfig,
     )
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
         SD21_UNET,
         SDXL_REFINER_UNET,
         SDXL_UNET,
+        TINY_UNET,
         UNetConfig,
     )
 
@@ -129,6 +131,8 @@ __all__ = [
     "T5_SMALL",
     "T5_XXL",
     "TINY",
+    "TINY_SD",
+    "TINY_UNET",
     "UNION",
     "UNION_2",
     "XLABS",
@@ -222,11 +226,12 @@ _NAMES = {
         "SD21",
         "SDXL",
         "SDXL_REFINER",
+        "TINY_SD",
         "StableDiffusionConfig",
         "StableDiffusionXLConfig",
     ),
     "t5": ("T5_SMALL", "T5_XXL", "T5Config"),
-    "unet": ("SD15_UNET", "SD21_UNET", "SDXL_REFINER_UNET", "SDXL_UNET", "UNetConfig"),
+    "unet": ("SD15_UNET", "SD21_UNET", "SDXL_REFINER_UNET", "SDXL_UNET", "TINY_UNET", "UNetConfig"),
 }
 _FILES = {name: file for file, names in _NAMES.items() for name in names}
 

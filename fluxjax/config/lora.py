@@ -85,14 +85,13 @@ class LoraConfig:
             except re.error as error:
                 raise ConfigError(f"the LoRA's target {target!r} is no pattern: {error}") from None
 
-    @property
-    def components(self) -> Mapping[str, LoraConfig]:
+    def components_of(self, denoiser: str) -> Mapping[str, LoraConfig]:
         """What is trained, by the folder of a pipeline, each with `targets` and `rank` of its own;
-        the transformer first."""
+        the network that draws first."""
         rank = self.text_encoder_rank or self.rank
         alpha = self.text_encoder_alpha or float(rank)
         texts = (TEXT_ENCODERS[name] for name in TEXT_ENCODERS if name in self.text_encoders)
-        return {"transformer": self} | {
+        return {denoiser: self} | {
             component: dataclasses.replace(
                 self, rank=rank, alpha=alpha, targets=_TEXT_TARGETS[component], text_encoders=()
             )

@@ -37,6 +37,10 @@ class SchedulerConfig:
             f"base_image_seq_len={self.base_image_seq_len}",
         )
 
+    @property
+    def is_flow(self) -> bool:
+        return True
+
     def mu(self, image_tokens: int) -> float:
         """Log of the shift of a picture of `image_tokens`, for times and sigmas alike.
 

@@ -8,9 +8,17 @@ from typing import Any, ClassVar
 from fluxjax.config.autoencoder import AutoencoderConfig
 from fluxjax.config.base import ConfigError, require
 from fluxjax.config.clip import CLIP_BIGG_TEXT, CLIP_H_TEXT, CLIP_L_TEXT, CLIPTextConfig
+from fluxjax.config.flux_pipeline import TINY
 from fluxjax.config.pipeline import PipelineConfig
 from fluxjax.config.sampler import SamplerConfig
-from fluxjax.config.unet import SD15_UNET, SD21_UNET, SDXL_REFINER_UNET, SDXL_UNET, UNetConfig
+from fluxjax.config.unet import (
+    SD15_UNET,
+    SD21_UNET,
+    SDXL_REFINER_UNET,
+    SDXL_UNET,
+    TINY_UNET,
+    UNetConfig,
+)
 
 INPAINTING = "Inpaint"
 SD_VAE = AutoencoderConfig(
@@ -78,7 +86,10 @@ class StableDiffusionConfig(PipelineConfig):
     def published(cls, parts: dict[str, Any], name: str) -> StableDiffusionConfig:
         unet, vae = parts["unet"], parts["vae"]
         side = unet.sample_size * vae.scale
-        return cls(**{"width": side, "height": side, **parts})
+        # diffusers' classes of this family read no shift of latents: a file that has one is drawn
+        # without it.
+        unmoved = {"vae": replace(vae, shift_factor=0.0)}
+        return cls(**{"width": side, "height": side, **parts, **unmoved})
 
     @property
     def text_width(self) -> int:
@@ -176,4 +187,28 @@ SDXL_REFINER = StableDiffusionXLConfig(
     text_encoder=None,
     force_zeros_for_empty_prompt=False,
     requires_aesthetics_score=True,
+)
+
+# The embedded UNet, beside the autoencoder and CLIP of TINY. Its betas are those of Ho et al. 2020:
+# with those of the published models the last timestep still shows what so few latents are like.
+TINY_SD = StableDiffusionConfig(
+    unet=TINY_UNET,
+    vae=replace(TINY.vae, shift_factor=0.0),
+    text_encoder=TINY.text_encoder,
+    scheduler=SamplerConfig(
+        sampler="DDIMScheduler",
+        beta_start=0.0001,
+        beta_end=0.02,
+        beta_schedule="linear",
+        num_train_timesteps=1000,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=0,
+        timestep_spacing="trailing",
+        prediction_type="epsilon",
+    ),
+    steps=20,
+    guidance=4.0,
+    width=96,
+    height=96,
 )

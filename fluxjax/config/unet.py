@@ -133,3 +133,17 @@ SDXL_REFINER_UNET = UNetConfig(
     addition_embed_type="text_time",
     projection_class_embeddings_input_dim=2560,
 )
+TINY_UNET = UNetConfig(
+    sample_size=12,
+    in_channels=16,
+    out_channels=16,
+    block_out_channels=(64, 88),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    transformer_layers_per_block=(1, 2),
+    attention_head_dim=(2, 2),
+    cross_attention_dim=128,
+    use_linear_projection=True,
+    norm_num_groups=8,
+)

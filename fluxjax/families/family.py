@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import Respacing, Spacing
+from fluxjax.families.noise_path import NoisePath
 from fluxjax.models.transformer_blocks import ImagePrompt
 from fluxjax.schedules.step_table import Run
 from fluxjax.shapes import Params
@@ -182,8 +183,12 @@ def _no_sizes(config: PipelineConfig, told: Told) -> None:
             raise ConfigError(f"{name} is told to Stable Diffusion XL alone")
 
 
-def _not_trained(*arguments: Any) -> Any:
-    raise ConfigError("FLUX.1 alone is trained")
+def _not_trained(config: PipelineConfig) -> NoisePath:
+    raise ConfigError(f"{config.class_name} is not trained")
+
+
+def _no_text_encoder(*arguments: Any, **options: Any) -> Conditioning:
+    raise ConfigError("lora.text_encoders: those of FLUX.1 alone are trained")
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,9 +221,11 @@ class Family:
     hoist: Callable[..., tuple[Any, Callable[[Any, Any], Any]]]
     sizes: Callable[..., Float[np.ndarray, " numbers"] | None] = _no_sizes
     widened: Callable[..., Any] = lambda config, given: config
-    noised: Callable[..., Float[AnyArray, "b *shape"]] = _not_trained
-    target: Callable[..., Float[Array, "b *shape"]] = _not_trained
-    encode_anew: Callable[..., Conditioning] = _not_trained
+    path: Callable[[Any], NoisePath] = _not_trained
+    """What is trained: how pictures become noise, and what of that is predicted."""
+    shift: Callable[[Any, int, int], float] = lambda config, rows, columns: 0.0
+    """The logarithm by which noise levels of a picture of so many latents are moved."""
+    encode_anew: Callable[..., Conditioning] = _no_text_encoder
 
     def find_task(self, config: PipelineConfig, given: Iterable[str]) -> Task:
         """The task of a model that is given these pictures.

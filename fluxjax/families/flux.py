@@ -19,7 +19,6 @@ from fluxjax.config import ConfigError, FluxPipelineConfig
 from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.families.family import (
-    AnyArray,
     Apply,
     Conditioning,
     Extras,
@@ -31,6 +30,7 @@ from fluxjax.families.family import (
 from fluxjax.families.flux_controls import Each as OfControls
 from fluxjax.families.flux_controls import forward_controls, hoist_controls
 from fluxjax.families.flux_tasks import TASKS, joined, mask_channels, tasks_of, widened
+from fluxjax.families.noise_path import FLOW
 from fluxjax.models import latents as layout
 from fluxjax.models import lora
 from fluxjax.models.clip import CLIPTextModel, CLIPTextOutput
@@ -187,7 +187,7 @@ def started(
 ) -> Float[np.ndarray, "n c h w"]:
     """The latents before the first step that is run: the image with as much noise as that has."""
     level = np.asarray(run.schedule.times[[run.schedule.first]], noise.dtype)
-    return np.asarray(noised(image, noise, level))
+    return np.asarray(FLOW.state(level).of(image, noise))
 
 
 def scale(config: FluxPipelineConfig, asked: Guidance) -> float | None:
@@ -309,21 +309,9 @@ def _guidance(module: FluxTransformer, extras: Extras) -> Any:
     return extras.guidance if module.config.guidance_embeds else None
 
 
-def noised(
-    latents: Float[AnyArray, "b *shape"],
-    noise: Float[AnyArray, "b *shape"],
-    t: Float[AnyArray, "#b"],
-) -> Float[AnyArray, "b *shape"]:
-    """x_t = (1 - t) x_0 + t noise (rectified flow, Liu et al. 2022)."""
-    t = t.reshape(t.shape + (1,) * (latents.ndim - 1))
-    return (1.0 - t) * latents + t * noise
-
-
-def target(
-    latents: Float[Array, "b *shape"], noise: Float[Array, "b *shape"]
-) -> Float[Array, "b *shape"]:
-    """What `forward` is trained to predict."""
-    return noise - latents
+def shift(config: FluxPipelineConfig, rows: int, columns: int) -> float:
+    """As in sampling."""
+    return config.scheduler.mu(rows * columns // PATCH**2)
 
 
 FLUX = Family(
@@ -347,6 +335,6 @@ FLUX = Family(
     passes=passes,
     forward=forward,
     hoist=hoist,
-    noised=noised,
-    target=target,
+    path=lambda config: FLOW,
+    shift=shift,
 )

@@ -29,6 +29,7 @@ from fluxjax.families.family import (
     Task,
     Tokens,
 )
+from fluxjax.families.noise_path import DiffusionPath
 from fluxjax.models import lora
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.unet import UNet
@@ -164,6 +165,9 @@ def scale(config: PipelineConfig, asked: Guidance) -> float | None:
 
 def networks(config: StableDiffusionConfig, rounding: str, **fields: Any) -> tuple[UNet, tuple[()]]:
     """The one that draws; timesteps are numbers of the schedule in everybody's rounding."""
+    attention = fields.pop("attention", "auto")
+    if attention != "auto":
+        raise ConfigError(f"attention of a UNet is auto, not {attention!r}")
     return network_of(config.unet).build(config.unet, **fields), ()
 
 
@@ -268,6 +272,10 @@ def hoist(
     return jnp.asarray(times), step
 
 
+def path(config: StableDiffusionConfig) -> DiffusionPath:
+    return DiffusionPath.of(config.scheduler)
+
+
 STABLE_DIFFUSION = Family(
     tasks=TASKS,
     tasks_of=partial(tasks_of, TASKS),
@@ -287,4 +295,5 @@ STABLE_DIFFUSION = Family(
     passes=passes,
     forward=forward,
     hoist=hoist,
+    path=path,
 )

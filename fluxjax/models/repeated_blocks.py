@@ -35,10 +35,7 @@ def repeated(
     outputs (dots), or all (full).
     """
     axes = block.axes
-    if remat != "none":
-        # Products of weights have no batch axes, those of attention do.
-        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = nn.remat(block, prevent_cse=not scan, policy=saved if remat == "dots" else None)
+    block = rematerialised(block, remat, prevent_cse=not scan)
     if not scan or count == 0:
         return [build(block) for _ in range(count)]
     shared = {
@@ -50,6 +47,15 @@ def repeated(
     if hasattr(block, "modulation"):
         methods["modulation"] = {**shared, "in_axes": BROADCAST}
     return build(nn.scan(block, methods=methods))
+
+
+def rematerialised(block: Any, remat: Remat, *, prevent_cse: bool = True) -> Any:
+    """A block's class, of which the backward pass computes that again."""
+    if remat == "none":
+        return block
+    # Products of weights have no batch axes, those of attention do.
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return nn.remat(block, prevent_cse=prevent_cse, policy=saved if remat == "dots" else None)
 
 
 def run(blocks: Any, carry: Any, *arguments: Any) -> tuple[Any, Any]:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from fluxjax.config.choices import Remat
 from fluxjax.config.unet import UNetConfig
 from fluxjax.models.autoencoder import GroupNorm
 from fluxjax.models.dense import Part
 from fluxjax.models.embeddings import TwoLayerEmbedder, sinusoid
+from fluxjax.models.repeated_blocks import rematerialised
 from fluxjax.models.unet_blocks import (
     Downsample,
     Resnet,
@@ -69,6 +71,8 @@ class UpBlock(Part):
 
     config: UNetConfig
     level: int
+    size: tuple[int, ...] | None
+    """Of what comes next, rows and columns, which are odd where the latents' are."""
 
     @nn.compact
     def __call__(
@@ -81,16 +85,14 @@ class UpBlock(Part):
         config, level = self.config, self.level
         kind = config.up_block_types[len(config.block_out_channels) - 1 - level]
         for i in range(config.layers_per_block + 1):
-            x = jnp.concatenate([x, handed.pop()], axis=-1)
+            x = jnp.concatenate([x, handed[-1 - i]], axis=-1)
             width = config.block_out_channels[level]
             x = Resnet(config=config, features=width, **self.types, name=f"resnets_{i}")(x, time)
             if kind == "CrossAttnUpBlock2D":
                 name = f"attentions_{i}"
                 x = SpatialTransformer(config=config, level=level, **self.types, name=name)(x, text)
-        if level > 0:
-            # To the size of what comes next, which is odd where the latents' sides are.
-            _, *size, _ = handed[-1].shape
-            x = Upsample(**self.types, name="upsamplers_0")(x, tuple(size))
+        if self.size is not None:
+            x = Upsample(**self.types, name="upsamplers_0")(x, self.size)
         return x
 
 
@@ -98,6 +100,8 @@ class UNet(Part):
     """Source: diffusers `models/unets/unet_2d_condition.py`; Rombach et al. 2022."""
 
     config: UNetConfig
+    remat: Remat = "none"
+    """See `fluxjax.models.repeated_blocks`; a block is a resolution on its way down or up."""
 
     @nn.compact
     def __call__(
@@ -124,14 +128,20 @@ class UNet(Part):
             time = time + self._added(text_embeds, time_ids)
         x = convolution(self, widths[0], 3, "conv_in")(x)
         handed = [x]
+        down, middle, up = (
+            rematerialised(block, self.remat) for block in (DownBlock, MidBlock, UpBlock)
+        )
         for level in range(len(widths)):
-            block = DownBlock(config=config, level=level, **self.types, name=f"down_blocks_{level}")
+            block = down(config=config, level=level, **self.types, name=f"down_blocks_{level}")
             x, more = block(x, time, text)
             handed += more
-        x = MidBlock(config=config, **self.types, name="mid_block")(x, time, text)
+        x = middle(config=config, **self.types, name="mid_block")(x, time, text)
         for i, level in enumerate(reversed(range(len(widths)))):
-            block = UpBlock(config=config, level=level, **self.types, name=f"up_blocks_{i}")
-            x = block(x, handed, time, text)
+            left = len(handed) - config.layers_per_block - 1
+            handed, mine = handed[:left], handed[left:]
+            size = handed[-1].shape[1:3] if handed else None
+            block = up(config=config, level=level, size=size, **self.types, name=f"up_blocks_{i}")
+            x = block(x, mine, time, text)
         types = jnp.dtype(self.dtype), jnp.dtype(self.param_dtype)
         norm = GroupNorm(config.norm_num_groups, *types, config.norm_eps, name="conv_norm_out")
         x = nn.silu(norm(x))

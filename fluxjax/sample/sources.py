@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG, split_scale
 from fluxjax.config import ConfigError
-from fluxjax.hub import Kind, find, hub_name
+from fluxjax.hub import EMBEDDED, Kind, find, hub_name
 
 TINY = "tiny"
 SINGLE = ("model", "text_encoders", "vae", "redux", "image_encoder")
@@ -111,8 +111,8 @@ def changed(then: Mapping[str, str], now: Mapping[str, str], kind: str) -> list[
 
 
 def is_name(source: str) -> bool:
-    """Whether it is no path: "tiny", or a name on a hub."""
-    return source == TINY or hub_name(source) is not None
+    """Whether it is no path: an embedded model, or a name on a hub."""
+    return source in EMBEDDED or hub_name(source) is not None
 
 
 def model_name(model: str) -> str:
@@ -121,7 +121,7 @@ def model_name(model: str) -> str:
 
 
 def absolute(source: str) -> str:
-    """A path in full; "tiny" and a hub's name as they are.
+    """A path in full; an embedded model's and a hub's name as they are.
 
     Raises ConfigError for the home of a user that is not there.
     """

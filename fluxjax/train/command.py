@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -110,9 +110,7 @@ def _train(recipe: Any) -> None:
 
         result = finetune(recipe)
     else:
-        from fluxjax.train.embedded.tiny import train_tiny
-
-        result = train_tiny(recipe)
+        result = recipe.train()
     if jax.process_index() == 0:
         print(result)
 
@@ -178,8 +176,13 @@ def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export
     options = tyro.cli(ExportOptions, args=list(arguments), prog=name)
     from fluxjax.train.recipe import read_recipe
 
-    read_recipe(options.run / "recipe.toml")  # what is no run is told before JAX is imported
+    # What is no run is told before JAX is imported.
+    recipe = read_recipe(options.run / "recipe.toml")
     from fluxjax.train.export import export_run
 
     cli.begin()
+    if recipe.task == "embedded-sd":
+        recipe = replace(recipe, folder=options.run)
+        print(recipe.export(options.out or options.run / "pipeline"))
+        return
     print(export_run(options.run, step=options.step, model=options.model, out=options.out))

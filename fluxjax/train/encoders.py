@@ -9,8 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fluxjax.config.latents import PATCH
-from fluxjax.families import FLUX, Conditioning
+from fluxjax.families import Conditioning, Told, family_of
 from fluxjax.file_hash import hash_files
 
 Dtype = Literal["float32", "bfloat16"]
@@ -29,8 +28,13 @@ class Encoders(NamedTuple):
     text_hash: str
     mask_channels: Callable[[Any], Any]  # (n, height, width) of 0 and 1 -> (n, c, h, w)
     tokenize: Callable[[list[str]], Any]  # of n captions, what text encoders read
+    pack: Callable[[Any], Any]  # (n, c, h, w) -> (n, *image, d), as the network takes them
+    sizes: Callable[[Told], Any] = lambda told: None
+    """What the network is told of a picture besides its caption, or None."""
     unit: int = 1
     """Sides of pictures are multiples of this."""
+    scale: int = 1
+    """Pixels on each side of a latent."""
     release: Callable[[], None] = lambda: None
     """Drops the weights; a later call loads them again."""
 
@@ -43,15 +47,18 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
     """A pipeline folder's encoders, whose weights are read when something is first encoded.
 
     Weights are stored as `dtype`; text is computed in it, pictures in float32. Raises
-    FileNotFoundError and ConfigError for a folder that is no FLUX pipeline.
+    FileNotFoundError and ConfigError for a folder that is no pipeline.
     """
     import jax
     from jax.sharding import SingleDeviceSharding
 
-    from fluxjax.checkpoint.pipeline_folder import read_flux
+    from fluxjax.checkpoint.pipeline_folder import read_config, tokenizer_of
     from fluxjax.checkpoint.source import open_component
+    from fluxjax.networks import network_of
 
-    config = read_flux(model)
+    config = read_config(model)
+    family = family_of(config.class_name)
+    texts = {name: config.networks[name] for name in config.text_encoders}
 
     def params(component: Any, *, stacked: bool) -> Any:
         network = open_component(model, component, getattr(config, component))
@@ -68,44 +75,48 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         )
 
     @functools.cache
-    def tokenizers() -> tuple[Any, Any]:
-        from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+    def tokenizers() -> tuple[Any, ...]:
+        from fluxjax.text.tokenizers import load_tokenizer
 
-        return (
-            load_clip_tokenizer(model / "tokenizer", config.text_encoder.vocab_size),
-            load_t5_tokenizer(model / "tokenizer_2", config.text_encoder_2.vocab_size),
+        return tuple(
+            load_tokenizer(network_of(of).tokenizer, model / tokenizer_of(name), of.vocab_size)
+            for name, of in texts.items()
         )
 
-    def tokenize(texts: list[str]) -> Any:
+    def tokenize(captions: list[str]) -> Any:
         length = config.max_sequence_length
-        return FLUX.tokenize(tokenizers(), texts, max_sequence_length=length)[0]
+        return family.tokenize(tokenizers(), captions, max_sequence_length=length)[0]
 
     @functools.cache
     def text() -> Callable[[list[str]], Conditioning]:
         import jax.numpy as jnp
 
-        from fluxjax.models.clip import CLIPTextModel
-        from fluxjax.models.t5 import T5Encoder
-
         kind = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype), "scan_layers": True}
-        clip = CLIPTextModel(config.text_encoder, **kind)
-        t5 = T5Encoder(config.text_encoder_2, **kind)
-        weights = params("text_encoder", stacked=True), params("text_encoder_2", stacked=True)
+        modules = tuple(network_of(of).build(of, **kind) for of in texts.values())
+        weights = tuple(params(name, stacked=True) for name in texts)
 
-        return lambda texts: FLUX.encode((clip, t5), weights, tokenize(texts))
+        return lambda captions: family.encode(modules, weights, tokenize(captions))
 
     def release() -> None:
         image.cache_clear()
         text.cache_clear()
 
-    texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    def sizes(told: Told) -> Any:
+        if family.sizes(config, Told(told.size)) is None:
+            return None
+        return family.sizes(config, told)
+
+    files = [*texts, *map(tokenizer_of, texts)]
     return Encoders(
         lambda pictures: image()(pictures),
         lambda captions: text()(captions),
         hash_files(model, ("vae", "ae.safetensors"), _VERSION, dtype),
-        hash_files(model, texts, _VERSION, dtype, str(config.max_sequence_length)),
-        functools.partial(FLUX.mask_channels, config=config),
+        hash_files(model, files, _VERSION, dtype, str(config.max_sequence_length)),
+        functools.partial(family.mask_channels, config=config),
         tokenize,
-        PATCH * config.vae.scale,
+        lambda latents: np.asarray(family.pack(latents).values),
+        sizes,
+        config.unit,
+        config.vae.scale,
         release,
     )

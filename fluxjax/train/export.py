@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,37 +18,37 @@ from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.lora.writer import write_lora
 from fluxjax.checkpoint.pipeline_folder import (
     DEFAULTS_KEY,
-    read_flux,
+    load_params,
+    read_config,
     sampling_defaults,
     save_params,
     write_config,
 )
 from fluxjax.checkpoint.training_state import read_state
-from fluxjax.config import ConfigError, FluxPipelineConfig
+from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.json_input import read_json
 from fluxjax.models.lora import join_scales
-from fluxjax.models.names import flatten, is_stacked
+from fluxjax.models.names import flatten, is_stacked, unflatten
 from fluxjax.parallel.mesh import gathered
 from fluxjax.train.loop import CHECKPOINTS
 from fluxjax.train.recipe import FinetuneRecipe, read_recipe, recipe_toml, without_places
 from fluxjax.train.step import Tree
 from fluxjax.train.task import learnt
-from fluxjax.train.trained_networks import initial_loras
+from fluxjax.train.trained_networks import apart, initial_loras
 from fluxjax.train.wider_input import added_inputs
-
-COPIED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 
 
 def export(
     recipe: FinetuneRecipe,
-    config: FluxPipelineConfig,
+    config: PipelineConfig,
     trained: Tree,
-    scales: Tree,
+    frozen: Mapping[str, Tree],
     *,
     step: int | None = None,
     out: Path | None = None,
 ) -> Path:
     """A LoRA file with the recipe in its metadata, or a diffusers folder: the trained transformer
-    beside copies of the frozen networks.
+    beside copies of the frozen networks. `frozen` as of `trained_networks.TrainedNetworks`.
 
     All processes call it; the first one writes `out`, by default in the run's folder and with the
     step in its name, which is none for the end of the run. It appears whole or not at all.
@@ -56,17 +57,18 @@ def export(
     name = ("lora" if lora else "pipeline") + ("" if step is None else f"_{step:07d}")
     path = out or recipe.folder / (f"{name}.safetensors" if lora else name)
     if lora:
-        trained, scales = _on_first_host(trained), _on_first_host(scales)
+        trained, scales = _on_first_host(trained), _on_first_host(frozen["scales"])
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             metadata = {"recipe": recipe_toml(without_places(recipe))}
-            if added_inputs(read_flux(recipe.model_folder).transformer, config.transformer):
+            if _has_more_inputs(recipe.model_folder, config):
                 metadata[DEFAULTS_KEY] = json.dumps(sampling_defaults(config))
             trees = {name: join_scales(trained[name], scales[name]) for name in trained}
             naming, model = recipe.lora_naming, config.networks
             write_lora(path, trees, recipe.lora, metadata, naming=naming, model=model)
         return path
-    params = _on_first_host(trained, jnp.dtype(recipe.save_dtype))
+    whole = unflatten({**flatten(frozen.get("rest", {})), **flatten(trained)})
+    params = _on_first_host(whole, jnp.dtype(recipe.save_dtype))
     if jax.process_index() == 0:
         with whole_or_nothing(path) as part:
             _write_pipeline(part, recipe.model_folder, config, params)
@@ -85,30 +87,43 @@ def export_run(
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError(f"{folder} is no fine-tuning run: it trains the embedded model")
     recipe = dataclasses.replace(recipe, folder=folder, model=model or recipe.model)
-    base = read_flux(recipe.model_folder)
+    base = read_config(recipe.model_folder)
     config, _ = learnt(recipe, base)
+    before, after = (one.networks[one.denoiser] for one in (base, config))
     part = "ema" if recipe.decay > 0 else "params"
     found, trained = read_state(folder / CHECKPOINTS, part, step)
-    scales = None
+    stacked = any(map(is_stacked, flatten(trained)))
+    frozen: dict[str, Tree] = {}
     if recipe.method == "lora":
-        stacked = any(map(is_stacked, flatten(trained)))
-        added = added_inputs(base.transformer, config.transformer)
+        added = added_inputs(before, after)
         of = partial(initial_loras, recipe.lora, config, recipe.seed, stacked=stacked, added=added)
-        scales = jax.jit(lambda: of()[1])()
-    return export(recipe, config, trained, scales, step=found, out=out)
+        frozen["scales"] = jax.jit(lambda: of()[1])()
+    elif recipe.modules:
+        name, kind = config.denoiser, jnp.float32
+        params = load_params(recipe.model_folder, name, after, stacked=stacked, dtype=kind)
+        frozen["rest"] = apart(params, recipe.modules)[1]
+    return export(recipe, config, trained, frozen, step=found, out=out)
 
 
-def _write_pipeline(folder: Path, source: Path, config: FluxPipelineConfig, params: Tree) -> None:
-    for name in COPIED:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
+def _has_more_inputs(source: Path, config: PipelineConfig) -> bool:
+    """Than the model that training began with."""
+    base = read_config(source)
+    return bool(added_inputs(base.networks[base.denoiser], config.networks[config.denoiser]))
+
+
+def _write_pipeline(folder: Path, source: Path, config: PipelineConfig, params: Tree) -> None:
     write_config(folder, config)
     # Those of the source, unless the model has become one of another task.
-    other = added_inputs(read_flux(source).transformer, config.transformer)
+    other = _has_more_inputs(source, config)
     for file in source.glob("*.json"):
         if not (other and (folder / file.name).exists()):
             shutil.copyfile(file, folder / file.name)
-    save_params(folder, "transformer", params, config.transformer, None)
+    own_noise = config.scheduler != read_config(source).scheduler
+    for name in read_json(source / "model_index.json"):
+        kept = name == config.denoiser or (name == "scheduler" and own_noise)
+        if (source / name).is_dir() and not kept:
+            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    save_params(folder, config.denoiser, params, config.networks[config.denoiser], None)
 
 
 def _on_first_host(tree: Tree, dtype: Any = None) -> Tree:

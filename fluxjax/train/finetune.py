@@ -1,5 +1,5 @@
-"""Fine-tunes a FLUX pipeline on pictures with captions: LoRAs of the transformer and the text
-encoders, or all of the transformer."""
+"""Fine-tunes a pipeline on pictures with captions: LoRAs of the network that draws and of the text
+encoders, or all of the network or some of its modules."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from fluxjax.checkpoint.pipeline_folder import load_params, read_flux
+from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import Part, abstract_params
-from fluxjax.config import ConfigError, FluxPipelineConfig
-from fluxjax.config.latents import latent_size
-from fluxjax.families import FLUX, Task
-from fluxjax.families.family import Apply
+from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.families import Task, family_of
+from fluxjax.families.family import Apply, Conditioning
 from fluxjax.file_hash import hash_files
 from fluxjax.models.lora import join_scales
 from fluxjax.parallel.apply import apply_on
@@ -38,7 +38,12 @@ from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.shown_pictures import encode_shown, read_shown
 from fluxjax.train.step import Tree, make_step
 from fluxjax.train.task import learnt
-from fluxjax.train.trained_networks import TrainedNetworks, initial_state, load_networks
+from fluxjax.train.trained_networks import (
+    TrainedNetworks,
+    initial_state,
+    load_networks,
+    scans,
+)
 from fluxjax.train.validation import Prompts, Validation
 
 
@@ -47,7 +52,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
 
     Raises ConfigError, OSError and ValueError.
     """
-    base, mesh = read_flux(recipe.model_folder), make_mesh(recipe.mesh)
+    base, mesh = read_config(recipe.model_folder), make_mesh(recipe.mesh)
     base.require_whole(recipe.model)
     config, task = learnt(recipe, base)
     parts = batch_parts(mesh) * recipe.accumulate
@@ -58,7 +63,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         )
     # What is missing shows before hours of encoding.
     if recipe.validation.every and recipe.validation.prompts:
-        latent_size(*_validation_size(recipe, config), config.vae)
+        config.require_size(*_validation_size(recipe, config))
     seen = read_shown(recipe.validation, _validation_size(recipe, config), recipe.data)
     encoders = encoders or folder_encoders(recipe.model_folder)
     recipe, note = with_usable_cache(recipe)
@@ -79,20 +84,38 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     share = text_encoder_share(recipe.optimizer, default) if nets.encoders else 1.0
     optimizer = make_optimizer(recipe.optimizer, rates, dict.fromkeys(nets.encoders, share))
     state = initial_state(
-        config, nets.trained, optimizer, mesh, ema=recipe.decay > 0, by_component=bool(nets.frozen)
+        config,
+        nets.trained,
+        optimizer,
+        mesh,
+        ema=recipe.decay > 0,
+        by_component=recipe.method == "lora",
+    )
+    family = family_of(config.class_name)
+    loss = finetune_loss(
+        family,
+        nets.model,
+        recipe.objective,
+        _apply(recipe, mesh),
+        nets.encoders,
+        path=family.path(config),
+        component=config.denoiser,
     )
     step = make_step(
-        finetune_loss(FLUX, nets.model, recipe.objective, _apply(recipe, mesh), nets.encoders),
+        loss,
         optimizer,
         seed=recipe.seed,
         ema_decay=recipe.decay,
         accumulate=recipe.accumulate,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
     )
-    empty = Prompts(data.captions([""]), data.ids([""]))
+    nothing = data.captions([""])
+    if config.force_zeros_for_empty_prompt:
+        nothing = jax.tree.map(np.zeros_like, nothing)
+    empty = Prompts(nothing, data.ids([""]))
     validation = None
     if recipe.validation.every:
-        validation = _validation(recipe, config, nets, mesh, held, prompts, shown)
+        validation = _validation(recipe, config, nets, mesh, held, prompts, shown, nothing)
     notes = [note] * bool(note) + _notes(recipe, task, config, data)
     return Job(
         config=config,
@@ -106,14 +129,14 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         empty=jax.tree.map(lambda x: replicate(x, mesh), empty),
         validation=validation,
         notes=notes,
-        base=base_hash(recipe.model_folder),
+        base=base_hash(recipe.model_folder, config.denoiser),
     )
 
 
-def base_hash(model: Path) -> str:
+def base_hash(model: Path, denoiser: str = "transformer") -> str:
     """Of the weights that training starts from, and of how they are to be run."""
-    weights = ["transformer"]
-    if not (model / "transformer").is_dir():
+    weights = [denoiser]
+    if not (model / denoiser).is_dir():
         weights = sorted(path.name for path in model.glob("flux1*.safetensors"))
     return hash_files(model, (*weights, "scheduler", "model_index.json"))[:16]
 
@@ -127,14 +150,13 @@ def with_usable_cache(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, str]:
     return dataclasses.replace(recipe, data=data), note
 
 
-def _notes(
-    recipe: FinetuneRecipe, task: Task, config: FluxPipelineConfig, data: Dataset
-) -> list[str]:
+def _notes(recipe: FinetuneRecipe, task: Task, config: PipelineConfig, data: Dataset) -> list[str]:
     notes = [f"warning: {note}" for note in data.notes]
     notes += [f"left out {name}: {reason}" for name, reason in data.quarantined]
     guidance = recipe.objective.guidance
     # Models of pictures joined to the channels are sampled with what they were trained with.
-    if config.transformer.guidance_embeds and guidance != 1.0 and not task.channels:
+    embeds = getattr(config.networks[config.denoiser], "guidance_embeds", False)
+    if embeds and guidance != 1.0 and not task.channels:
         notes.append(
             f"warning: guidance {guidance:g} is fed to the model while it learns from pictures "
             "made without guidance; with 1 it keeps what guidance means when sampling"
@@ -192,7 +214,7 @@ def _held_out(
     return [data(step) for step in range(settings.batches if settings.every else 0)]
 
 
-def _validation_size(recipe: FinetuneRecipe, config: FluxPipelineConfig) -> tuple[int, int]:
+def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[int, int]:
     """(width, height) in pixels."""
     settings = recipe.validation
     return settings.width or config.width, settings.height or config.height
@@ -200,19 +222,20 @@ def _validation_size(recipe: FinetuneRecipe, config: FluxPipelineConfig) -> tupl
 
 def _validation(
     recipe: FinetuneRecipe,
-    config: FluxPipelineConfig,
+    config: PipelineConfig,
     nets: TrainedNetworks,
     mesh: Mesh,
     held: list[DataBatch],
     prompts: Prompts | None,
     shown: Inputs,
+    empty: Conditioning,
 ) -> Validation:
     devices, model, lora = mesh if mesh.size > 1 else None, nets.model, None
     quantised: dict[str, Tree] = {}
-    if nets.frozen:
-        frozen = {name: tree["transformer"] for name, tree in nets.frozen.items()}
-        lora = _shapes(join_scales(nets.trained["transformer"], frozen["scales"]))
-        quantised["transformer"] = _shapes(frozen["params"])
+    if recipe.method == "lora":
+        frozen = {name: tree[config.denoiser] for name, tree in nets.frozen.items()}
+        lora = _shapes(join_scales(nets.trained[config.denoiser], frozen["scales"]))
+        quantised[config.denoiser] = _shapes(frozen["params"])
 
     def load(component: Any, part: Part = "all") -> Tree:
         assert part == "all", "nothing comes and goes here"
@@ -232,12 +255,12 @@ def _validation(
         raise AssertionError("validation's prompts are encoded with the data")
 
     pipeline = Pipeline(
-        FLUX,
+        family_of(config.class_name),
         config,
         load,
         no_tokenizers,
         dtype=model.dtype,
-        scan_layers=model.scan_layers,
+        scan_layers=scans(config),
         lora=lora,
         quantised=quantised,
         mesh=devices,
@@ -252,6 +275,7 @@ def _validation(
         batches=list(map(Placement(mesh, config), held)),
         prompts=prompts,
         shown=shown,
+        empty=empty,
         seed=recipe.seed,
         apply=_apply(recipe, mesh),
     )

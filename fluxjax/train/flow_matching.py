@@ -1,6 +1,6 @@
-"""The objective of fine-tuning: what a batch of latents and captions costs a FLUX transformer.
+"""The objective of fine-tuning: what a batch of latents and captions costs a network that draws.
 
-Source: Liu et al. 2022 (rectified flow); Esser et al. 2024 (SD3).
+Whether it is a flow or a diffusion model, its family says (`fluxjax.families.noise_path`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
-from fluxjax.models.flux import FluxTransformer
+from fluxjax.families.noise_path import FLOW, NoisePath
 from fluxjax.models.lora import adapt, join_scales, variables
+from fluxjax.models.names import flatten, unflatten
 from fluxjax.train.objectives import (
     Objective,
-    density_times,
+    learnt_times,
+    snr_weights,
+    squared_error,
     time_weights,
-    velocity_loss,
 )
 from fluxjax.train.step import Tree
 
@@ -31,31 +33,32 @@ _VALIDATION = 2**31 - 1  # folded into the seed: far from every step
 class Rows(NamedTuple):
     """A batch as the step takes it; `index` numbers the samples of the whole run.
 
-    `reference`: latents of the pictures that these are made from. `mask`: what each of a token's
-    2 x 2 latents counts, 0 to 1. `channels`: what is joined to the latents' (Fill and Control).
+    Latents are packed as the network takes them: a sequence of tokens, or rows and columns.
+    `reference`: latents of the pictures that these are made from. `mask`: what each latent of a
+    token (of FLUX 2 x 2) counts, 0 to 1. `channels`: what is joined to the latents'.
     `ids`: token ids of the captions (`Family.tokenize`), for text encoders that learn.
     """
 
-    latents: Float[AnyArray, "b image c"]
+    latents: Float[AnyArray, "b *image c"]
     conditioning: Conditioning
     index: Int[AnyArray, "b"]
-    reference: Float[Array, "b image c"] | None = None
-    mask: Float[Array, "b image 4"] | None = None
-    channels: Float[Array, "b image more"] | None = None
+    reference: Float[Array, "b *image c"] | None = None
+    mask: Float[Array, "b *image each"] | None = None
+    channels: Float[Array, "b *image more"] | None = None
     ids: Any = None
 
 
 def predict(
     family: Family,
-    model: FluxTransformer,
+    model: nn.Module,
     variables: Tree,
-    x: Float[Array, "b image c"],
+    x: Float[Array, "b *image c"],
     rows: Rows,
     t: Float[Array, "b"],
-    ids: Float[Array, "image 3"],
+    ids: Float[Array, "image axes"] | None,
     guidance: float,
     apply: Apply,
-) -> Float[Array, "b image c"]:
+) -> Float[Array, "b *image c"]:
     """The family's forward, for a batch. A reference is as large as its picture, and stands where
     that does but for the first axis."""
     tokens = None
@@ -66,10 +69,13 @@ def predict(
 
 
 def error_weights(
-    objective: Objective, rows: Rows, t: Float[Array, "b"]
-) -> Float[Array, "b #image #c"]:
-    """What each squared error is multiplied with, by its timestep and by its row's mask."""
-    weights = time_weights(objective.weight, t)[:, None, None]
+    objective: Objective, path: NoisePath, rows: Rows, t: Float[Array, "b"]
+) -> Float[Array, "b *#shape"]:
+    """What each squared error is multiplied with, by its time and by its row's mask."""
+    each = time_weights(objective.weight, t)
+    if objective.min_snr and not path.is_flow:
+        each = snr_weights(path, t, objective.min_snr)
+    weights = each.reshape(-1, *[1] * (rows.latents.ndim - 1))
     if rows.mask is None:
         return weights
     floor = objective.unmasked_weight
@@ -78,61 +84,94 @@ def error_weights(
     return weights * jnp.tile(counted, rows.latents.shape[-1] // counted.shape[-1])
 
 
-@partial(jax.jit, static_argnames=("family", "model", "objective", "apply"))
+def draw_noise(key: Array, objective: Objective, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+    """Of one row, channels last; each channel as a whole moved by the objective's offset."""
+    noise = jax.random.normal(key, shape)
+    if not objective.noise_offset:
+        return noise
+    each = jax.random.normal(jax.random.fold_in(key, 1), shape[-1:])
+    return noise + objective.noise_offset * each.reshape(*[1] * (len(shape) - 1), -1)
+
+
+def path_loss(
+    family: Family,
+    path: NoisePath,
+    model: nn.Module,
+    objective: Objective,
+    variables: Tree,
+    rows: Rows,
+    noise: Float[Array, "b *image c"],
+    t: Float[Array, "b"],
+    ids: Float[Array, "image axes"] | None,
+    apply: Apply,
+) -> Float[Array, ""]:
+    """The mean over rows at given times and noise."""
+    x = path.state(t).of(rows.latents, noise)
+    told, guidance = path.told(t), objective.guidance
+    predicted = predict(family, model, variables, x, rows, told, ids, guidance, apply)
+    target = path.target(t).of(rows.latents, noise)
+    return squared_error(predicted, target, error_weights(objective, path, rows, t))
+
+
+@partial(jax.jit, static_argnames=("family", "path", "model", "objective", "apply"))
 def fixed_loss(
     family: Family,
-    model: FluxTransformer,
+    path: NoisePath,
+    model: nn.Module,
     objective: Objective,
     variables: Tree,
     rows: Rows,
     quantiles: Float[Array, "b"],
     seed: Int[Array, ""],
-    ids: Float[Array, "image 3"],
+    ids: Float[Array, "image axes"] | None,
     mu: Float[Array, ""],
     apply: Apply = nn.Module.apply,
 ) -> Float[Array, ""]:
     """The training loss at given quantiles of the timestep density, with noise by sample."""
     key = jax.random.fold_in(jax.random.key(seed), _VALIDATION)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows.index)
-    drawn = jax.vmap(lambda k: jax.random.normal(k, rows.latents.shape[1:]))(keys)
-    t = density_times(objective, quantiles, mu)
-    x = jnp.asarray(family.noised(rows.latents, drawn, t))
-    predicted = predict(family, model, variables, x, rows, t, ids, objective.guidance, apply)
-    return velocity_loss(
-        predicted, family.target(rows.latents, drawn), error_weights(objective, rows, t)
-    )
+    noise = jax.vmap(lambda k: draw_noise(k, objective, rows.latents.shape[1:]))(keys)
+    t = learnt_times(objective, path, quantiles, mu)
+    return path_loss(family, path, model, objective, variables, rows, noise, t, ids, apply)
 
 
-def assemble(model: FluxTransformer, trained: Tree, frozen: dict[str, Tree]) -> dict[str, Tree]:
+def assemble(
+    component: str, model: nn.Module, trained: Tree, frozen: dict[str, Tree]
+) -> dict[str, Tree]:
     """By component, parameters for `lora.variables`: LoRAs over their frozen bases, all three by
-    component, or all of the transformer in the compute dtype."""
+    component, or all of the `component` that draws in the compute dtype, of which `frozen["rest"]`
+    is what does not learn."""
     if "params" in frozen:
         bases, scales = frozen["params"], frozen["scales"]
         return {
             name: adapt(bases[name], join_scales(trained[name], scales[name])) for name in bases
         }
+    whole = unflatten({**flatten(frozen.get("rest", {})), **flatten(trained)})
     # Before layers are gathered, so that half the bytes travel.
-    return {"transformer": jax.tree.map(lambda leaf: leaf.astype(model.dtype), trained)}
+    return {component: jax.tree.map(lambda leaf: leaf.astype(model.dtype), whole)}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def finetune_loss(
     family: Family,
-    model: FluxTransformer,
+    model: nn.Module,
     objective: Objective,
     apply: Apply = nn.Module.apply,
     encoders: Mapping[str, nn.Module] | None = None,
+    *,
+    path: NoisePath = FLOW,
+    component: str = "transformer",
 ):
     """`loss(trained, key, rows, frozen, empty, ids, mu, empty_ids)`: a scalar, a mean over rows.
 
     `encoders`: text encoders that learn, by component; they read the rows' `ids`, and `empty_ids`
-    where a caption is dropped.
+    where a caption is dropped. `path` is the family's, of the `component` that draws.
     A row's timestep, noise and dropped caption depend on the key and its `index` alone, so that
     they are the same in any split of the batch over devices, processes and accumulation.
     """
 
     def draw(key: Array, index: Array, shape: tuple[int, ...]):
         time_key, noise_key, drop_key = jax.random.split(jax.random.fold_in(key, index), 3)
-        noise = jax.random.normal(noise_key, shape)
+        noise = draw_noise(noise_key, objective, shape)
         return jax.random.uniform(time_key), noise, jax.random.uniform(drop_key)
 
     def loss(
@@ -141,7 +180,7 @@ def finetune_loss(
         rows: Rows,
         frozen: dict[str, Tree],
         empty: Conditioning,
-        ids: Float[Array, "image 3"],
+        ids: Float[Array, "image axes"] | None,
         mu: Float[Array, ""],
         empty_ids: Any = None,
     ) -> Float[Array, ""]:
@@ -152,18 +191,16 @@ def finetune_loss(
         def heard(dropped: Array, said: Array) -> Array:
             return jnp.where(drop.reshape(-1, *[1] * (said.ndim - 1)), dropped, said)
 
+        # What a picture's size is stays said.
+        empty = empty._replace(sizes=rows.conditioning.sizes)
         conditioning = jax.tree.map(heard, empty, rows.conditioning)
-        params = assemble(model, trained, frozen)
+        params = assemble(component, model, trained, frozen)
         if encoders:
             said = jax.tree.map(heard, empty_ids, rows.ids)
             conditioning = family.encode_anew(encoders, params, said, conditioning, apply=apply)
         rows = rows._replace(conditioning=conditioning)
-        t = density_times(objective, quantiles, mu)
-        x = jnp.asarray(family.noised(rows.latents, noise, t))
-        leaves = variables(params["transformer"])
-        predicted = predict(family, model, leaves, x, rows, t, ids, objective.guidance, apply)
-        return velocity_loss(
-            predicted, family.target(rows.latents, noise), error_weights(objective, rows, t)
-        )
+        t = learnt_times(objective, path, quantiles, mu)
+        leaves = variables(params[component])
+        return path_loss(family, path, model, objective, leaves, rows, noise, t, ids, apply)
 
     return loss

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -14,10 +16,8 @@ from jaxtyping import Array
 
 from fluxjax.atomic_write import write_bytes
 from fluxjax.cli import sentence
-from fluxjax.config import FluxPipelineConfig
-from fluxjax.config.latents import latent_size
-from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.latents import image_ids
+from fluxjax.config import PipelineConfig
+from fluxjax.families import family_of
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import batch_sharding, replicated
 from fluxjax.train.curve import draw_curve
@@ -37,9 +37,9 @@ class Job(NamedTuple):
     """Everything a run needs. `frozen` is never trained; `state` holds what is, and `step` is one
     update of it, compiled when it is first called."""
 
-    config: FluxPipelineConfig
+    config: PipelineConfig
     mesh: Mesh
-    model: FluxTransformer
+    model: nn.Module
     data: Dataset
     frozen: dict[str, Tree]
     state: TrainState
@@ -58,21 +58,24 @@ class Placement:
     before to end.
     """
 
-    def __init__(self, mesh: Mesh, config: FluxPipelineConfig) -> None:
+    def __init__(self, mesh: Mesh, config: PipelineConfig) -> None:
         self.mesh, self.config = mesh, config
-        self._of_size: dict[tuple[int, int], tuple[Array, Array]] = {}
+        self.family = family_of(config.class_name)
+        self._of_size: dict[tuple[int, int], tuple[Array | None, Array]] = {}
 
-    def __call__(self, batch: DataBatch) -> tuple[Rows, Array, Array]:
-        """(global rows on the devices, image ids, mu)."""
+    def __call__(self, batch: DataBatch) -> tuple[Rows, Array | None, Array]:
+        """(global rows on the devices, positions of tokens if they have any, mu)."""
         where, size = batch_sharding(self.mesh), (batch.width, batch.height)
         leaves = Rows(*(getattr(batch, name) for name in Rows._fields))
         rows = jax.tree.map(
             lambda leaf: jax.make_array_from_process_local_data(where, np.asarray(leaf)), leaves
         )
         if size not in self._of_size:
-            ids = image_ids(*latent_size(*size, self.config.vae))
-            mu = np.float32(self.config.scheduler.mu(len(ids)))
-            self._of_size[size] = replicate(ids, self.mesh), replicate(mu, self.mesh)
+            shape = self.family.state_shape(self.config, *size)
+            ids = self.family.pack(np.zeros((1, *shape), np.float32)).positions
+            mu = np.float32(self.family.shift(self.config, *shape[1:]))
+            placed = None if ids is None else replicate(ids, self.mesh)
+            self._of_size[size] = placed, replicate(mu, self.mesh)
         return rows, *self._of_size[size]
 
 
@@ -93,7 +96,7 @@ def train(recipe: FinetuneRecipe, job: Job) -> Path:
             state = training.run().to_end(job.state)
         finally:
             training.close()
-        where = export(recipe, job.config, weights(state), job.frozen.get("scales"))
+        where = export(recipe, job.config, weights(state), job.frozen)
         if jax.process_index() == 0:
             _draw_curve(recipe.folder, progress.say)
         progress.say(f"finished: {where}")
@@ -106,7 +109,7 @@ class _Training:
     def __init__(self, recipe: FinetuneRecipe, job: Job, progress: Progress) -> None:
         self.recipe, self.job, self.progress = recipe, job, progress
         self._frozen = {
-            name: job.frozen[name] for name in ("params", "scales") if name in job.frozen
+            name: job.frozen[name] for name in ("params", "scales", "rest") if name in job.frozen
         }
         self._place = Placement(job.mesh, job.config)
         self._batches: Iterator[DataBatch] | None = None
@@ -166,7 +169,8 @@ class _Training:
         start, validation = time.perf_counter(), self.job.validation
         if validation is None:
             return {}
-        params = assemble(self.job.model, weights(state), self.job.frozen)
+        job = self.job
+        params = assemble(job.config.denoiser, job.model, weights(state), job.frozen)
         found = {}
         if validation.batches:
             found["validation_loss"] = validation.loss(params)
@@ -182,7 +186,7 @@ class _Training:
     def export(self, state: TrainState) -> None:
         start, job = time.perf_counter(), self.job
         step = int(state.step)
-        where = export(self.recipe, job.config, weights(state), job.frozen.get("scales"), step=step)
+        where = export(self.recipe, job.config, weights(state), job.frozen, step=step)
         self.progress.say(f"wrote {where}")
         self.progress.paused += time.perf_counter() - start
 
@@ -192,14 +196,15 @@ def weights(state: TrainState) -> Tree:
     return state.params if state.ema is None else state.ema
 
 
-def _flops(recipe: FinetuneRecipe, config: FluxPipelineConfig, rows: Rows) -> float:
+def _flops(recipe: FinetuneRecipe, config: PipelineConfig, rows: Rows) -> float:
     """Of one step without what is computed twice; a LoRA needs no gradient of its base."""
     passes = 2 if recipe.method == "lora" else 3
     pictures = (rows.latents, rows.reference)
-    image = sum(x.shape[1] for x in pictures if x is not None)
+    image = sum(math.prod(x.shape[1:-1]) for x in pictures if x is not None)
     text = rows.conditioning.sequence.shape[1]
-    flops = network_of(config.transformer).flops
-    return recipe.batch * passes * flops(config.transformer, image, text) if flops else 0.0
+    network = config.networks[config.denoiser]
+    flops = network_of(network).flops
+    return recipe.batch * passes * flops(network, image, text) if flops else 0.0
 
 
 def _draw_curve(folder: Path, say: Callable[[str], None]) -> None:

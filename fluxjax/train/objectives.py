@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from fluxjax.families.noise_path import NoisePath
 from fluxjax.models.autoencoder import Posterior
 from fluxjax.train.settings import Objective, Weight
 
@@ -40,10 +42,19 @@ def sample_times(key: PRNGKeyArray, batch: int, mu: float | Array) -> Float[Arra
     return shift_times(jax.nn.sigmoid(jax.random.normal(key, (batch,))), mu)
 
 
+def learnt_times(
+    objective: Objective, path: NoisePath, uniform: Float[Array, " b"], mu: float | Array
+) -> Float[Array, " b"]:
+    """Times of a path, at the quantiles `uniform` of the objective's density or of its own."""
+    if objective.density == "auto":
+        objective = replace(objective, density=path.density)
+    return path.times(density_times(objective, uniform, mu))
+
+
 def density_times(
     objective: Objective, uniform: Float[Array, "*b"], mu: float | Array
 ) -> Float[Array, "*b"]:
-    """Timesteps of the objective's density at the quantiles `uniform`, in (0, 1).
+    """Times of the objective's density, which is not auto, at the quantiles `uniform`, in (0, 1).
 
     Source: Esser et al. 2024 (SD3), section 3.1 for logit_normal and mode; kohya's sd-scripts for
     the names sigmoid, shift and flux_shift.
@@ -73,14 +84,27 @@ def time_weights(weight: Weight, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return jnp.ones_like(t)
 
 
-def velocity_loss(
-    velocity: Float[Array, "b *shape"],
+def snr_weights(path: NoisePath, t: Float[Array, " b"], most: float) -> Float[Array, " b"]:
+    """What each row's squared error is multiplied with, so that as an error of the picture it
+    counts its signal-to-noise ratio, but no more than `most`.
+
+    Source: Hang et al. 2023 (Min-SNR), and its form for v as in diffusers' training examples.
+    """
+    signal, level = path.state(t)
+    ratio = jnp.square(signal / level)
+    counted = jnp.minimum(ratio, most)
+    if path.prediction == "v_prediction":
+        return counted / (ratio + 1.0)
+    return counted if path.prediction == "sample" else counted / ratio
+
+
+def squared_error(
+    predicted: Float[Array, "b *shape"],
     target: Float[Array, "b *shape"],
     weights: Float[Array, "b *#shape"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean squared error in float32, each times its weight; the target of flow matching is
-    noise - x_0."""
-    error = jnp.square(velocity.astype(jnp.float32) - target.astype(jnp.float32))
+    """Mean squared error in float32, each times its weight."""
+    error = jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32))
     return (error if weights is None else weights * error).mean()
 
 

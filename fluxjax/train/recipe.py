@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.config import ConfigError, LoraConfig
@@ -42,7 +42,10 @@ class FinetuneRecipe:
     """tiny (the embedded model), a diffusers folder, or a hub's name (OWNER/NAME)."""
     folder: Path = Path("runs/finetune")
     method: Method = "lora"
-    """Train a LoRA over the frozen model, or all of the transformer."""
+    """Train a LoRA over the frozen model, or all of the transformer (or UNet)."""
+    modules: tuple[str, ...] = ()
+    """Of method full: the modules that learn, by their published names, the last parts of these or
+    patterns, such as attn2; without any, all."""
     steps: int = 1000
     batch: int = 4
     """Pictures per update, on all devices together."""
@@ -86,6 +89,7 @@ class FinetuneRecipe:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     data: DataSettings = field(default_factory=DataSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
+    task: ClassVar[str] = "finetune"
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -124,6 +128,10 @@ class FinetuneRecipe:
                 f"a {self.lora.kind} is written in {_NAMES[self.lora.kind]} names: leave out "
                 f"lora_naming = {self.lora_naming!r}"
             )
+        if self.method == "lora" and self.modules:
+            raise ConfigError(
+                "modules are those that learn with method full; a LoRA's are lora.targets"
+            )
         if self.method == "full" and self.lora.text_encoders:
             raise ConfigError(
                 "lora.text_encoders learn as a LoRA does: with method full the transformer learns "
@@ -153,7 +161,8 @@ class FinetuneRecipe:
 
 
 def read_recipe(path: Path) -> Any:
-    """The recipe in a TOML file: a `FinetuneRecipe`, or with task = "embedded" a `TinyRecipe`.
+    """The recipe in a TOML file: a `FinetuneRecipe`, or with task = "embedded" a `TinyRecipe`, with
+    "embedded-sd" a `TinySDRecipe`.
 
     Raises ConfigError naming an unknown key and the nearest valid one, or a value of a wrong type.
     """
@@ -161,18 +170,21 @@ def read_recipe(path: Path) -> Any:
     task = values.pop("task", "finetune")
     if task == "embedded":
         from fluxjax.train.embedded.tiny import TinyRecipe as Recipe
+    elif task == "embedded-sd":
+        from fluxjax.train.embedded.unet import TinySDRecipe as Recipe
     elif task == "finetune":
         Recipe = FinetuneRecipe
     else:
-        near = nearest(str(task), ("finetune", "embedded"))
-        raise ConfigError(f"{path}: task must be finetune or embedded, got {task!r}{near}")
+        near = nearest(str(task), ("finetune", "embedded", "embedded-sd"))
+        raise ConfigError(
+            f"{path}: task must be finetune, embedded or embedded-sd, got {task!r}{near}"
+        )
     return build(Recipe, values, str(path))
 
 
 def recipe_toml(recipe: Any) -> str:
     """All of a recipe, as `read_recipe` reads it."""
-    task = "finetune" if isinstance(recipe, FinetuneRecipe) else "embedded"
-    return f'task = "{task}"\n{to_toml(recipe)}'
+    return f'task = "{recipe.task}"\n{to_toml(recipe)}'
 
 
 def recipe_values(recipe: Any) -> dict[str, str]:

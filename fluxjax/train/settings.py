@@ -7,18 +7,21 @@ from typing import Literal
 
 from fluxjax.config import ConfigError
 
-Density = Literal["flux_shift", "uniform", "logit_normal", "sigmoid", "shift", "mode"]
+Density = Literal["auto", "flux_shift", "uniform", "logit_normal", "sigmoid", "shift", "mode"]
 Weight = Literal["none", "sigma_sqrt", "cosmap"]
+Prediction = Literal["auto", "epsilon", "v_prediction"]
 Optimizer = Literal["adamw", "adafactor", "lion", "prodigy", "muon"]
 Schedule = Literal["constant", "cosine", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Flow matching: which timesteps are drawn, how their errors weigh, what is left out."""
+    """Which times are drawn, how their errors weigh, what is left out; of a flow (FLUX, Stable
+    Diffusion 3) or of a diffusion model, which predicts noise or v."""
 
-    density: Density = "flux_shift"
-    """flux_shift: sigmoid of a normal, shifted by the picture's size as in sampling."""
+    density: Density = "auto"
+    """flux_shift: sigmoid of a normal, shifted by the picture's size as in sampling; auto: that for
+    FLUX, logit_normal for Stable Diffusion 3, uniform for diffusion models."""
     mean: float = 0.0
     """Of logit_normal."""
     std: float = 1.0
@@ -28,7 +31,19 @@ class Objective:
     mode_scale: float = 1.29
     """Of the density mode."""
     weight: Weight = "none"
-    """Of each row's squared error: none, 1 / t^2 (sigma_sqrt) or 2 / (pi (1 - 2t + 2t^2))."""
+    """Of each row's squared error: none, 1 / t^2 (sigma_sqrt) or 2 / (pi (1 - 2t + 2t^2)); for
+    flows."""
+    min_snr: float = 0.0
+    """Of diffusion models: a row's squared error weighs as if its signal-to-noise ratio were at
+    most this (5 is usual); 0 weighs all timesteps alike."""
+    noise_offset: float = 0.0
+    """Of diffusion models: so much noise that is the same for all latents of a channel is added."""
+    prediction: Prediction = "auto"
+    """Of diffusion models: what a model that is trained whole learns to predict; auto: as before.
+    """
+    zero_snr: bool = False
+    """Of diffusion models that are trained whole: the last timestep becomes noise alone, in the
+    pipeline too. For v_prediction."""
     unmasked_weight: float = 0.0
     """Of the error where a mask is black; where it is white the weight is 1."""
     guidance: float = 1.0
@@ -41,6 +56,9 @@ class Objective:
             raise ConfigError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
         if not 0 <= self.unmasked_weight <= 1:
             raise ConfigError(f"unmasked_weight must be in [0, 1], got {self.unmasked_weight}")
+        for name in ("min_snr", "noise_offset"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("std", "shift"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")

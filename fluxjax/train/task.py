@@ -1,26 +1,73 @@
-"""What a recipe's data teach a model: a task of its family."""
+"""What a recipe's data and objective make of a model: a task of its family, another noise."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from fluxjax.config import ConfigError, FluxPipelineConfig
-from fluxjax.families import FLUX, Task
+from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config.sampler import DEFAULTS
+from fluxjax.families import Task, family_of
 from fluxjax.train.recipe import FinetuneRecipe
+from fluxjax.train.settings import Objective
 
 
-def learnt(recipe: FinetuneRecipe, base: FluxPipelineConfig) -> tuple[FluxPipelineConfig, Task]:
-    """What the model becomes, and the task that it learns, which follow from the recipe's data.
+def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig, Task]:
+    """What the model becomes, and the task that it learns, which follow from the recipe's data and
+    objective.
 
     A transformer that gets more inputs is sampled with the guidance that it is trained with.
-    Raises ConfigError for data that the model cannot learn from.
+    Raises ConfigError for what the model cannot learn.
     """
-    pictures = recipe.data.pictures
-    config = FLUX.widened(base, pictures)
+    family, pictures = family_of(base.class_name), recipe.data.pictures
+    config = family.widened(base, pictures)
     try:
-        task = FLUX.find_task(config, pictures)
+        task = family.find_task(config, pictures)
     except ConfigError as error:
         raise ConfigError(f"{recipe.model} cannot learn from these data: {error}") from None
+    if task.keeps:
+        raise ConfigError(f"{recipe.model} fills masks without having learnt it: leave out masks")
     if config is not base:
         config = dataclasses.replace(config, guidance=recipe.objective.guidance)
+    config = _with_noise(recipe, config)
+    _check(recipe.objective, config)
     return config, task
+
+
+def _with_noise(recipe: FinetuneRecipe, config: Any) -> Any:
+    """The model with the noise and the prediction that it is trained with."""
+    changes: dict[str, Any] = {}
+    if recipe.objective.prediction != "auto":
+        changes["prediction_type"] = recipe.objective.prediction
+    if recipe.objective.zero_snr:
+        changes["rescale_betas_zero_snr"] = True
+        if "rescale_betas_zero_snr" not in DEFAULTS.get(config.own_sampler, {}):
+            changes["sampler"] = "DDIMScheduler"
+        # A run begins at the last timestep, as the paper asks for (Lin et al. 2023).
+        changes["timestep_spacing"] = "trailing"
+    if not changes:
+        return config
+    if config.scheduler.is_flow:
+        raise ConfigError(
+            f"prediction and zero_snr are of diffusion models; {recipe.model} is a flow"
+        )
+    if recipe.method == "lora":
+        raise ConfigError(
+            "prediction and zero_snr change what a model predicts: a LoRA is sampled with the "
+            "scheduler of the model that it is for; use method full"
+        )
+    return dataclasses.replace(config, scheduler=dataclasses.replace(config.scheduler, **changes))
+
+
+def _check(objective: Objective, config: PipelineConfig) -> None:
+    """Raises ConfigError for what the model's objective does not have."""
+    is_flow = family_of(config.class_name).path(config).is_flow
+    if is_flow:
+        named = {"min_snr": objective.min_snr, "noise_offset": objective.noise_offset}
+        of, other = "diffusion models", "a flow"
+    else:
+        named = {"weight": objective.weight != "none"}
+        of, other = "flows", "a diffusion model"
+    for name, given in named.items():
+        if given:
+            raise ConfigError(f"objective.{name} is of {of}, and {config.class_name} is {other}")

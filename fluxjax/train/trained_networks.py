@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from fluxjax.checkpoint.source import open_component
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import FluxPipelineConfig, LoraConfig
-from fluxjax.models.flux import FluxTransformer
-from fluxjax.models.lora import init_lora, split_scales, with_magnitudes
+from fluxjax.config import ConfigError, LoraConfig, PipelineConfig
+from fluxjax.families import family_of
+from fluxjax.models.lora import init_lora, matches, split_scales, with_magnitudes
+from fluxjax.models.names import flatten, is_stacked, published_name, unflatten
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.networks import network_of
 from fluxjax.parallel.rules import param_shardings, shardings_by_component, state_shardings
@@ -29,39 +30,44 @@ class TrainedNetworks(NamedTuple):
     """The modules that a step runs. `encoders`: text encoders that learn, by component.
 
     `trained`: LoRAs by component over `frozen["params"]`, without `frozen["scales"]`, both by
-    component too; or all of the transformer, where nothing is frozen.
+    component too; or all of the network that draws, or of its modules those that learn, where
+    `frozen["rest"]` is what does not.
     """
 
-    model: FluxTransformer
+    model: nn.Module
     encoders: dict[str, nn.Module]
     frozen: dict[str, Tree]
     trained: Tree
 
 
 def load_networks(
-    recipe: FinetuneRecipe, base: FluxPipelineConfig, config: FluxPipelineConfig, mesh: Mesh
+    recipe: FinetuneRecipe, base: PipelineConfig, config: PipelineConfig, mesh: Mesh
 ) -> TrainedNetworks:
     """On the mesh. `base`: what the model is before training, perhaps with fewer inputs."""
     lora, dtype = recipe.method == "lora", recipe.compute_dtype
-    stacked = scan_by_default(network_of(config.transformer).blocks(config.transformer))
+    name = config.denoiser
+    before, after = base.networks[name], config.networks[name]
+    stacked = scans(config)
     stored = dtype if lora else jnp.dtype("float32")
-    model = FluxTransformer(
-        config.transformer,
+    model, _ = family_of(config.class_name).networks(
+        config,
+        "diffusers",
         dtype=dtype,
         param_dtype=stored,
         scan_layers=stacked,
         remat=recipe.remat,
         attention=recipe.attention,
     )
-    network = open_component(recipe.model_folder, "transformer", base.transformer)
+    network = open_component(recipe.model_folder, name, before)
     template, _ = network.template(stacked=stacked, quantise=recipe.quantise if lora else NONE)
-    where = param_shardings(base.transformer, template, mesh)
+    where = param_shardings(before, template, mesh)
     params = network.fill(template, dtype=stored, shardings=where)
-    params = widen(params, base.transformer, config.transformer)
+    params = widen(params, before, after)
     if not lora:
-        return TrainedNetworks(model, {}, {}, params)
-    bases, encoders = {"transformer": params}, dict[str, nn.Module]()
-    for component in list(recipe.lora.components)[1:]:
+        trained, rest = apart(params, recipe.modules)
+        return TrainedNetworks(model, {}, {"rest": rest} if rest else {}, trained)
+    bases, encoders = {name: params}, dict[str, nn.Module]()
+    for component in list(recipe.lora.components_of(name))[1:]:
         of = config.networks[component]
         template = abstract_params(of, stacked=stacked)
         bases[component] = open_component(recipe.model_folder, component, of).fill(
@@ -69,7 +75,7 @@ def load_networks(
         )
         fields = {"dtype": dtype, "param_dtype": dtype, "remat": recipe.remat != "none"}
         encoders[component] = network_of(of).build(of, scan_layers=stacked, **fields)
-    added = added_inputs(base.transformer, config.transformer)
+    added = added_inputs(before, after)
 
     def start() -> tuple[Tree, Tree]:
         return initial_loras(recipe.lora, config, recipe.seed, stacked=stacked, added=added)
@@ -85,26 +91,65 @@ def load_networks(
     return TrainedNetworks(model, encoders, {"params": bases, "scales": scales}, trained)
 
 
+def scans(config: PipelineConfig) -> bool:
+    """Whether the network that draws has its blocks stacked."""
+    network = network_of(config.networks[config.denoiser])
+    blocks = network.blocks(config.networks[config.denoiser])
+    return bool(network.scanned) and scan_by_default(blocks)
+
+
+def apart(params: Tree, modules: Sequence[str]) -> tuple[Tree, Tree]:
+    """(what learns, what does not) of a network's parameters: the modules that are meant by
+    `modules`, as LoRA's targets are, with all that is in them; without any, all.
+
+    Raises ConfigError naming those that mean no module, or some of what is stacked.
+    """
+    if not modules:
+        return params, {}
+    trained, rest, unused = {}, {}, set(modules)
+    for path, leaf in flatten(params).items():
+        layers = range(leaf.shape[0]) if is_stacked(path) else (None,)
+        names = [published_name(path, layer) for layer in layers]
+        hits = [{one for one in modules if _within(one, name)} for name in names]
+        unused = unused.difference(*hits)
+        if any(hits) and not all(hits):
+            raise ConfigError(
+                f"modules names some layers of {names[0]}, and layers that are stacked learn "
+                "together"
+            )
+        (trained if all(hits) else rest)[path] = leaf
+    if unused:
+        names = ", ".join(map(repr, sorted(unused)))
+        raise ConfigError(f"no module of the model is meant by modules = [{names}]")
+    return unflatten(trained), unflatten(rest)
+
+
+def _within(module: str, name: str) -> bool:
+    """Whether the parameter `name` lies in a module that is meant."""
+    parts = name.split(".")
+    return any(matches(module, ".".join(parts[:end])) for end in range(1, len(parts)))
+
+
 def initial_loras(
     lora: LoraConfig,
-    config: FluxPipelineConfig,
+    config: PipelineConfig,
     seed: int,
     *,
     stacked: bool,
     added: Mapping[str, int],
 ) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """What is trained and the scales, by component. `added`: the transformer's new inputs."""
+    """What is trained and the scales, by component. `added`: the new inputs of what draws."""
     key = jax.random.fold_in(jax.random.key(seed), 2**31 - 2)
     trained, scales = {}, {}
-    for component, own in lora.components.items():
+    for component, own in lora.components_of(config.denoiser).items():
         abstract = abstract_params(config.networks[component], stacked=stacked)
-        new = added if component == "transformer" else {}
+        new = added if component == config.denoiser else {}
         trained[component], scales[component] = split_scales(init_lora(key, abstract, own, new))
     return trained, scales
 
 
 def initial_state(
-    config: FluxPipelineConfig,
+    config: PipelineConfig,
     trained: Tree,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -121,5 +166,5 @@ def initial_state(
     if by_component:
         where: Any = shardings_by_component(config.networks, shapes, mesh)
     else:
-        where = state_shardings(config.transformer, shapes, mesh)
+        where = state_shardings(config.networks[config.denoiser], shapes, mesh)
     return jax.jit(start, out_shardings=where, donate_argnums=0)(trained)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from fluxjax.atomic_write import whole_or_nothing
-from fluxjax.families.family import Apply, Conditioning
+from fluxjax.families.family import Apply, Conditioning, Guidance, Told
 from fluxjax.models.lora import variables
 from fluxjax.parallel.mesh import batch_sharding, gathered
 from fluxjax.picture_sheet import picture_sheet
@@ -48,19 +48,20 @@ class Validation:
         objective: Objective,
         mesh: Mesh,
         *,
-        batches: Sequence[tuple[Rows, Float[Array, "image 3"], Float[Array, ""]]],
+        batches: Sequence[tuple[Rows, Float[Array, "image axes"] | None, Float[Array, ""]]],
         prompts: Prompts | None,
+        empty: Conditioning,
         shown: Inputs,
         seed: int,
         apply: Apply = nn.Module.apply,
     ) -> None:
-        """`pipeline` draws; `batches` are (rows, image ids, mu); what is `shown` is that of the
-        prompts."""
+        """`pipeline` draws; `batches` are (rows, positions, mu); what is `shown` is that of the
+        prompts, and `empty` what a model of two passes is guided away from."""
         self.pipeline, self.model = pipeline, nets.model
         self.settings, self.objective = settings, objective
         self.mesh, self.batches, self.seed = mesh, batches, jnp.int32(seed)
         self._apply, self._encoders = apply, nets.encoders
-        self._prompts, self._shown = prompts, shown
+        self._prompts, self._shown, self._empty = prompts, shown, empty
         heard = partial(pipeline.family.encode_anew, nets.encoders, apply=apply)
         self._heard = jax.jit(heard)
 
@@ -87,9 +88,10 @@ class Validation:
             conditioning = self._conditioning(params, Prompts(rows.conditioning, rows.ids))
             value = fixed_loss(
                 self.pipeline.family,
+                self.pipeline.family.path(self.pipeline.config),
                 self.model,
                 self.objective,
-                variables(params["transformer"]),
+                variables(params[self.pipeline.config.denoiser]),
                 rows._replace(conditioning=conditioning, ids=None),
                 placed,
                 self.seed,
@@ -116,9 +118,24 @@ class Validation:
             {"width": asked.width, "height": asked.height, "rounding": "none"},
         )
         noise = pipeline.draw_noise(chosen, [*asked.seeds] * prompts, prompts * columns)
-        pipeline.use("transformer", params["transformer"])
+        denoiser, family = pipeline.config.denoiser, pipeline.family
+        pipeline.use(denoiser, params[denoiser])
+        guidance = chosen.guidance if asked.guidance is None else asked.guidance
+        scale = family.scale(pipeline.config, Guidance(guidance))
+        negative = None if scale is None else _repeated(self._empty, prompts * columns)
+        sizes = family.sizes(pipeline.config, Told((chosen.width, chosen.height)))
+        if sizes is not None:
+            sizes = np.tile(sizes, (prompts * columns, 1))
+            states = states._replace(sizes=sizes)
+            negative = negative and negative._replace(sizes=sizes)
         latents = pipeline.denoise(
-            states, noise, steps=asked.steps, guidance=asked.guidance, inputs=shown
+            states,
+            noise,
+            steps=asked.steps,
+            guidance=guidance,
+            negative=negative,
+            true_cfg=scale or 1.0,
+            inputs=shown,
         )
         return to_bytes(pipeline.decode(latents))
 
@@ -135,6 +152,10 @@ class Validation:
             sheet = picture_sheet(drawn, columns=len(self.settings.seeds))
             with whole_or_nothing(path) as part:
                 Image.fromarray(sheet).save(part, format="PNG")
+
+
+def _repeated(one: Conditioning, count: int) -> Conditioning:
+    return jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), count, axis=0), one)
 
 
 def _stride(total: int) -> int:

@@ -41,6 +41,13 @@ def bucket(
     return max(sizes, key=kept)
 
 
+def cut(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(left, top) of what `fit` cuts out, in pixels of the scaled picture."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    left, top = (round((o * scale - s) / 2) for o, s in zip(original, size, strict=True))
+    return left, top
+
+
 def fit(picture: Picture, width: int, height: int) -> Float[np.ndarray, "height width 3"]:
     """Scaled so that it just covers the size, its middle cut out; values in [-1, 1]."""
     from PIL import Image

@@ -19,8 +19,9 @@ from jaxtyping import Float
 
 from fluxjax.atomic_write import write_bytes
 from fluxjax.config import ConfigError
+from fluxjax.families import Told
 from fluxjax.picture_files import BadPicture, decode, quiet
-from fluxjax.train.data.buckets import bucket, fit
+from fluxjax.train.data.buckets import bucket, cut, fit
 from fluxjax.train.data.companions import (
     KINDS,
     OF_ITS_SIZE,
@@ -50,6 +51,14 @@ class Entry(NamedTuple):
     mask: Entry | None = None
     fill_mask: Entry | None = None
     control: Entry | None = None
+    original_size: tuple[int, int] | None = None
+
+    @property
+    def told(self) -> Told:
+        """What a network may be told of the picture: its size, and what it was cut out of."""
+        size = self.width, self.height
+        crop = self.original_size and cut(self.original_size, size)
+        return Told(size, self.original_size, crop)
 
     @property
     def companions(self) -> list[Entry]:
@@ -120,7 +129,8 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
                     kind: Entry(other, found.digest, width, height)
                     for kind, (other, found) in companions.items()
                 }
-                entries += _with_made(Entry(item, digest, width, height, **each), settings)
+                entry = Entry(item, digest, width, height, **each, original_size=size)
+                entries += _with_made(entry, settings)
                 continue
             except BadPicture as error:
                 problem = str(error)

@@ -41,14 +41,14 @@ _ENDLESS = 2**31
 class DataBatch(NamedTuple):
     """This process's rows of one global batch; `index` is step * global batch + global row."""
 
-    latents: Float[np.ndarray, "b image c"]
+    latents: Float[np.ndarray, "b *image c"]
     conditioning: Conditioning
     index: Int[np.ndarray, "b"]
     width: int
     height: int
-    reference: Float[np.ndarray, "b image c"] | None = None
-    mask: Float[np.ndarray, "b image 4"] | None = None
-    channels: Float[np.ndarray, "b image more"] | None = None
+    reference: Float[np.ndarray, "b *image c"] | None = None
+    mask: Float[np.ndarray, "b *image each"] | None = None
+    channels: Float[np.ndarray, "b *image more"] | None = None
     """What is joined to the latents' channels."""
     ids: Any = None
     """Token ids of the captions, where they are asked for."""
@@ -121,19 +121,22 @@ class Dataset:
         latents = np.stack([self._states.latents(entry) for entry in chosen])
         captions = [entry.item.caption for entry in chosen]
         conditioning, ids = self.captions(captions), self.ids(captions)
+        told = [self._states.encoders.sizes(entry.told) for entry in chosen]
+        if told[0] is not None:
+            conditioning = conditioning._replace(sizes=np.stack(told))
         index = np.arange(first, first + rows, dtype=np.int32) + np.int32(step * self.batch)
         reference = mask = None
         if references := [e.reference for e in chosen if e.reference is not None]:
             reference = np.stack([self._states.latents(other) for other in references])
         if chosen[0].mask is not None:
-            mask = np.stack([self._states.mask(e, latents.shape[1]) for e in chosen])
+            mask = np.stack([self._states.mask(e) for e in chosen])
         channels = None
         if self._channels:
             channels = np.stack([self._joined(entry) for entry in chosen])
         size = chosen[0].width, chosen[0].height
         return DataBatch(latents, conditioning, index, *size, reference, mask, channels, ids)
 
-    def _joined(self, entry: Entry) -> Float[np.ndarray, "image more"]:
+    def _joined(self, entry: Entry) -> Float[np.ndarray, "*image more"]:
         """What is joined to the channels of an entry's tokens."""
 
         def one(name: str) -> np.ndarray:

@@ -7,7 +7,6 @@ data, a picture's latents and its caption's states are its own.
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,9 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.cli import sentence
-from fluxjax.config.latents import PATCH
 from fluxjax.families import Conditioning
-from fluxjax.models.latents import pack
 from fluxjax.train.data.cache_file import compact, read_arrays, write_arrays
 from fluxjax.train.data.catalogue import Entry, pixels
 from fluxjax.train.encoders import Encoders
@@ -50,7 +47,7 @@ class EncodingCache:
 
     def latents(
         self, entry: Entry, picture: Float[np.ndarray, "h w 3"] | None = None
-    ) -> Float[np.ndarray, "image c"]:
+    ) -> Float[np.ndarray, "*image c"]:
         """Packed, normalised posterior means; an entry holds them unpacked, for any family.
 
         `picture` is given where it is decoded already.
@@ -63,24 +60,24 @@ class EncodingCache:
             return {"latents": np.asarray(self.encoders.encode_image(image[None]))[0]}
 
         found = self._find(self.latents_path(entry), make, entry.item.name)["latents"]
-        return np.asarray(pack(found[None]))[0]
+        return self.encoders.pack(found[None])[0]
 
-    def mask(self, entry: Entry, tokens: int) -> Float[np.ndarray, "image 4"]:
+    def mask(self, entry: Entry) -> Float[np.ndarray, "*image each"]:
         """How much each latent of the tokens counts: 1 where the mask is white, 0 where black."""
-        mask, size = entry.mask, (entry.width, entry.height)
+        mask, size, side = entry.mask, (entry.width, entry.height), self.encoders.scale
         assert mask is not None
 
         def make() -> dict[str, np.ndarray]:
             grey = (pixels(mask, self.max_megapixels).mean(-1) + 1) / 2
-            side = math.isqrt(math.prod(size) // tokens) // PATCH  # of a latent, in pixels
             rows, columns = (length // side for length in grey.shape)
             each = grey.reshape(rows, side, columns, side).mean((1, 3))
-            return {"mask": np.asarray(pack(each[None, None]))[0]}
+            return {"mask": self.encoders.pack(each[None, None])[0]}
 
-        path = self._path("mask", mask.digest, "{}x{}".format(*size), str(tokens), _CROP)
+        form = f"{side} {self.encoders.unit}"
+        path = self._path("mask", mask.digest, "{}x{}".format(*size), form, _CROP)
         return self._find(path, make, mask.item.name)["mask"]
 
-    def masked(self, entry: Entry) -> Float[np.ndarray, "image c"]:
+    def masked(self, entry: Entry) -> Float[np.ndarray, "*image c"]:
         """Latents, as those of `latents`, of a picture whose fill mask is cut out."""
         assert entry.fill_mask is not None
 
@@ -90,7 +87,7 @@ class EncodingCache:
             return {"latents": np.asarray(self.encoders.encode_image(image))[0]}
 
         found = self._find(self.masked_path(entry), make, entry.item.name)["latents"]
-        return np.asarray(pack(found[None]))[0]
+        return self.encoders.pack(found[None])[0]
 
     def masked_path(self, entry: Entry) -> Path:
         assert entry.fill_mask is not None
@@ -98,14 +95,14 @@ class EncodingCache:
         both = entry.digest, entry.fill_mask.digest
         return self._path("masked", *both, self.encoders.image_hash, size, _CROP, _LAYOUT)
 
-    def fill_mask(self, entry: Entry) -> Float[np.ndarray, "image c"]:
+    def fill_mask(self, entry: Entry) -> Float[np.ndarray, "*image c"]:
         """The pixels of a fill mask as channels of the tokens under them."""
         mask, size = entry.fill_mask, f"{entry.width}x{entry.height}"
         assert mask is not None
 
         def make() -> dict[str, np.ndarray]:
             channels = self.encoders.mask_channels(self._painted(entry))
-            return {"mask": np.asarray(pack(channels))[0]}
+            return {"mask": self.encoders.pack(channels)[0]}
 
         path = self._path("fill mask", mask.digest, size, str(self.encoders.unit), _CROP)
         return self._find(path, make, mask.item.name)["mask"]
@@ -122,18 +119,23 @@ class EncodingCache:
         def one(caption: str) -> dict[str, np.ndarray]:
             def make() -> dict[str, np.ndarray]:
                 heard = self.encoders.encode_text([caption])
-                return {
-                    "text": np.asarray(heard.sequence)[0],
-                    "pooled": np.asarray(heard.vector)[0],
-                }
+                parts = {"text": heard.sequence, "pooled": heard.vector, "mask": heard.mask}
+                return {name: np.asarray(x)[0] for name, x in parts.items() if x is not None}
 
             return self._find(self.text_path(caption), make, f"the caption {caption!r:.60}")
 
         rows = {caption: one(caption) for caption in dict.fromkeys(captions)}
-        sequence, vector = (
-            np.stack([rows[caption][name] for caption in captions]) for name in ("text", "pooled")
+
+        def all_of(name: str) -> np.ndarray | None:
+            if name not in rows[captions[0]]:
+                return None
+            return np.stack([rows[caption][name] for caption in captions])
+
+        sequence, mask = all_of("text"), all_of("mask")
+        assert sequence is not None
+        return Conditioning(
+            sequence, None if mask is None else mask.astype(np.int32), all_of("pooled")
         )
-        return Conditioning(sequence, None, vector)
 
     def _find(
         self, path: Path, make: Callable[[], dict[str, np.ndarray]], what: str

@@ -26,6 +26,7 @@ from fluxjax.config import FluxPipelineConfig
 from fluxjax.config.latents import latent_size
 from fluxjax.families import FLUX, Conditioning, Extras
 from fluxjax.families.flux import PromptIds, encode_prompts
+from fluxjax.families.noise_path import FLOW
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids
 from fluxjax.train.embedded.colours import COLOURS
@@ -85,10 +86,10 @@ def prompt_loss(
         latents, typed, plain, empty, true = rows
         n = latents.shape[0]
         t, scale, noise = _drawn(key, latents, mu, stage)
-        x = jnp.asarray(FLUX.noised(latents, noise, t))
+        x = FLOW.state(t).of(latents, noise)
         taught = velocity(teacher, frozen, x, t, plain, positions, scale)
         blank = velocity(teacher, frozen, x, t, empty, positions, scale)
-        shown = guided_velocity(FLUX.target(latents, noise), blank, scale)
+        shown = guided_velocity(noise - latents, blank, scale)
         wanted = jax.lax.stop_gradient(jnp.where(true[:, None, None], shown, taught))
         said = velocity(student, params, x, t, typed, positions, scale)
         weight = jnp.where(true, 1 / jnp.square(scale), 1.0)

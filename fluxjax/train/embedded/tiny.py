@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -68,11 +68,17 @@ class TinyRecipe:
     refine: TransformerStage = field(default_factory=TransformerStage)
     distill: DistillStage = field(default_factory=DistillStage)
     prompts: PromptStage = field(default_factory=PromptStage)
+    task: ClassVar[str] = "embedded"
 
     @property
     def pipeline(self) -> Path:
         """The finished diffusers folder."""
         return self.folder / "pipeline"
+
+    def train(self) -> Path:
+        """Runs what is not done yet; returns the folder of the finished pipeline."""
+        with run_folder(self.folder):
+            return _train_stages(self)
 
 
 def read_recipe(path: Path) -> TinyRecipe:
@@ -80,12 +86,6 @@ def read_recipe(path: Path) -> TinyRecipe:
     values = read_toml(path)
     values.pop("task", None)
     return build(TinyRecipe, values, str(path))
-
-
-def train_tiny(recipe: TinyRecipe) -> Path:
-    """Runs what is not done yet; returns the folder of the finished pipeline."""
-    with run_folder(recipe.folder):
-        return _train_stages(recipe)
 
 
 def _train_stages(recipe: TinyRecipe) -> Path:

@@ -5,29 +5,27 @@ Autoencoder and text encoders are frozen: they only fill the pool of examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from fluxjax.config import FluxPipelineConfig
 from fluxjax.config.latents import latent_size
 from fluxjax.families import FLUX, Conditioning, Extras
+from fluxjax.families.noise_path import FLOW
 from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, pack, text_ids
 from fluxjax.models.products import BFLOAT16
-from fluxjax.train.embedded.phrasing import captions, vary
-from fluxjax.train.embedded.scenes import render, sample_scenes
+from fluxjax.train.embedded.examples import Conditioner, Pool, Sizes
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.loop import Run, RunSettings
-from fluxjax.train.objectives import Objective, guided_velocity, sample_times, velocity_loss
+from fluxjax.train.objectives import Objective, guided_velocity, sample_times, squared_error
 from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.step import Tree, init_state, make_step
 
@@ -49,7 +47,7 @@ class TransformerStage:
     ema_decay: float = 0.998
     pool: int = 4096
     fresh: int = 8
-    buckets: tuple[tuple[int, int], ...] = (
+    buckets: Sizes = (
         (96, 96),
         (112, 80),
         (96, 96),
@@ -73,15 +71,6 @@ class DistillStage(TransformerStage):
     seed: int = 4
 
 
-class Conditioner(NamedTuple):
-    """Frozen networks around the transformer, as functions with their parameters bound."""
-
-    encode_image: Callable[[Any], Any]
-    """(n, height, width, 3) -> (n, image, channels), normalised and packed."""
-    encode_text: Callable[[list[str]], Conditioning]
-    """Of n captions."""
-
-
 def image_encoder(config: FluxPipelineConfig, params: Tree):
     """Pictures to packed, normalised posterior means."""
     model = Autoencoder(config.vae)
@@ -102,54 +91,6 @@ def rows_of(stage: TransformerStage, width: int, height: int) -> int:
     return max(1, round(stage.batch * share / 4)) * 4
 
 
-class Pool:
-    """Examples of one bucket: a ring that a few fresh ones enter at each step.
-
-    Example k depends on (seed, bucket, k // chunk) alone, so a resumed run sees the same pool.
-    """
-
-    CHUNK = 64
-
-    def __init__(self, bucket: int, stage: TransformerStage, conditioner: Conditioner, step: int):
-        self.width, self.height = stage.buckets[bucket]
-        self.stage, self.conditioner, self.bucket = stage, conditioner, bucket
-        self.taken = rows_of(stage, self.width, self.height)
-        chunks = stage.pool // self.CHUNK
-        self.next = self._due(step)
-        first = [self._draw(i) for i in range(self.next - chunks, self.next)]
-        self.rows = tuple(np.concatenate(parts) for parts in zip(*first, strict=True))
-
-    def _due(self, step: int) -> int:
-        """How many chunks have been drawn once `step` begins."""
-        return self.stage.pool // self.CHUNK + step * self.stage.fresh // self.CHUNK
-
-    def _draw(self, index: int) -> tuple[np.ndarray, ...]:
-        """Latents, and T5's and CLIP's states, of one chunk."""
-        seed = self.stage.seed * 1_000_003 + self.bucket
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        scenes = sample_scenes(key, self.CHUNK, width=self.width, height=self.height)
-        rng = np.random.default_rng((seed, index))
-        texts = [vary(c, rng).text for c in captions(scenes, seed * 1_000_003 + index)]
-        latents = self.conditioner.encode_image(
-            render(scenes, width=self.width, height=self.height)
-        )
-        heard = self.conditioner.encode_text(texts)
-        each = latents, heard.sequence, heard.vector
-        return tuple(np.asarray(value, np.float16) for value in each)
-
-    def batch(self, step: int) -> Rows:
-        while self.next < self._due(step):
-            row = self.next * self.CHUNK % self.stage.pool
-            for old, new in zip(self.rows, self._draw(self.next), strict=True):
-                old[row : row + self.CHUNK] = new
-            self.next += 1
-        rng = np.random.default_rng((self.stage.seed, step))
-        rows = rng.integers(self.stage.pool, size=self.taken)
-        latents, text, pooled = (value[rows].astype(np.float32) for value in self.rows)
-        index = np.arange(self.taken, dtype=np.int32)
-        return Rows(latents, Conditioning(text, None, pooled), index)
-
-
 class Batches:
     """All buckets; `self(step)` gives (rows, image ids, mu)."""
 
@@ -163,7 +104,8 @@ class Batches:
         width, height = size = self.stage.buckets[step % len(self.stage.buckets)]
         if size not in self.pools:
             bucket = self.stage.buckets.index(size)
-            self.pools[size] = Pool(bucket, self.stage, self.conditioner, step)
+            taken = rows_of(self.stage, width, height)
+            self.pools[size] = Pool(bucket, self.stage, self.conditioner, step, taken)
         ids = image_ids(*latent_size(width, height, self.config.vae))
         mu = self.config.scheduler.mu(len(ids)) + self.stage.time_shift
         return self.pools[size].batch(step), ids, mu
@@ -185,9 +127,8 @@ def guidance_distillation_loss(model: FluxTransformer, scales: tuple[float, floa
         n = rows.latents.shape[0]
         scale = jax.random.uniform(scale_key, (n,), minval=scales[0], maxval=scales[1])
         t = sample_times(time_key, n, mu)
-        x = jnp.asarray(
-            FLUX.noised(rows.latents, jax.random.normal(noise_key, rows.latents.shape), t)
-        )
+        noise = jax.random.normal(noise_key, rows.latents.shape)
+        x = FLOW.state(t).of(rows.latents, noise)
         both = jax.tree.map(
             lambda said, blank: jnp.concatenate([said, jnp.broadcast_to(blank, said.shape)]),
             rows.conditioning,
@@ -197,7 +138,7 @@ def guidance_distillation_loss(model: FluxTransformer, scales: tuple[float, floa
         taught = velocity(teacher, *twice, both, ids, jnp.ones(2 * n))
         conditional, unconditional = jnp.split(jax.lax.stop_gradient(taught), 2)
         target = guided_velocity(conditional, unconditional, scale)
-        return velocity_loss(velocity(params, x, t, rows.conditioning, ids, scale), target)
+        return squared_error(velocity(params, x, t, rows.conditioning, ids, scale), target)
 
     return loss
 

@@ -1,0 +1,75 @@
+"""Drawn scenes, encoded by the frozen networks: a pool for each size of picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fluxjax.families import Conditioning
+from fluxjax.train.embedded.phrasing import captions, vary
+from fluxjax.train.embedded.scenes import render, sample_scenes
+from fluxjax.train.flow_matching import Rows
+
+Sizes = tuple[tuple[int, int], ...]
+CHUNK = 64
+
+
+class Conditioner(NamedTuple):
+    """Frozen networks around the one that learns, as functions with their parameters bound."""
+
+    encode_image: Callable[[Any], Any]
+    """(n, height, width, 3) -> the latents that are learnt from, normalised and packed."""
+    encode_text: Callable[[list[str]], Conditioning]
+    """Of n captions."""
+
+
+class Pool:
+    """Examples of one bucket: a ring that a few fresh ones enter at each step.
+
+    Example k depends on (seed, bucket, k // chunk) alone, so a resumed run sees the same pool.
+    """
+
+    def __init__(
+        self, bucket: int, stage: Any, conditioner: Conditioner, step: int, taken: int
+    ) -> None:
+        """`stage` has `buckets`, of each of which it keeps a `pool` that `fresh` ones enter at each
+        step, and a `seed`; a batch has `taken` rows."""
+        self.width, self.height = stage.buckets[bucket]
+        self.stage, self.conditioner, self.bucket = stage, conditioner, bucket
+        self.taken = taken
+        chunks = stage.pool // CHUNK
+        self.next = self._due(step)
+        first = [self._draw(i) for i in range(self.next - chunks, self.next)]
+        self.rows = jax.tree.map(lambda *parts: np.concatenate(parts), *first)
+
+    def _due(self, step: int) -> int:
+        """How many chunks have been drawn once `step` begins."""
+        return self.stage.pool // CHUNK + step * self.stage.fresh // CHUNK
+
+    def _draw(self, index: int) -> tuple[np.ndarray, Conditioning]:
+        """Latents and what the text encoders say, of one chunk."""
+        seed = self.stage.seed * 1_000_003 + self.bucket
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        scenes = sample_scenes(key, CHUNK, width=self.width, height=self.height)
+        rng = np.random.default_rng((seed, index))
+        texts = [vary(c, rng).text for c in captions(scenes, seed * 1_000_003 + index)]
+        latents = self.conditioner.encode_image(
+            render(scenes, width=self.width, height=self.height)
+        )
+        each = latents, self.conditioner.encode_text(texts)
+        return jax.tree.map(lambda value: np.asarray(value, np.float16), each)
+
+    def batch(self, step: int) -> Rows:
+        while self.next < self._due(step):
+            row = self.next * CHUNK % self.stage.pool
+            fresh = self._draw(self.next)
+            for old, new in zip(*map(jax.tree.leaves, (self.rows, fresh)), strict=True):
+                old[row : row + CHUNK] = new
+            self.next += 1
+        rng = np.random.default_rng((self.stage.seed, step))
+        rows = rng.integers(self.stage.pool, size=self.taken)
+        latents, heard = jax.tree.map(lambda value: value[rows].astype(np.float32), self.rows)
+        return Rows(latents, heard, np.arange(self.taken, dtype=np.int32))

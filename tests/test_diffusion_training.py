@@ -1,0 +1,285 @@
+"""Training of diffusion models: the loss beside diffusers' schedulers, and whole runs."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from drawn_files import encoded
+from PIL import Image
+from random_checkpoints import random_tree
+
+from fluxjax.checkpoint.pipeline_folder import read_config, save_params, write_config
+from fluxjax.checkpoint.safetensors_file import read_safetensors
+from fluxjax.config import (
+    TINY,
+    AutoencoderConfig,
+    CLIPTextConfig,
+    ConfigError,
+    StableDiffusionConfig,
+    StableDiffusionXLConfig,
+)
+from fluxjax.config.sampler import SamplerConfig
+from fluxjax.config.unet import UNetConfig
+from fluxjax.families import STABLE_DIFFUSION, Conditioning
+from fluxjax.families.noise_path import DiffusionPath
+from fluxjax.hub import tiny_folder
+from fluxjax.models.unet import UNet
+from fluxjax.train import finetune
+from fluxjax.train.data.dataset import open_dataset
+from fluxjax.train.data.settings import DataSettings
+from fluxjax.train.encoders import folder_encoders
+from fluxjax.train.flow_matching import Rows, path_loss
+from fluxjax.train.job import train
+from fluxjax.train.objectives import learnt_times
+from fluxjax.train.recipe import FinetuneRecipe, read_recipe
+from fluxjax.train.settings import Objective, ValidationSettings
+
+RECIPES = Path(__file__).parents[1] / "train"
+NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
+TIMES = np.array([0, 1, 250, 700, 999])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("min_snr", [0.0, 5.0])
+@pytest.mark.parametrize(
+    ("prediction", "zero_snr"),
+    [("epsilon", False), ("v_prediction", False), ("v_prediction", True)],
+)
+def test_the_loss_is_that_of_diffusers_training_examples(prediction, zero_snr, min_snr):
+    """Of a network that returns half of what it is given, at given noise and timesteps."""
+    rng = np.random.default_rng(0)
+    latents, noise = (rng.standard_normal((5, 3, 2, 4), np.float32) for _ in range(2))
+    scheduler = SamplerConfig(
+        sampler="PNDMScheduler",  # which knows nothing of the terminal SNR
+        prediction_type=prediction,
+        rescale_betas_zero_snr=zero_snr,
+        **NOISE,
+    )
+    family = replace(STABLE_DIFFUSION, forward=lambda model, variables, x, t, *_, apply: 0.5 * x)
+    rows = Rows(jnp.asarray(latents), Conditioning(jnp.zeros((5, 1, 1)), None, None), jnp.arange(5))
+    path, objective = DiffusionPath.of(scheduler), Objective(min_snr=min_snr)
+    t = learnt_times(objective, path, jnp.asarray((TIMES + 0.5) / 1000, jnp.float32), 0.0)
+    np.testing.assert_array_equal(t, TIMES)
+    given = family, path, UNet(_UNET), objective, {}, rows, jnp.asarray(noise), t, None
+    ours = path_loss(*given, nn.Module.apply)
+
+    theirs = DDPMScheduler(
+        prediction_type=prediction, rescale_betas_zero_snr=zero_snr, clip_sample=False, **NOISE
+    )
+    clean, drawn, times = torch.tensor(latents), torch.tensor(noise), torch.tensor(TIMES)
+    noisy = theirs.add_noise(clean, drawn, times)
+    target = drawn if prediction == "epsilon" else theirs.get_velocity(clean, drawn, times)
+    error = ((0.5 * noisy - target) ** 2).mean((1, 2, 3))
+    if min_snr:
+        snr = compute_snr(theirs, times)
+        counted = torch.minimum(snr, torch.full_like(snr, min_snr))
+        error = error * counted / (snr if prediction == "epsilon" else snr + 1)
+    # Measured: 1.1e-7.
+    np.testing.assert_allclose(float(ours), float(error.mean()), rtol=1e-6)
+
+
+def test_noise_that_says_nothing_is_refused():
+    with pytest.raises(ConfigError, match="zero SNR needs v_prediction"):
+        DiffusionPath.of(SamplerConfig(prediction_type="epsilon", rescale_betas_zero_snr=True))
+    with pytest.raises(ConfigError, match="samples a flow"):
+        DiffusionPath.of(SamplerConfig(sampler="FlowMatchEulerDiscreteScheduler"))
+
+
+_CLIP = CLIPTextConfig(
+    vocab_size=TINY.text_encoder.vocab_size,
+    hidden_size=16,
+    intermediate_size=24,
+    projection_dim=16,
+    num_hidden_layers=2,
+    num_attention_heads=1,
+    bos_token_id=TINY.text_encoder.bos_token_id,
+    eos_token_id=TINY.text_encoder.eos_token_id,
+)
+_UNET = UNetConfig(
+    sample_size=16,
+    block_out_channels=(8, 16),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    transformer_layers_per_block=(1, 1),
+    attention_head_dim=(1, 1),
+    cross_attention_dim=16,
+    norm_num_groups=4,
+)
+SMALL = StableDiffusionConfig(
+    unet=_UNET,
+    vae=AutoencoderConfig(
+        latent_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.18215,
+        shift_factor=0.0,
+    ),
+    text_encoder=_CLIP,
+    steps=2,
+    width=32,
+    height=32,
+)
+SMALL_XL = StableDiffusionXLConfig(
+    unet=replace(
+        _UNET,
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=16 + 6 * 4,
+    ),
+    vae=SMALL.vae,
+    text_encoder=_CLIP,
+    text_encoder_2=replace(_CLIP, with_projection=True),
+    steps=2,
+    width=32,
+    height=32,
+)
+
+
+def _write(folder: Path, config) -> Path:
+    for seed, (name, part) in enumerate(config.networks.items()):
+        params = jax.tree.map(lambda leaf: 0.2 * leaf, random_tree(part, np.float32, seed))
+        save_params(folder, name, params, part, None)
+    write_config(folder, config)
+    for name in config.text_encoders:
+        target = folder / name.replace("text_encoder", "tokenizer")
+        shutil.copytree(tiny_folder() / "tokenizer", target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return _write(tmp_path_factory.mktemp("model"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """All but one of the model's size; that one is scaled and cut."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        size = (48, 80, 3) if number == 3 else (32, 32, 3)
+        picture = Image.fromarray(rng.integers(0, 256, size, np.uint8))
+        (folder / f"{number}.png").write_bytes(encoded(picture))
+        (folder / f"{number}.txt").write_text(f"{number} red circles")
+    return folder
+
+
+def _small(name: str, model: Path, pictures: Path, folder: Path) -> FinetuneRecipe:
+    recipe = read_recipe(RECIPES / f"{name}.toml")
+    return replace(
+        recipe,
+        model=str(model),
+        folder=folder,
+        steps=2,
+        batch=8,
+        accumulate=1,
+        log_every=1,
+        save_minutes=0.0,
+        save_dtype="float32",
+        data=DataSettings(
+            source=str(pictures),
+            resolution=32,
+            bucket_step=32,
+            max_aspect=1.0,
+            cache=str(folder.parent / "cache"),
+        ),
+        validation=ValidationSettings(
+            every=2, prompts=("a red circle",), seeds=(0,), steps=1, batches=1
+        ),
+    )
+
+
+@pytest.mark.slow
+def test_a_lora_of_a_unet_is_trained_and_draws(model, pictures, tmp_path):
+    from fluxjax.sample.loading import load_pipeline
+
+    recipe = _small("lora_sd15", model, pictures, tmp_path / "run")
+    file = train(recipe, finetune.prepare(recipe))
+    names = {name.rsplit(".lora_", 1)[0] for name in read_safetensors(file)[0]}
+    block = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+    assert {f"{block}.attn2.to_k", f"{block}.attn1.to_out.0"} <= names and len(names) == 32
+    assert (tmp_path / "run/validation/0000002.png").is_file()
+    drawn = [
+        np.asarray(load_pipeline(model, loras=loras)("a star", steps=1)[0], int)
+        for loras in ((), ((file, 50.0),))
+    ]
+    assert np.abs(drawn[0] - drawn[1]).max() > 0
+
+
+@pytest.mark.slow
+def test_all_of_a_unet_learns_another_prediction_and_goes_on_bit_for_bit(model, pictures, tmp_path):
+    recipe = replace(
+        _small("full_sd", model, pictures, tmp_path / "straight"),
+        validation=ValidationSettings(every=0),
+        mesh="fsdp=2",
+    )
+    job = finetune.prepare(recipe)
+    folder = train(recipe, job)
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "DDIMScheduler"
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["rescale_betas_zero_snr"] and scheduler["timestep_spacing"] == "trailing"
+    assert read_config(folder).scheduler.prediction_type == "v_prediction"
+    same = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+    assert all((folder / name).read_bytes() == (model / name).read_bytes() for name in same)
+
+    class Killed(Exception):
+        pass
+
+    def killed(state, *rest):
+        if int(state.step) == 1:
+            raise Killed
+        return job.step(state, *rest)
+
+    again = replace(recipe, folder=tmp_path / "again")
+    with pytest.raises(Killed):
+        train(again, finetune.prepare(again)._replace(step=killed))
+    other = train(again, finetune.prepare(again)._replace(step=job.step))
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (folder / weights).read_bytes() == (other / weights).read_bytes()
+    assert (folder / weights).read_bytes() != (model / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_lora_of_xl_is_told_sizes(pictures, tmp_path):
+    folder = _write(tmp_path / "xl", SMALL_XL)
+    recipe = _small("lora_sdxl", folder, pictures, tmp_path / "run")
+    data = open_dataset(recipe.data, folder_encoders(folder), batch=8, seed=0)
+    sizes = data(0).conditioning.sizes
+    # Height and width, top and left, and those of the target: 48 rows and 80 columns are scaled to
+    # 32 x 53, of which the middle is cut out.
+    rows = {tuple(map(int, row)) for row in sizes}
+    assert rows == {(32, 32, 0, 0, 32, 32), (48, 80, 0, 11, 32, 32)}
+    train(recipe, finetune.prepare(recipe))
+    assert (tmp_path / "run/validation/0000002.png").is_file()
+
+
+@pytest.mark.slow
+def test_what_an_objective_does_not_have_is_refused(model, pictures, tmp_path):
+    recipe = _small("full_sd", model, pictures, tmp_path)
+    for changes, words in (
+        ({"objective": Objective(weight="cosmap")}, "weight is of flows"),
+        ({"method": "lora"}, "use method full"),
+        ({"modules": ("attn3",)}, r"no module of the model is meant by modules = \['attn3'\]"),
+        ({"model": "tiny", "objective": Objective(min_snr=5.0)}, "min_snr is of diffusion models"),
+        ({"model": "tiny", "objective": Objective(zero_snr=True)}, "tiny is a flow"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            finetune.prepare(replace(recipe, **changes))
