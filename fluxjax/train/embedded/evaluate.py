@@ -337,6 +337,8 @@ def evaluate(settings: EvaluateSettings) -> Any:
 
     if settings.sheet is not None:
         check_side_output(settings.sheet, "sheet")
+    if settings.samplers:
+        return _evaluate_samplers(settings)
     if note := enable_cache():
         print(f"note: {note}", file=sys.stderr)
     pipeline = load_pipeline(
@@ -359,4 +361,34 @@ def evaluate(settings: EvaluateSettings) -> Any:
         print(result.to_json())
     else:
         show()
+    return result
+
+
+def _evaluate_samplers(settings: EvaluateSettings) -> Any:
+    """As `evaluate`, of several samplers."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fluxjax.sample.cache import enable_cache
+    from fluxjax.train.embedded.evaluate_samplers import (
+        evaluate_samplers,
+        plot_samplers,
+        print_samplers,
+    )
+
+    if settings.plot is not None:
+        check_side_output(settings.plot, "plot")
+    if note := enable_cache():
+        print(f"note: {note}", file=sys.stderr)
+    load = partial(load_pipeline, mesh=settings.mesh, quantise=settings.quantise)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        total = settings.prompts * len(settings.chosen) * len(settings.step_counts)
+        task = bar.add_task("drawing", total=total)
+        result = evaluate_samplers(settings, load, lambda done: bar.update(task, completed=done))
+    if settings.plot is not None:
+        plot_samplers(result, settings.plot)
+    if settings.json:
+        print(result.to_json())
+    else:
+        print_samplers(result)
     return result

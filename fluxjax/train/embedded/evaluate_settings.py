@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 from fluxjax.config import ConfigError
+from fluxjax.config.choices import MAX_STEPS
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.quantised_kinds import KEEP
 from fluxjax.sample.quantise_option import parse_quantise
@@ -37,6 +38,16 @@ KINDS = {
     "other orders": Kind("order"),
     "other sizes": Kind("sentence", OTHER_SIZES),
 }
+
+
+class Sampler(NamedTuple):
+    """A sampler of a model; "" is the model's own."""
+
+    model: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{Path(self.model).name} {self.name}".strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,13 @@ class EvaluateSettings:
     """Devices along data, fsdp, tensor and sequence, such as fsdp=4,tensor=2; the rest is data."""
     quantise: str = KEEP
     """Weights in few bits, as `python -m fluxjax.sample --quantise` has them."""
+    samplers: tuple[str, ...] = ()
+    """Measure these instead, on the first kind of prompts: NAME of --model, MODEL:NAME, or MODEL:
+    for its own; a list of them may be joined by commas."""
+    step_counts: tuple[int, ...] = (2, 5, 10, 20, 50)
+    """Of each sampler."""
+    plot: Path | None = None
+    """Draw the right pictures of each sampler over its steps to this PNG."""
     sheet: Path | None = None
     """Write a contact sheet to this PNG, a row for each kind."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -93,5 +111,19 @@ class EvaluateSettings:
             raise ConfigError("kinds must name at least one kind of prompts")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
+        if self.plot is not None and not self.samplers:
+            raise ConfigError("plot draws what samplers make: name samplers")
+        for count in self.step_counts:
+            if not 1 <= count <= MAX_STEPS:
+                raise ConfigError(f"step_counts must be from 1 to {MAX_STEPS}, got {count}")
         parse_mesh(self.mesh or "")
         parse_quantise(self.quantise)
+
+    @property
+    def chosen(self) -> list[Sampler]:
+        """The `samplers`."""
+        found = []
+        for name in ",".join(self.samplers).split(","):
+            model, colon, sampler = name.strip().rpartition(":")
+            found.append(Sampler(model if colon else self.model, sampler))
+        return found

@@ -137,7 +137,8 @@ def make_conditioner(source: Path, config: StableDiffusionConfig) -> Conditioner
     @jax.jit
     def encode_image(images: Float[Array, "n h w 3"]) -> Float[Array, "n rows columns c"]:
         posterior: Any = autoencoder.apply({"params": vae}, images, method=autoencoder.encode)
-        return normalize_latents(posterior.mean, config.vae)
+        latents: Any = normalize_latents(posterior.mean, config.vae)
+        return latents
 
     def encode_text(texts: list[str]) -> Conditioning:
         ids, _ = STABLE_DIFFUSION.tokenize(
