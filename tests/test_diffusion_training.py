@@ -17,19 +17,27 @@ from drawn_files import encoded
 from PIL import Image
 from random_checkpoints import random_tree
 
-from fluxjax.checkpoint.pipeline_folder import read_config, save_params, write_config
+from fluxjax.checkpoint.pipeline_folder import (
+    read_config,
+    save_params,
+    tokenizer_of,
+    write_config,
+)
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.config import (
     TINY,
     AutoencoderConfig,
     CLIPTextConfig,
     ConfigError,
+    SD3Config,
+    SD3PipelineConfig,
     StableDiffusionConfig,
     StableDiffusionXLConfig,
+    T5Config,
 )
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.config.unet import UNetConfig
-from fluxjax.families import STABLE_DIFFUSION, Conditioning
+from fluxjax.families import SD3, STABLE_DIFFUSION, Conditioning
 from fluxjax.families.noise_path import DiffusionPath
 from fluxjax.hub import tiny_folder
 from fluxjax.models.unet import UNet
@@ -109,6 +117,7 @@ _CLIP = CLIPTextConfig(
     bos_token_id=TINY.text_encoder.bos_token_id,
     eos_token_id=TINY.text_encoder.eos_token_id,
 )
+_WITH_PROJECTION = replace(_CLIP, with_projection=True)
 _UNET = UNetConfig(
     sample_size=16,
     block_out_channels=(8, 16),
@@ -145,7 +154,37 @@ SMALL_XL = StableDiffusionXLConfig(
     ),
     vae=SMALL.vae,
     text_encoder=_CLIP,
-    text_encoder_2=replace(_CLIP, with_projection=True),
+    text_encoder_2=_WITH_PROJECTION,
+    steps=2,
+    width=32,
+    height=32,
+)
+
+
+SMALL_SD3 = SD3PipelineConfig(
+    transformer=SD3Config(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        pooled_projection_dim=28,
+        pos_embed_max_size=24,
+    ),
+    vae=replace(SMALL.vae, scaling_factor=1.5305, shift_factor=0.0609),
+    text_encoder=_WITH_PROJECTION,
+    text_encoder_2=replace(_WITH_PROJECTION, hidden_size=20, projection_dim=12),
+    text_encoder_3=T5Config(
+        vocab_size=TINY.text_encoder_2.vocab_size,
+        d_model=40,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=1,
+    ),
+    max_sequence_length=16,
     steps=2,
     width=32,
     height=32,
@@ -158,9 +197,13 @@ def _write(folder: Path, config) -> Path:
         save_params(folder, name, params, part, None)
     write_config(folder, config)
     for name in config.text_encoders:
-        target = folder / name.replace("text_encoder", "tokenizer")
-        shutil.copytree(tiny_folder() / "tokenizer", target)
+        target = folder / tokenizer_of(name)
+        own = "tokenizer" if config.networks[name] in _CLIPS else "tokenizer_2"
+        shutil.copytree(tiny_folder() / own, target)
     return folder
+
+
+_CLIPS = (_CLIP, _WITH_PROJECTION, SMALL_SD3.text_encoder_2)
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +312,28 @@ def test_a_lora_of_xl_is_told_sizes(pictures, tmp_path):
     assert rows == {(32, 32, 0, 0, 32, 32), (48, 80, 0, 11, 32, 32)}
     train(recipe, finetune.prepare(recipe))
     assert (tmp_path / "run/validation/0000002.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_lora_of_sd3_is_trained_and_draws(pictures, tmp_path):
+    folder = _write(tmp_path / "sd3", SMALL_SD3)
+    recipe = _small("lora_sd3", folder, pictures, tmp_path / "run")
+    file = train(recipe, finetune.prepare(recipe))
+    names = {name.rsplit(".lora_", 1)[0] for name in read_safetensors(file)[0]}
+    assert "transformer.transformer_blocks.0.attn.to_q" in names
+    assert (tmp_path / "run/validation/0000002.png").is_file()
+
+
+def test_an_encoder_that_is_dropped_leaves_zeros_and_the_others_as_they_were():
+    length, width = 77 + 16, 40
+    heard = Conditioning(np.ones((4, length, width), np.float32), None, np.ones((4, 28)))
+    found = SD3.silenced(SMALL_SD3, heard, jnp.eye(4, 3, dtype=bool))
+    sequence, vector = np.asarray(found.sequence), np.asarray(found.vector)
+    left = [[sequence[row, 0, 0], sequence[row, 76, 35], sequence[row, 77, 0]] for row in range(4)]
+    np.testing.assert_array_equal(left, 1 - np.eye(4, 3))
+    zeros = [(row == 0).sum() for row in sequence]
+    assert zeros == [77 * 16, 77 * 20, 16 * 40, 0]
+    np.testing.assert_array_equal(vector.sum(1), [28 - 16, 28 - 12, 28, 28])
 
 
 @pytest.mark.slow

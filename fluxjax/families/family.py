@@ -226,6 +226,8 @@ class Family:
     shift: Callable[[Any, int, int], float] = lambda config, rows, columns: 0.0
     """The logarithm by which noise levels of a picture of so many latents are moved."""
     encode_anew: Callable[..., Conditioning] = _no_text_encoder
+    silenced: Callable[..., Conditioning] | None = None
+    """What is heard where single text encoders are not."""
 
     def find_task(self, config: PipelineConfig, given: Iterable[str]) -> Task:
         """The task of a model that is given these pictures.

@@ -7,7 +7,7 @@ Source: Ho et al. 2020 (noise); Salimans and Ho 2022 (v); Liu et al. 2022 (recti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,9 +39,7 @@ class FlowPath:
 
     time_scale: float = 1.0
     """The network is told the time times this."""
-    density: Literal["flux_shift", "logit_normal"] = "flux_shift"
-    """Of times, unless another is asked for (`Objective.density`)."""
-
+    density = "flux_shift"
     is_flow = True
     prediction = "flow_prediction"
 

@@ -6,6 +6,7 @@ Source: diffusers `StableDiffusion3Pipeline`, `StableDiffusion3Img2ImgPipeline`,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from fluxjax.config import ConfigError, SD3PipelineConfig
 from fluxjax.families.family import Apply, Conditioning, Extras, LeftOut, Steps
-from fluxjax.families.flux import noised, target
+from fluxjax.families.noise_path import FlowPath
 from fluxjax.families.sdxl import read_clips
 from fluxjax.families.stable_diffusion import (
     STABLE_DIFFUSION,
@@ -45,6 +46,7 @@ Each = tuple[Modulations, LeftOut | None]
 """What each step of a run has of its own."""
 TASKS = tasks("StableDiffusion3", image=0.6, inpaint=0.6)
 _CLIPS = 2
+PATH = FlowPath(time_scale=1000.0)
 
 
 def tokenize(
@@ -228,6 +230,36 @@ def moved_away(
     return jax.lax.cond(jnp.asarray(left.weight) != 0, moved, lambda: out)
 
 
+def shift(config: SD3PipelineConfig, rows: int, columns: int) -> float:
+    """As in sampling."""
+    scheduler, patch = config.scheduler.complete(), config.transformer.patch_size
+    if scheduler.use_dynamic_shifting:
+        return scheduler.mu(rows // patch * (columns // patch))
+    return math.log(scheduler.shift or 1.0)
+
+
+def silenced(
+    config: SD3PipelineConfig, heard: Conditioning, dropped: Bool[Array, "b encoders"]
+) -> Conditioning:
+    """`heard` with zeros in place of what the text encoders that a row has `dropped` say, each by
+    itself (Esser et al. 2024, section 4): any of them may then be left out when drawing."""
+    sequence, vector = jnp.asarray(heard.sequence), jnp.asarray(heard.vector)
+    length = config.text_encoder.max_position_embeddings
+    first = np.arange(sequence.shape[1]) < length
+    states = np.searchsorted(
+        np.cumsum([clip.hidden_size for clip in config.clips]),
+        np.arange(sequence.shape[2]),
+        side="right",
+    )
+    pooled = np.repeat([0, 1], [clip.projection_dim for clip in config.clips])
+    for i in range(len(config.text_encoders)):
+        # Of the states: CLIPs side by side in the first tokens, then T5's.
+        mine = first[:, None] & (states == i)[None] if i < _CLIPS else ~first[:, None]
+        sequence = jnp.where(dropped[:, i, None, None] & mine[None], 0.0, sequence)
+        vector = jnp.where(dropped[:, i, None] & (pooled == i)[None], 0.0, vector)
+    return heard._replace(sequence=sequence, vector=vector)
+
+
 SD3 = replace(
     STABLE_DIFFUSION,
     tasks=TASKS,
@@ -240,6 +272,7 @@ SD3 = replace(
     first_step=start_step,
     forward=forward,
     hoist=hoist,
-    noised=noised,
-    target=target,
+    path=lambda config: PATH,
+    shift=shift,
+    silenced=silenced,
 )

@@ -29,7 +29,7 @@ from fluxjax.train.data.catalogue import Report
 from fluxjax.train.data.dataset import DataBatch, Dataset, open_dataset
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Encoders, folder_encoders
-from fluxjax.train.flow_matching import finetune_loss
+from fluxjax.train.flow_matching import Learner, finetune_loss
 from fluxjax.train.job import Job, Placement, replicate, train
 from fluxjax.train.loop import run_folder
 from fluxjax.train.optimizers import learning_rates, make_optimizer, text_encoder_share
@@ -91,15 +91,13 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         ema=recipe.decay > 0,
         by_component=recipe.method == "lora",
     )
-    family = family_of(config.class_name)
     loss = finetune_loss(
-        family,
+        family_of(config.class_name),
         nets.model,
         recipe.objective,
         _apply(recipe, mesh),
         nets.encoders,
-        path=family.path(config),
-        component=config.denoiser,
+        Learner.of(config),
     )
     step = make_step(
         loss,

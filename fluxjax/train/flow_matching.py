@@ -5,7 +5,7 @@ Whether it is a flow or a diffusion model, its family says (`fluxjax.families.no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fluxjax.config import PipelineConfig
+from fluxjax.families import family_of
 from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
 from fluxjax.families.noise_path import FLOW, NoisePath
 from fluxjax.models.lora import adapt, join_scales, variables
@@ -151,20 +153,39 @@ def assemble(
     return {component: jax.tree.map(lambda leaf: leaf.astype(model.dtype), whole)}  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class Learner(NamedTuple):
+    """What the loss must know of a pipeline; by default FLUX.1's."""
+
+    path: NoisePath = FLOW
+    component: str = "transformer"
+    """The network that draws."""
+    text_encoders: int = 0
+    """How many there are."""
+    silenced: Callable[[Conditioning, Any], Conditioning] | None = None
+    """What is heard where some of them, by row, are not."""
+
+    @classmethod
+    def of(cls, config: PipelineConfig) -> Learner:
+        family = family_of(config.class_name)
+        silenced = family.silenced and partial(family.silenced, config)
+        return cls(family.path(config), config.denoiser, len(config.text_encoders), silenced)
+
+
+_FLUX = Learner()
+
+
 def finetune_loss(
     family: Family,
     model: nn.Module,
     objective: Objective,
     apply: Apply = nn.Module.apply,
     encoders: Mapping[str, nn.Module] | None = None,
-    *,
-    path: NoisePath = FLOW,
-    component: str = "transformer",
+    of: Learner = _FLUX,
 ):
     """`loss(trained, key, rows, frozen, empty, ids, mu, empty_ids)`: a scalar, a mean over rows.
 
     `encoders`: text encoders that learn, by component; they read the rows' `ids`, and `empty_ids`
-    where a caption is dropped. `path` is the family's, of the `component` that draws.
+    where a caption is dropped. `of`: what the pipeline says.
     A row's timestep, noise and dropped caption depend on the key and its `index` alone, so that
     they are the same in any split of the batch over devices, processes and accumulation.
     """
@@ -172,7 +193,8 @@ def finetune_loss(
     def draw(key: Array, index: Array, shape: tuple[int, ...]):
         time_key, noise_key, drop_key = jax.random.split(jax.random.fold_in(key, index), 3)
         noise = draw_noise(noise_key, objective, shape)
-        return jax.random.uniform(time_key), noise, jax.random.uniform(drop_key)
+        each = jax.random.uniform(jax.random.fold_in(drop_key, 1), (of.text_encoders,))
+        return jax.random.uniform(time_key), noise, jax.random.uniform(drop_key), each
 
     def loss(
         trained: Tree,
@@ -185,7 +207,7 @@ def finetune_loss(
         empty_ids: Any = None,
     ) -> Float[Array, ""]:
         shape = rows.latents.shape[1:]
-        quantiles, noise, chance = jax.vmap(lambda i: draw(key, i, shape))(rows.index)
+        quantiles, noise, chance, each = jax.vmap(lambda i: draw(key, i, shape))(rows.index)
         drop = chance < objective.caption_dropout
 
         def heard(dropped: Array, said: Array) -> Array:
@@ -194,13 +216,15 @@ def finetune_loss(
         # What a picture's size is stays said.
         empty = empty._replace(sizes=rows.conditioning.sizes)
         conditioning = jax.tree.map(heard, empty, rows.conditioning)
-        params = assemble(component, model, trained, frozen)
+        params = assemble(of.component, model, trained, frozen)
         if encoders:
             said = jax.tree.map(heard, empty_ids, rows.ids)
             conditioning = family.encode_anew(encoders, params, said, conditioning, apply=apply)
+        if of.silenced is not None and objective.encoder_dropout:
+            conditioning = of.silenced(conditioning, each < objective.encoder_dropout)
         rows = rows._replace(conditioning=conditioning)
-        t = learnt_times(objective, path, quantiles, mu)
-        leaves = variables(params[component])
-        return path_loss(family, path, model, objective, leaves, rows, noise, t, ids, apply)
+        t = learnt_times(objective, of.path, quantiles, mu)
+        leaves = variables(params[of.component])
+        return path_loss(family, of.path, model, objective, leaves, rows, noise, t, ids, apply)
 
     return loss

@@ -21,7 +21,7 @@ class Objective:
 
     density: Density = "auto"
     """flux_shift: sigmoid of a normal, shifted by the picture's size as in sampling; auto: that for
-    FLUX, logit_normal for Stable Diffusion 3, uniform for diffusion models."""
+    flows, uniform for diffusion models."""
     mean: float = 0.0
     """Of logit_normal."""
     std: float = 1.0
@@ -50,10 +50,15 @@ class Objective:
     """Fed to the guidance embedding; models without one ignore it."""
     caption_dropout: float = 0.1
     """Share of the captions that are replaced by the empty one."""
+    encoder_dropout: float = 0.0
+    """Of Stable Diffusion 3: besides, each text encoder by itself is not heard in this share of the
+    rows (0.464 in its training), so that it may be left out."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise ConfigError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
+        if not 0 <= self.encoder_dropout <= 1:
+            raise ConfigError(f"encoder_dropout must be in [0, 1], got {self.encoder_dropout}")
         if not 0 <= self.unmasked_weight <= 1:
             raise ConfigError(f"unmasked_weight must be in [0, 1], got {self.unmasked_weight}")
         for name in ("min_snr", "noise_offset"):

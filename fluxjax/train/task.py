@@ -61,7 +61,12 @@ def _with_noise(recipe: FinetuneRecipe, config: Any) -> Any:
 
 def _check(objective: Objective, config: PipelineConfig) -> None:
     """Raises ConfigError for what the model's objective does not have."""
-    is_flow = family_of(config.class_name).path(config).is_flow
+    family = family_of(config.class_name)
+    is_flow = family.path(config).is_flow
+    if objective.encoder_dropout and family.silenced is None:
+        raise ConfigError(
+            f"objective.encoder_dropout is of Stable Diffusion 3, not of {config.class_name}"
+        )
     if is_flow:
         named = {"min_snr": objective.min_snr, "noise_offset": objective.noise_offset}
         of, other = "diffusion models", "a flow"

@@ -29,7 +29,7 @@ from fluxjax.models.unet import UNet
 from fluxjax.text.tokenizers import load_clip_tokenizer
 from fluxjax.train.embedded.examples import Conditioner, Pool, Sizes
 from fluxjax.train.embedded.tiny import write_world
-from fluxjax.train.flow_matching import finetune_loss
+from fluxjax.train.flow_matching import Learner, finetune_loss
 from fluxjax.train.loop import CHECKPOINTS, Run, RunSettings, run_folder
 from fluxjax.train.objectives import Objective
 from fluxjax.train.optimizers import muon_optimizer
@@ -173,8 +173,7 @@ def train_unet(
         lambda step: warm(step) * decay(step), weight_decay=stage.weight_decay
     )
     objective = Objective(caption_dropout=stage.caption_dropout, min_snr=stage.min_snr)
-    path = STABLE_DIFFUSION.path(config)
-    loss = finetune_loss(STABLE_DIFFUSION, model, objective, path=path, component="unet")
+    loss = finetune_loss(STABLE_DIFFUSION, model, objective, of=Learner.of(config))
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
     empty = jax.tree.map(jnp.asarray, conditioner.encode_text([""]))
     pools: dict[tuple[int, int], Pool] = {}
