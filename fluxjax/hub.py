@@ -20,10 +20,7 @@ from fluxjax.terminal import say
 
 Kind = Literal["model", "configuration", "checkpoint", "vae", "text encoders", "lora"]
 
-EMBEDDED = ("tiny", "tiny-sd")
-"""Models that are shipped: FLUX and Stable Diffusion in small. What the second shares with the
-first, its autoencoder, CLIP and tokenizer, are links to that one's folders."""
-
+_ASSETS = Path(__file__).resolve().parent / "assets"
 _NAME = (
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?"
@@ -42,9 +39,16 @@ class Name(NamedTuple):
     file: str = ""
 
 
-def tiny_folder(name: str = "tiny") -> Path:
-    """The embedded model, or another of EMBEDDED, trained on drawn scenes."""
-    return Path(__file__).resolve().parent / "assets" / name
+def tiny_folder() -> Path:
+    """The embedded model, trained on drawn scenes."""
+    return _ASSETS / "tiny"
+
+
+def embedded_folder(source: str | Path) -> Path | None:
+    """That of a model that is shipped, tiny or one beside it, of that name; None for any other."""
+    name = str(source)
+    shipped = re.fullmatch(r"[a-z][a-z\d-]*", name) is not None and (_ASSETS / name).is_dir()
+    return _ASSETS / name if shipped else None
 
 
 def hub_name(source: str | Path) -> Name | None:
@@ -80,11 +84,11 @@ def find(
     Raises FileNotFoundError for what neither this machine nor the hub has, PermissionError for a
     gated model, ConfigError for a repository that holds no `kind`, each in one sentence.
     """
-    embedded = str(source) in EMBEDDED
+    embedded = embedded_folder(source)
     name = None if embedded else hub_name(source)
     if name is not None:
         return _download(name, kind, check)
-    return tiny_folder(str(source)) if embedded else Path(source).expanduser()
+    return embedded or Path(source).expanduser()
 
 
 @functools.cache  # one process sees one state of a repository
@@ -228,7 +232,7 @@ def size_unit(model: str) -> int:
 
     Light: for refusing a size before anything is imported that could open the model.
     """
-    folder = tiny_folder(model) if model in EMBEDDED else Path(model)
+    folder = embedded_folder(model) or Path(model)
     try:
         kind = json.loads((folder / _INDEX).read_text("utf-8"))["_class_name"]
         config = json.loads((folder / "vae" / "config.json").read_text("utf-8"))

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,7 +89,8 @@ def test_the_loss_is_that_of_diffusers_training_examples(prediction, zero_snr, m
     theirs = DDPMScheduler(
         prediction_type=prediction, rescale_betas_zero_snr=zero_snr, clip_sample=False, **NOISE
     )
-    clean, drawn, times = torch.tensor(latents), torch.tensor(noise), torch.tensor(TIMES)
+    clean, drawn = torch.tensor(latents), torch.tensor(noise)
+    times: Any = torch.tensor(TIMES)
     noisy = theirs.add_noise(clean, drawn, times)
     target = drawn if prediction == "epsilon" else theirs.get_velocity(clean, drawn, times)
     error = ((0.5 * noisy - target) ** 2).mean((1, 2, 3))
@@ -279,7 +281,7 @@ def test_all_of_a_unet_learns_another_prediction_and_goes_on_bit_for_bit(model, 
     assert scheduler["_class_name"] == "DDIMScheduler"
     assert scheduler["prediction_type"] == "v_prediction"
     assert scheduler["rescale_betas_zero_snr"] and scheduler["timestep_spacing"] == "trailing"
-    assert read_config(folder).scheduler.prediction_type == "v_prediction"
+    assert read_config(folder).own_sampler == "DDIMScheduler"
     same = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
     assert all((folder / name).read_bytes() == (model / name).read_bytes() for name in same)
 
@@ -306,6 +308,7 @@ def test_a_lora_of_xl_is_told_sizes(pictures, tmp_path):
     recipe = _small("lora_sdxl", folder, pictures, tmp_path / "run")
     data = open_dataset(recipe.data, folder_encoders(folder), batch=8, seed=0)
     sizes = data(0).conditioning.sizes
+    assert sizes is not None
     # Height and width, top and left, and those of the target: 48 rows and 80 columns are scaled to
     # 32 x 53, of which the middle is cut out.
     rows = {tuple(map(int, row)) for row in sizes}
@@ -327,6 +330,7 @@ def test_a_lora_of_sd3_is_trained_and_draws(pictures, tmp_path):
 def test_an_encoder_that_is_dropped_leaves_zeros_and_the_others_as_they_were():
     length, width = 77 + 16, 40
     heard = Conditioning(np.ones((4, length, width), np.float32), None, np.ones((4, 28)))
+    assert SD3.silenced is not None
     found = SD3.silenced(SMALL_SD3, heard, jnp.eye(4, 3, dtype=bool))
     sequence, vector = np.asarray(found.sequence), np.asarray(found.vector)
     left = [[sequence[row, 0, 0], sequence[row, 76, 35], sequence[row, 77, 0]] for row in range(4)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG, split_scale
 from fluxjax.config import ConfigError
-from fluxjax.hub import EMBEDDED, Kind, find, hub_name
+from fluxjax.hub import Kind, embedded_folder, find, hub_name
 
 TINY = "tiny"
 SINGLE = ("model", "text_encoders", "vae", "redux", "image_encoder")
@@ -112,7 +112,7 @@ def changed(then: Mapping[str, str], now: Mapping[str, str], kind: str) -> list[
 
 def is_name(source: str) -> bool:
     """Whether it is no path: an embedded model, or a name on a hub."""
-    return source in EMBEDDED or hub_name(source) is not None
+    return embedded_folder(source) is not None or hub_name(source) is not None
 
 
 def model_name(model: str) -> str:
