@@ -48,6 +48,7 @@ from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import folder_encoders
 from fluxjax.train.flow_matching import Rows, path_loss
 from fluxjax.train.job import train
+from fluxjax.train.learned_variance import variational_bound
 from fluxjax.train.objectives import learnt_times
 from fluxjax.train.recipe import FinetuneRecipe, read_recipe
 from fluxjax.train.settings import Objective, ValidationSettings
@@ -59,6 +60,7 @@ NOISE = {
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
 }
+RTOL = 1e-3
 TIMES = np.array([0, 1, 250, 700, 999])
 
 
@@ -100,6 +102,42 @@ def test_the_loss_is_that_of_diffusers_training_examples(prediction, zero_snr, m
         error = error * counted / (snr if prediction == "epsilon" else snr + 1)
     # Measured: 1.1e-7.
     np.testing.assert_allclose(float(ours), float(error.mean()), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_learned_variance_costs_what_the_bound_says():
+    """Beside diffusers' step and its learned variance, and PyTorch's divergence of two normals."""
+    rng = np.random.default_rng(1)
+    latents, drawn, said, values = (rng.standard_normal((5, 2, 3, 4), np.float32) for _ in range(4))
+    betas = NOISE | {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    path = replace(DiffusionPath.of(SamplerConfig(**betas)), learns_variance=True)
+    times = np.array([0, 1, 250, 700, 999])
+    t = jnp.asarray(times, jnp.float32)
+    x = np.array(path.state(t).of(jnp.asarray(latents), jnp.asarray(drawn)))
+    given = (jnp.asarray(one) for one in (said, values, latents, x))
+    ours = variational_bound(path, *given, t)
+
+    theirs = DDPMScheduler(variance_type="learned_range", clip_sample=False, **betas)
+    theirs.set_timesteps(1000)
+    a = theirs.alphas_cumprod.double()
+    for row, i in enumerate(times[1:], 1):
+        noisy, clean, noise, value = (
+            torch.tensor(one[row]).double() for one in (x, latents, said, values)
+        )
+        before, beta = a[i - 1], 1 - a[i] / a[i - 1]
+
+        def mean(picture, noisy=noisy, before=before, beta=beta, i=i):
+            return picture * beta * before.sqrt() / (1 - a[i]) + noisy * (1 - before) * (
+                a[i] / before
+            ).sqrt() / (1 - a[i])
+
+        least = theirs._get_variance(i, variance_type="fixed_small")
+        true = torch.distributions.Normal(mean(clean), least.sqrt())
+        guess = (noisy - (1 - a[i]).sqrt() * noise) / a[i].sqrt()
+        spread = torch.exp(0.5 * theirs._get_variance(i, predicted_variance=value))
+        step = torch.distributions.Normal(mean(guess), spread)
+        bits = torch.distributions.kl_divergence(true, step).mean() / np.log(2)
+        np.testing.assert_allclose(float(ours[row]), float(bits), rtol=RTOL)
 
 
 def test_noise_that_says_nothing_is_refused():

@@ -217,7 +217,7 @@ def test_every_naming_holds_what_text_encoders_learnt(lora_run, recipe, tmp_path
     for naming in ("kohya", "comfy"):
         named, out = replace(recipe, lora_naming=naming), tmp_path / f"{naming}.safetensors"
         found = read_adapters(
-            export(named, job.config, trained, job.frozen["scales"], out=out), bases
+            export(named, job.config, trained, job.frozen, out=out), bases
         ).changes
         for component in ("text_encoder", "text_encoder_2"):
             for name, change in expected[component].items():

@@ -11,6 +11,7 @@ from fluxjax.parallel.hosts import differences
 from fluxjax.train import command
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.embedded.tiny import TinyRecipe
+from fluxjax.train.embedded.unet import TinySDRecipe
 from fluxjax.train.recipe import (
     FinetuneRecipe,
     deciding_values,
@@ -36,7 +37,10 @@ RECIPES = sorted((Path(__file__).parents[1] / "train").glob("*.toml"))
         ("[validation]\nseeds = 3", "seeds must be a list of int, got 3"),
         ("[lora]\ntargets = [1]", "targets must be a list of a string"),
         ("lora = 3", "lora must be a table"),
-        ("task = 'finetun'", "task must be finetune or embedded, got 'finetun'; did you mean"),
+        (
+            "task = 'finetun'",
+            "task must be finetune, embedded or embedded-sd, got 'finetun'; did you mean",
+        ),
         ("[lora]\nrank = 0", r"\[lora\]: the LoRA's rank must be at least 1"),
         ("steps = 0", "steps must be at least 1"),
         ("batch = 6\naccumulate = 4", "batch 6 cannot be computed in accumulate 4"),
@@ -92,7 +96,8 @@ def test_values_become_the_types_of_their_fields(tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_read_back_as_they_are_printed(path, tmp_path):
     recipe = read_recipe(path)
-    assert isinstance(recipe, TinyRecipe if path.stem == "tiny" else FinetuneRecipe)
+    embedded = {"tiny": TinyRecipe, "tiny_sd": TinySDRecipe}
+    assert isinstance(recipe, embedded.get(path.stem, FinetuneRecipe))
     (tmp_path / "again.toml").write_text(recipe_toml(recipe))
     assert read_recipe(tmp_path / "again.toml") == recipe
 

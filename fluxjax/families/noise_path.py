@@ -41,6 +41,7 @@ class FlowPath:
     """The network is told the time times this."""
     density = "flux_shift"
     is_flow = True
+    learns_variance = False
     prediction = "flow_prediction"
 
     def times(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
@@ -68,6 +69,9 @@ class DiffusionPath:
 
     scheduler: SamplerConfig
     """Complete; its betas and its prediction_type count."""
+    learns_variance: bool = False
+    """Whether the second half of the network's channels says how large each step's variance is."""
+
     density = "uniform"
     is_flow = False
 

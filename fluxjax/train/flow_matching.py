@@ -20,6 +20,7 @@ from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Famil
 from fluxjax.families.noise_path import FLOW, NoisePath
 from fluxjax.models.lora import adapt, join_scales, variables
 from fluxjax.models.names import flatten, unflatten
+from fluxjax.train.learned_variance import variational_bound
 from fluxjax.train.objectives import (
     Objective,
     learnt_times,
@@ -111,8 +112,12 @@ def path_loss(
     x = path.state(t).of(rows.latents, noise)
     told, guidance = path.told(t), objective.guidance
     predicted = predict(family, model, variables, x, rows, told, ids, guidance, apply)
+    bound = 0.0
+    if path.learns_variance:
+        predicted, values = jnp.split(predicted, 2, axis=-1)
+        bound = variational_bound(path, predicted, values, rows.latents, x, t).mean()
     target = path.target(t).of(rows.latents, noise)
-    return squared_error(predicted, target, error_weights(objective, path, rows, t))
+    return squared_error(predicted, target, error_weights(objective, path, rows, t)) + bound
 
 
 @partial(jax.jit, static_argnames=("family", "path", "model", "objective", "apply"))
