@@ -13,8 +13,9 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _MAX_DIGITS = 300  # a float holds 308
 
 
-def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
-    """The value. `unique` refuses objects in which a key occurs twice.
+def parse_json(data: bytes | str, *, unique: bool = False, unlimited: bool = False) -> Any:
+    """The value. `unique` refuses objects in which a key occurs twice; `unlimited` reads infinite
+    numbers, which PyTorch's libraries write for a limit that there is not, as null.
 
     Raises ValueError, in words that follow the name of the file: not JSON in UTF-8, nested too
     deeply, more than `MAX_BYTES`, lone surrogates, numbers that no float holds.
@@ -27,7 +28,7 @@ def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
             text,
             parse_int=_integer,
             parse_float=_number,
-            parse_constant=_number,
+            parse_constant=_limit if unlimited else _number,
             object_pairs_hook=_unique if unique else None,
         )
         if _HALF.search(text):  # only an escape can write half a character
@@ -41,15 +42,16 @@ def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, or ValueError if it is not a JSON object that can be read."""
+def read_json(path: Path, *, unlimited: bool = False) -> dict[str, Any]:
+    """As `parse_json`; raises FileNotFoundError, or ValueError if it is no JSON object that can be
+    read."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has more than the {MAX_BYTES} bytes that are read as JSON")
     try:
-        values = parse_json(path.read_bytes())
+        values = parse_json(path.read_bytes(), unlimited=unlimited)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
@@ -68,6 +70,10 @@ def _number(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits[:20]} is no finite number")
     return value
+
+
+def _limit(name: str) -> float | None:
+    return None if name.endswith("Infinity") else _number(name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

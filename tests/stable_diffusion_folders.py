@@ -8,8 +8,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -228,3 +230,34 @@ def random_t5(width: int) -> T5EncoderModel:
             if weight.ndim == 2:
                 weight.copy_(torch.randn_like(weight) * 0.3)
     return t5
+
+
+def save_pixart(folder: Path, tokenizers: Path, *, sigma: bool = False) -> Path:
+    """As alpha of 1024 pixels, whose autoencoder is small: so many latents make few pixels; or as
+    Sigma of 256 pixels."""
+    torch.manual_seed(5)
+    transformer = PixArtTransformer2DModel(
+        sample_size=32 if sigma else 128,
+        num_layers=2,
+        attention_head_dim=6,
+        num_attention_heads=4,
+        cross_attention_dim=24,
+        caption_channels=20,
+        in_channels=4,
+        out_channels=8,
+        use_additional_conditions=not sigma,
+    )
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if weight.ndim == 2 and "norm" not in name:
+                weight.mul_(2.0)
+    parts: dict[str, Any] = {
+        "vae": random_vae(0.13025 if sigma else 0.18215),
+        "transformer": transformer,
+        "scheduler": DPMSolverMultistepScheduler(),
+        "text_encoder": random_t5(20),
+        "tokenizer": T5TokenizerFast.from_pretrained(tokenizers / "t5-v1_1-xxl"),
+    }
+    kind = diffusers.PixArtSigmaPipeline if sigma else diffusers.PixArtAlphaPipeline
+    kind(**parts).save_pretrained(folder)
+    return folder

@@ -129,7 +129,8 @@ def read_config_json(cls: type | tuple[type, ...], path: Path) -> Any:
     Raises FileNotFoundError; ConfigError for another network, naming both, and for values that no
     network of ours has.
     """
-    values, kinds = read_json(path), cls if isinstance(cls, tuple) else (cls,)
+    kinds = cls if isinstance(cls, tuple) else (cls,)
+    values = read_json(path, unlimited=SamplerConfig in kinds)  # of DPM-Solver's noise levels
     name, kind = _names(values, path)
     for one in kinds:
         form = _FORMS[one]

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     )
     from fluxjax.config.pipeline import PipelineConfig
     from fluxjax.config.pixart import PIXART_ALPHA, PIXART_SIGMA, PixArtConfig
+    from fluxjax.config.pixart_pipeline import PixArtAlphaPipelineConfig, PixArtSigmaPipelineConfig
     from fluxjax.config.redux import REDUX, ReduxConfig
     from fluxjax.config.scheduler import SchedulerConfig
     from fluxjax.config.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
@@ -154,7 +155,9 @@ __all__ = [
     "OpenSoraConfig",
     "OpenSoraPipelineConfig",
     "PipelineConfig",
+    "PixArtAlphaPipelineConfig",
     "PixArtConfig",
+    "PixArtSigmaPipelineConfig",
     "ReduxConfig",
     "SD3Config",
     "SD3PipelineConfig",
@@ -216,6 +219,7 @@ _NAMES = {
     ),
     "pipeline": ("PipelineConfig",),
     "pixart": ("PIXART_ALPHA", "PIXART_SIGMA", "PixArtConfig"),
+    "pixart_pipeline": ("PixArtAlphaPipelineConfig", "PixArtSigmaPipelineConfig"),
     "redux": ("REDUX", "ReduxConfig"),
     "scheduler": ("SchedulerConfig",),
     "sd3": ("SD3_MEDIUM", "SD35_LARGE", "SD35_MEDIUM", "SD3Config"),

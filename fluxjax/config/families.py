@@ -11,6 +11,12 @@ from fluxjax.config.flux_pipeline import (
 )
 from fluxjax.config.open_sora_pipeline import OpenSoraPipelineConfig
 from fluxjax.config.pipeline import PipelineConfig
+from fluxjax.config.pixart_pipeline import (
+    ALPHA,
+    SIGMA,
+    PixArtAlphaPipelineConfig,
+    PixArtSigmaPipelineConfig,
+)
 from fluxjax.config.sd3_pipeline import (
     SD3,
     SD35_LARGE_PIPELINE,
@@ -33,6 +39,8 @@ PIPELINES: tuple[type[PipelineConfig], ...] = (
     StableDiffusionXLConfig,
     OpenSoraPipelineConfig,
     SD3PipelineConfig,
+    PixArtAlphaPipelineConfig,
+    PixArtSigmaPipelineConfig,
 )
 PRESETS: dict[str, PipelineConfig] = {
     "dev": DEV,
@@ -49,4 +57,6 @@ PRESETS: dict[str, PipelineConfig] = {
     "sd35-medium": SD35_MEDIUM_PIPELINE,
     "sd35-large": SD35_LARGE_PIPELINE,
     "sd35-large-turbo": SD35_LARGE_TURBO,
+    "pixart-alpha": ALPHA,
+    "pixart-sigma": SIGMA,
 }

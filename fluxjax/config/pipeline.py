@@ -126,6 +126,10 @@ class PipelineConfig(ABC):
         multiple("width", width, self.unit)
         multiple("height", height, self.unit)
 
+    def drawn_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in which a picture is drawn that is to have these."""
+        return width, height
+
     @property
     @abstractmethod
     def class_name(self) -> str:

@@ -15,13 +15,14 @@ from fluxjax.families.family import (
     Told,
 )
 from fluxjax.families.flux import FLUX
+from fluxjax.families.pixart import PIXART
 from fluxjax.families.sd3 import SD3
 from fluxjax.families.sdxl import STABLE_DIFFUSION_XL
 from fluxjax.families.stable_diffusion import STABLE_DIFFUSION
 
 FAMILIES: dict[str, Family] = {
     name: family
-    for family in (FLUX, STABLE_DIFFUSION, STABLE_DIFFUSION_XL, SD3)
+    for family in (FLUX, STABLE_DIFFUSION, STABLE_DIFFUSION_XL, SD3, PIXART)
     for name in family.tasks
 }
 
@@ -36,6 +37,7 @@ def family_of(class_name: str) -> Family:
 __all__ = [
     "FAMILIES",
     "FLUX",
+    "PIXART",
     "SD3",
     "STABLE_DIFFUSION",
     "STABLE_DIFFUSION_XL",

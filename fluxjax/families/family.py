@@ -177,7 +177,8 @@ class Task:
         return count if draw == "noise" or draw.startswith("control") else 1
 
 
-def _no_sizes(config: PipelineConfig, told: Told) -> None:
+def no_sizes(config: PipelineConfig, told: Told) -> None:
+    """Raises ConfigError where a picture is said to be like what only one family hears of."""
     for name in ("original_size", "crop", "target_size"):
         if getattr(told, name) is not None:
             raise ConfigError(f"{name} is told to Stable Diffusion XL alone")
@@ -219,7 +220,7 @@ class Family:
     passes: Callable[..., Float[np.ndarray, "steps differences"]]
     forward: Callable[..., Any]
     hoist: Callable[..., tuple[Any, Callable[[Any, Any], Any]]]
-    sizes: Callable[..., Float[np.ndarray, " numbers"] | None] = _no_sizes
+    sizes: Callable[..., Float[np.ndarray, " numbers"] | None] = no_sizes
     widened: Callable[..., Any] = lambda config, given: config
     path: Callable[[Any], NoisePath] = _not_trained
     """What is trained: how pictures become noise, and what of that is predicted."""

@@ -189,12 +189,13 @@ def unpack(values: Float[Array, "n h w c"], rows: int, columns: int) -> Float[Ar
     return jnp.moveaxis(values, -1, 1)
 
 
-def run(config: StableDiffusionConfig, steps: Steps, rows: int, columns: int) -> Run:
+def run(config: PipelineConfig, steps: Steps, rows: int, columns: int) -> Run:
     """As diffusers makes it of the folder's scheduler_config.json, or of another sampler that reads
     the same file. Raises ConfigError for what the sampler does not have."""
     if not isinstance(steps.count, int):
         raise ConfigError("own sigmas are for flows; here steps is their number")
-    asked = chosen(config.scheduler, steps.sampler, spacing=steps.spacing, sigmas=steps.sigmas)
+    own: Any = config.scheduler
+    asked = chosen(own, steps.sampler, spacing=steps.spacing, sigmas=steps.sigmas)
     choices: dict[str, Any] = {}
     if asked.sampler == "DDIMScheduler":
         choices["eta"] = steps.eta

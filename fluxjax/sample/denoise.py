@@ -50,7 +50,8 @@ def denoise(
     """Run the active steps of `schedule`, as `Schedule` has them; returns the state of the end.
 
     `step(x, one of each)` is the network, of a family's `hoist`, on all passes stacked in the
-    batch: see `combined`. The state has the dtype of its latents. `noise` is what each step adds,
+    batch: see `combined`; a learned variance that no sampler wants is left aside. The state has the
+    dtype of its latents. `noise` is what each step adds,
     `rescale` how far guidance is brought back to the spread of the first pass.
     """
 
@@ -61,6 +62,8 @@ def denoise(
             x = (row.scales * x.astype(jnp.float32)).astype(x.dtype)
         many = weights.shape[0] + 1
         predicted = step(jnp.concatenate([x] * many) if many > 1 else x, one)
+        if row.log_variances is None and predicted.shape[1:] != x.shape[1:]:
+            predicted, _ = _halves(predicted, x.shape)
         each_pass = predicted.astype(jnp.float32)
         predicted = combined(each_pass, weights)
         if rescale is not None:
@@ -145,7 +148,8 @@ def _clamped(row: Schedule, x: AnyArray, change: Array) -> Array:
 
 def _halves(predicted: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """The prediction and its variance, along the axis that is twice as long as the state's."""
-    axis = next(i for i, size in enumerate(shape) if predicted.shape[i] == 2 * size)
+    sizes = enumerate(shape[1:], start=1)
+    axis = next(i for i, size in sizes if predicted.shape[i] == 2 * size)
     mean, variance = jnp.split(predicted, 2, axis)
     return mean, variance
 

@@ -127,7 +127,8 @@ def given_settings(options: Options) -> dict[str, Any]:
     for name in PICTURES:
         if given[name] is not None and (name, str(given[name])) != ("mask", ALPHA):
             given[name] = absolute(str(given[name]))
-    return {**given, "soft_mask": options.soft_mask or None}
+    bins = None if options.size_bins else False
+    return {**given, "soft_mask": options.soft_mask or None, "size_bins": bins}
 
 
 def _ranges(texts: tuple[str, ...]) -> tuple[float, ...]:

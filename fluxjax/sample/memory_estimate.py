@@ -63,7 +63,7 @@ def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> i
     from fluxjax.sample.decoding import TILE
     from fluxjax.sample.programs import UNTILED_LATENTS
 
-    config, scale = pipe.config, pipe.config.vae.scale
+    config, scale, settings = pipe.config, pipe.config.vae.scale, pipe.as_drawn(settings)
     latents = (settings.width // scale) * (settings.height // scale)
     seen, text = latents * (2 if settings.reference else 1), settings.max_sequence_length
     text += 0 if pipe.redux is None else pipe.redux.count

@@ -227,6 +227,9 @@ class Options:
     or the model's."""
     height: _Int = None
     """Likewise."""
+    size_bins: bool = True
+    """PixArt draws in the nearest size that it was trained with, and the picture is resized;
+    --no-size-bins draws in the size that is asked for."""
     number: Annotated[int, _INTEGER, tyro.conf.arg(aliases=["-n"])] = 1
     """Pictures per prompt, with seeds seed, seed + 1, ..."""
     seed: _Int = None

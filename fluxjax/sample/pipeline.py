@@ -20,7 +20,7 @@ from fluxjax.sample.given_pictures import Given, apart, read_given, spread_over
 from fluxjax.sample.ip_adapter import check_image_prompts
 from fluxjax.sample.lora_slots import LoraChoice
 from fluxjax.sample.picture_inputs import finished, make_inputs
-from fluxjax.sample.pictures import to_bytes
+from fluxjax.sample.pictures import in_size, to_bytes
 from fluxjax.sample.programs import NAMES, components
 from fluxjax.sample.redux import Heard, read_heard
 from fluxjax.sample.reference import whole_size
@@ -50,6 +50,7 @@ class Pipeline(Stages):
         guidance: float | None = None,
         width: int | None = None,
         height: int | None = None,
+        size_bins: bool | None = None,
         image: Image | str | Path | None = None,
         mask: Image | str | Path | None = None,
         control: Any = None,
@@ -105,6 +106,7 @@ class Pipeline(Stages):
             Stable Diffusion, which is off at 1.
           width, height: in pixels, multiples of 16 for FLUX, of 8 for Stable Diffusion; by default
             those of the picture that is given, rounded down, see `picture_size`.
+          size_bins: whether PixArt draws in the nearest size of its training, and resizes.
           image: what the new picture starts from; here and below a picture or its file.
           mask: white where the image is painted anew; "alpha": where the image is transparent.
           control: edges or depths that the new picture has (FLUX.1 Canny and Depth, ControlNets);
@@ -167,6 +169,7 @@ class Pipeline(Stages):
             "guidance": guidance,
             "width": width,
             "height": height,
+            "size_bins": size_bins,
             "negative_prompt": negative_prompt,
             "true_cfg": true_cfg,
             "prompt_2": prompt_2,
@@ -282,6 +285,7 @@ class Pipeline(Stages):
         if given is None:
             given, settings = read_given(settings)
         settings = self.complete(settings, given, FIELDS)
+        size, settings = (settings.width, settings.height), self.as_drawn(settings)
         task = self.family.find_task(self.config, given.names)
         draws = self.draw_each(settings, settings.seed if seeds is None else seeds, count, task)
         more = self.redux.count if self.redux is not None and heard else 0
@@ -320,7 +324,8 @@ class Pipeline(Stages):
         )
         pictures = self.decode(latents)
         require_finite(self.config, pictures, [conditioning, negative], inputs, latents)
-        return finished(to_bytes(pictures, settings.rounding), given, settings)
+        resized = in_size(pictures, *size)
+        return finished(to_bytes(resized, settings.rounding), given, settings)
 
     def _leave(self, reader: PictureReader) -> None:
         if self.offload:

@@ -33,6 +33,7 @@ OTHER_NAMES = {
     "skip_layer_guidance_scale": "skip_layer_scale",
     "skip_layer_guidance_start": "the start of skip_layer_range",
     "skip_layer_guidance_stop": "the end of skip_layer_range",
+    "use_resolution_binning": "size_bins",
     "callback_on_step_end": "on_step",
     "output_type": "draw(settings), which gives bytes",
     "latents": "denoise(conditioning, noise)",

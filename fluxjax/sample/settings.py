@@ -65,6 +65,8 @@ class Settings:
     """How far classifier-free guidance is brought back to the spread of what it guides, 0 to 1."""
     clip_skip: int = 0
     """How many of CLIP's last layers are left out."""
+    size_bins: bool = True
+    """Whether PixArt draws in the nearest size of its training, and what comes is resized."""
     prompt_3: str | None = None
     """What a third text encoder reads (T5 of Stable Diffusion 3); None: the prompt."""
     skip_layers: tuple[int, ...] | None = None
@@ -292,7 +294,7 @@ _KINDS = {
     **dict.fromkeys(_TEXTS, "a text"),
     **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
     **dict.fromkeys(("mask_crop", "clip_skip"), "an integer"),
-    "soft_mask": "true or false",
+    **dict.fromkeys(("soft_mask", "size_bins"), "true or false"),
     **dict.fromkeys(("expand", "canny", "skip_layers", *_SIZES), "a list of integers"),
     "control_mode": "a list of texts",
     **dict.fromkeys(

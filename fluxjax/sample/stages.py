@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -184,9 +185,20 @@ class Stages:
         self.config.require_clip_skip(settings.clip_skip)
         self.run_of(settings)
 
+    def as_drawn(self, settings: Settings) -> Settings:
+        """In the size that is drawn, which is not always that of the picture."""
+        if not settings.size_bins:
+            return settings
+        width, height = self.config.drawn_size(settings.width, settings.height)
+        return replace(settings, width=width, height=height)
+
+    def _state_shape(self, settings: Settings) -> tuple[int, int, int]:
+        drawn = self.as_drawn(settings)
+        return self.family.state_shape(self.config, drawn.width, drawn.height)
+
     def run_of(self, settings: Settings) -> Run:
         """The steps of a picture of `settings`."""
-        shape = self.family.state_shape(self.config, settings.width, settings.height)
+        shape = self._state_shape(settings)
         return self.family.run(self.config, settings.course(self.family.first_step), *shape[1:])
 
     def draw_each(
@@ -194,7 +206,7 @@ class Stages:
     ) -> dict[str, Float[np.ndarray, "_ c h w"]]:
         """All that is drawn for a task, see `Task.draws`, and then for each step of a sampler that
         draws, in order; BFL draws the noise alone."""
-        shape = self.family.state_shape(self.config, settings.width, settings.height)
+        shape = self._state_shape(settings)
         dtype = np.float32 if settings.rounding == "none" else self.dtype
         draws = ("noise",) if settings.rounding == "bfl" else task.drawn(settings.strength)
         steps = [f"step {i}" for i in np.flatnonzero(self.run_of(settings).draws)]
@@ -356,7 +368,7 @@ class Stages:
         for program in programs(
             self.family,
             self.config,
-            settings,
+            self.as_drawn(settings),
             dtype=self.dtype,
             task=self.family.find_task(self.config, given.names),
             pictures=count,
