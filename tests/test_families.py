@@ -108,8 +108,8 @@ def test_families_are_found_by_class_names_that_diffusers_has():
     assert family_of("FluxPipeline") is FLUX
     for name in FAMILIES:
         assert hasattr(pipelines, name)
-    with pytest.raises(ConfigError, match="PixArtAlphaPipeline is no family that is known: Flux"):
-        family_of("PixArtAlphaPipeline")
+    with pytest.raises(ConfigError, match="SanaPipeline is no family that is known: Flux"):
+        family_of("SanaPipeline")
 
 
 def test_one_pass_or_the_weight_of_a_difference():
