@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from drawn_files import encoded
 from PIL import Image
 from random_checkpoints import random_tree
@@ -49,6 +51,7 @@ from fluxjax.hub import tiny_folder
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, unpack
 from fluxjax.networks.flux import flops as flux_flops
+from fluxjax.parallel.mesh import make_mesh
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.train import command, finetune, progress
 from fluxjax.train.curve import draw_curve, smoothed
@@ -57,10 +60,16 @@ from fluxjax.train.encoders import folder_encoders
 from fluxjax.train.export import export, export_run
 from fluxjax.train.flow_matching import Rows, fixed_loss
 from fluxjax.train.job import train
+from fluxjax.train.learnt_controlnet import initial_controlnet, learnt_controlnet
 from fluxjax.train.metrics import read_metrics
 from fluxjax.train.objectives import density_times
 from fluxjax.train.recipe import FinetuneRecipe
-from fluxjax.train.settings import Objective, OptimizerSettings, ValidationSettings
+from fluxjax.train.settings import (
+    ControlNetSettings,
+    Objective,
+    OptimizerSettings,
+    ValidationSettings,
+)
 
 RECIPES = Path(__file__).parents[1] / "train"
 
@@ -506,7 +515,7 @@ def test_precompute_says_how_far_it_is(recipe, tmp_path, capsys):
 
 def test_no_recipe_is_left_untried():
     tried = {"lora_dev", "lora_dev_nf4", "lora_kontext", "tiny_lora", "tiny_full", "full_8_chips"}
-    tried |= {"lora_fill", "lora_control", "lora_dev_clip"}
+    tried |= {"lora_fill", "lora_control", "lora_dev_clip", "controlnet"}
     tried |= {"lora_sd15", "lora_sdxl", "lora_sd3", "full_sd"}  # in test_diffusion_training.py
     # The embedded models' recipes have their own tests.
     assert {path.stem for path in RECIPES.glob("*.toml")} == tried | {
@@ -658,6 +667,57 @@ def test_a_lora_of_a_tool_turns_a_model_into_it(recipe, pictures, tmp_path, caps
     others = [("1.png", "2.png"), ("0.png", "3.png")] if fill else [("1.png",)]
     first = drawn("0.png", *(["2.png"] if fill else []))
     assert all((drawn(*files) != first).any() for files in others)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed`")  # diffusers' own
+def test_a_controlnet_is_a_copy_that_learns(recipe, pictures, tmp_path, capsys):
+    """It begins as diffusers' does, follows its picture after two steps, and goes on from there."""
+    model, small = Path(recipe.model), "--controlnet.layers 1 --controlnet.single-layers 1 "
+    theirs = FluxControlNetModel.from_transformer(
+        FluxTransformer2DModel.from_pretrained(model / "transformer"),
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=SMALL.transformer.attention_head_dim,
+        num_attention_heads=SMALL.transformer.num_attention_heads,
+    )
+    settings, mesh = ControlNetSettings(layers=1, single_layers=1), make_mesh("")
+    config = learnt_controlnet(settings, SMALL.transformer)
+    base = load_params(model, "transformer", SMALL.transformer, stacked=False, dtype=jnp.float32)
+    begun = initial_controlnet(settings, config, base, mesh, stacked=False)
+    save_params(tmp_path, "begun", begun, config, None)
+    mine = FluxControlNetModel.from_pretrained(tmp_path / "begun").state_dict()
+    expected = theirs.state_dict()
+    assert mine.keys() == expected.keys()
+    assert all(torch.equal(mine[name], expected[name]) for name in mine)
+    more = small + (
+        "--steps 2 --optimizer.name muon --optimizer.learning-rate 0.05 --optimizer.warmup 0 "
+        "--validation.every 2 --validation.batches 1 --validation.width 24 --validation.height 32 "
+        "--validation.steps 1 --validation.seeds 3 --validation.prompts star star "
+        "--accumulate 2 --mesh fsdp=2 --save-dtype float32 "
+        f"--validation.controls {pictures / '0.png'} {pictures / '1.png'}"
+    )
+    path = _run_recipe("controlnet", recipe, tmp_path / "run", capsys, more)
+    assert path == tmp_path / "run/controlnet"
+    again = export_run(tmp_path / "run", out=tmp_path / "again")
+    name = "diffusion_pytorch_model.safetensors"
+    assert (again / name).read_bytes() == (path / name).read_bytes()
+    moved = FluxControlNetModel.from_pretrained(path).state_dict()
+    assert all(not torch.equal(moved[name], mine[name]) for name in mine if "blocks" in name)
+    pipe = load_pipeline(recipe.model, controlnet=path)
+    size = {"width": 32, "height": 32, "seed": 3, "max_sequence_length": 32}
+    one, other = (
+        np.asarray(pipe("star", control=pictures / name, **size)[0]) for name in ("0.png", "1.png")
+    )
+    assert (one != other).any()
+    going_on = ControlNetSettings(start=str(path))
+    assert learnt_controlnet(going_on, SMALL.transformer) == config
+    params = initial_controlnet(going_on, config, base, mesh, stacked=False)
+    save_params(tmp_path, "going_on", params, config, None)
+    held = FluxControlNetModel.from_pretrained(tmp_path / "going_on").state_dict()
+    assert all(torch.equal(held[name], moved[name]) for name in moved)
+    with pytest.raises(ConfigError, match=r"follow control pictures: give data\.controls"):
+        _run_recipe("controlnet", recipe, tmp_path / "none", capsys, "--data.controls=")
 
 
 @pytest.mark.slow

@@ -107,8 +107,13 @@ class Control(NamedTuple):
 
     module: Any
     variables: Params
-    picture: Float[AnyArray, "b c h w"] | Float[AnyArray, "b height width 3"]
-    """Latents, or the pixels in [-1, 1] where the network has convolutions of its own."""
+    picture: (
+        Float[AnyArray, "b c h w"]
+        | Float[AnyArray, "b image packed"]
+        | Float[AnyArray, "b height width 3"]
+    )
+    """Latents, packed or not, or the pixels in [-1, 1] where the network has convolutions of its
+    own."""
     scale: Float[AnyArray, "*steps"]
     """Of its samples, in a `forward` or in each step of a run; where it is 0 nothing is computed.
     """

@@ -105,7 +105,8 @@ def _hoist(
 def _seen(control: Control) -> Array:
     """As the network takes it: pixels, or packed latents."""
     picture = jnp.asarray(control.picture)
-    return picture if control.module.config.sees_pixels else jnp.asarray(layout.pack(picture))
+    ready = control.module.config.sees_pixels or picture.ndim == 3
+    return picture if ready else jnp.asarray(layout.pack(picture))
 
 
 def _guidance(control: Control, extras: Extras) -> Any:

@@ -347,8 +347,9 @@ class Stages:
             self._params[component] = self._loaded(component)
         return self._params[component]
 
-    def use(self, component: str, params: Params) -> None:
-        """Take `params` in place of those that there are, of the same shapes."""
+    def use(self, component: str, params: Any) -> None:
+        """Take `params` in place of those that there are, of the same shapes; a component as of
+        `params`."""
         self._params[component] = params
 
     def prepare(

@@ -47,14 +47,16 @@ def export(
     step: int | None = None,
     out: Path | None = None,
 ) -> Path:
-    """A LoRA file with the recipe in its metadata, or a diffusers folder: the trained transformer
-    beside copies of the frozen networks. `frozen` as of `trained_networks.TrainedNetworks`.
+    """A LoRA file with the recipe in its metadata, a ControlNet's folder, or a pipeline's: the
+    trained transformer beside copies of the frozen networks; folders as diffusers has them.
+    `frozen` as of `trained_networks.TrainedNetworks`.
 
     All processes call it; the first one writes `out`, by default in the run's folder and with the
     step in its name, which is none for the end of the run. It appears whole or not at all.
     """
     lora = recipe.method == "lora"
-    name = ("lora" if lora else "pipeline") + ("" if step is None else f"_{step:07d}")
+    made = {"lora": "lora", "full": "pipeline", "controlnet": "controlnet"}[recipe.method]
+    name = made + ("" if step is None else f"_{step:07d}")
     path = out or recipe.folder / (f"{name}.safetensors" if lora else name)
     if lora:
         trained, scales = _on_first_host(trained), _on_first_host(frozen["scales"])
@@ -71,7 +73,10 @@ def export(
     params = _on_first_host(whole, jnp.dtype(recipe.save_dtype))
     if jax.process_index() == 0:
         with whole_or_nothing(path) as part:
-            _write_pipeline(part, recipe.model_folder, config, params)
+            if config.controlnets:
+                save_params(part.parent, part.name, params, config.controlnets[0], None)
+            else:
+                _write_pipeline(part, recipe.model_folder, config, params)
     return path
 
 

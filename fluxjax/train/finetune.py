@@ -37,7 +37,7 @@ from fluxjax.train.progress import Filling
 from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.shown_pictures import encode_shown, read_shown
 from fluxjax.train.step import Tree, make_step
-from fluxjax.train.task import learnt
+from fluxjax.train.task import channels_of, learnt
 from fluxjax.train.trained_networks import (
     TrainedNetworks,
     initial_state,
@@ -67,15 +67,16 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     seen = read_shown(recipe.validation, _validation_size(recipe, config), recipe.data)
     encoders = encoders or folder_encoders(recipe.model_folder)
     recipe, note = with_usable_cache(recipe)
+    joined = channels_of(config, task)
     with Filling() as report:
-        data = _open_data(recipe, recipe.data, encoders, mesh, task, report)
+        data = _open_data(recipe, recipe.data, encoders, mesh, joined, report)
         data.fill(report)
     prompts = None
     if recipe.validation.prompts:
         asked = [*recipe.validation.prompts]
         prompts = Prompts(data.captions(asked), data.ids(asked))
-    shown = encode_shown(seen, task, encoders.encode_each, encoders.mask_channels)
-    held = _held_out(recipe, data, encoders, mesh, task)
+    shown = encode_shown(seen, joined, encoders.encode_each, encoders.mask_channels)
+    held = _held_out(recipe, data, encoders, mesh, joined)
     # The encoders have done their work: their memory is the transformer's.
     encoders.release()
     nets = load_networks(recipe, base, config, mesh)
@@ -97,7 +98,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         recipe.objective,
         _apply(recipe, mesh),
         nets.encoders,
-        Learner.of(config),
+        Learner.of(config, nets.controlnet),
     )
     step = make_step(
         loss,
@@ -167,7 +168,7 @@ def _open_data(
     settings: DataSettings,
     encoders: Encoders,
     mesh: Mesh,
-    task: Task,
+    channels: tuple[str, ...],
     report: Report | None = None,
 ) -> Dataset:
     index, count = share_of_process(mesh, recipe.batch)
@@ -179,7 +180,7 @@ def _open_data(
         process_index=index,
         process_count=count,
         report=report,
-        channels=task.channels,
+        channels=channels,
         with_ids=bool(recipe.lora.text_encoders),
     )
 
@@ -201,14 +202,17 @@ def _shapes(tree: Tree) -> Any:
 
 
 def _held_out(
-    recipe: FinetuneRecipe, data: Dataset, encoders: Encoders, mesh: Mesh, task: Task
+    recipe: FinetuneRecipe,
+    data: Dataset,
+    encoders: Encoders,
+    mesh: Mesh,
+    channels: tuple[str, ...],
 ) -> list[DataBatch]:
     """The batches whose loss validation measures."""
     settings = recipe.validation
     if settings.source:
-        data = _open_data(
-            recipe, dataclasses.replace(recipe.data, source=settings.source), encoders, mesh, task
-        )
+        other = dataclasses.replace(recipe.data, source=settings.source)
+        data = _open_data(recipe, other, encoders, mesh, channels)
     return [data(step) for step in range(settings.batches if settings.every else 0)]
 
 
@@ -238,8 +242,6 @@ def _validation(
     def load(component: Any, part: Part = "all") -> Tree:
         assert part == "all", "nothing comes and goes here"
         network = getattr(config, component)
-        if component == "controlnets":
-            return network  # of which a model that is trained has none
         return load_params(
             recipe.model_folder,
             component,

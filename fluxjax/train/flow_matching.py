@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from fluxjax.config import PipelineConfig
 from fluxjax.families import family_of
-from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Tokens
+from fluxjax.families.family import AnyArray, Apply, Conditioning, Control, Extras, Family, Tokens
 from fluxjax.families.noise_path import FLOW, NoisePath
 from fluxjax.models.lora import adapt, join_scales, variables
 from fluxjax.models.names import flatten, unflatten
@@ -30,6 +30,7 @@ from fluxjax.train.objectives import (
 )
 from fluxjax.train.step import Tree
 
+CONTROLNET = "controlnet"
 _VALIDATION = 2**31 - 1  # folded into the seed: far from every step
 
 
@@ -38,7 +39,8 @@ class Rows(NamedTuple):
 
     Latents are packed as the network takes them: a sequence of tokens, or rows and columns.
     `reference`: latents of the pictures that these are made from. `mask`: what each latent of a
-    token (of FLUX 2 x 2) counts, 0 to 1. `channels`: what is joined to the latents'.
+    token (of FLUX 2 x 2) counts, 0 to 1. `channels`: what is joined to the latents', or what a
+    ControlNet sees.
     `ids`: token ids of the captions (`Family.tokenize`), for text encoders that learn.
     """
 
@@ -61,13 +63,19 @@ def predict(
     ids: Float[Array, "image axes"] | None,
     guidance: float,
     apply: Apply,
+    controlnet: nn.Module | None = None,
+    controlnet_params: Tree = None,
 ) -> Float[Array, "b *image c"]:
     """The family's forward, for a batch. A reference is as large as its picture, and stands where
-    that does but for the first axis."""
+    that does but for the first axis. A `controlnet` sees the rows' channels."""
     tokens = None
     if rows.reference is not None:
         tokens = Tokens(rows.reference, jnp.asarray(ids).at[:, 0].set(1.0))
     extras = Extras(ids, jnp.full(t.shape, guidance), tokens, rows.channels)
+    if controlnet is not None:
+        assert rows.channels is not None
+        seen = Control(controlnet, {"params": controlnet_params}, rows.channels, jnp.ones(()))
+        extras = extras._replace(channels=None, controls=(seen,))
     return family.forward(model, variables, x, t, rows.conditioning, extras, apply=apply)
 
 
@@ -107,11 +115,13 @@ def path_loss(
     t: Float[Array, "b"],
     ids: Float[Array, "image axes"] | None,
     apply: Apply,
+    *controlled: Any,
 ) -> Float[Array, ""]:
-    """The mean over rows at given times and noise."""
+    """The mean over rows at given times and noise. `controlled`: a ControlNet and its weights."""
     x = path.state(t).of(rows.latents, noise)
     told, guidance = path.told(t), objective.guidance
-    predicted = predict(family, model, variables, x, rows, told, ids, guidance, apply)
+    given = family, model, variables, x, rows, told, ids, guidance, apply
+    predicted = predict(*given, *controlled)
     bound = 0.0
     if path.learns_variance:
         predicted, values = jnp.split(predicted, 2, axis=-1)
@@ -120,7 +130,7 @@ def path_loss(
     return squared_error(predicted, target, error_weights(objective, path, rows, t)) + bound
 
 
-@partial(jax.jit, static_argnames=("family", "path", "model", "objective", "apply"))
+@partial(jax.jit, static_argnames=("family", "path", "model", "objective", "apply", "controlnet"))
 def fixed_loss(
     family: Family,
     path: NoisePath,
@@ -133,13 +143,16 @@ def fixed_loss(
     ids: Float[Array, "image axes"] | None,
     mu: Float[Array, ""],
     apply: Apply = nn.Module.apply,
+    controlnet: nn.Module | None = None,
+    controlnet_params: Tree = None,
 ) -> Float[Array, ""]:
     """The training loss at given quantiles of the timestep density, with noise by sample."""
     key = jax.random.fold_in(jax.random.key(seed), _VALIDATION)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows.index)
     noise = jax.vmap(lambda k: draw_noise(k, objective, rows.latents.shape[1:]))(keys)
     t = learnt_times(objective, path, quantiles, mu)
-    return path_loss(family, path, model, objective, variables, rows, noise, t, ids, apply)
+    given = family, path, model, objective, variables, rows, noise, t, ids, apply
+    return path_loss(*given, controlnet, controlnet_params)
 
 
 def assemble(
@@ -147,7 +160,7 @@ def assemble(
 ) -> dict[str, Tree]:
     """By component, parameters for `lora.variables`: LoRAs over their frozen bases, all three by
     component, or all of the `component` that draws in the compute dtype, of which `frozen["rest"]`
-    is what does not learn."""
+    is what does not learn; or a ControlNet beside it, where it is `frozen["base"]`."""
     if "params" in frozen:
         bases, scales = frozen["params"], frozen["scales"]
         return {
@@ -155,7 +168,10 @@ def assemble(
         }
     whole = unflatten({**flatten(frozen.get("rest", {})), **flatten(trained)})
     # Before layers are gathered, so that half the bytes travel.
-    return {component: jax.tree.map(lambda leaf: leaf.astype(model.dtype), whole)}  # pyright: ignore[reportAttributeAccessIssue]
+    cast = jax.tree.map(lambda leaf: leaf.astype(model.dtype), whole)  # pyright: ignore[reportAttributeAccessIssue]
+    if "base" in frozen:
+        return {component: frozen["base"], CONTROLNET: cast}
+    return {component: cast}
 
 
 class Learner(NamedTuple):
@@ -168,12 +184,15 @@ class Learner(NamedTuple):
     """How many there are."""
     silenced: Callable[[Conditioning, Any], Conditioning] | None = None
     """What is heard where some of them, by row, are not."""
+    controlnet: nn.Module | None = None
+    """That learns beside the network."""
 
     @classmethod
-    def of(cls, config: PipelineConfig) -> Learner:
+    def of(cls, config: PipelineConfig, controlnet: nn.Module | None = None) -> Learner:
         family = family_of(config.class_name)
         silenced = family.silenced and partial(family.silenced, config)
-        return cls(family.path(config), config.denoiser, len(config.text_encoders), silenced)
+        encoders = len(config.text_encoders)
+        return cls(family.path(config), config.denoiser, encoders, silenced, controlnet)
 
 
 _FLUX = Learner()
@@ -230,6 +249,7 @@ def finetune_loss(
         rows = rows._replace(conditioning=conditioning)
         t = learnt_times(objective, of.path, quantiles, mu)
         leaves = variables(params[of.component])
-        return path_loss(family, of.path, model, objective, leaves, rows, noise, t, ids, apply)
+        given = family, of.path, model, objective, leaves, rows, noise, t, ids, apply
+        return path_loss(*given, of.controlnet, params.get(CONTROLNET))
 
     return loss

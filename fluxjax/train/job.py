@@ -109,7 +109,9 @@ class _Training:
     def __init__(self, recipe: FinetuneRecipe, job: Job, progress: Progress) -> None:
         self.recipe, self.job, self.progress = recipe, job, progress
         self._frozen = {
-            name: job.frozen[name] for name in ("params", "scales", "rest") if name in job.frozen
+            name: job.frozen[name]
+            for name in ("params", "scales", "rest", "base")
+            if name in job.frozen
         }
         self._place = Placement(job.mesh, job.config)
         self._batches: Iterator[DataBatch] | None = None
@@ -197,14 +199,15 @@ def weights(state: TrainState) -> Tree:
 
 
 def _flops(recipe: FinetuneRecipe, config: PipelineConfig, rows: Rows) -> float:
-    """Of one step without what is computed twice; a LoRA needs no gradient of its base."""
-    passes = 2 if recipe.method == "lora" else 3
+    """Of one step without what is computed twice; what is frozen needs no gradient of its own."""
+    passes = 3 if recipe.method == "full" else 2
     pictures = (rows.latents, rows.reference)
     image = sum(math.prod(x.shape[1:-1]) for x in pictures if x is not None)
     text = rows.conditioning.sequence.shape[1]
-    network = config.networks[config.denoiser]
-    flops = network_of(network).flops
-    return recipe.batch * passes * flops(network, image, text) if flops else 0.0
+    each = [(config.networks[config.denoiser], passes), *((net, 3) for net in config.controlnets)]
+    known = [(network_of(network).flops, network, count) for network, count in each]
+    done = (count * flops(network, image, text) for flops, network, count in known if flops)
+    return recipe.batch * sum(done)
 
 
 def _draw_curve(folder: Path, say: Callable[[str], None]) -> None:

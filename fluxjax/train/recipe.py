@@ -15,10 +15,15 @@ from fluxjax.config.choices import Implementation, LoraNaming, Remat, SequenceAt
 from fluxjax.hub import find
 from fluxjax.quantised_kinds import KEEP, KINDS, NONE
 from fluxjax.train.data.settings import DataSettings
-from fluxjax.train.settings import Objective, OptimizerSettings, ValidationSettings
+from fluxjax.train.settings import (
+    ControlNetSettings,
+    Objective,
+    OptimizerSettings,
+    ValidationSettings,
+)
 from fluxjax.train.toml_file import build, check_values, nearest, read_toml, to_toml
 
-Method = Literal["lora", "full"]
+Method = Literal["lora", "full", "controlnet"]
 _MAX_COUNT = 2**31 - 4  # of rows in a run, and of steps: they are counted in int32
 _YEAR = 525600.0  # in minutes
 # What does not decide about the weights. Data and model have hashes of their own.
@@ -30,6 +35,7 @@ _NAMES = {"dora": "PEFT's", "lokr": "LyCORIS'"}
 _PLACES = {
     *("folder", "model", "data.source", "data.references", "data.masks", "data.cache"),
     *("data.fill_masks", "data.controls", "validation.source", "validation.references"),
+    "controlnet.start",
     *("validation.images", "validation.masks", "validation.controls"),
 }
 
@@ -42,7 +48,8 @@ class FinetuneRecipe:
     """tiny (the embedded model), a diffusers folder, or a hub's name (OWNER/NAME)."""
     folder: Path = Path("runs/finetune")
     method: Method = "lora"
-    """Train a LoRA over the frozen model, or all of the transformer (or UNet)."""
+    """Train a LoRA over the frozen model, all of the transformer (or UNet), or a ControlNet beside
+    the frozen model."""
     modules: tuple[str, ...] = ()
     """Of method full: the modules that learn, by their published names, the last parts of these or
     patterns, such as attn2; without any, all."""
@@ -66,7 +73,7 @@ class FinetuneRecipe:
     """Compute again in the backward pass: nothing, all but the dense layers, or every block."""
     attention: Implementation = "auto"
     ema_decay: float | None = None
-    """Averages the weights; 0 does not. By default 0.999 for full, 0 for a LoRA."""
+    """Averages the weights; 0 does not. By default 0 for a LoRA, else 0.999."""
     mesh: str = ""
     """Such as fsdp=4,tensor=2; the rest of the devices shares out the batch."""
     sequence: SequenceAttention = "auto"
@@ -85,6 +92,7 @@ class FinetuneRecipe:
     tensorboard: bool = False
     """Also write TensorBoard's event files."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    controlnet: ControlNetSettings = field(default_factory=ControlNetSettings)
     objective: Objective = field(default_factory=Objective)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -96,7 +104,7 @@ class FinetuneRecipe:
         kinds = (*KINDS, KEEP, NONE)
         if self.quantise not in kinds:
             raise ConfigError(f"quantise must be one of {', '.join(kinds)}, got {self.quantise!r}")
-        if self.method == "full" and self.quantise in KINDS:
+        if self.method != "lora" and self.quantise in KINDS:
             raise ConfigError(
                 f"quantise {self.quantise} is for the frozen base of a LoRA: what is "
                 "trained is float32"
@@ -128,11 +136,13 @@ class FinetuneRecipe:
                 f"a {self.lora.kind} is written in {_NAMES[self.lora.kind]} names: leave out "
                 f"lora_naming = {self.lora_naming!r}"
             )
-        if self.method == "lora" and self.modules:
+        if self.method == "controlnet" and self.data.pictures != {"control"}:
+            raise ConfigError("a ControlNet learns to follow control pictures: give data.controls")
+        if self.method != "full" and self.modules:
             raise ConfigError(
                 "modules are those that learn with method full; a LoRA's are lora.targets"
             )
-        if self.method == "full" and self.lora.text_encoders:
+        if self.method != "lora" and self.lora.text_encoders:
             raise ConfigError(
                 "lora.text_encoders learn as a LoRA does: with method full the transformer learns "
                 "alone"
@@ -156,7 +166,7 @@ class FinetuneRecipe:
 
     @property
     def decay(self) -> float:
-        default = 0.999 if self.method == "full" else 0.0
+        default = 0.0 if self.method == "lora" else 0.999
         return default if self.ema_decay is None else self.ema_decay
 
 

@@ -15,6 +15,26 @@ Schedule = Literal["constant", "cosine", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlNetSettings:
+    """Of a ControlNet that is trained. It begins as a copy of the model's first blocks, which adds
+    nothing yet."""
+
+    layers: int = 4
+    """Double blocks that are copied."""
+    single_layers: int = 4
+    """Single blocks, which may be none."""
+    start: str = ""
+    """A ControlNet's folder or file to go on from instead, which sees latents and has no modes."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.single_layers < 0:
+            raise ConfigError(
+                "a ControlNet has at least 1 double block and 0 single ones, got layers "
+                f"{self.layers} and single_layers {self.single_layers}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """Which times are drawn, how their errors weigh, what is left out; of a flow (FLUX, Stable
     Diffusion 3) or of a diffusion model, which predicts noise or v."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-from fluxjax.families import Task
 from fluxjax.sample.edges import canny_edges
 from fluxjax.sample.given_pictures import read_picture
 from fluxjax.sample.picture_inputs import Inputs
@@ -34,18 +33,19 @@ def read_shown(settings: ValidationSettings, size: tuple[int, int], data: DataSe
 
 def encode_shown(
     pictures: Pictures,
-    task: Task,
+    channels: tuple[str, ...],
     encoded: Callable[[np.ndarray], np.ndarray],
     mask_channels: Callable[[np.ndarray], np.ndarray],
 ) -> Inputs:
     """What the pipeline is given besides the prompts: a row for each of them.
 
+    `channels`: what is joined to the latents', in its order, see `families.Task`.
     `encoded`: (n, height, width, 3) in [-1, 1] -> latents; `mask_channels`: as `families.Family`'s.
     """
     if not pictures:
         return Inputs()
     joined = []
-    for name in task.channels:
+    for name in channels:
         if name == "control":
             joined.append(encoded(pictures[name]))
             continue

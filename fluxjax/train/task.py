@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config.flux_pipeline import require_flux
 from fluxjax.config.sampler import DEFAULTS
 from fluxjax.families import Task, family_of
+from fluxjax.train.learnt_controlnet import learnt_controlnet
 from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.settings import Objective
 
@@ -21,13 +23,16 @@ def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig
     """
     family, pictures = family_of(base.class_name), recipe.data.pictures
     config = family.widened(base, pictures)
+    if recipe.method == "controlnet":
+        net = learnt_controlnet(recipe.controlnet, require_flux(base, recipe.model).transformer)
+        config = dataclasses.replace(base, controlnets=(net,))
     try:
         task = family.find_task(config, pictures)
     except ConfigError as error:
         raise ConfigError(f"{recipe.model} cannot learn from these data: {error}") from None
     if task.keeps:
         raise ConfigError(f"{recipe.model} fills masks without having learnt it: leave out masks")
-    if config is not base:
+    if config is not base and not config.controlnets:
         config = dataclasses.replace(config, guidance=recipe.objective.guidance)
     config = _with_noise(recipe, config)
     _check(recipe.objective, config)
@@ -76,3 +81,9 @@ def _check(objective: Objective, config: PipelineConfig) -> None:
     for name, given in named.items():
         if given:
             raise ConfigError(f"objective.{name} is of {of}, and {config.class_name} is {other}")
+
+
+def channels_of(config: PipelineConfig, task: Task) -> tuple[str, ...]:
+    """What is encoded besides pictures and references: what is joined to the channels, or what a
+    ControlNet sees."""
+    return ("control",) if config.controlnets else task.channels

@@ -21,6 +21,7 @@ from fluxjax.models.stacking import scan_by_default
 from fluxjax.networks import network_of
 from fluxjax.parallel.rules import param_shardings, shardings_by_component, state_shardings
 from fluxjax.quantised_kinds import NONE
+from fluxjax.train.learnt_controlnet import initial_controlnet
 from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.step import TrainState, Tree, init_state
 from fluxjax.train.wider_input import added_inputs, widen
@@ -31,13 +32,14 @@ class TrainedNetworks(NamedTuple):
 
     `trained`: LoRAs by component over `frozen["params"]`, without `frozen["scales"]`, both by
     component too; or all of the network that draws, or of its modules those that learn, where
-    `frozen["rest"]` is what does not.
+    `frozen["rest"]` is what does not; or all of `controlnet`, beside `frozen["base"]`.
     """
 
     model: nn.Module
     encoders: dict[str, nn.Module]
     frozen: dict[str, Tree]
     trained: Tree
+    controlnet: nn.Module | None = None
 
 
 def load_networks(
@@ -48,8 +50,8 @@ def load_networks(
     name = config.denoiser
     before, after = base.networks[name], config.networks[name]
     stacked = scans(config)
-    stored = dtype if lora else jnp.dtype("float32")
-    model, _ = family_of(config.class_name).networks(
+    stored = jnp.dtype("float32") if recipe.method == "full" else dtype
+    model, controlnets = family_of(config.class_name).networks(
         config,
         "diffusers",
         dtype=dtype,
@@ -63,6 +65,10 @@ def load_networks(
     where = param_shardings(before, template, mesh)
     params = network.fill(template, dtype=stored, shardings=where)
     params = widen(params, before, after)
+    if controlnets:
+        (net,) = config.controlnets
+        trained = initial_controlnet(recipe.controlnet, net, params, mesh, stacked=stacked)
+        return TrainedNetworks(model, {}, {"base": params}, trained, controlnets[0])
     if not lora:
         trained, rest = apart(params, recipe.modules)
         return TrainedNetworks(model, {}, {"rest": rest} if rest else {}, trained)
@@ -166,5 +172,6 @@ def initial_state(
     if by_component:
         where: Any = shardings_by_component(config.networks, shapes, mesh)
     else:
-        where = state_shardings(config.networks[config.denoiser], shapes, mesh)
+        learns = config.controlnets or (config.networks[config.denoiser],)
+        where = state_shardings(learns[0], shapes, mesh)
     return jax.jit(start, out_shardings=where, donate_argnums=0)(trained)

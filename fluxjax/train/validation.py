@@ -19,11 +19,12 @@ from fluxjax.families.family import Apply, Conditioning, Guidance, Told
 from fluxjax.models.lora import variables
 from fluxjax.parallel.mesh import batch_sharding, gathered
 from fluxjax.picture_sheet import picture_sheet
+from fluxjax.sample.controls import ControlInput
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import override
-from fluxjax.train.flow_matching import Rows, fixed_loss
+from fluxjax.train.flow_matching import CONTROLNET, Rows, fixed_loss
 from fluxjax.train.settings import Objective, ValidationSettings
 from fluxjax.train.step import Tree
 from fluxjax.train.trained_networks import TrainedNetworks
@@ -61,6 +62,7 @@ class Validation:
         self.settings, self.objective = settings, objective
         self.mesh, self.batches, self.seed = mesh, batches, jnp.int32(seed)
         self._apply, self._encoders = apply, nets.encoders
+        self._controlnet = nets.controlnet
         self._prompts, self._shown, self._empty = prompts, shown, empty
         heard = partial(pipeline.family.encode_anew, nets.encoders, apply=apply)
         self._heard = jax.jit(heard)
@@ -98,6 +100,8 @@ class Validation:
                 ids,
                 mu,
                 self._apply,
+                self._controlnet,
+                params.get(CONTROLNET),
             )
             values.append(value)
         return float(np.mean(jax.device_get(values)))
@@ -120,6 +124,11 @@ class Validation:
         noise = pipeline.draw_noise(chosen, [*asked.seeds] * prompts, prompts * columns)
         denoiser, family = pipeline.config.denoiser, pipeline.family
         pipeline.use(denoiser, params[denoiser])
+        if CONTROLNET in params:
+            pipeline.use("controlnets", (params[CONTROLNET],))
+            assert shown.channels is not None, "validation.controls are one for each prompt"
+            seen = ControlInput(shown.channels.astype(pipeline.dtype))
+            shown = shown._replace(channels=None, controls=(seen,))
         guidance = chosen.guidance if asked.guidance is None else asked.guidance
         scale = family.scale(pipeline.config, Guidance(guidance))
         negative = None if scale is None else _repeated(self._empty, prompts * columns)

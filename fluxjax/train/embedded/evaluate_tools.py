@@ -81,7 +81,7 @@ def evaluate_tool(
         rows = [min(i, len(cases.prompts) - 1) for i in range(start, start + batch)]
         inputs: Inputs = encode_shown(
             {name: value[rows] for name, value in cases.pictures.items()},
-            learnt,
+            learnt.channels,
             pipeline.encode_pictures,
             lambda mask: pipeline.family.mask_channels(mask, pipeline.config),
         )
