@@ -171,9 +171,10 @@ def muon_dimensions(params: Tree) -> Tree:
     def spec(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
         names = _names(path)
         factor = names[-1] in FACTORS
-        # Of a clip's networks the layer itself is one name further in.
+        # Below a component's name, if there are several; of a clip's networks one name further in.
         ends = ("conv_in", "conv_out")
-        outer = names[0] in first_and_last or any(n.startswith(ends) for n in names[-3:-1])
+        outer = any(name in first_and_last for name in names[:2])
+        outer = outer or any(name.startswith(ends) for name in names[-3:-1])
         if (names[-1] != "kernel" and not factor) or (outer and not factor):
             return None
         if leaf.ndim not in (2, 3, 4, 5):

@@ -172,7 +172,7 @@ class FinetuneRecipe:
 
 def read_recipe(path: Path) -> Any:
     """The recipe in a TOML file: a `FinetuneRecipe`, or with task = "embedded" a `TinyRecipe`, with
-    "embedded-sd" a `TinySDRecipe`.
+    "embedded-sd" a `TinySDRecipe`, with "embedded-video" a `TinyVideoRecipe`.
 
     Raises ConfigError naming an unknown key and the nearest valid one, or a value of a wrong type.
     """
@@ -182,12 +182,15 @@ def read_recipe(path: Path) -> Any:
         from fluxjax.train.embedded.tiny import TinyRecipe as Recipe
     elif task == "embedded-sd":
         from fluxjax.train.embedded.unet import TinySDRecipe as Recipe
+    elif task == "embedded-video":
+        from fluxjax.train.embedded.tiny_video import TinyVideoRecipe as Recipe
     elif task == "finetune":
         Recipe = FinetuneRecipe
     else:
-        near = nearest(str(task), ("finetune", "embedded", "embedded-sd"))
+        known = ("finetune", "embedded", "embedded-sd", "embedded-video")
         raise ConfigError(
-            f"{path}: task must be finetune, embedded or embedded-sd, got {task!r}{near}"
+            f"{path}: task must be one of {', '.join(known)}, got {task!r}"
+            f"{nearest(str(task), known)}"
         )
     return build(Recipe, values, str(path))
 

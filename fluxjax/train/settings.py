@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from fluxjax.config import ConfigError
@@ -87,6 +87,36 @@ class Objective:
         for name in ("std", "shift"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionKinds:
+    """How often each kind of condition is drawn for a clip, relative to each other; by default as
+    Open-Sora's second stage draws them. 0 is never."""
+
+    t2v: float = 1.0
+    """Nothing is given."""
+    i2v_head: float = 5.0
+    """The first frame."""
+    i2v_loop: float = 1.0
+    """The first and the last frame."""
+    i2v_tail: float = 1.0
+    """The last frame."""
+    v2v_head: float = 0.0
+    """The first 33 frames, of clips that are longer."""
+    v2v_tail: float = 0.0
+    v2v_head_easy: float = 0.0
+    """The first 65 frames, of clips that are longer."""
+    v2v_tail_easy: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.weights.values()) < 0 or not sum(self.weights.values()):
+            raise ConfigError("kinds must not be negative, and one of them must be above 0")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By name, in the order of the fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)

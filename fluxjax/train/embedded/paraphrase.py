@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_flux, save_params
-from fluxjax.config import FluxPipelineConfig
+from fluxjax.config import FluxPipelineConfig, OpenSoraPipelineConfig
 from fluxjax.families.flux import PromptIds, encode_prompts
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
@@ -85,7 +85,7 @@ class Lesson(NamedTuple):
     other: Float[Array | np.ndarray, "b teacher"]
 
 
-def open_encoders(folder: Path, config: FluxPipelineConfig) -> Encoders:
+def open_encoders(folder: Path, config: FluxPipelineConfig | OpenSoraPipelineConfig) -> Encoders:
     """The encoders in a pipeline folder, in float32."""
 
     def params(component: Any, part: Any) -> Tree:

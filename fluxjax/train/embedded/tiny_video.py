@@ -1,0 +1,179 @@
+"""Trains the embedded model of clips: autoencoder, then transformer and text encoders, export.
+
+The text encoders begin as those of the embedded model of pictures. Every stage leaves its result
+under the run's folder and is skipped once it is there, so the same command goes on where it was
+stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fluxjax.atomic_write import write_bytes
+from fluxjax.checkpoint.pipeline_folder import load_params, save_params, write_config
+from fluxjax.checkpoint.training_state import read_state
+from fluxjax.config import (
+    TINY,
+    CausalAutoencoderConfig,
+    ConfigError,
+    OpenSoraConfig,
+    OpenSoraPipelineConfig,
+)
+from fluxjax.file_hash import hash_files
+from fluxjax.hub import find
+from fluxjax.models.causal_autoencoder import CausalAutoencoder
+from fluxjax.train.embedded.clip_autoencoder import (
+    ClipAutoencoderStage,
+    clip_latents_scale,
+    drawn_clips,
+    train_clip_autoencoder,
+)
+from fluxjax.train.embedded.clip_transformer import (
+    ClipExamples,
+    ClipTransformerStage,
+    train_clip_transformer,
+)
+from fluxjax.train.embedded.paraphrase import open_encoders
+from fluxjax.train.loop import CHECKPOINTS, run_folder
+from fluxjax.train.recipe import recipe_toml
+from fluxjax.train.step import Tree
+
+_ENCODERS = {"text_encoder": "clip", "text_encoder_2": "t5"}  # and what training calls them
+_MEASURED = 256  # clips whose latents say how they are scaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyVideoRecipe:
+    """All stages of the embedded model of clips. `folder` receives checkpoints, metrics and the
+    pipeline; `texts` is the model whose text encoders and tokenizers are taken."""
+
+    task: ClassVar[str] = "embedded-video"
+
+    folder: Path = Path("runs/tiny_video")
+    texts: str = "tiny"
+    frames: int = 9
+    side: int = 48
+    fps: int = 8
+    autoencoder: ClipAutoencoderStage = field(default_factory=ClipAutoencoderStage)
+    transformer: ClipTransformerStage = field(default_factory=ClipTransformerStage)
+
+    @property
+    def pipeline(self) -> Path:
+        """The finished pipeline folder."""
+        return self.folder / "pipeline"
+
+    @property
+    def config(self) -> OpenSoraPipelineConfig:
+        """Of the pipeline, with latents that are not scaled yet."""
+        stage, vae, texts = self.transformer, self.autoencoder.config, TINY
+        return OpenSoraPipelineConfig(
+            transformer=OpenSoraConfig(
+                in_channels=vae.latent_channels,
+                out_channels=vae.latent_channels,
+                num_layers=stage.layers,
+                num_single_layers=stage.single_layers,
+                attention_head_dim=32,
+                num_attention_heads=stage.heads,
+                joint_attention_dim=texts.text_encoder_2.d_model,
+                pooled_projection_dim=texts.text_encoder.hidden_size,
+                axes_dims_rope=(8, 12, 12),
+                patch_size=1,
+            ),
+            vae=vae,
+            text_encoder=texts.text_encoder,
+            text_encoder_2=texts.text_encoder_2,
+            max_sequence_length=48,
+            steps=25,
+            guidance=4.0,
+            image_guidance=2.0,
+            motion=None,
+            width=self.side,
+            height=self.side,
+            frames=self.frames,
+            fps=self.fps,
+        )
+
+    def train(self) -> Path:
+        """Runs what is not done yet; returns the folder of the finished pipeline."""
+        with run_folder(self.folder):
+            write_bytes(self.folder / "recipe.toml", recipe_toml(self).encode())
+            return _train_stages(self)
+
+    def export(self, out: Path) -> Path:
+        """The pipeline as of the transformer's newest checkpoint, which may still go on."""
+        checkpoints = self.folder / "transformer" / CHECKPOINTS
+        if not checkpoints.is_dir():
+            raise ConfigError(f"{self.folder} has no checkpoint of the transformer yet")
+        _, learnt = read_state(checkpoints, "ema")
+        return _write_pipeline(self, _trained_autoencoder(self), learnt, out)
+
+
+def _train_stages(recipe: TinyVideoRecipe) -> Path:
+    vae = _trained_autoencoder(recipe)
+    config, texts = replace(recipe.config, vae=vae), find(recipe.texts)
+    # The encoders read what they did before, at another length: those of the pipeline are what they
+    # become, and a run that is stopped begins again with the same.
+    encoders = open_encoders(texts, config)
+    params = load_params(recipe.folder, "vae", vae, stacked=False, dtype=jnp.float32)
+    examples = ClipExamples(
+        config,
+        recipe.transformer,
+        clip_encoder(vae, params),
+        encoders,
+        recipe.folder / "examples",
+        hash_files(recipe.folder, ("vae",))[:16],
+    )
+    if not (recipe.pipeline / "model_index.json").is_file():
+        learnt = train_clip_transformer(
+            config, recipe.transformer, encoders, examples, recipe.folder / "transformer"
+        )
+        _write_pipeline(recipe, vae, learnt, recipe.pipeline)
+    return recipe.pipeline
+
+
+def _trained_autoencoder(recipe: TinyVideoRecipe) -> CausalAutoencoderConfig:
+    """Trains it if it is not there yet, and scales latents so that their mean square is 1."""
+    stage, config, folder = recipe.autoencoder, recipe.autoencoder.config, recipe.folder
+    scaled = folder / "latents.json"
+    if not scaled.is_file():
+        params = train_clip_autoencoder(stage, recipe.frames, recipe.side, folder / "autoencoder")
+        clips = drawn_clips(0, _MEASURED, recipe.frames, recipe.side)
+        scale = clip_latents_scale(CausalAutoencoder(config), params, clips)
+        save_params(folder, "vae", params, config, jnp.float16)
+        scaled.write_text(json.dumps({"scaling_factor": round(scale, 4)}))
+    return replace(config, **json.loads(scaled.read_text()))
+
+
+def _write_pipeline(
+    recipe: TinyVideoRecipe, vae: CausalAutoencoderConfig, learnt: Mapping[str, Tree], folder: Path
+) -> Path:
+    """A pipeline folder in float16; the index, by which it is known to be whole, comes last."""
+    config, texts = replace(recipe.config, vae=vae), find(recipe.texts)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(texts / name, folder / name, dirs_exist_ok=True)
+    shutil.copytree(recipe.folder / "vae", folder / "vae", dirs_exist_ok=True)
+    for name, part in (("transformer", "transformer"), *_ENCODERS.items()):
+        save_params(folder, name, learnt[part], getattr(config, name), jnp.float16)
+    write_config(folder, config)
+    return folder
+
+
+def clip_encoder(config: CausalAutoencoderConfig, params: Any):
+    """Clips (n, frames, h, w, 3) to scaled posterior means (n, c, frames, h, w)."""
+    model = CausalAutoencoder(config)
+
+    @jax.jit
+    def encode(clips: Array) -> Array:
+        posterior: Any = model.apply({"params": params}, clips, method=model.encode)
+        return jnp.moveaxis(posterior.mean * config.latent_factor, -1, 1)
+
+    return encode

@@ -1,0 +1,169 @@
+"""Training of the embedded model of clips: conditions, Open-Sora's objective, all of its stages."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fluxjax.checkpoint.pipeline_folder import load_params, read_config
+from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.config import ConfigError
+from fluxjax.hub import tiny_folder
+from fluxjax.models.latents import pack_video, text_ids, video_ids
+from fluxjax.train.embedded.clip_autoencoder import ClipAutoencoderStage
+from fluxjax.train.embedded.clip_transformer import (
+    ClipRows,
+    ClipTransformerStage,
+    clip_loss,
+    init_clip_transformer,
+    told,
+)
+from fluxjax.train.embedded.moving_captions import moving_captions
+from fluxjax.train.embedded.moving_scenes import sample_moving_scenes
+from fluxjax.train.embedded.paraphrase import open_encoders
+from fluxjax.train.embedded.tiny_video import TinyVideoRecipe
+from fluxjax.train.given_clips import conditions, draw_kind
+from fluxjax.train.recipe import read_recipe
+from fluxjax.train.settings import ConditionKinds
+
+SMALL = TinyVideoRecipe(
+    frames=5,
+    side=16,
+    autoencoder=ClipAutoencoderStage(
+        widths=(4, 4, 4, 4), steps=2, small_steps=1, small_side=16, small_batch=1, batch=1
+    ),
+    transformer=ClipTransformerStage(
+        layers=1, single_layers=0, heads=1, steps=2, decay_steps=1, batch=2, first_chunks=1
+    ),
+)
+WHOLE = Path(__file__).parents[1] / "train" / "tiny_video.toml"
+
+
+def test_kinds_are_drawn_as_often_as_asked_for():
+    rng = np.random.default_rng(0)
+    found = Counter(draw_kind(ConditionKinds(), rng, 33) for _ in range(4000))
+    assert set(found) == {"t2v", "i2v_head", "i2v_loop", "i2v_tail"}
+    assert abs(found["i2v_head"] / 4000 - 5 / 8) < 0.03
+    assert abs(found["t2v"] / 4000 - 1 / 8) < 0.03
+    assert {draw_kind(ConditionKinds(), rng, 1) for _ in range(9)} == {"t2v"}
+
+
+def test_a_clip_is_given_no_more_than_it_has_and_only_for_itself():
+    rng, kinds = np.random.default_rng(0), ConditionKinds(t2v=0.0, v2v_head=1e6)
+    assert draw_kind(kinds, rng, 9) != "v2v_head"
+    assert draw_kind(kinds, rng, 10) == "v2v_head"
+    long = ConditionKinds(t2v=0.0, i2v_head=0.0, i2v_loop=0.0, i2v_tail=0.0, v2v_head_easy=1.0)
+    with pytest.raises(ConfigError, match="17 latent frames is too short for v2v_head_easy"):
+        draw_kind(long, rng, 17)
+    with pytest.raises(ConfigError, match="one of them must be above 0"):
+        ConditionKinds(t2v=0.0, i2v_head=0.0, i2v_loop=0.0, i2v_tail=0.0)
+
+
+def test_each_sample_has_its_own_condition():
+    rng = np.random.default_rng(0)
+    shape, head, tail = (2, 3, 2, 2), rng.normal(size=(2, 1, 2, 2)), rng.normal(size=(2, 1, 2, 2))
+    kinds = ["t2v", "i2v_head", "i2v_loop"]
+    found = conditions(kinds, shape, [head] * 3, [tail] * 3)
+    assert found.shape == (3, 3, 3, 2, 2)
+    np.testing.assert_array_equal(found[:, 0, :, 0, 0], [[0, 0, 0], [1, 0, 0], [1, 0, 1]])
+    assert not found[0].any()
+    np.testing.assert_allclose(found[1, 1:, :1], head, rtol=1e-6)
+    np.testing.assert_allclose(found[2, 1:, 2:], tail, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_no_caption_is_cut():
+    recipe = read_recipe(WHOLE)
+    encoders = open_encoders(tiny_folder(), recipe.config)
+    texts = moving_captions(sample_moving_scenes(0, 2048), 0)
+    texts += ["a purple triangle moves to the right and an orange triangle moves to the left "]
+    texts[-1] += "on a navy blue background"
+    read = encoders.t5_tokenizer([told(text, recipe.config) for text in texts], encoders.length)
+    assert not any(read.removed)
+
+
+@pytest.mark.slow
+def test_the_model_is_small_enough():
+    config = read_recipe(WHOLE).config
+    total = sum(parameter_count(abstract_params(part)) for part in config.networks.values())
+    files = sum(f.stat().st_size for f in tiny_folder().glob("tokenizer*/*"))
+    assert 2 * total + files < 12e6
+
+
+@pytest.fixture(scope="module")
+def learning():
+    """(model, encoders, their parameters, rows)."""
+    config = SMALL.config
+    encoders = open_encoders(tiny_folder(), config)
+    model, params = init_clip_transformer(config, 0)
+    # The network's last layer, and the condition's, begin at zero.
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(2, 16, 2, 2, 2)).astype(np.float32)
+    condition = rng.normal(size=(2, 17, 2, 2, 2)).astype(np.float32)
+    ids = encoders.ids(["a red circle moving left", "a blue star growing"])
+    rows = ClipRows(latents, condition, ids, encoders.ids([""]))
+    return model, encoders, {**encoders.params, "transformer": params}, rows
+
+
+@pytest.mark.slow
+def test_the_objective_is_open_soras(learning):
+    model, encoders, params, rows = learning
+    key, shift = jax.random.key(5), 1.7
+    found = float(clip_loss(model, encoders, 0.0)(params, key, rows, jnp.float32(shift)))
+    keys = jax.random.split(key, 4)
+    s = np.asarray(jax.nn.sigmoid(jax.random.normal(keys[0], (2,))))
+    t = shift * s / (1 + (shift - 1) * s)
+    noise, data = np.asarray(jax.random.normal(keys[1], rows.latents.shape)), rows.latents
+    r = (1 - t)[:, None, None, None, None]
+    x = r * data + (1 - (1 - 1e-5) * r) * noise
+    heard = encoders.t5.apply({"params": params["t5"]}, jnp.asarray(rows.ids.t5))
+    pooled = encoders.clip.apply(
+        {"params": params["clip"]}, jnp.asarray(rows.ids.clip)
+    ).pooler_output
+    predicted = model.apply(
+        {"params": params["transformer"]},
+        jnp.asarray(pack_video(x.astype(np.float32), 1)),
+        pack_video(jnp.asarray(rows.condition), 1),
+        heard,
+        pooled,
+        jnp.asarray(t, jnp.float32),
+        video_ids(2, 2, 2, 1),
+        text_ids(heard.shape[1]),
+    )
+    wanted = np.asarray(pack_video((1 - 1e-5) * noise - data, 1))
+    assert found == pytest.approx(float(np.square(predicted - wanted).mean()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_dropped_texts_are_the_empty_prompts(learning):
+    model, encoders, params, rows = learning
+    key, shift = jax.random.key(5), jnp.float32(1.0)
+    blank = rows._replace(ids=jax.tree.map(lambda x: np.repeat(x, 2, axis=0), rows.empty))
+    dropped = clip_loss(model, encoders, 1.0)(params, key, rows, shift)
+    heard = clip_loss(model, encoders, 0.0)
+    np.testing.assert_allclose(dropped, heard(params, key, blank, shift), rtol=1e-6)
+    assert abs(float(heard(params, key, rows, shift) - dropped)) > 1e-4
+
+
+@pytest.mark.slow
+def test_all_stages_run_go_on_and_leave_a_pipeline(tmp_path):
+    recipe = replace(SMALL, folder=tmp_path / "run")
+    folder = recipe.train()
+    config = read_config(folder)
+    scale = config.vae.scaling_factor
+    assert scale > 0
+    assert config == replace(recipe.config, vae=replace(recipe.config.vae, scaling_factor=scale))
+    for name, network in config.networks.items():
+        load_params(folder, name, network, stacked=False)
+    kept = recipe.export(tmp_path / "kept")
+    for file in folder.rglob("*.safetensors"):
+        assert (kept / file.relative_to(folder)).read_bytes() == file.read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert recipe.train() == folder  # nothing is left to do
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
