@@ -1,6 +1,7 @@
 """LoRAs of Stable Diffusion and XL drawn, merged and written: the pictures of diffusers."""
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -14,8 +15,8 @@ from fluxjax.config import ConfigError
 from fluxjax.convert.__main__ import main as convert
 
 PROMPT = "a red circle"
-SIZE = {"width": 32, "height": 32}
-OURS = {"steps": 2, "seed": 3, "guidance": 4.0, **SIZE}
+SIZE: dict[str, Any] = {"width": 32, "height": 32}
+OURS: dict[str, Any] = {"steps": 2, "seed": 3, "guidance": 4.0, **SIZE}
 FOLDERS = {
     "sd": (save_stable_diffusion, diffusers.StableDiffusionPipeline, ("lora_te_text_model_",)),
     "xl": (

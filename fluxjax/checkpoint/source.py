@@ -188,6 +188,9 @@ def open_source(
     if not path.is_dir():
         return open_file(path, config, family=family)
     parts = weights_of(path)
+    if parts.keys() == {""} and parts[""].is_file():
+        own = path / "config.json"
+        return open_file(parts[""], config or network_config(read_json(own), own), family=family)
     if parts.keys() == {""}:
         network = open_folder(path, config=config, family=family)
         return {network.component: network}

@@ -43,8 +43,17 @@ def _has_weights(folder: Path) -> bool:
     )
 
 
+def _only_weights(folder: Path) -> Path | None:
+    """Of a folder of one network: itself, or the one GGUF file beside its config.json."""
+    files = sorted(folder.glob("*.gguf")) if (folder / "config.json").is_file() else []
+    if _has_weights(folder):
+        return folder
+    return files[0] if len(files) == 1 else None
+
+
 def weights_of(folder: Path) -> dict[str, Path]:
-    """Each network of a checkpoint folder: its folder or its single file. "": the folder is one.
+    """Each network of a checkpoint folder: its folder or its single file. "": the folder is
+    that of one network.
 
     Raises FileNotFoundError, or ValueError for a folder of pickles.
     """
@@ -52,8 +61,10 @@ def weights_of(folder: Path) -> dict[str, Path]:
         known = dict.fromkeys((*pipeline_class(folder).components, *SINGLE_FILES))
         index = read_json(folder / "model_index.json")
         parts = [part for part in known if index.get(part) not in (None, [None, None])]
-    elif _has_weights(folder) and not any(single_files(folder, part) for part in SINGLE_FILES):
-        return {"": folder}
+    elif not any(single_files(folder, part) for part in SINGLE_FILES) and (
+        found := _only_weights(folder)
+    ):
+        return {"": found}
     else:
         parts = [part for part in SINGLE_FILES if single_files(folder, part)]
         parts += [part for part in SINGLE_FILES if part not in parts]

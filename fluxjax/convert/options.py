@@ -47,9 +47,9 @@ class Options:
     """The form to write: of a model the first three (diffusers, or with --quantise the one that
     holds the codes, where nothing is said), of a LoRA the others."""
     quantise: _Kind = None
-    """Keep the products of the transformer's and T5's blocks in 8 bits or less: int8 and nf4 as
-    diffusers folders (bitsandbytes), fp8 as ComfyUI's scaled files, the others as GGUF; each also
-    with --to orbax."""
+    """Keep the products of the transformer's (or UNet's) and T5's blocks in 8 bits or less: int8
+    and nf4 as diffusers folders (bitsandbytes), fp8 as ComfyUI's scaled files, the others as GGUF;
+    each also with --to orbax."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Cast all tensors; keep changes no value (scaled fp8 becomes bfloat16, and fp8 again)."""
     lora: _Loras = ()

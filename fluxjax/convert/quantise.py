@@ -24,9 +24,6 @@ assert get_args(Kind) == KINDS
 FORMS: dict[str, Literal["diffusers", "bfl"]] = {"int8": "diffusers", "nf4": "diffusers"}
 # llama.cpp's numbers of what most tensors of a file are.
 _FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k": 14, "q5_k": 16, "q6_k": 18}
-_ARCHITECTURES = {"transformer": "flux", "text_encoder_2": "t5encoder"}
-COMPONENTS = tuple(_ARCHITECTURES)
-"""What is quantised. CLIP is small, and other programs expect it in 16 bits."""
 
 
 def is_gguf_kind(kind: str | None) -> bool:
@@ -177,10 +174,18 @@ def bitsandbytes_config(tensors: Mapping[str, Tensor], kind: str) -> dict[str, A
     }
 
 
-def gguf_keys(component: str, kind: str, saved: str) -> dict[str, str | int]:
-    """Key-values of a file; `saved` is our own text."""
+def gguf_keys(config: Any, kind: str, saved: str) -> dict[str, str | int]:
+    """Key-values of a network's file; `saved` is our own text. Raises ConfigError for one that
+    nobody keeps in GGUF."""
+    description = network_of(config)
+    architecture = description.gguf_architecture(config)
+    if not architecture:
+        raise ConfigError(
+            f"there are no GGUF files of a {description.words}: quantise it to int8, nf4 or fp8, "
+            "or give --to orbax"
+        )
     return {
-        "general.architecture": _ARCHITECTURES[component],
+        "general.architecture": architecture,
         "general.quantization_version": 2,
         "general.file_type": _FILE_TYPES[kind],
         "fluxjax": saved,

@@ -21,7 +21,6 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.checkpoint.weights_location import PARAMS
 from fluxjax.convert.quantise import (
-    COMPONENTS,
     FORMS,
     bitsandbytes_config,
     gguf_keys,
@@ -83,7 +82,8 @@ def plan_weights(
 def _plan_network(
     network: OpenNetwork, target: Target, mesh: MeshShape | None, kind: str | None, folder: Path
 ) -> Weights:
-    if kind is None or network.component not in COMPONENTS:
+    known = network_of(network.config)
+    if kind is None or not (known.quantised and known.quantised_files):
         return _plan(network, target, mesh, folder)
     if target == "orbax":
         return _plan_codes(network, kind, mesh, folder)
@@ -103,7 +103,7 @@ def _plan_quantised(network: OpenNetwork, kind: str, folder: Path) -> Weights:
     saved = json.dumps({"config": config_json(network.config)})
     file = Path(description.file_name(network.config))
     if gguf:
-        keys = gguf_keys(network.component, kind, saved)
+        keys = gguf_keys(network.config, kind, saved)
         tensors = dict(sorted(tensors.items()))
         return Weights("gguf", file.with_suffix(".gguf"), tensors, {}, keys)
     if name == "bfl":

@@ -260,6 +260,7 @@ CLIP_TEXT = Network(
     prefixes=("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
     files="clip_l*.safetensors",
     file_name=lambda config: "clip_l.safetensors",
+    quantised_files=False,
     quantised=r"text_model\.encoder\.layers\.\d+\.(self_attn|mlp)\..*\.weight",
     scanned=("layers",),
     fit=_fit_text,

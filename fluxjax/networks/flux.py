@@ -359,6 +359,7 @@ FLUX = Network(
     file_name=lambda config: f"flux1-{_variant(config)}.safetensors",
     before_steps=r"time_text_embed\..*|norm_out\.linear\..*|"
     r"(single_)?transformer_blocks\.\d+\.norm(1|1_context)?\.linear\..*",
+    gguf_architecture=lambda config: "flux",
     quantised=r"(single_)?transformer_blocks\.\d+\.(attn\.(?!norm)|ff|proj_).*\.weight",
     scanned=("transformer_blocks", "single_transformer_blocks"),
     token_split=TokenSplit(

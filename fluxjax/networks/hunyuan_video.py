@@ -293,6 +293,7 @@ HUNYUAN_VIDEO = Network(
     prefixes=("model.model.",),
     file_name=lambda config: "hunyuan_video.safetensors",
     before_steps=flux.FLUX.before_steps,
+    gguf_architecture=lambda config: "hyvid",
     quantised=flux.FLUX.quantised,
     scanned=flux.FLUX.scanned,
     token_split=TokenSplit(

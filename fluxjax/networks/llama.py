@@ -168,6 +168,7 @@ LLAMA = Network(
     roles=_ROLES,
     prefixes=("llama.transformer.",),
     file_name=lambda config: "language_model.safetensors",
+    quantised_files=False,
     quantised=r"layers\.\d+\.(self_attn|mlp)\..*_proj\.weight",
     scanned=("layers",),
     tokenizer="LlamaTokenizerFast",

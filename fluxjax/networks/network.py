@@ -136,6 +136,11 @@ class Network:
     quantised: str = ""
     """Names of the matrices that are kept in few bits where that is asked for, as a regular
     expression: the blocks' products. Embedders, norms, modulations and last layers are not."""
+    quantised_files: bool = True
+    """Whether `convert` quantises it: others expect CLIP, which is small, in 16 bits, and Llama in
+    its own GGUF names."""
+    gguf_architecture: Callable[[Any], str] = lambda config: ""
+    """configuration -> what GGUF files of it say that they are, "" where there are none."""
     before_steps: str = ""
     """Names of the parameters that a run needs only before its first step, as a regular expression:
     what modulates all of its steps."""

@@ -293,6 +293,7 @@ SD3 = Network(
     family="Stable Diffusion 3",
     prefixes=("model.diffusion_model.",),
     file_name=lambda config: "sd3_transformer.safetensors",
+    gguf_architecture=lambda config: "sd3",
     quantised=r"transformer_blocks\.\d+\.(attn2?\.(?!norm)|ff).*\.weight",
     scanned=("transformer_blocks",),
     token_split=TokenSplit(

@@ -165,6 +165,7 @@ T5 = Network(
     prefixes=("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
     files="t5*xxl*.safetensors",
     file_name=lambda config: "t5xxl.safetensors",
+    gguf_architecture=lambda config: "t5encoder",
     quantised=r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\..*)\.weight",
     scanned=("block",),
     # OneTrainer counts FLUX's text encoders from 1, kohya also those that FLUX has not.

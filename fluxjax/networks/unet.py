@@ -357,6 +357,8 @@ UNET = Network(
     ),
     roles=_ROLES,
     file_name=lambda config: "unet.safetensors",
+    gguf_architecture=lambda config: "sdxl" if config.addition_embed_type else "sd1",
+    quantised=r".*\.transformer_blocks\.\d+\.(attn|ff).*\.weight",
     adapter_prefixes=(
         "model.diffusion_model.",
         "diffusion_model.",

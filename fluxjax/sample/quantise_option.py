@@ -5,7 +5,13 @@ from __future__ import annotations
 from fluxjax.config import ConfigError
 from fluxjax.quantised_kinds import KEEP, LOADED, NONE
 
-NETWORKS: tuple[str, ...] = ("transformer", "unet", "text_encoder", "text_encoder_2")
+NETWORKS: tuple[str, ...] = (
+    "transformer",
+    "unet",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)
 
 
 def parse_quantise(text: str) -> dict[str, str]:
