@@ -1,5 +1,6 @@
 """Training of the embedded model of clips: conditions, Open-Sora's objective, all of its stages."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import abstract_params, parameter_count
 from fluxjax.config import ConfigError
+from fluxjax.families.noise_path import OPEN_SORA_FLOW
 from fluxjax.hub import tiny_folder
 from fluxjax.models.latents import pack_video, text_ids, video_ids
 from fluxjax.train.embedded.clip_autoencoder import ClipAutoencoderStage
@@ -27,8 +30,9 @@ from fluxjax.train.embedded.moving_scenes import sample_moving_scenes
 from fluxjax.train.embedded.paraphrase import open_encoders
 from fluxjax.train.embedded.tiny_video import TinyVideoRecipe
 from fluxjax.train.given_clips import conditions, draw_kind
+from fluxjax.train.objectives import learnt_times
 from fluxjax.train.recipe import read_recipe
-from fluxjax.train.settings import ConditionKinds
+from fluxjax.train.settings import ConditionKinds, Objective
 
 SMALL = TinyVideoRecipe(
     frames=5,
@@ -73,6 +77,23 @@ def test_each_sample_has_its_own_condition():
     assert not found[0].any()
     np.testing.assert_allclose(found[1, 1:, :1], head, rtol=1e-6)
     np.testing.assert_allclose(found[2, 1:, 2:], tail, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_times_noise_and_target_are_as_recorded(shared):
+    file = shared / "goldens/opensora_conditions.safetensors"
+    with safe_open(file, "np") as opened:
+        config = json.loads(opened.metadata()["config"])
+        recorded = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    normal, data, noise = (jnp.asarray(recorded[f"inputs.{n}"]) for n in ("normal", "x_0", "x_1"))
+    quantiles = jax.scipy.special.ndtr(normal)
+    mu = jnp.log(jnp.float32(config["alpha"]))
+    t = learnt_times(Objective(), OPEN_SORA_FLOW, quantiles, mu)
+    np.testing.assert_allclose(t, recorded["outputs.t"], rtol=1e-5)
+    x = OPEN_SORA_FLOW.state(t).of(data, noise)
+    np.testing.assert_allclose(x, recorded["outputs.x_t"], rtol=1e-4, atol=1e-5)
+    target = OPEN_SORA_FLOW.target(t).of(data, noise)
+    np.testing.assert_allclose(target, recorded["outputs.target"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

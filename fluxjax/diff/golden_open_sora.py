@@ -21,7 +21,7 @@ from fluxjax.diff.recordings import (
     Recording,
 )
 from fluxjax.diff.report import Row, compare
-from fluxjax.models import video_condition
+from fluxjax.families.noise_path import OPEN_SORA_FLOW
 from fluxjax.models.latents import pack_video, text_ids, unpack_video
 from fluxjax.models.open_sora import OpenSoraTransformer
 from fluxjax.models.video_condition import VideoCondition, given_frames, given_lengths, put_back
@@ -140,8 +140,8 @@ def _conditions(recording: Recording) -> Arrays:
     t = jax.nn.sigmoid(normal)
     ours["t"] = t = alpha * t / (1.0 + (alpha - 1.0) * t)
     data, noise = jnp.asarray(inputs["x_0"]), jnp.asarray(inputs["x_1"])
-    ours["x_t"] = video_condition.noised(data, noise, t)
-    ours["target"] = video_condition.target(data, noise)
+    ours["x_t"] = OPEN_SORA_FLOW.state(t).of(data, noise)
+    ours["target"] = OPEN_SORA_FLOW.target(t).of(data, noise)
     return {name: np.asarray(value) for name, value in ours.items()}
 
 

@@ -39,6 +39,9 @@ class FlowPath:
 
     time_scale: float = 1.0
     """The network is told the time times this."""
+    least: float = 0.0
+    """How much noise there is at time 0, in what the network sees and in what it predicts."""
+
     density = "flux_shift"
     is_flow = True
     learns_variance = False
@@ -53,13 +56,16 @@ class FlowPath:
         return t if self.time_scale == 1.0 else self.time_scale * t
 
     def state(self, t: Float[AnyArray, "#b"]) -> Mixture:
-        return Mixture(1.0 - t, t)
+        picture = 1.0 - t
+        return Mixture(picture, 1.0 - (1.0 - self.least) * picture if self.least else t)
 
     def target(self, t: Float[AnyArray, "#b"]) -> Mixture:
-        return Mixture(-jnp.ones_like(t), jnp.ones_like(t))
+        return Mixture(-jnp.ones_like(t), (1.0 - self.least) * jnp.ones_like(t))
 
 
 FLOW = FlowPath()
+OPEN_SORA_FLOW = FlowPath(least=1e-5)
+"""Source: hpcaitech/Open-Sora `scripts/diffusion/train.py`, sigma_min."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ VideoCondition = Literal[
 ]
 """Nothing, a first or last picture or both, or the first or last latent frames of a video."""
 
-SIGMA_MIN = 1e-5
 _FIRST: Mapping[str, int] = {"i2v_head": 1, "i2v_loop": 1, "v2v_head": 9, "v2v_head_easy": 17}
 _LAST: Mapping[str, int] = {"i2v_tail": 1, "i2v_loop": 1, "v2v_tail": 9, "v2v_tail_easy": 17}
 
@@ -93,18 +92,3 @@ def put_back(
     if not kind.startswith("i2v"):
         return latents
     return jnp.where(given.mask > 0, given.latents, latents)
-
-
-def noised(
-    latents: Float[Array, "b *shape"], noise: Float[Array, "b *shape"], t: Float[Array, " b"]
-) -> Float[Array, "b *shape"]:
-    """x_t at the noise level `t`: of pure data a `SIGMA_MIN` is noise."""
-    r = 1.0 - t.reshape(t.shape + (1,) * (latents.ndim - 1))
-    return r * latents + (1.0 - (1.0 - SIGMA_MIN) * r) * noise
-
-
-def target(
-    latents: Float[Array, "b *shape"], noise: Float[Array, "b *shape"]
-) -> Float[Array, "b *shape"]:
-    """What the transformer is trained to predict."""
-    return (1.0 - SIGMA_MIN) * noise - latents

@@ -22,10 +22,10 @@ from fluxjax.config import OpenSoraPipelineConfig
 from fluxjax.families import FLUX
 from fluxjax.families.family import AnyArray
 from fluxjax.families.flux import PromptIds
+from fluxjax.families.noise_path import OPEN_SORA_FLOW
 from fluxjax.models.latents import pack_video, text_ids, video_ids
 from fluxjax.models.open_sora import OpenSoraTransformer
 from fluxjax.models.products import BFLOAT16
-from fluxjax.models.video_condition import noised, target
 from fluxjax.schedules.open_sora import shift_of
 from fluxjax.text.video_prompt import video_prompt
 from fluxjax.train.data.cache_file import read_arrays, write_arrays
@@ -182,7 +182,7 @@ def clip_loss(model: OpenSoraTransformer, encoders: Encoders, dropout: float):
         patch = model.config.patch_size
         predicted: Any = model.apply(
             {"params": params["transformer"]},
-            pack_video(noised(latents, noise, t), patch),
+            pack_video(OPEN_SORA_FLOW.state(t).of(latents, noise), patch),
             pack_video(jnp.asarray(rows.condition), patch),
             conditioning.sequence,
             conditioning.vector,
@@ -190,7 +190,8 @@ def clip_loss(model: OpenSoraTransformer, encoders: Encoders, dropout: float):
             video_ids(frames, h, w, patch),
             text_ids(conditioning.sequence.shape[1]),
         )
-        return squared_error(predicted, jnp.asarray(pack_video(target(latents, noise), patch)))
+        target = pack_video(OPEN_SORA_FLOW.target(t).of(latents, noise), patch)
+        return squared_error(predicted, jnp.asarray(target))
 
     return loss
 
