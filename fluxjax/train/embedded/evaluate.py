@@ -323,8 +323,8 @@ def write_sheet(
 
 
 def evaluate(settings: EvaluateSettings) -> Any:
-    """What `python -m fluxjax.train evaluate` does: measure, print and return it: an Evaluation, or
-    of a tool a ToolEvaluation.
+    """What `python -m fluxjax.train evaluate` does: measure, print and return it: an Evaluation, of
+    a tool a ToolEvaluation, of clips a ClipEvaluation.
 
     Raises FileNotFoundError, ConfigError or OSError with one sentence for a model that cannot be
     opened or a sheet that cannot be written.
@@ -333,6 +333,7 @@ def evaluate(settings: EvaluateSettings) -> Any:
     from rich.progress import Progress
 
     from fluxjax.sample.cache import enable_cache
+    from fluxjax.train.embedded.evaluate_clips import evaluate_clips, print_clip_evaluation
     from fluxjax.train.embedded.evaluate_tools import evaluate_tool, print_tool_evaluation
 
     if settings.sheet is not None:
@@ -344,7 +345,8 @@ def evaluate(settings: EvaluateSettings) -> Any:
     pipeline = load_pipeline(
         settings.model, mesh=settings.mesh, loras=settings.lora, quantise=settings.quantise
     )
-    kinds = len(settings.kinds) if settings.task == "text" else 1
+    # Clips are drawn from text and from first frames.
+    kinds = {"text": len(settings.kinds), "clip": 2}.get(settings.task, 1)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("drawing", total=settings.prompts * kinds)
 
@@ -354,6 +356,9 @@ def evaluate(settings: EvaluateSettings) -> Any:
         if settings.task == "text":
             result = evaluate_pipeline(pipeline, settings, progress)
             show = partial(print_evaluation, result)
+        elif settings.task == "clip":
+            result = evaluate_clips(pipeline, settings, progress)
+            show = partial(print_clip_evaluation, result)
         else:
             result = evaluate_tool(pipeline, settings.task, settings, progress)
             show = partial(print_tool_evaluation, result)

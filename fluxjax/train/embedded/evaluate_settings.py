@@ -54,8 +54,9 @@ class Sampler(NamedTuple):
 class EvaluateSettings:
     """Draw prompts that training never saw and read back what the pictures show."""
 
-    task: Literal["text", "edit", "fill", "canny"] = "text"
-    """From text alone, or one of the tools: edit a reference, fill a mask, follow edges."""
+    task: Literal["text", "edit", "fill", "canny", "clip"] = "text"
+    """From text alone, or one of the tools: edit a reference, fill a mask, follow edges; clip: of a
+    model of clips, from text and from a first frame."""
     model: str = "tiny"
     """tiny (the embedded model) or a pipeline folder."""
     lora: tuple[str, ...] = ()

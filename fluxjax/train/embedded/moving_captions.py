@@ -85,3 +85,9 @@ def moving_captions(scenes: MovingScene, seed: int | tuple[int, ...]) -> list[st
 
 def _any(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
+
+
+def states_background(caption: str) -> bool:
+    """Whether a caption says what the background is: no object has a background's colour."""
+    named = {word for name in BACKGROUNDS for word in phrases.BACKGROUND_WORDS.get(name, (name,))}
+    return any(word in caption for word in named)

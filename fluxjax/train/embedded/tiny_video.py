@@ -95,7 +95,7 @@ class TinyVideoRecipe:
             steps=25,
             guidance=4.0,
             image_guidance=2.0,
-            motion=None,
+            motion=0,
             width=self.side,
             height=self.side,
             frames=self.frames,
