@@ -27,6 +27,7 @@ from fluxjax.checkpoint.pipeline_folder import (
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.config import (
     TINY,
+    TINY_SD,
     AutoencoderConfig,
     CLIPTextConfig,
     ConfigError,
@@ -42,9 +43,10 @@ from fluxjax.families import SD3, STABLE_DIFFUSION, Conditioning
 from fluxjax.families.noise_path import DiffusionPath
 from fluxjax.hub import tiny_folder
 from fluxjax.models.unet import UNet
-from fluxjax.train import finetune
+from fluxjax.train import command, finetune
 from fluxjax.train.data.dataset import open_dataset
 from fluxjax.train.data.settings import DataSettings
+from fluxjax.train.embedded import unet
 from fluxjax.train.encoders import folder_encoders
 from fluxjax.train.flow_matching import Rows, path_loss
 from fluxjax.train.job import train
@@ -60,7 +62,6 @@ NOISE = {
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
 }
-RTOL = 1e-3
 TIMES = np.array([0, 1, 250, 700, 999])
 
 
@@ -137,7 +138,8 @@ def test_the_learned_variance_costs_what_the_bound_says():
         spread = torch.exp(0.5 * theirs._get_variance(i, predicted_variance=value))
         step = torch.distributions.Normal(mean(guess), spread)
         bits = torch.distributions.kl_divergence(true, step).mean() / np.log(2)
-        np.testing.assert_allclose(float(ours[row]), float(bits), rtol=RTOL)
+        # Measured: 1e-4.
+        np.testing.assert_allclose(float(ours[row]), float(bits), rtol=5e-4)
 
 
 def test_noise_that_says_nothing_is_refused():
@@ -390,3 +392,43 @@ def test_what_an_objective_does_not_have_is_refused(model, pictures, tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             finetune.prepare(replace(recipe, **changes))
+
+
+@pytest.mark.slow
+def test_the_embedded_unet_is_trained_and_drawn_with_by_diffusers_too(tmp_path, monkeypatch):
+    """A smaller one, for two steps and one; as of its newest checkpoint, and at the end."""
+    from diffusers import StableDiffusionPipeline
+
+    from fluxjax.sample.loading import load_pipeline
+
+    small = replace(TINY_SD.unet, block_out_channels=(8, 16), transformer_layers_per_block=(1, 1))
+    monkeypatch.setattr(unet, "TINY_SD", replace(TINY_SD, unet=small))
+    recipe = read_recipe(RECIPES / "tiny_sd.toml")
+    assert isinstance(recipe, unet.TinySDRecipe)
+    stage = {"decay_steps": 1, "batch": 4, "pool": 64, "buckets": ((64, 64),)}
+    recipe = replace(
+        recipe,
+        folder=tmp_path / "run",
+        unet=replace(recipe.unet, steps=2, **stage),
+        refine=replace(recipe.refine, steps=1, **stage),
+    )
+    folder = recipe.train()
+    command.export([str(recipe.folder), "--out", str(tmp_path / "exported")])
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "exported" / weights).read_bytes() == (folder / weights).read_bytes()
+    ours = load_pipeline(folder)
+    drawn = ours("a red circle", steps=2, width=64, height=64)[0]
+    theirs = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, safety_checker=None
+    )
+    theirs.set_progress_bar_config(disable=True)
+    wanted: Any = theirs(
+        "a red circle",
+        num_inference_steps=2,
+        guidance_scale=ours.defaults.guidance,
+        width=64,
+        height=64,
+        generator=torch.Generator().manual_seed(0),
+    )
+    apart = np.abs(np.asarray(drawn, int) - np.asarray(wanted.images[0], int))
+    assert (apart <= 1).mean() > 0.999 and np.asarray(drawn).std() > 1

@@ -315,8 +315,53 @@ def test_a_mesh_measures_the_same(tmp_path, monkeypatch):
         measure.evaluate(replace(settings, mesh="fsdp=3"))
 
 
+@pytest.mark.slow
+def test_samplers_draw_the_same_prompts_and_are_plotted(tmp_path, capsys, monkeypatch):
+    """The first model is right from three steps on, the other one never wholly."""
+
+    class Learner(Painter):
+        def check(self, settings):
+            if settings.sampler == "pndm":
+                raise ConfigError("no such sampler")
+
+        def draw(self, settings, *, prompts, seeds):
+            self.wrong = 0 if settings.steps > 2 else 8
+            return super().draw(settings, prompts=prompts, seeds=seeds)
+
+    painters = {"one": Learner(0), "other": Painter(wrong=3)}
+    painters["other"].check = lambda settings: None
+    monkeypatch.setattr(measure, "load_pipeline", lambda model, **_: painters[model])
+    plot = tmp_path / "plot.png"
+    settings = EvaluateSettings(
+        model="one",
+        samplers=("ddim,dpm++", "other:"),
+        step_counts=(4, 2),
+        prompts=8,
+        seed=5,
+        plot=plot,
+    )
+    found = measure.evaluate(settings)
+    rates = {(str(p.sampler), p.steps): p.rate("all") for p in found.points}
+    own = {("other", 2): 5 / 8, ("other", 4): 5 / 8}
+    ones = {(f"one {name}", n): n == 4 for name in ("ddim", "dpm++") for n in (2, 4)}
+    assert rates == own | ones
+    assert painters["one"].settings.sampler == "dpm++" and painters["other"].settings.steps == 4
+    assert "one dpm++" in capsys.readouterr().out and plot.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(found.to_json())["points"][0]["sampler"] == "ddim"
+    with pytest.raises(ConfigError, match="no such sampler"):
+        measure.evaluate(replace(settings, samplers=("pndm",)))
+
+
 @pytest.mark.parametrize(
-    "options", [{"prompts": 0}, {"kinds": ()}, {"colours": ("mauve",)}, {"batch": 0}, {"seed": -1}]
+    "options",
+    [
+        {"prompts": 0},
+        {"kinds": ()},
+        {"colours": ("mauve",)},
+        {"batch": 0},
+        {"seed": -1},
+        {"step_counts": (0,)},
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(options):
     with pytest.raises(ConfigError, match="must"):
