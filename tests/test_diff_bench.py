@@ -10,6 +10,7 @@ from rich.console import Console
 from fluxjax.diff.benchmarks import bench
 from fluxjax.diff.benchmarks.bench import Measure, medians, print_measures
 from fluxjax.diff.benchmarks.clips import clips
+from fluxjax.diff.benchmarks.diffusion_networks import sampling_steps, training_steps, unet
 from fluxjax.diff.benchmarks.wide_transformer import quantised_transformer, wide_transformer
 from fluxjax.diff.commands import Bench, execute
 
@@ -44,6 +45,16 @@ def test_both_networks_of_clips_compute_the_same():
         assert f"of width {width}," in measure.what
         apart = float(measure.what.split("apart by ")[1].rstrip(")"))
         assert 0 < apart < 1e-5
+
+
+@pytest.mark.slow
+def test_both_diffusion_networks_compute_the_same():
+    small = unet(1, 8, (32, 64))
+    (measure,) = sampling_steps(1, (small,))
+    apart = float(measure.what.split("apart by ")[1].rstrip(")"))
+    assert 0 < apart < 1e-5
+    (measure,) = training_steps(1, ((small, True),))
+    assert measure.what.endswith("LoRA of rank 16") and measure.ours > 0
 
 
 @pytest.mark.slow

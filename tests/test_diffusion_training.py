@@ -1,6 +1,7 @@
 """Training of diffusion models: the loss beside diffusers' schedulers, and whole runs."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from fluxjax.config import (
     AutoencoderConfig,
     CLIPTextConfig,
     ConfigError,
+    PixArtAlphaPipelineConfig,
+    PixArtConfig,
     SD3Config,
     SD3PipelineConfig,
     StableDiffusionConfig,
@@ -48,6 +51,7 @@ from fluxjax.train.data.dataset import open_dataset
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.embedded import unet
 from fluxjax.train.encoders import folder_encoders
+from fluxjax.train.export import export_run
 from fluxjax.train.flow_matching import Rows, path_loss
 from fluxjax.train.job import train
 from fluxjax.train.learned_variance import variational_bound
@@ -115,8 +119,8 @@ def test_the_learned_variance_costs_what_the_bound_says():
     times = np.array([0, 1, 250, 700, 999])
     t = jnp.asarray(times, jnp.float32)
     x = np.array(path.state(t).of(jnp.asarray(latents), jnp.asarray(drawn)))
-    given = (jnp.asarray(one) for one in (said, values, latents, x))
-    ours = variational_bound(path, *given, t)
+    given = tuple(map(jnp.asarray, (said, values, latents, x)))
+    ours = variational_bound(path, given[0], given[1], given[2], given[3], t)
 
     theirs = DDPMScheduler(variance_type="learned_range", clip_sample=False, **betas)
     theirs.set_timesteps(1000)
@@ -226,6 +230,23 @@ SMALL_SD3 = SD3PipelineConfig(
         num_layers=1,
         num_heads=1,
     ),
+    max_sequence_length=16,
+    steps=2,
+    width=32,
+    height=32,
+)
+
+
+SMALL_PIXART = PixArtAlphaPipelineConfig(
+    transformer=PixArtConfig(
+        sample_size=16,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        caption_channels=40,
+    ),
+    vae=SMALL.vae,
+    text_encoder=SMALL_SD3.text_encoder_3 or T5Config(),
     max_sequence_length=16,
     steps=2,
     width=32,
@@ -367,6 +388,32 @@ def test_a_lora_of_sd3_is_trained_and_draws(pictures, tmp_path):
     assert (tmp_path / "run/validation/0000002.png").is_file()
 
 
+@pytest.mark.slow
+def test_pixart_learns_to_listen_and_all_else_stays_as_it_is(pictures, tmp_path):
+    source = _write(tmp_path / "pixart", SMALL_PIXART)
+    recipe = _small("pixart_cross_attention", source, pictures, tmp_path / "run")
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=1e-3), ema_decay=0.0)
+    job = finetune.prepare(recipe)
+    folder = train(recipe, job)
+    before, after = (
+        {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.*")}
+        for root in (source, folder)
+    )
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert {name for name in before if before[name] != after[name]} == {weights}
+    old, new = (read_safetensors(root / weights)[0] for root in (source, folder))
+    moved = {name for name in old if old[name].read().tobytes() != new[name].read().tobytes()}
+    meant = {name for name in old if re.search(r"caption_projection\.|\.attn2\.", name)}
+    assert moved == meant and len(meant) == 4 + 2 * 8
+    # A batch is told the sizes of its pictures, and how long its captions are.
+    rows = job.data(0).conditioning
+    assert rows.mask is not None and rows.sizes is not None
+    np.testing.assert_array_equal(rows.sizes, [[32, 32, 1]] * 8)
+    assert set(rows.mask.sum(1)) < set(range(3, 16))
+    assert export_run(recipe.folder, out=tmp_path / "again").is_dir()
+    assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
+
+
 def test_an_encoder_that_is_dropped_leaves_zeros_and_the_others_as_they_were():
     length, width = 77 + 16, 40
     heard = Conditioning(np.ones((4, length, width), np.float32), None, np.ones((4, 28)))
@@ -419,7 +466,7 @@ def test_the_embedded_unet_is_trained_and_drawn_with_by_diffusers_too(tmp_path, 
     ours = load_pipeline(folder)
     drawn = ours("a red circle", steps=2, width=64, height=64)[0]
     theirs = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, safety_checker=None
+        folder, dtype=torch.float32, safety_checker=None
     )
     theirs.set_progress_bar_config(disable=True)
     wanted: Any = theirs(

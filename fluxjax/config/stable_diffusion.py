@@ -203,7 +203,7 @@ TINY_SD = StableDiffusionConfig(
         num_train_timesteps=1000,
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,
         timestep_spacing="trailing",
         prediction_type="epsilon",
     ),

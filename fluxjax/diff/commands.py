@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Section = Literal[
-    "model", "start", "transformer", "quantised", "video", "attention", "training", "gpu"
+    "model",
+    "start",
+    "transformer",
+    "quantised",
+    "video",
+    "attention",
+    "training",
+    "diffusion",
+    "diffusion-training",
+    "gpu",
 ]
 
 

@@ -26,6 +26,7 @@ from fluxjax.families.family import (
     Told,
     no_sizes,
 )
+from fluxjax.families.noise_path import DiffusionPath
 from fluxjax.families.stable_diffusion import STABLE_DIFFUSION
 from fluxjax.models import lora
 from fluxjax.models.pixart import Modulations, PixArtTransformer
@@ -170,6 +171,12 @@ def hoist(
     return each, step
 
 
+def path(config: PixArtAlphaPipelineConfig) -> DiffusionPath:
+    """Noise, and where the transformer has the channels for it the variance of each step."""
+    sizes = config.transformer.out_channels, config.transformer.in_channels
+    return replace(DiffusionPath.of(config.scheduler), learns_variance=sizes[0] == 2 * sizes[1])
+
+
 PIXART = replace(
     STABLE_DIFFUSION,
     tasks=TASKS,
@@ -181,4 +188,5 @@ PIXART = replace(
     networks=networks,
     forward=forward,
     hoist=hoist,
+    path=path,
 )

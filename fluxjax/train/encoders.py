@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fluxjax.config import ConfigError
 from fluxjax.families import Conditioning, Told, family_of
 from fluxjax.file_hash import hash_files
 
@@ -102,9 +103,13 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         text.cache_clear()
 
     def sizes(told: Told) -> Any:
-        if family.sizes(config, Told(told.size)) is None:
+        alone = family.sizes(config, Told(told.size))
+        if alone is None:
             return None
-        return family.sizes(config, told)
+        try:
+            return family.sizes(config, told)
+        except ConfigError:  # it hears nothing of what the picture was cut out of
+            return alone
 
     files = [*texts, *map(tokenizer_of, texts)]
     return Encoders(

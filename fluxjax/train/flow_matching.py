@@ -65,7 +65,7 @@ def predict(
     apply: Apply,
     controlnet: nn.Module | None = None,
     controlnet_params: Tree = None,
-) -> Float[Array, "b *image c"]:
+) -> Float[Array, "b *image predicted"]:
     """The family's forward, for a batch. A reference is as large as its picture, and stands where
     that does but for the first axis. A `controlnet` sees the rows' channels."""
     tokens = None
@@ -125,7 +125,8 @@ def path_loss(
     bound = 0.0
     if path.learns_variance:
         predicted, values = jnp.split(predicted, 2, axis=-1)
-        bound = variational_bound(path, predicted, values, rows.latents, x, t).mean()
+        latents = jnp.asarray(rows.latents)
+        bound = variational_bound(path, predicted, values, latents, x, t).mean()
     target = path.target(t).of(rows.latents, noise)
     return squared_error(predicted, target, error_weights(objective, path, rows, t)) + bound
 

@@ -86,6 +86,8 @@ def run_bench(command: Bench) -> int:
         "attention": lambda: attention(command.rounds),
         "video": lambda: _clips(command.rounds),
         "training": lambda: _training(folder, command.rounds),
+        "diffusion": lambda: _diffusion(command.rounds),
+        "diffusion-training": lambda: _diffusion_training(command.rounds),
         "gpu": lambda: _gpu(command.rounds),
     }
     if "gpu" in command.only and not on_gpu:
@@ -144,6 +146,18 @@ def _training(folder: Path, rounds: int) -> list[Measure]:
     from fluxjax.diff.benchmarks.training_step import training
 
     return training(folder, rounds)
+
+
+def _diffusion(rounds: int) -> list[Measure]:
+    from fluxjax.diff.benchmarks.diffusion_networks import sampling_steps
+
+    return sampling_steps(rounds)
+
+
+def _diffusion_training(rounds: int) -> list[Measure]:
+    from fluxjax.diff.benchmarks.diffusion_networks import training_steps
+
+    return training_steps(rounds)
 
 
 def denoising(folder: Path, rounds: int) -> list[Measure]:
