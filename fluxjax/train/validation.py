@@ -117,10 +117,8 @@ class Validation:
             lambda x: np.repeat(np.asarray(x), columns, axis=0), (heard, self._shown)
         )
         # In float32 and without the rounding of a sampler, whatever the network computes in.
-        chosen = override(
-            pipeline.defaults,
-            {"width": asked.width, "height": asked.height, "rounding": "none"},
-        )
+        size = {"width": asked.width, "height": asked.height, "size_bins": False}
+        chosen = override(pipeline.defaults, {**size, "rounding": "none"})
         noise = pipeline.draw_noise(chosen, [*asked.seeds] * prompts, prompts * columns)
         denoiser, family = pipeline.config.denoiser, pipeline.family
         pipeline.use(denoiser, params[denoiser])
