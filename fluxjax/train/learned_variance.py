@@ -33,7 +33,7 @@ class _Step(NamedTuple):
 
 
 def _steps(path: NoisePath) -> _Step:
-    left = path.table.astype(np.float64)
+    left = path.table.astype(np.float64)  # pyright: ignore[reportAttributeAccessIssue]
     before = np.concatenate([[1.0], left[:-1]])
     beta = 1.0 - left / before
     variance = beta * (1.0 - before) / (1.0 - left)
