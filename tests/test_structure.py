@@ -15,15 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 from fluxjax.checkpoint.templates import abstract_params, in_dtype, parameter_count
 from fluxjax.config import DEV, HUNYUAN_VIDEO, OPEN_SORA_2
-from fluxjax.models.attention import auto_attention
-from fluxjax.models.compilation import IN_LOOPS
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.networks import network_of
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import param_shardings, state_shardings
-from fluxjax.plan.attention import flash_like
+from fluxjax.plan.clips import forwards
 
 TEXT, FLOAT = 512, 4
 
@@ -185,24 +182,6 @@ CLIPS = {  # configuration, latents, text tokens; PFLOP of one forward
 }
 
 
-def clip_inputs(config, latents, text) -> dict:
-    """Of a forward of one clip, as each network calls them; ids are made by Open-Sora's caller."""
-    frames, rows, columns = latents
-    tokens = frames * rows * columns // config.patch_size**2
-    inputs = {
-        "encoder_hidden_states": (1, text, 4096),
-        "pooled_projections": (1, 768),
-        "timestep": (1,),
-    }
-    if config is OPEN_SORA_2:
-        inputs |= {"hidden_states": (1, tokens, 64), "condition": (1, tokens, 68)}
-        inputs |= {"img_ids": (tokens, 3), "txt_ids": (text, 3)}
-    else:
-        inputs |= {"hidden_states": (1, 16, *latents), "guidance": (1,)}
-        inputs |= {"encoder_attention_mask": (1, text)}
-    return inputs
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("clip", "kind", "group"),
@@ -218,19 +197,7 @@ def test_clips_of_129_frames_on_eight_devices(clip, kind, group):
         params,
         param_shardings(config, params, mesh),
     )
-    inputs = {
-        name: spec(shape, replicated(mesh))
-        for name, shape in clip_inputs(config, latents, text).items()
-    }
-    types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    module = network_of(config).build(config, scan_layers=True, **types)
-
-    def run(params, inputs):
-        return apply_on(mesh, module, {"params": params}, **inputs, sequence=kind)
-
-    with auto_attention(flash_like):  # in place of a TPU's kernels
-        lowered = jax.jit(run).lower(weights, inputs)
-    found = measure(lowered.compile(compiler_options=IN_LOOPS))
+    found = forwards(config, weights, mesh, latents, text, sequence=kind)
     assert found.matmul_flops == pytest.approx(forward * 1e15 / 8, rel=0.01)
     assert found.argument_bytes == pytest.approx(2 * parameter_count(params), rel=0.01)
     blocks, tokens = config.num_layers + config.num_single_layers, math.prod(latents) // 4 + text

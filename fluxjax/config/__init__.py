@@ -49,6 +49,11 @@ if TYPE_CHECKING:
         HUNYUAN_VIDEO_REPLACE,
         HunyuanVideoConfig,
     )
+    from fluxjax.config.hunyuan_video_pipeline import (
+        HUNYUAN_VIDEO_540,
+        HUNYUAN_VIDEO_720,
+        HunyuanVideoPipelineConfig,
+    )
     from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
     from fluxjax.config.llama import LLAMA3_8B, QWEN3_4B, LlamaConfig
     from fluxjax.config.lora import LoraConfig
@@ -99,6 +104,8 @@ __all__ = [
     "DEV",
     "FILL",
     "HUNYUAN_VIDEO",
+    "HUNYUAN_VIDEO_540",
+    "HUNYUAN_VIDEO_720",
     "HUNYUAN_VIDEO_CONCAT",
     "HUNYUAN_VIDEO_REPLACE",
     "IP_ADAPTER",
@@ -149,6 +156,7 @@ __all__ = [
     "FluxConfig",
     "FluxPipelineConfig",
     "HunyuanVideoConfig",
+    "HunyuanVideoPipelineConfig",
     "IPAdapterConfig",
     "LlamaConfig",
     "LoraConfig",
@@ -206,6 +214,11 @@ _NAMES = {
         "HUNYUAN_VIDEO_CONCAT",
         "HUNYUAN_VIDEO_REPLACE",
         "HunyuanVideoConfig",
+    ),
+    "hunyuan_video_pipeline": (
+        "HUNYUAN_VIDEO_540",
+        "HUNYUAN_VIDEO_720",
+        "HunyuanVideoPipelineConfig",
     ),
     "ip_adapter": ("IP_ADAPTER", "IPAdapterConfig"),
     "llama": ("LLAMA3_8B", "QWEN3_4B", "LlamaConfig"),

@@ -9,7 +9,12 @@ from fluxjax.config.flux_pipeline import (
     TINY,
     FluxPipelineConfig,
 )
-from fluxjax.config.open_sora_pipeline import OpenSoraPipelineConfig
+from fluxjax.config.hunyuan_video_pipeline import HUNYUAN_VIDEO_540, HUNYUAN_VIDEO_720
+from fluxjax.config.open_sora_pipeline import (
+    OPEN_SORA_256,
+    OPEN_SORA_768,
+    OpenSoraPipelineConfig,
+)
 from fluxjax.config.pipeline import PipelineConfig
 from fluxjax.config.pixart_pipeline import (
     ALPHA,
@@ -53,6 +58,10 @@ PRESETS: dict[str, PipelineConfig] = {
     "sd21": SD21,
     "sdxl": SDXL,
     "sdxl-refiner": SDXL_REFINER,
+    "opensora-256": OPEN_SORA_256,
+    "opensora-768": OPEN_SORA_768,
+    "hunyuan-540": HUNYUAN_VIDEO_540,
+    "hunyuan-720": HUNYUAN_VIDEO_720,
     "sd3": SD3,
     "sd35-medium": SD35_MEDIUM_PIPELINE,
     "sd35-large": SD35_LARGE_PIPELINE,

@@ -88,9 +88,7 @@ def decode_groups(
     yield from _groups(run, np.asarray(latents), axes, together, spread)
 
 
-def decode_cuts(
-    config: Any, latents: tuple[int, int, int], tiling: Tiling
-) -> tuple[Cuts, Cuts, Cuts]:
+def decode_cuts(config: Any, latents: tuple[int, ...], tiling: Tiling) -> tuple[Cuts, Cuts, Cuts]:
     """How an autoencoder of that configuration decodes so many frames, rows and columns."""
     t, h, w = latents
     space, time = config.spatial_compression_ratio, config.temporal_compression_ratio

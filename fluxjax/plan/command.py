@@ -23,10 +23,9 @@ def plan(options: Options) -> int:
         "devices": device_count(options),
         "batch": options.batch,
         "dtype": options.dtype,
-        "width": config.width,
-        "height": config.height,
-        "max_sequence_length": config.max_sequence_length,
     }
+    sizes = ("width", "height", "frames", "max_sequence_length")
+    made |= {name: getattr(config, name) for name in sizes if name in config.sampling_fields}
     if options.quantise != NONE:
         made["quantise"] = options.quantise
     made |= {name: True for name in ("offload", "stream") if getattr(options, name)}

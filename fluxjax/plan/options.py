@@ -62,6 +62,8 @@ class Options:
     """Pixels; by default the model's own, as height, steps and text length."""
     height: _Int = None
     """Pixels."""
+    frames: _Int = None
+    """Of a clip."""
     steps: _Int = None
     """Denoising steps of a picture."""
     max_sequence_length: _Int = None
@@ -140,7 +142,7 @@ def read_model(options: Options) -> PipelineConfig:
             names = ", ".join(PRESETS)
             raise ConfigError(f"{options.model!r} is neither a preset ({names}) nor a folder here")
         config = read_config(folder)
-    names = ("width", "height", "steps", "max_sequence_length")
+    names = ("width", "height", "frames", "steps", "max_sequence_length")
     given = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in (
@@ -150,6 +152,10 @@ def read_model(options: Options) -> PipelineConfig:
     ):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
+    if options.frames is not None:
+        config.require_frames(options.frames)
+    if config.tiling is None:
+        given.pop("frames", None)
     config = dataclasses.replace(config, **given)
     config.require_size(config.width, config.height)
     config.require_whole(options.model, text_alone=options.task != "sample")

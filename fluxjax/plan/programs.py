@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from fluxjax.checkpoint.templates import abstract_params, in_dtype, quantised_template
 from fluxjax.config import ConfigError, FluxPipelineConfig, LoraConfig, PipelineConfig
 from fluxjax.config.flux_pipeline import require_flux
+from fluxjax.config.video_pipeline import VideoPipelineConfig
 from fluxjax.families import FLUX, Task, family_of
 from fluxjax.models.attention import auto_attention
 from fluxjax.models.compilation import IN_LOOPS, compiler_options
@@ -25,6 +26,13 @@ from fluxjax.parallel.host_memory import HOST
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import bytes_per_device, param_shardings, state_shardings
 from fluxjax.plan.attention import flash_like
+from fluxjax.plan.clips import (
+    FLOAT_CONVOLUTIONS,
+    PUBLISHED,
+    forwards,
+    run_forwards,
+    tiles,
+)
 from fluxjax.plan.options import Options, device_count, mesh_shape, read_beside, tokens
 from fluxjax.plan.tools import Tools
 from fluxjax.quantised_kinds import LOADED
@@ -75,6 +83,8 @@ def compile_plan(options: Options, config: PipelineConfig, say: Say) -> Placed:
         raise ConfigError(
             f"batch {options.batch} must be a multiple of {parts}, which share it out"
         )
+    if options.task == "sample" and config.tiling is not None:
+        return _clips(options, cast(VideoPipelineConfig, config), mesh, say)
     if options.task == "sample":
         return _sampling(options, config, mesh, say)
     return _training(options, require_flux(config, options.model), mesh, say)
@@ -110,13 +120,8 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     dtype, tools = jnp.dtype(options.dtype), read_beside(options, config)
     config = dataclasses.replace(config, controlnets=tools.controlnets)
     readings = _readings(tools)
-    weights: dict[str, int] = {}
-    templates = {
-        name: _template(options, name, network, dtype) for name, network in config.networks.items()
-    }
-    for name, network in config.networks.items():
-        placed = _placed(templates[name], param_shardings(network, templates[name], mesh))
-        weights[name] = _size(placed)
+    templates = _templates(options, config, mesh)
+    weights = {name: _size(template) for name, template in templates.items()}
     for name, size in _beside_bytes(config, readings, mesh, dtype).items():
         weights[name] = size
     family = family_of(config.class_name)
@@ -171,6 +176,52 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
             held = _on_device(executables.shapes(name) for name in weights)
         done.append(Program(program.name, measure(compiled), read, held))
     return Placed(weights, 0, tuple(done), notes)
+
+
+def _templates(options: Options, config: PipelineConfig, mesh: Mesh) -> dict[str, Any]:
+    """Shapes of the parameters of each network, with their places."""
+    dtype, found = jnp.dtype(options.dtype), {}
+    for name, network in config.networks.items():
+        template = _template(options, name, network, dtype)
+        found[name] = _placed(template, param_shardings(network, template, mesh))
+    return found
+
+
+def _clips(options: Options, config: VideoPipelineConfig, mesh: Mesh, say: Say) -> Placed:
+    """Forwards of the network that draws, one pass after the other, and the autoencoder's tiles."""
+    others = ("offload", "stream", "pictures", "controlnet", "redux", "ip_adapter")
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(options, name)]
+    if given:
+        raise ConfigError(f"clips are planned from text alone, without {', '.join(given)}")
+    templates = _templates(options, config, mesh)
+    weights = {name: _size(template) for name, template in templates.items()}
+    held, name, scale = sum(weights.values()), config.denoiser, config.vae.scale
+    sides = config.height // scale, config.width // scale
+    latents = (config.latent_frames(config.frames), *sides)
+    text, count = config.max_sequence_length, run_forwards(config)
+    say("denoise")
+    structure = forwards(
+        config.networks[name],
+        templates[name],
+        mesh,
+        latents,
+        text,
+        dtype=jnp.dtype(options.dtype),
+        clips=options.batch,
+        steps=count,
+        sequence=options.sequence,
+    )
+    denoise = Program("denoise", structure, count * weights[name], held)
+    say("decode")
+    structure, many = tiles(config, latents, templates["vae"], mesh.size, options.batch)
+    decode = Program("decode", structure, many * weights["vae"], held)
+    notes = (
+        f"{count} forwards, one pass after the other",
+        *map(str, PUBLISHED.get(options.model, ())),
+        "of text encoders the weights alone are counted",
+        *([FLOAT_CONVOLUTIONS] if options.dtype != "float32" else []),
+    )
+    return Placed(weights, 0, (denoise, decode), notes)
 
 
 def _readings(tools: Tools) -> dict[str, Reading]:
