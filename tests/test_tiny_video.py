@@ -67,6 +67,20 @@ def test_a_clip_is_given_no_more_than_it_has_and_only_for_itself():
         ConditionKinds(t2v=0.0, i2v_head=0.0, i2v_loop=0.0, i2v_tail=0.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("frames = 8", "frames must be 1 more than a multiple of 4, got 8; 9 would do"),
+        ("side = 50", "width must be a .*multiple of 8, got 50"),
+        ("[transformer.kinds]\ni2v_tail = 1", "kinds: t2v and i2v_head are learnt .*, got i2v_"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(tmp_path, text, words):
+    (tmp_path / "recipe.toml").write_text(f'task = "embedded-video"\n{text}\n')
+    with pytest.raises(ConfigError, match=words):
+        read_recipe(tmp_path / "recipe.toml")
+
+
 def test_each_sample_has_its_own_condition():
     rng = np.random.default_rng(0)
     shape, head, tail = (2, 3, 2, 2), rng.normal(size=(2, 1, 2, 2)), rng.normal(size=(2, 1, 2, 2))

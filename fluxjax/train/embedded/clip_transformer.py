@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from fluxjax.config import OpenSoraPipelineConfig
+from fluxjax.config import ConfigError, OpenSoraPipelineConfig
 from fluxjax.families import FLUX
 from fluxjax.families.family import AnyArray
 from fluxjax.families.flux import PromptIds
@@ -72,6 +72,13 @@ class ClipTransformerStage:
     chunks: int = 256
     products: Literal["float32", "bfloat16"] = "float32"
     seed: int = 3
+
+    def __post_init__(self) -> None:
+        others = set(name for name, weight in self.kinds.weights.items() if weight)
+        if others := others - {"t2v", "i2v_head"}:
+            raise ConfigError(
+                f"kinds: t2v and i2v_head are learnt from drawn scenes, got {', '.join(others)}"
+            )
 
 
 class Chunk(NamedTuple):

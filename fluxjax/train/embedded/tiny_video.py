@@ -66,6 +66,11 @@ class TinyVideoRecipe:
     autoencoder: ClipAutoencoderStage = field(default_factory=ClipAutoencoderStage)
     transformer: ClipTransformerStage = field(default_factory=ClipTransformerStage)
 
+    def __post_init__(self) -> None:
+        # What cannot be shows before hours of training.
+        self.config.require_frames(self.frames)
+        self.config.require_size(self.side, self.side)
+
     @property
     def pipeline(self) -> Path:
         """The finished pipeline folder."""
