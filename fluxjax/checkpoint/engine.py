@@ -119,6 +119,8 @@ def to_published(
         rule, names = matched
         if rule.conv1x1 and len(tensor.shape) == 4 and tensor.shape[2:] == (1, 1):
             tensor = tensors.reshape(tensor, tensor.shape[:2])
+        if rule.transposed and len(tensor.shape) == 2:
+            tensor = tensors.transpose(tensor, (1, 0))
         if rule.swap_halves:
             tensor = tensors.swap_halves(tensor)
         if rule.halved_heads and tensor.shape and tensor.shape[0] % rule.halved_heads == 0:
@@ -181,6 +183,8 @@ def from_published(published: Mapping[str, Tensor], table: Table) -> dict[str, T
                 tensor = tensors.swap_halves(tensor)
             if rule.halved_heads:
                 tensor = tensors.deinterleave(tensor, rule.halved_heads)
+            if rule.transposed:
+                tensor = tensors.transpose(tensor, (1, 0))
             if rule.conv1x1 and leaf == "weight":
                 tensor = tensors.reshape(tensor, (*tensor.shape, 1, 1))
             theirs[target] = tensor

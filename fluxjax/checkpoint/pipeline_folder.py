@@ -19,7 +19,7 @@ from fluxjax.checkpoint.component_json import (
     read_config_json,
     write_json,
 )
-from fluxjax.config import ConfigError, FluxPipelineConfig, PipelineConfig
+from fluxjax.config import PIPELINES, ConfigError, FluxPipelineConfig, PipelineConfig
 from fluxjax.config.base import kinds_of
 from fluxjax.config.flux_pipeline import require_flux
 from fluxjax.json_input import parse_json, read_json
@@ -91,6 +91,21 @@ def read_config(folder: Path) -> PipelineConfig:
         return cls.published(parts, name)
     except ConfigError as error:
         raise ConfigError(f"{folder / DEFAULTS_FILE}: {error}") from None
+
+
+def assembled(parts: Mapping[str, Any], name: str = "") -> PipelineConfig | None:
+    """The pipeline that networks of these configurations, by component, make up with its published
+    defaults; of networks that have files of their own some may lack. None where there is none."""
+    for cls in PIPELINES:
+        kinds = {component: kinds_of(cls, component) for component in cls.components}
+        if not all(n in kinds and type(part) in kinds[n][0] for n, part in parts.items()):
+            continue
+        lacking = [n for n, (_, optional) in kinds.items() if n not in parts and not optional]
+        apart = all(network_of(part).files for part in parts.values())
+        if cls.components[0] in parts and (not lacking or apart):
+            absent = {n: None for n, (_, optional) in kinds.items() if optional}
+            return cls.published({**absent, **parts}, name)
+    return None
 
 
 def read_flux(folder: Path) -> FluxPipelineConfig:

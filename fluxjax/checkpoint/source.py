@@ -31,6 +31,7 @@ from fluxjax.checkpoint.weights_location import (
     single_files,
     weights_of,
 )
+from fluxjax.checkpoint.whole_file import open_whole_file
 from fluxjax.config import ConfigError
 from fluxjax.json_input import read_json
 from fluxjax.networks import Config, network_of
@@ -50,6 +51,8 @@ def open_file(
     if path.suffix.lower() in PICKLES:
         raise ValueError(pickle_refusal(path))
     raw, metadata = read_gguf(path) if is_gguf(path) else read_safetensors(path)
+    if not component and (networks := open_whole_file(raw, path, metadata, config, family)):
+        return networks
     saved = _saved(metadata.get(METADATA_KEY), path)
     try:
         refuse_packed(raw)

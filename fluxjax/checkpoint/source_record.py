@@ -76,7 +76,7 @@ class Record:
             renamed, doubled, scaled = maps
             dialect = values["dialect"]
             dialect = "published" if dialect == "reference" else dialect  # as older files have it
-            if dialect not in ("published", "bfl", "gguf") or any(
+            if dialect not in ("published", "bfl", "gguf", "openclip") or any(
                 DTYPES[dtype] not in _FP8 for dtype in scaled.values()
             ):
                 raise ValueError

@@ -22,11 +22,15 @@ ComparedNetwork = Literal[
 """What is compared with PyTorch layer by layer."""
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes again of each block."""
-FileFamily = Literal["flux", "sd", "sdxl", "sd3", "hunyuan-video", "hunyuan-video-i2v"]
+FileFamily = Literal[
+    "flux", "sd", "sd2", "sd2-v", "sdxl", "sd3", "hunyuan-video", "hunyuan-video-i2v"
+]
 """Whose files these are, where neither names nor shapes tell it."""
 FAMILY_NAMES: dict[FileFamily, str] = {
     "flux": "FLUX.1",
     "sd": "Stable Diffusion",
+    "sd2": "Stable Diffusion 2 of 512 pixels",
+    "sd2-v": "Stable Diffusion 2 of 768 pixels",
     "sdxl": "Stable Diffusion XL",
     "sd3": "Stable Diffusion 3",
     "hunyuan-video": "HunyuanVideo text to video",

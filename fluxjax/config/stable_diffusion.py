@@ -84,8 +84,15 @@ class StableDiffusionConfig(PipelineConfig):
 
     @classmethod
     def published(cls, parts: dict[str, Any], name: str) -> StableDiffusionConfig:
+        """Without a scheduler that which such models were published with: those of 2, whose text
+        encoder is OpenCLIP's, predict v at 768 pixels."""
         unet, vae = parts["unet"], parts["vae"]
         side = unet.sample_size * vae.scale
+        first = parts.get("text_encoder")
+        if "scheduler" not in parts and first is not None and first.hidden_act == "gelu":
+            v = unet.sample_size > 64 and unet.in_channels == vae.latent_channels
+            kind: Any = "v_prediction" if v else "epsilon"
+            parts = {**parts, "scheduler": replace(DDIM, prediction_type=kind)}
         # diffusers' classes of this family read no shift of latents: a file that has one is drawn
         # without it.
         unmoved = {"vae": replace(vae, shift_factor=0.0)}
@@ -153,6 +160,15 @@ class StableDiffusionXLConfig(StableDiffusionConfig):
     def class_name(self) -> str:
         kind = "Img2Img" * self.requires_aesthetics_score or INPAINTING * self.inpaints
         return f"StableDiffusionXL{kind}Pipeline"
+
+    @classmethod
+    def published(cls, parts: dict[str, Any], name: str) -> StableDiffusionConfig:
+        """Without an index the refiner is known by its text encoder, which is bigG alone."""
+        if "requires_aesthetics_score" not in parts and "scheduler" not in parts:
+            refines = parts.get("text_encoder") is None
+            told = {"force_zeros_for_empty_prompt": not refines, "text_encoder": None}
+            parts = {**told, "requires_aesthetics_score": refines, **parts}
+        return super().published(parts, name)
 
     @property
     def size_numbers(self) -> int:

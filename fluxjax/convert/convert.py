@@ -19,19 +19,20 @@ from fluxjax.checkpoint.detect import describe
 from fluxjax.checkpoint.lora.merge import merge_files
 from fluxjax.checkpoint.opened_network import OpenNetwork, with_dtype
 from fluxjax.checkpoint.orbax_params import write_orbax
-from fluxjax.checkpoint.pipeline_folder import DEFAULTS_FILE, model_index, tokenizer_of
+from fluxjax.checkpoint.pipeline_folder import DEFAULTS_FILE, assembled, model_index, tokenizer_of
 from fluxjax.checkpoint.quantised.gguf_writer import write_gguf
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
 from fluxjax.checkpoint.source import open_source
-from fluxjax.config import ConfigError, FluxPipelineConfig, published_defaults
+from fluxjax.config import ConfigError, published_defaults
 from fluxjax.config.choices import FAMILY_NAMES, FileFamily
 from fluxjax.convert.completeness import COPIED, check_complete
 from fluxjax.convert.destination import check_destination
 from fluxjax.convert.quantise import Kind, form_of, is_gguf_kind
-from fluxjax.convert.targets import Target, Weights, json_files, plan_weights
+from fluxjax.convert.targets import Target, Weights, json_files, plan_weights, plan_whole
 from fluxjax.json_input import read_json
 from fluxjax.networks import network_of
+from fluxjax.networks.whole_files import whole_file_of
 from fluxjax.parallel.mesh_shape import MeshShape
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -126,12 +127,16 @@ def plan(
         raise ConfigError(
             f"{destination} ends in {destination.suffix}, but {what} a file ends in {ending}"
         )
-    if single_file and (form != "bfl" or len(networks) > 1):
+    whole = whole_file_of({name: one.config for name, one in networks.items()})
+    in_one = single_file and form == "bfl" and whole is not None and quantised is None
+    if in_one and whole is not None:
+        weights = [plan_whole(whole, networks)]
+    elif single_file and (form != "bfl" or len(networks) > 1):
         raise ConfigError(
             f"{destination} is named like a single file, but {len(networks)} network(s) as "
             f"{form} make a folder; only --to bfl of one network is a file"
         )
-    if form == "bfl" and _is_pipeline(source):
+    if form == "bfl" and _is_pipeline(source) and not in_one:
         _require_own_files(source, networks)
     copies = {} if single_file else _copies(source)
     widened = {} if single_file else _without_old_configs(copies, plain, networks)
@@ -169,7 +174,8 @@ def _require_own_files(source: Path, networks: Mapping[str, OpenNetwork]) -> Non
         if not known.files or known.component != name:
             raise ConfigError(
                 f"the {known.words} of {source} has no file of its own beside others in these "
-                f"names: convert it by itself ({source / name})"
+                "names: name one .safetensors file for all of a Stable Diffusion, or convert it by "
+                f"itself ({source / name})"
             )
 
 
@@ -209,11 +215,9 @@ def _files(
     networks: Mapping[str, OpenNetwork], target: Target, copies: Mapping[Path, Path], whole: bool
 ) -> dict[Path, dict[str, Any]]:
     files = json_files(networks, target)
-    transformer = networks.get("transformer")
-    flux = transformer is not None and network_of(transformer.config).family == "FLUX.1"
-    if len(networks) > 1 and not whole and flux:
-        parts = {name: network.config for name, network in networks.items()}
-        config = FluxPipelineConfig.published(parts, "")
+    parts = {name: network.config for name, network in networks.items()}
+    config = None if whole or len(parts) < 2 else assembled(parts)
+    if config is not None:
         files[Path("model_index.json")] = model_index(config, networks)
         files[Path("scheduler/scheduler_config.json")] = config_json(config.scheduler)
     return {path: values for path, values in files.items() if path not in copies}

@@ -20,6 +20,7 @@ from fluxjax.checkpoint.source_record import METADATA_KEY, RECORD_FILE
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.checkpoint.weights_location import PARAMS
+from fluxjax.checkpoint.whole_file import whole_tensors
 from fluxjax.convert.quantise import (
     FORMS,
     bitsandbytes_config,
@@ -30,6 +31,7 @@ from fluxjax.convert.quantise import (
 )
 from fluxjax.models.quantised import Quantised
 from fluxjax.networks import network_of
+from fluxjax.networks.whole_files import WholeFile
 from fluxjax.parallel.mesh_shape import AXES, MeshShape
 from fluxjax.parallel.rules import param_shardings
 
@@ -77,6 +79,12 @@ def plan_weights(
         _plan_network(network, target, mesh, quantised, Path(name if len(networks) > 1 else "."))
         for name, network in networks.items()
     ]
+
+
+def plan_whole(whole: WholeFile, networks: Mapping[str, OpenNetwork]) -> Weights:
+    """All of a pipeline in one file, in the original code's names."""
+    tensors, metadata = whole_tensors(whole, networks)
+    return Weights("file", Path("."), tensors, {}, metadata)
 
 
 def _plan_network(

@@ -69,7 +69,14 @@ def bfl(levels: int) -> Table:
 _KNOWN = {
     "FLUX.1": (16, 0.3611, 0.1159),
     "Stable Diffusion 3": (16, 1.5305, 0.0609),
-    "Stable Diffusion": (4, 0.18215, 0.0),
+    **dict.fromkeys(
+        (
+            "Stable Diffusion",
+            "Stable Diffusion 2 of 512 pixels",
+            "Stable Diffusion 2 of 768 pixels",
+        ),
+        (4, 0.18215, 0.0),
+    ),
     "Stable Diffusion XL": (4, 0.13025, 0.0),
 }
 

@@ -16,6 +16,7 @@ from fluxjax.config import (
     CLIPVisionConfig,
     ConfigError,
 )
+from fluxjax.config.base import Activation
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes, count
 from fluxjax.networks.tables import Rule, Table
 
@@ -71,6 +72,26 @@ VISION_PUBLISHED = Table(
 PUBLISHED = Table("CLIP", identity=True, ignored=(r".*position_ids",))
 
 
+def _openclip() -> Table:
+    block, ours = "transformer.resblocks.{}", "text_model.encoder.layers.{}"
+    parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
+    parts |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    position = (("positional_embedding", "weight"),)
+    joint = (("in_proj_weight", "weight"), ("in_proj_bias", "bias"))
+    rules = [
+        Rule("token_embedding", ("text_model.embeddings.token_embedding",)),
+        Rule("", ("text_model.embeddings.position_embedding",), leaves=position),
+        Rule("ln_final", ("text_model.final_layer_norm",)),
+        Rule("", ("text_projection",), transposed=True, leaves=(("text_projection", "weight"),)),
+        *(Rule(f"{block}.{theirs}", (f"{ours}.{mine}",)) for theirs, mine in parts.items()),
+        Rule(f"{block}.attn", tuple(f"{ours}.self_attn.{x}_proj" for x in "qkv"), leaves=joint),
+    ]
+    return Table("OpenCLIP text encoder", tuple(rules), ignored=("logit_scale", "attn_mask"))
+
+
+OPENCLIP = _openclip()
+
+
 def _heads(width: int) -> int:
     if width % 64:
         raise ConfigError(
@@ -88,20 +109,46 @@ def _ask_for_activation(what: str) -> ConfigError:
 
 
 def _infer_text(shapes: Shapes, family: str) -> CLIPTextConfig:
+    config = openai_text(shapes)
+    openclip = config.hidden_size in (CLIP_H_TEXT.hidden_size, CLIP_BIGG_TEXT.hidden_size)
+    if family != "FLUX.1" or openclip:  # whose CLIP is OpenAI's, of width 768
+        layers, width = config.num_hidden_layers, config.hidden_size
+        raise _ask_for_activation(f"CLIP text encoder, {layers} layers of width {width},")
+    return config
+
+
+def openai_text(shapes: Shapes, hidden_act: Activation = "quick_gelu") -> CLIPTextConfig:
+    """Of a text encoder in transformers' names whose activation is known."""
     p = "text_model." if "text_model.embeddings.token_embedding.weight" in shapes else ""
     vocabulary, width = shapes[f"{p}embeddings.token_embedding.weight"]
-    layers = count(shapes, rf"{re.escape(p)}encoder\.layers\.(\d+)\.")
-    openclip = width in (CLIP_H_TEXT.hidden_size, CLIP_BIGG_TEXT.hidden_size)
-    if family != "FLUX.1" or openclip:  # whose CLIP is OpenAI's, of width 768
-        raise _ask_for_activation(f"CLIP text encoder, {layers} layers of width {width},")
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=shapes[f"{p}encoder.layers.0.mlp.fc1.weight"][0],
         projection_dim=shapes.get("text_projection.weight", (width,))[0],
-        num_hidden_layers=layers,
+        with_projection="text_projection.weight" in shapes,
+        num_hidden_layers=count(shapes, rf"{re.escape(p)}encoder\.layers\.(\d+)\."),
         num_attention_heads=_heads(width),
         max_position_embeddings=shapes[f"{p}embeddings.position_embedding.weight"][0],
+        hidden_act=hidden_act,
+    )
+
+
+def openclip_text(shapes: Shapes, family: str = "") -> CLIPTextConfig:
+    """Of a text encoder in OpenCLIP's names, which have gelu and heads of 64."""
+    vocabulary, width = shapes["token_embedding.weight"]
+    # Stable Diffusion 2 never projects; its configuration says 512 all the same.
+    projected = shapes.get("text_projection", (width, CLIP_H_TEXT.projection_dim))[1]
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        projection_dim=projected,
+        with_projection="text_projection" in shapes,
+        num_hidden_layers=count(shapes, r"transformer\.resblocks\.(\d+)\."),
+        num_attention_heads=_heads(width),
+        max_position_embeddings=shapes["positional_embedding"][0],
+        hidden_act="gelu",
     )
 
 
@@ -118,7 +165,8 @@ def _infer_both(shapes: Shapes, family: str) -> CLIPConfig:
 
 def _fit_text(config: CLIPTextConfig, names: Shapes) -> CLIPTextConfig:
     """Files of a CLIPTextModel may hold the projection all the same, and be called either way."""
-    return replace(config, with_projection="text_projection.weight" in names)
+    own = "text_projection.weight", "text_projection"
+    return replace(config, with_projection=any(name in names for name in own))
 
 
 def _fit_vision(config: CLIPVisionConfig, names: Shapes) -> CLIPVisionConfig:
@@ -254,6 +302,12 @@ CLIP_TEXT = Network(
             (r"(text_model\.)?embeddings\.token_embedding\.weight",),
             lambda config: TEXT_PUBLISHED,
             _infer_text,
+        ),
+        Dialect(
+            "openclip",
+            (r"token_embedding\.weight", r"transformer\.resblocks\.0\.attn\.in_proj_weight"),
+            lambda config: OPENCLIP,
+            openclip_text,
         ),
     ),
     roles=_TEXT_ROLES,

@@ -89,8 +89,8 @@ FOREIGN = (
     ),
     # Text and image encoders.
     Foreign(
-        "OpenCLIP, in its own names",
-        (r"(model\.)?(transformer|visual\.transformer)\.resblocks\.0\.attn\.in_proj_weight",),
+        "a whole OpenCLIP, in its own names",
+        (r"(model\.)?visual\.transformer\.resblocks\.0\.attn\.in_proj_weight",),
     ),
     Foreign("a whole SigLIP, of which only the vision encoder is read", (r"logit_bias",)),
     Foreign(

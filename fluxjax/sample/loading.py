@@ -13,6 +13,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import (
+    assembled,
     read_config,
     tokenizer_of,
 )
@@ -28,6 +29,7 @@ from fluxjax.models.names import flatten
 from fluxjax.models.quantised import Quantised
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.networks import network_of
+from fluxjax.networks.whole_files import whole_file_of
 from fluxjax.parallel.host_memory import streamed
 from fluxjax.parallel.mesh import make_mesh, place
 from fluxjax.parallel.mesh_shape import MeshShape
@@ -72,7 +74,8 @@ def load_pipeline(
 
     Args:
       model: "tiny", a diffusers folder, an Orbax folder, or a BFL file (flux1-*.safetensors or
-        .gguf), which needs the two below. Here and below a hub's name will do as well, such as
+        .gguf), which needs the two below, or a whole Stable Diffusion in one file, which needs
+        the first for its tokenizers. Here and below a hub's name will do as well, such as
         "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
       dtype: of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
       text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2.
@@ -113,10 +116,9 @@ def load_pipeline(
         raise ConfigError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     path = find(model, "model", read_config)
     if path.is_file():
-        family = FLUX
-        networks, config, tokenizers = _of_file(path, text_encoders, vae)
+        family, networks, config, tokenizers = _of_file(path, text_encoders, vae)
     elif text_encoders is not None or vae is not None:
-        raise ConfigError(f"text encoders and vae are given for a BFL file, and {path} is none")
+        raise ConfigError(f"text encoders and vae are given for a single file, and {path} is none")
     else:
         family, networks, config, tokenizers = _of_folder(path)
     kinds = parse_quantise(quantise)
@@ -248,10 +250,13 @@ def _of_folder(path: Path) -> tuple[Family, dict[str, OpenNetwork], PipelineConf
 
 def _of_file(
     path: Path, text_encoders: str | Path | None, vae: str | Path | None
-) -> tuple[dict[str, OpenNetwork], PipelineConfig, Path]:
-    """Networks, configuration and the folder of the tokenizers, of a BFL (or ComfyUI) file."""
+) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:
+    """Family, networks, configuration and the folder of the tokenizers, of a BFL (or ComfyUI) file
+    or a whole Stable Diffusion."""
     # First, since it may be no model at all.
     networks: dict[str, OpenNetwork] = dict(open_file(path, family="FLUX.1"))
+    if whole_file_of(_configs(networks)) is not None:
+        return _of_whole_file(path, networks, text_encoders, vae)
     if text_encoders is None:
         raise ConfigError(
             f"{path} needs text encoders: a folder with text_encoder, "
@@ -267,7 +272,37 @@ def _of_file(
     for component in _TEXT_COMPONENTS:
         networks[component] = open_component(folder, component)
     parts: dict[str, Any] = {name: networks[name].config for name in DEV.networks}
-    return networks, FluxPipelineConfig.published(parts, path.name), folder
+    return FLUX, networks, FluxPipelineConfig.published(parts, path.name), folder
+
+
+def _of_whole_file(
+    path: Path,
+    networks: dict[str, OpenNetwork],
+    text_encoders: str | Path | None,
+    vae: str | Path | None,
+) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:
+    """Text encoders that it lacks are those of the folder of its tokenizers."""
+    if text_encoders is None:
+        raise ConfigError(
+            f"{path} has no tokenizers: give a folder with its tokenizer (tokenizer_2, ...) as "
+            "text encoders (--text-encoders)"
+        )
+    folder = find(text_encoders, "text encoders")
+    if vae is not None:
+        networks["vae"] = _open_vae(find(vae, "vae"))
+    config = assembled(_configs(networks), path.name)
+    if config is None:
+        for component in (*_TEXT_COMPONENTS, "text_encoder_3"):
+            if component not in networks and (folder / component).is_dir():
+                networks[component] = open_component(folder, component)
+        config = assembled(_configs(networks), path.name)
+    if config is None:
+        raise ConfigError(f"{path} lacks text encoders, and so does {folder}")
+    return family_of(config.class_name), networks, config, folder
+
+
+def _configs(networks: dict[str, OpenNetwork]) -> dict[str, Any]:
+    return {name: network.config for name, network in networks.items()}
 
 
 def _open_vae(path: Path) -> OpenNetwork:

@@ -133,9 +133,11 @@ class Options:
     prompt: _Words = ()
     """What to draw. May be empty ("")."""
     model: _Text = None
-    """tiny (the embedded model), a diffusers or Orbax folder, or a BFL file."""
+    """tiny (the embedded model), a diffusers or Orbax folder, a BFL file, or a whole Stable
+    Diffusion in one file."""
     text_encoders: _Path = None
-    """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2."""
+    """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2; for a
+    whole Stable Diffusion in one file, which has no tokenizers, a folder with those."""
     vae: _Path = None
     """For a BFL file: folder of a diffusers autoencoder, or ae.safetensors."""
     lora: _Loras = ()
