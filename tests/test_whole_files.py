@@ -138,11 +138,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "unet": replace(
             LINEAR,
             cross_attention_dim=128,
-            projection_class_embeddings_input_dim=128 + 5 * 256,
+            projection_class_embeddings_input_dim=512 + 5 * 256,
             **XL,
         ),
         "vae": replace(VAE, scaling_factor=0.13025),
-        "text_encoder_2": PROJECTED,
+        "text_encoder_2": replace(PROJECTED, projection_dim=512),
     },
     "3": {
         "transformer": SD3Config(
