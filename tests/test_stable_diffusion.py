@@ -215,3 +215,15 @@ def test_mistakes_are_one_sentence(ours):
     ):
         with pytest.raises(ConfigError, match=words):
             ours("a star", steps=2, **choices)
+
+
+@pytest.mark.slow
+def test_one_file_draws_what_its_folder_draws(folder, ours, tmp_path):
+    """In its original code's names, with the tokenizer of a folder."""
+    file = tmp_path / "whole.safetensors"
+    run(plan(folder, file, "bfl"))
+    with pytest.raises(ConfigError, match=r"has no tokenizers: give a folder"):
+        fluxjax.load_pipeline(file)
+    whole = fluxjax.load_pipeline(file, text_encoders=folder)
+    pictures = [np.asarray(pipe(PROMPT, **OURS, **SIZE)[0]) for pipe in (whole, ours)]
+    assert np.array_equal(*pictures)
