@@ -14,7 +14,7 @@ from fluxjax.checkpoint.quantised.gguf import read_gguf
 from fluxjax.checkpoint.quantised.quantise import quantised
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.source import open_source
-from fluxjax.checkpoint.tensors import of_array
+from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import ConfigError, FluxConfig, T5Config
 from fluxjax.convert import convert
 from fluxjax.convert.__main__ import main as convert_command
@@ -263,3 +263,24 @@ def test_rows_that_are_no_whole_blocks_are_left():
     x = of_array(np.ones((2, 96), np.float32))
     assert quantised(x, "q4_k") is None and quantised(x, "nf4") is None
     assert quantised(x, "q8_0") is not None
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "q8_0"])
+def test_few_rows_are_quantised_at_once(kind, monkeypatch):
+    """And become the codes that they become together."""
+    values, asked = np.random.default_rng(0).standard_normal((7, 256), np.float32), list[int]()
+
+    def rows(a: int, b: int) -> np.ndarray:
+        asked.append(b - a)
+        return values[a:b]
+
+    def parts(tensor: Tensor) -> dict[str, np.ndarray]:
+        found = quantised(tensor, kind)
+        assert found is not None and found.packed is not None
+        return {name: part.read() for name, part in found.packed.parts.items()}
+
+    whole = parts(of_array(values))
+    monkeypatch.setattr("fluxjax.checkpoint.quantised.quantise.AT_ONCE", 2 * 256)
+    for name, part in parts(Tensor(values.shape, values.dtype, rows, by_rows=True)).items():
+        np.testing.assert_array_equal(part, whole[name])
+    assert set(asked) == {2, 1}

@@ -16,7 +16,7 @@ import numpy as np
 
 from fluxjax.models.quantised import Quantised, decode
 
-_AT_ONCE = 2**22  # elements that are decoded at once
+AT_ONCE = 2**22  # elements that are decoded or quantised at once
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def unpacked(packed: Quantised, dtype: Any = np.float32) -> Tensor:
     """The values of lazy codes, a few rows decoded at a time."""
     dtype = np.dtype(dtype)
     shape = (packed.shape[0], packed.columns)
-    step = max(1, _AT_ONCE // shape[1])
+    step = max(1, AT_ONCE // shape[1])
 
     def rows(start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, shape[1]), dtype)

@@ -128,9 +128,9 @@ class Executables:
         if self.mesh is not None:
             function, inputs = _split(program, len(static), self.mesh, self.sequence)
         chosen = compiler_options(self.precision, integers=any(map(is_dynamic, _nodes(params))))
-        lowered = function.lower(*static, *params, *inputs)
-        compiled = lowered.compile(compiler_options={**chosen, **(options or {})})
-        if self.precision == TILED:
+        chosen = {**chosen, **(options or {})}
+        compiled = function.lower(*static, *params, *inputs).compile(compiler_options=chosen)
+        if self.precision == TILED:  # what was lowered is gone too
             memory.release()
         return compiled if jax.process_count() == 1 else partial(_placed, compiled, inputs)
 

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fluxjax.checkpoint.tensors import Tensor, unpacked
+from fluxjax.checkpoint.tensors import AT_ONCE, Tensor, unpacked
 from fluxjax.models.gguf_blocks import BLOCK_TYPES
 from fluxjax.models.quantised import GROUP, LEVELS, Quantised
 
@@ -40,7 +40,12 @@ def _packed(tensor: Tensor, name: str) -> Quantised:
 
     def part(width: int, dtype: Any, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
         def read(a: int, b: int) -> np.ndarray:
-            return change(tensor.rows(a, b).astype(np.float32))
+            step = max(1, AT_ONCE // columns if tensor.by_rows else b - a)
+            out = np.empty((b - a, width), dtype)
+            for start in range(a, b, step):
+                values = tensor.rows(start, min(start + step, b)).astype(np.float32)
+                out[start - a : start - a + len(values)] = change(values)
+            return out
 
         return Tensor((rows, width), np.dtype(dtype), read, tensor.by_rows)
 
