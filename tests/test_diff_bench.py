@@ -11,8 +11,10 @@ from fluxjax.diff.benchmarks import bench
 from fluxjax.diff.benchmarks.bench import Measure, medians, print_measures
 from fluxjax.diff.benchmarks.clips import clips
 from fluxjax.diff.benchmarks.diffusion_networks import sampling_steps, training_steps, unet
+from fluxjax.diff.benchmarks.tools import tools
 from fluxjax.diff.benchmarks.wide_transformer import quantised_transformer, wide_transformer
 from fluxjax.diff.commands import Bench, execute
+from fluxjax.hub import tiny_folder
 
 
 def test_sides_take_turns():
@@ -55,6 +57,14 @@ def test_both_diffusion_networks_compute_the_same():
     assert 0 < apart < 1e-5
     (measure,) = training_steps(1, ((small, True),))
     assert measure.what.endswith("LoRA of rank 16") and measure.ours > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed`")  # diffusers' own
+def test_both_draw_the_same_with_a_tool():
+    for measure in tools(tiny_folder(), 1, ("ControlNet", "IP-Adapter")):
+        share = float(measure.what.split("(")[1].split("%")[0])
+        assert share >= 99.9, measure.what
 
 
 @pytest.mark.slow

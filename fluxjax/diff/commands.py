@@ -27,6 +27,7 @@ Section = Literal[
     "transformer",
     "quantised",
     "video",
+    "tools",
     "attention",
     "training",
     "diffusion",

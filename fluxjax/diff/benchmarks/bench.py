@@ -85,6 +85,7 @@ def run_bench(command: Bench) -> int:
         "quantised": lambda: _quantised(command.rounds),
         "attention": lambda: attention(command.rounds),
         "video": lambda: _clips(command.rounds),
+        "tools": lambda: _tools(folder, command.rounds),
         "training": lambda: _training(folder, command.rounds),
         "diffusion": lambda: _diffusion(command.rounds),
         "diffusion-training": lambda: _diffusion_training(command.rounds),
@@ -128,6 +129,12 @@ def _wide(rounds: int) -> list[Measure]:
     from fluxjax.diff.benchmarks.wide_transformer import wide_transformer
 
     return wide_transformer(rounds)
+
+
+def _tools(folder: Path, rounds: int) -> list[Measure]:
+    from fluxjax.diff.benchmarks.tools import tools
+
+    return tools(folder, rounds)
 
 
 def _clips(rounds: int) -> list[Measure]:
