@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fluxjax.sample.loading import load_pipeline
     from fluxjax.sample.pipeline import Pipeline
-    from fluxjax.sample.save_picture import save_picture
+    from fluxjax.sample.save_picture import save_clip, save_picture
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "__version__", "load_pipeline", "save_picture"]
+__all__ = ["Pipeline", "__version__", "load_pipeline", "save_clip", "save_picture"]
 
 # Public name -> the module that is imported when it is first used; `import fluxjax` is light.
 _LAZY = {
     "load_pipeline": "fluxjax.sample.loading",
     "Pipeline": "fluxjax.sample.pipeline",
+    "save_clip": "fluxjax.sample.save_picture",
     "save_picture": "fluxjax.sample.save_picture",
 }
 

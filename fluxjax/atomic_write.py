@@ -146,11 +146,26 @@ def write_new(path: Path, content: bytes) -> Path:
     Raises OSError.
     """
     with _temporary(path, content, durable=True) as part:
-        for number in range(1, _ENDINGS):
-            target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        for target in _numbered(path):
             if _link_new(part, target):
                 return target
     raise OSError(f"{path.parent} is full of files named {path.stem}")
+
+
+def place_new(part: Path, path: Path) -> Path:
+    """Give what was written as `part` the first free one of name.mp4, name-2.mp4, name-3.mp4 ...;
+    returns which. Raises OSError.
+    """
+    for target in _numbered(path):
+        if _rename_new(part, target):
+            return target
+    raise OSError(f"{path.parent} is full of files named {path.stem}")
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for number in range(2, _ENDINGS):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def _link_new(part: Path, target: Path) -> bool:

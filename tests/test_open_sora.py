@@ -137,7 +137,7 @@ def test_on_a_mesh_and_taken_apart():
 def test_fewer_passes_give_the_same():
     """Without pictures two passes do, at steps that rest one."""
     passes = open_sora_passes(14, 3, VideoGuidance(text=7.5, image=3.0))
-    each = np.random.default_rng(0).standard_normal((3, 6, 4)).astype(np.float32)
+    each = np.random.default_rng(0).standard_normal((3, 3, 2, 4)).astype(np.float32)
     assert (passes[11] == 1).all() and not (passes[12] == 1).all()
     stacked = jnp.asarray(each)
     np.testing.assert_allclose(combined(stacked, jnp.asarray(passes[11])), each[:1], atol=1e-5)

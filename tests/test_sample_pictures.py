@@ -389,7 +389,7 @@ def test_the_recorded_fill_is_drawn_by_the_sampler(shared):
         FLUX.passes(len(schedule.times), None),
         (Conditioning(inputs["txt"], None, inputs["vec"]),),
         np.full(count, recorded["guidance"], np.float32),
-        channels=channels,
+        channels=(channels,),
     )
     module = FluxTransformer(config, timestep_rounding="bfl")
     params = from_bfl_params(weights, config)

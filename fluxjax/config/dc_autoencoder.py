@@ -92,6 +92,11 @@ class DCAutoencoderConfig:
         return 2 ** len(self.temporal_stages)
 
     @property
+    def block_out_channels(self) -> tuple[int, ...]:
+        """`width_list`, by the name that other autoencoders have."""
+        return self.width_list
+
+    @property
     def scale(self) -> int:
         """Pixels per latent along one side, by the name that autoencoders of pictures have."""
         return self.spatial_compression_ratio

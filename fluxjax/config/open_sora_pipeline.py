@@ -21,6 +21,10 @@ from fluxjax.config.tiling import Tiling
 from fluxjax.config.video_pipeline import VideoPipelineConfig
 from fluxjax.config.video_sizes import video_size
 
+LEVELS = SchedulerConfig(base_shift=1.0, max_shift=3.0, shift=1.0)
+"""With dynamic shifting the shift itself, not its logarithm, is on the line through both lengths,
+in tokens of a frame, and grows with the root of the latent frames; without it is `shift`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSoraPipelineConfig(VideoPipelineConfig):
@@ -33,19 +37,17 @@ class OpenSoraPipelineConfig(VideoPipelineConfig):
     """CLIP, whose pooled state is the transformer's text vector."""
     text_encoder_2: T5Config = T5Config()
     """T5, whose states are the transformer's text tokens."""
-    scheduler: SchedulerConfig = SchedulerConfig(base_shift=1.0, max_shift=3.0, shift=1.0)
-    """With dynamic shifting the shift itself, not its logarithm, is on the line through both
-    lengths, in tokens of a frame, and grows with the root of the latent frames; without, `shift`.
-    """
+    scheduler: SchedulerConfig = LEVELS
     steps: int = 50
     guidance: float = 7.5
     image_guidance: float = 3.0
     """The scale of guidance by the frames that are given."""
-    motion: int | None = 4
-    """The score that the prompt is told, 1 (still) to 7; None: none."""
+    motion: int = 4
+    """The score that the prompt is told, 1 (still) to 7; 0: none."""
     width: int = 336
     height: int = 192
 
+    exact_steps: ClassVar[bool] = True
     class_names: ClassVar[str] = r"OpenSoraPipeline"
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
     sampling_fields: ClassVar[tuple[str, ...]] = (

@@ -54,6 +54,8 @@ class PipelineConfig(ABC):
         "height",
     )
     """Fields that say how a model is sampled, which its folder keeps."""
+    exact_steps: ClassVar[bool] = False
+    """Whether the original code's step sizes are Python numbers, which no dtype rounds."""
     embeds_guidance: ClassVar[bool] = False
     """Whether `guidance` is told to the network, beside that of two passes."""
 

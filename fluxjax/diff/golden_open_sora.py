@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,8 +22,9 @@ from fluxjax.diff.recordings import (
     Recording,
 )
 from fluxjax.diff.report import Row, compare
+from fluxjax.families import OPEN_SORA, Conditioning, Extras
 from fluxjax.families.noise_path import OPEN_SORA_FLOW
-from fluxjax.models.latents import pack_video, text_ids, unpack_video
+from fluxjax.models.latents import pack_video, unpack_video, video_ids
 from fluxjax.models.open_sora import OpenSoraTransformer
 from fluxjax.models.video_condition import VideoCondition, given_frames, given_lengths, put_back
 from fluxjax.networks import NETWORKS
@@ -61,44 +63,41 @@ def _transformer(config: OpenSoraConfig, recording: Recording, devices: Mesh | N
     dialect = "fused" if recorded["config"]["fused_qkv"] else "bfl"
     variables = {"params": recording.params(config, dialect, devices)}
     model = OpenSoraTransformer(config, timestep_rounding="bfl")
-    positions, zeros = inputs.positions("img_ids"), text_ids(inputs["txt"].shape[1])
+    patch, noise, apply = config.patch_size, inputs["noise"], partial(apply_on, devices)
+    frames, rows, columns = size = noise.shape[2:]
+    if (inputs.positions("img_ids") != video_ids(frames, rows, columns, patch)).any():
+        raise ConfigError(f"{recording.path}: inputs.img_ids are not those of latents of {size}")
+
+    def latents(tokens: Any) -> Any:
+        return jnp.moveaxis(jnp.asarray(unpack_video(tokens, rows, columns, patch)), 1, -1)
+
+    def tokens(latents: Any) -> Any:
+        return jnp.asarray(pack_video(jnp.moveaxis(latents, -1, 1), patch))
+
+    def heard(given: Any) -> tuple[Conditioning, Extras]:
+        text = Conditioning(given["txt"], None, given["vec"])
+        return text, Extras(OPEN_SORA.pack(noise).positions, channels=latents(given["cond"]))
 
     @jax.jit
     def forward(variables: Any, given: Any) -> Any:
-        text = given["txt"], given["vec"]
-        state = given["packed"], given["cond"]
-        return apply_on(
-            devices, model, variables, *state, *text, given["timesteps"], positions, zeros
-        )
+        state, t = latents(given["packed"]), given["timesteps"]
+        told = heard(given)
+        return tokens(OPEN_SORA.forward(model, variables, state, t, *told, apply=apply))
 
     @jax.jit
     def run(variables: Any, given: Any, schedule: Schedule, passes: Any) -> Any:
-        def method(name: str, *args: Any) -> Any:
-            return apply_on(devices, model, variables, *args, method=name)
-
-        condition, text = (
-            method("embed_condition", given["cond"]),
-            method("embed_text", given["txt"]),
-        )
-        each = method("step_modulations", schedule.times, given["vec"])
-        rope = method("rope", zeros, positions)
-
-        def step(x: Any, modulations: Any) -> Any:
-            return method("denoise", x, condition, text, modulations, rope)
-
-        state = (pack_video(given["noise"], config.patch_size),)
+        told = heard(given)
+        each, step = OPEN_SORA.hoist(model, variables, schedule.times, *told, apply=apply)
+        state = (OPEN_SORA.pack(given["noise"]).values,)
         return denoise(step, each, state, schedule, passes)
 
-    noise = inputs["noise"]
-    rows, columns = noise.shape[3:]
-    levels = np.asarray(recorded["schedule"], np.float32)
-    schedule = pad(flow_euler(levels))
+    schedule = pad(flow_euler(np.asarray(recorded["schedule"], np.float32)))
     arrays: Any = dict(inputs)
-    (latents,) = run(variables, arrays, schedule, _passes(recorded, len(schedule.times)))
+    (drawn,) = run(variables, arrays, schedule, _passes(recorded, len(schedule.times)))
     outputs = {
         "forward": forward(variables, arrays),
-        "latents_packed": latents,
-        "latents": unpack_video(latents, rows, columns, config.patch_size),
+        "latents_packed": tokens(drawn),
+        "latents": OPEN_SORA.unpack(drawn, *size),
     }
     return {name: np.asarray(value) for name, value in outputs.items()}
 

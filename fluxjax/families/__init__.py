@@ -15,6 +15,7 @@ from fluxjax.families.family import (
     Told,
 )
 from fluxjax.families.flux import FLUX
+from fluxjax.families.open_sora import OPEN_SORA
 from fluxjax.families.pixart import PIXART
 from fluxjax.families.sd3 import SD3
 from fluxjax.families.sdxl import STABLE_DIFFUSION_XL
@@ -22,7 +23,7 @@ from fluxjax.families.stable_diffusion import STABLE_DIFFUSION
 
 FAMILIES: dict[str, Family] = {
     name: family
-    for family in (FLUX, STABLE_DIFFUSION, STABLE_DIFFUSION_XL, SD3, PIXART)
+    for family in (FLUX, STABLE_DIFFUSION, STABLE_DIFFUSION_XL, SD3, PIXART, OPEN_SORA)
     for name in family.tasks
 }
 
@@ -37,6 +38,7 @@ def family_of(class_name: str) -> Family:
 __all__ = [
     "FAMILIES",
     "FLUX",
+    "OPEN_SORA",
     "PIXART",
     "SD3",
     "STABLE_DIFFUSION",

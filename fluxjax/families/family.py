@@ -34,10 +34,10 @@ class Conditioning(NamedTuple):
 
 class Tokens(NamedTuple):
     """Latents as a network takes them, channels last: a sequence, with where each token stands, or
-    rows and columns."""
+    rows and columns, or frames, rows and columns."""
 
     values: Float[AnyArray, "b *image d"]
-    positions: Num[AnyArray, "image axes"] | None
+    positions: Num[AnyArray, "*image axes"] | None
 
 
 class Steps(NamedTuple):
@@ -55,6 +55,8 @@ class Steps(NamedTuple):
     """How the noise levels are spaced."""
     eta: float = 0.0
     """How much noise DDIM adds."""
+    shift: float | None = None
+    """How far a flow's levels are moved towards noise."""
 
 
 class Guidance(NamedTuple):
@@ -65,6 +67,14 @@ class Guidance(NamedTuple):
     true_cfg: float = 1.0
     """What it calls true_cfg_scale, beside embedded guidance."""
     negative_prompt: str | None = None
+    image: float = 3.0
+    """The scale of guidance by the frames that a clip is given."""
+    oscillates: bool = True
+    """Whether every second step of a clip, but for the first ones, is not guided."""
+    frames: int = 1
+    """Of the clip."""
+    pictures: frozenset[str] = frozenset()
+    """What is given, as a Task names it."""
 
 
 class SkipLayers(NamedTuple):
@@ -100,6 +110,10 @@ class Told(NamedTuple):
     """That it was to have."""
     aesthetic_score: float = 6.0
     """How beautiful it is, 1 to 10."""
+    fps: int = 24
+    """Frames a second of a clip."""
+    motion: int = 4
+    """How much moves in it, 1 to 7; 0: it is not told."""
 
 
 class Control(NamedTuple):
@@ -126,7 +140,7 @@ class Control(NamedTuple):
 class Extras(NamedTuple):
     """What a forward is given besides state, times and text."""
 
-    positions: Num[AnyArray, "image axes"] | None
+    positions: Num[AnyArray, "*image axes"] | None
     """Of the state's tokens."""
     guidance: Float[AnyArray, " b"] | None = None
     """For the guidance embedding; models without one ignore it."""
@@ -182,6 +196,14 @@ class Task:
         return count if draw == "noise" or draw.startswith("control") else 1
 
 
+def _as_written(prompt: str, told: Told) -> str:
+    return prompt
+
+
+def _no_masks(*arguments: Any) -> Any:
+    raise ConfigError("this model reads no mask")
+
+
 def no_sizes(config: PipelineConfig, told: Told) -> None:
     """Raises ConfigError where a picture is said to be like what only one family hears of."""
     for name in ("original_size", "crop", "target_size"):
@@ -210,21 +232,22 @@ class Family:
     """By the class names in model_index.json."""
     tasks_of: Callable[..., list[Task]]
     joined: Callable[..., int]
-    mask_channels: Callable[..., Float[np.ndarray, "n c rows columns"]]
     tokenize: Callable[..., tuple[Any, list[str]]]
     encode: Callable[..., Conditioning]
     text_shapes: Callable[..., tuple[Any, Conditioning]]
-    scale: Callable[..., float | None]
+    scale: Callable[..., Any]
     networks: Callable[..., tuple[Any, tuple[Any, ...]]]
-    state_shape: Callable[..., tuple[int, int, int]]
+    state_shape: Callable[..., tuple[int, ...]]
     pack: Callable[..., Tokens]
-    unpack: Callable[..., Float[AnyArray, "n c h w"]]
+    unpack: Callable[..., Float[AnyArray, "n c *size"]]
     run: Callable[..., Run]
     first_step: Callable[..., int]
-    started: Callable[..., Float[AnyArray, "n c h w"]]
-    passes: Callable[..., Float[np.ndarray, "steps differences"]]
+    started: Callable[..., Float[AnyArray, "n c *size"]]
+    passes: Callable[..., Float[np.ndarray, "steps differences *frames"]]
     forward: Callable[..., Any]
     hoist: Callable[..., tuple[Any, Callable[[Any, Any], Any]]]
+    prompt_of: Callable[[str, Told], str] = _as_written
+    mask_channels: Callable[..., Float[np.ndarray, "n c rows columns"]] = _no_masks
     sizes: Callable[..., Float[np.ndarray, " numbers"] | None] = no_sizes
     widened: Callable[..., Any] = lambda config, given: config
     path: Callable[[Any], NoisePath] = _not_trained
@@ -234,6 +257,15 @@ class Family:
     encode_anew: Callable[..., Conditioning] = _no_text_encoder
     silenced: Callable[..., Conditioning] | None = None
     """What is heard where single text encoders are not."""
+
+    def shape_of(
+        self, config: PipelineConfig, width: int, height: int, frames: int = 1
+    ) -> tuple[int, ...]:
+        """`state_shape` of a picture, or of a clip. Raises ConfigError for a size, or a number of
+        frames, that the model does not draw."""
+        config.require_frames(frames)
+        clip = () if config.tiling is None else (frames,)
+        return self.state_shape(config, width, height, *clip)
 
     def find_task(self, config: PipelineConfig, given: Iterable[str]) -> Task:
         """The task of a model that is given these pictures.

@@ -6,6 +6,7 @@ Source: diffusers `FluxPipeline`, `FluxKontextPipeline`; BFL `sampling.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fluxjax.config import ConfigError, FluxPipelineConfig
+from fluxjax.config import ConfigError, FluxPipelineConfig, OpenSoraPipelineConfig
 from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.families.family import (
@@ -121,7 +122,7 @@ def _pooled(clip: CLIPTextModel, params: Params, ids: PromptIds, apply: Apply) -
 
 
 def text_shapes(
-    config: FluxPipelineConfig, count: int, length: int, dtype: Any
+    config: FluxPipelineConfig | OpenSoraPipelineConfig, count: int, length: int, dtype: Any
 ) -> tuple[PromptIds, Conditioning]:
     """Shapes of what `tokenize` and `encode_prompts` make of `count` prompts."""
     spec: Any = jax.ShapeDtypeStruct
@@ -155,8 +156,11 @@ def run(config: FluxPipelineConfig, steps: Steps, rows: int, columns: int) -> Ru
     tokens = rows * columns // PATCH**2
     if steps.eta:
         raise ConfigError("eta is how much noise DDIM adds, and this model is a flow")
+    scheduler = config.scheduler
+    if steps.shift is not None:
+        scheduler = replace(scheduler, use_dynamic_shifting=False, shift=steps.shift)
     if steps.sampler is None and steps.spacing is None and steps.sigmas is None:
-        levels = sigmas(steps.count, tokens, config.scheduler)
+        levels = sigmas(steps.count, tokens, scheduler)
         plain = flow_euler(levels, first=steps.first)
         left = np.stack([1 - levels[:-1], levels[:-1]], axis=-1)
         return Run(plain, np.zeros(len(left), np.bool_), left)
@@ -164,7 +168,6 @@ def run(config: FluxPipelineConfig, steps: Steps, rows: int, columns: int) -> Ru
         raise ConfigError("own sigmas are stepped along by the model's own sampler")
     from fluxjax.schedules.samplers import chosen, sampler_run  # a dozen files, seldom asked for
 
-    scheduler = config.scheduler
     own = SamplerConfig(
         sampler="FlowMatchEulerDiscreteScheduler",
         num_train_timesteps=scheduler.num_train_timesteps,

@@ -130,6 +130,8 @@ def run(config: SD3PipelineConfig, steps: Steps, rows: int, columns: int) -> Run
     if steps.eta:
         raise ConfigError("eta is how much noise DDIM adds, and this model is a flow")
     asked = chosen(config.scheduler, steps.sampler, spacing=steps.spacing, sigmas=steps.sigmas)
+    if steps.shift is not None:
+        asked = replace(asked, use_dynamic_shifting=False, shift=steps.shift)
     patch = config.transformer.patch_size
     mu = asked.mu(rows // patch * (columns // patch)) if asked.use_dynamic_shifting else None
     euler = asked.sampler == "FlowMatchEulerDiscreteScheduler"

@@ -194,6 +194,8 @@ def run(config: PipelineConfig, steps: Steps, rows: int, columns: int) -> Run:
     the same file. Raises ConfigError for what the sampler does not have."""
     if not isinstance(steps.count, int):
         raise ConfigError("own sigmas are for flows; here steps is their number")
+    if steps.shift is not None:
+        raise ConfigError("flow_shift is for flows, and this model is none")
     own: Any = config.scheduler
     asked = chosen(own, steps.sampler, spacing=steps.spacing, sigmas=steps.sigmas)
     choices: dict[str, Any] = {}

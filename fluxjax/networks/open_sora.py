@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import ConfigError, OpenSoraConfig
+from fluxjax.config.latents import PATCH
 from fluxjax.networks import flux
 from fluxjax.networks.network import (
     Arrays,
@@ -158,6 +159,10 @@ def _module() -> type:
     return OpenSoraTransformer
 
 
+def _held(config: OpenSoraConfig, latents: int, text_tokens: int) -> int:
+    return flux.held(config, latents * PATCH**2 // config.patch_size**2, text_tokens)
+
+
 def _flops(config: OpenSoraConfig, image_tokens: int, text_tokens: int) -> float:
     """Without the condition's embedding, which a run computes once."""
     return flux.flops(config, image_tokens, text_tokens)
@@ -211,7 +216,7 @@ OPEN_SORA = Network(
     roles=_ROLES,
     family="Open-Sora 2.0",
     file_name=lambda config: "Open_Sora_v2.safetensors",
-    before_steps=rf"{flux.FLUX.before_steps}|cond_in\..*",
+    before_steps=flux.FLUX.before_steps,
     quantised=flux.FLUX.quantised,
     scanned=flux.FLUX.scanned,
     token_split=TokenSplit(
@@ -221,5 +226,6 @@ OPEN_SORA = Network(
         lambda config: config.num_attention_heads,
     ),
     clip_shapes=_clip_shapes,
+    held=_held,
     flops=_flops,
 )

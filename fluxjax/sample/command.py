@@ -152,6 +152,8 @@ def _draw_all(
     first = jax.process_index() == 0
     once = cache(note)
     shelf = PictureShelf(options, opened, note)
+    for job in wanted:
+        shelf.check(job)
     size = opened.pipeline(opened.sources.lora).executables.rows("denoise", 1)
     heard, _ = read_heard(opened.sources.redux_image)
     done = 0

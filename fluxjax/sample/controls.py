@@ -39,7 +39,7 @@ Scaled = tuple[str, float]
 class ControlInput(NamedTuple):
     """What one ControlNet is given."""
 
-    picture: Float[AnyArray, "_ c h w"] | Float[AnyArray, "_ height width 3"]
+    picture: Float[AnyArray, "_ c *size"] | Float[AnyArray, "_ height width 3"]
     """Latents or pixels, a row for each picture or one for all."""
     mode: int | None = None
     scale: float = 1.0

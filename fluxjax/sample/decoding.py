@@ -1,12 +1,15 @@
-"""Large pictures decoded in tiles, on one device or on all of a mesh."""
+"""Large pictures, and clips, decoded in tiles, on one device or on all of a mesh."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from fluxjax.config.tiling import Tiling
 from fluxjax.models.autoencoder import Autoencoder, denormalize_latents
 from fluxjax.parallel.tiles import tiles_on
 from fluxjax.shapes import Params
@@ -28,3 +31,19 @@ def decode_in_tiles(
     x = denormalize_latents(jnp.moveaxis(jnp.asarray(latents), 1, -1), model.config)
     held, together = tiles_on(mesh, params)
     return decode_tiled(model, held, x, tile=tile, **together)
+
+
+def decode_clips(
+    model: Any,
+    params: Params,
+    latents: Float[Array | np.ndarray, "n c t h w"],
+    tiling: Tiling,
+    *,
+    mesh: Mesh | None,
+) -> Float[np.ndarray, "n frames height width 3"]:
+    """Of latents as the transformer sees them, tile by tile, see `fluxjax.models.video_tiles`."""
+    from fluxjax.models.video_tiles import decode_tiled
+
+    x = jnp.moveaxis(jnp.asarray(latents), 1, -1).astype(jnp.float32) / model.config.latent_factor
+    held, together = tiles_on(mesh, params)
+    return decode_tiled(model, held, x, tiling, **together)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from fluxjax.families.family import AnyArray
@@ -43,6 +44,7 @@ def denoise(
     schedule: Schedule,
     passes: Float[AnyArray, "steps differences *frames"],
     *,
+    alone: tuple[Step, Any] | None = None,
     noise: Float[AnyArray, "b steps *shape"] | None = None,
     kept: Kept | None = None,
     rescale: Float[AnyArray, ""] | None = None,
@@ -50,24 +52,35 @@ def denoise(
     """Run the active steps of `schedule`, as `Schedule` has them; returns the state of the end.
 
     `step(x, one of each)` is the network, of a family's `hoist`, on all passes stacked in the
-    batch: see `combined`; a learned variance that no sampler wants is left aside. The state has the
-    dtype of its latents. `noise` is what each step adds,
-    `rescale` how far guidance is brought back to the spread of the first pass.
+    batch: see `combined`; a learned variance that no sampler wants is left aside. `alone`: the
+    same, and its `each`, of the first pass, which is what all add up to at steps whose weights are
+    all 1. The state has the dtype of its latents. `noise` is what each step adds, `rescale` how far
+    guidance is brought back to the spread of the first pass.
     """
 
     def advance(inputs: tuple, state: State) -> State:
-        row, one, weights, drawn = inputs
+        row, one, by_itself, weights, drawn = inputs
         x = state[0]
         if row.scales is not None:
             x = (row.scales * x.astype(jnp.float32)).astype(x.dtype)
         many = weights.shape[0] + 1
-        predicted = step(jnp.concatenate([x] * many) if many > 1 else x, one)
-        if row.log_variances is None and predicted.shape[1:] != x.shape[1:]:
-            predicted, _ = _halves(predicted, x.shape)
-        each_pass = predicted.astype(jnp.float32)
-        predicted = combined(each_pass, weights)
-        if rescale is not None:
-            predicted = _rescaled(predicted, each_pass[: len(x)], rescale)
+
+        def all_passes(x: AnyArray) -> Array:
+            predicted = step(jnp.concatenate([x] * many) if many > 1 else x, one)
+            if row.log_variances is None and predicted.shape[1:] != x.shape[1:]:
+                predicted, _ = _halves(predicted, x.shape)
+            each_pass = predicted.astype(jnp.float32)
+            total = combined(each_pass, weights)
+            return total if rescale is None else _rescaled(total, each_pass[: len(x)], rescale)
+
+        def first_pass(x: AnyArray) -> Array:
+            assert alone is not None
+            return alone[0](x, by_itself).astype(jnp.float32)
+
+        if alone is None or many == 1:
+            predicted = all_passes(x)
+        else:
+            predicted = jax.lax.cond(jnp.all(weights == 1.0), first_pass, all_passes, x)
         if row.log_variances is not None:
             predicted, variance = _halves(predicted, x.shape)
             drawn = None if drawn is None else drawn * _deviation(row.log_variances, variance)
@@ -83,7 +96,8 @@ def denoise(
         ), None
 
     drawn = None if noise is None else jnp.moveaxis(noise, 1, 0)
-    return jax.lax.scan(skip_or_advance, state, (schedule, each, passes, drawn))[0]
+    by_itself = None if alone is None else alone[1]
+    return jax.lax.scan(skip_or_advance, state, (schedule, each, by_itself, passes, drawn))[0]
 
 
 def combined(
@@ -94,16 +108,22 @@ def combined(
 
     One weight is classifier-free guidance, negative + scale (positive - negative), rounded as in
     the references; two are three-way guidance. Any sum whose weights add up to 1 can be written so.
-    Weights of each frame of a video are those of its tokens, which follow one another.
+    Weights of each frame of a clip are for states whose first axis after the batch is the frames.
     """
     each = jnp.split(predicted, weights.shape[0] + 1)
     total = each[-1]
     for i in range(weights.shape[0]):
         weight = weights[i]
         if weight.ndim:
-            weight = jnp.repeat(weight, total.shape[1] // len(weight))[None, :, None]
+            weight = weight.reshape(1, -1, *[1] * (total.ndim - 2))
         total = total + weight * (each[i] - each[i + 1])
     return total
+
+
+def passes_run(weights: Float[AnyArray, "steps differences *frames"]) -> int:
+    """How many passes a run of such steps takes, with `alone` given to `denoise`."""
+    rests = (np.asarray(weights).reshape(len(weights), -1) == 1).all(axis=1)
+    return int(np.where(rests, 1, weights.shape[1] + 1).sum())
 
 
 def _rescaled(guided: Array, positive: Array, share: AnyArray) -> Array:

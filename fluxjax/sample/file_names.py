@@ -16,14 +16,15 @@ from fluxjax.sample.settings import Settings
 PATTERN = "{prompt}-{seed}"
 FIELDS = ("prompt", "seed", "number", "model", "width", "height", "steps", "date")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+CLIP_FORMATS = (".mp4", ".webp")
 _INTEGERS = ("seed", "number", "width", "height", "steps")
 _CHARACTERS, _FIELD_BYTES, _NAME_BYTES = 60, 120, 200  # file systems take 255 bytes in all
 _FORBIDDEN = '/\\:*?"<>|'
 
 
 def is_picture_name(path: Path) -> bool:
-    """Whether the name ends as a kind of picture that is written here."""
-    return path.suffix.lower() in FORMATS
+    """Whether the name ends as a kind of picture or clip that is written here."""
+    return path.suffix.lower() in (*FORMATS, *CLIP_FORMATS)
 
 
 def check_pattern(pattern: str) -> None:
@@ -51,9 +52,15 @@ def check_pattern(pattern: str) -> None:
 
 
 def file_name(
-    settings: Settings, pattern: str = PATTERN, *, number: int = 1, model: str = ""
+    settings: Settings,
+    pattern: str = PATTERN,
+    *,
+    number: int = 1,
+    model: str = "",
+    usual: str = ".png",
 ) -> str:
-    """A name that any file system takes. `number` counts the pictures of a run."""
+    """A name that any file system takes. `number` counts the pictures of a run; `usual` is the
+    suffix where the pattern has none."""
     values: Mapping[str, Any] = {
         "prompt": readable(settings.prompt) or "picture",
         "model": readable(model) or "model",
@@ -68,7 +75,7 @@ def file_name(
         # Its end tells pictures of one prompt apart.
         end = stem[-24:]
         stem = _cut(stem[:-24], _NAME_BYTES - len(end.encode())) + end
-    return f"{stem}{suffix or '.png'}"
+    return f"{stem}{suffix or usual}"
 
 
 def readable(text: str) -> str:

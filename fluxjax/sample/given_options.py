@@ -127,8 +127,10 @@ def given_settings(options: Options) -> dict[str, Any]:
     for name in PICTURES:
         if given[name] is not None and (name, str(given[name])) != ("mask", ALPHA):
             given[name] = absolute(str(given[name]))
-    bins = None if options.size_bins else False
-    return {**given, "soft_mask": options.soft_mask or None, "size_bins": bins}
+    flags: dict[str, Any] = {"soft_mask": options.soft_mask or None}
+    flags["size_bins"] = None if options.size_bins else False
+    flags["oscillation"] = options.oscillation and None
+    return {**given, **flags}
 
 
 def _ranges(texts: tuple[str, ...]) -> tuple[float, ...]:

@@ -7,10 +7,13 @@ large. XLA's own count for the embedded model on a CPU is 2.5 times the activati
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxjax.config import ConfigError
+from fluxjax.config.tiling import Tiling
 
 if TYPE_CHECKING:
     from fluxjax.sample.pipeline import Pipeline
@@ -26,7 +29,8 @@ def require_room(pipe: Pipeline, settings: Settings, pictures: int = 1) -> None:
         return
     weights, activations = weight_bytes(pipe), activation_bytes(pipe, settings, pictures)
     if weights + activations > free:
-        several = f"{pictures} pictures" if pictures > 1 else "a picture"
+        what = "clip" if settings.frames > 1 else "picture"
+        several = f"{pictures} {what}s" if pictures > 1 else f"a {what}"
         raise ConfigError(
             f"{several} of {settings.width} x {settings.height} pixels cannot fit: it takes "
             f"{_size(weights)} for weights and at least {_size(activations)} besides, and "
@@ -64,17 +68,33 @@ def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> i
     from fluxjax.sample.programs import UNTILED_LATENTS
 
     config, scale, settings = pipe.config, pipe.config.vae.scale, pipe.as_drawn(settings)
-    latents = (settings.width // scale) * (settings.height // scale)
+    size = settings.width, settings.height, settings.frames
+    latents = math.prod(pipe.family.shape_of(config, *size)[1:])
     seen, text = latents * (2 if settings.reference else 1), settings.max_sequence_length
     text += 0 if pipe.redux is None else pipe.redux.count
-    passes = 1 if pipe.family.scale(config, settings.asked_guidance) is None else 2
+    guided = pipe.family.scale(config, settings.asked_guidance)
+    passes = pipe.family.passes(1, guided).shape[1] + 1
     denoiser = config.networks[config.denoiser]
     denoising = pictures * passes * network_of(denoiser).held(denoiser, seen, text)
     denoising += pictures * sum(network_of(n).held(n, latents, text) for n in config.controlnets)
     decoded = min(latents, TILE**2) if latents > UNTILED_LATENTS else latents * pictures
+    decoded *= scale**2
+    if config.tiling is not None:
+        decoded = pictures * math.prod(_tile(settings, config.tiling))
     # The last stage of the decoder at full size: a layer's input and output.
-    decoding = decoded * scale**2 * config.vae.block_out_channels[0] * 2
+    decoding = decoded * config.vae.block_out_channels[0] * 2
     return max(denoising, decoding) * pipe.dtype.itemsize // _devices(pipe)
+
+
+def _tile(settings: Settings, tiling: Tiling) -> Iterator[int]:
+    """Rows, columns and frames of what is decoded at once."""
+    sides = (
+        (settings.height, tiling.rows),
+        (settings.width, tiling.columns),
+        (settings.frames, tiling.frames),
+    )
+    for whole, tiles in sides:
+        yield whole if tiles is None else min(whole, tiles.size)
 
 
 def _devices(pipe: Pipeline) -> int:

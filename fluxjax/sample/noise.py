@@ -91,8 +91,8 @@ def draw(
     *,
     kind: Noise = "torch",
     dtype: DTypeLike = np.float32,
-) -> Float[np.ndarray, "n c h w"]:
-    """Noise for `shape` = (pictures, channels, latent height, latent width).
+) -> Float[np.ndarray, "n c *size"]:
+    """Noise for `shape` = (pictures, channels, *the latents' size).
 
     One seed draws the whole batch at once, a sequence draws each picture from its own seed: as
     diffusers does for one generator and for a list of them. Raises ConfigError for a seed outside
@@ -107,7 +107,7 @@ def draw_each(
     *,
     kind: Noise = "torch",
     dtype: DTypeLike = np.float32,
-) -> dict[str, Float[np.ndarray, "rows c h w"]]:
+) -> dict[str, Float[np.ndarray, "rows c *size"]]:
     """Several draws, one after the other; `noise`, which is among them, has a row per picture.
 
     With a sequence of seeds every draw has a row per picture, and each picture's draws are those

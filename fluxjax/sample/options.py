@@ -161,6 +161,19 @@ class Options:
     guidance: _Float = None
     """FLUX: embedded guidance, one pass per step. Stable Diffusion: classifier-free guidance, off
     at 1."""
+    flow_shift: _Float = None
+    """How far a flow's noise levels are moved towards noise, in place of the model's own."""
+    frames: _Int = None
+    """Of a clip (Open-Sora): 1 more than a multiple of 4; 1 draws a picture."""
+    fps: _Int = None
+    """Frames a second of a clip, 1 to 240."""
+    motion: _Int = None
+    """How much moves in a clip, 1 (nothing) to 7; 0: the model is not told."""
+    image_guidance: _Float = None
+    """The scale of guidance by the frames that a clip is given."""
+    oscillation: bool = True
+    """Every second step of a clip, but for the first ten, is not guided; --no-oscillation guides
+    all."""
     guidance_rescale: _Float = None
     """How far classifier-free guidance is brought back to the spread of what it guides, 0 to 1."""
     negative_prompt: _Text = None
@@ -237,8 +250,8 @@ class Options:
     seed: _Int = None
     """0 ... 2**64 - 1; a random one is drawn and printed."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out")
-    """Folder, or a file name that ends in .png, .jpg or .webp. Nothing is ever overwritten: where
-    the name is taken the new picture gets a number."""
+    """Folder, or a file name that ends in .png, .jpg or .webp, of a clip in .mp4 or .webp. Nothing
+    is ever overwritten: where the name is taken the new picture gets a number."""
     name: str = PATTERN
     """Of the files in a folder: text with {prompt}, {seed}, {number}, {model}, {width}, {height},
     {steps} and {date}; may end in .png, .jpg or .webp."""

@@ -48,7 +48,7 @@ def encode_picture(
     options = dict(_OPTIONS[kind])
     if record is not None:
         text = json.dumps(record, ensure_ascii=False)
-        options |= _png_texts(text, parameters) if kind == "PNG" else _exif(text, parameters)
+        options |= _png_texts(text, parameters) if kind == "PNG" else exif_of(text, parameters)
     buffer = io.BytesIO()
     # Not `picture` itself: what it carries from elsewhere is not ours to write.
     plain = picture.convert("RGB").copy()
@@ -67,7 +67,8 @@ def _png_texts(record: str, parameters: str) -> dict[str, Any]:
     return {"pnginfo": texts}
 
 
-def _exif(record: str, parameters: str) -> dict[str, Any]:
+def exif_of(record: str, parameters: str = "") -> dict[str, Any]:
+    """Pillow's option that writes it. Raises ConfigError for a record that does not fit."""
     from PIL.Image import Exif
 
     exif = Exif()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fluxjax.sample.pipeline import Pipeline
     from fluxjax.sample.settings import Settings
 
-Latents = Float[AnyArray, "_ c h w"]
+Latents = Float[AnyArray, "_ c *size"]
 
 
 class Inputs(NamedTuple):
@@ -36,17 +36,24 @@ class Inputs(NamedTuple):
 
     reference: Float[AnyArray, "_ c _ _"] | None = None
     """Latents of a picture to edit."""
-    channels: Float[AnyArray, "_ more h w"] | None = None
-    """What is joined to the state's channels (FLUX.1 Fill and Control)."""
+    channels: Float[AnyArray, "_ more *size"] | None = None
+    """What is joined to the state's channels (FLUX.1 Fill and Control, given frames of a clip)."""
     image: Latents | None = None
     """Where image to image starts."""
-    mask: Float[AnyArray, "_ 1 h w"] | None = None
+    mask: Float[AnyArray, "_ 1 *size"] | None = None
     """At 0 `kept` is put back after each step."""
     kept: Latents | None = None
     controls: tuple[ControlInput, ...] = ()
     """Of each ControlNet."""
     image_prompts: ImagePrompts | None = None
     """Of an IP-Adapter."""
+
+    def of_passes(self, many: int) -> tuple[Float[AnyArray, "_ more *size"], ...] | None:
+        """`channels` of each pass: of three, as Open-Sora's guidance has them, the last one sees
+        none."""
+        if self.channels is None:
+            return None
+        return (self.channels,) * min(many, 2) + (np.zeros_like(self.channels),) * (many - 2)
 
 
 NOTHING = Inputs()
@@ -64,7 +71,7 @@ def make_inputs(
     task: Task,
     given: Given,
     settings: Settings,
-    draws: Mapping[str, Float[np.ndarray, "_ c h w"]],
+    draws: Mapping[str, Float[np.ndarray, "_ c *size"]],
 ) -> Inputs:
     """`draws`: the noise of the task; BFL's rounding encodes by the posterior's mean."""
     size, box = (settings.width, settings.height), box_of(given, settings)
@@ -80,14 +87,14 @@ def make_inputs(
         values = mask_values(whole, *size, soft=soft)
         seen["masked"] = seen["image"] * (1 - values[..., None])
 
-    def encoded(name: str) -> Float[np.ndarray, "_ c h w"]:
+    def encoded(name: str) -> Float[np.ndarray, "_ c *size"]:
         if name not in draws or settings.rounding == "bfl":
             return pipe.encode_pictures(seen[name])
         mean, deviation = pipe.encode_posterior(seen[name])
         sample = mean + deviation * draws[name].astype(mean.dtype)
         return np.asarray(normalize_latents(sample, pipe.config.vae))
 
-    def channel(name: str) -> Float[np.ndarray, "_ c h w"]:
+    def channel(name: str) -> Float[np.ndarray, "_ c *size"]:
         return pipe.family.mask_channels(values, pipe.config) if name == "mask" else encoded(name)
 
     channels = [channel(name) for name in task.channels]
@@ -122,7 +129,7 @@ def kept(inputs: Inputs, noise: Latents) -> Kept | None:
 
 def noise_of_steps(
     run: Run, schedule: Schedule, noise: Latents, added: Mapping[str, Latents]
-) -> Float[np.ndarray, "n steps c h w"] | None:
+) -> Float[np.ndarray, "n steps c *size"] | None:
     """What the steps of the padded schedule add, of `Stages.draw_each`; None where none may.
 
     Zeros where this sampler draws nothing, so that all samplers share a program. Raises ConfigError

@@ -22,7 +22,7 @@ from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
 from fluxjax.file_hash import hash_file
 from fluxjax.hub import is_cached
 from fluxjax.sample import known_places
-from fluxjax.sample.picture_formats import read_record
+from fluxjax.sample.clip_files import read_clip_record
 from fluxjax.sample.settings import ALPHA, PICTURES, Dtype, Settings, brief, override
 from fluxjax.sample.sources import (
     SCALED,
@@ -120,7 +120,7 @@ class Remembered:
 def remembered(path: Path) -> Remembered:
     """Raises FileNotFoundError, or ConfigError for what is no picture, was not made here, cannot be
     repeated or says what no picture is made with."""
-    record = read_record(path)
+    record = read_clip_record(path)
     if isinstance(record.get("pictures"), list) and "settings" not in record:
         raise ConfigError(f"{path} is a sheet: --like takes one of its pictures{_named(record)}")
     why = record.get("unrepeatable")

@@ -10,7 +10,8 @@ from fluxjax import __version__
 from fluxjax.atomic_write import write_new
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
-from fluxjax.sample.file_names import file_name
+from fluxjax.sample.clip_files import require_clip_name, usual_suffix, write_clip
+from fluxjax.sample.file_names import FORMATS, file_name
 from fluxjax.sample.given_options import destination
 from fluxjax.sample.opened_model import OpenedModel
 from fluxjax.sample.options import Options
@@ -35,11 +36,24 @@ class PictureShelf:
         self.folder, self.file = destination(options)
         self._drawn: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
 
+    def check(self, job: Job) -> None:
+        """Raises ConfigError where the job cannot be written under its name."""
+        path = self.path(job)
+        if job.settings.frames > 1:
+            require_clip_name(path)
+        elif path.suffix.lower() not in FORMATS:
+            raise ConfigError(f"{path}: pictures are written as {', '.join(FORMATS)}")
+
     def save(self, job: Job, picture: np.ndarray, pipe: Pipeline) -> None:
-        """Write one picture and print its line."""
+        """Write one picture, or a clip with its stills, and print its line."""
         settings, wanted = job.settings, self.path(job)
         record, parameters = self._record(job, pipe) if self.options.record else (None, "")
-        path = write_new(wanted, self._encoded(picture, wanted, record, parameters))
+        if picture.ndim == 4:
+            size: Any = {"fps": settings.fps, "frames": len(picture)}
+            path, *_ = write_clip(wanted, [picture], record=record, **size)
+            picture = picture[len(picture) // 2]  # what a sheet shows of it
+        else:
+            path = write_new(wanted, self._encoded(picture, wanted, record, parameters))
         if self.file is not None and path != wanted:
             self.note(f"{wanted} was there already and is kept")
         spent = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in pipe.seconds.items())
@@ -51,7 +65,8 @@ class PictureShelf:
     def path(self, job: Job) -> Path:
         """What the picture will be called if the name is free."""
         model, number = model_name(self.opened.sources.model), job.place + 1
-        name = file_name(job.settings, self.options.name, number=number, model=model)
+        usual = usual_suffix() if job.settings.frames > 1 else ".png"
+        name = file_name(job.settings, self.options.name, number=number, model=model, usual=usual)
         return self.file or self.folder / name
 
     def _record(self, job: Job, pipe: Pipeline) -> tuple[dict[str, Any] | None, str]:

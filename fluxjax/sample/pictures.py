@@ -9,8 +9,8 @@ from fluxjax.sample.settings import Rounding
 
 
 def to_bytes(
-    pictures: Float[np.ndarray, "n height width c"], rounding: Rounding = "diffusers"
-) -> UInt8[np.ndarray, "n height width c"]:
+    pictures: Float[np.ndarray, "n *frames height width c"], rounding: Rounding = "diffusers"
+) -> UInt8[np.ndarray, "n *frames height width c"]:
     """From [-1, 1] to 0 ... 255: diffusers rounds, BFL truncates, each in the picture's dtype."""
     if rounding == "bfl":
         one = pictures.dtype.type(1.0)

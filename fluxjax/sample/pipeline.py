@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
 from fluxjax.config.choices import Respacing, Spacing
 from fluxjax.families.family import Conditioning
+from fluxjax.sample.clip_files import Clip
 from fluxjax.sample.controls import check_controls, control_settings
 from fluxjax.sample.given_pictures import Given, apart, read_given, spread_over
 from fluxjax.sample.ip_adapter import check_image_prompts
@@ -24,7 +25,7 @@ from fluxjax.sample.pictures import in_size, to_bytes
 from fluxjax.sample.programs import NAMES, components
 from fluxjax.sample.redux import Heard, read_heard
 from fluxjax.sample.reference import whole_size
-from fluxjax.sample.refusals import require_finite, unknown_options
+from fluxjax.sample.refusals import check_clip, require_finite, unknown_options
 from fluxjax.sample.save_picture import tell_made
 from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, override
 from fluxjax.sample.skip_layers import check_skip_layers
@@ -80,6 +81,12 @@ class Pipeline(Stages):
         skip_layers: Sequence[int] | None = None,
         skip_layer_scale: float | None = None,
         skip_layer_range: tuple[float, float] | None = None,
+        frames: int | None = None,
+        fps: int | None = None,
+        motion: int | None = None,
+        image_guidance: float | None = None,
+        oscillation: bool | None = None,
+        flow_shift: float | None = None,
         original_size: tuple[int, int] | None = None,
         crop: tuple[int, int] | None = None,
         target_size: tuple[int, int] | None = None,
@@ -93,8 +100,8 @@ class Pipeline(Stages):
         on_step: OnStep | None = None,
         every: int = 1,
         **others: Any,
-    ) -> list[Image]:
-        """Draw pictures; what is not given is the model's own.
+    ) -> list[Any]:
+        """Draw pictures, or `Clip`s of several frames; what is not given is the model's own.
 
         Args:
           prompt: what to draw, or several.
@@ -141,6 +148,12 @@ class Pipeline(Stages):
           clip_skip: how many of CLIP's last layers are left out.
           skip_layers, skip_layer_scale, skip_layer_range: skip-layer guidance of Stable Diffusion
             3, away from what it draws without these blocks: how far, in which part of the run.
+          frames: of a clip, for models that draw them; 1 more than a multiple of 4.
+          fps: frames a second, which the model is told too, 1 to 240.
+          motion: how much moves, 1 (nothing) to 7; 0: the model is not told.
+          image_guidance: the scale of guidance by the frames that a clip is given.
+          oscillation: whether every second step of a clip, but for the first ten, is not guided.
+          flow_shift: how far a flow's noise levels are moved towards noise.
           original_size, crop, target_size: what Stable Diffusion XL is told of the picture, as
             (width, height) and (left, top); by default its own size and no crop.
           aesthetic_score, negative_aesthetic_score: likewise its refiner, of what is to be drawn
@@ -193,6 +206,12 @@ class Pipeline(Stages):
             "skip_layers": skip_layers,
             "skip_layer_scale": skip_layer_scale,
             "skip_layer_range": skip_layer_range,
+            "frames": frames,
+            "fps": fps,
+            "motion": motion,
+            "image_guidance": image_guidance,
+            "oscillation": oscillation,
+            "flow_shift": flow_shift,
             "original_size": original_size,
             "crop": crop,
             "target_size": target_size,
@@ -217,7 +236,8 @@ class Pipeline(Stages):
             on_step=on_step,
             every=every,
         )
-        images = [fromarray(picture) for picture in pictures]
+        clips = chosen.frames > 1
+        images = [Clip(one, float(chosen.fps)) if clips else fromarray(one) for one in pictures]
         if self.sources is not None:
             without = [*sorted(objects), *["redux_image"] * (heard_files is None)]
             why = f"its {' and '.join(without)} had no file" if without else ""
@@ -269,17 +289,17 @@ class Pipeline(Stages):
         progress: Callable[[int], None] | None = None,
         on_step: OnStep | None = None,
         every: int = 1,
-    ) -> UInt8[np.ndarray, "n rows columns 3"]:
-        """Pictures of `settings` as bytes; what else is given stands in for what is in it.
+    ) -> UInt8[np.ndarray, "n *frames rows columns 3"]:
+        """Pictures, or clips of several frames, of `settings` as bytes; what else is given stands
+        in for what is in it.
 
         `heard`: pictures for Redux and their weights. Arguments and errors are those of `__call__`.
         """
+        check_clip(self.config, settings, self.defaults)
         prompts = [settings.prompt] if prompts is None else prompts
         count = len(prompts) * number
         if count < 1:
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
-        scale = self.family.scale(self.config, settings.asked_guidance)
-        check_skip_layers(self.config, settings.asked_skip_layers, scale)
         adapters = self._adapters(lora, len(prompts), number)
         self._require_redux(heard)
         if given is None:
@@ -287,6 +307,9 @@ class Pipeline(Stages):
         settings = self.complete(settings, given, FIELDS)
         size, settings = (settings.width, settings.height), self.as_drawn(settings)
         task = self.family.find_task(self.config, given.names)
+        asked = settings.asked_guidance._replace(pictures=task.pictures)
+        scale = self.family.scale(self.config, asked)
+        check_skip_layers(self.config, settings.asked_skip_layers, scale)
         draws = self.draw_each(settings, settings.seed if seeds is None else seeds, count, task)
         more = self.redux.count if self.redux is not None and heard else 0
         self.prepare(settings, count, given, more_text=more)
@@ -311,7 +334,7 @@ class Pipeline(Stages):
             steps=settings.course(self.family.first_step),
             guidance=settings.guidance,
             negative=negative,
-            true_cfg=scale or 1.0,
+            true_cfg=scale,
             inputs=inputs,
             added=draws,
             rescale=settings.guidance_rescale,
@@ -324,6 +347,9 @@ class Pipeline(Stages):
         )
         pictures = self.decode(latents)
         require_finite(self.config, pictures, [conditioning, negative], inputs, latents)
+        if self.config.tiling is not None:
+            clips = to_bytes(pictures, settings.rounding)
+            return clips if settings.frames > 1 else clips[:, 0]
         resized = in_size(pictures, *size)
         return finished(to_bytes(resized, settings.rounding), given, settings)
 
@@ -342,7 +368,7 @@ class Pipeline(Stages):
         settings: Settings,
         prompts: Sequence[str],
         number: int,
-        scale: float | None,
+        scale: Any,
         adapters: Sequence[Mapping[str, float]] | None,
     ) -> tuple[Conditioning, Conditioning | None]:
         """Of every picture what it is to show, and what not."""
@@ -357,8 +383,10 @@ class Pipeline(Stages):
             ]
             return jax.tree.map(lambda *c: np.repeat(np.concatenate(c), count, axis=0), *each)
 
+        told = settings.told(negative=False)
+        texts = [self.family.prompt_of(prompt, told) for prompt in prompts]
         others = settings.prompt_2, settings.prompt_3
-        conditioning = said(prompts, number, *others, clip_skip=settings.clip_skip)
+        conditioning = said(texts, number, *others, clip_skip=settings.clip_skip)
         conditioning = self._with_sizes(conditioning, settings, negative=False)
         if scale is None:
             return conditioning, None
@@ -412,7 +440,7 @@ class Pipeline(Stages):
 
     def begin(
         self, settings: Settings, seeds: int | Sequence[int], count: int = 1
-    ) -> Float[AnyArray, "n c h w"]:
+    ) -> Float[AnyArray, "n c *size"]:
         """The latents that a run of `count` pictures starts from."""
         given, settings = read_given(settings)
         settings = self.complete(settings, given, FIELDS)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.atomic_write import write_bytes, write_new
-from fluxjax.config import AutoencoderConfig
+from fluxjax.config import AutoencoderConfig, ConfigError
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.terminal import say
@@ -108,6 +108,8 @@ class Preview:
         pictures: int = 1,
         decoder: bool = False,
     ) -> None:
+        if pipe.config.tiling is not None:
+            raise ConfigError("previews are of pictures, and this model draws clips")
         self._pipe, self._show = pipe, show
         self._map = None if decoder else linear_map(pipe)
         self._last = np.asarray(pipe.begin(settings, seeds, pictures), np.float32)

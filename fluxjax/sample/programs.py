@@ -66,14 +66,14 @@ class Drawn(NamedTuple):
     row for each."""
 
     schedule: Schedule
-    passes: Float[AnyArray, "steps differences"]
+    passes: Float[AnyArray, "steps differences *frames"]
     conditionings: tuple[Conditioning, ...]
     """One for each pass."""
     guidance: Float[AnyArray, "n"]
     reference: Float[AnyArray, "n c rows columns"] | None = None
     """Latents of a picture to edit, perhaps of another size."""
-    channels: Float[AnyArray, "n more h w"] | None = None
-    """What is joined to the state's channels."""
+    channels: tuple[Float[AnyArray, "n more *size"], ...] | None = None
+    """Of each pass what is joined to the state's channels."""
     kept: sampler.Kept | None = None
     """Its mask has one channel."""
     controls: tuple[tuple[AnyArray, Int[AnyArray, "n"] | None], ...] = ()
@@ -82,7 +82,7 @@ class Drawn(NamedTuple):
     """Of each pass, where there is an IP-Adapter."""
     control_scales: tuple[Float[AnyArray, "steps"], ...] = ()
     image_prompt_scale: Float[AnyArray, "layers"] | None = None
-    noise: Float[AnyArray, "n steps c h w"] | None = None
+    noise: Float[AnyArray, "n steps c *size"] | None = None
     """What each step adds, where a sampler may."""
     rescale: Float[AnyArray, ""] | None = None
     """Of guidance; None: 0."""
@@ -121,16 +121,16 @@ def denoise_pictures(
     each: Any = None,
     apply: Apply = nn.Module.apply,
 ) -> sampler.State:
-    """Runs the schedule on a state of unpacked latents (n, c, h, w).
+    """Runs the schedule on a state of unpacked latents, (n, c, h, w) or (n, c, frames, h, w).
 
     `params` may come with a LoRA (`fluxjax.models.lora.adapt`). `controlnets` are modules, with a
     picture for each in `drawn`. With `each`, which `before_steps` gives, those parameters may be
     absent that it alone uses.
     """
-    rows, columns = state[0].shape[2:]
+    size = state[0].shape[2:]
     nets = controlnets, controlnet_params
-    hoisted, step = _hoisted(family, module, nets, params, state, drawn, apply)
-    each = hoisted if each is None else each
+    hoisted, step, alone = _hoisted(family, module, nets, params, state, drawn, apply)
+    each, by_itself = hoisted if each is None else each
     packed = tuple(family.pack(latents).values for latents in state)
     kept = None
     if drawn.kept is not None:
@@ -145,11 +145,12 @@ def denoise_pictures(
         packed,
         drawn.schedule,
         drawn.passes,
+        alone=None if alone is None else (alone, by_itself),
         noise=noise,
         kept=kept,
         rescale=drawn.rescale,
     )
-    return tuple(family.unpack(tokens, rows, columns) for tokens in packed)
+    return tuple(family.unpack(tokens, *size) for tokens in packed)
 
 
 def _hoisted(
@@ -160,25 +161,31 @@ def _hoisted(
     state: sampler.State,
     drawn: Drawn,
     apply: Apply,
-) -> tuple[Any, sampler.Step]:
-    """`Family.hoist` of all passes: one batch of them all, not several passes over the weights,
-    unless their texts have several lengths (Redux beside a negative prompt)."""
+) -> tuple[tuple[Any, Any], sampler.Step, sampler.Step | None]:
+    """`Family.hoist` of all passes, and of the first alone where weights of frames, as Open-Sora's
+    guidance has them, may leave steps to it.
+
+    All are one batch, not several passes over the weights, unless their texts have several lengths
+    (Redux beside a negative prompt).
+    """
     lengths = [heard.sequence.shape[1] for heard in drawn.conditionings]
     ends = [i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]]
     spans = [slice(*ends) for ends in zip([0, *ends], [*ends, len(lengths)], strict=True)]
-    found = [
-        _hoisted_passes(family, module, controlnets, params, state, drawn, span, apply)
-        for span in spans
-    ]
+    hoist = partial(_hoisted_passes, family, module, controlnets, params, state, drawn, apply)
+    found = [hoist(span) for span in spans]
+    by_itself, alone = None, None
+    if drawn.passes.ndim == 3 and len(lengths) > 1:
+        by_itself, alone = hoist(slice(0, 1))
     if len(found) == 1:
-        return found[0]
+        each, step = found[0]
+        return (each, by_itself), step, alone
 
-    def step(x: Array, each: Any) -> Array:
+    def each_span(x: Array, each: Any) -> Array:
         rows = len(x) // len(lengths)
         parts = zip(jnp.split(x, [end * rows for end in ends]), each, found, strict=True)
         return jnp.concatenate([run(part, one) for part, one, (_, run) in parts])
 
-    return tuple(each for each, _ in found), step
+    return (tuple(each for each, _ in found), by_itself), each_span, alone
 
 
 def _hoisted_passes(
@@ -188,8 +195,8 @@ def _hoisted_passes(
     params: Params,
     state: sampler.State,
     drawn: Drawn,
-    span: slice,
     apply: Apply,
+    span: slice,
 ) -> tuple[Any, sampler.Step]:
     """Of the passes of `span`, stacked in the batch."""
     heard = drawn.conditionings[span]
@@ -201,7 +208,7 @@ def _hoisted_passes(
         reference = Tokens(stack(*[tokens.values] * many), tokens.positions)
     channels = None
     if drawn.channels is not None:
-        channels = stack(*[family.pack(drawn.channels).values] * many)
+        channels = stack(*(family.pack(one).values for one in drawn.channels[span]))
     nets = zip(*controlnets, drawn.controls, drawn.control_scales, strict=True)
     first = drawn.conditionings[0] if span.start else None
     controls = tuple(
@@ -290,8 +297,7 @@ def program(family: Family, name: Name, *inputs: Any, rounding: Rounding = "diff
 
 def defaults(config: PipelineConfig) -> Settings:
     """What a model is sampled with when nothing else is asked."""
-    shared = ("steps", "guidance", "width", "height", "max_sequence_length")
-    return Settings(**{name: getattr(config, name) for name in shared})
+    return Settings(**{name: getattr(config, name) for name in config.sampling_fields})
 
 
 def programs(
@@ -324,26 +330,28 @@ def programs(
     spec: Any = jax.ShapeDtypeStruct
     state = jnp.float32 if settings.rounding == "none" else dtype
     n, text = rows("denoise", pictures), settings.max_sequence_length
-    shape = family.state_shape(config, settings.width, settings.height)
+    shape = family.shape_of(config, settings.width, settings.height, settings.frames)
     _, longer = family.text_shapes(config, n, text + more_text, dtype)
     _, conditioning = family.text_shapes(config, n, text, dtype)
-    many = 1 if family.scale(config, settings.asked_guidance) is None else 2
     run = family.run(config, settings.course(family.first_step), *shape[1:])
     table = run.keeping if task.keeps else run.schedule
     table = pad(table) if padded else table
     schedule = jax.tree.map(lambda x: spec(x.shape, x.dtype), table)
     steps = len(schedule.times)
+    asked = settings.asked_guidance._replace(pictures=task.pictures)
+    weights = family.passes(len(run.schedule.times), family.scale(config, asked))
+    many = weights.shape[1] + 1
     reference = channels = kept = None
     if "reference" in task.pictures and reference_size is not None:
-        reference = spec((n, *family.state_shape(config, *reference_size)), dtype)
+        reference = spec((n, *family.shape_of(config, *reference_size)), dtype)
     if task.channels:
-        channels = spec((n, family.joined(config), *shape[1:]), dtype)
+        channels = (spec((n, family.joined(config), *shape[1:]), dtype),) * many
     if task.keeps:
         noise = spec((n, *shape), state)
         kept = sampler.Kept(spec((n, 1, *shape[1:]), jnp.float32), noise, noise)
     drawn = Drawn(
         schedule,
-        spec((steps, many - 1), jnp.float32),
+        spec((steps, *weights.shape[1:]), jnp.float32),
         (longer, *[conditioning] * (many - 1)),
         spec((n,), jnp.float32),
         reference,
@@ -375,7 +383,7 @@ def programs(
         seen["posterior" if sampled else "reference", (settings.width, settings.height)] = None
     for name, (width, height) in seen:
         found.append(listed(name, spec((rows(name, 1), height, width, 3), jnp.float32)))
-    if not tiled(*shape[1:]):
+    if config.tiling is None and not tiled(*shape[1:]):
         found.append(listed("decode", spec((rows("decode", pictures), *shape), state)))
     return found
 
@@ -384,7 +392,7 @@ def _controls(
     config: PipelineConfig,
     n: int,
     settings: Settings,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     dtype: Any,
 ) -> tuple:
     """Shapes of `Drawn.controls`."""

@@ -12,7 +12,7 @@ from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.families.family import Conditioning
 from fluxjax.networks import network_of
 from fluxjax.sample.picture_inputs import Inputs
-from fluxjax.sample.settings import FIELDS
+from fluxjax.sample.settings import CLIP_FIELDS, FIELDS, Settings
 
 _Array = Array | np.ndarray
 
@@ -38,6 +38,7 @@ OTHER_NAMES = {
     "output_type": "draw(settings), which gives bytes",
     "latents": "denoise(conditioning, noise)",
     "prompt_embeds": "denoise(conditioning, noise)",
+    "num_frames": "frames",
     "sigmas": "denoise(conditioning, noise, steps=sigmas)",
 }
 
@@ -50,6 +51,16 @@ def unknown_options(names: list[str]) -> str:
         fields = ", ".join(f for f in FIELDS if f != "prompt" and not f.endswith("_sha256"))
         known.append(f"{', '.join(rest)} is no setting; there are {fields}")
     return "; ".join(known)
+
+
+def check_clip(config: PipelineConfig, settings: Settings, usual: Settings) -> None:
+    """Raises ConfigError for what a clip has and a model of pictures has not; `usual`: its own."""
+    if config.tiling is not None:
+        return
+    config.require_frames(settings.frames)
+    for name in CLIP_FIELDS:
+        if getattr(settings, name) != getattr(usual, name):
+            raise ConfigError(f"{name} is for clips, and {config.class_name} draws pictures")
 
 
 def require_finite(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluxjax import __version__
 from fluxjax.atomic_write import write_new
 from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.sample.clip_files import Clip, write_clip
 from fluxjax.sample.file_names import FORMATS
 from fluxjax.sample.parameters_line import parameters_text
 from fluxjax.sample.picture_formats import encode_picture
@@ -34,6 +35,12 @@ class Made:
     parameters: str
     unrepeatable: str = ""
 
+    def record(self, folder: Path) -> dict[str, Any]:
+        """Of a file that lies in `folder`."""
+        sources = self.sources
+        files = sources, sources.hashes(), self.dtype, folder
+        return record_of(self.settings, *files, unrepeatable=self.unrepeatable)
+
 
 def save_picture(picture: Image, path: str | Path) -> Path:
     """Write a picture of a pipeline with its record, for `python -m fluxjax.sample --like`.
@@ -47,20 +54,27 @@ def save_picture(picture: Image, path: str | Path) -> Path:
         raise ConfigError("this picture does not say how it was made: no pipeline returned it")
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"{path}: pictures are written as {', '.join(FORMATS)}")
-    sources = made.sources
-    record = record_of(
-        made.settings,
-        sources,
-        sources.hashes(),
-        made.dtype,
-        path.parent,
-        unrepeatable=made.unrepeatable,
-    )
+    record = made.record(path.parent)
     return write_new(path, encode_picture(picture, path.suffix, record, made.parameters))
 
 
+def save_clip(clip: Clip, path: str | Path) -> list[Path]:
+    """Write a clip of a pipeline with its record, and its first, middle and last frame beside it.
+
+    The suffix names the format, .mp4 (which needs PyAV) or .webp. Returns the paths, the clip's
+    first; errors and taken names are those of `save_picture`.
+    """
+    path, made = Path(path), clip.info.get(SAVED)
+    record = None if made is None else made.record(path.parent)
+    if record is None:
+        raise ConfigError("this clip does not say how it was made: no pipeline returned it")
+    return write_clip(
+        path, [clip.frames], fps=int(clip.fps), frames=len(clip.frames), record=record
+    )
+
+
 def tell_made(
-    pictures: Sequence[Image],
+    pictures: Sequence[Image | Clip],
     settings: Settings,
     prompts: Sequence[str],
     seeds: int | Sequence[int],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from fluxjax.config import ConfigError
 from fluxjax.config.base import MOST_LAYERS
 from fluxjax.config.choices import CONTROL_MODES, CONTROLS, IP_IMAGES, MAX_STEPS, Respacing, Spacing
+from fluxjax.config.pipeline import MAX_FPS, MAX_FRAMES
 
 if TYPE_CHECKING:
     from fluxjax.families.family import Guidance, SkipLayers, Steps, Told
@@ -23,9 +24,12 @@ SEED_LIMIT = 2**64
 MAX_SKIP = 10  # a CLIP-L that is left two layers
 MAX_SIDE = 16384  # pixels; one million tokens, more than any of these models can draw
 MAX_GUIDANCE = 1000.0
+MAX_SHIFT = 1000.0
 MAX_SCALE = 100.0  # of what a ControlNet adds
 MAX_THRESHOLD = 10_000  # of Canny's gradients, which are below
 TASK_PICTURES = ("reference", "image", "mask", *CONTROLS)
+CLIP_FIELDS = ("frames", "fps", "motion", "image_guidance", "oscillation")
+"""Settings of clips alone."""
 PICTURES = (*TASK_PICTURES, *IP_IMAGES, "negative_ip_image")
 ALPHA = "alpha"  # the mask that is the image's own transparency
 
@@ -61,6 +65,18 @@ class Settings:
     """How noise levels are spaced; None: as the model has it."""
     eta: float = 0.0
     """How much noise DDIM adds: 0 none, 1 DDPM's."""
+    flow_shift: float | None = None
+    """How far a flow's noise levels are moved towards noise; None: as the model has it."""
+    frames: int = 1
+    """Of a clip; 1: a picture."""
+    fps: int = 24
+    """Frames a second of a clip."""
+    motion: int = 4
+    """How much is said to move in it, 1 (nothing) to 7; 0: nothing is said."""
+    image_guidance: float = 3.0
+    """The scale of guidance by the frames that a clip is given."""
+    oscillation: bool = True
+    """Whether every second step of a clip, but for the first ones, is not guided."""
     guidance_rescale: float = 0.0
     """How far classifier-free guidance is brought back to the spread of what it guides, 0 to 1."""
     clip_skip: int = 0
@@ -132,7 +148,7 @@ class Settings:
         for name in _LISTS:
             if isinstance(getattr(self, name), list):  # as JSON has it
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("guidance", "true_cfg"):
+        for name in ("guidance", "true_cfg", "image_guidance"):
             value, most = getattr(self, name), MAX_GUIDANCE
             _require(math.isfinite(value), name, "a number", self)
             _require(abs(value) <= most, name, f"from {-most:g} to {most:g}", self)
@@ -162,6 +178,16 @@ class Settings:
                 _require(fits, name, f"two numbers of pixels from 0 to {MAX_SIDE}", self)
         for name in ("aesthetic_score", "negative_aesthetic_score"):
             _require(0 <= getattr(self, name) <= 100, name, "from 0 to 100", self)
+        if self.flow_shift is not None:
+            _require(
+                0 < self.flow_shift <= MAX_SHIFT,
+                "flow_shift",
+                f"above 0 and at most {MAX_SHIFT:g}",
+                self,
+            )
+        for name, most in (("frames", MAX_FRAMES), ("fps", MAX_FPS)):
+            _require(1 <= getattr(self, name) <= most, name, f"from 1 to {most}", self)
+        _require(0 <= self.motion <= 7, "motion", "from 1 (nothing moves) to 7, or 0", self)
         for name in ("eta", "guidance_rescale"):
             _require(0 <= getattr(self, name) <= 1, name, "from 0 to 1", self)
         _require(0 <= self.clip_skip <= MAX_SKIP, "clip_skip", f"from 0 to {MAX_SKIP}", self)
@@ -218,13 +244,15 @@ class Settings:
 
         strength = 1.0 if self.strength is None else self.strength
         first = first_step(self.steps, strength, rounding=self.rounding)
-        return Steps(self.steps, first, self.sampler, self.spacing, self.sigmas, self.eta)
+        spaced = self.sampler, self.spacing, self.sigmas
+        return Steps(self.steps, first, *spaced, self.eta, self.flow_shift)
 
     @property
     def asked_guidance(self) -> Guidance:
         from fluxjax.families.family import Guidance
 
-        return Guidance(self.guidance, self.true_cfg, self.negative_prompt)
+        clip = self.image_guidance, self.oscillation, self.frames
+        return Guidance(self.guidance, self.true_cfg, self.negative_prompt, *clip)
 
     def told(self, *, negative: bool) -> Told:
         """What the model is told of the picture, or of what it is not to be like."""
@@ -232,7 +260,7 @@ class Settings:
 
         score = self.negative_aesthetic_score if negative else self.aesthetic_score
         sizes = (self.original_size, self.crop, self.target_size)
-        return Told((self.width, self.height), *sizes, score)
+        return Told((self.width, self.height), *sizes, score, self.fps, self.motion)
 
 
 def _is_mode(mode: str) -> bool:
@@ -283,6 +311,8 @@ _REALS = (
     "strength",
     "eta",
     "guidance_rescale",
+    "flow_shift",
+    "image_guidance",
     "aesthetic_score",
     "negative_aesthetic_score",
     "skip_layer_scale",
@@ -293,8 +323,8 @@ _KINDS = {
     **dict.fromkeys(_REALS, "a number"),
     **dict.fromkeys(_TEXTS, "a text"),
     **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
-    **dict.fromkeys(("mask_crop", "clip_skip"), "an integer"),
-    **dict.fromkeys(("soft_mask", "size_bins"), "true or false"),
+    **dict.fromkeys(("mask_crop", "clip_skip", "frames", "fps", "motion"), "an integer"),
+    **dict.fromkeys(("soft_mask", "size_bins", "oscillation"), "true or false"),
     **dict.fromkeys(("expand", "canny", "skip_layers", *_SIZES), "a list of integers"),
     "control_mode": "a list of texts",
     **dict.fromkeys(

@@ -13,9 +13,7 @@ from fluxjax.families.family import LeftOut, SkipLayers, Steps
 from fluxjax.schedules.schedule import Schedule
 
 
-def check_skip_layers(
-    config: PipelineConfig, asked: SkipLayers | None, guidance: float | None
-) -> None:
+def check_skip_layers(config: PipelineConfig, asked: SkipLayers | None, guidance: Any) -> None:
     """Raises ConfigError for blocks that there are not, and without guidance of two passes."""
     if asked is None:
         return
@@ -29,7 +27,7 @@ def left_out_layers(
     asked: SkipLayers | None,
     schedule: Schedule,
     steps: Steps,
-    guidance: float,
+    guidance: Any,
 ) -> LeftOut | None:
     """Of the steps of the padded `schedule`.
 

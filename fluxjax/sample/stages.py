@@ -20,7 +20,7 @@ from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Conditioning, Family, SkipLayers, Steps, Task
 from fluxjax.parallel.mesh import gathered, pad_rows
 from fluxjax.sample import noise
-from fluxjax.sample.decoding import TILE, decode_in_tiles
+from fluxjax.sample.decoding import TILE, decode_clips, decode_in_tiles
 from fluxjax.sample.denoise import State, in_parts, wait
 from fluxjax.sample.executables import Executables
 from fluxjax.sample.given_pictures import NO_PICTURES, Given
@@ -37,6 +37,7 @@ from fluxjax.sample.programs import (
     tiled,
 )
 from fluxjax.sample.reference import pixels, preferred_size
+from fluxjax.sample.refusals import check_clip
 from fluxjax.sample.settings import Rounding, Settings
 from fluxjax.sample.skip_layers import check_skip_layers, left_out_layers
 from fluxjax.sample.sources import Sources
@@ -173,12 +174,13 @@ class Stages:
 
     def draw_noise(
         self, settings: Settings, seeds: int | Sequence[int], count: int = 1
-    ) -> Float[np.ndarray, "n c h w"]:
+    ) -> Float[np.ndarray, "n c *size"]:
         """What a run of `count` pictures starts from; one seed draws all at once, as diffusers."""
         return self.draw_each(settings, seeds, count, TEXT_ALONE)["noise"]
 
     def check(self, settings: Settings) -> None:
         """Raises ConfigError for settings that the family does not have."""
+        check_clip(self.config, settings, self.defaults)
         scale = self.family.scale(self.config, settings.asked_guidance)
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
         self.family.sizes(self.config, settings.told(negative=False))
@@ -192,9 +194,11 @@ class Stages:
         width, height = self.config.drawn_size(settings.width, settings.height)
         return replace(settings, width=width, height=height)
 
-    def _state_shape(self, settings: Settings) -> tuple[int, int, int]:
+    def _state_shape(self, settings: Settings) -> tuple[int, ...]:
+        """Of the latents of one picture or clip."""
         drawn = self.as_drawn(settings)
-        return self.family.state_shape(self.config, drawn.width, drawn.height)
+        size = drawn.width, drawn.height, drawn.frames
+        return self.family.shape_of(self.config, *size)
 
     def run_of(self, settings: Settings) -> Run:
         """The steps of a picture of `settings`."""
@@ -203,7 +207,7 @@ class Stages:
 
     def draw_each(
         self, settings: Settings, seeds: int | Sequence[int], count: int, task: Task
-    ) -> dict[str, Float[np.ndarray, "_ c h w"]]:
+    ) -> dict[str, Float[np.ndarray, "_ c *size"]]:
         """All that is drawn for a task, see `Task.draws`, and then for each step of a sampler that
         draws, in order; BFL draws the noise alone."""
         shape = self._state_shape(settings)
@@ -215,8 +219,8 @@ class Stages:
         return noise.draw_each(seeds, shapes, kind=settings.noise, dtype=dtype)
 
     def start(
-        self, noise: Float[AnyArray, "n c h w"], inputs: Inputs, run: Run
-    ) -> Float[AnyArray, "n c h w"]:
+        self, noise: Float[AnyArray, "n c *size"], inputs: Inputs, run: Run
+    ) -> Float[AnyArray, "n c *size"]:
         """The latents before the first step: noise, or an image with so much of it."""
         if inputs.image is None:
             return noise if run.scale == 1 else noise * noise.dtype.type(run.scale)
@@ -226,12 +230,12 @@ class Stages:
     def denoise(
         self,
         conditioning: Conditioning,
-        noise: Float[AnyArray, "n c h w"],
+        noise: Float[AnyArray, "n c *size"],
         *,
         steps: int | Sequence[float] | Steps | None = None,
         guidance: float | None = None,
         negative: Conditioning | None = None,
-        true_cfg: float = 1.0,
+        true_cfg: Any = 1.0,
         inputs: Inputs = NOTHING,
         added: Mapping[str, AnyArray] | None = None,
         rescale: float = 0.0,
@@ -241,14 +245,15 @@ class Stages:
         progress: Callable[[int], None] | None = None,
         on_step: OnStep | None = None,
         every: int = 1,
-    ) -> Float[AnyArray, "n c h w"]:
+    ) -> Float[AnyArray, "n c *size"]:
         """Latents from noise (see `draw_noise`), still normalised as the transformer sees them.
 
         `steps`: their number, or sigmas before the shift, or all about them. `guidance` is ignored
-        by models without a guidance embedding; `true_cfg` is the weight of `negative`. `inputs`: of
-        pictures that are given. `added`: what steps add, see `draw_each`. `rescale`: of guidance,
-        as `skip_layers` see `Settings`. `adapters`: of each picture, see `LoraSlots.each`.
-        `progress` and `on_step` cut the run in parts, and count the network's evaluations.
+        by models without a guidance embedding; `true_cfg` is the weight of `negative`, or what the
+        family's `scale` gives. `inputs`: of pictures that are given. `added`: what steps add, see
+        `draw_each`. `rescale`: of guidance, as `skip_layers` see `Settings`. `adapters`: of each
+        picture, see `LoraSlots.each`. `progress` and `on_step` cut the run in parts, and count the
+        network's evaluations.
         """
         if every < 1:
             raise ConfigError(f"every must be at least 1 step, got {every}")
@@ -257,21 +262,26 @@ class Stages:
             steps = Steps(self.config.steps if steps is None else steps)
         course = self.family.run(self.config, steps, *noise.shape[2:])
         schedule = pad(course.schedule if inputs.mask is None else course.keeping)
-        if rounding == "diffusers":
+        if rounding == "diffusers" and not self.config.exact_steps:
             schedule = with_gains_in(schedule, self.dtype)
-        passes = self.family.passes(len(schedule.times), None if negative is None else true_cfg)
+        scale = None if negative is None else true_cfg
+        passes = self.family.passes(len(course.schedule.times), scale)
+        missing = len(schedule.times) - len(passes)
+        passes = np.pad(passes, [(0, missing)] + [(0, 0)] * (passes.ndim - 1), mode="edge")
+        many = passes.shape[1] + 1
         guidance = self.config.guidance if guidance is None else guidance
 
         def for_each(one: AnyArray | None) -> AnyArray | None:
             return None if one is None else np.broadcast_to(one, (count, *one.shape[1:]))
 
         prompts = inputs.image_prompts
-        conditionings = (conditioning,) if negative is None else (conditioning, negative)
+        conditionings = (conditioning, *[negative] * (many - 1))
+        channels = inputs.of_passes(many)
         each: Any = (
             conditionings,
             np.full(count, guidance, np.float32),
             for_each(inputs.reference),
-            for_each(inputs.channels),
+            channels and tuple(map(for_each, channels)),
             kept(inputs, noise),
             tuple(one.rows(count) for one in inputs.controls),
             () if prompts is None else prompts.rows(count),
@@ -319,13 +329,18 @@ class Stages:
             return latents(state)
 
     def decode(
-        self, latents: Float[AnyArray, "n c h w"], *, tile: int | None = None
-    ) -> Float[np.ndarray, "n height width 3"]:
-        """Pictures, nominally in [-1, 1]; `pictures.to_bytes` makes bytes of them.
+        self, latents: Float[AnyArray, "n c *size"], *, tile: int | None = None
+    ) -> Float[np.ndarray, "n *frames height width 3"]:
+        """Pictures or clips, nominally in [-1, 1]; `pictures.to_bytes` makes bytes of them.
 
-        Beyond 2048 x 2048 pixels, or with `tile` latents given, they are decoded in tiles: slower,
-        with the memory of one tile; on a mesh every device decodes tiles.
+        Beyond 2048 x 2048 pixels, or with `tile` latents given, pictures are decoded in tiles:
+        slower, with the memory of one tile; on a mesh every device decodes tiles. Clips are cut as
+        the original code cuts them.
         """
+        if self.config.tiling is not None:
+            (params,), (model,) = self._networks("decode"), self.executables.modules("decode")
+            with self._timed("decoding"):
+                return decode_clips(model, params, latents, self.config.tiling, mesh=self.mesh)
         if tile is None and not tiled(*latents.shape[2:]):
             return self._run("decode", latents, len(latents), phase="decoding")
         (params,), (model,) = self._networks("decode"), self.executables.modules("decode")

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from fluxjax.config.open_sora_pipeline import LEVELS
+from fluxjax.config.scheduler import SchedulerConfig
 from fluxjax.schedules.flow_euler import check_steps
 
 STEADY_STEPS = 10
@@ -31,15 +33,21 @@ class VideoGuidance(NamedTuple):
 GUIDED = VideoGuidance()
 
 
-def shift_of(tokens_per_frame: int, frames: int) -> float:
+def shift_of(tokens_per_frame: int, frames: int, scheduler: SchedulerConfig = LEVELS) -> float:
     """How far the levels are moved towards noise: for a picture 1 at 256 tokens and 3 at 4096, on
     the line through both, for a video times the root of its latent frames."""
-    slope = (3.0 - 1.0) / (4096 - 256)
-    return (slope * tokens_per_frame + 1.0 - slope * 256) * frames**0.5
+    if not scheduler.use_dynamic_shifting:
+        return scheduler.shift
+    return scheduler.mu(tokens_per_frame) * frames**0.5
 
 
 def open_sora_levels(
-    steps: int, tokens_per_frame: int, frames: int, *, flow_shift: float | None = None
+    steps: int,
+    tokens_per_frame: int,
+    frames: int,
+    scheduler: SchedulerConfig = LEVELS,
+    *,
+    flow_shift: float | None = None,
 ) -> Float[np.ndarray, "levels"]:
     """The noise levels from 1 down to 0, one more than steps, float32, for `flow_euler`.
 
@@ -47,7 +55,7 @@ def open_sora_levels(
     Raises ConfigError for steps outside 1 ... 1000.
     """
     levels = np.linspace(1.0, 0.0, check_steps(steps) + 1)
-    shift = shift_of(tokens_per_frame, frames) if flow_shift is None else flow_shift
+    shift = shift_of(tokens_per_frame, frames, scheduler) if flow_shift is None else flow_shift
     return (shift * levels / (1.0 + (shift - 1.0) * levels)).astype(np.float32)
 
 
@@ -71,3 +79,15 @@ def open_sora_passes(
         by_frame = np.where(image[:, None] > 1.0, growing, by_frame)
     weights = np.stack([np.repeat(text[:, None], frames, axis=1), by_frame], axis=1)
     return weights.astype(np.float32)
+
+
+def fewest_passes(
+    weights: Float[np.ndarray, "steps differences frames"], *, given: bool
+) -> Float[np.ndarray, "steps fewer frames"]:
+    """Of three passes as many as give the same: where nothing is `given` the last two are the same,
+    and a pass whose weight is 1 at every step adds nothing."""
+    if not given or (weights[:, 1] == 1).all():
+        weights = weights[:, :1]
+        if (weights == 1).all():
+            weights = weights[:, :0]
+    return weights

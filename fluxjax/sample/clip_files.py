@@ -1,0 +1,251 @@
+"""Clips as files that remember how they were made: mp4 through PyAV, animated WebP with Pillow.
+
+A clip is written frame group after frame group, as it is decoded. Beside it lie its first, middle
+and last frame as PNGs. The record is JSON, in an mp4 under the key `fluxjax` of its metadata, in a
+WebP and in the PNGs where pictures have it (`picture_formats`).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from fluxjax.atomic_write import place_new, write_new
+from fluxjax.config import ConfigError
+from fluxjax.picture_files import quiet
+from fluxjax.sample.file_names import CLIP_FORMATS
+from fluxjax.sample.picture_formats import RECORD, encode_picture, exif_of, read_record
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from PIL.Image import Image
+
+Frames = UInt8[np.ndarray, "t height width 3"]
+_VIDEO = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+_ANIMATED = (".webp", ".gif", ".png")
+_BT709 = 1  # ITU-T H.273: primaries, transfer and matrix
+_QUALITY = "16"  # of x264: nothing that an eye sees is lost
+
+
+@dataclass(frozen=True)
+class Clip:
+    frames: Frames
+    fps: float
+    info: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a pipeline leaves in it, as Pillow's pictures have it."""
+
+
+def write_clip(
+    path: Path,
+    groups: Iterable[Frames],
+    *,
+    fps: int,
+    frames: int,
+    record: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write a clip of `frames` frames and its stills; returns their paths, the clip's first.
+
+    `path` ends in .mp4, which holds no more than one group in memory, or .webp, whose encoder needs
+    all frames at once. A file that is there is kept and the new one gets a number. Raises
+    ConfigError for another ending, odd sides of an mp4, another number of frames, and an mp4
+    without PyAV; OSError.
+    """
+    writers = {".mp4": _write_mp4, ".webp": _write_webp}
+    require_clip_name(path)
+    if frames < 1 or not 1 <= fps <= 240:
+        raise ConfigError(f"a clip has frames, and 1 to 240 a second, not {frames} and {fps}")
+    stills: dict[str, Image] = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        writers[path.suffix.lower()](part, _passing(path, groups, frames, stills), fps, record)
+        written = [place_new(part, path)]
+    finally:
+        part.unlink(missing_ok=True)
+    for name, picture in stills.items():
+        still = path.with_name(f"{written[0].stem}-{name}.png")
+        written.append(write_new(still, encode_picture(picture, ".png", record)))
+    return written
+
+
+def require_clip_name(path: Path) -> None:
+    """Raises ConfigError for a name of no clip that is written, and for an mp4's without PyAV."""
+    if path.suffix.lower() not in CLIP_FORMATS:
+        raise ConfigError(f"{path}: clips are written as {' or '.join(CLIP_FORMATS)}")
+    if path.suffix.lower() == ".mp4":
+        _av(path)
+
+
+def usual_suffix() -> str:
+    """Of clips whose name says nothing else: .mp4 where PyAV is there."""
+    from importlib.util import find_spec
+
+    return ".webp" if find_spec("av") is None else ".mp4"
+
+
+def _passing(
+    path: Path, groups: Iterable[Frames], frames: int, stills: dict[str, Image]
+) -> Iterator[np.ndarray]:
+    """Frame after frame; the stills among them are kept."""
+    names = {frames // 2: "middle", frames - 1: "last", 0: "first"}  # of few frames the ends
+    count = 0
+    for frame in (frame for group in groups for frame in group):
+        if count in names:
+            stills[names[count]] = _picture(frame)
+        yield frame
+        count += 1
+    if count != frames:
+        raise ConfigError(f"{path}: {count} frames came, {frames} were announced")
+
+
+def read_clip(path: Path, *, most: int | None = None, max_megapixels: float = 100.0) -> Clip:
+    """A video or an animated picture, upright, in RGB; of long ones the first `most` frames.
+
+    Raises FileNotFoundError; ConfigError for what cannot be read, frames that are too large, and a
+    video without PyAV.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no clip {path}")
+    kinds = {**dict.fromkeys(_VIDEO, _video), **dict.fromkeys(_ANIMATED, _animation)}
+    if path.suffix.lower() not in kinds:
+        raise ConfigError(f"{path}: clips are read from {', '.join(kinds)}")
+    try:
+        frames, fps = kinds[path.suffix.lower()](path, most, max_megapixels)
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise almost anything on hostile bytes
+        raise ConfigError(f"{path} is no clip that can be read ({error})") from None
+    if not frames or len({frame.shape for frame in frames}) > 1:
+        raise ConfigError(f"{path} has no frames, or frames of several sizes")
+    return Clip(np.stack(frames), fps)
+
+
+def read_clip_record(path: Path) -> dict[str, Any]:
+    """What `write_clip` wrote beside the frames, which are not decoded.
+
+    Raises FileNotFoundError, or ConfigError for a clip that was not made here.
+    """
+    if path.suffix.lower() not in _VIDEO:
+        return read_record(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no clip {path}")
+    try:
+        with _av(path).open(str(path)) as container:
+            record = json.loads(container.metadata.get(RECORD, "null"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: no record can be read ({error})") from None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} does not say how it was made: fluxjax did not write it")
+    return record
+
+
+def _av(path: Path) -> ModuleType:
+    try:
+        import av
+    except ImportError:
+        raise ConfigError(
+            f"{path}: videos need PyAV: pip install 'fluxjax[video]'; animated .webp does without"
+        ) from None
+    return av
+
+
+def _picture(frame: np.ndarray) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(np.ascontiguousarray(frame))
+
+
+def _write_mp4(
+    part: Path, frames: Iterator[np.ndarray], fps: int, record: Mapping[str, Any] | None
+) -> None:
+    """H.264 with half as many colours along each side, which every player shows."""
+    av = _av(part)
+    options = {"movflags": "use_metadata_tags+faststart"}
+    with av.open(str(part), "w", format="mp4", options=options) as container:
+        if record is not None:
+            container.metadata[RECORD] = json.dumps(record)
+        stream = container.add_stream("libx264", rate=fps, options={"crf": _QUALITY})
+        stream.pix_fmt = "yuv420p"
+        for name in ("color_primaries", "color_trc", "colorspace"):
+            setattr(stream.codec_context, name, _BT709)
+        for index, pixels in enumerate(frames):
+            if index == 0:
+                stream.height, stream.width = pixels.shape[:2]
+                if stream.height % 2 or stream.width % 2:
+                    raise ConfigError(
+                        f"an mp4's sides are even, not {stream.width} x {stream.height}"
+                    )
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+            frame.pts = index
+            frame.time_base = Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _write_webp(
+    part: Path, frames: Iterator[np.ndarray], fps: int, record: Mapping[str, Any] | None
+) -> None:
+    first, *rest = map(_picture, frames)
+    # Whole milliseconds that add up to the right length.
+    ends = [round(1000 * (i + 1) / fps) for i in range(len(rest) + 1)]
+    durations = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    options = {} if record is None else exif_of(json.dumps(record, ensure_ascii=False))
+    first.save(
+        part,
+        "WEBP",
+        save_all=True,
+        append_images=rest,
+        duration=durations,
+        loop=0,
+        quality=95,
+        kmin=0,
+        kmax=1,  # each frame whole: edges of what moved away would stay in the next
+        **options,
+    )
+
+
+def _video(path: Path, most: int | None, max_megapixels: float) -> tuple[list[np.ndarray], float]:
+    frames: list[np.ndarray] = []
+    with _av(path).open(str(path)) as container:
+        if not container.streams.video:
+            raise ConfigError(f"{path} holds no video")
+        stream = container.streams.video[0]
+        _check_size(path, stream.width, stream.height, max_megapixels)
+        for frame in container.decode(stream):
+            if len(frames) == most:
+                break
+            # Cameras write how far a frame is to be turned, against the clock.
+            frames.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+        rate = stream.average_rate or stream.base_rate or 24
+    return frames, float(rate)
+
+
+def _animation(
+    path: Path, most: int | None, max_megapixels: float
+) -> tuple[list[np.ndarray], float]:
+    from PIL import Image, ImageSequence
+
+    frames, milliseconds = [], 0.0
+    with quiet(), Image.open(path, formats=("WEBP", "GIF", "PNG")) as picture:
+        _check_size(path, *picture.size, max_megapixels)
+        for frame in ImageSequence.Iterator(picture):
+            if len(frames) == most:
+                break
+            frames.append(np.asarray(frame.convert("RGB")))
+            milliseconds += frame.info.get("duration", 0)
+    return frames, 1000 * len(frames) / milliseconds if milliseconds else 24.0
+
+
+def _check_size(path: Path, width: int, height: int, max_megapixels: float) -> None:
+    if width * height > max_megapixels * 1e6:
+        raise ConfigError(f"{path} has more than {max_megapixels:g} megapixels a frame")
