@@ -8,19 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from open_sora_folders import SMALL, open_sora  # noqa: F401
+from PIL import Image
 from torch_reference import relative_l2
 
 from fluxjax import load_pipeline, save_clip
 from fluxjax.cli import run
-from fluxjax.config import ConfigError
+from fluxjax.config import OPEN_SORA_768, ConfigError
 from fluxjax.families import OPEN_SORA
 from fluxjax.families.family import Guidance
 from fluxjax.models.latents import pack_video, text_ids, unpack_video, video_ids
 from fluxjax.models.open_sora import OpenSoraTransformer
 from fluxjax.models.video_tiles import decode_tiled
 from fluxjax.sample.__main__ import main
-from fluxjax.sample.clip_files import read_clip, read_clip_record
+from fluxjax.sample.clip_files import Clip, read_clip, read_clip_record
 from fluxjax.sample.denoise import denoise, passes_run
+from fluxjax.sample.given_clips import clip_size, condition_of
+from fluxjax.sample.given_pictures import read_given
+from fluxjax.sample.noise import TorchGenerator
+from fluxjax.sample.settings import override
 from fluxjax.schedules.flow_euler import flow_euler
 from fluxjax.schedules.open_sora import VideoGuidance, open_sora_levels, open_sora_passes
 from fluxjax.schedules.schedule import pad
@@ -99,6 +104,65 @@ def test_a_clip_is_that_of_three_passes(pipe, monkeypatch):
     assert (
         clip.frames.std() > 20 and (clip.frames[1:] != clip.frames[:-1]).any(axis=(1, 2, 3)).all()
     )
+
+
+@pytest.mark.slow
+def test_a_clip_from_a_picture_is_that_of_three_passes(pipe, monkeypatch, tmp_path):
+    """Scaled and cropped, its posterior drawn from, put back at the end; guided by frame."""
+    drawn, decode = {}, pipe.decode
+    monkeypatch.setattr(pipe, "decode", lambda x: decode(drawn.setdefault("latents", x)))
+    seen = np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8)
+    Image.fromarray(seen).save(tmp_path / "first.png")
+    chosen = {"steps": STEPS, "frames": 5, "fps": 8, "motion": 0}
+    (clip,) = pipe("a ball", seed=2, reference=tmp_path / "first.png", **chosen)
+    texts = [pipe.encode_prompt(text) for text in ("a ball. 8 FPS.", "")]
+    draws = TorchGenerator(2)
+    noise, own = (draws.randn((1, 4, 2, 4, 6)) for _ in range(2))
+    vae, params = pipe.executables.modules("decode")[0], pipe.params("vae")
+    middle = Image.fromarray(seen).resize((48, 40), Image.Resampling.BICUBIC).crop((0, 4, 48, 36))
+    pixels = np.asarray(middle, np.float32)[None, None] / 127.5 - 1
+    found = jax.jit(lambda p, x: vae.apply({"params": p}, x, method="encode"))(params, pixels)
+    sample = found.mean + np.exp(found.logvar / 2) * np.moveaxis(own[:, :, :1], 1, -1)
+    condition = np.zeros((1, 5, 2, 4, 6), np.float32)
+    condition[:, :1, :1] = 1
+    condition[:, 1:, :1] = 0.476986 * np.moveaxis(np.asarray(sample), -1, 1)
+    expected = np.array(plainly(pipe, noise, texts, condition, VideoGuidance()))
+    expected[:, :, 0] = condition[:, 1:, 0]
+    assert relative_l2(np.asarray(drawn["latents"]), expected) < 1e-4
+    path, *_ = save_clip(clip, tmp_path / "clip.webp")
+    record = read_clip_record(path)["settings"]
+    assert record["reference_sha256"] and record["reference"].endswith("first.png")
+
+
+def test_what_is_given_is_named(pipe):
+    black, own = Image.new("RGB", (96, 96)), pipe.defaults
+    clip = Clip(np.zeros((40, 8, 8, 3), np.uint8), 24.0)
+    for objects, chosen, kind in (
+        ({"reference": black}, {}, "i2v_head"),
+        ({"last": black}, {}, "i2v_tail"),
+        ({"reference": black}, {"loop": True}, "i2v_loop"),
+        ({"video": clip}, {"video_kind": "v2v_tail"}, "v2v_tail"),
+    ):
+        given, settings = read_given(override(own, chosen), objects)
+        assert condition_of(given, settings) == kind
+        assert pipe.family.find_task(pipe.config, given.names).channels == ("given",)
+    frames = {"reference": black, "last": black}
+    for objects, chosen, message in (
+        (frames, {"loop": True}, "loop ends a clip with its reference: give a reference and no"),
+        ({"video": clip, **frames}, {}, "from a video or from pictures: give one of the two"),
+        ({"image": black}, {}, "from a last frame, or from .* or from a video; it was given an im"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            given, _ = read_given(override(own, chosen), objects)
+            pipe.family.find_task(pipe.config, given.names)
+    with pytest.raises(ConfigError, match="v2v_head needs at least 10 latent frames, got 2"):
+        pipe("a ball", video=Clip(np.zeros((33, 8, 8, 3), np.uint8), 24.0))
+    with pytest.raises(ConfigError, match="the given video has 30 frames, and v2v_head takes 33"):
+        pipe("a ball", video=Clip(np.zeros((30, 8, 8, 3), np.uint8), 24.0), frames=41)
+    assert clip_size(OPEN_SORA_768, (1024, 576)) == (1024, 576)
+    assert clip_size(OPEN_SORA_768, (500, 900)) == (576, 1024)
+    assert clip_size(OPEN_SORA_768, (700, 700)) == (768, 768)
+    assert clip_size(SMALL, (500, 900)) == (48, 32)
 
 
 def weights_of(steps, **asked):

@@ -160,7 +160,8 @@ class Extras(NamedTuple):
 class Task:
     """What one of diffusers' pipeline classes draws from besides text.
 
-    Pictures are a `reference` (seen beside the new picture), an `image` (what the new one starts
+    Pictures are a `reference` (seen beside the new picture; of a clip its first frame), the `last`
+    frame of a clip, a `video` that is a part of it, an `image` (what the new one starts
     from), its `mask` (white is painted anew) and a `control` (what the new one is shaped like).
     `masked` is the image with its mask cut out.
     """
@@ -284,8 +285,15 @@ class Family:
 
 
 def _in_words(pictures: Iterable[str]) -> str:
-    order = ("reference", "control", "image", "mask")
-    names = [f"{'an' if name == 'image' else 'a'} {name}" for name in order if name in pictures]
+    words = {
+        "reference": "a reference",
+        "last": "a last frame",
+        "video": "a video",
+        "control": "a control",
+        "image": "an image",
+        "mask": "a mask",
+    }
+    names = [said for name, said in words.items() if name in pictures]
     if not names:
         return "text alone"
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

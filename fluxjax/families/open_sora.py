@@ -45,6 +45,7 @@ from fluxjax.shapes import Params
 from fluxjax.text.video_prompt import video_prompt
 
 TASKS = {"OpenSoraPipeline": Task()}
+_GIVEN = ({"reference"}, {"last"}, {"reference", "last"}, {"video"})
 
 
 class Guided(NamedTuple):
@@ -56,7 +57,13 @@ class Guided(NamedTuple):
 
 
 def tasks_of(config: OpenSoraPipelineConfig) -> list[Task]:
-    return list(TASKS.values())
+    """From text, first and last pictures, and a part of another clip, whose latents are drawn from
+    their posterior."""
+    orders = [[name for name in ("reference", "last", "video") if name in one] for one in _GIVEN]
+    given = [
+        Task(pictures=frozenset(one), draws=("noise", *one), channels=("given",)) for one in orders
+    ]
+    return [*TASKS.values(), *given]
 
 
 def path(config: OpenSoraPipelineConfig) -> NoisePath:

@@ -53,6 +53,14 @@ def given_lengths(kind: str) -> tuple[int, int]:
     return _FIRST.get(kind, 0), _LAST.get(kind, 0)
 
 
+def check_frames(kind: str, frames: int) -> None:
+    """Raises ConfigError unless so many latent frames have room for more than what is given."""
+    first, last = given_lengths(kind)
+    if first + last and (frames < first + last or frames <= max(first, last)):
+        least = max(first + last, max(first, last) + 1)
+        raise ConfigError(f"{kind} needs at least {least} latent frames, got {frames}")
+
+
 def given_frames(
     kind: str,
     shape: tuple[int, ...],
@@ -66,11 +74,9 @@ def given_frames(
     Raises ConfigError where the video is too short, and where `head` or `tail` is missing or has
     too few frames.
     """
+    check_frames(kind, shape[2])
     first, last = given_lengths(kind)
-    frames, latents = shape[2], jnp.zeros(shape)
-    if first + last and (frames < first + last or frames <= max(first, last)):
-        least = max(first + last, max(first, last) + 1)
-        raise ConfigError(f"{kind} needs at least {least} latent frames, got {frames}")
+    latents = jnp.zeros(shape)
     for length, given, name in ((first, head, "first"), (last, tail, "last")):
         if length and (given is None or given.shape[2] < length):
             found = 0 if given is None else given.shape[2]

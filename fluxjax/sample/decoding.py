@@ -1,4 +1,4 @@
-"""Large pictures, and clips, decoded in tiles, on one device or on all of a mesh."""
+"""Large pictures and clips coded in tiles, on one device or on all of a mesh."""
 
 from __future__ import annotations
 
@@ -47,3 +47,28 @@ def decode_clips(
     x = jnp.moveaxis(jnp.asarray(latents), 1, -1).astype(jnp.float32) / model.config.latent_factor
     held, together = tiles_on(mesh, params)
     return decode_tiled(model, held, x, tiling, **together)
+
+
+def encode_clips(
+    model: Any,
+    params: Params,
+    clips: Float[np.ndarray, "n frames height width 3"],
+    tiling: Tiling,
+    noise: Float[Array | np.ndarray, "n c t h w"] | None = None,
+    *,
+    mesh: Mesh | None,
+) -> Float[np.ndarray, "n c t h w"]:
+    """Latents as the transformer sees them: of an autoencoder with a posterior its means, or with
+    `noise` its samples."""
+    from fluxjax.models.causal_autoencoder import posterior
+    from fluxjax.models.video_tiles import encode_tiled
+
+    held, together = tiles_on(mesh, params)
+    latents: Any = encode_tiled(model, held, clips, tiling, **together)
+    if latents.shape[-1] == 2 * model.config.latent_channels:
+        found = posterior(latents)
+        latents = found.mean
+        if noise is not None:
+            deviation = jnp.exp(0.5 * found.logvar)
+            latents = latents + deviation * jnp.moveaxis(jnp.asarray(noise, jnp.float32), 1, -1)
+    return np.moveaxis(np.asarray(latents) * np.float32(model.config.latent_factor), -1, 1)

@@ -127,7 +127,7 @@ def given_settings(options: Options) -> dict[str, Any]:
     for name in PICTURES:
         if given[name] is not None and (name, str(given[name])) != ("mask", ALPHA):
             given[name] = absolute(str(given[name]))
-    flags: dict[str, Any] = {"soft_mask": options.soft_mask or None}
+    flags: dict[str, Any] = {name: getattr(options, name) or None for name in ("soft_mask", "loop")}
     flags["size_bins"] = None if options.size_bins else False
     flags["oscillation"] = options.oscillation and None
     return {**given, **flags}

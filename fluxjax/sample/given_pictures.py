@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
+from fluxjax.file_hash import hash_file
 from fluxjax.picture_files import BadPicture, decode, quiet, upright_holes, upright_rgb
+from fluxjax.sample.clip_files import Clip, read_clip
 from fluxjax.sample.masks import expanded
 from fluxjax.sample.settings import ALPHA, PICTURES, TASK_PICTURES, Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+LONGEST_VIDEO = 65  # frames, of those from its beginning
 MEGAPIXELS = 200.0  # more is refused before it is decoded
 # Transparent parts of a mask are not painted: strokes on nothing are the strokes.
 _READ: dict[str, Callable[[Picture], Picture]] = {"mask": partial(upright_rgb, ground="black")}
@@ -36,6 +39,8 @@ class Given:
     ip_image_2: Picture | None = None
     ip_image_3: Picture | None = None
     negative_ip_image: Picture | None = None
+    last: Picture | None = None
+    video: Clip | None = None
 
     @property
     def controls(self) -> list[Picture]:
@@ -74,22 +79,23 @@ def spread_over(names: Sequence[str], given: Any) -> dict[str, Any]:
     return dict(zip(names, each, strict=False))
 
 
-def apart(**given: Picture | str | Path | None) -> tuple[dict[str, str], dict[str, Picture]]:
-    """(paths in full, pictures) of what is given by name. Raises ConfigError for anything else."""
+def apart(**given: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """(paths in full, pictures and clips) by name. Raises ConfigError for what is neither."""
     from PIL.Image import Image
 
     files: dict[str, str] = {}
-    pictures: dict[str, Picture] = {}
+    pictures: dict[str, Any] = {}
     for name, one in given.items():
         if (name, one) == ("mask", ALPHA):
             files[name] = ALPHA
         elif isinstance(one, str | Path):
             files[name] = str(Path(one).expanduser().absolute())
-        elif isinstance(one, Image):
+        elif isinstance(one, Clip if name == "video" else Image):
             pictures[name] = one
         elif one is not None:
             kind = type(one).__name__
-            raise ConfigError(f"{name} must be a picture of Pillow or a file's path, got {kind}")
+            what = "a Clip" if name == "video" else "a picture of Pillow"
+            raise ConfigError(f"{name} must be {what} or a file's path, got {kind}")
     return files, pictures
 
 
@@ -120,8 +126,24 @@ def read_picture(
         raise ConfigError(f"{path} cannot be the {what}: {error}") from None
 
 
+def read_video(path: str | Path, kind: str, sha256: str | None = None) -> tuple[Clip, str]:
+    """The clip in a file, as much of it as a `video_kind` may take, and the file's hash.
+
+    Errors are those of `read_picture`.
+    """
+    path = Path(path).expanduser()
+    most = None if "tail" in kind else LONGEST_VIDEO
+    clip = read_clip(path, most=most)
+    found = hash_file(path)
+    if sha256 not in (None, found):
+        raise ConfigError(
+            f"{path} has changed since it was the video: its SHA-256 is {found}, not {sha256}"
+        )
+    return clip, found
+
+
 def read_given(
-    settings: Settings, pictures: Mapping[str, Picture] | None = None
+    settings: Settings, pictures: Mapping[str, Any] | None = None
 ) -> tuple[Given, Settings]:
     """What a run is given, and its settings with the hashes of the files.
 
@@ -132,7 +154,12 @@ def read_given(
     objects = pictures or {}
     for name in PICTURES:
         path = getattr(settings, name)
-        if name in objects:
+        if name in objects and name == "video":
+            found[name] = objects[name]
+        elif path is not None and name == "video":
+            digest = getattr(settings, f"{name}_sha256")
+            found[name], hashes[f"{name}_sha256"] = read_video(path, settings.video_kind, digest)
+        elif name in objects:
             found[name] = _READ.get(name, upright_rgb)(objects[name])
         elif path is not None and (name, path) != ("mask", ALPHA):
             digest = getattr(settings, f"{name}_sha256")
@@ -156,6 +183,12 @@ def _alpha(settings: Settings, image: Picture | None) -> Picture:
 
 def _ready(given: Given, settings: Settings) -> Given:
     """Bordered, and with a reference that is to be painted as its own image."""
+    if settings.loop:
+        if given.reference is None or given.last is not None:
+            raise ConfigError("loop ends a clip with its reference: give a reference and no last")
+        given = replace(given, last=given.reference)
+    if given.video is not None and (given.reference or given.last):
+        raise ConfigError("a clip goes on from a video or from pictures: give one of the two")
     if given.mask is not None and given.image is None and given.reference is not None:
         given = replace(given, image=given.reference)
     if given.mask is not None and given.image is not None and given.mask.size != given.image.size:

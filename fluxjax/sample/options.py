@@ -12,7 +12,7 @@ import tyro
 
 from fluxjax.config.choices import Respacing, Spacing
 from fluxjax.sample.file_names import PATTERN
-from fluxjax.sample.settings import Dtype, Noise, Rounding, brief
+from fluxjax.sample.settings import Dtype, Noise, Rounding, VideoKind, brief
 
 
 def _number(kind: Callable[[str], Any], words: str, metavar: str) -> Any:
@@ -98,6 +98,10 @@ _Spacing = Annotated[
 _Respacing = Annotated[
     Respacing | None,
     tyro.conf.arg(metavar="{plain,karras,exponential,beta}", help_behavior_hint=""),
+]
+_VideoKind = Annotated[
+    VideoKind | None,
+    tyro.conf.arg(metavar="{v2v_head,v2v_tail,v2v_head_easy,v2v_tail_easy}", help_behavior_hint=""),
 ]
 _Noise = Annotated[Noise | None, tyro.conf.arg(metavar="{torch,jax}", help_behavior_hint="")]
 _Loras = Annotated[
@@ -228,7 +232,16 @@ class Options:
     canny: _Thresholds = None
     """LOW,HIGH, such as 50,200: draw by the edges of the control, which is a photograph."""
     reference: _Text = None
-    """A picture to edit (FLUX.1 Kontext); with --mask only where that is white."""
+    """A picture to edit (FLUX.1 Kontext), with --mask only where that is white; of a clip its first
+    frame."""
+    last: _Text = None
+    """The last frame of a clip; --reference is its first."""
+    loop: bool = False
+    """End the clip with its first frame."""
+    video: _Text = None
+    """A clip that is a part of the new one, see --video-kind."""
+    video_kind: _VideoKind = None
+    """Its first or last frames; 33 of them, or ("easy") 65."""
     strength: _Float = None
     """How much of the image is drawn anew, above 0 and up to 1."""
     mask_crop: _Int = None

@@ -14,20 +14,21 @@ from jaxtyping import Float, UInt8
 
 from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
 from fluxjax.config.choices import Respacing, Spacing
-from fluxjax.families.family import Conditioning
+from fluxjax.families.family import Conditioning, Task
 from fluxjax.sample.clip_files import Clip
 from fluxjax.sample.controls import check_controls, control_settings
+from fluxjax.sample.given_clips import check_given, clip_inputs, clip_size, with_given
 from fluxjax.sample.given_pictures import Given, apart, read_given, spread_over
 from fluxjax.sample.ip_adapter import check_image_prompts
 from fluxjax.sample.lora_slots import LoraChoice
-from fluxjax.sample.picture_inputs import finished, make_inputs
+from fluxjax.sample.picture_inputs import Inputs, finished, make_inputs
 from fluxjax.sample.pictures import in_size, to_bytes
 from fluxjax.sample.programs import NAMES, components
 from fluxjax.sample.redux import Heard, read_heard
 from fluxjax.sample.reference import whole_size
 from fluxjax.sample.refusals import check_clip, require_finite, unknown_options
 from fluxjax.sample.save_picture import tell_made
-from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, override
+from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, VideoKind, override
 from fluxjax.sample.skip_layers import check_skip_layers
 from fluxjax.sample.sources import Sources, absolute
 from fluxjax.sample.stages import AnyArray, OnStep, Stages
@@ -59,6 +60,10 @@ class Pipeline(Stages):
         control_mode: str | int | Sequence[str | int | None] | None = None,
         control_range: tuple[float, float] | Sequence[tuple[float, float]] | None = None,
         reference: Image | str | Path | None = None,
+        last: Image | str | Path | None = None,
+        loop: bool | None = None,
+        video: Clip | str | Path | None = None,
+        video_kind: VideoKind | None = None,
         strength: float | None = None,
         mask_crop: int | None = None,
         soft_mask: bool | None = None,
@@ -123,6 +128,10 @@ class Pipeline(Stages):
             its number; and between which parts of the run it counts, such as (0, 0.8). Of several
             a list with one for each, or one for all.
           reference: a picture to edit (FLUX.1 Kontext); with a mask and no image it is that too.
+            Of a clip its first frame.
+          last, loop: the last frame of a clip; whether the reference is that too.
+          video, video_kind: a clip, or its file, that is a part of the new one: its first or last
+            frames ("v2v_head", "v2v_tail"), 33 or ("_easy") 65 of them.
           strength: how much of the image is drawn anew, above 0 and up to 1.
           mask_crop: draw the mask's surroundings alone, with so many pixels around, in the size of
             the whole, and leave what is not white as it is to the pixel.
@@ -175,7 +184,7 @@ class Pipeline(Stages):
             raise ConfigError(unknown_options(sorted(others)))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         several = spread_over(CONTROLS, control) | spread_over(IP_IMAGES, ip_image)
-        several["negative_ip_image"] = negative_ip_image
+        several |= {"negative_ip_image": negative_ip_image, "last": last, "video": video}
         files, objects = apart(image=image, mask=mask, reference=reference, **several)
         settings = {
             "steps": steps,
@@ -209,6 +218,8 @@ class Pipeline(Stages):
             "frames": frames,
             "fps": fps,
             "motion": motion,
+            "loop": loop,
+            "video_kind": video_kind,
             "image_guidance": image_guidance,
             "oscillation": oscillation,
             "flow_shift": flow_shift,
@@ -267,6 +278,8 @@ class Pipeline(Stages):
         check_image_prompts(self.image_prompter, settings, given)
         if task.strength is None and settings.strength is not None:
             raise ConfigError("strength says how much of an image is drawn anew: give an image")
+        if self.config.tiling is not None:
+            check_given(self.config, given, settings)
         size = dict(zip(("width", "height"), self.picture_size(given), strict=True))
         found: dict[str, Any] = {name: size[name] for name in size if name not in fixed}
         if not given.names:
@@ -322,7 +335,7 @@ class Pipeline(Stages):
             with self._timed("encoding"):
                 conditioning = self.redux.heard(conditioning, heard)
             self._leave(self.redux.reader)
-        inputs = make_inputs(self, task, given, settings, draws)
+        inputs = self._inputs(task, given, settings, draws)
         if self.image_prompter is not None:
             with self._timed("encoding"):
                 seen = self.image_prompter.prompts(given, settings, 1 if scale is None else 2)
@@ -345,6 +358,8 @@ class Pipeline(Stages):
             on_step=on_step,
             every=every,
         )
+        if self.config.tiling is not None:
+            latents = with_given(latents, inputs, given, settings)
         pictures = self.decode(latents)
         require_finite(self.config, pictures, [conditioning, negative], inputs, latents)
         if self.config.tiling is not None:
@@ -429,14 +444,26 @@ class Pipeline(Stages):
         """(width, height) of what is drawn from these pictures unless another is asked for.
 
         That of the image or of the control, rounded down to whole tokens; for an edit and its image
-        see `reference_size`.
+        see `reference_size`, for a clip `given_clips.clip_size`.
         """
+        if self.config.tiling is not None:
+            one = given.reference or given.last
+            own = self.defaults.width, self.defaults.height
+            return own if one is None else clip_size(self.config, one.size)
         if given.reference is not None:
             return self.reference_size(given.image or given.reference)
         one = given.image or given.control
         if one is None:
             return self.defaults.width, self.defaults.height
         return whole_size(one.width, one.height, unit=self.config.unit)
+
+    def _inputs(
+        self, task: Task, given: Given, settings: Settings, draws: Mapping[str, Any]
+    ) -> Inputs:
+        """Of what is given, as the network sees it."""
+        if self.config.tiling is not None:
+            return clip_inputs(self, given, settings, draws)
+        return make_inputs(self, task, given, settings, draws)
 
     def begin(
         self, settings: Settings, seeds: int | Sequence[int], count: int = 1
@@ -446,5 +473,5 @@ class Pipeline(Stages):
         settings = self.complete(settings, given, FIELDS)
         task = self.family.find_task(self.config, given.names)
         draws = self.draw_each(settings, seeds, count, task)
-        noise, inputs = draws["noise"], make_inputs(self, task, given, settings, draws)
+        noise, inputs = draws["noise"], self._inputs(task, given, settings, draws)
         return self.start(noise, inputs, self.run_of(settings))

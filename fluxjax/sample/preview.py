@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.atomic_write import write_bytes, write_new
-from fluxjax.config import AutoencoderConfig, ConfigError
+from fluxjax.config import AutoencoderConfig
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.terminal import say
@@ -75,7 +75,7 @@ def linear_map(pipe: Pipeline) -> LinearMap:
     The fit is by least squares on the latents of patches of random colours.
     """
     config = pipe.config.vae
-    if is_published(config):
+    if pipe.config.tiling is None and is_published(config):
         return FLUX
     rng, rows = np.random.default_rng(0), []
     for patch in (6, 3):  # latents on a side
@@ -108,8 +108,6 @@ class Preview:
         pictures: int = 1,
         decoder: bool = False,
     ) -> None:
-        if pipe.config.tiling is not None:
-            raise ConfigError("previews are of pictures, and this model draws clips")
         self._pipe, self._show = pipe, show
         self._map = None if decoder else linear_map(pipe)
         self._last = np.asarray(pipe.begin(settings, seeds, pictures), np.float32)
@@ -118,7 +116,7 @@ class Preview:
         self._left = np.append(left, [[1.0, 0.0]], axis=0).astype(np.float32)
         self._step = 0
 
-    def __call__(self, step: int, latents: Float[Any, "n c h w"]) -> None:
+    def __call__(self, step: int, latents: Float[Any, "n c *size"]) -> None:
         (signal, level), (signal_then, level_then) = self._left[step], self._left[self._step]
         here = np.asarray(latents, np.float32)
         between = level_then * signal - level * signal_then
@@ -126,10 +124,22 @@ class Preview:
             return
         promised = level_then / between * here - level / between * self._last
         self._last, self._step = here, step
+        if self._pipe.config.tiling is not None:
+            self._show_middle(step, promised)
+            return
         if self._map is None:
             self._show(step, to_bytes(np.asarray(self._pipe.decode(promised), np.float32)))
         else:
             self._show(step, enlarged(to_bytes(self._map(promised)), self._pipe.config.vae.scale))
+
+    def _show_middle(self, step: int, promised: Float[np.ndarray, "n c t h w"]) -> None:
+        """Of each clip the frame in its middle."""
+        if self._map is None:
+            frames = np.asarray(self._pipe.decode(promised), np.float32)
+            self._show(step, to_bytes(frames[:, frames.shape[1] // 2]))
+        else:
+            middle = to_bytes(self._map(promised[:, :, promised.shape[2] // 2]))
+            self._show(step, enlarged(middle, self._pipe.config.vae.scale))
 
 
 def enlarged(

@@ -342,6 +342,8 @@ def programs(
     weights = family.passes(len(run.schedule.times), family.scale(config, asked))
     many = weights.shape[1] + 1
     reference = channels = kept = None
+    if config.tiling is not None:
+        reference_size = None
     if "reference" in task.pictures and reference_size is not None:
         reference = spec((n, *family.shape_of(config, *reference_size)), dtype)
     if task.channels:
@@ -378,7 +380,7 @@ def programs(
     encoded = task.pictures - {"reference"}
     if config.controlnets and all(net.sees_pixels for net in config.controlnets):
         encoded -= {"control"}
-    if encoded:
+    if encoded and config.tiling is None:
         sampled = task.drawn(settings.strength) != ("noise",) and settings.rounding != "bfl"
         seen["posterior" if sampled else "reference", (settings.width, settings.height)] = None
     for name, (width, height) in seen:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Rounding = Literal["diffusers", "bfl", "none"]
 Noise = Literal["torch", "jax"]
+VideoKind = Literal["v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"]
 Dtype = Literal["float32", "bfloat16"]
 MAX_SEQUENCE_LENGTH = 512
 SEED_LIMIT = 2**64
@@ -27,8 +28,8 @@ MAX_GUIDANCE = 1000.0
 MAX_SHIFT = 1000.0
 MAX_SCALE = 100.0  # of what a ControlNet adds
 MAX_THRESHOLD = 10_000  # of Canny's gradients, which are below
-TASK_PICTURES = ("reference", "image", "mask", *CONTROLS)
-CLIP_FIELDS = ("frames", "fps", "motion", "image_guidance", "oscillation")
+TASK_PICTURES = ("reference", "image", "mask", *CONTROLS, "last", "video")
+CLIP_FIELDS = ("frames", "fps", "motion", "image_guidance", "oscillation", "loop", "video_kind")
 """Settings of clips alone."""
 PICTURES = (*TASK_PICTURES, *IP_IMAGES, "negative_ip_image")
 ALPHA = "alpha"  # the mask that is the image's own transparency
@@ -103,6 +104,16 @@ class Settings:
     """Likewise what the negative prompt describes."""
     reference: str | None = None
     reference_sha256: str | None = None
+    last: str | None = None
+    """The last frame of a clip, whose first one is the reference."""
+    last_sha256: str | None = None
+    loop: bool = False
+    """Whether the reference is its last frame too."""
+    video: str | None = None
+    """A clip that is gone on with, or led up to."""
+    video_sha256: str | None = None
+    video_kind: VideoKind = "v2v_head"
+    """Which part of the new clip it is: its first or last frames, 33 or ("easy") 65 of them."""
     image: str | None = None
     image_sha256: str | None = None
     mask: str | None = None
@@ -324,7 +335,8 @@ _KINDS = {
     **dict.fromkeys(_TEXTS, "a text"),
     **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
     **dict.fromkeys(("mask_crop", "clip_skip", "frames", "fps", "motion"), "an integer"),
-    **dict.fromkeys(("soft_mask", "size_bins", "oscillation"), "true or false"),
+    **dict.fromkeys(("soft_mask", "size_bins", "oscillation", "loop"), "true or false"),
+    "video_kind": " or ".join(get_args(VideoKind)),
     **dict.fromkeys(("expand", "canny", "skip_layers", *_SIZES), "a list of integers"),
     "control_mode": "a list of texts",
     **dict.fromkeys(

@@ -20,7 +20,7 @@ from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Conditioning, Family, SkipLayers, Steps, Task
 from fluxjax.parallel.mesh import gathered, pad_rows
 from fluxjax.sample import noise
-from fluxjax.sample.decoding import TILE, decode_clips, decode_in_tiles
+from fluxjax.sample.decoding import TILE, decode_clips, decode_in_tiles, encode_clips
 from fluxjax.sample.denoise import State, in_parts, wait
 from fluxjax.sample.executables import Executables
 from fluxjax.sample.given_pictures import NO_PICTURES, Given
@@ -163,8 +163,24 @@ class Stages:
     def encode_pictures(
         self, pictures: Float[np.ndarray, "n height width 3"]
     ) -> Float[np.ndarray, "n c h w"]:
-        """Normalised posterior means of pictures in [-1, 1]; `decode` leads back."""
+        """Normalised posterior means of pictures in [-1, 1]; `decode` leads back. Where clips are
+        drawn each is a clip of one frame, whose latents have no axis of frames."""
+        if self.config.tiling is not None:
+            each = [self.encode_clips(one[None, None]) for one in pictures]
+            return np.concatenate(each)[:, :, 0]
         return self._run("reference", pictures, len(pictures), phase="encoding")
+
+    def encode_clips(
+        self,
+        clips: Float[np.ndarray, "n frames height width 3"],
+        noise: Float[AnyArray, "n c t h w"] | None = None,
+    ) -> Float[np.ndarray, "n c t h w"]:
+        """Latents of clips in [-1, 1], as the transformer sees them: the posterior's means, or with
+        `noise` its samples. `decode` leads back."""
+        assert self.config.tiling is not None, "clips are for models that draw them"
+        (params,), (model,) = self._networks("decode"), self.executables.modules("decode")
+        with self._timed("encoding"):
+            return encode_clips(model, params, clips, self.config.tiling, noise, mesh=self.mesh)
 
     def encode_posterior(
         self, pictures: Float[np.ndarray, "n height width 3"]

@@ -1,0 +1,151 @@
+"""Frames that a clip is given, its first or last picture or part of another clip: read, fitted to
+its size, encoded, and put back when it is drawn.
+
+Source: hpcaitech/Open-Sora `opensora/utils/inference.py`, `opensora/datasets/utils.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config.video_sizes import AREAS, video_sizes
+from fluxjax.families.family import AnyArray
+from fluxjax.models.video_condition import (
+    GivenFrames,
+    check_frames,
+    given_frames,
+    given_lengths,
+    put_back,
+)
+from fluxjax.sample.given_pictures import Given
+from fluxjax.sample.picture_inputs import NOTHING, Inputs
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+    from fluxjax.sample.settings import Settings
+    from fluxjax.sample.stages import Stages
+
+_PICTURES = {
+    frozenset({"reference"}): "i2v_head",
+    frozenset({"last"}): "i2v_tail",
+    frozenset({"reference", "last"}): "i2v_loop",
+}
+
+
+def condition_of(given: Given, settings: Settings) -> str | None:
+    """The `VideoCondition` of what is given; None where nothing is."""
+    if given.video is not None:
+        return settings.video_kind
+    return _PICTURES.get(given.names)
+
+
+def check_given(config: Any, given: Given, settings: Settings) -> None:
+    """Raises ConfigError for a clip that is too short, the given or the new one."""
+    kind = condition_of(given, settings)
+    if kind is None:
+        return
+    check_frames(kind, config.latent_frames(settings.frames))
+    if given.video is not None:
+        count, there = _frames_of(config, max(given_lengths(kind))), len(given.video.frames)
+        if there < count:
+            raise ConfigError(
+                f"the given video has {there} frames, and {kind} takes {count} of them"
+            )
+
+
+def _frames_of(config: Any, latents: int) -> int:
+    first = config.vae.first_frame
+    return (latents - first) * config.vae.temporal_compression_ratio + first
+
+
+def clip_inputs(
+    stages: Stages, given: Given, settings: Settings, draws: Mapping[str, AnyArray]
+) -> Inputs:
+    """What the network sees of the given frames; `draws` has the noise of their posterior."""
+    kind = condition_of(given, settings)
+    if kind is None:
+        return NOTHING
+    shape = (1, *draws["noise"].shape[1:])
+    size, config = (settings.width, settings.height), stages.config
+    ends = dict.fromkeys(("head", "tail"))
+    for end, length, picture, noise in zip(
+        ends, given_lengths(kind), (given.reference, given.last), ("reference", "last"), strict=True
+    ):
+        if not length:
+            continue
+        if picture is not None:
+            frames, noise = picture_frame(picture, *size), draws[noise]
+        else:
+            assert given.video is not None, "what is not given as pictures is a video"
+            count = _frames_of(config, length)
+            frames, noise = _part(given.video.frames, count, end, *size), draws["video"]
+        ends[end] = stages.encode_clips(frames, noise[:, :, :length])
+    made = given_frames(kind, shape, **ends)
+    return Inputs(channels=np.asarray(made.condition, stages.dtype))
+
+
+def with_given(
+    latents: AnyArray, inputs: Inputs, given: Given, settings: Settings
+) -> Float[AnyArray, "n c frames h w"]:
+    """Latents that are drawn, with the pictures that were given in their places."""
+    kind = condition_of(given, settings)
+    if kind is None or inputs.channels is None:
+        return latents
+    channels = jnp.asarray(inputs.channels)
+    drawn = jnp.asarray(latents)
+    found = GivenFrames(channels[:, :1], channels[:, 1:].astype(drawn.dtype))
+    return put_back(kind, drawn, found)
+
+
+def picture_frame(
+    picture: Picture, width: int, height: int
+) -> Float[np.ndarray, "1 1 height width 3"]:
+    """A picture that fills the frame: as large as it must be, and its middle; in [-1, 1]."""
+    from PIL.Image import Resampling
+
+    return _scaled(np.asarray(_filling(picture, width, height, Resampling.BICUBIC)))[None, None]
+
+
+def _part(
+    frames: UInt8[np.ndarray, "t h w 3"], count: int, end: str, width: int, height: int
+) -> Float[np.ndarray, "1 t height width 3"]:
+    """The first or last `count` frames, likewise."""
+    from PIL.Image import Resampling, fromarray
+
+    taken = frames[:count] if end == "head" else frames[-count:]
+    filled = [_filling(fromarray(one), width, height, Resampling.BILINEAR) for one in taken]
+    return _scaled(np.stack([np.asarray(one) for one in filled]))[None]
+
+
+def _scaled(pixels: UInt8[np.ndarray, "*size 3"]) -> Float[np.ndarray, "*size 3"]:
+    return 2 * (pixels.astype(np.float32) / 255) - 1
+
+
+def _filling(picture: Picture, width: int, height: int, resampling: int) -> Picture:
+    w, h = picture.size
+    if height / h > width / w:
+        wide, high = round(w * height / h), height
+    else:
+        wide, high = width, round(h * width / w)
+    left, top = round((wide - width) / 2), round((high - height) / 2)
+    larger = picture.resize((wide, high), resampling)
+    return larger.crop((left, top, left + width, top + height))
+
+
+def clip_size(config: PipelineConfig, picture: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of a clip that begins or ends with a picture of these: of the published sizes
+    of the model's own area the one that is nearest in aspect; its own where that is none of them.
+    """
+    own = config.height, config.width
+    tables = (video_sizes(area, config.unit).values() for area in AREAS)
+    sizes = next((table for table in tables if own in table), [own])
+    aspect = picture[0] / picture[1]
+    height, width = min(sizes, key=lambda size: abs(np.log(size[1] / size[0] / aspect)))
+    return width, height
