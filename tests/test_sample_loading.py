@@ -52,7 +52,7 @@ def test_what_a_single_file_lacks_is_named(forms, tmp_path):
     for arguments, words in (
         ((flux, None, None), "needs text encoders"),
         ((flux, bfl, None), "needs a vae"),
-        ((vae, bfl, vae), "holds no FLUX transformer but vae"),
+        ((vae, bfl, vae), "holds no transformer but vae"),
         (
             (flux, bfl, flux),
             "expected the autoencoder, but these are tensors of the FLUX transformer",

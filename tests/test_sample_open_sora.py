@@ -13,9 +13,11 @@ from torch_reference import relative_l2
 
 from fluxjax import load_pipeline, save_clip
 from fluxjax.cli import run
-from fluxjax.config import OPEN_SORA_768, ConfigError
+from fluxjax.config import OPEN_SORA_256, OPEN_SORA_768, ConfigError
+from fluxjax.convert import convert
 from fluxjax.families import OPEN_SORA
 from fluxjax.families.family import Guidance
+from fluxjax.hub import tiny_folder
 from fluxjax.models.latents import pack_video, text_ids, unpack_video, video_ids
 from fluxjax.models.open_sora import OpenSoraTransformer
 from fluxjax.models.video_tiles import decode_tiled
@@ -245,3 +247,20 @@ def test_what_is_refused(pipe):
     ):
         with pytest.raises((ConfigError, FileNotFoundError), match=message):
             pipe("a ball", **options)
+
+
+@pytest.mark.slow
+def test_the_published_files_draw_what_their_folder_draws(open_sora, pipe, tmp_path):  # noqa: F811
+    transformer, vae = tmp_path / "Open_Sora_v2.safetensors", tmp_path / "hunyuan_vae.safetensors"
+    for component, file in (("transformer", transformer), ("vae", vae)):
+        convert.run(convert.plan(open_sora / component, file, "bfl"))
+    files = load_pipeline(transformer, vae=vae, text_encoders=open_sora)
+    assert files.family is OPEN_SORA and files.config.frames == OPEN_SORA_256.frames
+    files.executables = pipe.executables  # the same networks: nothing to compile again
+    size = {"width": 48, "height": 32, "frames": 5, "steps": 3, "max_sequence_length": 16}
+    drawn, expected = (one("a red circle", seed=3, **size)[0] for one in (files, pipe))
+    np.testing.assert_array_equal(drawn.frames, expected.frames)
+    flux = tmp_path / "flux1-tiny.safetensors"
+    convert.run(convert.plan(tiny_folder() / "transformer", flux, "bfl"))
+    with pytest.raises(ConfigError, match=r"is no model that draws: .*HunyuanVideo"):
+        load_pipeline(flux, vae=vae, text_encoders=open_sora)

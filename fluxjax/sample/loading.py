@@ -19,7 +19,7 @@ from fluxjax.checkpoint.pipeline_folder import (
 )
 from fluxjax.checkpoint.source import open_component, open_file, open_folder
 from fluxjax.checkpoint.templates import Part, abstract_params, part_of
-from fluxjax.config import DEV, ConfigError, FluxPipelineConfig, PipelineConfig
+from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import find
@@ -73,13 +73,15 @@ def load_pipeline(
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
     Args:
-      model: "tiny", a diffusers folder, an Orbax folder, or a BFL file (flux1-*.safetensors or
-        .gguf), which needs the two below, or a whole Stable Diffusion in one file, which needs
-        the first for its tokenizers. Here and below a hub's name will do as well, such as
+      model: "tiny", a diffusers folder, an Orbax folder, or a transformer's file
+        (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors), which needs the two below, or a
+        whole Stable Diffusion in one file, which needs the first for its tokenizers. Here and below
+        a hub's name will do as well, such as
         "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
       dtype: of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
       text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2.
-      vae: a diffusers autoencoder's folder, or BFL's ae.safetensors.
+      vae: a diffusers autoencoder's folder, or its original file (ae.safetensors,
+        hunyuan_vae.safetensors).
       scan_layers: compile one block of each kind and scan over them, or each block for itself,
         which on CPUs runs 1.3 times faster and by default is done for up to 12 blocks.
       loras: files of adapters (LoRA, DoRA, LoKr, LoHa, OFT and others) for the transformer and the
@@ -251,8 +253,8 @@ def _of_folder(path: Path) -> tuple[Family, dict[str, OpenNetwork], PipelineConf
 def _of_file(
     path: Path, text_encoders: str | Path | None, vae: str | Path | None
 ) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:
-    """Family, networks, configuration and the folder of the tokenizers, of a BFL (or ComfyUI) file
-    or a whole Stable Diffusion."""
+    """Family, networks, configuration and the folder of the tokenizers, of a transformer's file
+    (FLUX's, Open-Sora's, ComfyUI's with what it holds besides) or a whole Stable Diffusion."""
     # First, since it may be no model at all.
     networks: dict[str, OpenNetwork] = dict(open_file(path, family="FLUX.1"))
     if whole_file_of(_configs(networks)) is not None:
@@ -264,15 +266,21 @@ def _of_file(
         )
     folder = find(text_encoders, "text encoders")
     if "transformer" not in networks:
-        raise ConfigError(f"{path} holds no FLUX transformer but {', '.join(networks)}")
+        raise ConfigError(f"{path} holds no transformer but {', '.join(networks)}")
     if vae is not None:
         networks["vae"] = _open_vae(find(vae, "vae"))
     if "vae" not in networks:
-        raise ConfigError(f"{path} needs a vae: a diffusers autoencoder's folder or ae.safetensors")
+        raise ConfigError(
+            f"{path} needs a vae: a diffusers autoencoder's folder or the original file, such as "
+            "ae.safetensors"
+        )
     for component in _TEXT_COMPONENTS:
         networks[component] = open_component(folder, component)
-    parts: dict[str, Any] = {name: networks[name].config for name in DEV.networks}
-    return FLUX, networks, FluxPipelineConfig.published(parts, path.name), folder
+    config = assembled(_configs(networks), path.name)
+    if config is None:
+        words = ", ".join(network_of(part).words for part in _configs(networks).values())
+        raise ConfigError(f"{path} with what is given beside it is no model that draws: {words}")
+    return family_of(config.class_name), networks, config, folder
 
 
 def _of_whole_file(
