@@ -3,7 +3,7 @@
 import pytest
 
 import fluxjax
-from fluxjax.sample.memory_estimate import activation_bytes
+from fluxjax.sample.memory_estimate import activation_bytes, weight_bytes
 from fluxjax.sample.programs import programs
 from fluxjax.sample.settings import Settings
 
@@ -29,3 +29,10 @@ def test_the_estimate_is_below_what_the_programs_take_and_not_far(width, height)
     )
     estimate = activation_bytes(pipe, settings)
     assert estimate <= needed <= 4 * estimate, (estimate, needed)
+
+
+def test_with_offload_the_largest_networks_that_work_at_once_count():
+    held, offloaded = (
+        weight_bytes(fluxjax.load_pipeline("tiny", offload=o)) for o in (False, True)
+    )
+    assert 0.5 * held < offloaded < held

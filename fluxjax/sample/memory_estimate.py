@@ -58,7 +58,7 @@ def weight_bytes(pipe: Pipeline) -> int:
     networks = max(sum(map(size, names)) for names in together) // _devices(pipe)
     readers = [one.reader.weight_bytes for one in (pipe.redux, pipe.image_prompter) if one]
     # On the first device, whatever there is of others.
-    return max(networks, *readers) if pipe.offload else networks + sum(readers)
+    return max([networks, *readers]) if pipe.offload else networks + sum(readers)
 
 
 def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> int:
