@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stable_diffusion_folders import save_pixart, save_sd3
 
 import fluxjax
 from fluxjax.checkpoint.templates import abstract_params, parameter_count, part_of
@@ -77,3 +78,16 @@ def test_what_does_not_go_together_is_refused():
             check(Options(prompt=("a",), mesh="fsdp=2", **options))
     with pytest.raises(ConfigError, match="needs scan_layers"):
         fluxjax.load_pipeline("tiny", stream=True, scan_layers=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("save", "own"), [(save_sd3, {}), (save_pixart, {"size_bins": False})])
+def test_other_families_draw_the_same_picture(save, own, shared, tmp_path):
+    """Their modulations are computed in the steps."""
+    folder = save(tmp_path / "model", shared / "tokenizers")
+    options = {"width": 40, "height": 56, "steps": 2, "seed": 1, **own}
+    whole, offloaded = (
+        np.asarray(fluxjax.load_pipeline(folder, offload=offload)("a dog", **options)[0])
+        for offload in (False, True)
+    )
+    np.testing.assert_array_equal(whole, offloaded)

@@ -18,6 +18,7 @@ from fluxjax.checkpoint.templates import Part
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Conditioning, Family, SkipLayers, Steps, Task
+from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import gathered, pad_rows
 from fluxjax.sample import noise
 from fluxjax.sample.decoding import TILE, decode_clips, decode_in_tiles, encode_clips
@@ -431,10 +432,9 @@ class Stages:
     ) -> tuple[Callable, tuple, tuple]:
         """The program of the steps, its parameters, and what has been done before the steps."""
         denoiser, with_slots = self.config.denoiser, self.executables.with_slots
-        if not self.offload:
+        if not (self.offload and network_of(self.config.networks[denoiser]).before_steps):
             program = self._executable("denoise", state, drawn, rounding=rounding)
-            params = self.params(denoiser), self.params("controlnets")
-            return program, with_slots("denoise", params, chosen), ()
+            return program, with_slots("denoise", self._networks("denoise"), chosen), ()
         self._params.clear()
         controlnets = self.params("controlnets")
         before = self._executable("before", state, drawn, rounding=rounding)
