@@ -47,8 +47,8 @@ def tiny_folder() -> Path:
 def embedded_folder(source: str | Path) -> Path | None:
     """That of a model that is shipped, tiny or one beside it, of that name; None for any other."""
     name = str(source)
-    shipped = re.fullmatch(r"[a-z][a-z\d-]*", name) is not None and (_ASSETS / name).is_dir()
-    return _ASSETS / name if shipped else None
+    plain = re.fullmatch(r"[a-z][a-z\d-]{0,63}", name) is not None
+    return _ASSETS / name if plain and (_ASSETS / name).is_dir() else None
 
 
 def hub_name(source: str | Path) -> Name | None:

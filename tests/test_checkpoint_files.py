@@ -12,7 +12,13 @@ from safetensors import SafetensorError, safe_open
 from fluxjax.checkpoint import engine, safetensors_file
 from fluxjax.checkpoint.component_json import network_config
 from fluxjax.checkpoint.orbax_params import read_orbax, write_orbax
-from fluxjax.checkpoint.pipeline_folder import load_params, read_config, save_params, write_config
+from fluxjax.checkpoint.pipeline_folder import (
+    load_params,
+    read_config,
+    read_flux,
+    save_params,
+    write_config,
+)
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.sharded import read_sharded
 from fluxjax.checkpoint.tensors import Tensor, of_array
@@ -115,7 +121,7 @@ def test_published_configs(shared):
     assert read_config(shared / "checkpoints/FLUX.1-dev") == DEV
     assert read_config(shared / "checkpoints/FLUX.1-schnell") == SCHNELL
     with pytest.raises(ConfigError, match="StableDiffusion3Pipeline"):
-        read_config(shared / "checkpoints/stable-diffusion-3-medium-diffusers")
+        read_flux(shared / "checkpoints/stable-diffusion-3-medium-diffusers")
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,10 @@ def test_the_type_chooses_the_precision_and_no_global_setting(network, dtype):
         traced = jax.make_jaxpr(run)(params, network.inputs(config))
     found = set(precisions(traced.jaxpr))
     own = (lax.Precision.HIGHEST,) * 2
-    assert found - {(jnp.dtype(jnp.float32), own)} == (
-        set() if dtype == jnp.float32 else {(jnp.dtype(dtype), (lax.Precision.DEFAULT,) * 2)}
-    )
+    found -= {(jnp.dtype(jnp.float32), own)}
+    if dtype == jnp.float32:
+        assert not found
+    else:
+        # Attention in chunks multiplies in float32 what was 16-bit, which may be rounded to it.
+        default = (lax.Precision.DEFAULT,) * 2
+        assert found - {(jnp.dtype(jnp.float32), default)} == {(jnp.dtype(dtype), default)}

@@ -207,7 +207,7 @@ def _flops(recipe: FinetuneRecipe, config: PipelineConfig, rows: Rows) -> float:
     each = [(config.networks[config.denoiser], passes), *((net, 3) for net in config.controlnets)]
     known = [(network_of(network).flops, network, count) for network, count in each]
     done = (count * flops(network, image, text) for flops, network, count in known if flops)
-    return recipe.batch * sum(done)
+    return recipe.batch * sum(done, 0.0)
 
 
 def _draw_curve(folder: Path, say: Callable[[str], None]) -> None:
