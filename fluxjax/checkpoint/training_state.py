@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,7 +213,7 @@ class StateStore:
         except Exception as error:
             self._error = _unwritten(step, error)
             if self._first:
-                shutil.rmtree(self._path(step, ".saving"), ignore_errors=True)
+                _remove(self._path(step, ".saving"))
 
     def _announce(self, step: int, identity: dict[str, str]) -> None:
         saving, path = self._path(step, ".saving"), self._path(step)
@@ -285,6 +286,15 @@ def _handler() -> Any:
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=split)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _remove(folder: Path) -> None:
+    """Also where Orbax goes on writing for a moment after its first error."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 def _unwritten(step: int, error: Exception) -> OSError:
