@@ -30,6 +30,7 @@ def expected():
     return diffusers.FluxPipeline.from_pretrained("fluxjax/assets/tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_picture_is_that_of_diffusers(pipe, expected, name):
     kind, values = SOLVERS[name]

@@ -164,6 +164,7 @@ def test_last_layers_of_clip_are_left_out(ours, expected):
     assert_same(picture, drawn(expected, prompt_embeds=embedded, **choices, **SIZE))
 
 
+@pytest.mark.slow
 def test_the_command_repeats_a_picture(folder, ours, tmp_path, monkeypatch):
     """Options of these families, and a record that has all of them."""
     monkeypatch.setenv("FLUXJAX_CACHE", "off")
