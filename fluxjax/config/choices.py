@@ -40,6 +40,8 @@ FAMILY_NAMES: dict[FileFamily, str] = {
 LoraNaming = Literal["peft", "kohya", "comfy"]
 """Whose names a LoRA file is written in."""
 MAX_STEPS = 1000
+MAX_FRAMES = 4097
+MAX_FPS = 240
 Spacing = Literal["leading", "linspace", "trailing"]
 """How the timesteps of a run are spaced."""
 Respacing = Literal["plain", "karras", "exponential", "beta", "lu"]

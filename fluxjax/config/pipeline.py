@@ -13,9 +13,6 @@ from fluxjax.config.sampler import SamplerConfig
 from fluxjax.config.scheduler import SchedulerConfig
 from fluxjax.config.tiling import Tiling
 
-MAX_FRAMES = 4097
-MAX_FPS = 240
-
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig(ABC):

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from fluxjax.config.base import in_range, multiple, require
 from fluxjax.config.causal_autoencoder import CausalAutoencoderConfig
+from fluxjax.config.choices import MAX_FPS, MAX_FRAMES
 from fluxjax.config.dc_autoencoder import DCAutoencoderConfig
-from fluxjax.config.pipeline import MAX_FPS, MAX_FRAMES, PipelineConfig
+from fluxjax.config.pipeline import PipelineConfig
 from fluxjax.config.tiling import Tiling
 
 

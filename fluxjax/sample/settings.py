@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fluxjax.config import ConfigError
 from fluxjax.config.base import MOST_LAYERS
-from fluxjax.config.choices import CONTROL_MODES, CONTROLS, IP_IMAGES, MAX_STEPS, Respacing, Spacing
-from fluxjax.config.pipeline import MAX_FPS, MAX_FRAMES
+from fluxjax.config.choices import (
+    CONTROL_MODES,
+    CONTROLS,
+    IP_IMAGES,
+    MAX_FPS,
+    MAX_FRAMES,
+    MAX_STEPS,
+    Respacing,
+    Spacing,
+)
 
 if TYPE_CHECKING:
     from fluxjax.families.family import Guidance, SkipLayers, Steps, Told
