@@ -30,18 +30,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
         raise FileNotFoundError(f"there is no file {source}")
     loras = found(options.lora)
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes are traced, nothing is computed
-    if options.to in ("peft", "kohya", "comfy"):
-        from fluxjax.convert.adapters import convert_adapters
+    if options.to in ("peft", "kohya", "comfy") or options.difference_from is not None:
+        from fluxjax.convert.command import write_adapter
 
-        written = convert_adapters(
-            source,
-            options.destination,
-            options.to,
-            config=options.config,
-            dtype=options.dtype,
-            overwrite=options.overwrite,
-        )
-        print(f"{options.destination}: {written}")
+        print(f"{options.destination}: {write_adapter(source, options)}")
         return 0
     from fluxjax.convert import convert
     from fluxjax.convert.command import run

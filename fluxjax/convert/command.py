@@ -1,12 +1,20 @@
-"""A planned conversion, run before the eyes of a user."""
+"""What `python -m fluxjax.convert` does once it is told what: a planned conversion, run before the
+eyes of a user, or an adapter's file."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import jax.numpy as jnp
 from rich.console import Console
 
 from fluxjax.convert import convert
+from fluxjax.convert.adapters import convert_adapters
+from fluxjax.convert.difference import extract_adapter
+from fluxjax.convert.options import Options
 from fluxjax.convert.progress import byte_progress
 from fluxjax.convert.report import report as report_of
+from fluxjax.hub import find
 
 
 def run(conversion: convert.Conversion, *, report: bool) -> None:
@@ -26,3 +34,23 @@ def run(conversion: convert.Conversion, *, report: bool) -> None:
     )
     for line in report_of(conversion) if report else ():
         print(line)
+
+
+def write_adapter(source: Path, options: Options) -> str:
+    """Write the adapter's file that is asked for; returns what it is, in words."""
+    destination, overwrite = options.destination, options.overwrite
+    dtype = None if options.dtype == "keep" else jnp.dtype(options.dtype)
+    if options.difference_from is not None:
+        base = find(options.difference_from, "checkpoint")
+        return extract_adapter(
+            source, base, destination, rank=options.rank, dtype=dtype, overwrite=overwrite
+        )
+    assert options.to in ("peft", "kohya", "comfy")
+    return convert_adapters(
+        source,
+        destination,
+        options.to,
+        config=options.config,
+        dtype=options.dtype,
+        overwrite=overwrite,
+    )

@@ -231,15 +231,15 @@ def _without_old_configs(
     """Takes away copies that are wrong of networks with other configurations now: config.json,
     which is written anew, and the pipeline's index, given back with the class of the pipeline."""
     changed = [name for name in after if after[name].config != before[name].config]
+    whole = assembled({name: network.config for name, network in after.items()})
     files = {}
     for name in changed:
         copies.pop(Path(name) / "config.json", None)
         index = copies.pop(Path("model_index.json"), None)
         if len(after) == 1:
             copies.pop(Path("config.json"), None)
-        if index is not None:
-            pipeline = network_of(after[name].config).widened[2]
-            files[Path("model_index.json")] = {**read_json(index), "_class_name": pipeline}
+        if index is not None and whole is not None:
+            files[Path("model_index.json")] = {**read_json(index), "_class_name": whole.class_name}
     return files
 
 

@@ -55,6 +55,10 @@ class Options:
     lora: _Loras = ()
     """Merge an adapter (LoRA, DoRA, LoKr, LoHa, OFT and others) into the weights, or several:
     --lora A.safetensors --lora B.safetensors:0.5."""
+    difference_from: _Path = None
+    """Write what the source has learnt beyond this checkpoint, as a LoRA."""
+    rank: int = 64
+    """Of that LoRA; norms, biases and a first layer that reads more are kept whole."""
     mesh: _Text = None
     """With --to orbax: store each device's part by itself, for devices such as fsdp=4,tensor=2."""
     config: _Path = None
@@ -71,7 +75,12 @@ class Options:
         """Raises ValueError for what cannot be meant."""
         if not 0 < self.shard_gb < float("inf"):
             raise ValueError(f"--shard-gb must be a positive number, got {self.shard_gb}")
-        if self.to in ("peft", "kohya", "comfy") and (self.lora or self.mesh or self.quantise):
+        writes_adapter = self.to in ("peft", "kohya", "comfy") or self.difference_from is not None
+        if writes_adapter and (self.lora or self.mesh or self.quantise):
+            what = f"--to {self.to}" if self.difference_from is None else "--difference-from"
+            raise ValueError(f"--lora, --quantise and --mesh are for models, and {what} for a LoRA")
+        if self.difference_from is not None and self.to is not None:
             raise ValueError(
-                f"--lora, --quantise and --mesh are for models, and --to {self.to} for a LoRA"
+                "--difference-from writes a LoRA in the published names: leave out --to, and "
+                "convert that file"
             )

@@ -381,7 +381,7 @@ FLUX = Network(
         "",
     ),
     adapter_rules=lambda shapes: (*BFL.rules, *_XLABS),
-    widened=("x_embedder", "in_channels", "FluxControlPipeline"),
+    widened=("x_embedder", "in_channels"),
     blocks=lambda config: config.num_layers + config.num_single_layers,
     held=held,
     flops=flops,

@@ -163,9 +163,9 @@ class Network:
     these."""
     kohya_dialect: Callable[[Any], str] = lambda config: "bfl"
     """configuration -> the dialect whose names kohya gives adapters."""
-    widened: tuple[str, str, str] = ("", "", "")
-    """A first layer that adapters may give more inputs: the module, the field of the configuration
-    and the class of the pipeline that has something to feed them."""
+    widened: tuple[str, str] = ("", "")
+    """A first layer that adapters may give more inputs: the module and the configuration's field.
+    """
     tokenizer: str = ""
     """The class of transformers that makes its input of a text, where it is a text encoder."""
     held: Callable[[Any, int, int], int] = lambda config, latents, text: 0

@@ -19,7 +19,7 @@ from fluxjax.train.step import Tree
 
 def added_inputs(base: Any, config: Any) -> dict[str, int]:
     """How many the first layer gets, by its name; empty where it gets none."""
-    layer, field, *_ = network_of(config).widened
+    layer, field = network_of(config).widened
     if not layer:
         return {}
     more = getattr(config, field) - getattr(base, field)
