@@ -719,6 +719,41 @@ def test_a_controlnet_is_a_copy_that_learns(recipe, pictures, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed`")
+def test_of_a_union_one_mode_learns(recipe, tmp_path, capsys):
+    """The token of the mode that the pictures are of moves, the others' stay."""
+    base = load_params(
+        Path(recipe.model), "transformer", SMALL.transformer, stacked=False, dtype=jnp.float32
+    )
+    plain = learnt_controlnet(ControlNetSettings(layers=1, single_layers=0), SMALL.transformer)
+    union, start = replace(plain, num_mode=3), tmp_path / "union"
+    params = initial_controlnet(ControlNetSettings(), union, base, make_mesh(""), stacked=False)
+    moved = jax.tree.map(lambda x: x + 0.1, params)  # lest what it adds is nothing
+    save_params(tmp_path, "union", moved, union, None)
+    more = (
+        f"--controlnet.start {start} --controlnet.mode tile --steps 1 --accumulate 1 "
+        "--mesh fsdp=2 --optimizer.name adamw "
+        "--optimizer.weight-decay 0 --optimizer.learning-rate 0.01 --optimizer.warmup 0 "
+        "--save-dtype float32 --validation.every 0"
+    )
+    path = _run_recipe("controlnet", recipe, tmp_path / "run", capsys, more)
+    before, after = (
+        FluxControlNetModel.from_pretrained(folder).state_dict() for folder in (start, path)
+    )
+    name = "controlnet_mode_embedder.weight"
+    assert (before[name] != after[name]).any(dim=1).tolist() == [False, True, False]
+    for settings, words in (
+        (ControlNetSettings(start=str(start)), "a union ControlNet needs a control_mode"),
+        (ControlNetSettings(start=str(start), mode="3"), "has the modes 0 to 2"),
+        (ControlNetSettings(layers=1, single_layers=0, mode="canny"), "knows one kind of picture"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            learnt_controlnet(settings, SMALL.transformer)
+    with pytest.raises(ConfigError, match=r"controlnet\.mode must be canny, .* or a number, got"):
+        ControlNetSettings(mode="edges")
+
+
+@pytest.mark.slow
 def test_all_of_a_model_learns_to_follow(recipe, tmp_path, capsys):
     more = "--method full --save-dtype float32 --remat none --validation.every 0"
     folder = _run_recipe("lora_control", recipe, tmp_path, capsys, more)

@@ -53,6 +53,13 @@ class Rows(NamedTuple):
     ids: Any = None
 
 
+class ControlLearner(NamedTuple):
+    """A ControlNet that learns beside the network that draws; of a union its one `mode`."""
+
+    module: nn.Module
+    mode: int | None = None
+
+
 def predict(
     family: Family,
     model: nn.Module,
@@ -63,7 +70,7 @@ def predict(
     ids: Float[Array, "image axes"] | None,
     guidance: float,
     apply: Apply,
-    controlnet: nn.Module | None = None,
+    controlnet: ControlLearner | None = None,
     controlnet_params: Tree = None,
 ) -> Float[Array, "b *image predicted"]:
     """The family's forward, for a batch. A reference is as large as its picture, and stands where
@@ -74,7 +81,9 @@ def predict(
     extras = Extras(ids, jnp.full(t.shape, guidance), tokens, rows.channels)
     if controlnet is not None:
         assert rows.channels is not None
-        seen = Control(controlnet, {"params": controlnet_params}, rows.channels, jnp.ones(()))
+        mode = None if controlnet.mode is None else jnp.full(t.shape, controlnet.mode, jnp.int32)
+        weights = {"params": controlnet_params}
+        seen = Control(controlnet.module, weights, rows.channels, jnp.ones(()), mode)
         extras = extras._replace(channels=None, controls=(seen,))
     return family.forward(model, variables, x, t, rows.conditioning, extras, apply=apply)
 
@@ -144,7 +153,7 @@ def fixed_loss(
     ids: Float[Array, "image axes"] | None,
     mu: Float[Array, ""],
     apply: Apply = nn.Module.apply,
-    controlnet: nn.Module | None = None,
+    controlnet: ControlLearner | None = None,
     controlnet_params: Tree = None,
 ) -> Float[Array, ""]:
     """The training loss at given quantiles of the timestep density, with noise by sample."""
@@ -185,11 +194,11 @@ class Learner(NamedTuple):
     """How many there are."""
     silenced: Callable[[Conditioning, Any], Conditioning] | None = None
     """What is heard where some of them, by row, are not."""
-    controlnet: nn.Module | None = None
+    controlnet: ControlLearner | None = None
     """That learns beside the network."""
 
     @classmethod
-    def of(cls, config: PipelineConfig, controlnet: nn.Module | None = None) -> Learner:
+    def of(cls, config: PipelineConfig, controlnet: ControlLearner | None = None) -> Learner:
         family = family_of(config.class_name)
         silenced = family.silenced and partial(family.silenced, config)
         encoders = len(config.text_encoders)

@@ -17,6 +17,7 @@ from fluxjax.config import ConfigError, ControlNetConfig, FluxConfig
 from fluxjax.hub import find
 from fluxjax.models.names import flatten, is_stacked, unflatten
 from fluxjax.parallel.rules import param_shardings
+from fluxjax.sample.controls import modes_of
 from fluxjax.train.settings import ControlNetSettings
 from fluxjax.train.step import Tree
 
@@ -26,11 +27,9 @@ def learnt_controlnet(settings: ControlNetSettings, transformer: FluxConfig) -> 
     if settings.start:
         net = open_network(find(settings.start, "checkpoint"), "controlnet").config
         net.require_same_model(settings.start, transformer)
-        if net.sees_pixels or net.num_mode:
-            kind = "sees pixels" if net.sees_pixels else "has modes"
-            raise ConfigError(
-                f"{settings.start} {kind}: what is trained sees latents and has no modes"
-            )
+        if net.sees_pixels:
+            raise ConfigError(f"{settings.start} sees pixels: what is trained sees latents")
+        learnt_mode(settings, net)
         return net
     fields = {f.name: getattr(transformer, f.name) for f in dataclasses.fields(transformer)}
     blocks = {"num_layers": settings.layers, "num_single_layers": settings.single_layers}
@@ -39,7 +38,15 @@ def learnt_controlnet(settings: ControlNetSettings, transformer: FluxConfig) -> 
             raise ConfigError(f"a ControlNet copies at most {fields[name]} {name}, got {wanted}")
     net = ControlNetConfig(**{**fields, **blocks})
     net.require_same_model("controlnet", transformer)
+    learnt_mode(settings, net)
     return net
+
+
+def learnt_mode(settings: ControlNetSettings, net: ControlNetConfig) -> int | None:
+    """The number of the one mode that a union learns. Raises ConfigError for a wrong one, and where
+    none is named."""
+    (mode,) = modes_of([net], [settings.mode] if settings.mode else None)
+    return mode
 
 
 def initial_controlnet(

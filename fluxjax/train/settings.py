@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from fluxjax.config import ConfigError
+from fluxjax.config.choices import CONTROL_MODES
 
 Density = Literal["auto", "flux_shift", "uniform", "logit_normal", "sigmoid", "shift", "mode"]
 Weight = Literal["none", "sigma_sqrt", "cosmap"]
@@ -24,13 +25,19 @@ class ControlNetSettings:
     single_layers: int = 4
     """Single blocks, which may be none."""
     start: str = ""
-    """A ControlNet's folder or file to go on from instead, which sees latents and has no modes."""
+    """A ControlNet's folder or file to go on from instead, which sees latents."""
+    mode: str = ""
+    """Where that is a union, the kind of the control pictures: canny, depth ..., or a number."""
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.single_layers < 0:
             raise ConfigError(
                 "a ControlNet has at least 1 double block and 0 single ones, got layers "
                 f"{self.layers} and single_layers {self.single_layers}"
+            )
+        if self.mode and self.mode not in CONTROL_MODES and not self.mode.isdecimal():
+            raise ConfigError(
+                f"controlnet.mode must be {', '.join(CONTROL_MODES)} or a number, got {self.mode!r}"
             )
 
 

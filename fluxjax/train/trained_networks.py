@@ -21,7 +21,8 @@ from fluxjax.models.stacking import scan_by_default
 from fluxjax.networks import network_of
 from fluxjax.parallel.rules import param_shardings, shardings_by_component, state_shardings
 from fluxjax.quantised_kinds import NONE
-from fluxjax.train.learnt_controlnet import initial_controlnet
+from fluxjax.train.flow_matching import ControlLearner
+from fluxjax.train.learnt_controlnet import initial_controlnet, learnt_mode
 from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.step import TrainState, Tree, init_state
 from fluxjax.train.wider_input import added_inputs, widen
@@ -39,7 +40,7 @@ class TrainedNetworks(NamedTuple):
     encoders: dict[str, nn.Module]
     frozen: dict[str, Tree]
     trained: Tree
-    controlnet: nn.Module | None = None
+    controlnet: ControlLearner | None = None
 
 
 def load_networks(
@@ -68,7 +69,8 @@ def load_networks(
     if controlnets:
         (net,) = config.controlnets
         trained = initial_controlnet(recipe.controlnet, net, params, mesh, stacked=stacked)
-        return TrainedNetworks(model, {}, {"base": params}, trained, controlnets[0])
+        learner = ControlLearner(controlnets[0], learnt_mode(recipe.controlnet, net))
+        return TrainedNetworks(model, {}, {"base": params}, trained, learner)
     if not lora:
         trained, rest = apart(params, recipe.modules)
         return TrainedNetworks(model, {}, {"rest": rest} if rest else {}, trained)

@@ -125,7 +125,8 @@ class Validation:
         if CONTROLNET in params:
             pipeline.use("controlnets", (params[CONTROLNET],))
             assert shown.channels is not None, "validation.controls are one for each prompt"
-            seen = ControlInput(shown.channels.astype(pipeline.dtype))
+            mode = self._controlnet and self._controlnet.mode
+            seen = ControlInput(shown.channels.astype(pipeline.dtype), mode)
             shown = shown._replace(channels=None, controls=(seen,))
         guidance = chosen.guidance if asked.guidance is None else asked.guidance
         scale = family.scale(pipeline.config, Guidance(guidance))
