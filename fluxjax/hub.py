@@ -21,6 +21,7 @@ from fluxjax.terminal import say
 Kind = Literal["model", "configuration", "checkpoint", "vae", "text encoders", "lora"]
 
 _ASSETS = Path(__file__).resolve().parent / "assets"
+_SHIPPED = r"[a-z][a-z\d-]{0,63}"
 _NAME = (
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?"
@@ -46,9 +47,19 @@ def tiny_folder() -> Path:
 
 def embedded_folder(source: str | Path) -> Path | None:
     """That of a model that is shipped, tiny or one beside it, of that name; None for any other."""
-    name = str(source)
-    plain = re.fullmatch(r"[a-z][a-z\d-]{0,63}", name) is not None
-    return _ASSETS / name if plain and (_ASSETS / name).is_dir() else None
+    folder = _ASSETS / str(source)
+    return folder if re.fullmatch(_SHIPPED, str(source)) and folder.is_dir() else None
+
+
+def embedded_adapter(source: str | Path) -> Path | None:
+    """The shipped adapter of that name, with which tiny has learnt more; None for any other."""
+    path = _ASSETS / f"{source}.safetensors"
+    return path if re.fullmatch(_SHIPPED, str(source)) and path.is_file() else None
+
+
+def shipped_folder(source: str | Path) -> Path | None:
+    """Of a model that is shipped, as it is or with an adapter, its folder; None for any other."""
+    return tiny_folder() if embedded_adapter(source) else embedded_folder(source)
 
 
 def hub_name(source: str | Path) -> Name | None:
@@ -232,7 +243,7 @@ def size_unit(model: str) -> int:
 
     Light: for refusing a size before anything is imported that could open the model.
     """
-    folder = embedded_folder(model) or Path(model)
+    folder = shipped_folder(model) or Path(model)
     try:
         kind = json.loads((folder / _INDEX).read_text("utf-8"))["_class_name"]
         config = json.loads((folder / "vae" / "config.json").read_text("utf-8"))

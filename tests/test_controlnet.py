@@ -191,7 +191,7 @@ def test_image_prompts_are_attended_to_as_in_diffusers(scan):
         for name in ("to_k_ip", "to_v_ip")
     )
     prompt = ImagePrompt(keys, values, np.asarray(scales, np.float32))
-    ours = guided(scan, Guides(prompt=prompt))
+    ours = guided(scan, Guides(prompts=(prompt,)))
     x = {k: torch.tensor(v) for k, v in network_of(DEEP).inputs(DEEP).items()}
     with torch.no_grad():
         expected = model(**x, joint_attention_kwargs={"ip_hidden_states": [tokens]}).sample

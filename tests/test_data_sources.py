@@ -166,17 +166,20 @@ def test_webdataset_tars(tmp_path):
 def test_companions_lie_beside_pictures_in_archives(tmp_path, form):
     before = [picture_bytes(n + 100) for n in range(GOOD)]
     before[1] = b"<html>"
+    masks = [picture_bytes(n + 200) for n in range(GOOD)]
     if form == "tar":
         members = {}
         for n in range(GOOD):
             members |= {f"{n:05}.jpg": picture_bytes(n), f"{n:05}.txt": f"picture {n}".encode()}
             members |= {f"{n:05}.before.png": before[n]} if n else {}
+            members[f"{n:05}.where.png"] = masks[n]
         source = _tar(tmp_path / "a.tar", members)
         missing = "its reference: its sample needs one member .before.*: there is none"
     else:
         table = {
             "image": [picture_bytes(n) for n in range(GOOD)],
             "before": [None, *before[1:]],
+            "where": masks,
             "text": [f"picture {n}" for n in range(GOOD)],
         }
         source = tmp_path / "a.parquet"
@@ -184,7 +187,8 @@ def test_companions_lie_beside_pictures_in_archives(tmp_path, form):
         missing = "its reference: its row holds no bytes"
     catalogue = _read(source, tmp_path / "cache", references="before")
     again = _read(source, tmp_path / "cache", references="before")
-    for found in (catalogue, again):
+    masked = _read(source, tmp_path / "cache", references="before", masks="where")
+    for found in (catalogue, again, masked):
         assert [reason for _, reason in found.quarantined] == [
             missing,
             "its reference: it is an HTML page, not a picture",
@@ -194,6 +198,7 @@ def test_companions_lie_beside_pictures_in_archives(tmp_path, form):
             number = int(entry.item.caption.split()[1])
             assert entry.reference.item.read() == picture_bytes(number + 100)
             assert entry.item.read() == picture_bytes(number)
+            assert found is not masked or entry.mask.item.read() == masks[number]
     with pytest.raises(ConfigError if form == "parquet" else ValueError, match=r"after|bad"):
         _read(source, tmp_path / "cache", references="after", max_bad_share=0.5)
 

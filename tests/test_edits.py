@@ -5,6 +5,7 @@ import pytest
 from test_scenes import N, is_held_out, numpy_scenes
 
 from fluxjax.hub import tiny_folder
+from fluxjax.sample.known_words import outside
 from fluxjax.text.tokenizers import load_t5_tokenizer
 from fluxjax.train.data.drawn_scenes import edit_items
 from fluxjax.train.data.settings import DataSettings
@@ -88,3 +89,8 @@ def test_the_judge_tells_what_was_asked_for_from_what_was_given(task):
     assert not any(verdict.asked for verdict in judge(cases, given, cases.wanted))
     noise = np.random.default_rng(0).uniform(-1, 1, given.shape).astype(np.float32)
     assert not any(verdict.kept for verdict in judge(cases, noise, cases.wanted))
+
+
+def test_what_instructions_say_is_known_to_the_model_that_edits(edits):
+    assert all(outside(edit.instruction, edits=True) == "" for edit in edits)
+    assert "never read" in outside("make the star blue") and "goat" in outside("a goat", edits=True)

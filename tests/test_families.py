@@ -68,7 +68,7 @@ def test_what_a_run_hoists_is_the_forward(kind, dtype):
 
     if kind == "image prompt":
         keys, values = normal(4, 2, 1, 2, 4, 16).astype(dtype)
-        extras = in_run = extras._replace(image_prompt=ImagePrompt(keys, values, jnp.ones(1)))
+        extras = in_run = extras._replace(image_prompts=(ImagePrompt(keys, values, jnp.ones(1)),))
 
     @jax.jit
     def run(variables, x):

@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from diffusers import FluxPipeline, FluxPriorReduxPipeline, ReduxImageEncoder
+from diffusers import (
+    FluxControlNetPipeline,
+    FluxPipeline,
+    FluxPriorReduxPipeline,
+    ReduxImageEncoder,
+)
 from test_image_encoders import randomised
+from test_sample_controlnet import nets  # noqa: F401
 from test_sample_pictures import photo
 from torch_pipeline import random_pipeline  # noqa: F401
 
@@ -99,6 +105,51 @@ def test_same_pictures_as_diffusers(ours, theirs, scales, guided):
     assert np.mean(difference <= 1) >= 0.999
     (without,) = ours("a red circle", **options)
     assert np.mean(np.abs(np.asarray(without, float) - np.asarray(image, float)) > 1) > 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed`")
+def test_beside_a_controlnet_with_true_cfg(redux, nets, theirs, random_pipeline, monkeypatch):  # noqa: F811
+    """diffusers gives the negative prompt, which is shorter, the text ids of the prompt, and fails;
+    with as many as it has tokens it draws what we do."""
+    (prior, plain), (folder, net) = theirs, nets("plain")
+    ours = fluxjax.load_pipeline(random_pipeline, redux=redux, controlnet=folder, scan_layers=False)
+    parts = {
+        k: v for k, v in plain.components.items() if k not in ("image_encoder", "feature_extractor")
+    }
+    pipe = FluxControlNetPipeline(**parts, controlnet=net)
+    pipe.set_progress_bar_config(disable=True)
+    heard = prior([photo()], prompt=["a red circle"])
+
+    def expected():
+        return pipe(
+            **heard,
+            num_inference_steps=4,
+            guidance_scale=3.5,
+            width=64,
+            height=48,
+            control_image=photo(5),
+            true_cfg_scale=2.5,
+            negative_prompt="a blue star",
+            generator=torch.Generator().manual_seed(7),
+            output_type="np",
+        ).images
+
+    with pytest.raises(RuntimeError, match="must match the size"):
+        expected()
+    forward = pipe.transformer.forward
+
+    def cut(*args, txt_ids, encoder_hidden_states, **others):
+        ids = txt_ids[: encoder_hidden_states.shape[1]]
+        said = {"txt_ids": ids, "encoder_hidden_states": encoder_hidden_states}
+        return forward(*args, **said, **others)
+
+    monkeypatch.setattr(pipe.transformer, "forward", cut)
+    options = {**DRAW, "steps": 4, "max_sequence_length": 512, **GUIDED}
+    given = {"redux_image": photo(), "control": photo(5)}
+    (image,) = ours("a red circle", **given, **options)
+    difference = np.abs(np.asarray(image) - np.round(255 * expected()[0]))
+    assert np.mean(difference <= 1) >= 0.999
 
 
 @pytest.mark.slow

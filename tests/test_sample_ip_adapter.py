@@ -11,13 +11,14 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    pipelines,
 )
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from safetensors.numpy import save_file
 from test_image_encoders import randomised, xlabs_file
 from test_sample import compilations, same_picture
 from test_sample_controlnet import nets  # noqa: F401
-from test_sample_pictures import photo
+from test_sample_pictures import folder, hole, photo  # noqa: F401
 from torch_pipeline import random_pipeline  # noqa: F401
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -38,15 +39,15 @@ SIZE = 28
 DRAW = {"width": 96, "height": 64, "max_sequence_length": 24, "steps": 5, "guidance": 3.5}
 
 
-def saved_adapter(folder, name, **sizes):
-    save_file(xlabs_file(replace(ADAPTER, **sizes)), folder / f"{name}.safetensors")
-    return folder / f"{name}.safetensors"
+def saved_adapter(room, name, **sizes):
+    save_file(xlabs_file(replace(ADAPTER, **sizes)), room / f"{name}.safetensors")
+    return room / f"{name}.safetensors"
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """(XLabs' file, CLIP's folder, a LoRA) with small random weights."""
-    folder = tmp_path_factory.mktemp("ip")
+    room = tmp_path_factory.mktemp("ip")
     torch.manual_seed(2)
     config = CLIPVisionConfig(
         hidden_size=20,
@@ -57,12 +58,12 @@ def files(tmp_path_factory):
         image_size=SIZE,
         patch_size=14,
     )
-    randomised(CLIPVisionModelWithProjection(config)).save_pretrained(folder / "clip")
+    randomised(CLIPVisionModelWithProjection(config)).save_pretrained(room / "clip")
     random, layer = np.random.default_rng(1), "transformer.transformer_blocks.0.attn.to_q"
     shapes = {f"{layer}.lora_A.weight": (2, 32), f"{layer}.lora_B.weight": (32, 2)}
     lora = {name: random.normal(size=size).astype(np.float32) for name, size in shapes.items()}
-    save_file(lora, folder / "lora.safetensors")
-    return saved_adapter(folder, "xlabs"), folder / "clip", folder / "lora.safetensors"
+    save_file(lora, room / "lora.safetensors")
+    return saved_adapter(room, "xlabs"), room / "clip", room / "lora.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +120,41 @@ CASES = {
     "image": (0.7, 1, {"image": photo(5), "strength": 0.7}, {"image": photo(5), "strength": 0.7}),
     "reference": (0.7, 1, {"image": photo(5), "max_area": 96 * 64}, {"reference": photo(5)}),
     "control": (0.7, 1, {"control_image": photo(5)}, {"control": photo(5)}),
+    "FluxFillPipeline": (
+        0.7,
+        2,
+        {"image": photo(5), "mask_image": hole()},
+        {"image": photo(5), "mask": hole()},
+    ),
+    "FluxControlPipeline": (0.7, 1, {"control_image": photo(5)}, {"control": photo(5)}),
 }
+CHANNELS = {"FluxFillPipeline": "fill", "FluxControlPipeline": "control"}
+
+
+@pytest.fixture(scope="module")
+def with_channels(folder, files):  # noqa: F811
+    """Both of a model that reads more channels."""
+
+    def loaded(name: str):
+        (file, clip, _), model = files, folder(CHANNELS[name])
+        ours = fluxjax.load_pipeline(model, ip_adapter=file, image_encoder=clip, scan_layers=False)
+        pipe = FluxPipeline.from_pretrained(model)
+        pipe.load_ip_adapter(
+            file.parent, file.name, image_encoder_pretrained_model_name_or_path=str(clip)
+        )
+        others = ("image_encoder", "feature_extractor")
+        parts = {k: v for k, v in pipe.components.items() if k not in others}
+        theirs = getattr(pipelines, name)(**parts)
+        theirs.set_ip_adapter_scale = pipe.set_ip_adapter_scale
+        return ours, theirs
+
+    return loaded
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=() if c == "one" else pytest.mark.slow) for c in CASES]
 )
-def test_same_pictures_as_diffusers(ours, theirs, controlled, case, monkeypatch):
+def test_same_pictures_as_diffusers(ours, theirs, controlled, with_channels, case, monkeypatch):
     """Two at once, from one or two pictures of odd sizes, with a LoRA."""
     scale, count, theirs_only, ours_only = CASES[case]
     seen = [photo(i, (203, 121 + i)) for i in range(count)]
@@ -134,11 +163,18 @@ def test_same_pictures_as_diffusers(ours, theirs, controlled, case, monkeypatch)
     if case == "reference":
         monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(96, 64)])
         monkeypatch.setattr(ours, "defaults", replace(ours.defaults, width=96, height=64))
+    if case in CHANNELS:
+        ours, pipe = with_channels(case)
     if case == "control":
         ours, net = controlled()
         pipe = FluxControlNetPipeline(**theirs.components, controlnet=net)
     pipe.set_progress_bar_config(disable=True)
     pipe.set_ip_adapter_scale(scale)
+    if case in CHANNELS:  # whose pipelines have no argument for it, but hand this on
+        embeds = theirs.encode_image(seen, "cpu", 1)[None].repeat(2, 1, 1)
+        attended = {"joint_attention_kwargs": {"ip_adapter_image_embeds": [embeds]}}
+    else:
+        attended = {"ip_adapter_image": [seen]}
     expected = pipe(
         prompt="a red circle",
         num_images_per_prompt=2,
@@ -148,7 +184,7 @@ def test_same_pictures_as_diffusers(ours, theirs, controlled, case, monkeypatch)
         width=96,
         height=64,
         max_sequence_length=24,
-        ip_adapter_image=[seen],
+        **attended,
         **theirs_only,
     ).images
     given = {"ip_image": seen, "ip_scale": scale}
@@ -158,6 +194,61 @@ def test_same_pictures_as_diffusers(ours, theirs, controlled, case, monkeypatch)
     given["ip_image"] = [photo(9)] * count
     other = ours("a red circle", seed=7, number=2, **DRAW, **given, **ours_only)[0]
     assert np.abs(np.asarray(got[0], int) - np.asarray(other, int)).mean() > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guided", [False, True])
+def test_several_adapters_each_see_their_own_picture(files, random_pipeline, tmp_path, guided):  # noqa: F811
+    """Or all the only one."""
+    (one, clip, _), other = files, tmp_path / "other.safetensors"
+    save_file({name: x[::-1].copy() for name, x in xlabs_file(ADAPTER).items()}, other)
+    pipe = FluxPipeline.from_pretrained(random_pipeline)
+    pipe.load_ip_adapter(
+        [one.parent, other.parent],
+        weight_name=[one.name, other.name],
+        image_encoder_pretrained_model_name_or_path=str(clip),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.set_ip_adapter_scale([0.7, 0.4])
+    ours = fluxjax.load_pipeline(
+        random_pipeline,
+        ip_adapter=[(one, 0.7), f"{other}:0.4"],
+        image_encoder=clip,
+        scan_layers=False,
+    )
+    seen = [photo(0), photo(1, (121, 203))]
+
+    def expected(pictures):
+        return pipe(
+            prompt="a red circle",
+            guidance_scale=3.5,
+            num_inference_steps=5,
+            generator=torch.Generator().manual_seed(7),
+            width=96,
+            height=64,
+            max_sequence_length=24,
+            ip_adapter_image=[[picture] for picture in pictures],
+            **(THEIR_CFG if guided else {}),
+        ).images[0]
+
+    options = {"seed": 7, **DRAW, **(CFG if guided else {})}
+    (got,) = ours("a red circle", ip_image=seen, **options)
+    same_picture(got, expected(seen))
+    if guided:
+        return
+    (alike,) = ours("a red circle", ip_image=seen[0], **options)
+    with compilations() as counted:
+        (swapped,) = ours("a red circle", ip_image=seen[::-1], ip_scale=[0.4, 0.7], **options)
+    same_picture(alike, expected([seen[0]] * 2))
+    pipe.set_ip_adapter_scale([0.4, 0.7])
+    same_picture(swapped, expected(seen[::-1]))
+    assert not counted and got.tobytes() != swapped.tobytes()
+    for wrong, message in (
+        ({"ip_image": [photo()] * 3}, "of 2 IP-Adapters each sees its ip_image, .*got 3"),
+        ({"ip_image": photo(), "ip_scale": [1.0] * 3}, "one for each of 2 IP-Adapters, got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ours("a star", **{**DRAW, **wrong})
 
 
 def test_pictures_are_seen_as_by_clips_processor():
@@ -256,7 +347,7 @@ def test_what_cannot_be_is_one_sentence(ours, files, random_pipeline, tmp_path):
     for ours_only, message in (
         ({"ip_adapter": adapter}, "needs an image_encoder"),
         ({"image_encoder": clip}, "give a file of one too"),
-        ({"ip_adapter": [adapter, adapter]}, "one IP-Adapter sees all pictures, got 2"),
+        ({"ip_adapter": [adapter] * 4}, "at most 3 IP-Adapters go together, got 4"),
         ({"ip_adapter": tmp_path / "none", "image_encoder": clip}, "there is no IP-Adapter file"),
         ({"ip_adapter": adapter, "image_encoder": "nowhere"}, "no image encoder folder nowhere"),
         *(

@@ -150,8 +150,8 @@ class Extras(NamedTuple):
     """More channels of the state's tokens, after its own (FLUX.1 Fill and Control)."""
     controls: tuple[Control, ...] = ()
     """What ControlNets add to the state's tokens, one after the other."""
-    image_prompt: ImagePrompt | None = None
-    """What an IP-Adapter has them attend to beside, in each block."""
+    image_prompts: tuple[ImagePrompt, ...] = ()
+    """What each IP-Adapter has them attend to beside, in each block."""
     left_out: LeftOut | None = None
     """Of two passes that are stacked in the batch."""
 

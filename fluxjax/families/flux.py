@@ -240,7 +240,7 @@ def forward(
     flax's `mutable` and `capture_intermediates`, the result is (velocity, state).
     """
     guides: tuple[Any, ...] = ()
-    if extras.controls or extras.image_prompt is not None:
+    if extras.controls or extras.image_prompts:
         guides = (forward_controls(module.config, x, t, conditioning, extras, apply=apply),)
     returned: Any = apply(
         module,
@@ -286,7 +286,7 @@ def hoist(
     def step(x: Array, each: Each) -> Array:
         modulations, controls = each
         x = x.astype(module.dtype)
-        guides = (add(x, controls),) if controls or extras.image_prompt is not None else ()
+        guides = (add(x, controls),) if controls or extras.image_prompts else ()
         out = method("denoise", _seen(x, extras), text, modulations, rope, *guides)
         return out[:, : x.shape[1]]
 

@@ -140,4 +140,4 @@ def _guides(config: FluxConfig, extras: Extras, found: list[ControlSamples], row
 
     double, double_index = each("double", config.num_layers)
     single, single_index = each("single", config.num_single_layers)
-    return Guides(double, single, double_index, single_index, extras.image_prompt)
+    return Guides(double, single, double_index, single_index, extras.image_prompts)

@@ -55,7 +55,7 @@ class Modulations(NamedTuple):
 
 
 class Guides(NamedTuple):
-    """What is added to the picture's tokens inside: by ControlNets, by an IP-Adapter.
+    """What is added to the picture's tokens inside: by ControlNets, by IP-Adapters.
 
     Samples are spread over the blocks as `spread` says, one array of indices for each ControlNet.
     """
@@ -64,7 +64,7 @@ class Guides(NamedTuple):
     single: Samples = ()
     double_index: tuple[Int[Array | np.ndarray, "layers"], ...] = ()
     single_index: tuple[Int[Array | np.ndarray, "single_layers"], ...] = ()
-    prompt: ImagePrompt | None = None
+    prompts: tuple[ImagePrompt, ...] = ()
 
 
 UNGUIDED = Guides()
@@ -190,7 +190,7 @@ class FluxVelocity(FluxTrunk):
             (image, text),
             (modulations.image, modulations.text),
             rope,
-            Additions(guides.double_index, guides.prompt),
+            Additions(guides.double_index, guides.prompts),
             guides.double,
             marks,
         )

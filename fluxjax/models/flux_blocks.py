@@ -39,7 +39,7 @@ class Additions(NamedTuple):
 
     samples: tuple[Int[Array | np.ndarray, "*layers"], ...] = ()
     """For each ControlNet, which of its samples."""
-    prompt: ImagePrompt | None = None
+    prompts: tuple[ImagePrompt, ...] = ()
     """Of double blocks."""
 
 
@@ -126,7 +126,7 @@ class DoubleBlock(Part):
             self.norm1(image, shift, scale),
             self.norm1_context(text, c_shift, c_scale),
             rope,
-            added.prompt,
+            added.prompts,
             marks.key_lengths,
         )
         assert text_out is not None

@@ -153,12 +153,12 @@ class JointAttention(Part):
         image: Float[Array, "b image d"],
         text: Float[Array, "b text d"],
         rope: Rope | None = None,
-        prompt: ImagePrompt | None = None,
+        prompts: tuple[ImagePrompt, ...] = (),
         key_lengths: Int[Array, " b"] | None = None,
     ) -> tuple[
         Float[Array, "b image d"], Float[Array, "b text d"] | None, Float[Array, "b image d"] | None
     ]:
-        """Image, text, and what the image's tokens see of the image prompt, if there is one.
+        """Image, text, and what the image's tokens see of all image prompts, if there is one.
 
         `rope` and `key_lengths`, how many tokens are no padding, are of the joint sequence.
         """
@@ -180,7 +180,8 @@ class JointAttention(Part):
             joint_q, joint_k, v, key_lengths=key_lengths, implementation=self.attention
         )
         out = out.reshape(*out.shape[:2], -1)
-        seen = None if prompt is None else _see(q, prompt)
+        each = [_see(q, prompt) for prompt in prompts]
+        seen = sum(each[1:], start=each[0]) if each else None
         of_text, of_image = places(text.shape[1], image.shape[1], self.text_last)
         text_out = self.to_add_out(out[:, of_text]) if self.text_out else None
         return self.to_out_0(out[:, of_image]), text_out, seen

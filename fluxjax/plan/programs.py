@@ -147,7 +147,7 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         prompts=n,
         reference_size=size,
         more_text=0 if tools.redux is None else tools.redux[0].tokens,
-        image_prompt=_keys_of(tools),
+        image_prompts=_keys_of(tools),
         rows=executables.rows,
         padded=False,
     )
@@ -228,18 +228,20 @@ def _readings(tools: Tools) -> dict[str, Reading]:
     """What reads pictures, by the tool."""
     found = {}
     if tools.redux is not None:
-        found["redux"] = Reading(*tools.redux, redux.SEEN)
+        encoder, projector = tools.redux
+        found["redux"] = Reading(encoder, (projector,), redux.SEEN)
     if tools.ip_adapter is not None:
-        found["ip_adapter"] = Reading(*tools.ip_adapter, ip_adapter.SEEN)
+        encoder, adapter = tools.ip_adapter
+        found["ip_adapter"] = Reading(encoder, (adapter,), ip_adapter.SEEN)
     return found
 
 
-def _keys_of(tools: Tools) -> tuple[int, int, int] | None:
-    """(layers, tokens, width) of what an IP-Adapter adds."""
+def _keys_of(tools: Tools) -> list[tuple[int, int, int]]:
+    """(layers, tokens, width) of what an IP-Adapter adds, if there is one."""
     if tools.ip_adapter is None:
-        return None
+        return []
     adapter = tools.ip_adapter[1]
-    return adapter.num_layers, adapter.num_tokens, adapter.inner_dim
+    return [(adapter.num_layers, adapter.num_tokens, adapter.inner_dim)]
 
 
 def _beside_bytes(

@@ -11,7 +11,9 @@ from typing import Any
 
 from fluxjax import __version__
 from fluxjax.config import ConfigError
+from fluxjax.hub import shipped_folder
 from fluxjax.sample import picture_record
+from fluxjax.sample.embedded_tools import TOOLS, with_tool
 from fluxjax.sample.given_options import given_settings, given_sources
 from fluxjax.sample.opened_model import OpenedModel
 from fluxjax.sample.options import Options
@@ -38,6 +40,9 @@ def draw(options: Options) -> int:
     sources, repeated, dtype = _sources(options, note)
     # Process 0 draws seeds and reads files for all.
     lines = [Line(*line) for line in hosts.from_first(lambda: _lines(options))]
+    if options.like is None and not any(line.lora for line in lines):
+        given = given_settings(options)
+        sources = with_tool(sources, [{**given, **line.values} for line in lines], note)
     opened = OpenedModel(options, sources, dtype)
     wanted = _wanted(options, repeated, lines, opened)
     asked = repr(dataclasses.replace(options, process_id=None))
@@ -69,9 +74,9 @@ def _wanted(
         Job(Settings(**job["settings"]), tuple(job["lora"]), job["place"])
         for job in hosts.from_first(on_first)
     ]
-    if opened.sources.model == TINY:
+    if folder := shipped_folder(opened.sources.model):
         for job in jobs:  # a size that would show nothing is refused before anything is drawn
-            outside_sizes(job.settings.width, job.settings.height)
+            outside_sizes(job.settings.width, job.settings.height, folder)
     return jobs
 
 
@@ -102,7 +107,8 @@ def _tell_opened(
     said: Remembered, sources: Sources, pictures: dict[str, str], note: Callable[[str], None]
 ) -> None:
     """Which files a picture, perhaps a stranger's, has made us open."""
-    named = [f"{kind} {path}" for kind, path in sources.files().items() if path != TINY]
+    files = sources.files().items()
+    named = [f"{kind} {path}" for kind, path in files if shipped_folder(path) is None]
     named += [f"{name} {path}" for name, path in pictures.items()]
     if named:
         note(f"{said.path} names: {', '.join(named)}")
@@ -160,8 +166,8 @@ def _draw_all(
     for batch in batches(wanted, size):
         pipe, settings = opened.pipeline(batch[0].lora), batch[0].settings
         require_room(pipe, settings, len(batch))
-        if first and opened.sources.model == TINY:
-            _tell_unknown(batch, once)
+        if first and shipped_folder(opened.sources.model):
+            _tell_unknown(batch, opened.sources.model, once)
         ends = done + len(batch)
         what = f"picture {ends} of {len(wanted)}" if len(wanted) > 1 else "picture"
         prompts, seeds = zip(*((j.settings.prompt, j.settings.seed) for j in batch), strict=True)
@@ -193,13 +199,14 @@ def _draw_all(
         shelf.save_sheet()
 
 
-def _tell_unknown(batch: Sequence[Job], once: Callable[[str], None]) -> None:
+def _tell_unknown(batch: Sequence[Job], model: str, once: Callable[[str], None]) -> None:
     from fluxjax.sample.known_words import EDITS, outside, outside_sizes
 
+    folder, edits = shipped_folder(model), model == TOOLS["reference"]
     for job in batch:
-        if text := outside_sizes(job.settings.width, job.settings.height):
+        if text := outside_sizes(job.settings.width, job.settings.height, folder):
             once(text)
-        if text := outside(job.settings.prompt):
+        if text := outside(job.settings.prompt, folder, edits=edits):
             once(text)
-        if job.settings.reference:
+        if job.settings.reference and model == TINY:
             once(EDITS)

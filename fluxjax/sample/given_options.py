@@ -11,10 +11,11 @@ from typing import Any
 
 from fluxjax.config import ConfigError, multiple
 from fluxjax.config.choices import CONTROLS, IP_IMAGES
-from fluxjax.hub import size_unit
+from fluxjax.hub import embedded_adapter, size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
 from fluxjax.quantised_kinds import KEEP
+from fluxjax.sample.embedded_tools import TOOLS
 from fluxjax.sample.file_names import FORMATS, PATTERN, check_pattern, is_picture_name
 from fluxjax.sample.options import Options
 from fluxjax.sample.prompts_file import STANDARD_INPUT
@@ -84,8 +85,11 @@ def check(options: Options) -> None:
 
 
 def _check_ip_adapter(options: Options) -> None:
-    if len(options.ip_adapter) > 1:
-        raise ConfigError(f"one IP-Adapter sees all pictures, got {len(options.ip_adapter)}")
+    if len(options.ip_adapter) > len(IP_IMAGES):
+        raise ConfigError(
+            f"--ip-adapter is given {len(options.ip_adapter)} times, and at most {len(IP_IMAGES)} "
+            "go together"
+        )
     if options.like or options.prompts:
         return
     if options.ip_adapter and not options.ip_image:
@@ -102,7 +106,8 @@ def _check_model(model: str | None) -> None:
 
     path = Path(model)
     beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-    near = get_close_matches(path.name, [TINY, *(entry.name for entry in beside)], 1)
+    names = [TINY, *filter(embedded_adapter, TOOLS.values()), *(entry.name for entry in beside)]
+    near = get_close_matches(path.name, names, 1)
     what = "file" if path.suffix else "folder"
     meant = f"; did you mean {near[0]}?" if near else ""
     raise FileNotFoundError(f"there is no model {what} {path}{meant}")

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from fluxjax.checkpoint.lora.scaled_file import scaled_files
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.source import open_network
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import IP_IMAGES, ConfigError, PipelineConfig
 from fluxjax.families import FLUX, family_of
 from fluxjax.families.family import AnyArray
 from fluxjax.hub import find
@@ -39,56 +39,83 @@ Attended = tuple[Float[AnyArray, "n layers tokens d"], Float[AnyArray, "n layers
 
 
 class ImagePrompts(NamedTuple):
-    """What is attended to in each pass, in one row for all pictures, and how much in each block."""
+    """What is attended to in each pass, of each adapter in one row for all pictures, and how much
+    of each adapter in each block."""
 
-    passes: tuple[Attended, ...]
-    scale: Float[np.ndarray, " layers"]
+    passes: tuple[tuple[Attended, ...], ...]
+    scales: tuple[Float[np.ndarray, " layers"], ...]
 
-    def rows(self, count: int) -> tuple[Attended, ...]:
-        """Of each pass for each of `count` pictures."""
+    def rows(self, count: int) -> tuple[tuple[Attended, ...], ...]:
+        """Of each pass and adapter for each of `count` pictures."""
         return jax.tree.map(lambda x: np.broadcast_to(x, (count, *x.shape[1:])), self.passes)
 
 
 class ImagePrompter:
-    """CLIP's vision encoder and an IP-Adapter.
+    """CLIP's vision encoder and IP-Adapters, each of which is attended to by itself.
 
-    `scale`: of what the blocks see of pictures, unless a call says otherwise.
+    `scales`: of what the blocks see through each, unless a call says otherwise.
     """
 
-    def __init__(self, encoder: OpenNetwork, adapter: OpenNetwork, scale: float, dtype: Any):
-        self.reader, self.scale = PictureReader(encoder, adapter, SEEN, dtype), scale
+    def __init__(
+        self,
+        encoder: OpenNetwork,
+        adapters: Sequence[OpenNetwork],
+        scales: Sequence[float],
+        dtype: Any,
+    ):
+        self.reader, self.scales = PictureReader(encoder, adapters, SEEN, dtype), tuple(scales)
 
-    def shape(self, pictures: int) -> tuple[int, int, int]:
-        """(layers, tokens, width) of the keys that so many pictures become."""
-        config = self.reader.reading.follower
-        return config.num_layers, pictures * config.num_tokens, config.inner_dim
+    def shapes(self, pictures: int) -> list[tuple[int, int, int]]:
+        """Of each adapter (layers, tokens, width) of the keys that so many pictures become."""
+        each = zip(self.reader.reading.followers, self.seen(pictures), strict=True)
+        return [(a.num_layers, len(seen) * a.num_tokens, a.inner_dim) for a, seen in each]
 
-    def scales(self, settings: Settings) -> Float[np.ndarray, " layers"]:
-        """Of each block. Raises ConfigError for another number of them."""
-        layers = self.reader.reading.follower.num_layers
-        chosen = settings.ip_scale or (self.scale,)
-        if len(chosen) not in (1, layers):
+    def seen(self, pictures: int) -> list[Sequence[int]]:
+        """Which of so many pictures each adapter sees: a single one all of them, of several each
+        its own, or all the only one. Raises ConfigError for another number."""
+        many = len(self.scales)
+        if many == 1:
+            return [range(pictures)]
+        if pictures not in (1, many):
             raise ConfigError(
-                f"ip_scale is one number, or one for each of {layers} blocks, got {len(chosen)}"
+                f"of {many} IP-Adapters each sees its ip_image, or all see one: got {pictures}"
             )
-        return np.broadcast_to(np.asarray(chosen, np.float32), (layers,))
+        return [[i if pictures > 1 else 0] for i in range(many)]
+
+    def block_scales(self, settings: Settings) -> tuple[Float[np.ndarray, " layers"], ...]:
+        """Of each adapter in each block. Raises ConfigError for another number of them."""
+        layers, many = self.reader.reading.followers[0].num_layers, len(self.scales)
+        chosen = settings.ip_scale or self.scales
+        what, allowed = ("blocks", layers) if many == 1 else ("IP-Adapters", many)
+        if len(chosen) not in (1, allowed):
+            raise ConfigError(
+                f"ip_scale is one number, or one for each of {allowed} {what}, got {len(chosen)}"
+            )
+        each = [chosen] if many == 1 else np.broadcast_to(chosen, many)[:, None]
+        return tuple(np.broadcast_to(np.asarray(one, np.float32), (layers,)) for one in each)
 
     def prompts(self, given: Given, settings: Settings, passes: int) -> ImagePrompts:
         """Of the pictures that are given. A negative pass sees the negative picture, or black."""
         from PIL import Image
 
         pictures, size = given.ip_images, self.reader.size
+        negative = len(pictures)
         if passes > 1:
             black = Image.new("RGB", (size, size))
             pictures = [*pictures, given.negative_ip_image or black]
-        keys, values = self.reader(np.stack([_pixels(picture, size) for picture in pictures]))
-        many = len(given.ip_images)
-        # The negative pass has as many tokens: one picture, repeated, weighs the same.
-        parts = (range(many), [many] * many)[:passes]
-        return ImagePrompts(
-            tuple((_joined(keys, part), _joined(values, part)) for part in parts),
-            self.scales(settings),
-        )
+        read = self.reader(np.stack([_pixels(picture, size) for picture in pictures]))
+        each = list(zip(read, self.seen(negative), strict=True))
+
+        def attended(is_negative: bool) -> tuple[Attended, ...]:
+            # A negative pass has as many tokens: one picture, repeated, weighs the same.
+            return tuple(
+                (_joined(keys, part), _joined(values, part))
+                for (keys, values), seen in each
+                for part in [[negative] * len(seen) if is_negative else seen]
+            )
+
+        found = tuple(attended(i > 0) for i in range(passes))
+        return ImagePrompts(found, self.block_scales(settings))
 
 
 def _joined(
@@ -109,16 +136,17 @@ def _pixels(picture: Picture, size: int) -> Float[np.ndarray, "size size 3"]:
     return (square * np.float32(1 / 255) - _MEAN) / _DEVIATION
 
 
-def given_ip_adapter(given: Any) -> tuple[str, float] | None:
-    """(file, scale) of what Python gives, see `scaled_files`. Raises ConfigError for several."""
+def given_ip_adapters(given: Any) -> list[tuple[str, float]]:
+    """(file, scale) of each of what Python gives, see `scaled_files`. Raises ConfigError for more
+    than there can be pictures."""
     found = scaled_files(given)
-    if len(found) > 1:
-        raise ConfigError(f"one IP-Adapter sees all pictures, got {len(found)}")
-    return found[0] if found else None
+    if len(found) > len(IP_IMAGES):
+        raise ConfigError(f"at most {len(IP_IMAGES)} IP-Adapters go together, got {len(found)}")
+    return found
 
 
-def open_ip_adapter(
-    given: tuple[str, float] | None,
+def open_ip_adapters(
+    given: Sequence[tuple[str, float]],
     image_encoder: str | Path | None,
     model: Path,
     config: PipelineConfig,
@@ -128,30 +156,31 @@ def open_ip_adapter(
 
     Raises FileNotFoundError, and ConfigError for what does not belong together.
     """
-    if given is None:
+    if not given:
         if image_encoder is not None:
             raise ConfigError("an image encoder sees for an IP-Adapter: give a file of one too")
         return None
     if family_of(config.class_name) is not FLUX:
         raise ConfigError(f"XLabs' IP-Adapters go with FLUX.1 alone, not with {config.class_name}")
-    file, scale = given
-    path = find(file, "checkpoint")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no IP-Adapter file {path}")
+    paths = [find(file, "checkpoint") for file, _ in given]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"there is no IP-Adapter file {path}")
     if image_encoder is None and (model / "image_encoder").is_dir():
         image_encoder = model / "image_encoder"
     if image_encoder is None:
         raise ConfigError(
-            f"{path} needs an image_encoder (--image-encoder): a folder with the CLIP vision "
+            f"{paths[0]} needs an image_encoder (--image-encoder): a folder with the CLIP vision "
             "encoder that it was trained with, such as openai/clip-vit-large-patch14"
         )
     folder = find(image_encoder, "checkpoint")
     if not folder.exists():
         raise FileNotFoundError(f"there is no image encoder folder {folder}")
-    adapter, encoder = open_network(path, "ip_adapter"), open_network(folder, "image_encoder")
-    transformer = config.networks[config.denoiser]
-    adapter.config.require_same_model(path, transformer, encoder.config, folder)
-    return ImagePrompter(encoder, adapter, scale, dtype)
+    encoder, transformer = open_network(folder, "image_encoder"), config.networks[config.denoiser]
+    adapters = [open_network(path, "ip_adapter") for path in paths]
+    for path, adapter in zip(paths, adapters, strict=True):
+        adapter.config.require_same_model(path, transformer, encoder.config, folder)
+    return ImagePrompter(encoder, adapters, [scale for _, scale in given], dtype)
 
 
 def check_image_prompts(prompter: ImagePrompter | None, settings: Settings, given: Given) -> None:
@@ -173,4 +202,5 @@ def check_image_prompts(prompter: ImagePrompter | None, settings: Settings, give
         raise ConfigError("an IP-Adapter needs a picture that it sees: give an ip_image")
     if given.negative_ip_image is not None and settings.negative_prompt is None:
         raise ConfigError("negative_ip_image is seen by true_cfg: give a negative_prompt and that")
-    prompter.scales(settings)
+    prompter.seen(len(pictures))
+    prompter.block_scales(settings)

@@ -34,6 +34,15 @@ def words_of(text: str) -> list[str]:
     return list(dict.fromkeys(_WORD.findall(folded)))
 
 
+# What it is told when it edits, beside the words of world.json.
+_EDIT_WORDS = frozenset(
+    words_of(
+        "make, turn, paint, change, put, remove, delete, erase, take away, into, larger, bigger, "
+        "smaller, them"
+    )
+)
+
+
 def _is_known(word: str, words: frozenset[str]) -> bool:
     """A word, `red-coloured` of two known ones, or `circle's`."""
     owner = re.sub("['\u2019]s$", "", word)
@@ -49,10 +58,14 @@ def _world(folder: Path) -> _World:
     return _World(frozenset(world["words"]), world["knows"], world.get("sizes"))
 
 
-def outside(prompt: str, folder: Path | None = None) -> str:
-    """A sentence for a prompt with words that the embedded model has never read; else ""."""
+def outside(prompt: str, folder: Path | None = None, *, edits: bool = False) -> str:
+    """A sentence for a prompt with words that the embedded model has never read; else "".
+
+    `edits`: the prompt says what becomes of a reference.
+    """
     world = _world(folder or tiny_folder())
-    unknown = [word for word in words_of(prompt) if not _is_known(word, world.words)]
+    words = world.words | (_EDIT_WORDS if edits else frozenset())
+    unknown = [word for word in words_of(prompt) if not _is_known(word, words)]
     if not world.words or not unknown:
         return ""
     listed = ", ".join(f'"{word}"' for word in unknown[:5])

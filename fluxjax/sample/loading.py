@@ -22,7 +22,7 @@ from fluxjax.checkpoint.templates import Part, abstract_params, part_of
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
-from fluxjax.hub import find
+from fluxjax.hub import embedded_adapter, find
 from fluxjax.json_input import read_json
 from fluxjax.models.lora import adapt
 from fluxjax.models.names import flatten
@@ -37,14 +37,14 @@ from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
 from fluxjax.quantised_kinds import KEEP, LOADED
 from fluxjax.sample.controls import given_controlnets, open_controlnets
-from fluxjax.sample.ip_adapter import given_ip_adapter, open_ip_adapter
+from fluxjax.sample.ip_adapter import given_ip_adapters, open_ip_adapters
 from fluxjax.sample.loaded_loras import low_rank_of, scaled_lora, with_loras
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.sample.redux import open_redux
 from fluxjax.sample.settings import Dtype
-from fluxjax.sample.sources import Sources, absolute
+from fluxjax.sample.sources import TINY, Sources, absolute
 from fluxjax.shapes import Params
 from fluxjax.text.tokenizers import PromptTokenizer, load_tokenizer
 
@@ -73,7 +73,8 @@ def load_pipeline(
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
     Args:
-      model: "tiny", a diffusers folder, an Orbax folder, or a transformer's file
+      model: "tiny", or with a tool that it has learnt "tiny-edit", "tiny-fill" or "tiny-canny"; a
+        diffusers folder, an Orbax folder, or a transformer's file
         (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors), which needs the two below, or a
         whole Stable Diffusion in one file, which needs the first for its tokenizers. Here and below
         a hub's name will do as well, such as
@@ -107,8 +108,9 @@ def load_pipeline(
       controlnet: a folder or file of a ControlNet, "FOLDER:SCALE" or (FOLDER, SCALE), or a list of
         up to three, which `control` is for. A folder of diffusers' FluxControlNetPipeline has its
         own.
-      ip_adapter: the file of an IP-Adapter (XLabs'), "FILE", "FILE:SCALE" or (FILE, SCALE), which
-        `ip_image` is for, seen by the CLIP vision encoder in the folder `image_encoder`.
+      ip_adapter: the file of an IP-Adapter (XLabs'), "FILE", "FILE:SCALE" or (FILE, SCALE), or a
+        list of up to three, which `ip_image` is for, seen by the CLIP vision encoder in the folder
+        `image_encoder`.
 
     Raises FileNotFoundError, ConfigError or ValueError with one sentence naming what is wrong.
     """
@@ -116,7 +118,8 @@ def load_pipeline(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in get_args(Dtype):
         raise ConfigError(f"dtype must be float32 or bfloat16, got {dtype!r}")
-    path = find(model, "model", read_config)
+    tool = embedded_adapter(model)
+    path = find(TINY if tool else model, "model", read_config)
     if path.is_file():
         family, networks, config, tokenizers = _of_file(path, text_encoders, vae)
     elif text_encoders is not None or vae is not None:
@@ -125,7 +128,8 @@ def load_pipeline(
         family, networks, config, tokenizers = _of_folder(path)
     kinds = parse_quantise(quantise)
     scaled = [scaled_lora(lora) for lora in loras]
-    networks, config, low_rank = with_loras(networks, config, scaled)
+    used = scaled if tool is None else [(tool, 1.0), *scaled]
+    networks, config, low_rank = with_loras(networks, config, used)
     config.require_whole(path)
     denoiser = config.networks[config.denoiser]
     if stream and scan_layers is False:
@@ -145,7 +149,7 @@ def load_pipeline(
     mesh = _opened_mesh(mesh, denoiser, sequence)
     if mesh is not None and (offload or stream):
         raise ConfigError("offload and stream are for one device: give them or a mesh")
-    if lora_slots and loras:
+    if lora_slots and used:
         raise ConfigError("lora_slots do not go with loras: choose those by call too")
     slots = _slots(lora_slots, config, scan_layers, mesh) if lora_slots else None
     lora = low_rank_of(low_rank, denoiser, _stacked(denoiser, scan_layers))
@@ -156,8 +160,8 @@ def load_pipeline(
         prior = open_redux(
             find(redux, "checkpoint"), config.networks["text_encoder_2"].d_model, dtype
         )
-    scaled_ip = given_ip_adapter(ip_adapter)
-    prompter = open_ip_adapter(scaled_ip, image_encoder, path, config, dtype)
+    scaled_ip = given_ip_adapters(ip_adapter)
+    prompter = open_ip_adapters(scaled_ip, image_encoder, path, config, dtype)
     held, notes = _held(networks, kinds, scan_layers, config.denoiser)
     pipeline = Pipeline(
         family,
@@ -190,7 +194,7 @@ def load_pipeline(
         sources=Sources(
             quantise=None if quantise == KEEP else quantise,
             controlnet=tuple(f"{absolute(folder)}:{scale:g}" for folder, scale in scaled_nets),
-            ip_adapter=() if scaled_ip is None else (f"{absolute(scaled_ip[0])}:{scaled_ip[1]:g}",),
+            ip_adapter=tuple(f"{absolute(file)}:{scale:g}" for file, scale in scaled_ip),
             image_encoder=None if image_encoder is None else absolute(str(image_encoder)),
             redux=None if redux is None else absolute(str(redux)),
             model=absolute(str(model)),

@@ -137,8 +137,9 @@ class Options:
     prompt: _Words = ()
     """What to draw. May be empty ("")."""
     model: _Text = None
-    """tiny (the embedded model), a diffusers or Orbax folder, a BFL file, or a whole Stable
-    Diffusion in one file."""
+    """tiny (the embedded model; with a reference, a mask or a control it is tiny-edit, tiny-fill or
+    tiny-canny), a diffusers or Orbax folder, a BFL file, or a whole Stable Diffusion in one file.
+    """
     text_encoders: _Path = None
     """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2; for a
     whole Stable Diffusion in one file, which has no tokenizers, a folder with those."""
@@ -222,9 +223,9 @@ class Options:
     control_range: _Ranges = ()
     """START,END, such as 0,0.8: between which parts of the run a ControlNet counts."""
     ip_adapter: _Loras = ()
-    """XLabs' IP-Adapter, through which the blocks see pictures beside the prompt."""
+    """XLabs' IP-Adapter, or several, through which the blocks see pictures beside the prompt."""
     ip_image: _Files = ()
-    """A picture for it, or several."""
+    """A picture for it, or several; one for each adapter, where there are several."""
     negative_ip_image: _Text = None
     """What it sees in the pass that --true-cfg guides away from; by default black."""
     image_encoder: _Path = None

@@ -1,10 +1,11 @@
-"""What reads pictures for a transformer: an encoder, and a network that follows it.
+"""What reads pictures for a transformer: an encoder, and networks that follow it.
 
-SigLIP and Redux' projector make tokens, CLIP's vision encoder and an IP-Adapter keys and values.
+SigLIP and Redux' projector make tokens, CLIP's vision encoder and IP-Adapters keys and values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,48 +21,48 @@ from fluxjax.shapes import Params
 
 
 class Reading(NamedTuple):
-    """The configurations of an encoder and of what follows it, which sees `output` of it."""
+    """The configurations of an encoder and of what follows it, each of which sees its `output`."""
 
     encoder: Any
-    follower: Any
+    followers: tuple[Any, ...]
     output: str
 
-    def modules(self, dtype: Any) -> tuple[Any, Any]:
+    def modules(self, dtype: Any) -> list[Any]:
+        """The encoder first, as everywhere."""
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
-        encoder, follower = self.encoder, self.follower
-        return (
-            network_of(encoder).build(encoder, **types),
-            network_of(follower).build(follower, **types),
-        )
+        each = (self.encoder, *self.followers)
+        return [network_of(config).build(config, **types) for config in each]
 
-    def weights(self, dtype: Any) -> tuple[Params, Params]:
+    def weights(self, dtype: Any) -> tuple[Params, ...]:
         """Shapes of the parameters."""
-        return (
-            in_dtype(abstract_params(self.encoder, stacked=False), dtype),
-            in_dtype(abstract_params(self.follower, stacked=False), dtype),
-        )
+        each = (self.encoder, *self.followers)
+        return tuple(in_dtype(abstract_params(config, stacked=False), dtype) for config in each)
 
 
 @partial(jax.jit, static_argnames=("reading", "dtype"))
 def read_pictures(
     reading: Reading,
     dtype: Any,
-    params: tuple[Params, Params],
+    params: tuple[Params, ...],
     pixels: Float[Array, "n height width 3"],
-) -> Any:
-    """What the follower makes of pictures, as the encoder's processor gives them."""
-    encoder, follower = reading.modules(dtype)
+) -> tuple[Any, ...]:
+    """What each follower makes of pictures, as the encoder's processor gives them."""
+    encoder, *followers = reading.modules(dtype)
     seen: Any = encoder.apply({"params": params[0]}, pixels)
-    return follower.apply({"params": params[1]}, getattr(seen, reading.output))
+    output = getattr(seen, reading.output)
+    each = zip(followers, params[1:], strict=True)
+    return tuple(follower.apply({"params": weights}, output) for follower, weights in each)
 
 
 class PictureReader:
-    """Both networks' weights are read when they are first needed, and stay until `release`."""
+    """All networks' weights are read when they are first needed, and stay until `release`."""
 
-    def __init__(self, encoder: OpenNetwork, follower: OpenNetwork, output: str, dtype: Any):
-        self.networks, self.dtype = (encoder, follower), jnp.dtype(dtype)
-        self.reading = Reading(encoder.config, follower.config, output)
-        self._params: tuple[Params, Params] | None = None
+    def __init__(
+        self, encoder: OpenNetwork, followers: Sequence[OpenNetwork], output: str, dtype: Any
+    ):
+        self.networks, self.dtype = (encoder, *followers), jnp.dtype(dtype)
+        self.reading = Reading(encoder.config, tuple(one.config for one in followers), output)
+        self._params: tuple[Params, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -76,13 +77,11 @@ class PictureReader:
         leaves = jax.tree.leaves(self.reading.weights(self.dtype))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    def __call__(self, pixels: Float[np.ndarray, "n height width 3"]) -> Any:
-        """Arrays of numpy."""
+    def __call__(self, pixels: Float[np.ndarray, "n height width 3"]) -> tuple[Any, ...]:
+        """Of each follower, arrays of numpy."""
         if self._params is None:
-            encoder, follower = self.networks
-            self._params = (
-                encoder.params(stacked=False, dtype=self.dtype),
-                follower.params(stacked=False, dtype=self.dtype),
+            self._params = tuple(
+                network.params(stacked=False, dtype=self.dtype) for network in self.networks
             )
         return jax.tree.map(
             np.asarray, read_pictures(self.reading, self.dtype, self._params, pixels)

@@ -20,7 +20,7 @@ from fluxjax import __version__
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
 from fluxjax.file_hash import hash_file
-from fluxjax.hub import is_cached
+from fluxjax.hub import is_cached, shipped_folder
 from fluxjax.sample import known_places
 from fluxjax.sample.clip_files import read_clip_record
 from fluxjax.sample.settings import ALPHA, PICTURES, Dtype, Settings, brief, override
@@ -175,7 +175,7 @@ def find(said: Remembered, kind: str, where: str, hashes: Mapping[str, str], eve
 
     What has the right hashes is preferred to what has only the name. Raises ConfigError.
     """
-    if is_name(where) and (where == TINY or every or is_cached(where)):
+    if is_name(where) and (shipped_folder(where) or every or is_cached(where)):
         return where
     usual = [said.path.absolute().parent, Path.cwd()]
     try:

@@ -17,6 +17,7 @@ from fluxjax.config.choices import Respacing, Spacing
 from fluxjax.families.family import Conditioning, Task
 from fluxjax.sample.clip_files import Clip
 from fluxjax.sample.controls import check_controls, control_settings
+from fluxjax.sample.embedded_tools import require_tool
 from fluxjax.sample.given_clips import check_given, clip_inputs, clip_size, with_given
 from fluxjax.sample.given_pictures import Given, apart, read_given, spread_over
 from fluxjax.sample.ip_adapter import check_image_prompts
@@ -140,9 +141,11 @@ class Pipeline(Stages):
           expand: a border of (left, top, right, bottom) pixels round the image, painted anew.
           redux_image: what is heard beside the prompt through FLUX.1 Redux: a picture or its file,
             (either, weight), or a list of these.
-          ip_image: what an IP-Adapter sees, or a list of up to three pictures.
+          ip_image: what an IP-Adapter sees, or a list of up to three pictures; of several adapters
+            each sees its own, or all the only one.
           negative_ip_image: what it sees in the pass that true_cfg guides away from; else black.
-          ip_scale: how strong it is, in all double blocks or a list of each.
+          ip_scale: how strong it is, in all double blocks or a list of each; of several adapters
+            all, or a list of each adapter's.
           negative_prompt, true_cfg: what not to draw, by classifier-free guidance above 1; for FLUX
             both or neither, for Stable Diffusion `guidance` is that scale.
           prompt_2, prompt_3: what the second text encoder (T5 of FLUX) and the third (T5 of Stable
@@ -186,6 +189,8 @@ class Pipeline(Stages):
         several = spread_over(CONTROLS, control) | spread_over(IP_IMAGES, ip_image)
         several |= {"negative_ip_image": negative_ip_image, "last": last, "video": video}
         files, objects = apart(image=image, mask=mask, reference=reference, **several)
+        if self.sources is not None and not lora:
+            require_tool(self.sources, {*files, *objects})
         settings = {
             "steps": steps,
             "guidance": guidance,

@@ -41,7 +41,7 @@ NAMES: tuple[Name, ...] = get_args(Name)
 OF_RUNS: tuple[Name, ...] = ("before", "denoise")
 OF_PICTURES: tuple[Name, ...] = ("reference", "posterior", "decode")
 UNTILED_LATENTS = 256 * 256
-WHOLE = ("schedule", "passes", "control_scales", "image_prompt_scale", "rescale", "left_out")
+WHOLE = ("schedule", "passes", "control_scales", "image_prompt_scales", "rescale", "left_out")
 """Of Drawn: the same for all pictures."""
 TEXT_ALONE = Task()
 
@@ -78,10 +78,10 @@ class Drawn(NamedTuple):
     """Its mask has one channel."""
     controls: tuple[tuple[AnyArray, Int[AnyArray, "n"] | None], ...] = ()
     """Of each ControlNet what it sees, latents or pixels, and its mode."""
-    image_prompts: tuple[Attended, ...] = ()
-    """Of each pass, where there is an IP-Adapter."""
+    image_prompts: tuple[tuple[Attended, ...], ...] = ()
+    """Of each pass and each IP-Adapter, where there are any."""
     control_scales: tuple[Float[AnyArray, "steps"], ...] = ()
-    image_prompt_scale: Float[AnyArray, "layers"] | None = None
+    image_prompt_scales: tuple[Float[AnyArray, "layers"], ...] = ()
     noise: Float[AnyArray, "n steps c *size"] | None = None
     """What each step adds, where a sampler may."""
     rescale: Float[AnyArray, ""] | None = None
@@ -215,12 +215,13 @@ def _hoisted_passes(
         Control(net, {"params": weights}, seen, scale, mode, first)
         for net, weights, (seen, mode), scale in nets
     )
-    prompt = None
-    if drawn.image_prompt_scale is not None:
-        keys, values = (jnp.moveaxis(x, 1, 0) for x in stack(*drawn.image_prompts[span]))
-        prompt = ImagePrompt(keys, values, jnp.asarray(drawn.image_prompt_scale))
+    attended: Any = stack(*drawn.image_prompts[span]) if drawn.image_prompts else ()
+    prompts = tuple(
+        ImagePrompt(jnp.moveaxis(keys, 1, 0), jnp.moveaxis(values, 1, 0), jnp.asarray(scale))
+        for (keys, values), scale in zip(attended, drawn.image_prompt_scales, strict=True)
+    )
     guidance = jnp.tile(drawn.guidance, many)
-    extras = Extras(positions, guidance, reference, channels, controls, prompt, drawn.left_out)
+    extras = Extras(positions, guidance, reference, channels, controls, prompts, drawn.left_out)
     return family.hoist(
         module,
         stack_passes(variables(with_zeros(params)), many),
@@ -311,7 +312,7 @@ def programs(
     prompts: int = 1,
     reference_size: tuple[int, int] | None = None,
     more_text: int = 0,
-    image_prompt: tuple[int, int, int] | None = None,
+    image_prompts: Sequence[tuple[int, int, int]] = (),
     rows: Callable[[Name, int], int] = lambda name, count: count,
     padded: bool = True,
 ) -> list[Program]:
@@ -323,7 +324,7 @@ def programs(
       pictures, prompts: drawn and encoded together.
       reference_size: (width, height) at which a reference is seen.
       more_text: tokens beside those of the prompt (Redux); a negative prompt has none.
-      image_prompt: (layers, tokens, width) of what an IP-Adapter adds.
+      image_prompts: (layers, tokens, width) of what each IP-Adapter adds.
       rows: the batch that a program runs for so many pictures or prompts.
       padded: whether the steps are filled up to those of their bucket.
     """
@@ -360,9 +361,11 @@ def programs(
         channels,
         kept,
         _controls(config, n, settings, shape, dtype),
-        () if image_prompt is None else ((spec((n, *image_prompt), dtype),) * 2,) * many,
+        (tuple((spec((n, *one), dtype),) * 2 for one in image_prompts),) * many
+        if image_prompts
+        else (),
         (spec((steps,), jnp.float32),) * len(config.controlnets),
-        None if image_prompt is None else spec(image_prompt[:1], jnp.float32),
+        tuple(spec(one[:1], jnp.float32) for one in image_prompts),
         spec((n, steps, *shape), state) if schedule.matrices is not None else None,
         spec((), jnp.float32) if settings.guidance_rescale else None,
         left_out_shapes(config, settings.asked_skip_layers, steps),

@@ -33,13 +33,15 @@ class Redux:
     """SigLIP and the projector."""
 
     def __init__(self, encoder: OpenNetwork, projector: OpenNetwork, dtype: Any):
-        self.reader = PictureReader(encoder, projector, SEEN, dtype)
+        self.reader = PictureReader(encoder, [projector], SEEN, dtype)
         self.count: int = encoder.config.tokens
         """Tokens that a picture becomes."""
 
     def tokens(self, pictures: Sequence[Picture]) -> Float[np.ndarray, "n tokens text"]:
         """What the transformer reads of each picture, after T5's states."""
-        return self.reader(np.stack([_pixels(picture, self.reader.size) for picture in pictures]))
+        size = self.reader.size
+        (tokens,) = self.reader(np.stack([_pixels(picture, size) for picture in pictures]))
+        return tokens
 
     def heard(self, conditioning: Conditioning, pictures: Sequence[Heard]) -> Conditioning:
         """The prompts' conditioning with the pictures' tokens joined.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG, split_scale
 from fluxjax.config import ConfigError
-from fluxjax.hub import Kind, embedded_folder, find, hub_name
+from fluxjax.hub import Kind, embedded_adapter, find, hub_name, shipped_folder
 
 TINY = "tiny"
 SINGLE = ("model", "text_encoders", "vae", "redux", "image_encoder")
@@ -26,7 +26,8 @@ _INDEX = ("model_index.json", "fluxjax.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What a pipeline is made of: "tiny", paths or names on a hub; a LoRA is FILE:SCALE."""
+    """What a pipeline is made of: an embedded model ("tiny", "tiny-edit"), paths or names on a hub;
+    a LoRA is FILE:SCALE."""
 
     model: str = TINY
     text_encoders: str | None = None
@@ -41,9 +42,9 @@ class Sources:
     controlnet: tuple[str, ...] = ()
     """Folders (or files) of ControlNets, each with its scale."""
     ip_adapter: tuple[str, ...] = ()
-    """The file of an IP-Adapter with its scale, if there is one."""
+    """Files of IP-Adapters, each with its scale."""
     image_encoder: str | None = None
-    """The folder of the CLIP that sees for it."""
+    """The folder of the CLIP that sees for them."""
 
     def files(self) -> dict[str, str]:
         """Paths by what they are: model, text_encoders, vae, redux, lora 1, lora 2 ..."""
@@ -72,6 +73,8 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
     Raises OSError."""
     from fluxjax.file_hash import hash_file, hash_files
 
+    if adapter := embedded_adapter(source):
+        return {**hashes_of(TINY, kind), "adapter": hash_file(adapter)}
     wanted: dict[str, Kind] = {
         "model": "model",
         "text_encoders": "text encoders",
@@ -112,7 +115,7 @@ def changed(then: Mapping[str, str], now: Mapping[str, str], kind: str) -> list[
 
 def is_name(source: str) -> bool:
     """Whether it is no path: an embedded model, or a name on a hub."""
-    return embedded_folder(source) is not None or hub_name(source) is not None
+    return shipped_folder(source) is not None or hub_name(source) is not None
 
 
 def model_name(model: str) -> str:

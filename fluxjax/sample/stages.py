@@ -309,7 +309,7 @@ class Stages:
         if self.mesh is not None:
             rows = self.executables.rows("denoise", count)
             noise, noises, *each = pad_rows((noise, noises, *each), rows)
-        seen = None if prompts is None else prompts.scale
+        seen = () if prompts is None else prompts.scales
         share = np.asarray(rescale, np.float32) if rescale else None
         left = left_out_layers(self.config, skip_layers, schedule, steps, true_cfg)
         drawn = Drawn(
@@ -317,7 +317,7 @@ class Stages:
             passes,
             *each,
             control_scales=scales,
-            image_prompt_scale=seen,
+            image_prompt_scales=seen,
             noise=noises,
             rescale=share,
             left_out=left,
@@ -408,7 +408,7 @@ class Stages:
             reference_size=seen,
             rows=self.executables.rows,
             more_text=more_text,
-            image_prompt=prompter and prompter.shape(len(given.ip_images)),
+            image_prompts=prompter.shapes(len(given.ip_images)) if prompter else (),
         ):
             apart = self.offload and program.name == "denoise"
             for one in self.executables.split(program) if apart else (program,):

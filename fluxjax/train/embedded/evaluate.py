@@ -343,7 +343,7 @@ def evaluate(settings: EvaluateSettings) -> Any:
     if note := enable_cache():
         print(f"note: {note}", file=sys.stderr)
     pipeline = load_pipeline(
-        settings.model, mesh=settings.mesh, loras=settings.lora, quantise=settings.quantise
+        settings.opened, mesh=settings.mesh, loras=settings.lora, quantise=settings.quantise
     )
     # Clips are drawn from text and from first frames.
     kinds = {"text": len(settings.kinds), "clip": 2}.get(settings.task, 1)

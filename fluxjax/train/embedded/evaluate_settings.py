@@ -10,9 +10,11 @@ import tyro
 
 from fluxjax.config import ConfigError
 from fluxjax.config.choices import MAX_STEPS
+from fluxjax.hub import embedded_adapter
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.quantised_kinds import KEEP
 from fluxjax.sample.quantise_option import parse_quantise
+from fluxjax.sample.sources import TINY
 from fluxjax.train.embedded.colours import COLOURS
 
 
@@ -58,7 +60,8 @@ class EvaluateSettings:
     """From text alone, or one of the tools: edit a reference, fill a mask, follow edges; clip: of a
     model of clips, from text and from a first frame."""
     model: str = "tiny"
-    """tiny (the embedded model) or a pipeline folder."""
+    """tiny (the embedded model; of a tool the one that has learnt it, such as tiny-edit) or a
+    pipeline folder."""
     lora: tuple[str, ...] = ()
     """Adapters of the model, FILE or FILE:SCALE."""
     prompts: int = 48
@@ -119,6 +122,14 @@ class EvaluateSettings:
                 raise ConfigError(f"step_counts must be from 1 to {MAX_STEPS}, got {count}")
         parse_mesh(self.mesh or "")
         parse_quantise(self.quantise)
+
+    @property
+    def opened(self) -> str:
+        """The model that is measured: of the embedded one what has learnt the task, if it is there
+        and no other adapter is given."""
+        learnt = f"{self.model}-{self.task}"
+        own = self.model == TINY and not self.lora and embedded_adapter(learnt) is not None
+        return learnt if own else self.model
 
     @property
     def chosen(self) -> list[Sampler]:

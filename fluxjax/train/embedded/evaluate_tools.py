@@ -100,7 +100,7 @@ def evaluate_tool(
         write_sheet(settings.sheet, *_shown(cases, drawn))
     return ToolEvaluation(
         settings={
-            "model": settings.model,
+            "model": settings.opened,
             "task": task,
             "steps": chosen.steps,
             "guidance": chosen.guidance,
