@@ -1,16 +1,21 @@
 """Weights that come and go: the same picture from less memory."""
 
+import re
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from stable_diffusion_folders import save_pixart, save_sd3
 
 import fluxjax
 from fluxjax.checkpoint.templates import abstract_params, parameter_count, part_of
-from fluxjax.config import DEV, ConfigError
+from fluxjax.config import DEV, TINY, ConfigError
 from fluxjax.models.absent import Absent
-from fluxjax.models.names import flatten
+from fluxjax.models.lora import variables
+from fluxjax.models.names import flatten, is_stacked
+from fluxjax.networks import network_of
+from fluxjax.parallel.host_memory import with_places
 from fluxjax.sample.given_options import check
 from fluxjax.sample.memory_estimate import weight_bytes
 from fluxjax.sample.options import Options
@@ -67,6 +72,22 @@ def test_the_picture_is_the_same_byte_for_byte(tmp_path):
     assert weight_bytes(pipe) < weight_bytes(
         fluxjax.load_pipeline("tiny", quantise="int8", scan_layers=True)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_each_kernel_is_brought_where_its_block_runs(platform):
+    """In the program that is lowered, from shapes as `Executables` has them, for accelerators: one
+    copy to the device of each stacked kernel, none of which comes before the loop over blocks."""
+    network, shapes = network_of(TINY.transformer), abstract_params(TINY.transformer, stacked=True)
+    module = network.build(TINY.transformer, scan_layers=True)
+    forward = jax.jit(lambda params, inputs: module.apply(variables(params), **inputs))
+    traced = forward.trace(with_places(shapes), network.inputs(TINY.transformer))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    kernels = [leaf for path, leaf in flatten(shapes).items() if is_stacked(path)]
+    kernels = [leaf for leaf in kernels if len(leaf.shape) == 3]
+    copies = re.findall(r"@annotate_device_placement.*\(tensor<(\d+x\d+)x", text)
+    assert sorted(copies) == sorted("x".join(map(str, leaf.shape[1:])) for leaf in kernels)
 
 
 def test_what_does_not_go_together_is_refused():
