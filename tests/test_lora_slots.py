@@ -19,6 +19,7 @@ from fluxjax.sample.executables import Executables
 
 MESH = "fsdp=2,tensor=2,sequence=2"
 SIZE = {"width": 64, "height": 48, "steps": 2, "max_sequence_length": 16}
+CODES = {"quantise": "transformer=int8"}  # over which an adapter stays beside the weights
 
 
 def lora_file(path: Path, seed: int, targets: tuple[str, ...], rank: int) -> Path:
@@ -67,7 +68,7 @@ def test_calls_choose_adapters_without_compiling(files, monkeypatch, tmp_path) -
         "compile",
         lambda self, program: compiled.append(program.name) or plain(self, program),
     )
-    pipe = fluxjax.load_pipeline("tiny", lora_slots=6, scan_layers=True)
+    pipe = fluxjax.load_pipeline("tiny", lora_slots=6, scan_layers=True, **CODES)
 
     def draw(pipe, **lora):
         prompts, seeds = ["a red circle", "two blue squares"], [3, 4]
@@ -95,9 +96,9 @@ def test_calls_choose_adapters_without_compiling(files, monkeypatch, tmp_path) -
     np.testing.assert_array_equal(chosen["mixed"][0], chosen["one"][0])
     np.testing.assert_array_equal(chosen["mixed"][1], chosen["two"][1])
     assert all(np.abs(chosen[name] - none).mean() > 1 for name in ("one", "two", "both"))
-    expected = draw(fluxjax.load_pipeline("tiny", loras=[(one, 0.7), (two, -0.5)]))
+    expected = draw(fluxjax.load_pipeline("tiny", loras=[(one, 0.7), (two, -0.5)], **CODES))
     assert np.abs(chosen["both"] - expected).max() <= 1
-    spread = fluxjax.load_pipeline("tiny", lora_slots=6, scan_layers=True, mesh=MESH)
+    spread = fluxjax.load_pipeline("tiny", lora_slots=6, scan_layers=True, mesh=MESH, **CODES)
     mixed = draw(spread, lora=[[(one, 0.7)], [(two, -0.5)]])
     assert np.abs(mixed - chosen["mixed"]).max() <= 1
     before = len(compiled)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -23,7 +24,7 @@ from test_unet import TINIES, torch_unet
 from fluxjax.checkpoint.engine import MappingError, published_leaves
 from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.merge import merge
-from fluxjax.checkpoint.lora.reader import read_adapters
+from fluxjax.checkpoint.lora.reader import low_rank_tree, read_adapters
 from fluxjax.checkpoint.lora.writer import write_adapters
 from fluxjax.checkpoint.source import OpenNetwork
 from fluxjax.checkpoint.source_record import Record
@@ -32,6 +33,8 @@ from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import CLIPTextConfig, UNetConfig
 from fluxjax.config.choices import LoraNaming
 from fluxjax.convert.__main__ import main as convert
+from fluxjax.models.lora import adapter_sites
+from fluxjax.networks import network_of
 from fluxjax.networks.unet import ldm
 
 Weights = dict[str, torch.Tensor]
@@ -345,6 +348,28 @@ def test_the_command_merges_into_a_unet(unets, templates, tmp_path) -> None:
     options = ["--to", "kohya"]
     with pytest.raises(MappingError, match="give its folder with --config"):
         convert([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), *options])
+
+
+@pytest.mark.slow
+def test_every_product_and_convolution_reads_an_adapter(templates) -> None:
+    """Of what is traced: none is left out silently."""
+    config = TINIES["1.5"]
+    network, params, adapters = network_of(config), templates[config], {}
+    for site in adapter_sites(params):
+        (fan_in, out), ones = site.shape, (1,) * len(site.window)
+        a, b = np.zeros((1, fan_in, *site.window)), np.zeros((out, 1, *ones))
+        adapters |= dict.fromkeys(site.names, Adapter(a, b, 1.0))
+    lora, module = low_rank_tree(adapters, params), network.build(config)
+
+    def run(lora: Any, params: Any, inputs: Any) -> Any:
+        return module.apply({"params": params, "lora": lora}, **inputs)
+
+    traced = jax.make_jaxpr(run)(lora, params, network.inputs(config)).jaxpr
+    used = {id(variable) for equation in traced.eqns for variable in equation.invars}
+    leaves = jax.tree.leaves_with_path(lora)
+    pairs = zip(leaves, traced.invars, strict=False)
+    assert not [jax.tree_util.keystr(path) for (path, _), v in pairs if id(v) not in used]
+    assert sum(path[-1].key == "a" and leaf.ndim == 4 for path, leaf in leaves) > 10
 
 
 def zeros(name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What an adapter beside a dense layer adds to the layer's output.
+"""What an adapter beside a dense layer or a convolution adds to the layer's output.
 
 `leaves` are those that `fluxjax.models.lora` describes; all is computed in the adapter's own dtype.
 Source: Hu et al. 2021 (LoRA); Liu et al. 2024 (DoRA) and PEFT's `tuners/lora/dora.py`; LyCORIS'
@@ -29,21 +29,29 @@ def adapted(
     """`y` = inputs kernel + bias, as the adapter changes it. Its `scale` is never trained."""
     scale = jax.lax.stop_gradient(leaves["scale"])
     if "w1" in leaves:
-        low = _kronecker(inputs, leaves, precision)
+        added = _kronecker(inputs, leaves, precision) * scale
     else:
         low = affine(inputs.astype(leaves["a"].dtype), leaves["a"], precision=precision)
-        if scale.ndim:
-            # The rows of a picture (those of its steps, say) lie together.
-            each = jnp.repeat(scale, inputs.shape[0] // scale.shape[0], axis=0)
-            low = low * each.reshape(each.shape[0], *(1,) * (low.ndim - 2), -1)
-            scale = jnp.ones((), low.dtype)
-        low = affine(low, leaves["b"], precision=precision)
+        added = raised(low, leaves, precision)
     if "magnitude" not in leaves:
-        return (y + low * scale).astype(y.dtype)
+        return (y + added).astype(y.dtype)
     one_row = (*(1,) * (y.ndim - 1), -1)
     ratio = _ratio(kernel, leaves, scale).reshape(one_row)
     plain = y if bias is None else y - bias.reshape(one_row)
-    return (y + (ratio - 1) * plain + ratio * (low * scale)).astype(y.dtype)
+    return (y + (ratio - 1) * plain + ratio * added).astype(y.dtype)
+
+
+def raised(
+    low: Float[Array, "*rows rank"], leaves: Leaves, precision: Precision = None
+) -> Float[Array, "*rows features"]:
+    """low b scale: what an adapter adds, of its `rank` numbers for each row."""
+    scale = jax.lax.stop_gradient(leaves["scale"])
+    if not scale.ndim:
+        return affine(low, leaves["b"], precision=precision) * scale
+    # The rows of a picture (those of its steps, say) lie together.
+    each = jnp.repeat(scale, low.shape[0] // scale.shape[0], axis=0)
+    each = each.reshape(each.shape[0], *(1,) * (low.ndim - 2), -1)
+    return affine(low * each, leaves["b"], precision=precision)
 
 
 def _ratio(

@@ -1,8 +1,10 @@
-"""Low-rank adapters (LoRA): trees beside the parameter tree, read by `fluxjax.models.dense.Dense`.
+"""Low-rank adapters (LoRA): trees beside the parameter tree, read by `fluxjax.models.dense.Dense`
+and `fluxjax.models.convolution.Convolution`.
 
 A LoRA tree has the form (stacked or per block) of the parameters it adapts; where those have a
 `kernel` (in, out) it may have `a` (in, rank), `b` (rank, out) and a scalar `scale`, all with the
-leading layer axis of a stacked kernel. Layers that are not adapted have scale 0. A scale may also
+leading layer axis of a stacked kernel; `a` of a convolution is one to `rank` channels: (height,
+width, in, rank). Layers that are not adapted have scale 0. A scale may also
 be (pictures, rank), of a batch whose pictures have adapters of their own. DoRA has `magnitude`
 (out,) too. LoKr has `w1` and, by `w2` or by `a` and `b`, a second matrix: the kernel of their
 Kronecker product is added.
@@ -31,24 +33,34 @@ from fluxjax.shapes import Params
 
 
 class Site(NamedTuple):
-    """A dense kernel: where it is, the published name of each of its layers, (in, out)."""
+    """A kernel: where it is, the published name of each of its layers, (in, out), and (height,
+    width) of a convolution's."""
 
     module: tuple[str, ...]
     names: tuple[str, ...]
     stacked: bool
     shape: tuple[int, int]
+    window: tuple[int, ...] = ()
 
 
-def dense_sites(params: Params) -> Iterator[Site]:
-    """Every dense kernel of a tree of arrays or ShapeDtypeStructs."""
+def adapter_sites(params: Params) -> Iterator[Site]:
+    """Every kernel of a tree of arrays or ShapeDtypeStructs that low-rank adapters may be beside:
+    of dense layers, and of convolutions of pictures."""
     for path, leaf in flatten(params).items():
+        if path[-1] != "kernel":
+            continue
         stacked = is_stacked(path)
-        shape = tuple(leaf.shape[stacked:])
-        if path[-1] != "kernel" or len(shape) != 2:
+        *window, fan_in, out = leaf.shape[stacked:]
+        if len(window) not in (0, 2):
             continue
         layers = range(leaf.shape[0]) if stacked else (None,)
         names = tuple(module_name(path[:-1], layer) for layer in layers)
-        yield Site(path[:-1], names, stacked, (shape[0], shape[1]))
+        yield Site(path[:-1], names, stacked, (fan_in, out), tuple(window))
+
+
+def dense_sites(params: Params) -> Iterator[Site]:
+    """Those of dense layers."""
+    return (site for site in adapter_sites(params) if not site.window)
 
 
 def matches(target: str, name: str) -> bool:

@@ -13,16 +13,11 @@ from jaxtyping import Array, Float
 from fluxjax.config.choices import Remat
 from fluxjax.config.unet import UNetConfig
 from fluxjax.models.autoencoder import GroupNorm
+from fluxjax.models.convolution import convolution
 from fluxjax.models.dense import Part
 from fluxjax.models.embeddings import TwoLayerEmbedder, sinusoid
 from fluxjax.models.repeated_blocks import rematerialised
-from fluxjax.models.unet_blocks import (
-    Downsample,
-    Resnet,
-    SpatialTransformer,
-    Upsample,
-    convolution,
-)
+from fluxjax.models.unet_blocks import Downsample, Resnet, SpatialTransformer, Upsample
 
 
 class DownBlock(Part):

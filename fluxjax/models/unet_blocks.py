@@ -15,27 +15,12 @@ from jaxtyping import Array, Float
 
 from fluxjax.config.unet import UNetConfig
 from fluxjax.models.autoencoder import GroupNorm
+from fluxjax.models.convolution import convolution
 from fluxjax.models.dense import Part
-from fluxjax.models.products import own_precision
 from fluxjax.models.transformer_blocks import Attention
 
 TRANSFORMER_NORM_EPS = 1e-6
 LAYER_NORM_EPS = 1e-5
-
-
-def convolution(part: Part, features: int, size: int, name: str, *, stride: int = 1) -> nn.Conv:
-    """Padded alike on both sides: where the stride is 2, XLA's "SAME" would not."""
-    edge = (size // 2, size // 2)
-    return nn.Conv(
-        features,
-        (size, size),
-        stride,
-        (edge, edge),
-        dtype=part.dtype,
-        param_dtype=part.param_dtype,
-        precision=own_precision(part.dtype),
-        name=name,
-    )
 
 
 class Resnet(Part):

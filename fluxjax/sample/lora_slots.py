@@ -14,7 +14,7 @@ from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
 from fluxjax.hub import find
-from fluxjax.models.lora import dense_sites
+from fluxjax.models.lora import adapter_sites
 from fluxjax.models.names import flatten, unflatten
 from fluxjax.parallel.mesh import place
 from fluxjax.shapes import Params
@@ -29,8 +29,8 @@ Flat = dict[tuple[str, ...], Any]
 
 
 class LoraSlots:
-    """`rank` columns of products beside every dense layer of the network that draws and of the text
-    encoders, shared by the adapters of one call.
+    """`rank` columns of products beside every dense layer and convolution of the network that draws
+    and of the text encoders, shared by the adapters of one call.
 
     Each adapter has columns of its own, in every layer the same, and each picture (each prompt, in
     a text encoder) a factor for every column: 0 for adapters of other pictures.
@@ -47,7 +47,7 @@ class LoraSlots:
         if rank < 1:
             raise ConfigError(f"lora_slots is a rank, at least 1, got {rank}")
         self.rank, self._params, self._places = rank, params, places
-        self._sites = {component: list(dense_sites(tree)) for component, tree in params.items()}
+        self._sites = {component: list(adapter_sites(tree)) for component, tree in params.items()}
         self._files: dict[str, dict[str, dict[str, Adapter]]] = {}
         self._filled: dict[str, tuple[tuple[str, ...], Flat]] = {}
 
@@ -116,7 +116,7 @@ class LoraSlots:
                 found[component], others = split_low_rank(mine, self._params[component])
                 if others:
                     raise ConfigError(
-                        f"{path} does more than add low-rank products to linear layers (it changes "
+                        f"{path} does more than add low-rank products (it changes "
                         f"{next(iter(others))}): load the pipeline with it, as loras=[...]"
                     )
             self._files[file] = found
@@ -141,8 +141,8 @@ class LoraSlots:
         flat = {}
         for site in self._sites[component]:
             (fan_in, out), layers = site.shape, (len(site.names),) * site.stacked
-            flat[*site.module, "a"] = numpy.zeros((*layers, fan_in, self.rank), np.float32)
-            flat[*site.module, "b"] = numpy.zeros((*layers, self.rank, out), np.float32)
+            for leaf, shape in (("a", (*site.window, fan_in, self.rank)), ("b", (self.rank, out))):
+                flat[*site.module, leaf] = numpy.zeros((*layers, *shape), np.float32)
         return flat
 
     def _fill(self, component: str, columns: dict[str, slice]) -> Flat:
@@ -157,8 +157,8 @@ class LoraSlots:
                     a, b = (flat[*site.module, leaf] for leaf in ("a", "b"))
                     a, b = (a[i], b[i]) if site.stacked else (a, b)
                     used = slice(own.start, own.start + len(adapter.a))
-                    a[:, used] = adapter.a.T
-                    b[used] = adapter.b.T * np.float32(adapter.scale)
+                    down, up = adapter.kernels()
+                    a[..., used], b[used] = down, up * np.float32(adapter.scale)
         return flat
 
     def _tree(

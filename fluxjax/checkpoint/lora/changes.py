@@ -20,6 +20,10 @@ class Adapter(NamedTuple):
     b: np.ndarray  # (out, rank), or (out, rank, 1, 1)
     scale: float
 
+    def kernels(self) -> tuple[np.ndarray, np.ndarray]:
+        """`a` and `b` as trees of adapters have them: ([height, width,] in, rank), (rank, out)."""
+        return np.moveaxis(self.a, (0, 1), (-1, -2)), self.b.reshape(self.b.shape[:2]).T
+
 
 @dataclass(frozen=True)
 class Change:

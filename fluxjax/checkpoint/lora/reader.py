@@ -22,7 +22,7 @@ from fluxjax.checkpoint.lora.peft_config import ADAPTER_WEIGHTS, read_peft_confi
 from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.config import ConfigError
-from fluxjax.models.lora import dense_sites
+from fluxjax.models.lora import adapter_sites
 from fluxjax.models.names import unflatten
 from fluxjax.shapes import Params
 
@@ -109,7 +109,7 @@ def read_lora(path: Path, params: Params, *, dtype: Any = np.float32) -> LoraFil
 
 def split_low_rank(changes: Changes, params: Params) -> tuple[dict[str, Adapter], Changes]:
     """(low-rank products by module, all other changes) of a network with LoRA in its layers."""
-    sites = {f"{name}.weight" for site in dense_sites(params) for name in site.names}
+    sites = {f"{name}.weight" for site in adapter_sites(params) for name in site.names}
     adapters = {
         name.removesuffix(".weight"): change.low_rank
         for name, change in changes.items()
@@ -125,17 +125,18 @@ def low_rank_tree(
 ) -> dict[str, Any]:
     """The tree beside `params` (see `fluxjax.models.lora`); what is not adapted is zero."""
     flat: dict[tuple[str, ...], np.ndarray] = {}
-    for site in dense_sites(params):
+    for site in adapter_sites(params):
         members = [adapters.get(name) for name in site.names]
         rank = max((len(m.a) for m in members if m is not None), default=0)
         if not rank:
             continue
         (fan_in, out), layers = site.shape, len(members)
-        a, b = np.zeros((layers, fan_in, rank), dtype), np.zeros((layers, rank, out), dtype)
-        scale = np.zeros(layers, np.float32)
+        a = np.zeros((layers, *site.window, fan_in, rank), dtype)
+        b, scale = np.zeros((layers, rank, out), dtype), np.zeros(layers, np.float32)
         for i, member in enumerate(members):
             if member is not None:
-                a[i, :, : len(member.a)], b[i, : len(member.a)] = member.a.T, member.b.T
+                own = slice(len(member.a))
+                a[i, ..., own], b[i, own] = member.kernels()
                 scale[i] = member.scale
         for name, leaf in (("a", a), ("b", b), ("scale", scale)):
             flat[*site.module, name] = leaf if site.stacked else leaf[0]
