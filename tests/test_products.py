@@ -12,11 +12,10 @@ from jax import lax
 from jax.extend.core import jaxprs_in_params
 
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import FluxConfig
+from fluxjax.config import CLIPTextConfig, FluxConfig, T5Config
 from fluxjax.config.unet import UNetConfig
-from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.products import BFLOAT16, add_bias, affine, multiply_scale
-from fluxjax.networks import NETWORKS
+from fluxjax.networks import NETWORKS, network_of
 
 
 def value_and_derivatives(function, *arguments):
@@ -82,9 +81,8 @@ def test_bfloat16_products_round_the_operands_and_nothing_else():
         assert got.dtype == jnp.float32 and not np.allclose(got, other, rtol=1e-4, atol=1e-4)
 
 
-def products_of_bfloat16(precision) -> int:
-    """In the forward of a small transformer whose arrays are float32."""
-    config = FluxConfig(
+SMALL = {
+    FluxConfig(
         in_channels=4,
         out_channels=4,
         num_layers=1,
@@ -94,23 +92,39 @@ def products_of_bfloat16(precision) -> int:
         joint_attention_dim=8,
         pooled_projection_dim=8,
         axes_dims_rope=(2, 2, 4),
-    )
-    model = FluxTransformer(config, precision=precision)
-    shapes = ((1, 6, 4), (1, 3, 8), (1, 8), (1,), (6, 3), (3, 3), (1,))
-    inputs = [jnp.zeros(shape) for shape in shapes]
-    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    text = jax.jit(model.apply).lower(params, *inputs).as_text()
+    ): 30,
+    T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2): 7,
+    CLIPTextConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=8,
+        with_projection=True,
+    ): 7,
+}
+"""Configurations, and how many kernels they have."""
+
+
+def products_of_bfloat16(config, precision) -> int:
+    """In the forward of a small network whose arrays are float32."""
+    network = network_of(config)
+    model, inputs = network.build(config, precision=precision), network.inputs(config)
+    params = {"params": abstract_params(config)}
+    text = jax.jit(model.apply).lower(params, **inputs).as_text()
     kernels = sum(path[-1].key == "kernel" for path, _ in jax.tree.leaves_with_path(params))
-    assert kernels == 30
+    assert kernels == SMALL[config]
     return len(re.findall(r"stablehlo.dot_general .* : \(tensor<[^>]*xbf16>, ", text))
 
 
-def test_every_dense_layer_takes_the_models_precision_and_no_global_setting():
+@pytest.mark.parametrize("config", SMALL, ids=lambda config: type(config).__name__)
+def test_every_dense_layer_takes_the_models_precision_and_no_global_setting(config):
     if jax.default_backend() != "cpu":
         pytest.skip("elsewhere the compiler rounds")
-    assert products_of_bfloat16(BFLOAT16) == 30
+    assert products_of_bfloat16(config, BFLOAT16) == SMALL[config]
     with jax.default_matmul_precision(BFLOAT16):
-        assert products_of_bfloat16(None) == 0
+        assert products_of_bfloat16(config, None) == 0
 
 
 # Of its real size it takes seconds to trace; the others do not.

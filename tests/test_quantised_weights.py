@@ -252,6 +252,21 @@ def test_fp8_products_are_of_fp8_on_cuda_and_plain_elsewhere(layer):
     assert 1e-3 < np.linalg.norm(rounded - plain) / np.linalg.norm(plain) < 5e-2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "code"), [("int8_dynamic", "i8"), ("fp8_dynamic", "f8E4M3FN")])
+def test_all_products_of_the_blocks_are_of_8_bits_on_cuda(tiny, kind, code):
+    """Of the whole transformer, scanned, in the program that is lowered for NVIDIA GPUs."""
+    network, template = network_of(tiny.config), tiny.template(stacked=True, quantise=kind)[0]
+    module = network.build(tiny.config, scan_layers=True)
+    forward = jax.jit(lambda params, inputs: module.apply(variables(params), **inputs))
+    traced = forward.trace(template, network.inputs(tiny.config))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    operands = rf"\(tensor<\d+x\d+x{code}>, tensor<\d+x\d+x{code}>\)"
+    leaves = jax.tree.leaves(template, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    kept = sum(isinstance(leaf, Quantised) for leaf in leaves)
+    assert kept == len(re.findall(rf"dot_general .*: {operands}", text)) > 10
+
+
 def test_programs_without_codes_are_the_same_to_the_letter():
     """A plain kernel is declared and used as flax's own layer does."""
 
@@ -300,6 +315,12 @@ def test_quantised_files_keep_their_codes_and_draw(quantised_folder, tmp_path):
     for component in ("transformer", "text_encoder_2"):
         leaves = jax.tree.leaves(pipe.params(component))
         assert any(leaf.dtype == np.int8 for leaf in leaves), component
+    (encoders,) = pipe.executables.modules("encode")
+    assert (
+        [encoder.precision for encoder in encoders]
+        == 2 * [pipe.executables.precision]
+        == 2 * [TILED]
+    )
     decoded = fluxjax.load_pipeline(quantised_folder, quantise="none")
     assert not any(leaf.dtype == np.int8 for leaf in jax.tree.leaves(decoded.params("transformer")))
     values = np.asarray(decoded("a red circle", **CHOSEN)[0], np.int16)

@@ -7,6 +7,7 @@ carries the names of the published checkpoints, with `text_model` and `vision_mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +24,8 @@ from fluxjax.config import (
 )
 from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import dot_product_attention
-from fluxjax.models.dense import COLLECTION, Dense
+from fluxjax.models.dense import COLLECTION, Dense, Part
+from fluxjax.models.products import Precision
 
 EncoderConfig = CLIPTextConfig | CLIPVisionConfig | SiglipVisionConfig
 _PUBLISHED_EOS = 2  # what CLIP's published configs say eos_token_id is, though it is 49407
@@ -44,11 +46,9 @@ class CLIPTextOutput(struct.PyTreeNode):
     text_embeds: Float[Array, "b p"] | None
 
 
-class CLIPAttention(nn.Module):
+class CLIPAttention(Part):
     config: EncoderConfig
     causal: bool
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -57,13 +57,7 @@ class CLIPAttention(nn.Module):
 
         def project(y: Array, name: str, scale: float) -> Array:
             init = nn.initializers.normal(scale * c.hidden_size**-0.5)
-            return Dense(
-                c.hidden_size,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=init,
-                name=name,
-            )(y)
+            return self.dense(c.hidden_size, kernel_init=init, name=name)(y)
 
         q, k, v = (
             project(x, name, depth_scale).reshape(*x.shape[:2], c.num_attention_heads, -1)
@@ -73,23 +67,15 @@ class CLIPAttention(nn.Module):
         return project(y.reshape(x.shape), "out_proj", 1.0)
 
 
-class CLIPMLP(nn.Module):
+class CLIPMLP(Part):
     config: EncoderConfig
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
 
         def linear(features: int, std: float, name: str) -> Dense:
-            return Dense(
-                features,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=nn.initializers.normal(std),
-                name=name,
-            )
+            return self.dense(features, kernel_init=nn.initializers.normal(std), name=name)
 
         y = linear(c.intermediate_size, (2 * c.hidden_size) ** -0.5, "fc1")(x)
         out_std = (2 * c.num_hidden_layers * c.hidden_size) ** -0.5
@@ -101,39 +87,33 @@ def layer_norm(epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm
     return nn.LayerNorm(epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False)
 
 
-class CLIPEncoderLayer(nn.Module):
+class CLIPEncoderLayer(Part):
     config: EncoderConfig
     causal: bool
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
         dtypes = (self.dtype, self.param_dtype)
         self.layer_norm1 = layer_norm(self.config.layer_norm_eps, *dtypes)
-        self.self_attn = CLIPAttention(self.config, self.causal, *dtypes)
+        self.self_attn = CLIPAttention(self.config, self.causal, **self.types)
         self.layer_norm2 = layer_norm(self.config.layer_norm_eps, *dtypes)
-        self.mlp = CLIPMLP(self.config, *dtypes)
+        self.mlp = CLIPMLP(self.config, **self.types)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
-class CLIPEncoder(nn.Module):
+class CLIPEncoder(Part):
     config: EncoderConfig
     causal: bool
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
     scan_layers: bool = False
     remat: bool = False
 
     def setup(self) -> None:
         layer = nn.remat(CLIPEncoderLayer) if self.remat else CLIPEncoderLayer
-        arguments = (self.config, self.causal, self.dtype, self.param_dtype)
+        build = partial(layer, self.config, self.causal, **self.types)
         self.layers: Any = (
-            layer(*arguments)
-            if self.scan_layers
-            else [layer(*arguments) for _ in range(self.config.num_hidden_layers)]
+            build() if self.scan_layers else [build() for _ in range(self.config.num_hidden_layers)]
         )
 
     def __call__(
@@ -206,17 +186,16 @@ class CLIPTextEmbeddings(nn.Module):
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(length))[None]
 
 
-class CLIPTextTransformer(nn.Module):
+class CLIPTextTransformer(Part):
     config: CLIPTextConfig
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
     scan_layers: bool = False
     remat: bool = False
 
     def setup(self) -> None:
         dtypes = (self.dtype, self.param_dtype)
         self.embeddings = CLIPTextEmbeddings(self.config, *dtypes)
-        self.encoder = CLIPEncoder(self.config, True, *dtypes, self.scan_layers, self.remat)
+        repeated = (self.scan_layers, self.remat)
+        self.encoder = CLIPEncoder(self.config, True, *repeated, **self.types)
         self.final_layer_norm = layer_norm(self.config.layer_norm_eps, *dtypes)
 
     def __call__(
@@ -234,21 +213,18 @@ class CLIPTextTransformer(nn.Module):
         return CLIPTextOutput(last, before, pooled, None)
 
 
-class CLIPTextModel(nn.Module):
+class CLIPTextModel(Part):
     """Token ids -> CLIPTextOutput, FLUX's first text encoder."""
 
     config: CLIPTextConfig
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
     scan_layers: bool = False
     remat: bool = False
 
     def setup(self) -> None:
-        self.text_model = CLIPTextTransformer(
-            self.config, self.dtype, self.param_dtype, self.scan_layers, self.remat
-        )
+        repeated = (self.scan_layers, self.remat)
+        self.text_model = CLIPTextTransformer(self.config, *repeated, **self.types)
         if self.config.with_projection:
-            self.text_projection = projection(self.config, self.dtype, self.param_dtype)
+            self.text_projection = projection(self.config, **self.types)
 
     def __call__(
         self, input_ids: Int[Array, "b l"], layers: Int[Array, " b"] | None = None
@@ -261,9 +237,11 @@ class CLIPTextModel(nn.Module):
 
 
 def projection(
-    config: CLIPTextConfig | CLIPVisionConfig, dtype: Dtype, param_dtype: Dtype
+    config: CLIPTextConfig | CLIPVisionConfig,
+    dtype: Dtype,
+    param_dtype: Dtype,
+    precision: Precision = None,
 ) -> Dense:
+    types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "precision": precision}
     init = nn.initializers.normal(config.hidden_size**-0.5)
-    return Dense(
-        config.projection_dim, False, dtype=dtype, param_dtype=param_dtype, kernel_init=init
-    )
+    return Dense(config.projection_dim, use_bias=False, kernel_init=init, **types)

@@ -5,6 +5,8 @@ Source: Radford et al. 2021 and transformers' `models/clip/modeling_clip.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
@@ -90,7 +92,8 @@ class CLIPVisionTransformer(nn.Module):
         epsilon = self.config.layer_norm_eps
         self.embeddings = CLIPVisionEmbeddings(self.config, *dtypes)
         self.pre_layrnorm = layer_norm(epsilon, *dtypes)  # spelled so in the checkpoints
-        self.encoder = CLIPEncoder(self.config, False, *dtypes, self.scan_layers, self.remat)
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.encoder = CLIPEncoder(self.config, False, self.scan_layers, self.remat, **types)
         self.post_layernorm = layer_norm(epsilon, *dtypes)
 
     def __call__(self, pixel_values: Float[Array, "b height width c"]) -> CLIPVisionOutput:
@@ -137,7 +140,8 @@ class CLIPModel(nn.Module):
         text, vision = self.config.text_config, self.config.vision_config
         dtypes = (self.dtype, self.param_dtype)
         options = (*dtypes, self.scan_layers, self.remat)
-        self.text_model = CLIPTextTransformer(text, *options)
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.text_model = CLIPTextTransformer(text, *options[2:], **types)
         self.text_projection = projection(text, *dtypes)
         self.vision_model = CLIPVisionTransformer(vision, *options)
         self.visual_projection = projection(vision, *dtypes)

@@ -6,6 +6,8 @@ carries the names of the published checkpoints, with `vision_model` at the root.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
@@ -100,7 +102,7 @@ class SiglipPoolingHead(nn.Module):
         self.probe = self.param("probe", nn.initializers.normal(1.0), shape, self.param_dtype)
         self.attention = SiglipPoolingAttention(self.config, *dtypes)
         self.layernorm = layer_norm(self.config.layer_norm_eps, *dtypes)
-        self.mlp = CLIPMLP(self.config, *dtypes)
+        self.mlp = CLIPMLP(self.config, dtype=self.dtype, param_dtype=self.param_dtype)
 
     def __call__(self, states: Float[Array, "b n d"]) -> Float[Array, "b d"]:
         probe = self.probe.astype(self.dtype)
@@ -118,7 +120,8 @@ class SiglipVisionTransformer(nn.Module):
     def setup(self) -> None:
         dtypes = (self.dtype, self.param_dtype)
         self.embeddings = SiglipVisionEmbeddings(self.config, *dtypes)
-        self.encoder = CLIPEncoder(self.config, False, *dtypes, self.scan_layers)
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.encoder = CLIPEncoder(self.config, False, self.scan_layers, **types)
         self.post_layernorm = layer_norm(self.config.layer_norm_eps, *dtypes)
         if self.config.vision_use_head:
             self.head = SiglipPoolingHead(self.config, *dtypes)

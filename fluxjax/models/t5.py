@@ -13,13 +13,12 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
 from fluxjax.config import T5Config
 from fluxjax.models.activation import ACTIVATIONS
 from fluxjax.models.attention import dot_product_attention
-from fluxjax.models.dense import COLLECTION, Dense
+from fluxjax.models.dense import COLLECTION, Dense, Part
 from fluxjax.models.norms import RMSNorm
 
 
@@ -42,69 +41,53 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int) 
     return (bucket + half * (distance > 0)).astype(np.int32)
 
 
-def _linear(
-    features: int, init_features: int, dtype: Dtype, param_dtype: Dtype, name: str
-) -> Dense:
-    """A bias-free linear layer drawn with variance 1 / init_features."""
-    return Dense(
-        features,
-        use_bias=False,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernel_init=nn.initializers.normal(init_features**-0.5),
-        name=name,
-    )
+class T5Part(Part):
+    def linear(self, features: int, init_features: int, name: str) -> Dense:
+        """Without bias, drawn with variance 1 / init_features."""
+        init = nn.initializers.normal(init_features**-0.5)
+        return self.dense(features, use_bias=False, kernel_init=init, name=name)
 
 
-class T5Attention(nn.Module):
+class T5Attention(T5Part):
     config: T5Config
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b l d"], bias: Float[Array, "#b h l l"]
     ) -> Float[Array, "b l d"]:
         c = self.config
-        dtypes = (self.dtype, self.param_dtype)
         inner = c.num_heads * c.d_kv
 
         def heads(name: str, init_features: int) -> Float[Array, "b l h k"]:
-            y = _linear(inner, init_features, *dtypes, name=name)(x)
+            y = self.linear(inner, init_features, name)(x)
             return y.reshape(*y.shape[:2], c.num_heads, c.d_kv)
 
         q, k, v = heads("q", c.d_model * c.d_kv), heads("k", c.d_model), heads("v", c.d_model)
         y = dot_product_attention(q, k, v, bias=bias, scale=1.0)
-        return _linear(c.d_model, inner, *dtypes, name="o")(y.reshape(*y.shape[:2], inner))
+        return self.linear(c.d_model, inner, "o")(y.reshape(*y.shape[:2], inner))
 
 
-class T5FeedForward(nn.Module):
+class T5FeedForward(T5Part):
     config: T5Config
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
-        dtypes = (self.dtype, self.param_dtype)
         activation = ACTIVATIONS[c.dense_act_fn]
         if c.is_gated_act:
-            gate = activation(_linear(c.d_ff, c.d_model, *dtypes, name="wi_0")(x))
-            y = gate * _linear(c.d_ff, c.d_model, *dtypes, name="wi_1")(x)
+            gate = activation(self.linear(c.d_ff, c.d_model, "wi_0")(x))
+            y = gate * self.linear(c.d_ff, c.d_model, "wi_1")(x)
         else:
-            y = activation(_linear(c.d_ff, c.d_model, *dtypes, name="wi")(x))
-        return _linear(c.d_model, c.d_ff, *dtypes, name="wo")(y)
+            y = activation(self.linear(c.d_ff, c.d_model, "wi")(x))
+        return self.linear(c.d_model, c.d_ff, "wo")(y)
 
 
-class T5SelfAttentionLayer(nn.Module):
+class T5SelfAttentionLayer(Part):
     config: T5Config
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        dtypes = (self.dtype, self.param_dtype)
-        self.layer_norm = RMSNorm(self.config.layer_norm_epsilon, *dtypes)
-        self.SelfAttention = T5Attention(self.config, *dtypes)
+        self.layer_norm = RMSNorm(self.config.layer_norm_epsilon, **self.types)
+        self.SelfAttention = T5Attention(self.config, **self.types)
 
     def __call__(
         self, x: Float[Array, "b l d"], bias: Float[Array, "#b h l l"]
@@ -112,29 +95,23 @@ class T5SelfAttentionLayer(nn.Module):
         return x + self.SelfAttention(self.layer_norm(x), bias)
 
 
-class T5FeedForwardLayer(nn.Module):
+class T5FeedForwardLayer(Part):
     config: T5Config
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        dtypes = (self.dtype, self.param_dtype)
-        self.layer_norm = RMSNorm(self.config.layer_norm_epsilon, *dtypes)
-        self.DenseReluDense = T5FeedForward(self.config, *dtypes)
+        self.layer_norm = RMSNorm(self.config.layer_norm_epsilon, **self.types)
+        self.DenseReluDense = T5FeedForward(self.config, **self.types)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         return x + self.DenseReluDense(self.layer_norm(x))
 
 
-class T5Block(nn.Module):
+class T5Block(Part):
     config: T5Config
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        dtypes = (self.dtype, self.param_dtype)
-        self.layer_0 = T5SelfAttentionLayer(self.config, *dtypes)
-        self.layer_1 = T5FeedForwardLayer(self.config, *dtypes)
+        self.layer_0 = T5SelfAttentionLayer(self.config, **self.types)
+        self.layer_1 = T5FeedForwardLayer(self.config, **self.types)
 
     def __call__(
         self, x: Float[Array, "b l d"], bias: Float[Array, "#b h l l"]
@@ -142,16 +119,13 @@ class T5Block(nn.Module):
         return self.layer_1(self.layer_0(x, bias))
 
 
-class T5Stack(nn.Module):
+class T5Stack(Part):
     config: T5Config
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
     scan_layers: bool = False
     remat: bool = False
 
     def setup(self) -> None:
         c = self.config
-        dtypes = (self.dtype, self.param_dtype)
         self.relative_attention_bias = nn.Embed(
             c.relative_attention_num_buckets,
             c.num_heads,
@@ -161,11 +135,11 @@ class T5Stack(nn.Module):
         )
         block = nn.remat(T5Block) if self.remat else T5Block
         self.block: Any = (
-            block(c, *dtypes)
+            block(c, **self.types)
             if self.scan_layers
-            else [block(c, *dtypes) for _ in range(c.num_layers)]
+            else [block(c, **self.types) for _ in range(c.num_layers)]
         )
-        self.final_layer_norm = RMSNorm(c.layer_norm_epsilon, *dtypes)
+        self.final_layer_norm = RMSNorm(c.layer_norm_epsilon, **self.types)
 
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b 1 1 l"] | None
@@ -190,15 +164,13 @@ class T5Stack(nn.Module):
         return self.final_layer_norm(x)
 
 
-class T5Encoder(nn.Module):
+class T5Encoder(Part):
     """Token ids -> sequence of states, FLUX's second text encoder.
 
     The residual stream is in `dtype`; norms' statistics and the softmax are float32.
     """
 
     config: T5Config
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
     scan_layers: bool = False
     remat: bool = False
 
@@ -210,9 +182,7 @@ class T5Encoder(nn.Module):
             param_dtype=self.param_dtype,
             embedding_init=nn.initializers.normal(1.0),
         )
-        self.encoder = T5Stack(
-            self.config, self.dtype, self.param_dtype, self.scan_layers, self.remat
-        )
+        self.encoder = T5Stack(self.config, self.scan_layers, self.remat, **self.types)
 
     def __call__(
         self, input_ids: Int[Array, "b l"], attention_mask: Int[Array, "b l"] | None = None

@@ -109,8 +109,10 @@ class Executables:
     def modules(self, name: Name, rounding: Rounding = "diffusers") -> tuple[Any, ...]:
         """The networks that a program runs, see `of_components`."""
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype}
+        if name not in OF_PICTURES:
+            types["precision"] = self.precision
         if name in OF_RUNS:
-            fields = {**types, "scan_layers": self.scan_layers, "precision": self.precision}
+            fields = {**types, "scan_layers": self.scan_layers}
             return self.family.networks(self.config, rounding, **fields)
 
         def built(component: str) -> Any:
