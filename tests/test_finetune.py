@@ -292,20 +292,24 @@ def test_a_job_that_is_killed_goes_on_bit_for_bit(lora_run, recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_over_codes_a_killed_job_goes_on_bit_for_bit(recipe, tmp_path):
-    """The base of a LoKr stays in its codes, to the byte; validation draws with them."""
+@pytest.mark.parametrize(
+    ("kind", "quantise", "validated"), [("lokr", "int8", 4), ("dora", "nf4", 0)]
+)
+def test_over_codes_a_killed_job_goes_on_bit_for_bit(kind, quantise, validated, recipe, tmp_path):
+    """The base of a LoKr stays in its codes, to the byte; validation draws with them. So does that
+    of a DoRA, whose magnitudes begin as the norms of the codes' values."""
     straight = replace(
         recipe,
         folder=tmp_path / "straight",
-        quantise="int8",
-        lora=LoraConfig(kind="lokr", rank=2),
+        quantise=quantise,
+        lora=LoraConfig(kind=kind, rank=2),
         save_minutes=0.0,
-        validation=replace(recipe.validation, every=4),
+        validation=replace(recipe.validation, every=validated),
     )
     job = finetune.prepare(straight)
     kernel = job.frozen["params"]["transformer"]["transformer_blocks_0"]["ff"]["net_2"]["kernel"]
     before = [np.asarray(part) for part in kernel.parts.values()]
-    assert before[0].dtype == np.int8
+    assert kernel.kind == quantise
     train(straight, job)
     for part, then in zip(kernel.parts.values(), before, strict=True):
         np.testing.assert_array_equal(part, then)
