@@ -117,8 +117,11 @@ def save_stable_diffusion(folder: Path, tokenizers: Path) -> Path:
     return folder
 
 
-def save_xl(folder: Path, tokenizers: Path, *, refiner: bool = False) -> Path:
-    """As XL's base, or its refiner, which has the second text encoder alone."""
+def save_xl(
+    folder: Path, tokenizers: Path, *, refiner: bool = False, inpainting: bool = False
+) -> Path:
+    """As XL's base, or its refiner, which has the second text encoder alone, or with a UNet that
+    reads masked pictures."""
     torch.manual_seed(2)
     place = tokenizers / "clip-vit-large-patch14"
     clip = random_clip(CLIPTextModelWithProjection, hidden_size=12, projection_dim=14, **_GELU)
@@ -130,6 +133,7 @@ def save_xl(folder: Path, tokenizers: Path, *, refiner: bool = False) -> Path:
         "force_zeros_for_empty_prompt": not refiner,
     }
     unet = random_unet(
+        in_channels=9 if inpainting else 4,
         block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -147,6 +151,8 @@ def save_xl(folder: Path, tokenizers: Path, *, refiner: bool = False) -> Path:
         pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
             **parts, **texts, requires_aesthetics_score=True
         )
+    elif inpainting:
+        pipeline = diffusers.StableDiffusionXLInpaintPipeline(**parts, **texts)
     else:
         pipeline = diffusers.StableDiffusionXLPipeline(**parts, **texts)
     pipeline.save_pretrained(folder)

@@ -1,11 +1,14 @@
 """The KL autoencoder against diffusers, and decoding in tiles."""
 
+from dataclasses import replace
+
 import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from stable_diffusion_folders import random_vae
 from torch_reference import relative_l2
 
 from fluxjax.checkpoint.engine import to_ours
@@ -82,6 +85,33 @@ def test_bfloat16_is_as_good_as_torch(networks):
         theirs.to(torch.float32)
     assert relative_l2(ours, exact) <= 2e-2
     assert relative_l2(ours, exact) <= 1.5 * relative_l2(nhwc(rough), exact)
+
+
+@pytest.mark.slow
+def test_stable_diffusions_in_bfloat16_is_as_good_as_torch():
+    """With convolutions around the latents; both ways."""
+    torch.manual_seed(0)
+    theirs = random_vae().eval()
+    values = {"latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True}
+    config = replace(CONFIG, block_out_channels=(8, 8, 16), **values)
+    source = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    params = to_ours(source, PUBLISHED, abstract_params(config))
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    latents = np.random.default_rng(1).normal(size=(2, 8, 12, 4)).astype(np.float32)
+    model = Autoencoder(config, dtype=jnp.bfloat16)
+
+    def ours(x, method):
+        return jax.jit(lambda p, x: model.apply({"params": p}, x, method=method))(half, x)
+
+    def both(dtype):
+        with torch.no_grad():
+            posterior = theirs.to(dtype).encode(nchw(images()).to(dtype)).latent_dist
+            return nhwc(posterior.mean), nhwc(theirs.decode(nchw(latents).to(dtype)).sample)
+
+    exact, rough = both(torch.float32), both(torch.bfloat16)
+    got = ours(images(), "encode").mean, ours(latents, "decode")
+    for mine, right, low in zip(got, exact, rough, strict=True):
+        assert relative_l2(mine.astype(jnp.float32), right) <= 1.5 * relative_l2(low, right)
 
 
 def test_posterior_sample_has_the_posteriors_spread(networks):

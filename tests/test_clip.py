@@ -178,6 +178,33 @@ def test_both_towers_equal_clip_model():
         assert relative_l2(logits, expected.logits_per_text) <= 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("projects", [False, True], ids=["H", "bigG"])
+def test_openclip_in_bfloat16_is_as_good_as_torch(projects):
+    """The state after the last norm, that before the last layer, and of bigG the pooled text."""
+    config = replace(TEXT, hidden_act="gelu", with_projection=projects)
+    kind = transformers.CLIPTextModelWithProjection if projects else transformers.CLIPTextModel
+    model = randomised(kind(torch_config(config)))
+    found = run(CLIPTextModel(config, dtype=jnp.bfloat16), from_torch(model, config), IDS)
+
+    def theirs():
+        with torch.no_grad():
+            out = model(torch.tensor(IDS), output_hidden_states=True)
+        states = {"last": out.last_hidden_state, "before": out.hidden_states[-2]}
+        if projects:
+            states["pooled"] = out.text_embeds
+        return {name: state.float().numpy() for name, state in states.items()}
+
+    ours = {"last": found.last_hidden_state, "before": found.penultimate_hidden_state}
+    ours |= {"pooled": found.text_embeds} if projects else {}
+    exact = theirs()
+    model.bfloat16()
+    rough = theirs()
+    for name, state in ours.items():
+        error = relative_l2(state.astype(jnp.float32), exact[name])
+        assert error <= 1.5 * relative_l2(rough[name], exact[name]), name
+
+
 def test_bfloat16_is_as_good_as_torch():
     text = randomised(transformers.CLIPTextModelWithProjection(torch_config(TEXT)))
     vision = randomised(transformers.CLIPVisionModelWithProjection(torch_config(VISION)))
@@ -228,12 +255,13 @@ def test_presets_have_the_published_size(config, count):
 @pytest.mark.parametrize(
     ("config", "name", "folder"),
     [
+        (CLIP_L_TEXT, "clip_l", "stable-diffusion-v1-5/text_encoder"),
         (CLIP_H_TEXT, "openclip_h_23", "stable-diffusion-2-1/text_encoder"),
         (CLIP_BIGG_TEXT, "clip_bigg", "stable-diffusion-xl-base-1.0/text_encoder_2"),
     ],
-    ids=["H", "bigG"],
+    ids=["L", "H", "bigG"],
 )
-def test_openclip_has_the_published_names_and_shapes(shared, config, name, folder):
+def test_text_has_the_published_names_and_shapes(shared, config, name, folder):
     published = json.loads((shared / f"checkpoints/{name}.json").read_text())
     path = shared / f"checkpoints/{folder}/config.json"
     assert parse_config(CLIPTextConfig, json.loads(path.read_text()), path) == config

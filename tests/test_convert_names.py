@@ -75,6 +75,16 @@ def test_bfl_autoencoder(shared):
     assert inferred(shapes, family="FLUX.1") == ("vae", "bfl", AutoencoderConfig())
 
 
+@pytest.mark.parametrize(
+    ("name", "preset"), [("sd_vae", "sd15"), ("sd_vae", "sdxl"), ("sd3_vae", "sd3")]
+)
+def test_diffusers_autoencoder(shared, name, preset):
+    published = json.loads((shared / f"checkpoints/{name}.json").read_text())
+    template, shapes = published_shapes(PRESETS[preset].networks["vae"], False)
+    assert {name: list(shape) for name, shape in shapes.items()} == published["tensors"]
+    assert parameter_count(template) == published["parameters"]
+
+
 def test_t5_index(shared):
     path = shared / "checkpoints/FLUX.1-dev/text_encoder_2/model.safetensors.index.json"
     index = json.loads(path.read_text())

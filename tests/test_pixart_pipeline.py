@@ -1,5 +1,9 @@
 """PixArt-alpha and PixArt-Sigma: the pictures of diffusers."""
 
+import sys
+import warnings
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -30,8 +34,9 @@ def opened(shared, place, **choices) -> tuple[Any, Any]:
 
 
 def assert_same(pictures, theirs, prompt: Any = PROMPT, **choices):
-    generator, choices = torch.Generator().manual_seed(3), {**THEIRS, **choices}
-    expected = theirs(prompt, generator=generator, clean_caption=False, **choices).images
+    generator = torch.Generator().manual_seed(3)
+    choices = {"clean_caption": False, **THEIRS, **choices}
+    expected = theirs(prompt, generator=generator, **choices).images
     for picture, other in zip(pictures, expected, strict=True):
         a, b = (np.asarray(one, int) for one in (picture, other))
         assert a.shape == b.shape and a.std() > 20
@@ -49,6 +54,80 @@ def test_alpha_is_told_its_size(shared, tmp_path):
     (plain,) = ours(PROMPT, size_bins=False, **{**OURS, "guidance": 1.0}, **size)
     alone = {"guidance_scale": 1.0, "use_resolution_binning": False, **size}
     assert_same([plain], theirs, **alone)
+    for mesh in ("sequence=4,data=2",):
+        there = fluxjax.load_pipeline(tmp_path / "pixart", mesh=mesh)
+        for one, many in zip(
+            pictures,
+            there(both, negative_prompt="Fog", size_bins=False, **OURS, **size),
+            strict=True,
+        ):
+            assert (np.abs(np.asarray(one, int) - np.asarray(many, int)) <= 1).mean() >= 0.999
+    prompt, negative = "<b>A Star</b> by @me, 640x480", "fog #12 (free shipping)"
+    cleaned = {"negative_prompt": negative, "clean_caption": True}
+    (picture,) = ours(prompt, size_bins=False, **cleaned, **OURS, **size)
+    assert_same([picture], theirs, prompt, **choices | cleaned)
+    assert np.abs(np.asarray(picture, int) - np.asarray(pictures[0], int)).max() > 10
+
+
+_PIECES = (
+    *("A Cat", "naïve", "<b>bold</b>", "<person>", "@some_one", "http://a.b/c?d", "www:x"),
+    *("shop.example.com/x_y/", "me@site.org", "IMG_0042.jpg", "photo.PNG", "10.0.0.255", "5:42 "),
+    *("#12", "#1234", "#123456", "1234567", "jc6640", "jc6640vc", "6640vc231", "j2d1a2a", "a\\nb"),
+    *("640x480", "12.5 × 3", "“quoted”", "‘one’", "''", '"""', "...", " . ", "a,b", "x/y", "***"),
+    *(
+        "&quot;",
+        "&amp;amp;",
+        "&lt;p&gt;",
+        "&#65;",
+        "漢字",
+        "㊗",
+        "—",
+        "‑",
+        "free shipping",
+        "download",
+    ),
+    *("worldwide free shipping", "click on me", "click for more", "png image", "page 12", "a : b"),
+    *(
+        "this-is-my-cute_cat",
+        "+",
+        "-",
+        "_",
+        ":",
+        ",",
+        ".hidden",
+        "(c) ®",
+        "sch\u00c3\u00b6n",
+        "%20",
+    ),
+    *("½", "~", "\n", "\t", "5kg", "x", "٣", "İ", "'", '"'),
+)
+
+
+def test_captions_are_cleaned_as_diffusers_does():
+    """What random pieces are put together, and each of them alone."""
+    from fluxjax.text.clean_caption import clean_caption
+
+    random = np.random.default_rng(0)
+    lists = [random.choice(_PIECES, random.integers(2, 9)) for _ in range(150)]
+    captions = [*_PIECES, *(random.choice(["", " "]).join(one) for one in lists), "", " "]
+    theirs = SimpleNamespace(bad_punct_regex=diffusers.PixArtAlphaPipeline.bad_punct_regex)
+    clean = partial(diffusers.PixArtAlphaPipeline._clean_caption, theirs)
+    with warnings.catch_warnings(action="ignore"):
+        expected = [clean(clean(caption)) for caption in captions]
+    assert [clean_caption(caption) for caption in captions] == expected
+    assert sum(a != b.lower().strip() for a, b in zip(expected, captions, strict=True)) > 150
+
+
+def test_cleaning_is_for_pixart_and_says_what_it_needs(monkeypatch):
+    from fluxjax.text.clean_caption import clean_caption
+
+    with pytest.raises(ConfigError, match="clean_caption is for PixArt"):
+        fluxjax.load_pipeline("tiny")("a star", clean_caption=True)
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(
+        ConfigError, match="clean_caption needs ftfy: pip install beautifulsoup4 ft"
+    ):
+        clean_caption("a star")
 
 
 @slow

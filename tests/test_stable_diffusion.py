@@ -1,15 +1,19 @@
 """Stable Diffusion: the pictures of diffusers, by any sampler, from text, images and masks."""
 
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from stable_diffusion_folders import save_inpainting, save_stable_diffusion
+from test_lora_unet import kohya
 
 import fluxjax
 from fluxjax.checkpoint.pipeline_folder import read_config
-from fluxjax.config import SD15, SD21, SDXL, ConfigError
+from fluxjax.config import SD15, SD21, SDXL, SDXL_REFINER, ConfigError
 from fluxjax.convert.convert import plan, run
 from fluxjax.sample.__main__ import main
 
@@ -28,6 +32,42 @@ SAMPLERS = {
     "dpm++": (DPM, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "dpm++sde": (DPM, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "unipc": ("UniPCMultistepScheduler", {}),
+    "dpm++3m": (DPM, {"algorithm_type": "dpmsolver++", "solver_order": 3}),
+    "lcm": ("LCMScheduler", {}),
+}
+COMMANDS = {
+    "ddpm --spacing trailing": {"timestep_spacing": "trailing"},
+    "ddim --spacing linspace": {"timestep_spacing": "linspace"},
+    "pndm --spacing trailing": {"timestep_spacing": "trailing"},
+    "euler --spacing leading --sigmas exponential": {
+        "timestep_spacing": "leading",
+        "use_exponential_sigmas": True,
+    },
+    "euler-a --spacing trailing": {"timestep_spacing": "trailing"},
+    "heun --spacing linspace --sigmas karras": {
+        "timestep_spacing": "linspace",
+        "use_karras_sigmas": True,
+    },
+    "dpm++ --sigmas karras": {"use_karras_sigmas": True},
+    "dpm++3m --spacing leading --sigmas beta": {
+        "timestep_spacing": "leading",
+        "use_beta_sigmas": True,
+    },
+    "dpm++sde --spacing trailing": {"timestep_spacing": "trailing"},
+    "unipc --spacing linspace --sigmas karras": {
+        "timestep_spacing": "linspace",
+        "use_karras_sigmas": True,
+    },
+    "lcm": {},
+}
+ADAPTED = {
+    "lora_unet": (
+        "down_blocks.0.resnets.0.conv1",
+        "down_blocks.0.attentions.0.proj_in",
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+        "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2",
+    ),
+    "lora_te": ("encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc2"),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -97,7 +137,10 @@ def test_the_folder_alone_decides(ours, expected):
 
 @pytest.mark.parametrize(
     "sampler",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "heun")) for name in SAMPLERS],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("heun", "dpm++3m", "lcm")))
+        for name in SAMPLERS
+    ],
 )
 def test_every_sampler_draws_the_picture_of_diffusers(ours, expected, sampler):
     (picture,) = ours(PROMPT, sampler=sampler, **OURS, **SIZE)
@@ -151,6 +194,24 @@ def test_inpainting_models_see_the_mask(inpainting, image, mask, strength):
     assert_same(picture, drawn(pipeline, mask_image=mask, **choices, **SIZE))
 
 
+@pytest.mark.slow
+def test_a_mesh_draws_the_same_pictures(folder, ours):
+    """Three of them, which are filled up to as many as there are devices."""
+    pipe, asked = (
+        fluxjax.load_pipeline(folder, mesh="data=2,fsdp=4"),
+        OURS | SIZE | {"seed": [3, 4, 5]},
+    )
+    for picture, one in zip(
+        pipe([PROMPT, "a heart", ""], **asked), ours([PROMPT, "a heart", ""], **asked), strict=True
+    ):
+        assert_same(picture, one)
+    kernel = pipe.params("unet")["conv_in"]["kernel"]
+    widest = pipe.params("unet")["mid_block"]["resnets_0"]["conv1"]["kernel"]
+    assert widest.addressable_shards[0].data.size < widest.size and kernel.size
+    with pytest.raises(ConfigError, match="the tokens of a UNet are not split"):
+        fluxjax.load_pipeline(folder, mesh="sequence=2")
+
+
 def test_last_layers_of_clip_are_left_out(ours, expected):
     """By hand: transformers no longer has what diffusers asks for here."""
     ids = expected.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
@@ -162,6 +223,48 @@ def test_last_layers_of_clip_are_left_out(ours, expected):
     choices = {"prompt": None, "negative_prompt": None, "negative_prompt_embeds": negative}
     (picture,) = ours(PROMPT, clip_skip=1, **OURS, **SIZE)
     assert_same(picture, drawn(expected, prompt_embeds=embedded, **choices, **SIZE))
+
+
+@pytest.mark.slow
+def test_samplers_and_their_levels_through_the_command(
+    folder, ours, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FLUXJAX_CACHE", "off")
+    monkeypatch.setattr("fluxjax.sample.loading.load_pipeline", lambda model, **choices: ours)
+    asked = ["--model", str(folder), "--seed", "3", "--steps", "6", "--guidance", "4"]
+    asked += ["--negative-prompt", "blue", "--width", "40", "--height", "56", "--no-record"]
+    for text, values in COMMANDS.items():
+        out, (kind, own) = tmp_path / f"{text}.png", SAMPLERS[text.split()[0]]
+        assert main([PROMPT, *asked, "--out", str(out), *f"--sampler {text}".split()]) == 0
+        assert_same(Image.open(out), drawn(expected, (kind, own | values), **SIZE))
+
+
+@pytest.mark.slow
+def test_the_command_draws_with_a_lora_of_kohya(folder, ours, tmp_path, monkeypatch):
+    """Convolutions, linear layers and the text encoder, by diffusers with what they add."""
+    monkeypatch.setenv("FLUXJAX_CACHE", "off")
+    torch.manual_seed(1)
+    theirs = _quiet(diffusers.StableDiffusionPipeline.from_pretrained(folder))
+    parts, file = (("lora_unet", theirs.unet), ("lora_te", theirs.text_encoder)), {}
+    for prefix, network in parts:
+        weights = dict(network.named_parameters())
+        for module in ADAPTED[prefix]:
+            name = next(n for n in weights if n.endswith(f"{module}.weight"))
+            named = module if prefix == "lora_unet" else f"text_model.{module}"
+            added, deltas = kohya(prefix, {named: weights[name].detach()}, 1.0)
+            file |= added
+            with torch.no_grad():
+                weights[name].add_(0.7 * deltas[f"{named}.weight"])
+    save_file(file, tmp_path / "kohya.safetensors")
+    options = ["--model", str(folder), "--lora", f"{tmp_path / 'kohya.safetensors'}:0.7"]
+    options += ["--seed", "3", "--steps", "6", "--guidance", "4", "--negative-prompt", "blue"]
+    options += ["--width", "40", "--height", "56", "--out", str(tmp_path / "a.png")]
+    assert main([PROMPT, *options]) == 0
+    picture = Image.open(tmp_path / "a.png")
+    assert_same(picture, drawn(theirs, **SIZE))
+    (without,) = ours(PROMPT, **OURS, **SIZE)
+    assert np.abs(np.asarray(picture, int) - np.asarray(without, int)).max() > 10
+    assert 'Lora hashes: "kohya: ' in picture.info["parameters"]
 
 
 @pytest.mark.slow
@@ -192,6 +295,23 @@ def test_the_command_repeats_a_picture(folder, ours, tmp_path, monkeypatch):
 def test_presets_are_the_published_folders(shared, name, config):
     assert read_config(shared / "checkpoints" / name) == config
     config.require_whole(name, text_alone=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "changed"),
+    [
+        ("stable-diffusion-inpainting", SD15, {"in_channels": 9}),
+        ("stable-diffusion-2-inpainting", SD21, {"in_channels": 9, "sample_size": 64}),
+        ("stable-diffusion-xl-refiner-1.0", SDXL_REFINER, {}),
+    ],
+)
+def test_other_published_folders_are_whole_models(shared, name, config, changed):
+    found = read_config(shared / "checkpoints" / name)
+    assert found.unet == replace(config.unet, **changed) and found.vae == config.vae
+    text = [found.networks[name] for name in found.text_encoders]
+    assert text == [config.networks[name] for name in config.text_encoders]
+    assert found.inpaints == bool(changed)
+    found.require_whole(name)
 
 
 def test_a_folder_comes_back_from_orbax(folder, tmp_path):

@@ -120,6 +120,15 @@ class PipelineConfig(ABC):
         """Raises ConfigError if these blocks cannot be left out of a pass."""
         require(not layers, "skip_layers guides Stable Diffusion 3 alone")
 
+    def require_refiner(self, refiner: PipelineConfig, model: object) -> None:
+        """Raises ConfigError, which names its `model`, unless a refiner goes on with the latents of
+        this one."""
+        require(
+            False,
+            f"{model}: a refiner goes on with what Stable Diffusion XL draws, and "
+            f"{self.class_name} is another model",
+        )
+
     def require_size(self, width: int, height: int) -> None:
         """Raises ConfigError unless both are positive multiples of `unit`."""
         multiple("width", width, self.unit)

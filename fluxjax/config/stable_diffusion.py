@@ -163,11 +163,14 @@ class StableDiffusionXLConfig(StableDiffusionConfig):
 
     @classmethod
     def published(cls, parts: dict[str, Any], name: str) -> StableDiffusionConfig:
-        """Without an index the refiner is known by its text encoder, which is bigG alone."""
+        """Without an index the refiner is known by its text encoder, which is bigG alone.
+        Inpainting models are guided as diffusers guides them."""
         if "requires_aesthetics_score" not in parts and "scheduler" not in parts:
             refines = parts.get("text_encoder") is None
             told = {"force_zeros_for_empty_prompt": not refines, "text_encoder": None}
             parts = {**told, "requires_aesthetics_score": refines, **parts}
+        if parts["unet"].in_channels > parts["vae"].latent_channels:
+            parts = {"guidance": 7.5, **parts}
         return super().published(parts, name)
 
     @property
@@ -187,6 +190,22 @@ class StableDiffusionXLConfig(StableDiffusionConfig):
             f"{model}: the UNet's projection_class_embeddings_input_dim is {reads}, and pooled "
             f"text with {self.size_numbers} sizes gives {given}",
         )
+
+    def require_refiner(self, refiner: PipelineConfig, model: object) -> None:
+        require(
+            isinstance(refiner, StableDiffusionXLConfig),
+            f"{model}: a refiner of Stable Diffusion XL is one itself, not {refiner.class_name}",
+        )
+        for one, which in ((self, "the base model"), (refiner, "its refiner")):
+            inpaints = isinstance(one, StableDiffusionXLConfig) and one.inpaints
+            require(not inpaints, f"{model}: {which} paints masks anew, and latents have none")
+        for name in ("latent_channels", "scale", "scaling_factor"):
+            own, others = getattr(self.vae, name), getattr(refiner.vae, name)
+            require(
+                own == others,
+                f"{model}: a refiner reads the base model's latents; its autoencoder's {name} is "
+                f"{others}, and the base model's {own}",
+            )
 
 
 SD15 = StableDiffusionConfig()

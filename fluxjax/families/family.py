@@ -57,6 +57,11 @@ class Steps(NamedTuple):
     """How much noise DDIM adds."""
     shift: float | None = None
     """How far a flow's levels are moved towards noise."""
+    begin: float | None = None
+    """Where another model hands over its latents, in place of `first`: part of the timesteps of
+    training, from noise on."""
+    end: float | None = None
+    """Where they are handed over."""
 
 
 class Guidance(NamedTuple):
@@ -114,6 +119,10 @@ class Told(NamedTuple):
     """Frames a second of a clip."""
     motion: int = 4
     """How much moves in it, 1 to 7; 0: it is not told."""
+    clean: bool = False
+    """Whether its prompt is cleaned as captions of the web are."""
+    negative: bool = False
+    """Whether all this is what the picture is not to be like."""
 
 
 class Control(NamedTuple):
@@ -198,6 +207,8 @@ class Task:
 
 
 def _as_written(prompt: str, told: Told) -> str:
+    if told.clean:
+        raise ConfigError("clean_caption is for PixArt, whose captions of training were cleaned so")
     return prompt
 
 

@@ -77,7 +77,10 @@ def joined(config: OpenSoraPipelineConfig) -> int:
 
 
 def prompt_of(prompt: str, told: Told) -> str:
-    """The prompt as a sentence, with the frames a second and how much moves."""
+    """The prompt as a sentence, with the frames a second and how much moves; a negative one as it
+    is."""
+    if told.negative:
+        return prompt
     return video_prompt(prompt, told.fps, str(told.motion) if told.motion else None)
 
 

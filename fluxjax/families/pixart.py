@@ -33,6 +33,7 @@ from fluxjax.models.pixart import Modulations, PixArtTransformer
 from fluxjax.models.t5 import T5Encoder
 from fluxjax.networks import network_of
 from fluxjax.shapes import Params
+from fluxjax.text.clean_caption import clean_caption
 from fluxjax.text.cut_prompts import left_out
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ def tokenize(
     return PromptIds(read.input_ids, read.attention_mask), left_out(
         read.removed, max_sequence_length
     )
+
+
+def prompt_of(prompt: str, told: Told) -> str:
+    """The prompt, cleaned where that is asked for."""
+    return clean_caption(prompt) if told.clean else prompt
 
 
 @partial(jax.jit, static_argnames=("encoders", "apply"))
@@ -186,6 +192,7 @@ PIXART = replace(
     text_shapes=text_shapes,
     sizes=sizes,
     networks=networks,
+    prompt_of=prompt_of,
     forward=forward,
     hoist=hoist,
     path=path,

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fluxjax.config import ConfigError, PipelineConfig, StableDiffusionConfig
+from fluxjax.config.sampler import SamplerConfig
 from fluxjax.families.family import (
     AnyArray,
     Apply,
@@ -203,8 +204,35 @@ def run(config: PipelineConfig, steps: Steps, rows: int, columns: int) -> Run:
         choices["eta"] = steps.eta
     elif steps.eta:
         raise ConfigError(f"eta is how much noise DDIM adds, and this is {asked.sampler}")
-    order = sampler_run(asked, steps.count, **choices).order if steps.first else 1
-    return sampler_run(asked, steps.count, steps.first * order, **choices)
+    whole = sampler_run(asked, steps.count, **choices)
+    if steps.begin is not None:
+        return _handed_over(asked, whole, steps.count, steps.begin, **choices)
+    found = whole
+    if steps.first:
+        found = sampler_run(asked, steps.count, steps.first * whole.order, **choices)
+    if steps.end is None:
+        return found
+    found = found.until(_time_of(asked, steps.end))
+    if not len(found.schedule.times):
+        raise ConfigError(
+            f"a refiner that starts at {steps.end:g} of {steps.count} steps leaves the base model "
+            "none to run"
+        )
+    return found
+
+
+def _handed_over(config: SamplerConfig, whole: Run, count: int, part: float, **choices: Any) -> Run:
+    """What is left of a run that another model has begun; its latents are noisy as they are."""
+    first = whole.first_after(_time_of(config, part))
+    if first >= len(whole.schedule.times):
+        raise ConfigError(f"a refiner that starts at {part:g} of {count} steps has none to run")
+    return sampler_run(config, count, first, **choices)._replace(scale=1.0)
+
+
+def _time_of(config: SamplerConfig, part: float) -> int:
+    """The timestep after that part of the way from noise, as diffusers rounds it."""
+    count: Any = config.complete().num_train_timesteps
+    return round(count - part * count)
 
 
 def first_step(steps: int, strength: float, *, rounding: str = "diffusers") -> int:

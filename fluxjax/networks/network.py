@@ -192,6 +192,12 @@ class Network:
         return next((d for d in self.dialects if d.name == name), self.dialects[0])
 
 
+def held_by_blocks(config: Any, latents: int, text_tokens: int) -> int:
+    """`Network.held` of a transformer whose image tokens have an MLP of their own: in a block both
+    kinds of tokens, and the four widths of that MLP."""
+    return (5 * latents // config.patch_size**2 + text_tokens) * config.inner_dim
+
+
 def count(shapes: Shapes, pattern: str) -> int:
     """How many blocks there are: the largest number that `pattern` captures, and one."""
     numbers = [int(m[1]) for m in map(re.compile(pattern).match, shapes) if m]

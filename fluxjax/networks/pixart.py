@@ -17,6 +17,7 @@ from fluxjax.networks.network import (
     Shapes,
     TokenSplit,
     count,
+    held_by_blocks,
 )
 from fluxjax.networks.tables import Rule, Table
 
@@ -273,5 +274,6 @@ PIXART = Network(
         "",
     ),
     adapter_rules=lambda shapes: tuple(rule for rule in ORIGINAL.rules if rule.leaves != _TABLE),
+    held=held_by_blocks,
     flops=flops,
 )

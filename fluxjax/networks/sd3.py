@@ -17,6 +17,7 @@ from fluxjax.networks.network import (
     Shapes,
     TokenSplit,
     count,
+    held_by_blocks,
 )
 from fluxjax.networks.tables import Rule, Table
 
@@ -315,5 +316,6 @@ SD3 = Network(
         "",
     ),
     adapter_rules=_adapter_rules,
+    held=held_by_blocks,
     flops=flops,
 )

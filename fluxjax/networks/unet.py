@@ -284,6 +284,17 @@ _ROLES: dict[str, Role] = {
     "conv_norm_out": "copied",
 }
 
+
+def _held(config: UNetConfig, latents: int, text_tokens: int) -> int:
+    """Of one resolution: in an MLP its input and eight widths, or, where there is none, in the last
+    residual block what was skipped beside what comes, and what they become."""
+    kinds = zip(config.block_out_channels, config.down_block_types, strict=True)
+    return max(
+        (9 if kind == "CrossAttnDownBlock2D" else 3) * width * latents // 4**level
+        for level, (width, kind) in enumerate(kinds)
+    )
+
+
 UNET = Network(
     config=UNetConfig,
     component="unet",
@@ -356,6 +367,7 @@ UNET = Network(
         ),
     ),
     roles=_ROLES,
+    held=_held,
     file_name=lambda config: "unet.safetensors",
     gguf_architecture=lambda config: "sdxl" if config.addition_embed_type else "sd1",
     quantised=r".*\.transformer_blocks\.\d+\.(attn|ff).*\.weight",

@@ -171,7 +171,7 @@ def _draw_all(
         ends = done + len(batch)
         what = f"picture {ends} of {len(wanted)}" if len(wanted) > 1 else "picture"
         prompts, seeds = zip(*((j.settings.prompt, j.settings.seed) for j in batch), strict=True)
-        steps = pipe.run_of(settings).evaluations
+        steps = pipe.evaluations(settings)
         with step_progress(steps, what, quiet=options.quiet) as progress, ExitStack() as s:
             on_step, every = None, options.preview or 1
             if options.preview is not None:
@@ -194,7 +194,7 @@ def _draw_all(
         pipe.notes.clear()
         for job, picture in zip(batch, pictures, strict=True):
             shelf.save(job, picture, pipe)
-        pipe.seconds = dict.fromkeys(pipe.seconds, 0.0)
+        pipe.seconds.update(dict.fromkeys(pipe.seconds, 0.0))
     if options.grid and first:
         shelf.save_sheet()
 

@@ -31,6 +31,7 @@ from fluxjax.sample.settings import (
 from fluxjax.sample.sources import SCALED, SINGLE, TINY, absolute, absolute_scaled, is_name
 
 MOST_PICTURES = 2**20  # of one run
+_FLAGS = ("soft_mask", "loop", "clean_caption")
 
 
 def check(options: Options) -> None:
@@ -56,7 +57,8 @@ def check(options: Options) -> None:
         if given[name] is not None:
             multiple(name, given[name], unit)
     sources = given_sources(options)
-    _check_model(sources["model"])
+    for model in (sources["model"], sources["refiner"]):
+        _check_model(model)
     if options.like is None and (sources["redux"] is None) != (sources["redux_image"] == ()):
         raise ConfigError("--redux FOLDER and --redux-image FILE belong together: give both")
     if options.controlnet and not options.control and not (options.like or options.prompts):
@@ -132,7 +134,7 @@ def given_settings(options: Options) -> dict[str, Any]:
     for name in PICTURES:
         if given[name] is not None and (name, str(given[name])) != ("mask", ALPHA):
             given[name] = absolute(str(given[name]))
-    flags: dict[str, Any] = {name: getattr(options, name) or None for name in ("soft_mask", "loop")}
+    flags: dict[str, Any] = {name: getattr(options, name) or None for name in _FLAGS}
     flags["size_bins"] = None if options.size_bins else False
     flags["oscillation"] = options.oscillation and None
     return {**given, **flags}

@@ -43,6 +43,7 @@ from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.sample.redux import open_redux
+from fluxjax.sample.refiner import Refiner
 from fluxjax.sample.settings import Dtype
 from fluxjax.sample.sources import TINY, Sources, absolute
 from fluxjax.shapes import Params
@@ -66,6 +67,7 @@ def load_pipeline(
     offload: bool = False,
     stream: bool = False,
     redux: str | Path | None = None,
+    refiner: str | Path | None = None,
     controlnet: Any = None,
     ip_adapter: Any = None,
     image_encoder: str | Path | None = None,
@@ -105,6 +107,9 @@ def load_pipeline(
       stream: keep the transformer's blocks in the host's memory, and bring one at a time. Both draw
         the same picture, and neither goes with a mesh.
       redux: a folder of FLUX.1 Redux, which `redux_image` needs.
+      refiner: Stable Diffusion XL's refiner, a folder or a whole file, which draws the last steps
+        of each picture (`refiner_start`), with the base model's dtype, mesh and memory; adapters
+        are the base model's alone.
       controlnet: a folder or file of a ControlNet, "FOLDER:SCALE" or (FOLDER, SCALE), or a list of
         up to three, which `control` is for. A folder of diffusers' FluxControlNetPipeline has its
         own.
@@ -197,6 +202,7 @@ def load_pipeline(
             ip_adapter=tuple(f"{absolute(file)}:{scale:g}" for file, scale in scaled_ip),
             image_encoder=None if image_encoder is None else absolute(str(image_encoder)),
             redux=None if redux is None else absolute(str(redux)),
+            refiner=None if refiner is None else absolute(str(refiner)),
             model=absolute(str(model)),
             text_encoders=None if text_encoders is None else absolute(str(text_encoders)),
             vae=None if vae is None else absolute(str(vae)),
@@ -204,6 +210,20 @@ def load_pipeline(
         ),
     )
     pipeline.notes += notes
+    if refiner is not None:
+        second = load_pipeline(
+            refiner,
+            dtype=dtype,
+            text_encoders=tokenizers if Path(refiner).is_file() else None,
+            scan_layers=scan_layers,
+            mesh=mesh,
+            sequence=sequence,
+            quantise=quantise,
+            offload=offload,
+            stream=stream,
+        )
+        config.require_refiner(second.config, refiner)
+        pipeline.refiner = Refiner(second, pipeline)
     return pipeline
 
 

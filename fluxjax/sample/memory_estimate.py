@@ -56,9 +56,11 @@ def weight_bytes(pipe: Pipeline) -> int:
     if not pipe.offload:
         together = {frozenset().union(*together)}
     networks = max(sum(map(size, names)) for names in together) // _devices(pipe)
-    readers = [one.reader.weight_bytes for one in (pipe.redux, pipe.image_prompter) if one]
-    # On the first device, whatever there is of others.
-    return max([networks, *readers]) if pipe.offload else networks + sum(readers)
+    # Readers are on the first device, whatever there is of others.
+    others = [one.reader.weight_bytes for one in (pipe.redux, pipe.image_prompter) if one]
+    if pipe.refiner is not None:
+        others.append(weight_bytes(pipe.refiner.pipe))
+    return max([networks, *others]) if pipe.offload else networks + sum(others)
 
 
 def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> int:
@@ -83,7 +85,10 @@ def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> i
         decoded = pictures * math.prod(_tile(settings, config.tiling))
     # The last stage of the decoder at full size: a layer's input and output.
     decoding = decoded * config.vae.block_out_channels[0] * 2
-    return max(denoising, decoding) * pipe.dtype.itemsize // _devices(pipe)
+    most = max(denoising, decoding) * pipe.dtype.itemsize // _devices(pipe)
+    if pipe.refiner is None:
+        return most
+    return max(most, activation_bytes(pipe.refiner.pipe, settings, pictures))
 
 
 def _tile(settings: Settings, tiling: Tiling) -> Iterator[int]:

@@ -47,6 +47,7 @@ class OpenedModel:
             vae=sources.vae,
             loras=sources.lora,
             redux=sources.redux,
+            refiner=sources.refiner,
             offload=self.options.offload,
             stream=self.options.stream,
             quantise=sources.quantise or KEEP,

@@ -147,6 +147,10 @@ class Options:
     """For a BFL file: folder of a diffusers autoencoder, or ae.safetensors."""
     lora: _Loras = ()
     """A LoRA for the transformer, or several: --lora A.safetensors --lora B.safetensors:0.5."""
+    refiner: _Path = None
+    """Folder of Stable Diffusion XL's refiner, which draws the last steps."""
+    refiner_start: _Float = None
+    """After which part of the run, between 0 and 1; 0.8 by default."""
     redux: _Path = None
     """Folder of FLUX.1 Redux, through which pictures are heard beside the prompt."""
     redux_image: _Loras = ()
@@ -204,6 +208,12 @@ class Options:
     """LEFT,TOP where it is told that the picture was cropped."""
     target_size: _Pair = None
     """WIDTH,HEIGHT that it is told the picture is wanted in."""
+    negative_original_size: _Pair = None
+    """The same three of what the negative prompt describes; by default the picture's."""
+    negative_crop: _Pair = None
+    """LEFT,TOP."""
+    negative_target_size: _Pair = None
+    """WIDTH,HEIGHT."""
     aesthetic_score: _Float = None
     """How beautiful XL's refiner is told that the picture is, 1 to 10."""
     negative_aesthetic_score: _Float = None
@@ -259,6 +269,8 @@ class Options:
     size_bins: bool = True
     """PixArt draws in the nearest size that it was trained with, and the picture is resized;
     --no-size-bins draws in the size that is asked for."""
+    clean_caption: bool = False
+    """Clean PixArt's prompts as the captions of its training were: no addresses, marks, codes."""
     number: Annotated[int, _INTEGER, tyro.conf.arg(aliases=["-n"])] = 1
     """Pictures per prompt, with seeds seed, seed + 1, ..."""
     seed: _Int = None

@@ -33,9 +33,15 @@ _SAMPLERS = {
 
 
 def parameters_text(
-    settings: Settings, config: PipelineConfig, model: str, version: str, loras: Mapping[str, str]
+    settings: Settings,
+    config: PipelineConfig,
+    model: str,
+    version: str,
+    loras: Mapping[str, str],
+    refiner: str | None = None,
 ) -> str:
-    """Prompt, negative prompt, and one line of settings; `loras`: SHA-256 by name.
+    """Prompt, negative prompt, and one line of settings; `loras`: SHA-256 by name; `refiner`: the
+    name of that.
 
     FLUX's embedded guidance is what web UIs call the distilled CFG scale.
     """
@@ -53,6 +59,9 @@ def parameters_text(
         "Size": f"{settings.width}x{settings.height}",
         "Model": _quoted(_one_line(model)),
     }
+    if refiner is not None:
+        values["Refiner"] = _quoted(_one_line(refiner))
+        values["Refiner switch at"] = f"{settings.refiner_start:g}"
     if loras:
         hashes = ", ".join(f"{_one_line(name)}: {digest[:12]}" for name, digest in loras.items())
         values["Lora hashes"] = _quoted(hashes, always=True)

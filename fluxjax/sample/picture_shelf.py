@@ -77,7 +77,9 @@ class PictureShelf:
         names = [Path(split_scale(one)[0]).stem for one in job.lora]
         loras = {name: hashes[f"lora {i}"] for i, name in enumerate(names, start=1)}
         model = model_name(sources.model)
-        return record, parameters_text(job.settings, pipe.config, model, __version__, loras)
+        refiner = sources.refiner and model_name(sources.refiner)
+        said = parameters_text(job.settings, pipe.config, model, __version__, loras, refiner)
+        return record, said
 
     def _encoded(
         self, picture: np.ndarray, path: Path, record: dict[str, Any] | None, parameters: str

@@ -27,7 +27,8 @@ from fluxjax.sample.pictures import in_size, to_bytes
 from fluxjax.sample.programs import NAMES, components
 from fluxjax.sample.redux import Heard, read_heard
 from fluxjax.sample.reference import whole_size
-from fluxjax.sample.refusals import check_clip, require_finite, unknown_options
+from fluxjax.sample.refiner import Calls, completed
+from fluxjax.sample.refusals import check_clip, check_told, require_finite, unknown_options
 from fluxjax.sample.save_picture import tell_made
 from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, VideoKind, override
 from fluxjax.sample.skip_layers import check_skip_layers
@@ -54,6 +55,7 @@ class Pipeline(Stages):
         width: int | None = None,
         height: int | None = None,
         size_bins: bool | None = None,
+        clean_caption: bool | None = None,
         image: Image | str | Path | None = None,
         mask: Image | str | Path | None = None,
         control: Any = None,
@@ -98,6 +100,10 @@ class Pipeline(Stages):
         target_size: tuple[int, int] | None = None,
         aesthetic_score: float | None = None,
         negative_aesthetic_score: float | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crop: tuple[int, int] | None = None,
+        negative_target_size: tuple[int, int] | None = None,
+        refiner_start: float | None = None,
         sigmas: Respacing | None = None,
         noise: Noise | None = None,
         rounding: Rounding | None = None,
@@ -120,6 +126,8 @@ class Pipeline(Stages):
           width, height: in pixels, multiples of 16 for FLUX, of 8 for Stable Diffusion; by default
             those of the picture that is given, rounded down, see `picture_size`.
           size_bins: whether PixArt draws in the nearest size of its training, and resizes.
+          clean_caption: whether PixArt's prompts are cleaned as the captions of its training were,
+            which diffusers does unless told not to; it needs beautifulsoup4 and ftfy.
           image: what the new picture starts from; here and below a picture or its file.
           mask: white where the image is painted anew; "alpha": where the image is transparent.
           control: edges or depths that the new picture has (FLUX.1 Canny and Depth, ControlNets);
@@ -170,6 +178,10 @@ class Pipeline(Stages):
             (width, height) and (left, top); by default its own size and no crop.
           aesthetic_score, negative_aesthetic_score: likewise its refiner, of what is to be drawn
             and what not.
+          negative_original_size, negative_crop, negative_target_size: what XL is told of what the
+            negative prompt describes; each by default the same as of the picture.
+          refiner_start: after which part of the run a refiner takes over, by default 0.8, of
+            pipelines that were loaded with one.
           sigmas: how noise levels are spaced: "plain", "karras", "exponential" or "beta".
           noise: "torch" (what PyTorch's CPU generator draws for the seed) or "jax".
           rounding: whose rounding is followed: "diffusers", "bfl" or "none", see `Settings`.
@@ -197,6 +209,7 @@ class Pipeline(Stages):
             "width": width,
             "height": height,
             "size_bins": size_bins,
+            "clean_caption": clean_caption,
             "negative_prompt": negative_prompt,
             "true_cfg": true_cfg,
             "prompt_2": prompt_2,
@@ -233,6 +246,10 @@ class Pipeline(Stages):
             "target_size": target_size,
             "aesthetic_score": aesthetic_score,
             "negative_aesthetic_score": negative_aesthetic_score,
+            "negative_original_size": negative_original_size,
+            "negative_crop": negative_crop,
+            "negative_target_size": negative_target_size,
+            "refiner_start": refiner_start,
             **control_settings(control_mode, control_scale, control_range),
         }
         chosen = override(self.defaults, {**settings, **files})
@@ -281,6 +298,7 @@ class Pipeline(Stages):
         task = self.family.find_task(self.config, given.names)
         check_controls(self.config, settings, given)
         check_image_prompts(self.image_prompter, settings, given)
+        settings = completed(self.refiner, settings, given)
         if task.strength is None and settings.strength is not None:
             raise ConfigError("strength says how much of an image is drawn anew: give an image")
         if self.config.tiling is not None:
@@ -314,6 +332,7 @@ class Pipeline(Stages):
         `heard`: pictures for Redux and their weights. Arguments and errors are those of `__call__`.
         """
         check_clip(self.config, settings, self.defaults)
+        check_told(self.family, self.config, settings)
         prompts = [settings.prompt] if prompts is None else prompts
         count = len(prompts) * number
         if count < 1:
@@ -331,11 +350,13 @@ class Pipeline(Stages):
         draws = self.draw_each(settings, settings.seed if seeds is None else seeds, count, task)
         more = self.redux.count if self.redux is not None and heard else 0
         self.prepare(settings, count, given, more_text=more)
+        if self.refiner is not None:
+            self.refiner.prepare(settings, count)
         if not self.offload:
             for name in NAMES:
                 for component in components(self.config, name):
                     self.params(component)  # while the programs compile
-        conditioning, negative = self._heard(settings, prompts, number, scale, adapters)
+        conditioning, negative = self.hear(settings, prompts, number, scale, adapters)
         if self.redux is not None and heard:
             with self._timed("encoding"):
                 conditioning = self.redux.heard(conditioning, heard)
@@ -363,9 +384,18 @@ class Pipeline(Stages):
             on_step=on_step,
             every=every,
         )
+        last: Stages = self
+        if self.refiner is not None:
+            if self.offload:
+                self.release()
+            calls = Calls(self.run_of(settings).evaluations, progress, on_step, every)
+            latents = self.refiner.refine(latents, settings, prompts, number, draws, calls)
+            last = self.refiner.pipe
         if self.config.tiling is not None:
             latents = with_given(latents, inputs, given, settings)
-        pictures = self.decode(latents)
+        pictures = last.decode(latents)
+        if self.offload and last is not self:
+            last.release()
         require_finite(self.config, pictures, [conditioning, negative], inputs, latents)
         if self.config.tiling is not None:
             clips = to_bytes(pictures, settings.rounding)
@@ -383,15 +413,20 @@ class Pipeline(Stages):
                 "redux_image is heard through FLUX.1 Redux: give its folder as redux (--redux)"
             )
 
-    def _heard(
+    def evaluations(self, settings: Settings) -> int:
+        """How often a picture of complete `settings` runs the network that draws, or both."""
+        more = 0 if self.refiner is None else self.refiner.run_of(settings).evaluations
+        return self.run_of(settings).evaluations + more
+
+    def hear(
         self,
         settings: Settings,
         prompts: Sequence[str],
         number: int,
         scale: Any,
-        adapters: Sequence[Mapping[str, float]] | None,
+        adapters: Sequence[Mapping[str, float]] | None = None,
     ) -> tuple[Conditioning, Conditioning | None]:
-        """Of every picture what it is to show, and what not."""
+        """Of every picture what it is to show, and what not; `scale`: of guidance."""
         length, together = settings.max_sequence_length, self.executables.rows("encode", 1)
         own = [{}] * len(prompts) if adapters is None else adapters[::number]
 
@@ -412,7 +447,8 @@ class Pipeline(Stages):
             return conditioning, None
         # One will do for all where all have the same adapters. They take no notice of clip_skip.
         different = len(prompts) if any(one != own[0] for one in own) else 1
-        texts = [settings.negative_prompt or ""] * different
+        text = settings.negative_prompt or ""
+        texts = [self.family.prompt_of(text, settings.told(negative=True))] * different
         negative = said(texts, len(prompts) * number // different)
         if settings.negative_prompt is None and self.config.force_zeros_for_empty_prompt:
             negative = jax.tree.map(np.zeros_like, negative)

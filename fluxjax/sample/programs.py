@@ -22,6 +22,7 @@ from fluxjax.families.family import (
     Extras,
     Family,
     LeftOut,
+    Steps,
     Task,
     Tokens,
 )
@@ -315,6 +316,7 @@ def programs(
     image_prompts: Sequence[tuple[int, int, int]] = (),
     rows: Callable[[Name, int], int] = lambda name, count: count,
     padded: bool = True,
+    course: Steps | None = None,
 ) -> list[Program]:
     """All that pictures of `settings` need, the longest to compile first, then in order of need.
 
@@ -327,6 +329,7 @@ def programs(
       image_prompts: (layers, tokens, width) of what each IP-Adapter adds.
       rows: the batch that a program runs for so many pictures or prompts.
       padded: whether the steps are filled up to those of their bucket.
+      course: the steps, where they are not what `settings` say.
     """
     spec: Any = jax.ShapeDtypeStruct
     state = jnp.float32 if settings.rounding == "none" else dtype
@@ -334,7 +337,7 @@ def programs(
     shape = family.shape_of(config, settings.width, settings.height, settings.frames)
     _, longer = family.text_shapes(config, n, text + more_text, dtype)
     _, conditioning = family.text_shapes(config, n, text, dtype)
-    run = family.run(config, settings.course(family.first_step), *shape[1:])
+    run = family.run(config, course or settings.course(family.first_step), *shape[1:])
     table = run.keeping if task.keeps else run.schedule
     table = pad(table) if padded else table
     schedule = jax.tree.map(lambda x: spec(x.shape, x.dtype), table)

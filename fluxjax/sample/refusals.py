@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fluxjax.config import ConfigError, PipelineConfig
-from fluxjax.families.family import Conditioning
+from fluxjax.families.family import Conditioning, Family
 from fluxjax.networks import network_of
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.settings import CLIP_FIELDS, FIELDS, Settings
@@ -34,6 +34,10 @@ OTHER_NAMES = {
     "skip_layer_guidance_start": "the start of skip_layer_range",
     "skip_layer_guidance_stop": "the end of skip_layer_range",
     "use_resolution_binning": "size_bins",
+    "crops_coords_top_left": "crop (left, top)",
+    "negative_crops_coords_top_left": "negative_crop (left, top)",
+    "denoising_start": "refiner_start",
+    "denoising_end": "refiner_start",
     "callback_on_step_end": "on_step",
     "output_type": "draw(settings), which gives bytes",
     "latents": "denoise(conditioning, noise)",
@@ -61,6 +65,15 @@ def check_clip(config: PipelineConfig, settings: Settings, usual: Settings) -> N
     for name in CLIP_FIELDS:
         if getattr(settings, name) != getattr(usual, name):
             raise ConfigError(f"{name} is for clips, and {config.class_name} draws pictures")
+
+
+def check_told(family: Family, config: PipelineConfig, settings: Settings) -> None:
+    """Raises ConfigError for what the family is not told of a picture, and for prompts that cannot
+    be cleaned."""
+    for negative in (False, True):
+        told = settings.told(negative=negative)
+        family.sizes(config, told)
+        family.prompt_of("", told)
 
 
 def require_finite(

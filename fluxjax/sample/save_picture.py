@@ -93,5 +93,7 @@ def tell_made(
     for i, picture in enumerate(pictures):
         one = replace(settings, prompt=prompts[i // number], seed=seeds[i])
         model = model_name(sources[i].model)
-        parameters = parameters_text(one, config, model, __version__, {})
+        refiner = sources[i].refiner
+        refiner = refiner and model_name(refiner)
+        parameters = parameters_text(one, config, model, __version__, {}, refiner)
         picture.info[SAVED] = Made(one, sources[i], dtype, parameters, unrepeatable)

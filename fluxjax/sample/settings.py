@@ -92,6 +92,8 @@ class Settings:
     """How many of CLIP's last layers are left out."""
     size_bins: bool = True
     """Whether PixArt draws in the nearest size of its training, and what comes is resized."""
+    clean_caption: bool = False
+    """Whether PixArt's prompts are cleaned as the captions of its training were."""
     prompt_3: str | None = None
     """What a third text encoder reads (T5 of Stable Diffusion 3); None: the prompt."""
     skip_layers: tuple[int, ...] | None = None
@@ -106,6 +108,10 @@ class Settings:
     """(left, top) where it is said to have been cropped; None: nowhere."""
     target_size: tuple[int, int] | None = None
     """(width, height) that it is said to be wanted in; None: its own."""
+    negative_original_size: tuple[int, int] | None = None
+    """Likewise of what the negative prompt describes, here and below; None: the picture's."""
+    negative_crop: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
     aesthetic_score: float = 6.0
     """How beautiful it is said to be (the refiner of XL), 1 to 10."""
     negative_aesthetic_score: float = 2.5
@@ -154,6 +160,8 @@ class Settings:
     """How strong it is, in all blocks or in each; None: as it was loaded."""
     strength: float | None = None
     """How much of its steps image to image runs; None: the task's own."""
+    refiner_start: float | None = None
+    """After which part of the run a refiner takes over, 0 to 1; None: there is none, or at 0.8."""
     mask_crop: int | None = None
     """Only the surroundings of the mask are drawn, with a margin of so many pixels."""
     soft_mask: bool = False
@@ -175,6 +183,8 @@ class Settings:
             _require(1 <= getattr(self, name) <= MAX_SIDE, name, f"from 1 to {MAX_SIDE}", self)
         if self.strength is not None:
             _require(0 < self.strength <= 1, "strength", "above 0 and at most 1", self)
+        if self.refiner_start is not None:
+            _require(0 < self.refiner_start < 1, "refiner_start", "above 0 and below 1", self)
         if self.mask_crop is not None:
             _require(0 <= self.mask_crop <= MAX_SIDE, "mask_crop", f"from 0 to {MAX_SIDE}", self)
         if self.expand is not None:
@@ -191,7 +201,7 @@ class Settings:
             from fluxjax.schedules.samplers import NAMES
 
             _require(self.sampler in NAMES, "sampler", f"one of {', '.join(NAMES)}", self)
-        for name in ("original_size", "crop", "target_size"):
+        for name in _SIZES:
             if (pair := getattr(self, name)) is not None:
                 fits = len(pair) == 2 and all(0 <= side <= MAX_SIDE for side in pair)
                 _require(fits, name, f"two numbers of pixels from 0 to {MAX_SIDE}", self)
@@ -264,7 +274,7 @@ class Settings:
         strength = 1.0 if self.strength is None else self.strength
         first = first_step(self.steps, strength, rounding=self.rounding)
         spaced = self.sampler, self.spacing, self.sigmas
-        return Steps(self.steps, first, *spaced, self.eta, self.flow_shift)
+        return Steps(self.steps, first, *spaced, self.eta, self.flow_shift, end=self.refiner_start)
 
     @property
     def asked_guidance(self) -> Guidance:
@@ -278,8 +288,19 @@ class Settings:
         from fluxjax.families.family import Told
 
         score = self.negative_aesthetic_score if negative else self.aesthetic_score
-        sizes = (self.original_size, self.crop, self.target_size)
-        return Told((self.width, self.height), *sizes, score, self.fps, self.motion)
+        sizes = [getattr(self, name) for name in _TOLD_SIZES]
+        if negative:
+            own = [getattr(self, f"negative_{name}") for name in _TOLD_SIZES]
+            sizes = [a if b is None else b for a, b in zip(sizes, own, strict=True)]
+        return Told(
+            (self.width, self.height),
+            *sizes,
+            aesthetic_score=score,
+            fps=self.fps,
+            motion=self.motion,
+            clean=self.clean_caption,
+            negative=negative,
+        )
 
 
 def _is_mode(mode: str) -> bool:
@@ -312,7 +333,8 @@ def check_text(name: str, text: str) -> None:
         ) from None
 
 
-_SIZES = ("original_size", "crop", "target_size")
+_TOLD_SIZES = ("original_size", "crop", "target_size")
+_SIZES = (*_TOLD_SIZES, *(f"negative_{name}" for name in _TOLD_SIZES))
 _LISTS = (
     "expand",
     "canny",
@@ -335,6 +357,7 @@ _REALS = (
     "aesthetic_score",
     "negative_aesthetic_score",
     "skip_layer_scale",
+    "refiner_start",
 )
 _TEXTS = ("prompt", "prompt_2", "prompt_3", "negative_prompt")
 _KINDS = {
@@ -343,7 +366,9 @@ _KINDS = {
     **dict.fromkeys(_TEXTS, "a text"),
     **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
     **dict.fromkeys(("mask_crop", "clip_skip", "frames", "fps", "motion"), "an integer"),
-    **dict.fromkeys(("soft_mask", "size_bins", "oscillation", "loop"), "true or false"),
+    **dict.fromkeys(
+        ("soft_mask", "size_bins", "clean_caption", "oscillation", "loop"), "true or false"
+    ),
     "video_kind": " or ".join(get_args(VideoKind)),
     **dict.fromkeys(("expand", "canny", "skip_layers", *_SIZES), "a list of integers"),
     "control_mode": "a list of texts",

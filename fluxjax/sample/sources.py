@@ -13,7 +13,7 @@ from fluxjax.config import ConfigError
 from fluxjax.hub import Kind, embedded_adapter, find, hub_name, shipped_folder
 
 TINY = "tiny"
-SINGLE = ("model", "text_encoders", "vae", "redux", "image_encoder")
+SINGLE = ("model", "text_encoders", "vae", "redux", "image_encoder", "refiner")
 SCALED = {
     "lora": "LoRA file",
     "redux_image": "picture for Redux",
@@ -45,6 +45,8 @@ class Sources:
     """Files of IP-Adapters, each with its scale."""
     image_encoder: str | None = None
     """The folder of the CLIP that sees for them."""
+    refiner: str | None = None
+    """The model that draws the last steps."""
 
     def files(self) -> dict[str, str]:
         """Paths by what they are: model, text_encoders, vae, redux, lora 1, lora 2 ..."""
@@ -76,7 +78,7 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
     if adapter := embedded_adapter(source):
         return {**hashes_of(TINY, kind), "adapter": hash_file(adapter)}
     wanted: dict[str, Kind] = {
-        "model": "model",
+        **dict.fromkeys(("model", "refiner"), "model"),
         "text_encoders": "text encoders",
         "vae": "vae",
         "redux": "checkpoint",

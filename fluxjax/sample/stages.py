@@ -38,7 +38,7 @@ from fluxjax.sample.programs import (
     tiled,
 )
 from fluxjax.sample.reference import pixels, preferred_size
-from fluxjax.sample.refusals import check_clip
+from fluxjax.sample.refusals import check_clip, check_told
 from fluxjax.sample.settings import Rounding, Settings
 from fluxjax.sample.skip_layers import check_skip_layers, left_out_layers
 from fluxjax.sample.sources import Sources
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from fluxjax.sample.ip_adapter import ImagePrompter
     from fluxjax.sample.redux import Redux
+    from fluxjax.sample.refiner import Refiner
     from fluxjax.text.tokenizers import PromptTokenizer
 
 PHASES = ("loading", "compiling", "encoding", "denoising", "decoding")
@@ -110,6 +111,8 @@ class Stages:
         self.notes: list[str] = []
         self.sources, self.slots, self.redux = sources, slots, redux
         self.image_prompter = image_prompter
+        self.refiner: Refiner | None = None
+        """What draws the last steps, where another model does."""
         self.offload = offload
         self.control_scales = tuple(control_scales)
         """Of each ControlNet, unless a call says otherwise."""
@@ -200,7 +203,9 @@ class Stages:
         check_clip(self.config, settings, self.defaults)
         scale = self.family.scale(self.config, settings.asked_guidance)
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
-        self.family.sizes(self.config, settings.told(negative=False))
+        check_told(self.family, self.config, settings)
+        if self.refiner is not None:
+            self.refiner.check(settings)
         self.config.require_clip_skip(settings.clip_skip)
         self.run_of(settings)
 
@@ -231,6 +236,8 @@ class Stages:
         dtype = np.float32 if settings.rounding == "none" else self.dtype
         draws = ("noise",) if settings.rounding == "bfl" else task.drawn(settings.strength)
         steps = [f"step {i}" for i in np.flatnonzero(self.run_of(settings).draws)]
+        if self.refiner is not None:
+            steps += self.refiner.draws(settings)
         rows = {draw: task.row_count(draw, count) for draw in draws} | dict.fromkeys(steps, count)
         shapes = {draw: (rows[draw], *shape) for draw in rows}
         return noise.draw_each(seeds, shapes, kind=settings.noise, dtype=dtype)
@@ -379,6 +386,10 @@ class Stages:
             self._params[component] = self._loaded(component)
         return self._params[component]
 
+    def release(self) -> None:
+        """Take all networks off the device; they are read again when they are needed again."""
+        self._params.clear()
+
     def use(self, component: str, params: Any) -> None:
         """Take `params` in place of those that there are, of the same shapes; a component as of
         `params`."""
@@ -391,10 +402,11 @@ class Stages:
         given: Given = NO_PICTURES,
         *,
         more_text: int = 0,
+        course: Steps | None = None,
     ) -> None:
         """Start to compile, in the background, every program that `count` pictures will need.
 
-        `more_text`: tokens beside those of the prompt.
+        `more_text`: tokens beside those of the prompt. `course`: the steps, if not the settings'.
         """
         prompter = self.image_prompter
         seen = given.reference and self.reference_size(given.reference)
@@ -409,7 +421,10 @@ class Stages:
             rows=self.executables.rows,
             more_text=more_text,
             image_prompts=prompter.shapes(len(given.ip_images)) if prompter else (),
+            course=course,
         ):
+            if program.name == "decode" and self.refiner is not None:
+                continue
             apart = self.offload and program.name == "denoise"
             for one in self.executables.split(program) if apart else (program,):
                 self.executables.start(one)

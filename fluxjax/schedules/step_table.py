@@ -56,6 +56,20 @@ class Run(NamedTuple):
         """How often the network is run."""
         return self.schedule.steps - self.schedule.first
 
+    def until(self, time: int) -> Run:
+        """The evaluations from noise to `time`; what is left has later ones' noise."""
+        n = int((self.schedule.times >= time).sum())
+        columns = (None if column is None else column[:n] for column in self.schedule)
+        schedule = Schedule(*columns)  # pyright: ignore[reportArgumentType]
+        return self._replace(schedule=schedule, draws=self.draws[:n], levels=self.levels[:n])
+
+    def first_after(self, time: int) -> int:
+        """The first evaluation after those, and of samplers with two a step the first of a step, as
+        diffusers counts."""
+        count = len(self.schedule.times)
+        left = int((self.schedule.times < time).sum())
+        return count - left - (self.order == 2 and left % 2 == 0)
+
 
 class StepTable:
     """Collects the evaluations of a run. `config` is complete."""
