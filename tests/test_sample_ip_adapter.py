@@ -24,9 +24,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 import fluxjax
 from fluxjax.config import ConfigError, IPAdapterConfig
+from fluxjax.families.clip_pixels import clip_pixels
 from fluxjax.sample.command import draw
 from fluxjax.sample.given_options import check
-from fluxjax.sample.ip_adapter import _pixels
 from fluxjax.sample.options import Options
 from fluxjax.sample.picture_formats import read_record
 
@@ -256,7 +256,7 @@ def test_pictures_are_seen_as_by_clips_processor():
     for size in ((203, 121), (30, 97), (20, 20)):
         expected = processor(photo(1, size), return_tensors="np").pixel_values[0]
         np.testing.assert_allclose(
-            _pixels(photo(1, size), SIZE), np.moveaxis(expected, 0, -1), atol=1e-6
+            clip_pixels(photo(1, size), SIZE), np.moveaxis(expected, 0, -1), atol=1e-6
         )
 
 

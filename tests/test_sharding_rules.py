@@ -70,6 +70,9 @@ CONFIGS |= {
     for preset in (presets.OPEN_SORA_2, presets.HUNYUAN_VIDEO)
 }
 CONFIGS |= {replace(presets.QWEN3_4B, num_hidden_layers=2)}
+SHORT = replace(presets.LLAMA3_8B, num_hidden_layers=2, stops_after=None)
+SEEN = replace(presets.LlavaConfig().vision_config, num_hidden_layers=2)
+CONFIGS |= {presets.LlavaConfig(text_config=SHORT, vision_config=SEEN)}
 CONFIGS |= {presets.UNION, presets.XLABS, presets.SIGLIP_SO400M, presets.REDUX, presets.IP_ADAPTER}
 # Of each network's leaves, blocks without their numbers: the mesh axes of each dimension.
 RECORDED = json.loads((Path(__file__).parent / "sharding_specs.json").read_text())

@@ -60,7 +60,7 @@ def pipeline_class(folder: Path) -> type[PipelineConfig]:
     what = f"a {str(name)[:100]}" if name else "a pipeline without a name"
     raise ConfigError(
         f"{folder} holds {what}, which fluxjax cannot read yet, not a FLUX.1, Stable "
-        "Diffusion or Open-Sora pipeline"
+        "Diffusion, PixArt, Open-Sora or HunyuanVideo pipeline"
     )
 
 

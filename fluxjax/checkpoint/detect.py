@@ -39,8 +39,9 @@ def refuse_foreign(shapes: Shapes) -> None:
         )
 
 
-def detect_network(shapes: Shapes) -> tuple[Network, Dialect]:
-    """The kind of weights and whose names these are.
+def detect_network(shapes: Shapes, config: type | None = None) -> tuple[Network, Dialect]:
+    """The kind of weights and whose names these are; of several that fit, that of a `config` which
+    is known to be theirs.
 
     Raises ConfigError saying what it looks like instead.
     """
@@ -52,6 +53,8 @@ def detect_network(shapes: Shapes) -> tuple[Network, Dialect]:
                 found.setdefault(network.config, (network, dialect))
     parts = {part for network, _ in found.values() for part in network.parts}
     found = {kind: pair for kind, pair in found.items() if pair[0].component not in parts}
+    if config in found:
+        return found[config]
     if len(found) == 1:
         return next(iter(found.values()))
     if found:

@@ -96,7 +96,8 @@ def make_network(
     try:
         refuse_packed(raw)
         raw = unquantised(raw, layers)
-        network, dialect = detect_network({name: tensor.shape for name, tensor in raw.items()})
+        known = None if config is None else type(config)
+        network, dialect = detect_network({n: tensor.shape for n, tensor in raw.items()}, known)
         if component in network.parts:
             if type(config) is network.config:
                 config = getattr(config, network.parts[component])

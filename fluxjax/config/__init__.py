@@ -52,10 +52,12 @@ if TYPE_CHECKING:
     from fluxjax.config.hunyuan_video_pipeline import (
         HUNYUAN_VIDEO_540,
         HUNYUAN_VIDEO_720,
+        HunyuanVideoImageToVideoPipelineConfig,
         HunyuanVideoPipelineConfig,
     )
     from fluxjax.config.ip_adapter import IP_ADAPTER, IPAdapterConfig
     from fluxjax.config.llama import LLAMA3_8B, QWEN3_4B, LlamaConfig
+    from fluxjax.config.llava import LlavaConfig
     from fluxjax.config.lora import LoraConfig
     from fluxjax.config.open_sora import OPEN_SORA_2, OPEN_SORA_2_DC_AE, OpenSoraConfig
     from fluxjax.config.open_sora_pipeline import (
@@ -156,9 +158,11 @@ __all__ = [
     "FluxConfig",
     "FluxPipelineConfig",
     "HunyuanVideoConfig",
+    "HunyuanVideoImageToVideoPipelineConfig",
     "HunyuanVideoPipelineConfig",
     "IPAdapterConfig",
     "LlamaConfig",
+    "LlavaConfig",
     "LoraConfig",
     "OpenSoraConfig",
     "OpenSoraPipelineConfig",
@@ -218,10 +222,12 @@ _NAMES = {
     "hunyuan_video_pipeline": (
         "HUNYUAN_VIDEO_540",
         "HUNYUAN_VIDEO_720",
+        "HunyuanVideoImageToVideoPipelineConfig",
         "HunyuanVideoPipelineConfig",
     ),
     "ip_adapter": ("IP_ADAPTER", "IPAdapterConfig"),
     "llama": ("LLAMA3_8B", "QWEN3_4B", "LlamaConfig"),
+    "llava": ("LlavaConfig",),
     "lora": ("LoraConfig",),
     "open_sora": ("OPEN_SORA_2", "OPEN_SORA_2_DC_AE", "OpenSoraConfig"),
     "open_sora_pipeline": (

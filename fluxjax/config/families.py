@@ -9,7 +9,12 @@ from fluxjax.config.flux_pipeline import (
     TINY,
     FluxPipelineConfig,
 )
-from fluxjax.config.hunyuan_video_pipeline import HUNYUAN_VIDEO_540, HUNYUAN_VIDEO_720
+from fluxjax.config.hunyuan_video_pipeline import (
+    HUNYUAN_VIDEO_540,
+    HUNYUAN_VIDEO_720,
+    HunyuanVideoImageToVideoPipelineConfig,
+    HunyuanVideoPipelineConfig,
+)
 from fluxjax.config.open_sora_pipeline import (
     OPEN_SORA_256,
     OPEN_SORA_768,
@@ -43,6 +48,8 @@ PIPELINES: tuple[type[PipelineConfig], ...] = (
     StableDiffusionConfig,
     StableDiffusionXLConfig,
     OpenSoraPipelineConfig,
+    HunyuanVideoPipelineConfig,
+    HunyuanVideoImageToVideoPipelineConfig,
     SD3PipelineConfig,
     PixArtAlphaPipelineConfig,
     PixArtSigmaPipelineConfig,

@@ -1,4 +1,4 @@
-"""HunyuanVideo's pipeline, and the published presets of text to video."""
+"""HunyuanVideo's pipelines, and the published presets of text to video."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fluxjax.config import tiling
-from fluxjax.config.base import require
+from fluxjax.config.base import ConfigError, require
 from fluxjax.config.causal_autoencoder import CausalAutoencoderConfig
 from fluxjax.config.clip import CLIPTextConfig
-from fluxjax.config.hunyuan_video import HUNYUAN_VIDEO, HunyuanVideoConfig
+from fluxjax.config.hunyuan_video import (
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_REPLACE,
+    HunyuanVideoConfig,
+    ImageCondition,
+)
 from fluxjax.config.llama import LLAMA3_8B, LlamaConfig
+from fluxjax.config.llava import LLAVA_LLAMA3, LlavaConfig
 from fluxjax.config.scheduler import SchedulerConfig
 from fluxjax.config.tiling import Tiling
 from fluxjax.config.video_pipeline import VideoPipelineConfig
+
+_LATER_LAYERS = 2
+"""Of the language model, whose states are not read."""
+PICTURE_SIDE = 336
+"""Pixels of the picture that LLaVA sees, which is square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +45,7 @@ class HunyuanVideoPipelineConfig(VideoPipelineConfig):
     width: int = 1280
     height: int = 720
 
-    class_names: ClassVar[str] = r"HunyuanVideo(ImageToVideo)?Pipeline"
+    class_names: ClassVar[str] = r"HunyuanVideoPipeline"
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
     embeds_guidance: ClassVar[bool] = True
 
@@ -44,9 +55,7 @@ class HunyuanVideoPipelineConfig(VideoPipelineConfig):
 
     @property
     def class_name(self) -> str:
-        if self.transformer.image_condition_type is None:
-            return "HunyuanVideoPipeline"
-        return "HunyuanVideoImageToVideoPipeline"
+        return "HunyuanVideoPipeline"
 
     @property
     def patch(self) -> int:
@@ -58,12 +67,32 @@ class HunyuanVideoPipelineConfig(VideoPipelineConfig):
 
     @classmethod
     def published(cls, parts: dict[str, Any], name: str) -> HunyuanVideoPipelineConfig:
-        return cls(**parts)
+        """Of the language model the third state from the end is read, whatever its length."""
+        given = parts.get("text_encoder", cls.text_encoder)
+        return cls(**{**parts, "text_encoder": _read_early(given)})
+
+    @property
+    def first_frame_kinds(self) -> tuple[ImageCondition | None, ...]:
+        """How transformers of this pipeline are given a first frame."""
+        return (None,)
 
     def require_whole(self, model: object, *, text_alone: bool = False) -> None:
-        transformer, token = self.transformer, self.vae.latent_channels * self.patch**2
+        transformer, latents = self.transformer, self.vae.latent_channels
+        kind = transformer.image_condition_type
+        require(
+            kind in self.first_frame_kinds,
+            f"{model}: its transformer's image_condition_type is {kind}, and that of a "
+            f"{self.class_name} is {' or '.join(map(str, self.first_frame_kinds))}",
+        )
+        require(
+            not self.scheduler.use_dynamic_shifting,
+            f"{model}: use_dynamic_shifting must be false: HunyuanVideo's shift is the same for "
+            "all sizes",
+        )
+        seen = 2 * latents + 1 if kind == "latent_concat" else latents
         for name, has, given in (
-            ("out_channels", transformer.out_channels, token),
+            ("in_channels", transformer.in_channels, seen * self.patch**2),
+            ("out_channels", transformer.out_channels, latents * self.patch**2),
             ("joint_attention_dim", transformer.joint_attention_dim, self.text_encoder.hidden_size),
             (
                 "pooled_projection_dim",
@@ -76,6 +105,58 @@ class HunyuanVideoPipelineConfig(VideoPipelineConfig):
                 f"{model}: the transformer's {name} is {has}, and with the other networks it is "
                 f"{given}: they belong to different models",
             )
+
+
+def _read_early(model: LlamaConfig) -> LlamaConfig:
+    if model.stops_after is not None:
+        return model
+    return replace(model, stops_after=max(1, model.num_hidden_layers - _LATER_LAYERS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVideoImageToVideoPipelineConfig(HunyuanVideoPipelineConfig):
+    """Of the pipeline that draws from a first frame, which the language model sees too."""
+
+    transformer: HunyuanVideoConfig = HUNYUAN_VIDEO_REPLACE
+    text_encoder: LlavaConfig = LLAVA_LLAMA3
+    guidance: float = 1.0
+
+    class_names: ClassVar[str] = r"HunyuanVideoImageToVideoPipeline"
+
+    @property
+    def class_name(self) -> str:
+        return "HunyuanVideoImageToVideoPipeline"
+
+    @property
+    def first_frame_kinds(self) -> tuple[ImageCondition | None, ...]:
+        return ("token_replace", "latent_concat")
+
+    @property
+    def dropped_frames(self) -> int:
+        """Of a first frame that is joined as channels what is decoded with its latents' place."""
+        joined = self.transformer.image_condition_type == "latent_concat"
+        return self.vae.temporal_compression_ratio if joined else 0
+
+    @classmethod
+    def published(cls, parts: dict[str, Any], name: str) -> HunyuanVideoImageToVideoPipelineConfig:
+        """As of text to video; of the picture's states every fourth is heard, or every second."""
+        given = parts.get("text_encoder", cls.text_encoder)
+        kind = parts.get("transformer", cls.transformer).image_condition_type
+        text = _read_early(given.text_config)
+        stride = 2 if kind == "latent_concat" else 4
+        heard = replace(given, text_config=text, heard_stride=stride)
+        return cls(**{**parts, "text_encoder": heard})
+
+    def require_whole(self, model: object, *, text_alone: bool = False) -> None:
+        super().require_whole(model)
+        side = self.text_encoder.vision_config.image_size
+        require(
+            side == PICTURE_SIDE,
+            f"{model}: the language model sees pictures of {PICTURE_SIDE} pixels, and this one's "
+            f"image_size is {side}",
+        )
+        if text_alone:
+            raise ConfigError(f"{model} draws from a first frame, not from text alone")
 
 
 HUNYUAN_VIDEO_720 = HunyuanVideoPipelineConfig()

@@ -55,6 +55,14 @@ class OpenSoraPipelineConfig(VideoPipelineConfig):
         "image_guidance",
         "motion",
     )
+    clip_settings: ClassVar[tuple[str, ...]] = (
+        *VideoPipelineConfig.clip_settings,
+        "motion",
+        "image_guidance",
+        "oscillation",
+        "loop",
+        "video_kind",
+    )
 
     @property
     def own_sampler(self) -> str:
@@ -71,6 +79,12 @@ class OpenSoraPipelineConfig(VideoPipelineConfig):
     @property
     def tiling(self) -> Tiling:
         return tiling.OPEN_SORA if self.vae.first_frame else tiling.OPEN_SORA_DC
+
+    def first_frame_shift(self, width: int, height: int) -> float | None:
+        """As of a clip of one frame."""
+        if not self.scheduler.use_dynamic_shifting:
+            return self.scheduler.shift
+        return self.scheduler.mu(width * height // self.unit**2)
 
     @classmethod
     def published(cls, parts: dict[str, Any], name: str) -> OpenSoraPipelineConfig:

@@ -51,6 +51,8 @@ class PipelineConfig(ABC):
         "height",
     )
     """Fields that say how a model is sampled, which its folder keeps."""
+    clip_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings of clips alone that the family has."""
     exact_steps: ClassVar[bool] = False
     """Whether the original code's step sizes are Python numbers, which no dtype rounds."""
     embeds_guidance: ClassVar[bool] = False
@@ -92,6 +94,11 @@ class PipelineConfig(ABC):
     def tiling(self) -> Tiling | None:
         """How clips are cut for the autoencoder; None where pictures are drawn."""
         return None
+
+    @property
+    def dropped_frames(self) -> int:
+        """Of a clip that is drawn the first ones, which are not shown."""
+        return 0
 
     @property
     def unit(self) -> int:

@@ -25,6 +25,7 @@ class VideoPipelineConfig(PipelineConfig):
     """Frames a second that a clip is shown with."""
 
     sampling_fields: ClassVar[tuple[str, ...]] = (*PipelineConfig.sampling_fields, "frames", "fps")
+    clip_settings: ClassVar[tuple[str, ...]] = ("frames", "fps")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +58,11 @@ class VideoPipelineConfig(PipelineConfig):
             frames > 1 and (frames - 1) % ratio == 0,
             f"frames must be 1 more than a multiple of {ratio}, got {frames}; {near} would do",
         )
+
+    def first_frame_shift(self, width: int, height: int) -> float | None:
+        """How far noise levels are moved where a model of pictures draws the first frame; None: as
+        that model has it."""
+        return None
 
     def latent_frames(self, frames: int) -> int:
         """Latents of so many frames. Raises ConfigError for a number that there is not."""

@@ -20,6 +20,8 @@ from fluxjax.families.family import (
 
 if TYPE_CHECKING:
     from fluxjax.families.flux import FLUX
+    from fluxjax.families.hunyuan_image_to_video import HUNYUAN_IMAGE_TO_VIDEO
+    from fluxjax.families.hunyuan_video import HUNYUAN_VIDEO
     from fluxjax.families.open_sora import OPEN_SORA
     from fluxjax.families.pixart import PIXART
     from fluxjax.families.sd3 import SD3
@@ -33,6 +35,8 @@ _FILES = {
     "SD3": "sd3",
     "PIXART": "pixart",
     "OPEN_SORA": "open_sora",
+    "HUNYUAN_VIDEO": "hunyuan_video",
+    "HUNYUAN_IMAGE_TO_VIDEO": "hunyuan_image_to_video",
 }
 
 
@@ -59,6 +63,8 @@ def family_of(class_name: str) -> Family:
 
 __all__ = [
     "FLUX",
+    "HUNYUAN_IMAGE_TO_VIDEO",
+    "HUNYUAN_VIDEO",
     "OPEN_SORA",
     "PIXART",
     "SD3",

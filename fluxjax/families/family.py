@@ -188,6 +188,13 @@ class Task:
     """Whether the image is put back after each step where the mask is black."""
     strength: float | None = None
     """Of its image, unless told; None where there is none."""
+    heard: bool = False
+    """Whether a text encoder sees the reference beside the prompt."""
+    stretched: bool = False
+    """Of a clip: whether its first frame is stretched to its size, or fills it and loses the rest.
+    """
+    begins: bool = False
+    """Of a clip: whether there is something of its first frame in what the run starts from."""
 
     bfl_text: int | None = None
     """The text length of BFL's own tool, where it is not the model's."""

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fluxjax.config import ConfigError, FluxPipelineConfig, OpenSoraPipelineConfig
+from fluxjax.config import (
+    ConfigError,
+    FluxPipelineConfig,
+    OpenSoraPipelineConfig,
+    PipelineConfig,
+    SchedulerConfig,
+)
 from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.families.family import (
@@ -153,10 +159,13 @@ def run(config: FluxPipelineConfig, steps: Steps, rows: int, columns: int) -> Ru
     `steps.sampler` is one of `ON_FLOW`; another sampler and other sigmas run in the program that
     all samplers share. Raises ConfigError for what a flow does not have.
     """
-    tokens = rows * columns // PATCH**2
+    return flow_run(config.scheduler, steps, rows * columns // PATCH**2)
+
+
+def flow_run(scheduler: SchedulerConfig, steps: Steps, tokens: int) -> Run:
+    """`run` of any model that is a flow; the times are noise levels."""
     if steps.eta:
         raise ConfigError("eta is how much noise DDIM adds, and this model is a flow")
-    scheduler = config.scheduler
     if steps.shift is not None:
         scheduler = replace(scheduler, use_dynamic_shifting=False, shift=steps.shift)
     if steps.sampler is None and steps.spacing is None and steps.sigmas is None:
@@ -193,7 +202,7 @@ def started(
     return np.asarray(FLOW.state(level).of(image, noise))
 
 
-def scale(config: FluxPipelineConfig, asked: Guidance) -> float | None:
+def scale(config: PipelineConfig, asked: Guidance) -> float | None:
     """Of classifier-free guidance; None where there is one pass.
 
     Raises ConfigError for a scale with nothing to guide away from, and the other way round.

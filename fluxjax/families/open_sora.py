@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fluxjax.config import ConfigError, OpenSoraPipelineConfig
+from fluxjax.config.video_pipeline import VideoPipelineConfig
 from fluxjax.families.family import (
     AnyArray,
     Apply,
@@ -111,7 +112,7 @@ def networks(
 
 
 def state_shape(
-    config: OpenSoraPipelineConfig, width: int, height: int, frames: int
+    config: VideoPipelineConfig, width: int, height: int, frames: int
 ) -> tuple[int, int, int, int]:
     """(channels, frames, rows, columns) of the latents of a clip.
 

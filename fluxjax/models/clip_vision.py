@@ -27,10 +27,12 @@ from fluxjax.models.products import own_precision
 class CLIPVisionOutput(struct.PyTreeNode):
     """What the vision encoder gives: class token first, `last_hidden_state` not normed.
 
-    `pooler_output` is the normed class token, `image_embeds` its projection or None.
+    `penultimate_hidden_state` is what the last layer reads, `pooler_output` the normed class token,
+    `image_embeds` its projection or None.
     """
 
     last_hidden_state: Float[Array, "b n d"]
+    penultimate_hidden_state: Float[Array, "b n d"]
     pooler_output: Float[Array, "b d"]
     image_embeds: Float[Array, "b p"] | None
 
@@ -97,8 +99,8 @@ class CLIPVisionTransformer(nn.Module):
         self.post_layernorm = layer_norm(epsilon, *dtypes)
 
     def __call__(self, pixel_values: Float[Array, "b height width c"]) -> CLIPVisionOutput:
-        last, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
-        return CLIPVisionOutput(last, self.post_layernorm(last[:, 0]), None)
+        last, before = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+        return CLIPVisionOutput(last, before, self.post_layernorm(last[:, 0]), None)
 
 
 class CLIPVisionModel(nn.Module):

@@ -12,6 +12,7 @@ from fluxjax.config import (
     HunyuanVideoConfig,
     IPAdapterConfig,
     LlamaConfig,
+    LlavaConfig,
     OpenSoraConfig,
     PixArtConfig,
     ReduxConfig,
@@ -29,6 +30,7 @@ from fluxjax.networks.flux import FLUX
 from fluxjax.networks.hunyuan_video import HUNYUAN_VIDEO
 from fluxjax.networks.ip_adapter import IP_ADAPTER
 from fluxjax.networks.llama import LLAMA
+from fluxjax.networks.llava import LLAVA
 from fluxjax.networks.network import Network
 from fluxjax.networks.open_sora import OPEN_SORA
 from fluxjax.networks.pixart import PIXART
@@ -59,6 +61,7 @@ NETWORKS: dict[type, Network] = {
         CAUSAL_AUTOENCODER,
         DC_AUTOENCODER,
         LLAMA,
+        LLAVA,
     )
 }
 Config = (
@@ -80,6 +83,7 @@ Config = (
     | CausalAutoencoderConfig
     | DCAutoencoderConfig
     | LlamaConfig
+    | LlavaConfig
 )
 
 

@@ -19,6 +19,7 @@ from fluxjax.networks.network import (
     TokenSplit,
     count,
 )
+from fluxjax.networks.open_sora import held
 from fluxjax.networks.tables import Rule, Table
 
 PUBLISHED = Table("diffusers HunyuanVideo transformer", identity=True)
@@ -92,6 +93,21 @@ def _refiner() -> list[Rule]:
 
 
 TENCENT = _tencent()
+
+
+def _adapter_rules() -> tuple[Rule, ...]:
+    """Tencent's names, and ComfyUI's own for the same modules."""
+    comfy = []
+    for rule in TENCENT.rules:
+        theirs = rule.theirs.replace("_mlp.fc1", "_mlp.0").replace("_mlp.fc2", "_mlp.2")
+        theirs = theirs.replace("_mod.linear", "_mod.lin").replace(
+            "modulation.linear", "modulation.lin"
+        )
+        comfy.append(dataclasses.replace(rule, theirs=theirs))
+    return (*TENCENT.rules, *comfy)
+
+
+ADAPTER_RULES = _adapter_rules()
 
 
 def _infer_published(shapes: Shapes, family: str) -> HunyuanVideoConfig:
@@ -310,6 +326,7 @@ HUNYUAN_VIDEO = Network(
     gguf_architecture=lambda config: "hyvid",
     quantised=flux.FLUX.quantised,
     scanned=flux.FLUX.scanned,
+    blocks=flux.FLUX.blocks,
     token_split=TokenSplit(
         "denoise",
         (("image", 1), ("text", 1), None, ("joint", 0), None, ("image", 0)),
@@ -318,6 +335,9 @@ HUNYUAN_VIDEO = Network(
         result=_result,
         text_last=True,
     ),
+    adapter_prefixes=flux.FLUX.adapter_prefixes,
+    adapter_rules=lambda shapes: ADAPTER_RULES,
     clip_shapes=_clip_shapes,
+    held=held,
     flops=flops,
 )

@@ -23,8 +23,9 @@ _NORMS = (
 )
 
 
-def _table(config: LlamaConfig, prefix: str, others: tuple[str, ...] = ()) -> Table:
-    """`others`: what else lies in such a file. Of what is never computed nothing is read."""
+def table(config: LlamaConfig, prefix: str, others: tuple[str, ...] = ()) -> Table:
+    """`prefix`: before the published names; `others`: what else lies in such a file. Of what is
+    never computed nothing is read."""
     start = prefix.replace(".", r"\.")
     ignored = [r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\..*", *others]
     if config.stops_after is not None:
@@ -57,7 +58,7 @@ def _dialect(name: str, prefix: str, others: tuple[str, ...] = ()) -> Dialect:
     return Dialect(
         name,
         (f"{prefix.replace('.', '[.]')}{_FIRST}",),
-        lambda config: _table(config, prefix, others),
+        lambda config: table(config, prefix, others),
         lambda shapes, family: _infer(prefix, shapes, family),
     )
 
@@ -171,6 +172,7 @@ LLAMA = Network(
     quantised_files=False,
     quantised=r"layers\.\d+\.(self_attn|mlp)\..*_proj\.weight",
     scanned=("layers",),
+    blocks=lambda config: config.kept_layers,
     tokenizer="LlamaTokenizerFast",
     flops=flops,
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxjax.config import ConfigError, OpenSoraConfig
+from fluxjax.config import ConfigError, HunyuanVideoConfig, OpenSoraConfig
 from fluxjax.config.latents import PATCH
 from fluxjax.networks import flux
 from fluxjax.networks.network import (
@@ -159,7 +159,8 @@ def _module() -> type:
     return OpenSoraTransformer
 
 
-def _held(config: OpenSoraConfig, latents: int, text_tokens: int) -> int:
+def held(config: OpenSoraConfig | HunyuanVideoConfig, latents: int, text_tokens: int) -> int:
+    """FLUX's, of tokens of another size."""
     return flux.held(config, latents * PATCH**2 // config.patch_size**2, text_tokens)
 
 
@@ -219,6 +220,7 @@ OPEN_SORA = Network(
     before_steps=flux.FLUX.before_steps,
     quantised=flux.FLUX.quantised,
     scanned=flux.FLUX.scanned,
+    blocks=flux.FLUX.blocks,
     token_split=TokenSplit(
         "denoise",
         (("image", 1), ("image", 1), ("text", 1), None, ("joint", 0)),
@@ -226,6 +228,6 @@ OPEN_SORA = Network(
         lambda config: config.num_attention_heads,
     ),
     clip_shapes=_clip_shapes,
-    held=_held,
+    held=held,
     flops=_flops,
 )

@@ -70,6 +70,10 @@ def _wanted(
         ]
 
     pipe = opened.pipeline(opened.sources.lora)
+    if options.first_frame_model is not None:
+        from fluxjax.sample.first_frames import with_first_frames
+
+        lines = with_first_frames(options, repeated, lines, pipe)
     jobs = [
         Job(Settings(**job["settings"]), tuple(job["lora"]), job["place"])
         for job in hosts.from_first(on_first)

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.video_sizes import AREAS, video_sizes
-from fluxjax.families.family import AnyArray
+from fluxjax.families.family import AnyArray, Task
 from fluxjax.models.video_condition import (
     GivenFrames,
     check_frames,
@@ -25,6 +25,7 @@ from fluxjax.models.video_condition import (
 )
 from fluxjax.sample.given_pictures import Given
 from fluxjax.sample.picture_inputs import NOTHING, Inputs
+from fluxjax.sample.reference import pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -66,9 +67,10 @@ def _frames_of(config: Any, latents: int) -> int:
 
 
 def clip_inputs(
-    stages: Stages, given: Given, settings: Settings, draws: Mapping[str, AnyArray]
+    stages: Stages, task: Task, given: Given, settings: Settings, draws: Mapping[str, AnyArray]
 ) -> Inputs:
-    """What the network sees of the given frames; `draws` has the noise of their posterior."""
+    """What the network sees of the given frames; `draws` has the noise of their posterior, of whose
+    means they are where it has none."""
     kind = condition_of(given, settings)
     if kind is None:
         return NOTHING
@@ -81,14 +83,19 @@ def clip_inputs(
         if not length:
             continue
         if picture is not None:
-            frames, noise = picture_frame(picture, *size), draws[noise]
+            frames = (
+                pixels(picture, *size)[None] if task.stretched else picture_frame(picture, *size)
+            )
+            noise = draws.get(noise)
         else:
             assert given.video is not None, "what is not given as pictures is a video"
             count = _frames_of(config, length)
             frames, noise = _part(given.video.frames, count, end, *size), draws["video"]
-        ends[end] = stages.encode_clips(frames, noise[:, :, :length])
+        drawn = None if noise is None else noise[:, :, :length]
+        ends[end] = stages.encode_clips(frames, drawn)
     made = given_frames(kind, shape, **ends)
-    return Inputs(channels=np.asarray(made.condition, stages.dtype))
+    channels = np.asarray(made.condition, stages.dtype)
+    return Inputs(channels=channels, image=ends["head"] if task.begins else None)
 
 
 def with_given(

@@ -57,7 +57,7 @@ def check(options: Options) -> None:
         if given[name] is not None:
             multiple(name, given[name], unit)
     sources = given_sources(options)
-    for model in (sources["model"], sources["refiner"]):
+    for model in (sources["model"], sources["refiner"], options.first_frame_model):
         _check_model(model)
     if options.like is None and (sources["redux"] is None) != (sources["redux_image"] == ()):
         raise ConfigError("--redux FOLDER and --redux-image FILE belong together: give both")

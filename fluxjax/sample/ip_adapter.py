@@ -1,6 +1,6 @@
 """IP-Adapters of FLUX.1: pictures that the transformer's blocks attend to beside the prompt.
 
-Source: diffusers `FluxPipeline`; the pictures are read as CLIP's processor reads them.
+Source: diffusers `FluxPipeline`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,14 @@ from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.source import open_network
 from fluxjax.config import IP_IMAGES, ConfigError, PipelineConfig
 from fluxjax.families import FLUX, family_of
+from fluxjax.families.clip_pixels import clip_pixels
 from fluxjax.families.family import AnyArray
 from fluxjax.hub import find
 from fluxjax.sample.picture_reader import PictureReader
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
-
     from fluxjax.sample.given_pictures import Given
     from fluxjax.sample.settings import Settings
-
-# CLIP's, of red, green and blue.
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 SEEN = "image_embeds"
 """Of CLIP's output what the adapter reads."""
@@ -103,7 +98,7 @@ class ImagePrompter:
         if passes > 1:
             black = Image.new("RGB", (size, size))
             pictures = [*pictures, given.negative_ip_image or black]
-        read = self.reader(np.stack([_pixels(picture, size) for picture in pictures]))
+        read = self.reader(np.stack([clip_pixels(picture, size) for picture in pictures]))
         each = list(zip(read, self.seen(negative), strict=True))
 
         def attended(is_negative: bool) -> tuple[Attended, ...]:
@@ -122,18 +117,6 @@ def _joined(
     x: Float[np.ndarray, "layers pictures tokens d"], part: Sequence[int]
 ) -> Float[np.ndarray, "1 layers all d"]:
     return np.concatenate([x[:, i] for i in part], axis=1)[None]
-
-
-def _pixels(picture: Picture, size: int) -> Float[np.ndarray, "size size 3"]:
-    """The middle square of a picture whose shorter side is `size`, with CLIP's mean and spread."""
-    from PIL import Image
-
-    short = min(picture.size)
-    width, height = (int(size * side / short) for side in picture.size)
-    resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
-    top, left = (height - size) // 2, (width - size) // 2
-    square = resized[top : top + size, left : left + size].astype(np.float32)
-    return (square * np.float32(1 / 255) - _MEAN) / _DEVIATION
 
 
 def given_ip_adapters(given: Any) -> list[tuple[str, float]]:

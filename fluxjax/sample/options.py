@@ -145,6 +145,9 @@ class Options:
     whole Stable Diffusion in one file, which has no tokenizers, a folder with those."""
     vae: _Path = None
     """For a BFL file: folder of a diffusers autoencoder, or ae.safetensors."""
+    first_frame_model: _Text = None
+    """A model of pictures (FLUX.1) that draws a clip's first frame from the same prompt; it is kept
+    beside the clip, as its --reference."""
     lora: _Loras = ()
     """A LoRA for the transformer, or several: --lora A.safetensors --lora B.safetensors:0.5."""
     refiner: _Path = None
@@ -173,7 +176,7 @@ class Options:
     flow_shift: _Float = None
     """How far a flow's noise levels are moved towards noise, in place of the model's own."""
     frames: _Int = None
-    """Of a clip (Open-Sora): 1 more than a multiple of 4; 1 draws a picture."""
+    """Of a clip (Open-Sora, HunyuanVideo): 1 more than a multiple of 4; 1 draws a picture."""
     fps: _Int = None
     """Frames a second of a clip, 1 to 240."""
     motion: _Int = None

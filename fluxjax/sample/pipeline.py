@@ -356,7 +356,9 @@ class Pipeline(Stages):
             for name in NAMES:
                 for component in components(self.config, name):
                     self.params(component)  # while the programs compile
-        conditioning, negative = self.hear(settings, prompts, number, scale, adapters)
+        conditioning, negative = self.hear(
+            settings, prompts, number, scale, adapters, given.reference if task.heard else None
+        )
         if self.redux is not None and heard:
             with self._timed("encoding"):
                 conditioning = self.redux.heard(conditioning, heard)
@@ -391,14 +393,15 @@ class Pipeline(Stages):
             calls = Calls(self.run_of(settings).evaluations, progress, on_step, every)
             latents = self.refiner.refine(latents, settings, prompts, number, draws, calls)
             last = self.refiner.pipe
-        if self.config.tiling is not None:
+        dropped = self.config.dropped_frames
+        if self.config.tiling is not None and not dropped:
             latents = with_given(latents, inputs, given, settings)
         pictures = last.decode(latents)
         if self.offload and last is not self:
             last.release()
         require_finite(self.config, pictures, [conditioning, negative], inputs, latents)
         if self.config.tiling is not None:
-            clips = to_bytes(pictures, settings.rounding)
+            clips = to_bytes(pictures[:, dropped:], settings.rounding)
             return clips if settings.frames > 1 else clips[:, 0]
         resized = in_size(pictures, *size)
         return finished(to_bytes(resized, settings.rounding), given, settings)
@@ -425,14 +428,16 @@ class Pipeline(Stages):
         number: int,
         scale: Any,
         adapters: Sequence[Mapping[str, float]] | None = None,
+        picture: Image | None = None,
     ) -> tuple[Conditioning, Conditioning | None]:
-        """Of every picture what it is to show, and what not; `scale`: of guidance."""
+        """Of every picture what it is to show, and what not; `scale`: of guidance. `picture` is
+        seen with the prompts."""
         length, together = settings.max_sequence_length, self.executables.rows("encode", 1)
         own = [{}] * len(prompts) if adapters is None else adapters[::number]
 
-        def said(texts: Sequence[str], count: int, *others: Any, clip_skip: int = 0) -> Any:
+        def said(texts: Sequence[str], count: int, *others: Any, **options: Any) -> Any:
             parts = [slice(i, i + together) for i in range(0, len(texts), together)]
-            encode = partial(self.encode_prompt, max_sequence_length=length, clip_skip=clip_skip)
+            encode = partial(self.encode_prompt, max_sequence_length=length, **options)
             each = [
                 encode(texts[part], *others, adapters=own[: len(texts)][part]) for part in parts
             ]
@@ -441,7 +446,8 @@ class Pipeline(Stages):
         told = settings.told(negative=False)
         texts = [self.family.prompt_of(prompt, told) for prompt in prompts]
         others = settings.prompt_2, settings.prompt_3
-        conditioning = said(texts, number, *others, clip_skip=settings.clip_skip)
+        seen = {"clip_skip": settings.clip_skip, "picture": picture}
+        conditioning = said(texts, number, *others, **seen)
         conditioning = self._with_sizes(conditioning, settings, negative=False)
         if scale is None:
             return conditioning, None
@@ -503,7 +509,7 @@ class Pipeline(Stages):
     ) -> Inputs:
         """Of what is given, as the network sees it."""
         if self.config.tiling is not None:
-            return clip_inputs(self, given, settings, draws)
+            return clip_inputs(self, task, given, settings, draws)
         return make_inputs(self, task, given, settings, draws)
 
     def begin(

@@ -58,13 +58,16 @@ def unknown_options(names: list[str]) -> str:
 
 
 def check_clip(config: PipelineConfig, settings: Settings, usual: Settings) -> None:
-    """Raises ConfigError for what a clip has and a model of pictures has not; `usual`: its own."""
-    if config.tiling is not None:
-        return
-    config.require_frames(settings.frames)
+    """Raises ConfigError for what other clips have and this model has not; `usual`: its own."""
+    clips = config.tiling is not None
+    if not clips:
+        config.require_frames(settings.frames)
     for name in CLIP_FIELDS:
-        if getattr(settings, name) != getattr(usual, name):
-            raise ConfigError(f"{name} is for clips, and {config.class_name} draws pictures")
+        if name in config.clip_settings or getattr(settings, name) == getattr(usual, name):
+            continue
+        if clips:
+            raise ConfigError(f"{name} is Open-Sora's, and {config.class_name} has no such setting")
+        raise ConfigError(f"{name} is for clips, and {config.class_name} draws pictures")
 
 
 def check_told(family: Family, config: PipelineConfig, settings: Settings) -> None:

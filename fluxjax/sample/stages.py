@@ -128,14 +128,18 @@ class Stages:
         *,
         max_sequence_length: int | None = None,
         clip_skip: int = 0,
+        picture: Image | None = None,
         adapters: Sequence[Mapping[str, float]] | None = None,
     ) -> Conditioning:
         """Conditioning of one prompt or several; `prompt_2` and `prompt_3` are what the second and
         the third text encoder read instead of them, `clip_skip` how many of CLIP's last layers are
-        left out. `adapters`: of each prompt, see `LoraSlots.each`."""
+        left out. `picture`: what is seen beside the prompts, where a text encoder sees it.
+        `adapters`: of each prompt, see `LoraSlots.each`."""
         length = max_sequence_length or self.config.max_sequence_length
         self.config.require_clip_skip(clip_skip)
         more: dict[str, Any] = {"clip_skip": clip_skip} if clip_skip else {}
+        if picture is not None:
+            more["picture"] = picture
         if prompt_3 is not None:
             self.config.require_third_prompt()
         with self._timed("loading"):

@@ -50,6 +50,13 @@ VIDEO = PromptTemplate(
     f"{_USER}{{}}<|eot_id|>",
     95,
 )
+_ANSWERED = f"{_USER}{{}}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+FROM_PICTURE = PromptTemplate(
+    f"{_SYSTEM}<image>\nDescribe the video by detailing the following aspects according to the "
+    f"reference image: {_ASPECTS}\n\n{_ANSWERED}",
+    103,
+)
+"""Of a picture that the language model sees in <image>'s place."""
 PICTURE = PromptTemplate(
     f"{_SYSTEM}Describe the image by detailing the color, shape, size, texture, quantity, text, "
     f"spatial relationships of the objects and background:<|eot_id|>{_USER}{{}}<|eot_id|>",

@@ -1,0 +1,128 @@
+"""LLaVA: CLIP's vision encoder, two layers and a language model in one file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fluxjax.config import ConfigError, LlavaConfig
+from fluxjax.networks import clip, llama
+from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes
+from fluxjax.networks.tables import Rule, Table
+
+
+def _table(config: LlavaConfig) -> Table:
+    """What transformers 5 calls otherwise than published files: everything is under `model.`, and
+    CLIP's encoder has no name of its own."""
+    text = [llama.table(config.text_config, p) for p in ("language_model.model.", _INNER)]
+    rules = [
+        Rule(rule.theirs, tuple(f"language_model.model.{name}" for name in rule.ours))
+        for rule in text[1].rules
+    ]
+    for rule in clip.VISION_PUBLISHED.rules:
+        ours = tuple(f"vision_tower.{name}" for name in rule.ours)
+        others = (f"vision_tower.{rule.theirs}", f"model.vision_tower.{rule.theirs}")
+        for theirs in (*others, f"model.{ours[0]}"):
+            rules.append(Rule(theirs, ours, leaves=rule.leaves))
+    for name in ("linear_1", "linear_2"):
+        projector = f"multi_modal_projector.{name}"
+        rules.append(Rule(f"model.{projector}", (projector,)))
+    ignored = dict.fromkeys(pattern for table in text for pattern in table.ignored)
+    return Table("LLaVA", tuple(rules), identity=True, ignored=(*ignored, r".*position_ids"))
+
+
+def _infer(shapes: Shapes, family: str) -> LlavaConfig:
+    raise ConfigError(
+        "the heads and activations of a LLaVA cannot be told from shapes; give the network's "
+        "config.json with --config"
+    )
+
+
+def _inputs(config: LlavaConfig) -> Arrays:
+    vision = config.vision_config
+    shape = (2, vision.image_size, vision.image_size, vision.num_channels)
+    return {
+        **llama.LLAMA.inputs(config.text_config),
+        "pixel_values": np.random.default_rng(1).standard_normal(shape, np.float32),
+    }
+
+
+def _read(values: dict[str, Any]) -> dict[str, Any]:
+    for name in ("text_config", "vision_config"):
+        if not isinstance(given := values.get(name, {}), dict):
+            raise ConfigError(f"{name} must be a JSON object, got {given!r}")
+    return values
+
+
+def _write(config: LlavaConfig, values: dict[str, Any]) -> dict[str, Any]:
+    left = {k: v for k, v in values.items() if k != "heard_stride"}
+    return {**left, **_REQUIRED, "image_seq_length": config.picture_tokens}
+
+
+def _module() -> type:
+    from fluxjax.models.llava import LlavaModel
+
+    return LlavaModel
+
+
+_INNER = "model.language_model."
+_REQUIRED = {
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+    "multimodal_projector_bias": True,
+}
+_VISION: dict[str, Role] = {
+    end: role for end, role in clip.CLIP_VISION.roles.items() if end != "visual_projection"
+}
+_ROLES: dict[str, Role] = {
+    **_VISION,
+    # Only Qwen3 norms queries and keys.
+    **{end: role for end, role in llama.LLAMA.roles.items() if end not in ("q_norm", "k_norm")},
+    # Whose names some of CLIP's layers have too.
+    **{f"encoder/layers/{end}": _VISION[end] for end in _VISION if end in llama.LLAMA.roles},
+    "multi_modal_projector/linear_1": "columns",
+    "multi_modal_projector/linear_2": "rows",
+}
+
+LLAVA = Network(
+    config=LlavaConfig,
+    component="text_encoder",
+    words="LLaVA",
+    describe=lambda config: (
+        f"LLaVA: {llama.LLAMA.describe(config.text_config)}, with its "
+        f"{clip.CLIP_VISION.describe(config.vision_config)}"
+    ),
+    module=_module,
+    inputs=_inputs,
+    outputs=lambda hidden: {"last_hidden_state": hidden},
+    json=JsonForm(
+        "transformers",
+        ("LlavaForConditionalGeneration",),
+        model_types=("llava",),
+        defaults={"image_token_index": 32000},
+        required=_REQUIRED,
+        read=_read,
+        write=_write,
+    ),
+    dialects=(
+        Dialect(
+            "published",
+            (
+                r"(language_model\.model|model\.language_model)\.layers\.0\.self_attn\.q_proj\.weight",
+                r"(model\.)?multi_modal_projector\.linear_1\.weight",
+                r"(model\.)?vision_tower\.(vision_model\.)?embeddings\.class_embedding",
+            ),
+            _table,
+            _infer,
+        ),
+    ),
+    roles=_ROLES,
+    file_name=lambda config: "llava.safetensors",
+    quantised_files=False,
+    quantised=r"language_model\.model\.layers\.\d+\.(self_attn|mlp)\..*_proj\.weight",
+    scanned=("layers",),
+    blocks=lambda config: config.text_config.kept_layers,
+    tokenizer=llama.LLAMA.tokenizer,
+)
