@@ -75,7 +75,7 @@ def load_pipeline(
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
     Args:
-      model: "tiny", or with a tool that it has learnt "tiny-edit", "tiny-fill" or "tiny-canny"; a
+      model: "tiny", or with a tool that it has learnt "tiny-fill" or "tiny-canny"; a
         diffusers folder, an Orbax folder, or a transformer's file
         (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors), which needs the two below, or a
         whole Stable Diffusion in one file, which needs the first for its tokenizers. Here and below
