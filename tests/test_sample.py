@@ -17,6 +17,8 @@ from diffusers import (
     HunyuanVideoPipeline,
     PixArtAlphaPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
 )
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
@@ -377,7 +379,13 @@ def test_names_of_diffusers_are_answered_with_ours(ours):
         "'colour' is no setting; there are ",
     ):
         assert words in said
-    others = StableDiffusion3Pipeline, PixArtAlphaPipeline, HunyuanVideoPipeline
+    others = (
+        StableDiffusionXLPipeline,
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusion3Pipeline,
+        PixArtAlphaPipeline,
+        HunyuanVideoPipeline,
+    )
     known = [inspect.signature(kind.__call__).parameters for kind in (*THEIR_CLASSES, *others)]
     assert set(OTHER_NAMES) <= {name for parameters in known for name in parameters}
 
