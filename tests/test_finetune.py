@@ -218,6 +218,7 @@ def test_the_lora_file_is_what_was_trained_and_changes_the_picture(lora_run, rec
     assert np.abs(np.asarray(plain, int) - drawn).max() > 2
 
 
+@pytest.mark.slow
 def test_every_naming_holds_what_text_encoders_learnt(lora_run, recipe, tmp_path):
     job, _, _, path = lora_run
     bases, expected = job.frozen["params"], read_adapters(path, job.frozen["params"]).changes

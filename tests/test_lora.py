@@ -152,6 +152,7 @@ def test_same_picture_as_diffusers_with_two_loras(files, pipeline):
     assert change > 2, "LoRA that change nothing prove nothing"
 
 
+@pytest.mark.slow
 def test_the_command_records_its_loras_and_repeats_them(
     files, pipeline, monkeypatch, tmp_path, capsys
 ):

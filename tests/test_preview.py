@@ -33,6 +33,7 @@ def away(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(np.subtract(*cells)).mean())
 
 
+@pytest.mark.slow
 def test_previews_come_nearer_and_the_last_is_the_picture(pipe):
     picture, shown = drawn(pipe, 3)
     assert [step for step, _ in shown] == [3, 6, 8]

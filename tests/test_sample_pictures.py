@@ -123,7 +123,7 @@ TASKS = {
 THEIRS = {"mask": "mask_image", "control": "control_image", "reference": "image_reference"}
 
 
-QUICK = ("img2img", "crop", "control inpaint")
+QUICK = ("img2img", "crop")
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,7 @@ def test_a_crop_leaves_the_rest_as_it_was_to_the_pixel(both):
     assert not apart[~white].any() and apart[white].mean() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fill", "text"])
 def test_a_border_is_painted_and_the_picture_kept(both, kind):
     ours, _ = both(kind, "FluxPipeline")
@@ -372,6 +373,7 @@ def test_bfl_encodes_the_mean_keeps_masks_soft_and_reads_128_tokens(both, monkey
     assert not seen["inputs"].channels[:, 16:].any() and not np.array_equal(seen["noise"], noise)
 
 
+@pytest.mark.slow
 def test_the_recorded_fill_is_drawn_by_the_sampler(shared):
     """BFL's own run, its channels joined as the pipeline joins them."""
     path = shared / "goldens" / "bfl_flux_fill.safetensors"

@@ -53,6 +53,7 @@ def test_the_picture_is_that_of_diffusers(pipe, expected, name):
     assert np.abs(np.asarray(plain, int) - np.asarray(picture, int)).max() > 10
 
 
+@pytest.mark.slow
 def test_samplers_steps_and_spacings_share_one_program(pipe):
     def programs():
         return len(pipe.executables._futures["denoise"])

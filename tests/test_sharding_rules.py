@@ -90,6 +90,7 @@ def unnumbered(network, path) -> str:
     return "/".join(re.sub(rf"^({groups})_\d+(_to_\d+)?$", r"\1", part) for part in path)
 
 
+@pytest.mark.slow
 def test_every_leaf_of_every_network_has_one_role_and_lies_as_recorded():
     assert {type(config) for config in CONFIGS} == set(NETWORKS)
     mesh = AbstractMesh((2, 2, 2, 2), AXES)

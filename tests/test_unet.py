@@ -154,6 +154,7 @@ def test_published_names_and_shapes(shared, name):
     assert infer_config(network, dialect, {n: t.shape for n, t in theirs.items()}) == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ldm_sd15", "ldm_sdxl_base"])
 def test_the_original_files_names(shared, name):
     published = json.loads((shared / f"checkpoints/{name}.json").read_text())["tensors"]

@@ -213,6 +213,14 @@ class Task:
         return count if draw == "noise" or draw.startswith("control") else 1
 
 
+def second_prompts(prompts: Sequence[str], prompts_2: Sequence[str] | None) -> Sequence[str]:
+    """What the last text encoder reads. Raises ValueError where the numbers of prompts differ."""
+    second = prompts if prompts_2 is None else prompts_2
+    if len(second) != len(prompts):
+        raise ValueError(f"got {len(prompts)} prompts, but {len(second)} second prompts")
+    return second
+
+
 def _as_written(prompt: str, told: Told) -> str:
     if told.clean:
         raise ConfigError("clean_caption is for PixArt, whose captions of training were cleaned so")

@@ -33,6 +33,7 @@ from fluxjax.families.family import (
     Guidance,
     Steps,
     Tokens,
+    second_prompts,
 )
 from fluxjax.families.flux_controls import Each as OfControls
 from fluxjax.families.flux_controls import forward_controls, hoist_controls
@@ -78,9 +79,7 @@ def tokenize(
     T5 reads `prompts_2` where given. CLIP's 77 tokens are cut silently while T5 hears the whole:
     CLIP only sets the mood. Raises ValueError when the numbers of prompts differ.
     """
-    second = prompts if prompts_2 is None else prompts_2
-    if len(second) != len(prompts):
-        raise ValueError(f"got {len(prompts)} prompts, but {len(second)} second prompts")
+    second = second_prompts(prompts, prompts_2)
     clip, t5 = tokenizers
     heard, read = clip(prompts), t5(second, max_sequence_length)
     ids = PromptIds(heard.input_ids, read.input_ids)

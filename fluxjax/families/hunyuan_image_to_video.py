@@ -19,7 +19,13 @@ from jaxtyping import Float, Int
 from fluxjax.config import ConfigError, HunyuanVideoImageToVideoPipelineConfig
 from fluxjax.config.hunyuan_video_pipeline import PICTURE_SIDE
 from fluxjax.families.clip_pixels import clip_pixels
-from fluxjax.families.family import AnyArray, Apply, Conditioning, Task
+from fluxjax.families.family import (
+    AnyArray,
+    Apply,
+    Conditioning,
+    Task,
+    second_prompts,
+)
 from fluxjax.families.hunyuan_video import HUNYUAN_VIDEO
 from fluxjax.models import lora
 from fluxjax.models.clip import CLIPTextModel
@@ -78,9 +84,7 @@ def tokenize(
     """As of text to video; all prompts see the same picture, black where there is none."""
     from PIL import Image
 
-    second = prompts if prompts_2 is None else prompts_2
-    if len(second) != len(prompts):
-        raise ValueError(f"got {len(prompts)} prompts, but {len(second)} second prompts")
+    second = second_prompts(prompts, prompts_2)
     if max_sequence_length <= _LEFT_OUT:
         raise ConfigError(
             f"max_sequence_length must be above {_LEFT_OUT} where a picture is read, got "

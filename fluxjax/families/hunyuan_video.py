@@ -18,7 +18,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fluxjax.config import ConfigError, HunyuanVideoPipelineConfig
-from fluxjax.families.family import AnyArray, Apply, Conditioning, Extras, Family, Steps, Task
+from fluxjax.families.family import (
+    AnyArray,
+    Apply,
+    Conditioning,
+    Extras,
+    Family,
+    Steps,
+    Task,
+    second_prompts,
+)
 from fluxjax.families.flux import FLUX, flow_run
 from fluxjax.families.noise_path import FlowPath
 from fluxjax.families.open_sora import OPEN_SORA
@@ -72,9 +81,7 @@ def tokenize(
     CLIP reads `prompts_2` where given; its 77 tokens are cut silently. Raises ValueError when the
     numbers of prompts differ, ConfigError for a tokenizer that is not the model's.
     """
-    second = prompts if prompts_2 is None else prompts_2
-    if len(second) != len(prompts):
-        raise ValueError(f"got {len(prompts)} prompts, but {len(second)} second prompts")
+    second = second_prompts(prompts, prompts_2)
     llama, clip = tokenizers
     read = templated(llama, prompts, VIDEO, max_sequence_length=max_sequence_length)
     if (read.attention_mask.sum(axis=1) <= VIDEO.crop).any():

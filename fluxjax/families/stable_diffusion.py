@@ -29,6 +29,7 @@ from fluxjax.families.family import (
     Steps,
     Task,
     Tokens,
+    second_prompts,
 )
 from fluxjax.families.noise_path import DiffusionPath
 from fluxjax.models import lora
@@ -111,9 +112,7 @@ def tokenize(
     longest = min(one.max_length for one in tokenizers)
     if max_sequence_length > longest:
         raise ConfigError(f"CLIP reads {longest} tokens, not {max_sequence_length}")
-    second = prompts if prompts_2 is None else prompts_2
-    if len(second) != len(prompts):
-        raise ValueError(f"got {len(prompts)} prompts, but {len(second)} second prompts")
+    second = second_prompts(prompts, prompts_2)
     if prompts_2 is not None and len(tokenizers) == 1:
         raise ConfigError("prompt_2 is for a second text encoder, and this model has one")
     texts = [*[prompts] * (len(tokenizers) - 1), second]
