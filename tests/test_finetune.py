@@ -34,6 +34,7 @@ from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.training_state import StateStore, read_state
 from fluxjax.config import (
+    CONTROL_MODES,
     DEV,
     SCHNELL,
     TINY,
@@ -726,13 +727,15 @@ def test_a_controlnet_is_a_copy_that_learns(recipe, pictures, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed`")
 def test_of_a_union_one_mode_learns(recipe, tmp_path, capsys):
-    """The token of the mode that the pictures are of moves, the others' stay."""
+    """Of a new one, too: the token of the mode that the pictures are of moves, the others' stay."""
     base = load_params(
         Path(recipe.model), "transformer", SMALL.transformer, stacked=False, dtype=jnp.float32
     )
-    plain = learnt_controlnet(ControlNetSettings(layers=1, single_layers=0), SMALL.transformer)
-    union, start = replace(plain, num_mode=3), tmp_path / "union"
-    params = initial_controlnet(ControlNetSettings(), union, base, make_mesh(""), stacked=False)
+    new = ControlNetSettings(layers=1, single_layers=0, mode="tile")
+    union, start = learnt_controlnet(new, SMALL.transformer), tmp_path / "union"
+    params = initial_controlnet(new, union, base, make_mesh(""), stacked=False)
+    tokens = params["controlnet_mode_embedder"]["embedding"]
+    assert union.num_mode == len(tokens) == 10 and 0.8 < float(tokens.std()) < 1.2
     moved = jax.tree.map(lambda x: x + 0.1, params)  # lest what it adds is nothing
     save_params(tmp_path, "union", moved, union, None)
     more = (
@@ -746,16 +749,28 @@ def test_of_a_union_one_mode_learns(recipe, tmp_path, capsys):
         FluxControlNetModel.from_pretrained(folder).state_dict() for folder in (start, path)
     )
     name = "controlnet_mode_embedder.weight"
-    assert (before[name] != after[name]).any(dim=1).tolist() == [False, True, False]
+    assert (before[name] != after[name]).any(dim=1).nonzero().tolist() == [[CONTROL_MODES["tile"]]]
     for settings, words in (
-        (ControlNetSettings(start=str(start)), "a union ControlNet needs a control_mode"),
-        (ControlNetSettings(start=str(start), mode="3"), "has the modes 0 to 2"),
-        (ControlNetSettings(layers=1, single_layers=0, mode="canny"), "knows one kind of picture"),
+        (ControlNetSettings(start=str(start)), r"controlnet\.mode: a union ControlNet needs"),
+        (ControlNetSettings(start=str(start), mode="10"), "has the modes 0 to 9"),
+        (replace(new, mode="10"), "has the modes 0 to 9"),
     ):
         with pytest.raises(ConfigError, match=words):
             learnt_controlnet(settings, SMALL.transformer)
     with pytest.raises(ConfigError, match=r"controlnet\.mode must be canny, .* or a number, got"):
         ControlNetSettings(mode="edges")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"method": "controlnet", "lora": LoraConfig(rank=4)}, "trained whole: leave out"),
+        ({"controlnet": ControlNetSettings(mode="canny")}, "and this is method lora"),
+    ],
+)
+def test_a_controlnet_is_no_lora(given, words):
+    with pytest.raises(ConfigError, match=words):
+        FinetuneRecipe(**given, data=DataSettings(controls="canny"))
 
 
 @pytest.mark.slow

@@ -182,18 +182,18 @@ def tool_folders(root):
         num_layers=2, inner_dim=width, cross_attention_dim=48, image_embed_dim=768, num_tokens=5
     )
     save_file(xlabs_file(adapter), root / "ip.safetensors")
-    return net, siglip
+    return net, siglip, clip, adapter, adapter
 
 
 @pytest.mark.slow
 def test_networks_of_tools_are_counted(tmp_path):
-    net, siglip = tool_folders(tmp_path)
+    net, siglip, *ip_adapters = tool_folders(tmp_path)
     plain = Options(model="tiny", steps=3, width=64, height=96, dtype="float32")
     options = replace(
         plain,
         controlnet=(str(tmp_path / "net"),) * 2,
         redux=str(tmp_path / "redux"),
-        ip_adapter=str(tmp_path / "ip.safetensors"),
+        ip_adapter=(str(tmp_path / "ip.safetensors"),) * 2,
         image_encoder=str(tmp_path / "clip"),
         offload=True,
     )
@@ -208,6 +208,7 @@ def test_networks_of_tools_are_counted(tmp_path):
     assert weights["controlnets"] == 4 * parameter_count(abstract_params(net))
     assert weights["redux"] > 4 * parameter_count(abstract_params(siglip))
     assert found["redux"].held == weights["redux"], "no other network is there"
+    assert weights["ip_adapter"] == 4 * sum(map(parameter_count, map(abstract_params, ip_adapters)))
     text = config.max_sequence_length + siglip.tokens
     each = flux_flops(config.transformer, tokens(config), text)
     each += 2 * network_of(net).flops(net, tokens(config), text)
@@ -226,7 +227,8 @@ def test_networks_of_tools_are_counted(tmp_path):
         ),
         ({"controlnet": ("union",) * 4}, "at most 3 ControlNets"),
         ({"redux": "dev"}, "tokens of width 4096, and this model reads text of width 128"),
-        ({"ip_adapter": "xlabs"}, "for 19 double blocks, and the model has 2"),
+        ({"ip_adapter": ("xlabs",)}, "for 19 double blocks, and the model has 2"),
+        ({"ip_adapter": ("xlabs",) * 4}, "at most 3 IP-Adapters"),
         ({"image_encoder": "clip"}, "name one too"),
         ({"task": "lora", "redux": "dev"}, "are for --task sample"),
     ],

@@ -27,6 +27,7 @@ from fluxjax.config import ConfigError, IPAdapterConfig
 from fluxjax.families.clip_pixels import clip_pixels
 from fluxjax.sample.command import draw
 from fluxjax.sample.given_options import check
+from fluxjax.sample.memory_estimate import weight_bytes
 from fluxjax.sample.options import Options
 from fluxjax.sample.picture_formats import read_record
 
@@ -216,6 +217,9 @@ def test_several_adapters_each_see_their_own_picture(files, random_pipeline, tmp
         image_encoder=clip,
         scan_layers=False,
     )
+    alone = fluxjax.load_pipeline(random_pipeline, ip_adapter=one, image_encoder=clip)
+    weights = sum(x.nbytes for x in xlabs_file(ADAPTER).values())
+    assert weight_bytes(ours) - weight_bytes(alone) == weights
     seen = [photo(0), photo(1, (121, 203))]
 
     def expected(pictures):

@@ -33,10 +33,10 @@ def plan(options: Options) -> int:
         made["steps"] = config.steps
         if options.pictures:
             made["pictures"] = " ".join(options.pictures)
-        named = {name: getattr(options, name) for name in ("redux", "ip_adapter", "image_encoder")}
-        made |= {name: value for name, value in named.items() if value is not None}
-        if options.controlnet:
-            made["controlnet"] = " ".join(options.controlnet)
+        several = {name: getattr(options, name) for name in ("controlnet", "ip_adapter")}
+        made |= {name: " ".join(values) for name, values in several.items() if values}
+        single = {name: getattr(options, name) for name in ("redux", "image_encoder")}
+        made |= {name: value for name, value in single.items() if value is not None}
     else:
         made |= {"remat": options.remat, "optimizer": options.optimizer}
         made |= {"accumulate": options.accumulate, "ema": options.ema}

@@ -48,10 +48,11 @@ class Options:
     """Sampling: ControlNets, each union, union-2 or xlabs (the published sizes), or a folder."""
     redux: _Name = None
     """Sampling: Redux, dev or a folder of it."""
-    ip_adapter: _Name = None
-    """Sampling: an IP-Adapter that sees one picture: xlabs, xlabs-2 (16 tokens), or a file."""
+    ip_adapter: _Names = ()
+    """Sampling: IP-Adapters, each of which sees one picture: xlabs, xlabs-2 (16 tokens), or files.
+    """
     image_encoder: _Name = None
-    """For an IP-Adapter: a folder of CLIP; by default ViT-L/14."""
+    """For IP-Adapters: a folder of CLIP; by default ViT-L/14."""
     mesh: str = ""
     """Such as fsdp=4,tensor=2; the rest of the devices shares out the batch."""
     devices: _Int = None

@@ -230,18 +230,16 @@ def _readings(tools: Tools) -> dict[str, Reading]:
     if tools.redux is not None:
         encoder, projector = tools.redux
         found["redux"] = Reading(encoder, (projector,), redux.SEEN)
-    if tools.ip_adapter is not None:
-        encoder, adapter = tools.ip_adapter
-        found["ip_adapter"] = Reading(encoder, (adapter,), ip_adapter.SEEN)
+    if tools.ip_adapters is not None:
+        encoder, adapters = tools.ip_adapters
+        found["ip_adapter"] = Reading(encoder, adapters, ip_adapter.SEEN)
     return found
 
 
 def _keys_of(tools: Tools) -> list[tuple[int, int, int]]:
-    """(layers, tokens, width) of what an IP-Adapter adds, if there is one."""
-    if tools.ip_adapter is None:
-        return []
-    adapter = tools.ip_adapter[1]
-    return [(adapter.num_layers, adapter.num_tokens, adapter.inner_dim)]
+    """(layers, tokens, width) of what each IP-Adapter adds."""
+    adapters = tools.ip_adapters[1] if tools.ip_adapters else ()
+    return [(one.num_layers, one.num_tokens, one.inner_dim) for one in adapters]
 
 
 def _beside_bytes(

@@ -9,6 +9,7 @@ from fluxjax.checkpoint.component_json import read_config_json
 from fluxjax.config import (
     CONTROLS,
     IP_ADAPTER,
+    IP_IMAGES,
     REDUX,
     SIGLIP_SO400M,
     UNION,
@@ -32,12 +33,12 @@ CLIP = CLIPVisionConfig(with_projection=True)
 
 
 class Tools(NamedTuple):
-    """`redux`: SigLIP and the projector. `ip_adapter`: CLIP's vision encoder and the adapter, which
-    see one picture."""
+    """`redux`: SigLIP and the projector. `ip_adapters`: CLIP's vision encoder and the adapters,
+    which see one picture each."""
 
     controlnets: tuple[ControlNetConfig, ...] = ()
     redux: tuple[SiglipVisionConfig, ReduxConfig] | None = None
-    ip_adapter: tuple[CLIPVisionConfig, IPAdapterConfig] | None = None
+    ip_adapters: tuple[CLIPVisionConfig, tuple[IPAdapterConfig, ...]] | None = None
 
 
 def read_tools(
@@ -45,25 +46,27 @@ def read_tools(
     model: str,
     controlnets: tuple[str, ...],
     redux: str | None,
-    ip_adapter: str | None,
+    ip_adapters: tuple[str, ...],
     image_encoder: str | None,
 ) -> Tools:
     """Of names of published ones, or of folders, of which the configurations do.
 
     Raises ConfigError, OSError for what is none, or of another model than `config`.
     """
-    if not (controlnets or redux or ip_adapter or image_encoder):
+    if not (controlnets or redux or ip_adapters or image_encoder):
         return Tools()
     flux = require_flux(config, model)
     if len(controlnets) > len(CONTROLS):
         raise ConfigError(f"at most {len(CONTROLS)} ControlNets go together")
+    if len(ip_adapters) > len(IP_IMAGES):
+        raise ConfigError(f"at most {len(IP_IMAGES)} IP-Adapters go together")
     nets = tuple(_controlnet(name, flux) for name in controlnets)
-    if image_encoder and not ip_adapter:
+    if image_encoder and not ip_adapters:
         raise ConfigError("an image encoder sees for an IP-Adapter: name one too")
     return Tools(
         nets,
         _redux(redux, flux) if redux else None,
-        _ip_adapter(ip_adapter, image_encoder, flux) if ip_adapter else None,
+        _ip_adapters(ip_adapters, image_encoder, flux) if ip_adapters else None,
     )
 
 
@@ -82,23 +85,28 @@ def _redux(name: str, config: FluxPipelineConfig) -> tuple[SiglipVisionConfig, R
     return found
 
 
-def _ip_adapter(
-    name: str, image_encoder: str | None, config: FluxPipelineConfig
-) -> tuple[CLIPVisionConfig, IPAdapterConfig]:
-    adapter = IP_ADAPTERS.get(name)
-    if adapter is None:
-        # Published without a configuration: its tensors tell.
-        from fluxjax.checkpoint.source import open_network
-
-        path = find(name, "checkpoint")
-        if not path.exists():
-            raise _unknown(name, IP_ADAPTERS)
-        adapter = open_network(path, "ip_adapter").config
-    encoder = CLIP
+def _ip_adapters(
+    names: tuple[str, ...], image_encoder: str | None, config: FluxPipelineConfig
+) -> tuple[CLIPVisionConfig, tuple[IPAdapterConfig, ...]]:
+    adapters, encoder = tuple(map(_ip_adapter, names)), CLIP
     if image_encoder is not None:
         encoder = _read(image_encoder, "image_encoder", CLIPVisionConfig, {})
-    adapter.require_same_model(name, config.transformer, encoder, image_encoder or "CLIP ViT-L/14")
-    return encoder, adapter
+    for name, adapter in zip(names, adapters, strict=True):
+        seen_by = image_encoder or "CLIP ViT-L/14"
+        adapter.require_same_model(name, config.transformer, encoder, seen_by)
+    return encoder, adapters
+
+
+def _ip_adapter(name: str) -> IPAdapterConfig:
+    if name in IP_ADAPTERS:
+        return IP_ADAPTERS[name]
+    # Published without a configuration: its tensors tell.
+    from fluxjax.checkpoint.source import open_network
+
+    path = find(name, "checkpoint")
+    if not path.exists():
+        raise _unknown(name, IP_ADAPTERS)
+    return open_network(path, "ip_adapter").config
 
 
 def _read(name: str, part: str, cls: type, known: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxjax.config import ConfigError
+from fluxjax.config import IP_IMAGES, ConfigError
 from fluxjax.config.tiling import Tiling
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> i
     denoiser = config.networks[config.denoiser]
     denoising = pictures * passes * network_of(denoiser).held(denoiser, seen, text)
     denoising += pictures * sum(network_of(n).held(n, latents, text) for n in config.controlnets)
+    denoising += pictures * passes * _image_prompts(pipe, settings)
     decoded = min(latents, TILE**2) if latents > UNTILED_LATENTS else latents * pictures
     decoded *= scale**2
     if config.tiling is not None:
@@ -89,6 +90,14 @@ def activation_bytes(pipe: Pipeline, settings: Settings, pictures: int = 1) -> i
     if pipe.refiner is None:
         return most
     return max(most, activation_bytes(pipe.refiner.pipe, settings, pictures))
+
+
+def _image_prompts(pipe: Pipeline, settings: Settings) -> int:
+    """Keys and values of all IP-Adapters, of one picture in one pass."""
+    if pipe.image_prompter is None:
+        return 0
+    given = sum(getattr(settings, name) is not None for name in IP_IMAGES)
+    return 2 * sum(map(math.prod, pipe.image_prompter.shapes(max(given, 1))))
 
 
 def _tile(settings: Settings, tiling: Tiling) -> Iterator[int]:

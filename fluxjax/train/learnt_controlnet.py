@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from fluxjax.checkpoint.source import open_network
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import ConfigError, ControlNetConfig, FluxConfig
+from fluxjax.config import UNION, ConfigError, ControlNetConfig, FluxConfig
 from fluxjax.hub import find
 from fluxjax.models.names import flatten, is_stacked, unflatten
 from fluxjax.parallel.rules import param_shardings
@@ -36,7 +36,8 @@ def learnt_controlnet(settings: ControlNetSettings, transformer: FluxConfig) -> 
     for name, wanted in blocks.items():
         if wanted > fields[name]:
             raise ConfigError(f"a ControlNet copies at most {fields[name]} {name}, got {wanted}")
-    net = ControlNetConfig(**{**fields, **blocks})
+    fields |= {**blocks, "num_mode": UNION.num_mode if settings.mode else 0}
+    net = ControlNetConfig(**fields)
     net.require_same_model("controlnet", transformer)
     learnt_mode(settings, net)
     return net
@@ -45,7 +46,10 @@ def learnt_controlnet(settings: ControlNetSettings, transformer: FluxConfig) -> 
 def learnt_mode(settings: ControlNetSettings, net: ControlNetConfig) -> int | None:
     """The number of the one mode that a union learns. Raises ConfigError for a wrong one, and where
     none is named."""
-    (mode,) = modes_of([net], [settings.mode] if settings.mode else None)
+    try:
+        (mode,) = modes_of([net], [settings.mode] if settings.mode else None)
+    except ConfigError as error:
+        raise ConfigError(f"controlnet.mode: {error}") from None
     return mode
 
 
@@ -53,7 +57,7 @@ def initial_controlnet(
     settings: ControlNetSettings, net: ControlNetConfig, base: Tree, mesh: Mesh, *, stacked: bool
 ) -> Tree:
     """Weights in float32, on the mesh. `base`: those of the transformer, stacked or not as the
-    result."""
+    result. Tokens of modes begin as PyTorch's embeddings do, all else that is new as zeros."""
     template = abstract_params(net, stacked=stacked)
     where = param_shardings(net, template, mesh)
     if settings.start:
@@ -64,6 +68,8 @@ def initial_controlnet(
         theirs = flatten(base)
 
         def leaf(path: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
+            if path[0] == "controlnet_mode_embedder":
+                return jax.random.normal(jax.random.key(0), shape)
             if path not in theirs:
                 return jnp.zeros(shape)
             found = theirs[path][: shape[0]] if is_stacked(path) else theirs[path]

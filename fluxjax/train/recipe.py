@@ -138,6 +138,17 @@ class FinetuneRecipe:
             )
         if self.method == "controlnet" and self.data.pictures != {"control"}:
             raise ConfigError("a ControlNet learns to follow control pictures: give data.controls")
+        if self.method == "controlnet" and self.lora != LoraConfig():
+            raise ConfigError(
+                "a ControlNet is trained whole: leave out [lora]. A LoRA that follows control "
+                "pictures is method lora with data.controls"
+            )
+        if self.method != "controlnet" and self.controlnet != ControlNetSettings():
+            raise ConfigError(
+                f"[controlnet] is of method controlnet, which trains one whole, and this is method "
+                f"{self.method}. A LoRA that follows control pictures is method lora with "
+                "data.controls"
+            )
         if self.method != "full" and self.modules:
             raise ConfigError(
                 "modules are those that learn with method full; a LoRA's are lora.targets"

@@ -27,7 +27,8 @@ class ControlNetSettings:
     start: str = ""
     """A ControlNet's folder or file to go on from instead, which sees latents."""
     mode: str = ""
-    """Where that is a union, the kind of the control pictures: canny, depth ..., or a number."""
+    """The kind of the control pictures, canny, depth ... or a number: one of those of a union,
+    which learns the others in other runs. A new ControlNet is a union if this is given."""
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.single_layers < 0:
