@@ -28,6 +28,7 @@ from fluxjax.checkpoint.pipeline_folder import (
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.config import (
     TINY,
+    TINY_PIXART,
     TINY_SD,
     AutoencoderConfig,
     CLIPTextConfig,
@@ -49,7 +50,7 @@ from fluxjax.models.unet import UNet
 from fluxjax.train import command, finetune
 from fluxjax.train.data.dataset import open_dataset
 from fluxjax.train.data.settings import DataSettings
-from fluxjax.train.embedded import unet
+from fluxjax.train.embedded import diffusion
 from fluxjax.train.encoders import folder_encoders
 from fluxjax.train.export import export_run
 from fluxjax.train.flow_matching import Rows, path_loss
@@ -442,40 +443,50 @@ def test_what_an_objective_does_not_have_is_refused(model, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_embedded_unet_is_trained_and_drawn_with_by_diffusers_too(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["sd", "pixart"])
+def test_an_embedded_diffusion_model_is_trained_and_drawn_with_by_diffusers_too(
+    kind, tmp_path, monkeypatch
+):
     """A smaller one, for two steps and one; as of its newest checkpoint, and at the end."""
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
     from fluxjax.sample.loading import load_pipeline
 
-    small = replace(TINY_SD.unet, block_out_channels=(8, 16), transformer_layers_per_block=(1, 1))
-    monkeypatch.setattr(unet, "TINY_SD", replace(TINY_SD, unet=small))
-    recipe = read_recipe(RECIPES / "tiny_sd.toml")
-    assert isinstance(recipe, unet.TinySDRecipe)
-    stage = {"decay_steps": 1, "batch": 4, "pool": 64, "buckets": ((64, 64),)}
-    recipe = replace(
-        recipe,
-        folder=tmp_path / "run",
-        unet=replace(recipe.unet, steps=2, **stage),
-        refine=replace(recipe.refine, steps=1, **stage),
+    unet = replace(TINY_SD.unet, block_out_channels=(8, 16), transformer_layers_per_block=(1, 1))
+    small = {
+        "sd": replace(TINY_SD, unet=unet),
+        "pixart": replace(TINY_PIXART, transformer=replace(TINY_PIXART.transformer, num_layers=1)),
+    }[kind]
+    recipe = read_recipe(RECIPES / f"tiny_{kind}.toml")
+    assert isinstance(recipe, diffusion.DiffusionRecipe)
+    monkeypatch.setattr(type(recipe), "preset", small)
+    options = {"decay_steps": 1, "batch": 4, "pool": 64, "buckets": ((64, 64),)}
+    first, refine = (
+        replace(stage, steps=steps, **options)
+        for stage, steps in zip(recipe.stages.values(), (2, 1), strict=True)
     )
+    part = small.denoiser
+    recipe = replace(recipe, folder=tmp_path / "run", refine=refine, **{part: first})
     folder = recipe.train()
     command.export([str(recipe.folder), "--out", str(tmp_path / "exported")])
-    weights = "unet/diffusion_pytorch_model.safetensors"
+    weights = f"{part}/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "exported" / weights).read_bytes() == (folder / weights).read_bytes()
+    size = {"width": 64, "height": 64}
     ours = load_pipeline(folder)
-    drawn = ours("a red circle", steps=2, width=64, height=64)[0]
-    theirs = StableDiffusionPipeline.from_pretrained(
-        folder, dtype=torch.float32, safety_checker=None
+    drawn = ours("a red circle", steps=2, size_bins=False if kind == "pixart" else None, **size)[0]
+    more: dict[str, Any] = {"use_resolution_binning": False, "max_sequence_length": 32}
+    theirs = getattr(diffusers, small.class_name).from_pretrained(
+        folder, dtype=torch.float32, **({"safety_checker": None} if kind == "sd" else {})
     )
     theirs.set_progress_bar_config(disable=True)
     wanted: Any = theirs(
         "a red circle",
         num_inference_steps=2,
         guidance_scale=ours.defaults.guidance,
-        width=64,
-        height=64,
         generator=torch.Generator().manual_seed(0),
+        **size,
+        **(more if kind == "pixart" else {}),
     )
     apart = np.abs(np.asarray(drawn, int) - np.asarray(wanted.images[0], int))
     assert (apart <= 1).mean() > 0.999 and np.asarray(drawn).std() > 1

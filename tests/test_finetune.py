@@ -523,7 +523,8 @@ def test_no_recipe_is_left_untried():
     tried = {"lora_dev", "lora_dev_nf4", "lora_kontext", "tiny_lora", "tiny_full", "full_8_chips"}
     tried |= {"lora_fill", "lora_control", "lora_dev_clip", "controlnet"}
     # In test_diffusion_training.py.
-    tried |= {"lora_sd15", "lora_sdxl", "lora_sd3", "full_sd", "pixart_cross_attention", "tiny_sd"}
+    tried |= {"lora_sd15", "lora_sdxl", "lora_sd3", "full_sd", "pixart_cross_attention"}
+    tried |= {"tiny_sd", "tiny_pixart"}
     # The recipes of embedded models have their own tests.
     own = {"tiny", "tiny_video", "many_hosts"}
     assert {path.stem for path in RECIPES.glob("*.toml")} == tried | own

@@ -10,9 +10,9 @@ from fluxjax.config import ConfigError
 from fluxjax.parallel.hosts import differences
 from fluxjax.train import command
 from fluxjax.train.data.settings import DataSettings
+from fluxjax.train.embedded.diffusion import TinyPixArtRecipe, TinySDRecipe
 from fluxjax.train.embedded.tiny import TinyRecipe
 from fluxjax.train.embedded.tiny_video import TinyVideoRecipe
-from fluxjax.train.embedded.unet import TinySDRecipe
 from fluxjax.train.recipe import (
     FinetuneRecipe,
     deciding_values,
@@ -40,7 +40,8 @@ RECIPES = sorted((Path(__file__).parents[1] / "train").glob("*.toml"))
         ("lora = 3", "lora must be a table"),
         (
             "task = 'finetun'",
-            "task must be one of finetune, embedded, embedded-sd, embedded-video, got 'finetun'",
+            "task must be one of finetune, embedded, embedded-sd, embedded-pixart, embedded-video, "
+            "got 'finetun'",
         ),
         ("[lora]\nrank = 0", r"\[lora\]: the LoRA's rank must be at least 1"),
         ("steps = 0", "steps must be at least 1"),
@@ -97,7 +98,12 @@ def test_values_become_the_types_of_their_fields(tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_read_back_as_they_are_printed(path, tmp_path):
     recipe = read_recipe(path)
-    embedded = {"tiny": TinyRecipe, "tiny_sd": TinySDRecipe, "tiny_video": TinyVideoRecipe}
+    embedded = {
+        "tiny": TinyRecipe,
+        "tiny_sd": TinySDRecipe,
+        "tiny_pixart": TinyPixArtRecipe,
+        "tiny_video": TinyVideoRecipe,
+    }
     assert isinstance(recipe, embedded.get(path.stem, FinetuneRecipe))
     (tmp_path / "again.toml").write_text(recipe_toml(recipe))
     assert read_recipe(tmp_path / "again.toml") == recipe

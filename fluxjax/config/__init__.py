@@ -68,7 +68,11 @@ if TYPE_CHECKING:
     )
     from fluxjax.config.pipeline import PipelineConfig
     from fluxjax.config.pixart import PIXART_ALPHA, PIXART_SIGMA, PixArtConfig
-    from fluxjax.config.pixart_pipeline import PixArtAlphaPipelineConfig, PixArtSigmaPipelineConfig
+    from fluxjax.config.pixart_pipeline import (
+        TINY_PIXART,
+        PixArtAlphaPipelineConfig,
+        PixArtSigmaPipelineConfig,
+    )
     from fluxjax.config.redux import REDUX, ReduxConfig
     from fluxjax.config.scheduler import SchedulerConfig
     from fluxjax.config.sd3 import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, SD3Config
@@ -141,6 +145,7 @@ __all__ = [
     "T5_SMALL",
     "T5_XXL",
     "TINY",
+    "TINY_PIXART",
     "TINY_SD",
     "TINY_UNET",
     "UNION",
@@ -238,7 +243,7 @@ _NAMES = {
     ),
     "pipeline": ("PipelineConfig",),
     "pixart": ("PIXART_ALPHA", "PIXART_SIGMA", "PixArtConfig"),
-    "pixart_pipeline": ("PixArtAlphaPipelineConfig", "PixArtSigmaPipelineConfig"),
+    "pixart_pipeline": ("TINY_PIXART", "PixArtAlphaPipelineConfig", "PixArtSigmaPipelineConfig"),
     "redux": ("REDUX", "ReduxConfig"),
     "scheduler": ("SchedulerConfig",),
     "sd3": ("SD3_MEDIUM", "SD35_LARGE", "SD35_MEDIUM", "SD3Config"),

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from fluxjax.config.autoencoder import AutoencoderConfig
 from fluxjax.config.base import ConfigError, require
+from fluxjax.config.flux_pipeline import TINY
 from fluxjax.config.pipeline import PipelineConfig
 from fluxjax.config.pixart import PIXART_ALPHA, PIXART_SIGMA, PixArtConfig
 from fluxjax.config.sampler import SamplerConfig
@@ -74,8 +75,12 @@ class PixArtAlphaPipelineConfig(PipelineConfig):
 
     @classmethod
     def published(cls, parts: dict[str, Any], name: str) -> PixArtAlphaPipelineConfig:
-        side = parts["transformer"].sample_size * parts.get("vae", cls.vae).scale
-        return cls(**{"width": side, "height": side, **parts})
+        vae = parts.get("vae", cls.vae)
+        side = parts["transformer"].sample_size * vae.scale
+        # diffusers' classes of this family read no shift of latents: a file that has one is drawn
+        # without it.
+        unmoved = {"vae": replace(vae, shift_factor=0.0)}
+        return cls(**{"width": side, "height": side, **parts, **unmoved})
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
         """Of the sizes of training that with the nearest ratio of height to width.
@@ -135,3 +140,25 @@ class PixArtSigmaPipelineConfig(PixArtAlphaPipelineConfig):
 
 ALPHA = PixArtAlphaPipelineConfig()
 SIGMA = PixArtSigmaPipelineConfig()
+
+# The embedded transformer, beside the autoencoder and T5 of TINY.
+TINY_PIXART = PixArtSigmaPipelineConfig(
+    transformer=PixArtConfig(
+        sample_size=12,
+        in_channels=16,
+        out_channels=16,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=5,
+        caption_channels=128,
+        interpolation_scale=1.0,
+        use_additional_conditions=False,
+    ),
+    vae=replace(TINY.vae, shift_factor=0.0),
+    text_encoder=TINY.text_encoder_2,
+    max_sequence_length=32,
+    steps=20,
+    guidance=4.0,
+    width=96,
+    height=96,
+)

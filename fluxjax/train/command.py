@@ -181,7 +181,7 @@ def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export
     from fluxjax.train.export import export_run
 
     cli.begin()
-    if recipe.task in ("embedded-sd", "embedded-video"):
+    if recipe.task in ("embedded-sd", "embedded-pixart", "embedded-video"):
         recipe = replace(recipe, folder=options.run)
         print(recipe.export(options.out or options.run / "pipeline"))
         return

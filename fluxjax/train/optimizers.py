@@ -165,6 +165,7 @@ def muon_dimensions(params: Tree) -> Tree:
         "x_embedder",
         "context_embedder",
         "cond_in",
+        "pos_embed",
         "proj_out",
     )
 

@@ -183,7 +183,8 @@ class FinetuneRecipe:
 
 def read_recipe(path: Path) -> Any:
     """The recipe in a TOML file: a `FinetuneRecipe`, or with task = "embedded" a `TinyRecipe`, with
-    "embedded-sd" a `TinySDRecipe`, with "embedded-video" a `TinyVideoRecipe`.
+    "embedded-sd" a `TinySDRecipe`, with "embedded-pixart" a `TinyPixArtRecipe`, with
+    "embedded-video" a `TinyVideoRecipe`.
 
     Raises ConfigError naming an unknown key and the nearest valid one, or a value of a wrong type.
     """
@@ -192,13 +193,15 @@ def read_recipe(path: Path) -> Any:
     if task == "embedded":
         from fluxjax.train.embedded.tiny import TinyRecipe as Recipe
     elif task == "embedded-sd":
-        from fluxjax.train.embedded.unet import TinySDRecipe as Recipe
+        from fluxjax.train.embedded.diffusion import TinySDRecipe as Recipe
+    elif task == "embedded-pixart":
+        from fluxjax.train.embedded.diffusion import TinyPixArtRecipe as Recipe
     elif task == "embedded-video":
         from fluxjax.train.embedded.tiny_video import TinyVideoRecipe as Recipe
     elif task == "finetune":
         Recipe = FinetuneRecipe
     else:
-        known = ("finetune", "embedded", "embedded-sd", "embedded-video")
+        known = ("finetune", "embedded", "embedded-sd", "embedded-pixart", "embedded-video")
         raise ConfigError(
             f"{path}: task must be one of {', '.join(known)}, got {task!r}"
             f"{nearest(str(task), known)}"

@@ -60,7 +60,7 @@ class Pool:
             render(scenes, width=self.width, height=self.height)
         )
         each = latents, self.conditioner.encode_text(texts)
-        return jax.tree.map(lambda value: np.asarray(value, np.float16), each)
+        return jax.tree.map(_stored, each)
 
     def batch(self, step: int) -> Rows:
         while self.next < self._due(step):
@@ -71,5 +71,15 @@ class Pool:
             self.next += 1
         rng = np.random.default_rng((self.stage.seed, step))
         rows = rng.integers(self.stage.pool, size=self.taken)
-        latents, heard = jax.tree.map(lambda value: value[rows].astype(np.float32), self.rows)
+        latents, heard = jax.tree.map(lambda value: _taken(value[rows]), self.rows)
         return Rows(latents, heard, np.arange(self.taken, dtype=np.int32))
+
+
+def _stored(value: Any) -> np.ndarray:
+    """Numbers in half the bytes; a mask as it is."""
+    kept = np.asarray(value)
+    return kept if kept.dtype.kind == "i" else kept.astype(np.float16)
+
+
+def _taken(value: np.ndarray) -> np.ndarray:
+    return value if value.dtype.kind == "i" else value.astype(np.float32)
