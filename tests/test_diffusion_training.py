@@ -71,12 +71,14 @@ TIMES = np.array([0, 1, 250, 700, 999])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("min_snr", [0.0, 5.0])
+@pytest.mark.parametrize(
+    "objective", [Objective(), Objective(min_snr=5.0), Objective(debiased=True)]
+)
 @pytest.mark.parametrize(
     ("prediction", "zero_snr"),
     [("epsilon", False), ("v_prediction", False), ("v_prediction", True)],
 )
-def test_the_loss_is_that_of_diffusers_training_examples(prediction, zero_snr, min_snr):
+def test_the_loss_is_that_of_diffusers_training_examples(prediction, zero_snr, objective):
     """Of a network that returns half of what it is given, at given noise and timesteps."""
     rng = np.random.default_rng(0)
     latents, noise = (rng.standard_normal((5, 3, 2, 4), np.float32) for _ in range(2))
@@ -88,7 +90,7 @@ def test_the_loss_is_that_of_diffusers_training_examples(prediction, zero_snr, m
     )
     family = replace(STABLE_DIFFUSION, forward=lambda model, variables, x, t, *_, apply: 0.5 * x)
     rows = Rows(jnp.asarray(latents), Conditioning(jnp.zeros((5, 1, 1)), None, None), jnp.arange(5))
-    path, objective = DiffusionPath.of(scheduler), Objective(min_snr=min_snr)
+    path = DiffusionPath.of(scheduler)
     t = learnt_times(objective, path, jnp.asarray((TIMES + 0.5) / 1000, jnp.float32), 0.0)
     np.testing.assert_array_equal(t, TIMES)
     given = family, path, UNet(_UNET), objective, {}, rows, jnp.asarray(noise), t, None
@@ -102,10 +104,13 @@ def test_the_loss_is_that_of_diffusers_training_examples(prediction, zero_snr, m
     noisy = theirs.add_noise(clean, drawn, times)
     target = drawn if prediction == "epsilon" else theirs.get_velocity(clean, drawn, times)
     error = ((0.5 * noisy - target) ** 2).mean((1, 2, 3))
-    if min_snr:
-        snr = compute_snr(theirs, times)
-        counted = torch.minimum(snr, torch.full_like(snr, min_snr))
+    snr = compute_snr(theirs, times)
+    if objective.min_snr:
+        counted = torch.minimum(snr, torch.full_like(snr, objective.min_snr))
         error = error * counted / (snr if prediction == "epsilon" else snr + 1)
+    if objective.debiased:  # as kohya's scripts, but for the lower bound
+        snr = snr.clamp(1e-3, 1e3)
+        error = error / (snr.sqrt() if prediction == "epsilon" else snr + 1)
     # Measured: 1.1e-7.
     np.testing.assert_allclose(float(ours), float(error.mean()), rtol=1e-6)
 
@@ -436,6 +441,7 @@ def test_what_an_objective_does_not_have_is_refused(model, pictures, tmp_path):
         ({"method": "lora"}, "use method full"),
         ({"modules": ("attn3",)}, r"no module of the model is meant by modules = \['attn3'\]"),
         ({"model": "tiny", "objective": Objective(min_snr=5.0)}, "min_snr is of diffusion models"),
+        ({"model": "tiny", "objective": Objective(debiased=True)}, "debiased is of diffusion"),
         ({"model": "tiny", "objective": Objective(zero_snr=True)}, "tiny is a flow"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -472,7 +478,7 @@ def test_an_embedded_diffusion_model_is_trained_and_drawn_with_by_diffusers_too(
     command.export([str(recipe.folder), "--out", str(tmp_path / "exported")])
     weights = f"{part}/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "exported" / weights).read_bytes() == (folder / weights).read_bytes()
-    size = {"width": 64, "height": 64}
+    size: dict[str, Any] = {"width": 64, "height": 64}
     ours = load_pipeline(folder)
     drawn = ours("a red circle", steps=2, size_bins=False if kind == "pixart" else None, **size)[0]
     more: dict[str, Any] = {"use_resolution_binning": False, "max_sequence_length": 32}

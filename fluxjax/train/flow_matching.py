@@ -23,6 +23,7 @@ from fluxjax.models.names import flatten, unflatten
 from fluxjax.train.learned_variance import variational_bound
 from fluxjax.train.objectives import (
     Objective,
+    debiased_weights,
     learnt_times,
     snr_weights,
     squared_error,
@@ -95,6 +96,8 @@ def error_weights(
     each = time_weights(objective.weight, t)
     if objective.min_snr and not path.is_flow:
         each = snr_weights(path, t, objective.min_snr)
+    elif objective.debiased and not path.is_flow:
+        each = debiased_weights(path, t)
     weights = each.reshape(-1, *[1] * (rows.latents.ndim - 1))
     if rows.mask is None:
         return weights

@@ -98,6 +98,20 @@ def snr_weights(path: NoisePath, t: Float[Array, " b"], most: float) -> Float[Ar
     return counted if path.prediction == "sample" else counted / ratio
 
 
+def debiased_weights(path: NoisePath, t: Float[Array, " b"]) -> Float[Array, " b"]:
+    """What each row's squared error is multiplied with, so that as an error of the picture it
+    counts the root of its signal-to-noise ratio: mostly noise counts more than by Min-SNR, and
+    there the layout is decided. Ratios are taken within 0.001 and 1000.
+
+    Source: Yu et al. 2024 (debiased estimation), and its form for v as in kohya's sd-scripts.
+    """
+    signal, level = path.state(t)
+    ratio = jnp.clip(jnp.square(signal / level), 1e-3, 1e3)
+    if path.prediction == "v_prediction":
+        return 1 / (ratio + 1.0)
+    return jnp.sqrt(ratio) if path.prediction == "sample" else 1 / jnp.sqrt(ratio)
+
+
 def squared_error(
     predicted: Float[Array, "b *shape"],
     target: Float[Array, "b *shape"],

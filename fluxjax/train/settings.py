@@ -64,6 +64,9 @@ class Objective:
     min_snr: float = 0.0
     """Of diffusion models: a row's squared error weighs as if its signal-to-noise ratio were at
     most this (5 is usual); 0 weighs all timesteps alike."""
+    debiased: bool = False
+    """Of diffusion models, instead of min_snr: a squared error of noise is divided by the root of
+    the signal-to-noise ratio, so that early steps, which decide the layout, count more."""
     noise_offset: float = 0.0
     """Of diffusion models: so much noise that is the same for all latents of a channel is added."""
     prediction: Prediction = "auto"
@@ -92,6 +95,8 @@ class Objective:
         for name in ("min_snr", "noise_offset"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.debiased and self.min_snr:
+            raise ConfigError("debiased and min_snr are two ways to weigh errors: leave out one")
         for name in ("std", "shift"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")

@@ -73,7 +73,11 @@ def _check(objective: Objective, config: PipelineConfig) -> None:
             f"objective.encoder_dropout is of Stable Diffusion 3, not of {config.class_name}"
         )
     if is_flow:
-        named = {"min_snr": objective.min_snr, "noise_offset": objective.noise_offset}
+        named = {
+            "min_snr": objective.min_snr,
+            "debiased": objective.debiased,
+            "noise_offset": objective.noise_offset,
+        }
         of, other = "diffusion models", "a flow"
     else:
         named = {"weight": objective.weight != "none"}

@@ -58,6 +58,7 @@ class DiffusionStage:
     decay_steps: int = 1800
     caption_dropout: float = 0.1
     min_snr: float = 5.0
+    debiased: bool = False
     ema_decay: float = 0.999
     pool: int = 4096
     fresh: int = 8
@@ -231,7 +232,9 @@ def train_denoiser(
     optimizer = muon_optimizer(
         lambda step: warm(step) * decay(step), weight_decay=stage.weight_decay
     )
-    objective = Objective(caption_dropout=stage.caption_dropout, min_snr=stage.min_snr)
+    objective = Objective(
+        caption_dropout=stage.caption_dropout, min_snr=stage.min_snr, debiased=stage.debiased
+    )
     loss = finetune_loss(family_of(config.class_name), model, objective, of=Learner.of(config))
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
     empty = jax.tree.map(jnp.asarray, conditioner.encode_text([""]))
