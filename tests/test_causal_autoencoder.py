@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from comfy_names import comfy_autoencoder
 from safetensors.numpy import load_file, save_file
 
 from fluxjax.checkpoint.component_json import config_json, network_config
@@ -36,6 +37,9 @@ def test_every_published_name_and_shape(shared, name, tmp_path):
     network, dialect = detect_network(shapes)
     config = infer_config(network, dialect, shapes)
     assert config == CausalAutoencoderConfig() and dialect.name == "published"
+    comfy = {comfy_autoencoder(name): shape for name, shape in shapes.items()}
+    network, dialect = detect_network(comfy)
+    assert dialect.name == "comfy" and infer_config(network, dialect, comfy) == config
     template = abstract_params(config)
     assert {n: leaf.shape for n, leaf in published_leaves(template).items()} == shapes
     assert parameter_count(template) == recorded["parameters"] == 246_478_803
@@ -103,7 +107,8 @@ def test_every_layer_equals_diffusers(folder, dtype):
 
 
 def test_both_directions_bit_for_bit(folder, tmp_path):
-    """A folder to one file, that to a folder and to Orbax; Tencent's prefix is read too."""
+    """A folder to one file, that to a folder and to Orbax; Tencent's prefix and ComfyUI's names are
+    read too."""
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     one, back, ours = tmp_path / "one.safetensors", tmp_path / "back", tmp_path / "ours"
     assert main([str(folder), str(one), "--to", "bfl"]) == 0
@@ -111,13 +116,18 @@ def test_both_directions_bit_for_bit(folder, tmp_path):
     assert main([str(back), str(ours), "--to", "orbax"]) == 0
     prefixed = tmp_path / "pytorch_model.safetensors"
     save_file({f"vae.{name}": value for name, value in weights.items()}, prefixed)
+    comfy = tmp_path / "comfy.safetensors"
+    named = {comfy_autoencoder(name): value for name, value in weights.items()}
+    for name in filter(lambda name: "attn_1" in name and named[name].ndim == 2, named):
+        named[name] = named[name][..., None, None, None]
+    save_file(named, comfy)
     config_file = folder / "config.json"
     for path in (one, back / "diffusion_pytorch_model.safetensors"):
         found = load_file(path)
         assert found.keys() == weights.keys()
         assert all(np.array_equal(found[name], weights[name]) for name in weights)
     diffusers.AutoencoderKLHunyuanVideo.from_pretrained(back)
-    for path in (ours, prefixed):
-        (network,) = open_source(path, config_file if path is prefixed else None).values()
+    for path in (ours, prefixed, comfy):
+        (network,) = open_source(path, None if path is ours else config_file).values()
         assert network.config == TINY
         assert all(np.array_equal(network.tensors[n].read(), weights[n]) for n in weights)

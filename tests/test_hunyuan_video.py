@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from comfy_names import comfy_transformer
 from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.loaders import single_file_utils
 from random_checkpoints import random_tree
@@ -195,7 +196,7 @@ def inferred(shapes, family=""):
 
 
 def test_published_names_and_shapes(shared):
-    """diffusers' and Tencent's names map onto each other and onto our tree, each once."""
+    """diffusers', Tencent's and ComfyUI's names map onto each other and our tree, each once."""
     published = json.loads((shared / "checkpoints/hunyuan_video.json").read_text())
     kinds = {
         "t2v": HUNYUAN_VIDEO,
@@ -214,7 +215,8 @@ def test_published_names_and_shapes(shared):
         assert {n: leaf.shape for n, leaf in leaves.items()} == shapes
         assert parameter_count(template) == published["parameters"] == 12_821_012_544
     theirs = {n: tuple(s) for n, s in published["original_tensors"].items()}
-    for tensors, dialect in ((shapes, "published"), (theirs, "bfl")):
+    comfy = {comfy_transformer(n): s for n, s in theirs.items()}
+    for tensors, dialect in ((shapes, "published"), (theirs, "bfl"), (comfy, "comfy")):
         for family, config in (
             ("HunyuanVideo text to video", HUNYUAN_VIDEO),
             ("HunyuanVideo image to video", HUNYUAN_VIDEO_REPLACE),
@@ -222,9 +224,11 @@ def test_published_names_and_shapes(shared):
             assert inferred(tensors, family) == (dialect, config)
         with pytest.raises(ConfigError, match="--family hunyuan-video or hunyuan-video-i2v"):
             inferred(tensors)
-    found = engine.to_published(lazy(theirs), NETWORK.dialect("bfl").table(HUNYUAN_VIDEO), shapes)
-    back = engine.from_published(found, NETWORK.dialect("bfl").table(HUNYUAN_VIDEO))
-    assert {n: t.shape for n, t in back.items()} == theirs
+        if dialect != "published":
+            table = NETWORK.dialect(dialect).table(HUNYUAN_VIDEO)
+            found = engine.to_published(lazy(tensors), table, shapes)
+            back = engine.from_published(found, table)
+            assert {n: t.shape for n, t in back.items()} == tensors
     concat = published["i2v_latent_concat"]
     shapes |= {n: tuple(s) for n, s in concat["other_shapes"].items()}
     shapes = {n: s for n, s in shapes.items() if n not in concat["absent"]}

@@ -124,7 +124,10 @@ def test_real_sizes(tmp_path):
     counts = [parameter_count(abstract_params(c, stacked=True)) for c in (LLAMA3_8B, whole)]
     assert [round(n / 1e9, 2) for n in counts] == [7.07, 7.51]
     shapes = {n: leaf.shape for n, leaf in engine.published_leaves(abstract_params(whole)).items()}
-    assert infer_config(LLAMA, LLAMA.dialects[0], shapes) == LLAMA3_8B
+    assert infer_config(LLAMA, LLAMA.dialects[0], shapes) == whole
+    leaves = engine.published_leaves(abstract_params(LLAMA3_8B))
+    kept = {n: leaf.shape for n, leaf in leaves.items()}
+    assert infer_config(LLAMA, LLAMA.dialects[0], kept) == LLAMA3_8B
     assert LLAMA.flops is not None
     assert round(LLAMA.flops(LLAMA3_8B, 0, 351) / 1e12, 2) == 4.65
     for config in (LLAMA3_8B, QWEN3_4B, *TINIES.values()):

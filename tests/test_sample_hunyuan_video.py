@@ -1,5 +1,8 @@
 """Clips of HunyuanVideo: those of diffusers, from text and from a first frame; as files."""
 
+import json
+import math
+import shutil
 import sys
 from dataclasses import replace
 from typing import Any
@@ -8,13 +11,25 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from comfy_names import comfy_autoencoder, comfy_transformer
 from hunyuan_video_folders import hunyuan_video, save_hunyuan_video  # noqa: F401
 from PIL import Image
+from safetensors.numpy import load_file
 
 import fluxjax
+from fluxjax.checkpoint import engine
+from fluxjax.checkpoint.component_json import config_json, write_json
+from fluxjax.checkpoint.safetensors_file import write_safetensors
+from fluxjax.checkpoint.source import open_component
+from fluxjax.checkpoint.source_record import METADATA_KEY
+from fluxjax.checkpoint.templates import abstract_params
+from fluxjax.checkpoint.tensors import as_tensor
 from fluxjax.cli import run
-from fluxjax.config import HUNYUAN_VIDEO_720, PRESETS, ConfigError
+from fluxjax.config import HUNYUAN_VIDEO_720, LLAMA3_8B, PRESETS, ConfigError
+from fluxjax.config.llava import LLAVA_LLAMA3
+from fluxjax.convert import convert
 from fluxjax.families import family_of
+from fluxjax.networks import network_of
 from fluxjax.sample.__main__ import main
 from fluxjax.sample.clip_files import read_clip, read_clip_record
 
@@ -173,3 +188,103 @@ def test_what_belongs_together():
         assert family_of(config.class_name).shape_of(config, 960, 544, 129) == (16, 33, 68, 120)
     whole = replace(config.text_encoder, stops_after=None)
     assert type(config).published({"text_encoder": whole}, "") == HUNYUAN_VIDEO_720
+
+
+def write_named(path, network, dialect, prefix="", more=None):
+    """One file of a network under other names, with what shapes of a small one do not tell."""
+    table = network_of(network.config).dialect(dialect).table(network.config)
+    tensors = engine.from_published(network.tensors, table) | (more or {})
+    told = {METADATA_KEY: json.dumps({"config": config_json(network.config)})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, {f"{prefix}{name}": one for name, one in tensors.items()}, told)
+
+
+@slow
+@pytest.mark.parametrize("whose", ["Tencent", "ComfyUI"])
+def test_single_files_draw_what_their_folder_draws(whose, ours, hunyuan_video, tmp_path):  # noqa: F811
+    transformer, vae = tmp_path / "hunyuan_video.safetensors", tmp_path / "vae.safetensors"
+    heard = hunyuan_video
+    if whose == "Tencent":
+        for component, file in (("transformer", transformer), ("vae", vae)):
+            convert.run(convert.plan(hunyuan_video / component, file, "bfl"))
+    else:
+        parts = {n: open_component(hunyuan_video, n) for n in ("transformer", "vae")}
+        write_named(transformer, parts["transformer"], "comfy", "model.model.")
+        write_named(vae, parts["vae"], "comfy")
+        heard = tmp_path / "text"
+        left_out = shutil.ignore_patterns("*.safetensors")
+        for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+            shutil.copytree(hunyuan_video / name, heard / name, ignore=left_out)
+        llama = open_component(hunyuan_video, "text_encoder")
+        more = {"lm_head.weight": as_tensor(np.zeros((2, 2), np.float32))}
+        write_named(heard / "text_encoder/llava_llama3.safetensors", llama, "causal", more=more)
+        clip = open_component(hunyuan_video, "text_encoder_2")
+        write_named(heard / "text_encoder_2/clip_l.safetensors", clip, "published")
+    files = fluxjax.load_pipeline(transformer, vae=vae, text_encoders=heard)
+    assert files.family is ours.family and files.config.networks["text_encoder"].stops_after == 2
+    files.executables = ours.executables  # the same networks: nothing to compile again
+    (clip,), (expected,) = (one(PROMPT, **OURS) for one in (files, ours))
+    np.testing.assert_array_equal(clip.frames, expected.frames)
+    back = tmp_path / "back"
+    convert.run(convert.plan(transformer, back, "diffusers"))
+    theirs = load_file(hunyuan_video / "transformer/diffusion_pytorch_model.safetensors")
+    found = load_file(back / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == theirs.keys()
+    assert all(np.array_equal(found[name], theirs[name]) for name in theirs)
+
+
+def write_empty(path, shapes, prefix=""):
+    """The header of a published file, and a hole for its values."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[prefix + name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def shapes_of(part):
+    return {n: leaf.shape for n, leaf in engine.published_leaves(abstract_params(part)).items()}
+
+
+@slow
+def test_published_files_as_they_are(shared, hunyuan_video, tmp_path):  # noqa: F811
+    """At real size with no config.json: text encoders tell what a transformer draws from."""
+    recorded = json.loads((shared / "checkpoints/hunyuan_video.json").read_text())
+    original = recorded["original_tensors"]
+    comfy = {comfy_transformer(name): shape for name, shape in original.items()}
+    write_empty(tmp_path / "tencent.safetensors", original)
+    write_empty(tmp_path / "comfy.safetensors", comfy, "model.model.")
+    vae, whole = HUNYUAN_VIDEO_720.vae, replace(LLAMA3_8B, stops_after=None)
+    write_empty(tmp_path / "vae.safetensors", shapes_of(vae))
+    named = {comfy_autoencoder(name): shape for name, shape in shapes_of(vae).items()}
+    write_empty(tmp_path / "vae_comfy.safetensors", named)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(hunyuan_video / name, tmp_path / name)
+    llama = {f"model.{name}": shape for name, shape in shapes_of(whole).items()}
+    write_empty(tmp_path / "text_encoder/llava_llama3_fp16.safetensors", llama)
+    clip = json.loads((shared / "checkpoints/clip_l.json").read_text())["tensors"]
+    write_empty(tmp_path / "text_encoder_2/clip_l.safetensors", clip)
+
+    def opened(transformer, autoencoder="vae"):
+        files = (tmp_path / f"{name}.safetensors" for name in (transformer, autoencoder))
+        return fluxjax.load_pipeline(next(files), vae=next(files), text_encoders=tmp_path)
+
+    assert opened("tencent").config == opened("comfy", "vae_comfy").config == HUNYUAN_VIDEO_720
+    concat = recorded["i2v_latent_concat"]
+    shapes = recorded["tensors"] | concat["other_shapes"]
+    shapes = {name: shape for name, shape in shapes.items() if name not in concat["absent"]}
+    write_empty(tmp_path / "concat.safetensors", shapes)
+    with pytest.raises(ConfigError, match="image_condition_type is latent_concat, and that of a"):
+        opened("concat")
+    write_json(tmp_path / "text_encoder/config.json", config_json(LLAVA_LLAMA3))
+    with pytest.raises(ConfigError, match=r"language model, but the configuration .* LLaVA"):
+        opened("tencent")
+    with pytest.raises(ConfigError, match="give the text encoders that it is drawn with, or say"):
+        fluxjax.load_pipeline(tmp_path / "tencent.safetensors", vae=tmp_path / "vae.safetensors")
+    (tmp_path / "mp_rank_00_model_states.pt").touch()
+    with pytest.raises(ValueError, match=r"is a pickle.*python -c .*'module'.*save_file"):
+        fluxjax.load_pipeline(tmp_path / "mp_rank_00_model_states.pt")

@@ -117,7 +117,7 @@ def to_published(
                 errors.append(f"unknown: {theirs} {list(tensor.shape)}")
             continue
         rule, names = matched
-        if rule.conv1x1 and len(tensor.shape) == 4 and tensor.shape[2:] == (1, 1):
+        if rule.pointwise and tensor.shape[2:] == (1,) * rule.pointwise:
             tensor = tensors.reshape(tensor, tensor.shape[:2])
         if rule.transposed and len(tensor.shape) == 2:
             tensor = tensors.transpose(tensor, (1, 0))
@@ -185,8 +185,8 @@ def from_published(published: Mapping[str, Tensor], table: Table) -> dict[str, T
                 tensor = tensors.deinterleave(tensor, rule.halved_heads)
             if rule.transposed:
                 tensor = tensors.transpose(tensor, (1, 0))
-            if rule.conv1x1 and leaf == "weight":
-                tensor = tensors.reshape(tensor, (*tensor.shape, 1, 1))
+            if rule.pointwise and leaf == "weight":
+                tensor = tensors.reshape(tensor, (*tensor.shape, *(1,) * rule.pointwise))
             theirs[target] = tensor
             break
     errors += [f"no name: {name}" for name in left]

@@ -26,9 +26,16 @@ _STARTS = (
 
 
 def pickle_refusal(path: Path) -> str:
+    """With the line that saves its tensors: original files keep them under a name of their own."""
+    save = (
+        f"import torch, safetensors.torch as s; t = torch.load({path.name!r}, weights_only=True); "
+        "t = t.get('module', t.get('state_dict', t)); "
+        f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, '{path.stem}.safetensors')"
+    )
     return (
         f"{path} is a pickle, which can run any code when it is opened, so it is refused: "
-        "use the .safetensors file of the same model, or save one with safetensors.torch.save_file"
+        "use the .safetensors file of the same model, or save its tensors as one where PyTorch is: "
+        f'python -c "{save}"'
     )
 
 

@@ -18,10 +18,13 @@ from fluxjax.checkpoint.source_record import RECORD_FILE, Record, dequantise, is
 from fluxjax.checkpoint.templates import abstract_params, kept_template, quantised_template
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.config import ConfigError
+from fluxjax.config.choices import FAMILY_NAMES
 from fluxjax.networks import by_component, network_of
 from fluxjax.networks.network import Network
 from fluxjax.networks.tables import Table
 from fluxjax.quantised_kinds import KEEP, NONE
+
+_FLUX = FAMILY_NAMES["flux"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def make_network(
                 config = getattr(config, network.parts[component])
             network = by_component(component)
             dialect = network.dialects[0]
-        if component and not _may_hold(component, network, config):
+        if component and not _may_hold(component, network, config, family):
             wanted = by_component(component).words
             raise ConfigError(
                 f"expected the {wanted}, but these are tensors of the {network.words}"
@@ -139,13 +142,15 @@ def make_network(
     return OpenNetwork(component, config, published, record, dialect.name, where, dropped)
 
 
-def _may_hold(component: str, network: Network, config: Any) -> bool:
+def _may_hold(component: str, network: Network, config: Any, family: str) -> bool:
     """Whether a pipeline keeps such a network in this folder: text encoders, whose kind its
-    configuration tells, in any of those for text encoders."""
+    configuration tells, in any of those for text encoders; where the family is another than FLUX.1
+    what belongs there is seen when all are put together."""
     if network.component == component:
         return True
+    told = type(config) is network.config or family not in ("", _FLUX)
     numbered = (re.sub(r"_\d$", "", name) for name in (network.component, component))
-    return type(config) is network.config and len(set(numbered)) == 1
+    return told and len(set(numbered)) == 1
 
 
 def _check_record(

@@ -108,6 +108,16 @@ def assembled(parts: Mapping[str, Any], name: str = "") -> PipelineConfig | None
     return None
 
 
+def file_family(parts: Mapping[str, Any]) -> str:
+    """Whose files lie beside networks of these configurations, by component, as `open_file` takes
+    it; "" where that tells nothing."""
+    for cls in PIPELINES:
+        kinds = {name: kinds_of(cls, name)[0] for name in cls.components}
+        if all(type(part) in kinds.get(name, ()) for name, part in parts.items()):
+            return cls.file_family
+    return ""
+
+
 def read_flux(folder: Path) -> FluxPipelineConfig:
     """`read_config` where it must be FLUX.1. Raises ConfigError for another family."""
     return require_flux(read_config(folder), folder)

@@ -164,15 +164,17 @@ def _parameters(tree: dict[str, Any]) -> dict[str, Any]:
     return tree["params"] if isinstance(tree.get("params"), Mapping) else tree
 
 
-def open_component(folder: Path, component: str, config: Config | None = None) -> OpenNetwork:
+def open_component(
+    folder: Path, component: str, config: Config | None = None, family: str = ""
+) -> OpenNetwork:
     """One network of a pipeline folder, in its own folder or in a single file beside it.
 
     Raises FileNotFoundError if there are no weights, and what `open_file`, `open_folder` raise.
     """
     path = component_weights(Path(folder), component)
     if path.is_file():
-        return open_file(path, config, component)[component]
-    return open_folder(path, component, config)
+        return open_file(path, config, component, family)[component]
+    return open_folder(path, component, config, family)
 
 
 def open_source(

@@ -18,6 +18,7 @@ from fluxjax.checkpoint.quantised.parts import column
 from fluxjax.checkpoint.safetensors_file import DTYPES, dtype_name
 from fluxjax.checkpoint.tensors import Tensor, astype, of_array
 from fluxjax.models.quantised import Quantised
+from fluxjax.networks import NETWORKS
 
 RECORD_FILE = "fluxjax_source.json"
 METADATA_KEY = "fluxjax"
@@ -25,6 +26,7 @@ _SCALES = ("scale_weight", "weight_scale")
 _OF_FP8 = re.compile(
     r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)"
 )
+_DIALECTS = {one.name for network in NETWORKS.values() for one in network.dialects}
 _FP8 = (DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])
 
 
@@ -76,7 +78,7 @@ class Record:
             renamed, doubled, scaled = maps
             dialect = values["dialect"]
             dialect = "published" if dialect == "reference" else dialect  # as older files have it
-            if dialect not in ("published", "bfl", "gguf", "openclip") or any(
+            if dialect not in _DIALECTS or any(
                 DTYPES[dtype] not in _FP8 for dtype in scaled.values()
             ):
                 raise ValueError

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from fluxjax.config.autoencoder import AutoencoderConfig
 from fluxjax.config.base import ConfigError, require
+from fluxjax.config.choices import FAMILY_NAMES
 from fluxjax.config.clip import CLIPTextConfig
 from fluxjax.config.flux import FluxConfig
 from fluxjax.config.latents import PATCH
@@ -30,6 +31,7 @@ class FluxPipelineConfig(PipelineConfig):
 
     embeds_guidance: ClassVar[bool] = True
     class_names: ClassVar[str] = r"Flux([A-Z]\w*)?Pipeline"
+    file_family: ClassVar[str] = FAMILY_NAMES["flux"]
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
     @property

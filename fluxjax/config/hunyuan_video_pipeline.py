@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from fluxjax.config import tiling
 from fluxjax.config.base import ConfigError, require
 from fluxjax.config.causal_autoencoder import CausalAutoencoderConfig
+from fluxjax.config.choices import FAMILY_NAMES
 from fluxjax.config.clip import CLIPTextConfig
 from fluxjax.config.hunyuan_video import (
     HUNYUAN_VIDEO,
@@ -46,6 +47,7 @@ class HunyuanVideoPipelineConfig(VideoPipelineConfig):
     height: int = 720
 
     class_names: ClassVar[str] = r"HunyuanVideoPipeline"
+    file_family: ClassVar[str] = FAMILY_NAMES["hunyuan-video"]
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
     embeds_guidance: ClassVar[bool] = True
 
@@ -122,6 +124,7 @@ class HunyuanVideoImageToVideoPipelineConfig(HunyuanVideoPipelineConfig):
     guidance: float = 1.0
 
     class_names: ClassVar[str] = r"HunyuanVideoImageToVideoPipeline"
+    file_family: ClassVar[str] = FAMILY_NAMES["hunyuan-video-i2v"]
 
     @property
     def class_name(self) -> str:

@@ -37,6 +37,8 @@ class PipelineConfig(ABC):
 
     class_names: ClassVar[str] = ""
     """diffusers' classes of the family, as a regular expression."""
+    file_family: ClassVar[str] = ""
+    """Whose its single files are, of `choices.FAMILY_NAMES`, where shapes may not tell it."""
     components: ClassVar[tuple[str, ...]] = ()
     """The networks that there may be, the one that draws first."""
     index_fields: ClassVar[tuple[str, ...]] = ()

@@ -29,15 +29,20 @@ PUBLISHED = Table(
 )
 
 
-def bfl(levels: int) -> Table:
-    """BFL's ae.safetensors with `levels` resolutions; its decoder counts levels from the finest."""
-    resnet = ("norm1", "conv1", "norm2", "conv2")
+def bfl(levels: int, convolution: str = "", axes: int = 2) -> Table:
+    """BFL's ae.safetensors with `levels` resolutions; its decoder counts levels from the finest.
+
+    `convolution`: what follows the name of one, over `axes` axes, but for the two at the latents.
+    """
+    resnet = ("norm1", f"conv1{convolution}", "norm2", f"conv2{convolution}")
+    inner = f"conv{convolution}"
     rules: list[Rule] = [Rule(name, (name,)) for name in ("quant_conv", "post_quant_conv")]
 
     def block(theirs: str, ours: str, shortcut: bool = True) -> None:
         rules.extend(Rule(f"{theirs}.{name}", (f"{ours}.{name}",)) for name in resnet)
         if shortcut:
-            rules.append(Rule(f"{theirs}.nin_shortcut", (f"{ours}.conv_shortcut",)))
+            names = f"nin_shortcut{convolution}", f"conv_shortcut{convolution}"
+            rules.append(Rule(f"{theirs}.{names[0]}", (f"{ours}.{names[1]}",)))
 
     for level in range(levels):
         reverse = levels - 1 - level
@@ -45,8 +50,8 @@ def bfl(levels: int) -> Table:
         block(f"encoder.down.{level}.block.{{}}", f"{down}.resnets.{{}}")
         block(f"decoder.up.{reverse}.block.{{}}", f"{up}.resnets.{{}}")
         rules += [
-            Rule(f"encoder.down.{level}.downsample.conv", (f"{down}.downsamplers.0.conv",)),
-            Rule(f"decoder.up.{reverse}.upsample.conv", (f"{up}.upsamplers.0.conv",)),
+            Rule(f"encoder.down.{level}.downsample.{inner}", (f"{down}.downsamplers.0.{inner}",)),
+            Rule(f"decoder.up.{reverse}.upsample.{inner}", (f"{up}.upsamplers.0.{inner}",)),
         ]
     for side in ("encoder", "decoder"):
         mid = f"{side}.mid_block"
@@ -54,14 +59,11 @@ def bfl(levels: int) -> Table:
         block(f"{side}.mid.block_2", f"{mid}.resnets.1", shortcut=False)
         rules.append(Rule(f"{side}.mid.attn_1.norm", (f"{mid}.attentions.0.group_norm",)))
         for theirs, ours in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-            rules.append(
-                Rule(f"{side}.mid.attn_1.{theirs}", (f"{mid}.attentions.0.{ours}",), conv1x1=True)
-            )
-        rules += [
-            Rule(f"{side}.conv_in", (f"{side}.conv_in",)),
-            Rule(f"{side}.conv_out", (f"{side}.conv_out",)),
-            Rule(f"{side}.norm_out", (f"{side}.conv_norm_out",)),
-        ]
+            attention = f"{mid}.attentions.0.{ours}"
+            rules.append(Rule(f"{side}.mid.attn_1.{theirs}", (attention,), pointwise=axes))
+        for end in ("conv_in", "conv_out"):
+            rules.append(Rule(f"{side}.{end}{convolution}", (f"{side}.{end}{convolution}",)))
+        rules.append(Rule(f"{side}.norm_out", (f"{side}.conv_norm_out",)))
     return Table("BFL autoencoder", tuple(rules))
 
 

@@ -1,29 +1,41 @@
-"""The causal autoencoder of clips. diffusers, Tencent and Open-Sora name its tensors alike."""
+"""The causal autoencoder of clips. diffusers, Tencent and Open-Sora name its tensors alike, ComfyUI
+as those of pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fluxjax.config import CausalAutoencoderConfig, ConfigError, from_dict
+from fluxjax.networks import autoencoder
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes, count
 from fluxjax.networks.tables import Table
 
 PUBLISHED = Table("causal autoencoder of clips", identity=True)
 
 
-def _infer(shapes: Shapes, family: str) -> CausalAutoencoderConfig:
-    levels = count(shapes, r"encoder\.down_blocks\.(\d+)\.")
-    changing = [f"encoder.down_blocks.{i}.downsamplers.0.conv.conv.weight" for i in range(levels)]
+def _comfy(config: CausalAutoencoderConfig) -> Table:
+    table = autoencoder.bfl(len(config.block_out_channels), convolution=".conv", axes=3)
+    return replace(table, name="causal autoencoder in ComfyUI's names")
+
+
+def _infer(
+    level: str, block: str, halving: str, shapes: Shapes, family: str
+) -> CausalAutoencoderConfig:
+    """`level`, `block` and `halving`: what each is called."""
+    levels = count(shapes, rf"encoder\.{level}\.(\d+)\.")
+    changing = [f"encoder.{level}.{i}.{halving}.conv.conv.weight" for i in range(levels)]
     if [name in shapes for name in changing] != [True, True, True, False]:
         raise ConfigError(
             "how often this autoencoder halves frames and how often pixels cannot be told from "
             "shapes (the published one has four resolutions); give its config.json with --config"
         )
     widths = tuple(
-        shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"][0] for i in range(levels)
+        shapes[f"encoder.{level}.{i}.{block}.0.conv1.conv.weight"][0] for i in range(levels)
     )
     groups = CausalAutoencoderConfig.norm_num_groups
     if any(width % groups for width in widths):
@@ -37,7 +49,7 @@ def _infer(shapes: Shapes, family: str) -> CausalAutoencoderConfig:
         out_channels=shapes["decoder.conv_out.conv.weight"][0],
         latent_channels=shapes["decoder.conv_in.conv.weight"][1],
         block_out_channels=widths,
-        layers_per_block=count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        layers_per_block=count(shapes, rf"encoder\.{level}\.0\.{block}\.(\d+)\."),
     )
 
 
@@ -133,9 +145,21 @@ CAUSAL_AUTOENCODER = Network(
                 r"decoder\.conv_in\.conv\.weight",
             ),
             lambda config: PUBLISHED,
-            _infer,
+            partial(_infer, "down_blocks", "resnets", "downsamplers.0"),
             "sample_tsize",
             _from_original,
+        ),
+        Dialect(
+            "comfy",
+            (
+                r"encoder\.down\.0\.block\.0\.norm1\.weight",
+                r"encoder\.conv_in\.conv\.weight",
+                r"decoder\.conv_in\.conv\.weight",
+                # Others have norms of norms there.
+                r"decoder\.mid\.block_1\.norm1\.weight",
+            ),
+            _comfy,
+            partial(_infer, "down", "block", "downsample"),
         ),
     ),
     roles=_ROLES,

@@ -108,10 +108,14 @@ def _ask_for_activation(what: str) -> ConfigError:
     )
 
 
+_OPENAI = ("FLUX.1", "HunyuanVideo text to video", "HunyuanVideo image to video")
+"""Families whose CLIP of width 768 is OpenAI's."""
+
+
 def _infer_text(shapes: Shapes, family: str) -> CLIPTextConfig:
     config = openai_text(shapes)
     openclip = config.hidden_size in (CLIP_H_TEXT.hidden_size, CLIP_BIGG_TEXT.hidden_size)
-    if family != "FLUX.1" or openclip:  # whose CLIP is OpenAI's, of width 768
+    if family not in _OPENAI or openclip:
         layers, width = config.num_hidden_layers, config.hidden_size
         raise _ask_for_activation(f"CLIP text encoder, {layers} layers of width {width},")
     return config

@@ -27,7 +27,7 @@ TEXT_TO_VIDEO, IMAGE_TO_VIDEO = "HunyuanVideo text to video", "HunyuanVideo imag
 
 
 def _tencent() -> Table:
-    """The original names, which ComfyUI's files have too."""
+    """The original names, which most of ComfyUI's files have too."""
     rules = [
         Rule("img_in.proj", ("x_embedder.proj",)),
         Rule("final_layer.linear", ("proj_out",)),
@@ -95,19 +95,41 @@ def _refiner() -> list[Rule]:
 TENCENT = _tencent()
 
 
-def _adapter_rules() -> tuple[Rule, ...]:
-    """Tencent's names, and ComfyUI's own for the same modules."""
-    comfy = []
+_COMFY_MODULES = {
+    "txt_in.t_embedder.mlp.0": "txt_in.t_embedder.in_layer",
+    "txt_in.t_embedder.mlp.2": "txt_in.t_embedder.out_layer",
+    "txt_in.c_embedder.linear_1": "txt_in.c_embedder.in_layer",
+    "txt_in.c_embedder.linear_2": "txt_in.c_embedder.out_layer",
+    "_in.mlp.0": "_in.in_layer",
+    "_in.mlp.2": "_in.out_layer",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+    "_mod.linear": "_mod.lin",
+    "modulation.linear": "modulation.lin",
+    "attn_qkv": "attn.qkv",
+    "attn_proj": "attn.proj",
+    "attn_q_norm": "attn.norm.query_norm",
+    "attn_k_norm": "attn.norm.key_norm",
+    "}.q_norm": "}.norm.query_norm",
+    "}.k_norm": "}.norm.key_norm",
+}
+"""What ComfyUI calls modules, so that they are named as FLUX's."""
+
+
+def _comfy() -> Table:
+    """The names that files which ComfyUI has saved have."""
+    rules = []
     for rule in TENCENT.rules:
-        theirs = rule.theirs.replace("_mlp.fc1", "_mlp.0").replace("_mlp.fc2", "_mlp.2")
-        theirs = theirs.replace("_mod.linear", "_mod.lin").replace(
-            "modulation.linear", "modulation.lin"
-        )
-        comfy.append(dataclasses.replace(rule, theirs=theirs))
-    return (*TENCENT.rules, *comfy)
+        for theirs, comfys in _COMFY_MODULES.items():
+            rule = dataclasses.replace(rule, theirs=rule.theirs.replace(theirs, comfys))
+        if rule.theirs.endswith(("query_norm", "key_norm")):
+            rule = dataclasses.replace(rule, leaves=(("scale", "weight"),))
+        rules.append(rule)
+    return Table("HunyuanVideo transformer in ComfyUI's names", tuple(rules))
 
 
-ADAPTER_RULES = _adapter_rules()
+COMFY = _comfy()
+ADAPTER_RULES = (*TENCENT.rules, *COMFY.rules)
 
 
 def _infer_published(shapes: Shapes, family: str) -> HunyuanVideoConfig:
@@ -125,13 +147,20 @@ def _infer_tencent(shapes: Shapes, family: str) -> HunyuanVideoConfig:
     double = "double_blocks.0.img"
     renamed = {
         **shapes,
-        "img_in.weight": shapes["img_in.proj.weight"],
-        "txt_in.weight": shapes["txt_in.input_embedder.weight"],
         f"{double}_attn.norm.query_norm.scale": shapes[f"{double}_attn_q_norm.weight"],
         f"{double}_mlp.2.weight": shapes[f"{double}_mlp.fc2.weight"],
     }
     if "guidance_in.mlp.0.weight" in shapes:
         renamed["guidance_in.in_layer.weight"] = shapes["guidance_in.mlp.0.weight"]
+    return _infer_comfy(renamed, family)
+
+
+def _infer_comfy(shapes: Shapes, family: str) -> HunyuanVideoConfig:
+    renamed = {
+        **shapes,
+        "img_in.weight": shapes["img_in.proj.weight"],
+        "txt_in.weight": shapes["txt_in.input_embedder.weight"],
+    }
     blocks = flux.infer_bfl(renamed, "")
     refiner = r"txt_in\.individual_token_refiner\.blocks\.(\d+)\."
     return _of_video(blocks, shapes["img_in.proj.weight"], count(shapes, refiner), family)
@@ -153,8 +182,9 @@ def _of_video(
     elif channels == latents and family != TEXT_TO_VIDEO:
         raise ConfigError(
             "HunyuanVideo's transformers for text to video and for image to video by token_replace "
-            "have the same names and shapes: say which it is with --family hunyuan-video or "
-            "hunyuan-video-i2v, or give the network's config.json with --config"
+            "have the same names and shapes: give the text encoders that it is drawn with, or say "
+            "which it is with --family hunyuan-video or hunyuan-video-i2v, or give the network's "
+            "config.json with --config"
         )
     fields = {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
     fields |= {"in_channels": channels * rows**2, "rope_theta": 256.0, "qkv_bias": True}
@@ -316,6 +346,15 @@ HUNYUAN_VIDEO = Network(
             ),
             lambda config: TENCENT,
             _infer_tencent,
+        ),
+        Dialect(
+            "comfy",
+            (
+                r"img_in\.proj\.weight",
+                r"txt_in\.individual_token_refiner\.blocks\.0\.self_attn\.qkv\.weight",
+            ),
+            lambda config: COMFY,
+            _infer_comfy,
         ),
     ),
     roles=_ROLES,

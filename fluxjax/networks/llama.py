@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,8 @@ def _infer(prefix: str, shapes: Shapes, family: str) -> LlamaConfig:
             f"the heads and rotations of a language model, {number} layers of width {width}, "
             "cannot be told from shapes; give the network's config.json with --config"
         )
-    return LLAMA3_8B
+    # What is not read is converted all the same.
+    return LLAMA3_8B if number == LLAMA3_8B.stops_after else replace(LLAMA3_8B, stops_after=None)
 
 
 def _dialect(name: str, prefix: str, others: tuple[str, ...] = ()) -> Dialect:
@@ -167,7 +169,7 @@ LLAMA = Network(
         ),
     ),
     roles=_ROLES,
-    prefixes=("llama.transformer.",),
+    prefixes=("text_encoders.llama.transformer.", "llama.transformer."),
     file_name=lambda config: "language_model.safetensors",
     quantised_files=False,
     quantised=r"layers\.\d+\.(self_attn|mlp)\..*_proj\.weight",

@@ -16,8 +16,9 @@ class Rule:
 
     `swap_halves`: the two halves of the rows are exchanged. `halved_heads`: their rows are of heads
     of so many channels, in each first those that published names have at even places, then the
-    others (rotary embeddings of halves, where ours rotate neighbours). `conv1x1`: theirs is a 1 x 1
-    convolution (out, in, 1, 1) where PyTorch has a linear layer (out, in). `transposed`: theirs is
+    others (rotary embeddings of halves, where ours rotate neighbours). `pointwise`: theirs is a
+    convolution over so many axes, (out, in, 1, 1) or (out, in, 1, 1, 1), where PyTorch has a linear
+    layer (out, in). `transposed`: theirs is
     (in, out).
     `leaves`: their parameters' names -> the published ones.
     """
@@ -26,7 +27,7 @@ class Rule:
     ours: tuple[str, ...]
     swap_halves: bool = False
     halved_heads: int = 0
-    conv1x1: bool = False
+    pointwise: int = 0
     transposed: bool = False
     leaves: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
 

@@ -14,12 +14,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import (
     assembled,
+    file_family,
     read_config,
     tokenizer_of,
 )
 from fluxjax.checkpoint.source import open_component, open_file, open_folder
 from fluxjax.checkpoint.templates import Part, abstract_params, part_of
-from fluxjax.config import ConfigError, PipelineConfig
+from fluxjax.config import ConfigError, FluxPipelineConfig, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX, Family, family_of
 from fluxjax.hub import embedded_adapter, find
@@ -77,12 +78,14 @@ def load_pipeline(
     Args:
       model: "tiny", or with a tool that it has learnt "tiny-fill" or "tiny-canny"; a
         diffusers folder, an Orbax folder, or a transformer's file
-        (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors), which needs the two below, or a
-        whole Stable Diffusion in one file, which needs the first for its tokenizers. Here and below
-        a hub's name will do as well, such as
+        (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors, HunyuanVideo's in anybody's names),
+        which needs the two below, or a whole Stable Diffusion in one file, which needs the first
+        for its tokenizers. Here and below a hub's name will do as well, such as
         "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
       dtype: of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
-      text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2.
+      text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2. Of a
+        HunyuanVideo they tell what it draws from: a language model alone from text, LLaVA from a
+        first frame.
       vae: a diffusers autoencoder's folder, or its original file (ae.safetensors,
         hunyuan_vae.safetensors).
       scan_layers: compile one block of each kind and scan over them, or each block for itself,
@@ -278,9 +281,11 @@ def _of_file(
     path: Path, text_encoders: str | Path | None, vae: str | Path | None
 ) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:
     """Family, networks, configuration and the folder of the tokenizers, of a transformer's file
-    (FLUX's, Open-Sora's, ComfyUI's with what it holds besides) or a whole Stable Diffusion."""
+    (FLUX's, Open-Sora's, HunyuanVideo's, ComfyUI's with what it holds besides) or a whole Stable
+    Diffusion."""
+    family = _family_beside(text_encoders)
     # First, since it may be no model at all.
-    networks: dict[str, OpenNetwork] = dict(open_file(path, family="FLUX.1"))
+    networks: dict[str, OpenNetwork] = dict(open_file(path, family=family))
     if whole_file_of(_configs(networks)) is not None:
         return _of_whole_file(path, networks, text_encoders, vae)
     if text_encoders is None:
@@ -299,12 +304,28 @@ def _of_file(
             "ae.safetensors"
         )
     for component in _TEXT_COMPONENTS:
-        networks[component] = open_component(folder, component)
+        networks[component] = open_component(folder, component, family=family)
     config = assembled(_configs(networks), path.name)
     if config is None:
         words = ", ".join(network_of(part).words for part in _configs(networks).values())
         raise ConfigError(f"{path} with what is given beside it is no model that draws: {words}")
+    for component in _TEXT_COMPONENTS:
+        # Of a text encoder the pipeline tells which layer is the last that is read.
+        if config.networks[component] != networks[component].config:
+            networks[component] = open_component(folder, component, config.networks[component])
     return family_of(config.class_name), networks, config, folder
+
+
+def _family_beside(text_encoders: str | Path | None) -> str:
+    """Whose transformer is drawn with these text encoders, where its shapes do not tell it."""
+    if text_encoders is None:
+        return FluxPipelineConfig.file_family
+    folder, first = find(text_encoders, "text encoders"), _TEXT_COMPONENTS[0]
+    try:
+        network = open_component(folder, first, family=FluxPipelineConfig.file_family)
+    except FileNotFoundError:  # tokenizers alone are enough for some files
+        return FluxPipelineConfig.file_family
+    return file_family({first: network.config}) or FluxPipelineConfig.file_family
 
 
 def _of_whole_file(
