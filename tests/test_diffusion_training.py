@@ -424,7 +424,7 @@ def test_an_encoder_that_is_dropped_leaves_zeros_and_the_others_as_they_were():
     length, width = 77 + 16, 40
     heard = Conditioning(np.ones((4, length, width), np.float32), None, np.ones((4, 28)))
     assert SD3.silenced is not None
-    found = SD3.silenced(SMALL_SD3, heard, jnp.eye(4, 3, dtype=bool))
+    found = SD3.silenced(SMALL_SD3, heard, heard, jnp.eye(4, 3, dtype=bool))
     sequence, vector = np.asarray(found.sequence), np.asarray(found.vector)
     left = [[sequence[row, 0, 0], sequence[row, 76, 35], sequence[row, 77, 0]] for row in range(4)]
     np.testing.assert_array_equal(left, 1 - np.eye(4, 3))

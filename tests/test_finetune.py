@@ -431,11 +431,12 @@ def test_flops_are_the_published_count():
 
 
 def test_progress_measures_training_alone(capsys):
-    with progress.Progress(100, 4) as shown:
+    with progress.Progress(100) as shown:
         first = {"step": 10, "loss": 1.0}
         shown(first)
         assert "images_per_second" not in first  # its time was compilation
-        shown.waited, shown.paused = 0.0, -100.0  # as if 100 seconds of training more
+        # As if 100 seconds of training more.
+        shown.images, shown.waited, shown.paused = 40, 0.0, -100.0
         row = {"step": 20, "loss": 0.5}
         shown(row)
     assert row["images_per_second"] == pytest.approx(0.4, rel=0.05)
@@ -525,6 +526,8 @@ def test_no_recipe_is_left_untried():
     # In test_diffusion_training.py.
     tried |= {"lora_sd15", "lora_sdxl", "lora_sd3", "full_sd", "pixart_cross_attention"}
     tried |= {"tiny_sd", "tiny_pixart"}
+    # In test_clip_training.py.
+    tried |= {"lora_open_sora", "full_open_sora"}
     # The recipes of embedded models have their own tests.
     own = {"tiny", "tiny_video", "many_hosts"}
     assert {path.stem for path in RECIPES.glob("*.toml")} == tried | own

@@ -1,6 +1,7 @@
 """`python -m fluxjax.plan`: counts against arithmetic, at the real size too; errors; the report."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,12 +26,14 @@ from fluxjax.config import (
     CLIPVisionConfig,
     ConfigError,
     ControlNetConfig,
+    FluxPipelineConfig,
     IPAdapterConfig,
     OpenSoraConfig,
     OpenSoraPipelineConfig,
     ReduxConfig,
     SiglipVisionConfig,
 )
+from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.models.attention import dot_product_attention
 from fluxjax.networks import network_of
 from fluxjax.networks.flux import flops as flux_flops
@@ -39,11 +42,16 @@ from fluxjax.parallel.mesh import make_mesh
 from fluxjax.plan.attention import flash_like
 from fluxjax.plan.clips import run_forwards
 from fluxjax.plan.estimate import as_json, fits, floor, needed_bytes
-from fluxjax.plan.options import Options, check, device_count, find_chips, read_model, tokens
+from fluxjax.plan.options import Options, check, device_count, find_chips, read_model
 from fluxjax.plan.programs import Placed, Program, compile_plan
 from fluxjax.plan.tables import print_tables
 
 H100 = CHIPS["h100"]
+
+
+def tokens(config: FluxPipelineConfig) -> int:
+    """Image tokens of one picture."""
+    return math.prod(latent_size(config.width, config.height, config.vae)) // PATCH**2
 
 
 def quiet(name: str) -> None:
@@ -289,6 +297,10 @@ def test_a_clip_is_counted_with_its_tiles(monkeypatch):
     assert abs(programs["denoise"].structure.matmul_flops / (23 * each) - 1) < 0.1
     assert programs["decode"].structure.matmul_flops > 0
     assert "published, on one H100: 60 s, 52.5 GB on each" in placed.notes
+    (step,) = compile_plan(replace(options, task="lora", rank=2), config, quiet).programs
+    # Forwards, once more, and backwards to the inputs, but for text's, which is embedded once.
+    text = 2 * config.max_sequence_length * config.transformer.joint_attention_dim * 32
+    assert 2.5 < (step.structure.matmul_flops - text) / (each - text) < 3.5
     with pytest.raises(ConfigError, match="frames must be 1 more than a multiple of 4, got 8"):
         read_model(Options(model="opensora-256", frames=8))
     with pytest.raises(ConfigError, match="frames are those of a clip"):

@@ -32,6 +32,8 @@ from fluxjax.families import family_of
 from fluxjax.networks import network_of
 from fluxjax.sample.__main__ import main
 from fluxjax.sample.clip_files import read_clip, read_clip_record
+from fluxjax.sample.given_pictures import Given
+from fluxjax.sample.settings import override
 
 PROMPT = "the main objects of a video: light, style and {movements}"
 SIZE: dict[str, Any] = {"width": 48, "height": 32}
@@ -115,6 +117,9 @@ def test_a_clip_from_a_picture_is_that_of_diffusers(kind, shared, picture, tmp_p
     guided = {"true_cfg": 3.0} if asked else {}
     (clip,) = ours(PROMPT, reference=picture, **asked, **guided, **OURS)
     assert_same(clip, expected, frames)
+    settings = override(ours.defaults, {"prompt": PROMPT, **asked, **guided, **OURS})
+    (streamed,) = ours.draw_clips(settings, given=Given(reference=picture))
+    np.testing.assert_array_equal(np.concatenate([*streamed]), clip.frames)
     turned = picture.transpose(Image.Transpose.ROTATE_180)
     (other,) = ours(PROMPT, reference=turned, **asked, **guided, **OURS)
     assert apart(other, clip) > 1

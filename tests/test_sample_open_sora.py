@@ -1,6 +1,7 @@
 """Clips of Open-Sora: against three passes in a plain loop; as files; what is refused."""
 
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -22,12 +23,14 @@ from fluxjax.models.latents import pack_video, text_ids, unpack_video, video_ids
 from fluxjax.models.open_sora import OpenSoraTransformer
 from fluxjax.models.video_tiles import decode_tiled
 from fluxjax.sample.__main__ import main
-from fluxjax.sample.clip_files import Clip, read_clip, read_clip_record
+from fluxjax.sample.clip_files import Clip, read_clip, read_clip_record, write_clip
 from fluxjax.sample.denoise import denoise, passes_run
 from fluxjax.sample.given_clips import clip_size, condition_of
-from fluxjax.sample.given_pictures import read_given
+from fluxjax.sample.given_pictures import NO_PICTURES, read_given
 from fluxjax.sample.noise import TorchGenerator
+from fluxjax.sample.picture_inputs import NOTHING
 from fluxjax.sample.settings import override
+from fluxjax.sample.undecoded import Undecoded
 from fluxjax.schedules.flow_euler import flow_euler
 from fluxjax.schedules.open_sora import VideoGuidance, open_sora_levels, open_sora_passes
 from fluxjax.schedules.schedule import pad
@@ -234,6 +237,34 @@ def test_a_file_says_how_its_clip_was_made(pipe, tmp_path, sample):
     assert wrong[0] == 2 and "clips are written as .mp4 or .webp" in wrong[1]
     wrong = sample(*model, "--frames", 6)
     assert wrong[0] == 2 and wrong[1].count("\n") == 1 and "got 6; 5 would do" in wrong[1]
+
+
+def test_frames_reach_the_file_as_they_are_decoded(pipe, monkeypatch, tmp_path):
+    """However long a clip is, no more than two groups of frames are in memory."""
+    pytest.importorskip("av")
+    settings = pipe.defaults
+    made: list[weakref.ref] = []
+    most: list[int] = []
+
+    class Group(np.ndarray):
+        pass
+
+    def groups(latents):
+        for i in range(12):
+            group = np.full((1, 4, 32, 48, 3), i / 12 - 0.5, np.float32).view(Group)
+            made.append(weakref.ref(group))
+            most.append(sum(one() is not None for one in made))
+            yield group
+            del group
+
+    drawn = Undecoded(np.zeros((1, 4, 1, 4, 6)), settings, (48, 32), NO_PICTURES, NOTHING, (), pipe)
+    monkeypatch.setattr(pipe, "_drawn", lambda settings, **options: drawn)
+    monkeypatch.setattr(pipe, "clip_decoder", lambda: groups)
+    (frames,) = pipe.draw_clips(settings)
+    assert not most, "nothing is decoded before it is asked for"
+    path, *_ = write_clip(tmp_path / "clip.mp4", frames, fps=24, frames=48)
+    assert len(most) == 12 and max(most) <= 2
+    assert read_clip(path).frames.shape == (48, 32, 48, 3)
 
 
 def test_what_is_refused(pipe):

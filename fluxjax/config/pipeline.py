@@ -120,6 +120,15 @@ class PipelineConfig(ABC):
             f"frames are those of a clip, and {self.class_name} draws pictures: got {frames}",
         )
 
+    def latent_frames(self, frames: int) -> int:
+        """Latents of so many frames. Raises ConfigError for a number that is not drawn."""
+        self.require_frames(frames)
+        return 1
+
+    def frames_of(self, latents: int) -> int:
+        """Frames that so many latents stand for."""
+        return 1
+
     def require_third_prompt(self) -> None:
         """Raises ConfigError unless a third text encoder reads it."""
         count = len(self.text_encoders)

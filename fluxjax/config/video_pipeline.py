@@ -69,3 +69,8 @@ class VideoPipelineConfig(PipelineConfig):
         self.require_frames(frames)
         first, ratio = self.vae.first_frame, self.vae.temporal_compression_ratio
         return 1 if frames == 1 else (frames - first) // ratio + first
+
+    def frames_of(self, latents: int) -> int:
+        """Frames that so many latents stand for; one latent is that of a picture."""
+        first, ratio = self.vae.first_frame, self.vae.temporal_compression_ratio
+        return 1 if latents == 1 else (latents - first) * ratio + first

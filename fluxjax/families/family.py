@@ -279,11 +279,11 @@ class Family:
     widened: Callable[..., Any] = lambda config, given: config
     path: Callable[[Any], NoisePath] = _not_trained
     """What is trained: how pictures become noise, and what of that is predicted."""
-    shift: Callable[[Any, int, int], float] = lambda config, rows, columns: 0.0
-    """The logarithm by which noise levels of a picture of so many latents are moved."""
+    shift: Callable[..., float] = lambda config, *size: 0.0
+    """The logarithm by which noise levels of a picture or clip of so many latents are moved."""
     encode_anew: Callable[..., Conditioning] = _no_text_encoder
     silenced: Callable[..., Conditioning] | None = None
-    """What is heard where single text encoders are not."""
+    """What is heard where of single text encoders the empty prompt is, or nothing."""
 
     def shape_of(
         self, config: PipelineConfig, width: int, height: int, frames: int = 1

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from fluxjax.config import ConfigError, OpenSoraPipelineConfig
 from fluxjax.config.video_pipeline import VideoPipelineConfig
@@ -40,6 +40,7 @@ from fluxjax.schedules.open_sora import (
     fewest_passes,
     open_sora_levels,
     open_sora_passes,
+    shift_of,
 )
 from fluxjax.schedules.step_table import Run
 from fluxjax.shapes import Params
@@ -70,6 +71,25 @@ def tasks_of(config: OpenSoraPipelineConfig) -> list[Task]:
 def path(config: OpenSoraPipelineConfig) -> NoisePath:
     """How clips become noise, and what of that is predicted."""
     return OPEN_SORA_FLOW
+
+
+def shift(config: OpenSoraPipelineConfig, frames: int, rows: int, columns: int) -> float:
+    """As in sampling."""
+    tokens = rows * columns // config.patch**2
+    return math.log(shift_of(tokens, frames, config.scheduler))
+
+
+def silenced(
+    config: OpenSoraPipelineConfig,
+    heard: Conditioning,
+    empty: Conditioning,
+    dropped: Bool[Array, "b encoders"],
+) -> Conditioning:
+    """`heard` with what the text encoders that a row has `dropped`, CLIP or T5, say of `empty`."""
+    assert heard.vector is not None and empty.vector is not None
+    no_clip, no_t5 = dropped[:, :1], dropped[:, 1:, None]
+    vector = jnp.where(no_clip, empty.vector, heard.vector)
+    return heard._replace(sequence=jnp.where(no_t5, empty.sequence, heard.sequence), vector=vector)
 
 
 def joined(config: OpenSoraPipelineConfig) -> int:
@@ -277,4 +297,6 @@ OPEN_SORA = Family(
     forward=forward,
     hoist=hoist,
     path=path,
+    shift=shift,
+    silenced=silenced,
 )

@@ -241,7 +241,10 @@ def shift(config: SD3PipelineConfig, rows: int, columns: int) -> float:
 
 
 def silenced(
-    config: SD3PipelineConfig, heard: Conditioning, dropped: Bool[Array, "b encoders"]
+    config: SD3PipelineConfig,
+    heard: Conditioning,
+    empty: Conditioning,
+    dropped: Bool[Array, "b encoders"],
 ) -> Conditioning:
     """`heard` with zeros in place of what the text encoders that a row has `dropped` say, each by
     itself (Esser et al. 2024, section 4): any of them may then be left out when drawing."""

@@ -33,13 +33,13 @@ _LAST: Mapping[str, int] = {"i2v_tail": 1, "i2v_loop": 1, "v2v_tail": 9, "v2v_ta
 class GivenFrames(NamedTuple):
     """A video's latents that are given. `mask` is 1 there; elsewhere `latents` are 0."""
 
-    mask: Float[Array, "b 1 frames h w"]
-    latents: Float[Array, "b c frames h w"]
+    mask: Float[Array | np.ndarray, "b 1 frames h w"]
+    latents: Float[Array | np.ndarray, "b c frames h w"]
 
     @property
-    def condition(self) -> Float[Array, "b c_and_mask frames h w"]:
+    def condition(self) -> Float[np.ndarray, "b c_and_mask frames h w"]:
         """What the transformer sees, to be packed: the mask first."""
-        return jnp.concatenate([self.mask, self.latents], axis=1)
+        return np.concatenate([self.mask, self.latents], axis=1)
 
 
 def given_lengths(kind: str) -> tuple[int, int]:
@@ -76,18 +76,16 @@ def given_frames(
     """
     check_frames(kind, shape[2])
     first, last = given_lengths(kind)
-    latents = jnp.zeros(shape)
+    latents = np.zeros(shape, np.float32)
     for length, given, name in ((first, head, "first"), (last, tail, "last")):
         if length and (given is None or given.shape[2] < length):
             found = 0 if given is None else given.shape[2]
             raise ConfigError(f"{kind} gives the {name} {length} latent frames, got {found}")
-    mask = jnp.zeros((shape[0], 1, *shape[2:]))
+    mask = np.zeros((shape[0], 1, *shape[2:]), np.float32)
     if first and head is not None:
-        latents = latents.at[:, :, :first].set(head[:, :, :first])
-        mask = mask.at[:, :, :first].set(1.0)
+        latents[:, :, :first], mask[:, :, :first] = head[:, :, :first], 1.0
     if last and tail is not None:
-        latents = latents.at[:, :, -last:].set(tail[:, :, -last:])
-        mask = mask.at[:, :, -last:].set(1.0)
+        latents[:, :, -last:], mask[:, :, -last:] = tail[:, :, -last:], 1.0
     return GivenFrames(mask, latents)
 
 

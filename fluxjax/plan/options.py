@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,9 +10,8 @@ import tyro
 
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.chips import CHIPS, Chip
-from fluxjax.config import PRESETS, ConfigError, FluxPipelineConfig, PipelineConfig
+from fluxjax.config import PRESETS, ConfigError, PipelineConfig
 from fluxjax.config.choices import Remat, SequenceAttention
-from fluxjax.config.latents import PATCH, latent_size
 from fluxjax.hub import find, hub_name
 from fluxjax.parallel.mesh_shape import MeshShape, parse_mesh
 from fluxjax.plan.tools import Tools, read_tools
@@ -188,8 +186,3 @@ def find_chips(names: tuple[str, ...]) -> tuple[Chip, ...]:
             raise ConfigError(f"no chip is called {name!r}; there are {listed}")
         found |= dict.fromkeys(hits)
     return tuple(found)
-
-
-def tokens(config: FluxPipelineConfig) -> int:
-    """Image tokens of one picture."""
-    return math.prod(latent_size(config.width, config.height, config.vae)) // PATCH**2

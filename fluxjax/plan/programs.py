@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from fluxjax.checkpoint.templates import abstract_params, in_dtype, quantised_template
-from fluxjax.config import ConfigError, FluxPipelineConfig, LoraConfig, PipelineConfig
+from fluxjax.config import ConfigError, LoraConfig, PipelineConfig
 from fluxjax.config.flux_pipeline import require_flux
 from fluxjax.config.video_pipeline import VideoPipelineConfig
-from fluxjax.families import FLUX, Task, family_of
+from fluxjax.families import Task, family_of
 from fluxjax.models.attention import auto_attention
 from fluxjax.models.compilation import IN_LOOPS, compiler_options
-from fluxjax.models.flux import FluxTransformer
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.compiled_program import Structure, measure
 from fluxjax.parallel.host_memory import HOST
@@ -33,7 +32,7 @@ from fluxjax.plan.clips import (
     run_forwards,
     tiles,
 )
-from fluxjax.plan.options import Options, device_count, mesh_shape, read_beside, tokens
+from fluxjax.plan.options import Options, device_count, mesh_shape, read_beside
 from fluxjax.plan.tools import Tools
 from fluxjax.quantised_kinds import LOADED
 from fluxjax.sample import ip_adapter, redux
@@ -41,10 +40,11 @@ from fluxjax.sample.executables import Executables
 from fluxjax.sample.picture_reader import Reading, read_pictures
 from fluxjax.sample.programs import NAMES, Name, components, defaults, programs
 from fluxjax.sample.quantise_option import parse_quantise
-from fluxjax.train.flow_matching import Rows, finetune_loss
+from fluxjax.train.flow_matching import Learner, Rows, finetune_loss
 from fluxjax.train.optimizers import learning_rates, make_optimizer
 from fluxjax.train.settings import Objective, OptimizerSettings
 from fluxjax.train.step import init_state, make_step
+from fluxjax.train.task import channels_of
 from fluxjax.train.trained_networks import initial_loras
 
 Say = Callable[[str], None]
@@ -87,7 +87,9 @@ def compile_plan(options: Options, config: PipelineConfig, say: Say) -> Placed:
         return _clips(options, cast(VideoPipelineConfig, config), mesh, say)
     if options.task == "sample":
         return _sampling(options, config, mesh, say)
-    return _training(options, require_flux(config, options.model), mesh, say)
+    if config.tiling is None:
+        config = require_flux(config, options.model)
+    return _training(options, config, mesh, say)
 
 
 def _spec(mesh: Mesh, shape: tuple[int, ...], dtype: Any, rows: bool = True) -> Any:
@@ -291,34 +293,36 @@ def _task(options: Options, config: PipelineConfig) -> Task:
     return family_of(config.class_name).tasks_of(config)[0]
 
 
-def _training(options: Options, config: FluxPipelineConfig, mesh: Mesh, say: Say) -> Placed:
+def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:
     lora, dtype, n = options.task == "lora", jnp.dtype(options.dtype), options.batch
-    model = FluxTransformer(
-        config.transformer,
+    family, network = family_of(config.class_name), config.networks[config.denoiser]
+    model, _ = family.networks(
+        config,
+        "diffusers",
         dtype=dtype,
         param_dtype=dtype if lora else jnp.float32,
         scan_layers=True,
         remat=options.remat,
     )
-    base = abstract_params(config.transformer, stacked=True)
-    shardings = param_shardings(config.transformer, base, mesh)
+    base = abstract_params(network, stacked=True)
+    shardings = param_shardings(network, base, mesh)
     frozen: dict[str, Any] = {}
     trained = _placed(base, shardings)
     if lora:
         adapter = LoraConfig(rank=options.rank)
         made = jax.eval_shape(lambda: initial_loras(adapter, config, 0, stacked=True, added={}))
-        trained, scales = _placed(made, state_shardings(config.transformer, made, mesh))
-        held = _template(options, "transformer", config.transformer, dtype)
-        placed = _placed(held, param_shardings(config.transformer, held, mesh))
+        trained, scales = _placed(made, state_shardings(network, made, mesh))
+        held = _template(options, "transformer", network, dtype)
+        placed = _placed(held, param_shardings(network, held, mesh))
         frozen = {"params": {"transformer": placed}, "scales": scales}
     settings = OptimizerSettings(name=options.optimizer)
     optimizer = make_optimizer(settings, learning_rates(settings, 1000, 1e-4))
     state = jax.eval_shape(lambda p: init_state(p, optimizer, ema=options.ema), trained)
-    where = state_shardings(config.transformer, state, mesh)
+    where = state_shardings(network, state, mesh)
     state = _placed(state, where)
     apply = partial(apply_on, mesh if mesh.size > 1 else None, sequence=options.sequence)
     step = make_step(
-        finetune_loss(FLUX, model, Objective(), apply),
+        finetune_loss(family, model, Objective(), apply, of=Learner.of(config)),
         optimizer,
         seed=0,
         ema_decay=0.999,
@@ -326,15 +330,23 @@ def _training(options: Options, config: FluxPipelineConfig, mesh: Mesh, say: Say
         out_shardings=(where, replicated(mesh)),
         donate=True,
     )
-    image, text = tokens(config), config.max_sequence_length
-    heard, dropped = (FLUX.text_shapes(config, rows, text, jnp.float32)[1] for rows in (n, 1))
+    text = config.max_sequence_length
+    heard, dropped = (family.text_shapes(config, rows, text, jnp.float32)[1] for rows in (n, 1))
+    drawn = defaults(config)
+    shape = family.shape_of(config, drawn.width, drawn.height, drawn.frames)
+    packed = jax.eval_shape(family.pack, jax.ShapeDtypeStruct((n, *shape), jnp.float32))
+    given = None
+    if channels_of(config, _task(options, config)):
+        size = (*packed.values.shape[:-1], family.joined(config))
+        given = _spec(mesh, size, jnp.float32)
     rows = Rows(
-        _spec(mesh, (n, image, config.transformer.in_channels), jnp.float32),
+        _spec(mesh, packed.values.shape, jnp.float32),
         _placed(heard, jax.tree.map(lambda _: batch_sharding(mesh), heard)),
         _spec(mesh, (n,), jnp.int32),
+        channels=given,
     )
     empty = _placed(dropped, jax.tree.map(lambda _: replicated(mesh), dropped))
-    ids = _spec(mesh, (image, 3), jnp.float32, rows=False)
+    ids = _spec(mesh, packed.positions.shape, jnp.float32, rows=False)
     mu = _spec(mesh, (), jnp.float32, rows=False)
     weights = {"transformer": _size(frozen.get("params", state.params))}
     if lora:

@@ -7,6 +7,7 @@ WebP and in the PNGs where pictures have it (`picture_formats`).
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,20 +20,19 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fluxjax.atomic_write import place_new, write_new
+from fluxjax.clip_reader import VIDEOS, import_av, opened_video
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import quiet
 from fluxjax.sample.file_names import CLIP_FORMATS
 from fluxjax.sample.picture_formats import RECORD, encode_picture, exif_of, read_record
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from PIL.Image import Image
 
 Frames = UInt8[np.ndarray, "t height width 3"]
-_VIDEO = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 _ANIMATED = (".webp", ".gif", ".png")
 _BT709 = 1  # ITU-T H.273: primaries, transfer and matrix
+_WITHOUT = "; animated .webp does without"
 _QUALITY = "16"  # of x264: nothing that an eye sees is lost
 
 
@@ -82,7 +82,7 @@ def require_clip_name(path: Path) -> None:
     if path.suffix.lower() not in CLIP_FORMATS:
         raise ConfigError(f"{path}: clips are written as {' or '.join(CLIP_FORMATS)}")
     if path.suffix.lower() == ".mp4":
-        _av(path)
+        import_av(path, otherwise=_WITHOUT)
 
 
 def usual_suffix() -> str:
@@ -90,6 +90,14 @@ def usual_suffix() -> str:
     from importlib.util import find_spec
 
     return ".webp" if find_spec("av") is None else ".mp4"
+
+
+def still_pixels(path: Path) -> UInt8[np.ndarray, "height width 3"]:
+    """Of one that `write_clip` wrote."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return np.asarray(picture)
 
 
 def _passing(
@@ -115,7 +123,7 @@ def read_clip(path: Path, *, most: int | None = None, max_megapixels: float = 10
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no clip {path}")
-    kinds = {**dict.fromkeys(_VIDEO, _video), **dict.fromkeys(_ANIMATED, _animation)}
+    kinds = {**dict.fromkeys(VIDEOS, _video), **dict.fromkeys(_ANIMATED, _animation)}
     if path.suffix.lower() not in kinds:
         raise ConfigError(f"{path}: clips are read from {', '.join(kinds)}")
     try:
@@ -134,28 +142,18 @@ def read_clip_record(path: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ConfigError for a clip that was not made here.
     """
-    if path.suffix.lower() not in _VIDEO:
+    if path.suffix.lower() not in VIDEOS:
         return read_record(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no clip {path}")
     try:
-        with _av(path).open(str(path)) as container:
+        with import_av(path).open(str(path)) as container:
             record = json.loads(container.metadata.get(RECORD, "null"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: no record can be read ({error})") from None
     if not isinstance(record, dict):
         raise ConfigError(f"{path} does not say how it was made: fluxjax did not write it")
     return record
-
-
-def _av(path: Path) -> ModuleType:
-    try:
-        import av
-    except ImportError:
-        raise ConfigError(
-            f"{path}: videos need PyAV: pip install 'fluxjax[video]'; animated .webp does without"
-        ) from None
-    return av
 
 
 def _picture(frame: np.ndarray) -> Image:
@@ -168,7 +166,7 @@ def _write_mp4(
     part: Path, frames: Iterator[np.ndarray], fps: int, record: Mapping[str, Any] | None
 ) -> None:
     """H.264 with half as many colours along each side, which every player shows."""
-    av = _av(part)
+    av = import_av(part, otherwise=_WITHOUT)
     options = {"movflags": "use_metadata_tags+faststart"}
     with av.open(str(part), "w", format="mp4", options=options) as container:
         if record is not None:
@@ -215,19 +213,8 @@ def _write_webp(
 
 
 def _video(path: Path, most: int | None, max_megapixels: float) -> tuple[list[np.ndarray], float]:
-    frames: list[np.ndarray] = []
-    with _av(path).open(str(path)) as container:
-        if not container.streams.video:
-            raise ConfigError(f"{path} holds no video")
-        stream = container.streams.video[0]
-        _check_size(path, stream.width, stream.height, max_megapixels)
-        for frame in container.decode(stream):
-            if len(frames) == most:
-                break
-            # Cameras write how far a frame is to be turned, against the clock.
-            frames.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-        rate = stream.average_rate or stream.base_rate or 24
-    return frames, float(rate)
+    with opened_video(path, max_megapixels, what=path) as video:
+        return list(itertools.islice(video.frames, most)), video.fps
 
 
 def _animation(

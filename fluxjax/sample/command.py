@@ -181,7 +181,8 @@ def _draw_all(
             if options.preview is not None:
                 path, decoder = shelf.path(batch[0]), options.preview_decoder
                 on_step = s.enter_context(previewed(pipe, settings, seeds, path, decoder=decoder))
-            pictures = pipe.draw(
+            drawn = pipe.draw_clips if settings.frames > 1 else pipe.draw
+            pictures = drawn(
                 settings,
                 prompts=prompts,
                 seeds=seeds,

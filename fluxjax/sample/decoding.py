@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from fluxjax.parallel.tiles import tiles_on
 from fluxjax.shapes import Params
 
 TILE = 64
+ClipLatents = Float[Array | np.ndarray, "n c t h w"]
 
 
 def decode_in_tiles(
@@ -33,20 +35,21 @@ def decode_in_tiles(
     return decode_tiled(model, held, x, tile=tile, **together)
 
 
-def decode_clips(
-    model: Any,
-    params: Params,
-    latents: Float[Array | np.ndarray, "n c t h w"],
-    tiling: Tiling,
-    *,
-    mesh: Mesh | None,
-) -> Float[np.ndarray, "n frames height width 3"]:
-    """Of latents as the transformer sees them, tile by tile, see `fluxjax.models.video_tiles`."""
-    from fluxjax.models.video_tiles import decode_tiled
+def clip_decoder(
+    model: Any, params: Params, tiling: Tiling, *, mesh: Mesh | None
+) -> Callable[[ClipLatents], Iterator[Float[np.ndarray, "n frames height width 3"]]]:
+    """What decodes latents as the transformer sees them, tile by tile: groups of frames in their
+    order, see `fluxjax.models.video_tiles`. Of several processes all call this, and those that want
+    frames call what it returns."""
+    from fluxjax.models.video_tiles import decode_groups
 
-    x = jnp.moveaxis(jnp.asarray(latents), 1, -1).astype(jnp.float32) / model.config.latent_factor
     held, together = tiles_on(mesh, params)
-    return decode_tiled(model, held, x, tiling, **together)
+
+    def groups(latents: ClipLatents) -> Iterator[Float[np.ndarray, "n frames height width 3"]]:
+        x = jnp.moveaxis(jnp.asarray(latents), 1, -1).astype(jnp.float32)
+        return decode_groups(model, held, x / model.config.latent_factor, tiling, **together)
+
+    return groups
 
 
 def encode_clips(

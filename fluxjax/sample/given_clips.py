@@ -54,16 +54,11 @@ def check_given(config: Any, given: Given, settings: Settings) -> None:
         return
     check_frames(kind, config.latent_frames(settings.frames))
     if given.video is not None:
-        count, there = _frames_of(config, max(given_lengths(kind))), len(given.video.frames)
+        count, there = config.frames_of(max(given_lengths(kind))), len(given.video.frames)
         if there < count:
             raise ConfigError(
                 f"the given video has {there} frames, and {kind} takes {count} of them"
             )
-
-
-def _frames_of(config: Any, latents: int) -> int:
-    first = config.vae.first_frame
-    return (latents - first) * config.vae.temporal_compression_ratio + first
 
 
 def clip_inputs(
@@ -89,7 +84,7 @@ def clip_inputs(
             noise = draws.get(noise)
         else:
             assert given.video is not None, "what is not given as pictures is a video"
-            count = _frames_of(config, length)
+            count = config.frames_of(length)
             frames, noise = _part(given.video.frames, count, end, *size), draws["video"]
         drawn = None if noise is None else noise[:, :, :length]
         ends[end] = stages.encode_clips(frames, drawn)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fluxjax import __version__
 from fluxjax.atomic_write import write_new
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
-from fluxjax.sample.clip_files import require_clip_name, usual_suffix, write_clip
+from fluxjax.sample.clip_files import require_clip_name, still_pixels, usual_suffix, write_clip
 from fluxjax.sample.file_names import FORMATS, file_name
 from fluxjax.sample.given_options import destination
 from fluxjax.sample.opened_model import OpenedModel
@@ -44,23 +44,26 @@ class PictureShelf:
         elif path.suffix.lower() not in FORMATS:
             raise ConfigError(f"{path}: pictures are written as {', '.join(FORMATS)}")
 
-    def save(self, job: Job, picture: np.ndarray, pipe: Pipeline) -> None:
-        """Write one picture, or a clip with its stills, and print its line."""
+    def save(self, job: Job, picture: np.ndarray | Iterator[np.ndarray], pipe: Pipeline) -> None:
+        """Write one picture, or the frames of a clip with its stills, and print its line."""
         settings, wanted = job.settings, self.path(job)
         record, parameters = self._record(job, pipe) if self.options.record else (None, "")
-        if picture.ndim == 4:
-            size: Any = {"fps": settings.fps, "frames": len(picture)}
-            path, *_ = write_clip(wanted, [picture], record=record, **size)
-            picture = picture[len(picture) // 2]  # what a sheet shows of it
+        if settings.frames > 1:
+            frames = settings.frames - pipe.config.dropped_frames
+            path, *stills = write_clip(
+                wanted, picture, fps=settings.fps, frames=frames, record=record
+            )
+            shown = still_pixels(stills[len(stills) // 2])  # the middle one is what a sheet shows
         else:
-            path = write_new(wanted, self._encoded(picture, wanted, record, parameters))
+            shown = cast("np.ndarray", picture)
+            path = write_new(wanted, self._encoded(shown, wanted, record, parameters))
         if self.file is not None and path != wanted:
             self.note(f"{wanted} was there already and is kept")
         spent = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in pipe.seconds.items())
         print_line(str(path) if self.options.quiet else f"{path}  seed {settings.seed}  {spent}")
         if self.options.grid:
             about = {"file": path.name, **(record or {}).get("settings", {})}
-            self._drawn[job.place] = picture, about
+            self._drawn[job.place] = shown, about
 
     def path(self, job: Job) -> Path:
         """What the picture will be called if the name is free."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +28,13 @@ from fluxjax.sample.programs import NAMES, components
 from fluxjax.sample.redux import Heard, read_heard
 from fluxjax.sample.reference import whole_size
 from fluxjax.sample.refiner import Calls, completed
-from fluxjax.sample.refusals import check_clip, check_told, require_finite, unknown_options
+from fluxjax.sample.refusals import check_clip, check_told, unknown_options
 from fluxjax.sample.save_picture import tell_made
 from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, VideoKind, override
 from fluxjax.sample.skip_layers import check_skip_layers
 from fluxjax.sample.sources import Sources, absolute
 from fluxjax.sample.stages import AnyArray, OnStep, Stages
+from fluxjax.sample.undecoded import Undecoded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -331,6 +332,63 @@ class Pipeline(Stages):
 
         `heard`: pictures for Redux and their weights. Arguments and errors are those of `__call__`.
         """
+        drawn = self._drawn(
+            settings,
+            prompts=prompts,
+            seeds=seeds,
+            number=number,
+            given=given,
+            lora=lora,
+            heard=heard,
+            progress=progress,
+            on_step=on_step,
+            every=every,
+        )
+        settings, pictures = drawn.settings, drawn.stages.decode(drawn.latents)
+        if self.offload and drawn.stages is not self:
+            drawn.stages.release()
+        drawn.require_finite(self.config, pictures)
+        if self.config.tiling is not None:
+            clips = to_bytes(pictures[:, self.config.dropped_frames :], settings.rounding)
+            return clips if settings.frames > 1 else clips[:, 0]
+        resized = in_size(pictures, *drawn.size)
+        return finished(to_bytes(resized, settings.rounding), drawn.given, settings)
+
+    def draw_clips(
+        self, settings: Settings, **options: Any
+    ) -> list[Iterator[UInt8[np.ndarray, "frames rows columns 3"]]]:
+        """As `draw`, whose options these are, of each clip its frames: group after group, decoded
+        as they are asked for, so that no more than one is held. How many frames a group has is the
+        tiling's. Of several processes only those that want frames ask for them."""
+        drawn = self._drawn(settings, **options)
+        decode = drawn.stages.clip_decoder()
+
+        def frames(latents: AnyArray) -> Iterator[np.ndarray]:
+            dropped = self.config.dropped_frames
+            for group in decode(latents):
+                drawn.require_finite(self.config, group)
+                kept = group[:, dropped:]
+                dropped = max(dropped - group.shape[1], 0)
+                if kept.size:
+                    yield to_bytes(kept, drawn.settings.rounding)[0]
+
+        return [frames(drawn.latents[i : i + 1]) for i in range(len(drawn.latents))]
+
+    def _drawn(
+        self,
+        settings: Settings,
+        *,
+        prompts: Sequence[str] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        number: int = 1,
+        given: Given | None = None,
+        lora: LoraChoice | None = None,
+        heard: Sequence[Heard] = (),
+        progress: Callable[[int], None] | None = None,
+        on_step: OnStep | None = None,
+        every: int = 1,
+    ) -> Undecoded:
+        """Latents of what `draw` is asked for."""
         check_clip(self.config, settings, self.defaults)
         check_told(self.family, self.config, settings)
         prompts = [settings.prompt] if prompts is None else prompts
@@ -393,18 +451,9 @@ class Pipeline(Stages):
             calls = Calls(self.run_of(settings).evaluations, progress, on_step, every)
             latents = self.refiner.refine(latents, settings, prompts, number, draws, calls)
             last = self.refiner.pipe
-        dropped = self.config.dropped_frames
-        if self.config.tiling is not None and not dropped:
+        if self.config.tiling is not None and not self.config.dropped_frames:
             latents = with_given(latents, inputs, given, settings)
-        pictures = last.decode(latents)
-        if self.offload and last is not self:
-            last.release()
-        require_finite(self.config, pictures, [conditioning, negative], inputs, latents)
-        if self.config.tiling is not None:
-            clips = to_bytes(pictures[:, dropped:], settings.rounding)
-            return clips if settings.frames > 1 else clips[:, 0]
-        resized = in_size(pictures, *size)
-        return finished(to_bytes(resized, settings.rounding), given, settings)
+        return Undecoded(latents, settings, size, given, inputs, (conditioning, negative), last)
 
     def _leave(self, reader: PictureReader) -> None:
         if self.offload:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from fluxjax.families.family import Conditioning, Family, SkipLayers, Steps, Tas
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import gathered, pad_rows
 from fluxjax.sample import noise
-from fluxjax.sample.decoding import TILE, decode_clips, decode_in_tiles, encode_clips
+from fluxjax.sample.decoding import TILE, clip_decoder, decode_in_tiles, encode_clips
 from fluxjax.sample.denoise import State, in_parts, wait
 from fluxjax.sample.executables import Executables
 from fluxjax.sample.given_pictures import NO_PICTURES, Given
@@ -366,14 +366,32 @@ class Stages:
         the original code cuts them.
         """
         if self.config.tiling is not None:
-            (params,), (model,) = self._networks("decode"), self.executables.modules("decode")
-            with self._timed("decoding"):
-                return decode_clips(model, params, latents, self.config.tiling, mesh=self.mesh)
+            return np.concatenate([*self.clip_decoder()(latents)], axis=1)
         if tile is None and not tiled(*latents.shape[2:]):
             return self._run("decode", latents, len(latents), phase="decoding")
         (params,), (model,) = self._networks("decode"), self.executables.modules("decode")
         with self._timed("decoding"):
             return decode_in_tiles(model, params, latents, tile=tile or TILE, mesh=self.mesh)
+
+    def clip_decoder(
+        self,
+    ) -> Callable[[AnyArray], Iterator[Float[np.ndarray, "n frames height width 3"]]]:
+        """What decodes latents of clips to groups of frames, one after the other as they are asked
+        for. Of several processes all call this; only those that want frames ask for them."""
+        assert self.config.tiling is not None, "clips are for models that draw them"
+        (params,), (model,) = self._networks("decode"), self.executables.modules("decode")
+        decode = clip_decoder(model, params, self.config.tiling, mesh=self.mesh)
+
+        def groups(latents: AnyArray) -> Iterator[np.ndarray]:
+            each = decode(latents)
+            while True:
+                with self._timed("decoding"):
+                    group = next(each, None)
+                if group is None:
+                    return
+                yield group
+
+        return groups
 
     def is_loaded(self, component: str) -> bool:
         return component in self._params

@@ -126,10 +126,12 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
 
     if not isinstance(recipe, FinetuneRecipe):
         raise ConfigError("the embedded model's recipe draws its own data: nothing to precompute")
+    from fluxjax.checkpoint.pipeline_folder import read_config
     from fluxjax.parallel.hosts import barrier, joined_hosts
     from fluxjax.train.data import dataset
     from fluxjax.train.finetune import with_usable_cache
     from fluxjax.train.progress import Filling
+    from fluxjax.train.task import channels_of, learnt
 
     cli.begin()
     with joined_hosts(
@@ -137,6 +139,7 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
     ):
         import jax
 
+        config, task = learnt(recipe, read_config(recipe.model_folder))
         recipe, note = with_usable_cache(recipe)
         if note and jax.process_index() == 0:
             say(f"note: {note}")
@@ -147,6 +150,8 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
                 report=report,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
+                channels=channels_of(config, task),
+                kinds=recipe.objective.kinds,
             )
         barrier("precomputed", _DAY)  # a process that ends early would be taken for lost
         if jax.process_index() == 0:

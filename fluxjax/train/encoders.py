@@ -23,15 +23,21 @@ class Encoders(NamedTuple):
     They must run on this process alone: which entries a cache lacks differs between processes.
     """
 
-    encode_image: Callable[[Any], Any]  # (n, height, width, 3) in [-1, 1] -> (n, c, h, w)
+    encode_image: Callable[[Any], Any]  # (n, *frames, height, width, 3) in [-1, 1] -> (n, c, *size)
     encode_text: Callable[[list[str]], Conditioning]  # of n captions
     image_hash: str
     text_hash: str
     mask_channels: Callable[[Any], Any]  # (n, height, width) of 0 and 1 -> (n, c, h, w)
     tokenize: Callable[[list[str]], Any]  # of n captions, what text encoders read
-    pack: Callable[[Any], Any]  # (n, c, h, w) -> (n, *image, d), as the network takes them
+    pack: Callable[[Any], Any]  # (n, c, *size) -> (n, *image, d), as the network takes them
     sizes: Callable[[Told], Any] = lambda told: None
     """What the network is told of a picture besides its caption, or None."""
+    prompt_of: Callable[[str, Told], str] = lambda caption, told: caption
+    """A caption as the text encoders read it."""
+    latents_of: Callable[[int], int] = lambda frames: 1
+    """How many latent frames a clip of so many frames has."""
+    frames_of: Callable[[int], int] = lambda latents: 1
+    """And how many frames there are in so many latents."""
     unit: int = 1
     """Sides of pictures are multiples of this."""
     scale: int = 1
@@ -69,8 +75,17 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
     @functools.cache
     def image() -> Callable[[Any], Any]:
         from fluxjax.models.autoencoder import Autoencoder
+        from fluxjax.sample.decoding import encode_clips
         from fluxjax.sample.programs import encode_pictures
 
+        if (tiling := config.tiling) is not None:
+            vae, weights = network_of(config.vae).build(config.vae), params("vae", stacked=False)
+
+            def encode(pictures: Any) -> Any:
+                clips = pictures if pictures.ndim == 5 else pictures[:, None]
+                return encode_clips(vae, weights, clips, tiling, mesh=None)
+
+            return encode
         return functools.partial(
             encode_pictures, Autoencoder(config.vae), params("vae", stacked=False)
         )
@@ -121,6 +136,9 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         tokenize,
         lambda latents: np.asarray(family.pack(latents).values),
         sizes,
+        family.prompt_of,
+        config.latent_frames,
+        config.frames_of,
         config.unit,
         config.vae.scale,
         release,

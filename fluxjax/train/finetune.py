@@ -1,5 +1,5 @@
-"""Fine-tunes a pipeline on pictures with captions: LoRAs of the network that draws and of the text
-encoders, or all of the network or some of its modules."""
+"""Fine-tunes a pipeline on pictures or clips with captions: LoRAs of the network that draws and of
+the text encoders, or all of the network or some of its modules."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replic
 from fluxjax.parallel.rules import param_shardings
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pipeline import Pipeline
+from fluxjax.sample.programs import defaults
 from fluxjax.train.data.cache_file import usable_folder
 from fluxjax.train.data.catalogue import Report
 from fluxjax.train.data.dataset import DataBatch, Dataset, open_dataset
@@ -56,14 +57,16 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     base.require_whole(recipe.model)
     config, task = learnt(recipe, base)
     parts = batch_parts(mesh) * recipe.accumulate
-    if recipe.batch % parts:
-        raise ConfigError(
-            f"batch {recipe.batch} must be a multiple of {parts}: {batch_parts(mesh)} devices "
-            f"share it out, in accumulate {recipe.accumulate} parts"
-        )
+    for batch in (recipe.batch, *recipe.data.batches):
+        if batch % parts:
+            raise ConfigError(
+                f"batch {batch} must be a multiple of {parts}: {batch_parts(mesh)} devices share "
+                f"it out, in accumulate {recipe.accumulate} parts"
+            )
     # What is missing shows before hours of encoding.
     if recipe.validation.every and recipe.validation.prompts:
         config.require_size(*_validation_size(recipe, config))
+        config.require_frames(recipe.validation.frames or defaults(config).frames)
     seen = read_shown(recipe.validation, _validation_size(recipe, config), recipe.data)
     encoders = encoders or folder_encoders(recipe.model_folder)
     recipe, note = with_usable_cache(recipe)
@@ -73,9 +76,12 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         data.fill(report)
     prompts = None
     if recipe.validation.prompts:
-        asked = [*recipe.validation.prompts]
+        told = defaults(config).told(negative=False)
+        family = family_of(config.class_name)
+        asked = [family.prompt_of(prompt, told) for prompt in recipe.validation.prompts]
         prompts = Prompts(data.captions(asked), data.ids(asked))
-    shown = encode_shown(seen, joined, encoders.encode_each, encoders.mask_channels)
+    drawn = encoders.latents_of(recipe.validation.frames or defaults(config).frames)
+    shown = encode_shown(seen, joined, encoders.encode_each, encoders.mask_channels, drawn)
     held = _held_out(recipe, data, encoders, mesh, joined)
     # The encoders have done their work: their memory is the transformer's.
     encoders.release()
@@ -182,6 +188,7 @@ def _open_data(
         report=report,
         channels=channels,
         with_ids=bool(recipe.lora.text_encoders),
+        kinds=recipe.objective.kinds,
     )
 
 

@@ -39,7 +39,8 @@ class Rows(NamedTuple):
     """A batch as the step takes it; `index` numbers the samples of the whole run.
 
     Latents are packed as the network takes them: a sequence of tokens, or rows and columns.
-    `reference`: latents of the pictures that these are made from. `mask`: what each latent of a
+    Those of clips have frames before these. `reference`: latents of the pictures that these are
+    made from. `mask`: what each latent of a
     token (of FLUX 2 x 2) counts, 0 to 1. `channels`: what is joined to the latents', or what a
     ControlNet sees.
     `ids`: token ids of the captions (`Family.tokenize`), for text encoders that learn.
@@ -68,7 +69,7 @@ def predict(
     x: Float[Array, "b *image c"],
     rows: Rows,
     t: Float[Array, "b"],
-    ids: Float[Array, "image axes"] | None,
+    ids: Float[Array, "*image axes"] | None,
     guidance: float,
     apply: Apply,
     controlnet: ControlLearner | None = None,
@@ -125,7 +126,7 @@ def path_loss(
     rows: Rows,
     noise: Float[Array, "b *image c"],
     t: Float[Array, "b"],
-    ids: Float[Array, "image axes"] | None,
+    ids: Float[Array, "*image axes"] | None,
     apply: Apply,
     *controlled: Any,
 ) -> Float[Array, ""]:
@@ -153,7 +154,7 @@ def fixed_loss(
     rows: Rows,
     quantiles: Float[Array, "b"],
     seed: Int[Array, ""],
-    ids: Float[Array, "image axes"] | None,
+    ids: Float[Array, "*image axes"] | None,
     mu: Float[Array, ""],
     apply: Apply = nn.Module.apply,
     controlnet: ControlLearner | None = None,
@@ -195,8 +196,8 @@ class Learner(NamedTuple):
     """The network that draws."""
     text_encoders: int = 0
     """How many there are."""
-    silenced: Callable[[Conditioning, Any], Conditioning] | None = None
-    """What is heard where some of them, by row, are not."""
+    silenced: Callable[[Conditioning, Conditioning, Any], Conditioning] | None = None
+    """What is heard where some of them, by row, are not but the empty prompt's."""
     controlnet: ControlLearner | None = None
     """That learns beside the network."""
 
@@ -239,7 +240,7 @@ def finetune_loss(
         rows: Rows,
         frozen: dict[str, Tree],
         empty: Conditioning,
-        ids: Float[Array, "image axes"] | None,
+        ids: Float[Array, "*image axes"] | None,
         mu: Float[Array, ""],
         empty_ids: Any = None,
     ) -> Float[Array, ""]:
@@ -258,7 +259,7 @@ def finetune_loss(
             said = jax.tree.map(heard, empty_ids, rows.ids)
             conditioning = family.encode_anew(encoders, params, said, conditioning, apply=apply)
         if of.silenced is not None and objective.encoder_dropout:
-            conditioning = of.silenced(conditioning, each < objective.encoder_dropout)
+            conditioning = of.silenced(conditioning, empty, each < objective.encoder_dropout)
         rows = rows._replace(conditioning=conditioning)
         t = learnt_times(objective, of.path, quantiles, mu)
         leaves = variables(params[of.component])

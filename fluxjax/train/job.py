@@ -61,17 +61,17 @@ class Placement:
     def __init__(self, mesh: Mesh, config: PipelineConfig) -> None:
         self.mesh, self.config = mesh, config
         self.family = family_of(config.class_name)
-        self._of_size: dict[tuple[int, int], tuple[Array | None, Array]] = {}
+        self._of_size: dict[tuple[int, int, int], tuple[Array | None, Array]] = {}
 
     def __call__(self, batch: DataBatch) -> tuple[Rows, Array | None, Array]:
         """(global rows on the devices, positions of tokens if they have any, mu)."""
-        where, size = batch_sharding(self.mesh), (batch.width, batch.height)
+        where, size = batch_sharding(self.mesh), (batch.width, batch.height, batch.frames)
         leaves = Rows(*(getattr(batch, name) for name in Rows._fields))
         rows = jax.tree.map(
             lambda leaf: jax.make_array_from_process_local_data(where, np.asarray(leaf)), leaves
         )
         if size not in self._of_size:
-            shape = self.family.state_shape(self.config, *size)
+            shape = self.family.shape_of(self.config, *size)
             ids = self.family.pack(np.zeros((1, *shape), np.float32)).positions
             mu = np.float32(self.family.shift(self.config, *shape[1:]))
             placed = None if ids is None else replicate(ids, self.mesh)
@@ -87,7 +87,7 @@ def replicate(x: Any, mesh: Mesh) -> Array:
 def train(recipe: FinetuneRecipe, job: Job) -> Path:
     """The job, to its end; hold `loop.run_folder`. Returns the LoRA file or the folder."""
     board = recipe.folder / "tensorboard" if recipe.tensorboard else None
-    with Progress(recipe.steps, recipe.batch, tensorboard=board) as progress:
+    with Progress(recipe.steps, tensorboard=board) as progress:
         for note in job.notes:
             progress.say(note)
         job.data.train(progress.say)
@@ -154,6 +154,7 @@ class _Training:
         if state.step.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
             self.progress.waited += time.perf_counter() - start
         rows, ids, mu = self._place(batch)
+        self.progress.images += len(rows.index)
         self.progress.flops += _flops(self.recipe, job.config, rows)
         empty, empty_ids = job.empty
         return job.step(state, rows, self._frozen, empty, ids, mu, empty_ids)
@@ -203,11 +204,13 @@ def _flops(recipe: FinetuneRecipe, config: PipelineConfig, rows: Rows) -> float:
     passes = 3 if recipe.method == "full" else 2
     pictures = (rows.latents, rows.reference)
     image = sum(math.prod(x.shape[1:-1]) for x in pictures if x is not None)
+    if config.tiling is not None:  # a clip's latents come unpacked
+        image //= (config.unit // config.vae.scale) ** 2
     text = rows.conditioning.sequence.shape[1]
     each = [(config.networks[config.denoiser], passes), *((net, 3) for net in config.controlnets)]
     known = [(network_of(network).flops, network, count) for network, count in each]
     done = (count * flops(network, image, text) for flops, network, count in known if flops)
-    return recipe.batch * sum(done, 0.0)
+    return len(rows.index) * sum(done, 0.0)
 
 
 def _draw_curve(folder: Path, say: Callable[[str], None]) -> None:

@@ -20,14 +20,14 @@ SHOWN = ("loss", "validation_loss", "gradient_norm", "learning_rate", "skipped")
 class Progress:
     """Called with one row of metrics per interval, to which it adds speed and what is left.
 
-    `images` are those of one step of all processes. The caller adds each step's useful FLOPs to
-    `flops`, the seconds in which devices waited for data to `waited`, and those that are no
+    The caller adds each step's pictures or clips, of all processes, to `images`, their useful FLOPs
+    to `flops`, the seconds in which devices waited for data to `waited`, and those that are no
     training to `paused`. Only process 0 speaks. Use as a context, which ends the bar.
     """
 
-    def __init__(self, steps: int, images: int, *, tensorboard: Path | None = None) -> None:
+    def __init__(self, steps: int, *, tensorboard: Path | None = None) -> None:
         chip = find_chip(jax.devices()[0].device_kind)
-        self.steps, self.images = steps, images
+        self.steps, self.images = steps, 0
         self.peak = chip.tera_flops * 1e12 * jax.device_count() if chip else None
         self.speaks = jax.process_index() == 0
         self.flops = self.waited = self.paused = 0.0
@@ -58,13 +58,14 @@ class Progress:
         step, now = int(row["step"]), time.perf_counter()
         if self._mark is not None and step > self._mark[0]:
             count, seconds = step - self._mark[0], now - self._mark[1] - self.paused
-            row["images_per_second"] = count * self.images / seconds
+            row["images_per_second"] = self.images / seconds
             if self.peak:
                 row["mfu"] = self.flops / seconds / self.peak
             row["data_share"] = self.waited / seconds
             row["minutes_left"] = (self.steps - step) * seconds / count / 60
         # The first row only starts the clock: its steps were compiled.
         self._mark = (step, now)
+        self.images = 0
         self.flops = self.waited = self.paused = 0.0
         if not self.speaks:
             return

@@ -55,7 +55,7 @@ class FinetuneRecipe:
     patterns, such as attn2; without any, all."""
     steps: int = 1000
     batch: int = 4
-    """Pictures per update, on all devices together."""
+    """Pictures per update, on all devices together; of clips see data.batches."""
     accumulate: int = 1
     """The batch is computed in so many parts, one after the other, in so much less memory."""
     seed: int = 0
@@ -127,10 +127,13 @@ class FinetuneRecipe:
                 f"steps {self.steps} of batch {self.batch} are more than the {_MAX_COUNT} pictures "
                 "that a run can count"
             )
-        if self.batch % self.accumulate:
-            raise ConfigError(
-                f"batch {self.batch} cannot be computed in accumulate {self.accumulate} equal parts"
-            )
+        for batch in (self.batch, *self.data.batches):
+            if batch > self.batch:
+                raise ConfigError(f"data.batches are at most batch {self.batch}, got {batch}")
+            if batch % self.accumulate:
+                raise ConfigError(
+                    f"batch {batch} cannot be computed in accumulate {self.accumulate} equal parts"
+                )
         if self.method == "lora" and self.lora.kind != "lora" and self.lora_naming != "peft":
             raise ConfigError(
                 f"a {self.lora.kind} is written in {_NAMES[self.lora.kind]} names: leave out "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from fluxjax.config import ConfigError
@@ -40,6 +40,36 @@ class ControlNetSettings:
             raise ConfigError(
                 f"controlnet.mode must be {', '.join(CONTROL_MODES)} or a number, got {self.mode!r}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionKinds:
+    """How often each kind of condition is drawn for a clip, relative to each other; by default as
+    Open-Sora's second stage draws them. 0 is never."""
+
+    t2v: float = 1.0
+    """Nothing is given."""
+    i2v_head: float = 5.0
+    """The first frame."""
+    i2v_loop: float = 1.0
+    """The first and the last frame."""
+    i2v_tail: float = 1.0
+    """The last frame."""
+    v2v_head: float = 0.0
+    """The first 33 frames, of clips that are longer."""
+    v2v_tail: float = 0.0
+    v2v_head_easy: float = 0.0
+    """The first 65 frames, of clips that are longer."""
+    v2v_tail_easy: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.weights.values()) < 0 or not sum(self.weights.values()):
+            raise ConfigError("kinds must not be negative, and one of them must be above 0")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By name, in the order of the fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +113,10 @@ class Objective:
     """Share of the captions that are replaced by the empty one."""
     encoder_dropout: float = 0.0
     """Of Stable Diffusion 3: besides, each text encoder by itself is not heard in this share of the
-    rows (0.464 in its training), so that it may be left out."""
+    rows (0.464 in its training), so that it may be left out. Of Open-Sora: CLIP and T5 hear the
+    empty caption, each by itself (0.316 in its training, where caption_dropout is 0)."""
+    kinds: ConditionKinds = field(default_factory=ConditionKinds)
+    """Of Open-Sora: which frames of a clip are given, drawn for each clip."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
@@ -100,36 +133,6 @@ class Objective:
         for name in ("std", "shift"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionKinds:
-    """How often each kind of condition is drawn for a clip, relative to each other; by default as
-    Open-Sora's second stage draws them. 0 is never."""
-
-    t2v: float = 1.0
-    """Nothing is given."""
-    i2v_head: float = 5.0
-    """The first frame."""
-    i2v_loop: float = 1.0
-    """The first and the last frame."""
-    i2v_tail: float = 1.0
-    """The last frame."""
-    v2v_head: float = 0.0
-    """The first 33 frames, of clips that are longer."""
-    v2v_tail: float = 0.0
-    v2v_head_easy: float = 0.0
-    """The first 65 frames, of clips that are longer."""
-    v2v_tail_easy: float = 0.0
-
-    def __post_init__(self) -> None:
-        if min(self.weights.values()) < 0 or not sum(self.weights.values()):
-            raise ConfigError("kinds must not be negative, and one of them must be above 0")
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """By name, in the order of the fields."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +171,15 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSettings:
-    """Pictures of fixed prompts and seeds, and the loss on fixed timesteps and noise."""
+    """Pictures or clips of fixed prompts and seeds, and the loss on fixed timesteps and noise."""
 
     every: int = 500
     """Steps between validations; 0 validates never."""
     prompts: tuple[str, ...] = ()
     """A row of pictures each; without prompts only the loss is measured."""
     references: tuple[str, ...] = ()
-    """Training to edit: for each prompt the file of the picture that it edits, cut to the size."""
+    """Training to edit: for each prompt the file of the picture that it edits, cut to the size; of
+    clips that of the first frame."""
     images: tuple[str, ...] = ()
     """Training to fill: likewise what is filled, with `masks`."""
     masks: tuple[str, ...] = ()
@@ -185,8 +189,10 @@ class ValidationSettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     """A column of pictures each."""
     width: int | None = None
-    """Of the pictures, in pixels; by default the model's own, as the next three."""
+    """Of the pictures, in pixels; by default the model's own, as the next four."""
     height: int | None = None
+    frames: int | None = None
+    """Of clips, which are written beside the sheet of their middle frames."""
     steps: int | None = None
     guidance: float | None = None
     batches: int = 4

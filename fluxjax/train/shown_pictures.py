@@ -12,6 +12,7 @@ from fluxjax.sample.given_pictures import read_picture
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.train.data.buckets import fit
 from fluxjax.train.data.settings import CANNY, DataSettings
+from fluxjax.train.given_clips import conditions
 from fluxjax.train.settings import ValidationSettings
 
 Pictures = dict[str, Float[np.ndarray, "prompts height width 3"]]
@@ -36,14 +37,22 @@ def encode_shown(
     channels: tuple[str, ...],
     encoded: Callable[[np.ndarray], np.ndarray],
     mask_channels: Callable[[np.ndarray], np.ndarray],
+    latent_frames: int = 1,
 ) -> Inputs:
-    """What the pipeline is given besides the prompts: a row for each of them.
+    """What the pipeline is given besides the prompts: a row for each of them. Of clips, of so many
+    latent frames, a reference is the first one.
 
     `channels`: what is joined to the latents', in its order, see `families.Task`.
     `encoded`: (n, height, width, 3) in [-1, 1] -> latents; `mask_channels`: as `families.Family`'s.
     """
     if not pictures:
         return Inputs()
+    if channels == ("given",):
+        heads = encoded(pictures["reference"])
+        count, c, _, rows, columns = heads.shape
+        shape = (c, latent_frames, rows, columns)
+        kinds = ["i2v_head"] * count
+        return Inputs(channels=conditions(kinds, shape, [*heads], [None] * count))
     joined = []
     for name in channels:
         if name == "control":

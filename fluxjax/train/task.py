@@ -36,6 +36,11 @@ def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig
         config = dataclasses.replace(config, guidance=recipe.objective.guidance)
     config = _with_noise(recipe, config)
     _check(recipe.objective, config)
+    for frames in recipe.data.frames:
+        try:
+            config.require_frames(frames)
+        except ConfigError as error:
+            raise ConfigError(f"data.frames: {error}") from None
     return config, task
 
 
@@ -70,7 +75,8 @@ def _check(objective: Objective, config: PipelineConfig) -> None:
     is_flow = family.path(config).is_flow
     if objective.encoder_dropout and family.silenced is None:
         raise ConfigError(
-            f"objective.encoder_dropout is of Stable Diffusion 3, not of {config.class_name}"
+            "objective.encoder_dropout is of Stable Diffusion 3 and Open-Sora, not of "
+            f"{config.class_name}"
         )
     if is_flow:
         named = {
@@ -89,5 +95,8 @@ def _check(objective: Objective, config: PipelineConfig) -> None:
 
 def channels_of(config: PipelineConfig, task: Task) -> tuple[str, ...]:
     """What is encoded besides pictures and references: what is joined to the channels, or what a
-    ControlNet sees."""
-    return ("control",) if config.controlnets else task.channels
+    ControlNet sees. A model that draws clips from given frames learns them beside text alone."""
+    if config.controlnets:
+        return ("control",)
+    every = family_of(config.class_name).tasks_of(config)
+    return ("given",) if any("given" in one.channels for one in every) else task.channels

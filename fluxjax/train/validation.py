@@ -15,16 +15,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from fluxjax.atomic_write import whole_or_nothing
-from fluxjax.families.family import Apply, Conditioning, Guidance, Told
+from fluxjax.families.family import AnyArray, Apply, Conditioning, Told
 from fluxjax.models.lora import variables
 from fluxjax.parallel.mesh import batch_sharding, gathered
 from fluxjax.picture_sheet import picture_sheet
+from fluxjax.sample.clip_files import still_pixels, usual_suffix, write_clip
 from fluxjax.sample.controls import ControlInput
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.pipeline import Pipeline
-from fluxjax.sample.settings import override
+from fluxjax.sample.settings import Settings, override
 from fluxjax.train.flow_matching import CONTROLNET, Rows, fixed_loss
+from fluxjax.train.given_clips import with_first_frames
 from fluxjax.train.settings import Objective, ValidationSettings
 from fluxjax.train.step import Tree
 from fluxjax.train.trained_networks import TrainedNetworks
@@ -49,7 +51,7 @@ class Validation:
         objective: Objective,
         mesh: Mesh,
         *,
-        batches: Sequence[tuple[Rows, Float[Array, "image axes"] | None, Float[Array, ""]]],
+        batches: Sequence[tuple[Rows, Float[Array, "*image axes"] | None, Float[Array, ""]]],
         prompts: Prompts | None,
         empty: Conditioning,
         shown: Inputs,
@@ -106,8 +108,16 @@ class Validation:
             values.append(value)
         return float(np.mean(jax.device_get(values)))
 
-    def pictures(self, params: Tree) -> UInt8[np.ndarray, "n height width 3"]:
-        """A row per prompt and a column per seed; `params` as of `loss`."""
+    @property
+    def _chosen(self) -> Settings:
+        """In float32 and without the rounding of a sampler, whatever the network computes in."""
+        asked = self.settings
+        size = {name: getattr(asked, name) for name in ("width", "height", "frames", "guidance")}
+        changed = {**size, "size_bins": False, "rounding": "none"}
+        return override(self.pipeline.defaults, changed)
+
+    def latents(self, params: Tree) -> Float[AnyArray, "n c *size"]:
+        """Of a row per prompt and a column per seed; `params` as of `loss`."""
         assert self._prompts is not None
         asked, pipeline = self.settings, self.pipeline
         heard = self._conditioning(params, self._prompts)
@@ -116,9 +126,7 @@ class Validation:
         states, shown = jax.tree.map(
             lambda x: np.repeat(np.asarray(x), columns, axis=0), (heard, self._shown)
         )
-        # In float32 and without the rounding of a sampler, whatever the network computes in.
-        size = {"width": asked.width, "height": asked.height, "size_bins": False}
-        chosen = override(pipeline.defaults, {**size, "rounding": "none"})
+        chosen = self._chosen
         noise = pipeline.draw_noise(chosen, [*asked.seeds] * prompts, prompts * columns)
         denoiser, family = pipeline.config.denoiser, pipeline.family
         pipeline.use(denoiser, params[denoiser])
@@ -128,8 +136,9 @@ class Validation:
             mode = self._controlnet and self._controlnet.mode
             seen = ControlInput(shown.channels.astype(pipeline.dtype), mode)
             shown = shown._replace(channels=None, controls=(seen,))
-        guidance = chosen.guidance if asked.guidance is None else asked.guidance
-        scale = family.scale(pipeline.config, Guidance(guidance))
+        given = frozenset() if shown.channels is None else frozenset({"reference"})
+        guided = chosen.asked_guidance._replace(pictures=given)
+        scale = family.scale(pipeline.config, guided)
         negative = None if scale is None else _repeated(self._empty, prompts * columns)
         sizes = family.sizes(pipeline.config, Told((chosen.width, chosen.height)))
         if sizes is not None:
@@ -140,26 +149,55 @@ class Validation:
             states,
             noise,
             steps=asked.steps,
-            guidance=guidance,
+            guidance=chosen.guidance,
             negative=negative,
             true_cfg=scale or 1.0,
             inputs=shown,
         )
-        return to_bytes(pipeline.decode(latents))
+        if pipeline.config.tiling is not None and shown.channels is not None:
+            return with_first_frames(latents, shown.channels)
+        return latents
 
     def _place(self, x: np.ndarray) -> Array:
         where = batch_sharding(self.mesh)
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
     def save(self, params: Tree, path: Path) -> None:
-        """The pictures on one sheet, which replaces the file; process 0 writes it."""
+        """The pictures, or the middle frames of clips, on one sheet, which replaces the file; clips
+        beside it. Process 0 writes."""
         from PIL import Image
 
-        drawn = self.pictures(params)
+        latents = self.latents(params)
+        if self._chosen.frames > 1:
+            drawn = self._save_clips(latents, path)
+        else:
+            pictures = to_bytes(self.pipeline.decode(latents))
+            drawn = pictures if pictures.ndim == 4 else pictures[:, 0]
         if jax.process_index() == 0:
             sheet = picture_sheet(drawn, columns=len(self.settings.seeds))
             with whole_or_nothing(path) as part:
                 Image.fromarray(sheet).save(part, format="PNG")
+
+    def _save_clips(self, latents: Any, path: Path) -> list[UInt8[np.ndarray, "height width 3"]]:
+        """Each as `sample` writes it; returns the middle frames."""
+        decode, chosen = self.pipeline.clip_decoder(), self._chosen
+        middle = []
+        for number in range(len(latents) if jax.process_index() == 0 else 0):
+            prompt, column = divmod(number, len(self.settings.seeds))
+            stem = f"{path.stem}-{prompt + 1}-seed{self.settings.seeds[column]}"
+            for old in [*path.parent.glob(f"{stem}.*"), *path.parent.glob(f"{stem}-*.png")]:
+                old.unlink()
+            frames = map(_one_clip, decode(latents[number : number + 1]))
+            size: Any = {"fps": chosen.fps, "frames": chosen.frames}
+            file = path.with_name(stem + usual_suffix())
+            middle.append(still_pixels(write_clip(file, frames, **size)[2]))
+        return middle
+
+
+def _one_clip(
+    group: Float[np.ndarray, "1 t height width 3"],
+) -> UInt8[np.ndarray, "t height width 3"]:
+    return to_bytes(group)[0]
 
 
 def _repeated(one: Conditioning, count: int) -> Conditioning:

@@ -1,6 +1,6 @@
-"""The pictures of a source that can be trained on, and those that cannot with the reason.
+"""The pictures and clips of a source that can be trained on, and those that cannot with the reason.
 
-Every picture is decoded once before training: which ones are left out must be known ahead for
+Every one is decoded once before training: which ones are left out must be known ahead for
 batches to be a function of the step. What was found is remembered by name, size and time.
 """
 
@@ -18,10 +18,12 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.atomic_write import write_bytes
+from fluxjax.clip_reader import import_av
 from fluxjax.config import ConfigError
 from fluxjax.families import Told
 from fluxjax.picture_files import BadPicture, decode, quiet
 from fluxjax.train.data.buckets import bucket, cut, fit
+from fluxjax.train.data.clips import Length, Piece, measure_clip, pieces, read_piece, speed
 from fluxjax.train.data.companions import (
     KINDS,
     OF_ITS_SIZE,
@@ -36,12 +38,13 @@ from fluxjax.train.data.sources import list_items
 
 Report = Callable[[str, int, int], None]  # what is counted, how many are done, and of how many
 _NAMED = 5  # bad pictures in an error message
-_VERSION = 2  # of what is remembered
+_VERSION = 3  # of what is remembered
 _T, _R = TypeVar("_T"), TypeVar("_R")
 
 
 class Entry(NamedTuple):
-    """A good picture: what it is made of, and the size that it and its companions are cut to."""
+    """A good picture or clip: what it is made of, and the size that it and its companions are cut
+    to. `piece`: of a clip, which is told to have so many `fps` and so much `motion`."""
 
     item: Item
     digest: str
@@ -52,13 +55,32 @@ class Entry(NamedTuple):
     fill_mask: Entry | None = None
     control: Entry | None = None
     original_size: tuple[int, int] | None = None
+    piece: Piece | None = None
+    fps: int = 24
+    motion: int = 4
+
+    @property
+    def frames(self) -> int:
+        return 1 if self.piece is None else self.piece.count
+
+    @property
+    def bucket(self) -> tuple[int, ...]:
+        """(width, height), of several frames also their number: batches have one."""
+        size = self.width, self.height
+        return size if self.frames == 1 else (*size, self.frames)
+
+    def part(self, first: int, count: int) -> Entry:
+        """So many frames of a clip, as a clip by themselves."""
+        assert self.piece is not None
+        return self._replace(piece=self.piece.part(first, count))
 
     @property
     def told(self) -> Told:
         """What a network may be told of the picture: its size, and what it was cut out of."""
         size = self.width, self.height
         crop = self.original_size and cut(self.original_size, size)
-        return Told(size, self.original_size, crop)
+        told = Told(size, self.original_size, crop)
+        return told._replace(fps=self.fps, motion=self.motion)
 
     @property
     def companions(self) -> list[Entry]:
@@ -85,7 +107,9 @@ def import_grain() -> Any:
 def in_threads(function: Callable[[_T], _R], values: Sequence[_T], ahead: int = 16) -> Iterator[_R]:
     """`function` of each value in order, computed ahead of the reader. Results are never None."""
     grain = import_grain()
-    options = grain.ReadOptions(num_threads=min(8, os.cpu_count() or 1), prefetch_buffer_size=ahead)
+    options = grain.ReadOptions(
+        num_threads=min(8, ahead, os.cpu_count() or 1), prefetch_buffer_size=ahead
+    )
     iterator = iter(grain.MapDataset.source(values).map(function).to_iter_dataset(options))
     try:
         yield from iterator
@@ -101,9 +125,10 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
     items, notes = list_items(settings), []
 
     def inspect(items: list[Item], source: str) -> list[_Found]:
-        memory = _Memory(source, settings, folder)
+        clips = any(item.is_clip for item in items)
+        memory = _Memory(source, settings, folder, clips=clips)
         notes.extend(filter(None, [memory.problem]))
-        return _inspect_all(items, settings.max_megapixels, memory, report)
+        return _inspect_all(items, settings, memory, report)
 
     found = inspect(items, settings.source)
     beside = {}
@@ -114,9 +139,10 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
                 place = f"{settings.source} {place}"
             beside[kind] = list(zip(others, inspect(others, place), strict=True))
     entries, quarantined = [], []
-    for i, (item, (digest, size, problem)) in enumerate(zip(items, found, strict=True)):
+    for i, (item, one) in enumerate(zip(items, found, strict=True)):
+        digest, size = one.digest, one.size
         companions = {kind: pairs[i] for kind, pairs in beside.items()}
-        problem = problem or _problem(size, companions)
+        problem = one.problem or _problem(size, companions)
         if not problem:
             try:
                 width, height = bucket(
@@ -125,12 +151,16 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
                     step=settings.bucket_step,
                     max_aspect=settings.max_aspect,
                 )
-                each = {
+                each: Any = {
                     kind: Entry(other, found.digest, width, height)
                     for kind, (other, found) in companions.items()
                 }
                 entry = Entry(item, digest, width, height, **each, original_size=size)
-                entries += _with_made(entry, settings)
+                entry = entry._replace(fps=settings.fps, motion=settings.motion)
+                if settings.frames:
+                    entries += _in_time(entry, one, settings)
+                else:
+                    entries += _with_made(entry, settings)
                 continue
             except BadPicture as error:
                 problem = str(error)
@@ -139,8 +169,8 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
         named = "; ".join(f"{name}: {reason}" for name, reason in quarantined[:_NAMED])
         rest = len(quarantined) - _NAMED
         raise ValueError(
-            f"{len(quarantined)} of {len(items)} pictures of {settings.source} are bad, and at "
-            f"most {settings.max_bad_share:.0%} may be: {named}"
+            f"{len(quarantined)} of {len(items)} {settings.words} of {settings.source} are bad, "
+            f"and at most {settings.max_bad_share:.0%} may be: {named}"
             + (f"; and {rest} more" if rest > 0 else "")
         )
     return Catalogue(entries, quarantined, notes)
@@ -150,6 +180,19 @@ class _Found(NamedTuple):
     digest: str
     size: tuple[int, int]
     problem: str
+    frames: int = 1
+    fps: float = 0.0
+
+
+def _in_time(entry: Entry, found: _Found, settings: DataSettings) -> list[Entry]:
+    """The pieces of a clip, or a still picture. Raises BadPicture for one that is not learnt."""
+    if not entry.item.is_clip:
+        if 1 not in settings.frames:
+            raise BadPicture("it is a still picture, and frames has no 1")
+        return [entry]
+    entry = entry._replace(fps=speed(found.fps, settings.fps)[1])
+    length = Length(found.size, found.frames, found.fps)
+    return [entry._replace(piece=one) for one in pieces(entry.digest, length, settings)]
 
 
 def _problem(size: tuple[int, int], companions: Mapping[str, tuple[Item, _Found]]) -> str:
@@ -182,11 +225,14 @@ class _Memory:
     One that is damaged, or of another source, is named in `problem` and made anew.
     """
 
-    def __init__(self, source: str, settings: DataSettings, folder: Path) -> None:
+    def __init__(self, source: str, settings: DataSettings, folder: Path, *, clips: bool) -> None:
         import PIL
 
         where = os.fsencode(Path(source).expanduser().absolute())
-        key = f"{_VERSION} {settings.max_megapixels} {PIL.__version__} ".encode() + where
+        readers = PIL.__version__
+        if clips:
+            readers += f" {import_av(source).__version__}"
+        key = f"{_VERSION} {settings.max_megapixels} {readers} ".encode() + where
         self.key = hashlib.sha256(key).hexdigest()
         self.path = folder / "catalogues" / f"{self.key}.json"
         self.problem = ""
@@ -205,8 +251,8 @@ class _Memory:
         if checksum != self._checksum(text):
             raise ValueError
         return {
-            name: _Found(digest, (size[0], size[1]), problem)
-            for name, (digest, size, problem) in json.loads(text).items()
+            name: _Found(digest, (size[0], size[1]), problem, *time)
+            for name, (digest, size, problem, *time) in json.loads(text).items()
         }
 
     def write(self, known: Mapping[str, _Found]) -> None:
@@ -218,18 +264,18 @@ class _Memory:
 
 
 def _inspect_all(
-    items: list[Item], max_megapixels: float, memory: _Memory, report: Report | None
+    items: list[Item], settings: DataSettings, memory: _Memory, report: Report | None
 ) -> list[_Found]:
     known = dict(memory.known)
     todo = [i for i in items if not i.problem and i.size is None and _name(i) not in known]
     new: dict[str, _Found] = {}
     try:
         with quiet():
-            results = in_threads(lambda i: _inspect(i, max_megapixels), todo)
+            results = in_threads(lambda i: _inspect(i, settings.max_megapixels), todo)
             for item, result in zip(todo, results, strict=True):
                 new[_name(item)] = result
                 if report:
-                    report("pictures checked", len(new), len(todo))
+                    report(f"{settings.words} checked", len(new), len(todo))
     finally:
         # A file that could not be opened may open next time; what decoding found stays true.
         known |= {name: result for name, result in new.items() if result.digest}
@@ -258,6 +304,9 @@ def _inspect(item: Item, max_megapixels: float) -> _Found:
         data = item.read()
         assert isinstance(data, bytes)
         digest = hashlib.sha256(data).hexdigest()
+        if item.is_clip:
+            size, frames, fps = measure_clip(data, max_megapixels)
+            return _Found(digest, size, "", frames, fps)
         picture = decode(data, max_megapixels)
         return _Found(digest, picture.size, "")
     except BadPicture as error:
@@ -266,8 +315,8 @@ def _inspect(item: Item, max_megapixels: float) -> _Found:
         return _Found("", (0, 0), f"it cannot be read ({error.strerror or error})")
 
 
-def pixels(entry: Entry, max_megapixels: float) -> Float[np.ndarray, "height width 3"]:
-    """The picture at its size, values in [-1, 1].
+def pixels(entry: Entry, max_megapixels: float) -> Float[np.ndarray, "*frames height width 3"]:
+    """The picture at its size, or the frames of a clip; values in [-1, 1].
 
     Raises ValueError where it is no longer what it was when it was listed.
     """
@@ -279,6 +328,8 @@ def pixels(entry: Entry, max_megapixels: float) -> Float[np.ndarray, "height wid
             picture = Image.fromarray(data)
         elif hashlib.sha256(data).hexdigest() != entry.digest:
             raise BadPicture("its bytes are others than when it was listed")
+        elif entry.piece is not None:
+            return read_piece(data, entry.piece, entry.width, entry.height, max_megapixels)
         else:
             picture = decode(data, max_megapixels)
     except (BadPicture, OSError) as error:

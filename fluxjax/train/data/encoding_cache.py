@@ -1,4 +1,5 @@
-"""Latents of pictures and states of captions, from the disk or, the first time, from the encoders.
+"""Latents of pictures and clips, and states of captions, from the disk or, the first time, from the
+encoders.
 
 A key hashes content, encoder, size and crop, never a position or a step: whatever the order of the
 data, a picture's latents and its caption's states are its own.
@@ -36,7 +37,9 @@ class EncodingCache:
 
     def latents_path(self, entry: Entry) -> Path:
         size = f"{entry.width}x{entry.height}"
-        return self._path("latents", entry.digest, self.encoders.image_hash, size, _CROP, _LAYOUT)
+        frames = () if entry.piece is None else ("{} {} {}".format(*entry.piece),)
+        made_by = self.encoders.image_hash
+        return self._path("latents", entry.digest, made_by, size, _CROP, _LAYOUT, *frames)
 
     def text_path(self, caption: str) -> Path:
         return self._path("text", caption, self.encoders.text_hash)
@@ -45,10 +48,14 @@ class EncodingCache:
         key = hashlib.sha256("\0".join((kind, *parts)).encode()).hexdigest()  # the entry's too
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
-    def latents(
-        self, entry: Entry, picture: Float[np.ndarray, "h w 3"] | None = None
-    ) -> Float[np.ndarray, "*image c"]:
-        """Packed, normalised posterior means; an entry holds them unpacked, for any family.
+    def latents(self, entry: Entry) -> Float[np.ndarray, "*image c"]:
+        """`unpacked` latents, packed."""
+        return self.encoders.pack(self.unpacked(entry)[None])[0]
+
+    def unpacked(
+        self, entry: Entry, picture: Float[np.ndarray, "*frames h w 3"] | None = None
+    ) -> Float[np.ndarray, "c *size"]:
+        """Normalised posterior means of a picture or a clip, as an entry has them for any family.
 
         `picture` is given where it is decoded already.
 
@@ -59,8 +66,7 @@ class EncodingCache:
             image = pixels(entry, self.max_megapixels) if picture is None else picture
             return {"latents": np.asarray(self.encoders.encode_image(image[None]))[0]}
 
-        found = self._find(self.latents_path(entry), make, entry.item.name)["latents"]
-        return self.encoders.pack(found[None])[0]
+        return self._find(self.latents_path(entry), make, entry.item.name)["latents"]
 
     def mask(self, entry: Entry) -> Float[np.ndarray, "*image each"]:
         """How much each latent of the tokens counts: 1 where the mask is white, 0 where black."""

@@ -16,7 +16,7 @@ MAX_CAPTION_BYTES = 2**20
 
 
 class Item(NamedTuple):
-    """One picture. `problem` is empty, or why it cannot be used, seen without decoding it.
+    """One picture or clip. `problem` is empty, or why it cannot be used, seen without decoding it.
 
     `stamp` changes when the picture may have. `read` gives the file's bytes, or pixels (h, w, 3)
     of a drawn picture; it raises BadPicture or OSError. `digest` stands for content known ahead.
@@ -31,6 +31,7 @@ class Item(NamedTuple):
     digest: str = ""
     size: tuple[int, int] | None = None
     beside: Callable[[str], Item] | None = None
+    is_clip: bool = False
 
 
 def shown(name: str) -> str:

@@ -5,20 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fluxjax.config import ConfigError
+from fluxjax.config.choices import MAX_FPS, MAX_FRAMES
 from fluxjax.train.data.random_masks import RandomMasks
 
 RANDOM, CANNY = "random", "canny"
 
-_LARGEST = {"resolution": 2**15, "bucket_step": 2**15, "max_megapixels": 10**4, "scenes": 10**7}
+_LARGEST = {
+    **{"resolution": 2**15, "bucket_step": 2**15, "max_megapixels": 10**4, "scenes": 10**7},
+    **{"fps": MAX_FPS, "pieces": 1000},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Where pictures and captions come from, and how they are cut to size.
+    """Where pictures, clips and captions come from, and how they are cut to size.
 
-    `source` is a folder of pictures with captions beside them or in metadata.jsonl, a parquet file
-    or folder, a webdataset tar or folder of tars, or drawn: `scenes`, or `edits` of scenes, whose
-    captions say what becomes of their `references = "before"`. It is only read.
+    `source` is a folder of pictures, with `frames` of clips too, with captions beside them or in
+    metadata.jsonl; a parquet file or folder, a webdataset tar or folder of tars; or drawn, `scenes`
+    or `edits` of scenes, whose captions say what becomes of their `references = "before"`. It is
+    only read.
 
     `references`, `masks`, `fill_masks` and `controls` are pictures that go with those of the
     source: a folder with files of the same names, of a parquet file a column, and in a tar members
@@ -60,6 +65,19 @@ class DataSettings:
     """Above this share of bad pictures nothing is trained."""
     cache: str = ""
     """Folder of latents and text states; by default $XDG_CACHE_HOME/fluxjax/data."""
+    frames: tuple[int, ...] = ()
+    """Of models that draw clips: the lengths that clips are learnt in, each clip in the greatest
+    that it has; 1 is for still pictures beside them. Videos (.mp4, .mov, .mkv, .webm, .avi, .m4v)
+    need PyAV."""
+    batches: tuple[int, ...] = ()
+    """For each of `frames` how many are in an update, on all devices together; by default, and at
+    most, as many as the recipe's `batch`."""
+    fps: int = 24
+    """Of clips of more frames a second only one frame in two, three, ... is taken."""
+    motion: int = 4
+    """How much is said to move in clips, as `sample --motion`; 0: it is not said."""
+    pieces: int = 1
+    """How many pieces are learnt of each clip; where they start is drawn."""
     scenes: int = 4096
     """How many scenes are drawn."""
     scene_sizes: tuple[tuple[int, int], ...] = ()
@@ -75,6 +93,16 @@ class DataSettings:
             "control": bool(self.controls),
         }
         return frozenset(name for name, is_taught in taught.items() if is_taught)
+
+    @property
+    def batch_of(self) -> dict[int, int]:
+        """For numbers of frames how many are in an update, where it is said."""
+        return dict(zip(self.frames, self.batches, strict=False))
+
+    @property
+    def words(self) -> str:
+        """What the data are, for people."""
+        return "clips" if self.frames else "pictures"
 
     def __post_init__(self) -> None:
         for name, largest in _LARGEST.items():
@@ -93,5 +121,23 @@ class DataSettings:
             )
         if self.max_aspect < 1:
             raise ConfigError(f"max_aspect must be at least 1, got {self.max_aspect}")
+        self._check_clips(taught)
         if not 0 <= self.max_bad_share <= 1:
             raise ConfigError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
+
+    def _check_clips(self, taught: list[str]) -> None:
+        if len(set(self.frames)) < len(self.frames):
+            raise ConfigError(f"frames names a length twice: {', '.join(map(str, self.frames))}")
+        for name in ("frames", "batches"):
+            for value in getattr(self, name):
+                if not 1 <= value <= MAX_FRAMES:
+                    raise ConfigError(f"{name} must be from 1 to {MAX_FRAMES}, got {value}")
+        if self.batches and len(self.batches) != len(self.frames):
+            raise ConfigError(
+                f"batches says of each of frames how many are in an update: got "
+                f"{len(self.batches)} for {len(self.frames)}"
+            )
+        if not 0 <= self.motion <= 7:
+            raise ConfigError(f"motion must be from 1 to 7, or 0, got {self.motion}")
+        if self.frames and (taught or self.masks):
+            raise ConfigError("clips have no references, masks, fill_masks or controls")

@@ -1,4 +1,4 @@
-"""What a source of pictures holds: one `Item` per picture, listed without decoding any.
+"""What a source of pictures and clips holds: one `Item` for each, listed without decoding any.
 
 Folders with captions beside the pictures or in metadata.jsonl, parquet files, webdataset tars, and
 drawn scenes. Sources are only read. What is wrong with an item is said in it, not raised: one bad
@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from fluxjax.clip_reader import VIDEOS, import_av
 from fluxjax.config import ConfigError
 from fluxjax.json_input import parse_json
 from fluxjax.picture_files import EXTENSIONS
@@ -54,7 +55,13 @@ def list_items(settings: DataSettings) -> list[Item]:
     else:
         raise ConfigError(f"{path} is neither a folder nor a .parquet nor a .tar file")
     if not items:
-        raise ConfigError(f"{path} holds no pictures")
+        clips = path.is_dir() and any(Path(n).suffix.lower() in VIDEOS for n in walk(path, False))
+        more = "; it holds clips: say with data.frames how long they are" if clips else ""
+        raise ConfigError(
+            f"{path} holds no pictures{' and no clips' * bool(settings.frames)}{more}"
+        )
+    if any(item.is_clip for item in items):
+        import_av(path)
     return items
 
 
@@ -68,7 +75,7 @@ def _folder_items(root: Path, settings: DataSettings) -> list[Item]:
         extension = Path(name).suffix.lower()
         if name.endswith("/"):
             links.append(name)
-        elif extension in EXTENSIONS:
+        elif extension in EXTENSIONS or (settings.frames and extension in VIDEOS):
             kinds["pictures"].append(name)
         elif extension in kinds:
             kinds[extension].append(name)
@@ -129,7 +136,7 @@ def _file_problem(
     if not stat.S_ISREG(status.st_mode):
         return "it is no ordinary file"
     if largest is not None and status.st_size > largest:
-        return f"the file has {status.st_size / 2**30:.1f} GiB, more than a picture can have"
+        return f"the file has {status.st_size / 2**30:.1f} GiB, more than is read"
     return ""
 
 
@@ -157,7 +164,9 @@ def picture_item(root: Path, name: str, caption: Caption, settings: DataSettings
     if problem:
         return bad_item(name, problem)
     path = root / name
-    return Item(shown(name), file_stamp(path), caption.text, "", path.read_bytes)
+    is_clip = Path(name).suffix.lower() in VIDEOS
+    read = path.read_bytes
+    return Item(shown(name), file_stamp(path), caption.text, "", read, is_clip=is_clip)
 
 
 def _jsonl_items(root: Path, settings: DataSettings) -> Iterator[Item]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,11 @@ import optax
 from jaxtyping import Array, Float
 
 from fluxjax.config import ConfigError, OpenSoraPipelineConfig
-from fluxjax.families import FLUX
-from fluxjax.families.family import AnyArray
+from fluxjax.families import OPEN_SORA
+from fluxjax.families.family import AnyArray, Extras
 from fluxjax.families.flux import PromptIds
 from fluxjax.families.noise_path import OPEN_SORA_FLOW
-from fluxjax.models.latents import pack_video, text_ids, video_ids
+from fluxjax.models.latents import text_ids, video_ids
 from fluxjax.models.open_sora import OpenSoraTransformer
 from fluxjax.models.products import BFLOAT16
 from fluxjax.schedules.open_sora import shift_of
@@ -172,7 +172,7 @@ def clip_loss(model: OpenSoraTransformer, encoders: Encoders, dropout: float):
 
     def loss(params: Tree, key: jax.Array, rows: ClipRows, shift: Array) -> Array:
         keys, latents = jax.random.split(key, 4), jnp.asarray(rows.latents)
-        n, _, frames, h, w = latents.shape
+        n = len(latents)
         t = sample_times(keys[0], n, jnp.log(shift))
         noise = jax.random.normal(keys[1], latents.shape)
 
@@ -185,19 +185,12 @@ def clip_loss(model: OpenSoraTransformer, encoders: Encoders, dropout: float):
             heard(keys[3], jnp.asarray(rows.ids.t5), jnp.asarray(rows.empty.t5)),
         )
         networks, texts = (encoders.clip, encoders.t5), (params["clip"], params["t5"])
-        conditioning = FLUX.encode(networks, texts, ids)
-        patch = model.config.patch_size
-        predicted: Any = model.apply(
-            {"params": params["transformer"]},
-            pack_video(OPEN_SORA_FLOW.state(t).of(latents, noise), patch),
-            pack_video(jnp.asarray(rows.condition), patch),
-            conditioning.sequence,
-            conditioning.vector,
-            t,
-            video_ids(frames, h, w, patch),
-            text_ids(conditioning.sequence.shape[1]),
-        )
-        target = pack_video(OPEN_SORA_FLOW.target(t).of(latents, noise), patch)
+        conditioning = OPEN_SORA.encode(networks, texts, ids)
+        x = OPEN_SORA.pack(OPEN_SORA_FLOW.state(t).of(latents, noise))
+        extras = Extras(x.positions, channels=OPEN_SORA.pack(rows.condition).values)
+        learnt = {"params": params["transformer"]}
+        predicted = OPEN_SORA.forward(model, learnt, x.values, t, conditioning, extras)
+        target = OPEN_SORA.pack(OPEN_SORA_FLOW.target(t).of(latents, noise)).values
         return squared_error(predicted, jnp.asarray(target))
 
     return loss
