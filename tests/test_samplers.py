@@ -83,7 +83,7 @@ def error(got, expected):
 
 
 def test_every_recorded_run(shared):
-    """All in the one program: clamping and a learned variance are others, buckets too."""
+    """All in the one program: thresholds and a learned variance are others, buckets too."""
     cases = json.loads((shared / "goldens" / "schedulers.json").read_text())["cases"]
     tensors = safe_open(shared / "goldens" / "schedulers.safetensors", "np")
     assert len(cases) == 56
@@ -102,8 +102,8 @@ def test_every_recorded_run(shared):
         assert len(found) == len(expected) == case["model_evaluations"] + 1
         errors[name] = max(error(a, b) for a, b in zip(found, expected, strict=True))
     assert not {name: e for name, e in errors.items() if not e < LOOSE.get(name, BOUND)}
-    # Buckets of 4, 8, 16 and 32 evaluations; clamped 16; thresholded 16; a learned variance 16.
-    assert run._cache_size() == 7
+    # Buckets of 4, 8, 16 and 32 evaluations; thresholded 16; a learned variance 16.
+    assert run._cache_size() == 6
 
 
 def simulated(table, x, draw):
@@ -112,10 +112,8 @@ def simulated(table, x, draw):
     state[0] = x * table.scale
     for i in range(len(columns.times)):
         m = columns.gains[i] * toy(columns.scales[i] * state[0], columns.times[i], np)
-        rest = [m]
-        if columns.clips is not None:
-            a, b, limit = columns.clips[i]
-            rest.append(np.clip(a * state[0] + b * m, -limit, limit))
+        a, b, limit = columns.clips[i]
+        rest = [m, np.clip(a * state[0] + b * m, -limit, limit)]
         rest.append(draw() if table.draws[i] else np.zeros_like(x))
         state = np.einsum("ij,j...->i...", columns.matrices[i].astype(float), [*state, *rest])
     return state[0]

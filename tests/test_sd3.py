@@ -153,8 +153,9 @@ def test_on_a_mesh():
 
 
 @pytest.mark.slow
-def test_bfloat16_is_as_good_as_torch():
-    config = TINIES["3.5"]
+@pytest.mark.parametrize("name", TINIES)
+def test_bfloat16_is_as_good_as_torch(name):
+    config = TINIES[name]
     expected, params = run_theirs(config), scanned(config)
     theirs = relative_l2(run_theirs(config, torch.bfloat16), expected)
     module = SD3.build(config, scan_layers=True, dtype=jnp.bfloat16)

@@ -1,6 +1,7 @@
 """Stable Diffusion: the pictures of diffusers, by any sampler, from text, images and masks."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -10,10 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from stable_diffusion_folders import save_inpainting, save_stable_diffusion
 from test_lora_unet import kohya
+from test_sample import compilations
 
 import fluxjax
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.config import SD15, SD21, SDXL, SDXL_REFINER, ConfigError
+from fluxjax.config.sampler import SamplerConfig
 from fluxjax.convert.convert import plan, run
 from fluxjax.sample.__main__ import main
 
@@ -229,14 +232,28 @@ def test_last_layers_of_clip_are_left_out(ours, expected):
 def test_samplers_and_their_levels_through_the_command(
     folder, ours, expected, tmp_path, monkeypatch
 ):
+    """By one program: Heun runs the UNet twice a step, and so takes fewer steps of the same bucket.
+    The folder's DDPM and DDIM clamp, as diffusers has it where a file does not say."""
     monkeypatch.setenv("FLUXJAX_CACHE", "off")
     monkeypatch.setattr("fluxjax.sample.loading.load_pipeline", lambda model, **choices: ours)
-    asked = ["--model", str(folder), "--seed", "3", "--steps", "6", "--guidance", "4"]
-    asked += ["--negative-prompt", "blue", "--width", "40", "--height", "56", "--no-record"]
-    for text, values in COMMANDS.items():
-        out, (kind, own) = tmp_path / f"{text}.png", SAMPLERS[text.split()[0]]
-        assert main([PROMPT, *asked, "--out", str(out), *f"--sampler {text}".split()]) == 0
-        assert_same(Image.open(out), drawn(expected, (kind, own | values), **SIZE))
+    asked = ["--model", str(folder), "--seed", "3", "--guidance", "4", "--negative-prompt", "blue"]
+    asked += ["--width", "40", "--height", "56", "--no-record"]
+
+    def draw(text: str, out: Path, steps: int) -> None:
+        options = [*asked, "--out", str(out), "--steps", str(steps), *text.split()]
+        assert main([PROMPT, *options]) == 0
+
+    draw("", tmp_path / "first.png", 6)
+    with compilations() as seen:
+        for text, values in COMMANDS.items():
+            out, (kind, own) = tmp_path / f"{text}.png", SAMPLERS[text.split()[0]]
+            steps = 4 if text.startswith("heun") else 6
+            draw(f"--sampler {text}", out, steps)
+            theirs = drawn(expected, (kind, own | values), num_inference_steps=steps, **SIZE)
+            assert_same(Image.open(out), theirs)
+        for text, steps in (("--sampler ddim --eta 0.5", 5), ("--guidance 6 --seed 4", 7)):
+            draw(text, tmp_path / "other.png", steps)
+    assert not seen
 
 
 @pytest.mark.slow
@@ -312,6 +329,24 @@ def test_other_published_folders_are_whole_models(shared, name, config, changed)
     assert text == [config.networks[name] for name in config.text_encoders]
     assert found.inpaints == bool(changed)
     found.require_whole(name)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("sampler", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+def test_old_scheduler_files_are_corrected_as_diffusers_does(sampler):
+    """Which says nothing of it where it opens a folder."""
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "feature_extractor"))
+    parts |= {"safety_checker": None, "requires_safety_checker": False}
+    inpainting = replace(SD15, unet=replace(SD15.unet, in_channels=9))
+    kinds = {SD15: "StableDiffusionPipeline", inpainting: "StableDiffusionInpaintPipeline"}
+    for config, kind in kinds.items():
+        scheduler = getattr(diffusers, sampler)()
+        theirs = getattr(diffusers, kind)(**parts, scheduler=scheduler).scheduler.config
+        file = SamplerConfig(sampler=sampler)
+        ours = config.published({**config.networks, "scheduler": file}, "").scheduler
+        for name in ("steps_offset", "clip_sample", "skip_prk_steps"):
+            assert ours.given(name) == theirs.get(name), name
+    assert SDXL.published({**SDXL.networks, "scheduler": file}, "").scheduler == file
 
 
 def test_a_folder_comes_back_from_orbax(folder, tmp_path):

@@ -108,8 +108,9 @@ def test_every_layer_equals_diffusers(name):
 
 
 @pytest.mark.slow
-def test_bfloat16_is_as_good_as_torch():
-    config = TINIES["XL"]
+@pytest.mark.parametrize("name", TINIES)
+def test_bfloat16_is_as_good_as_torch(name):
+    config = TINIES[name]
     model, inputs = torch_unet(config), UNET.inputs(config)
     params = from_torch(model, config)
     expected = run_theirs(model, inputs)
@@ -175,11 +176,6 @@ def test_values_land_where_diffusers_puts_them():
 
     config = TINIES["XL"]
     model = torch_unet(config)
-    ours = {
-        n: Tensor.of(t.numpy()) if hasattr(Tensor, "of") else t
-        for n, t in model.state_dict().items()
-    }
-
     ours = {n: as_tensor(t.numpy()) for n, t in model.state_dict().items()}
     theirs = engine.from_published(ours, UNET.dialect("bfl").table(config))
     original = {f"model.diffusion_model.{n}": torch.from_numpy(t.read()) for n, t in theirs.items()}

@@ -124,6 +124,11 @@ class SamplerConfig:
                 "SamplerConfig.trained_betas must be numbers between 0 and 1",
             )
 
+    def given(self, name: str) -> Any:
+        """A value of the file, or of its class; None where neither has it."""
+        value = getattr(self, name)
+        return DEFAULTS[self.sampler].get(name) if value is None else value
+
     @property
     def is_flow(self) -> bool:
         """Whether it samples a model of flow matching."""

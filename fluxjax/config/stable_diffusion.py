@@ -96,7 +96,17 @@ class StableDiffusionConfig(PipelineConfig):
         # diffusers' classes of this family read no shift of latents: a file that has one is drawn
         # without it.
         unmoved = {"vae": replace(vae, shift_factor=0.0)}
-        return cls(**{"width": side, "height": side, **parts, **unmoved})
+        config = cls(**{"width": side, "height": side, **parts, **unmoved})
+        return replace(config, scheduler=config.corrected(config.scheduler))
+
+    def corrected(self, scheduler: SamplerConfig) -> SamplerConfig:
+        """As diffusers' pipelines of this family read it: whatever a file says, timesteps have an
+        offset of 1, and pictures are not clamped or, in inpainting models, PNDM does not start with
+        Runge-Kutta."""
+        name, value = ("skip_prk_steps", True) if self.inpaints else ("clip_sample", False)
+        said = scheduler.given(name)
+        other = {} if said is None else {name: value}
+        return replace(scheduler, steps_offset=1, **other)
 
     @property
     def text_width(self) -> int:
@@ -172,6 +182,9 @@ class StableDiffusionXLConfig(StableDiffusionConfig):
         if parts["unet"].in_channels > parts["vae"].latent_channels:
             parts = {"guidance": 7.5, **parts}
         return super().published(parts, name)
+
+    def corrected(self, scheduler: SamplerConfig) -> SamplerConfig:
+        return scheduler
 
     @property
     def size_numbers(self) -> int:

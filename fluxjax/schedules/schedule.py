@@ -41,7 +41,8 @@ class Schedule(NamedTuple):
     keep: Float[np.ndarray, "steps 2"] | None = None
     """None: all of the picture is drawn."""
     clips: Float[np.ndarray, "steps 3"] | None = None
-    """Of Z[0] and of m in the predicted picture p, and the largest value that p may have."""
+    """Of Z[0] and of m in the predicted picture p, and the largest value that p may have. Samplers
+    that do not clamp have zeros."""
     quantiles: Float[np.ndarray, "steps 2"] | None = None
     """Dynamic thresholding in place of that largest value: p is clamped to the quantile [0] of its
     absolute values, which is taken to lie from 1 to [1], and divided by it."""

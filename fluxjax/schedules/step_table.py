@@ -138,17 +138,15 @@ class StepTable:
     def run(self, *, scale: float = 1.0, order: int = 1) -> Run:
         """Raises ConfigError where the formulas gave something that is not finite."""
         config, count = self.config, len(self.times)
-        matrices = np.array(self.matrices)
-        if not self.clamps:
-            matrices = np.delete(matrices, 7, axis=2)
         limits = (config.dynamic_thresholding_ratio, config.sample_max_value)
         schedule = Schedule(
             times=np.array(self.times, np.float32),
             gains=np.array(self.gains, np.float32),
             active=np.ones(count, np.bool_),
             scales=np.array(self.scales, np.float32),
-            matrices=matrices.astype(np.float32),
-            clips=np.array(self.clips, np.float32) if self.clamps else None,
+            matrices=np.array(self.matrices, np.float32),
+            # Also where nothing is clamped: changing the sampler compiles nothing.
+            clips=np.array(self.clips, np.float32),
             quantiles=np.tile(np.array(limits, np.float32), (count, 1))
             if self.thresholds
             else None,
