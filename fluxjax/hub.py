@@ -45,6 +45,11 @@ def tiny_folder() -> Path:
     return _ASSETS / "tiny"
 
 
+def embedded_names() -> list[str]:
+    """Of the models that are shipped, tiny and those beside it."""
+    return sorted(folder.name for folder in _ASSETS.iterdir() if folder.is_dir())
+
+
 def embedded_folder(source: str | Path) -> Path | None:
     """That of a model that is shipped, tiny or one beside it, of that name; None for any other."""
     folder = _ASSETS / str(source)
@@ -250,8 +255,8 @@ def size_unit(model: str) -> int:
         halvings = len(config["block_out_channels"]) - 1
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return 1
-    # Tokens of FLUX and of Stable Diffusion 3 are 2 x 2 latents.
-    more = {"Flux": 1, "StableDiffusion3": 1, "StableDiffusion": 0}
+    # Tokens of FLUX, of Stable Diffusion 3 and of PixArt are 2 x 2 latents.
+    more = {"Flux": 1, "StableDiffusion3": 1, "StableDiffusion": 0, "PixArt": 1}
     for start, patches in more.items():
         if str(kind).startswith(start) and halvings < 8:
             return 2 ** (halvings + patches)

@@ -478,6 +478,10 @@ def test_an_embedded_diffusion_model_is_trained_and_drawn_with_by_diffusers_too(
     command.export([str(recipe.folder), "--out", str(tmp_path / "exported")])
     weights = f"{part}/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "exported" / weights).read_bytes() == (folder / weights).read_bytes()
+    command.export([str(recipe.folder), "--out", str(tmp_path / "linked"), "--link"])
+    linked = {path.name: path.resolve() for path in (tmp_path / "linked").iterdir()}
+    assert linked["vae"] == tiny_folder() / "vae" and linked[part].parent == tmp_path / "linked"
+    assert read_config(tmp_path / "linked") == read_config(folder)
     size: dict[str, Any] = {"width": 64, "height": 64}
     ours = load_pipeline(folder)
     drawn = ours("a red circle", steps=2, size_bins=False if kind == "pixart" else None, **size)[0]

@@ -123,11 +123,15 @@ def read_flux(folder: Path) -> FluxPipelineConfig:
     return require_flux(read_config(folder), folder)
 
 
-def write_config(folder: Path, config: PipelineConfig) -> None:
-    """Every JSON file but the tokenizers', as diffusers reads them, and fluxjax.json."""
+def write_config(
+    folder: Path, config: PipelineConfig, networks: Iterable[str] | None = None
+) -> None:
+    """Every JSON file but the tokenizers', as diffusers reads them, and fluxjax.json. `networks`:
+    whose, by default of all."""
     folder = Path(folder)
     write_json(folder / "model_index.json", model_index(config))
-    for component, network in config.networks.items():
+    for component in config.networks if networks is None else networks:
+        network = config.networks[component]
         # diffusers computes in float32 unless told, transformers in the stored type: a pipeline
         # opened without a dtype would mix the two.
         values = config_json(network, "float32")

@@ -83,16 +83,11 @@ class PixArtAlphaPipelineConfig(PipelineConfig):
         return cls(**{"width": side, "height": side, **parts, **unmoved})
 
     def drawn_size(self, width: int, height: int) -> tuple[int, int]:
-        """Of the sizes of training that with the nearest ratio of height to width.
-
-        Raises ConfigError for a model of another size than those are known of.
-        """
+        """Of the sizes of training that with the nearest ratio of height to width; the same for a
+        model of another size than those are known of."""
         side = 8 * self.transformer.sample_size  # whatever the autoencoder, as diffusers
-        require(
-            self.transformer.sample_size in (32, 64, 128, 256),
-            f"the sizes in which a PixArt of {side} pixels was trained are not known: give "
-            "size_bins=False (--no-size-bins)",
-        )
+        if self.transformer.sample_size not in (32, 64, 128, 256):
+            return width, height
         bins = f"{_BINS} {_LARGEST}" if self.transformer.sample_size == 256 else _BINS
         sizes = [tuple(map(int, size.split("x"))) for size in bins.split()]
         high, wide = min(

@@ -11,7 +11,7 @@ from typing import Any
 
 from fluxjax.config import ConfigError, multiple
 from fluxjax.config.choices import CONTROLS, IP_IMAGES
-from fluxjax.hub import embedded_adapter, size_unit
+from fluxjax.hub import embedded_adapter, embedded_names, size_unit
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
 from fluxjax.quantised_kinds import KEEP
@@ -108,7 +108,8 @@ def _check_model(model: str | None) -> None:
 
     path = Path(model)
     beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-    names = [TINY, *filter(embedded_adapter, TOOLS.values()), *(entry.name for entry in beside)]
+    names = [*embedded_names(), *filter(embedded_adapter, TOOLS.values())]
+    names += [entry.name for entry in beside]
     near = get_close_matches(path.name, names, 1)
     what = "file" if path.suffix else "folder"
     meant = f"; did you mean {near[0]}?" if near else ""

@@ -270,8 +270,8 @@ class Options:
     height: _Int = None
     """Likewise."""
     size_bins: bool = True
-    """PixArt draws in the nearest size that it was trained with, and the picture is resized;
-    --no-size-bins draws in the size that is asked for."""
+    """A published PixArt draws in the nearest size that it was trained with, and the picture is
+    resized; --no-size-bins draws in the size that is asked for."""
     clean_caption: bool = False
     """Clean PixArt's prompts as the captions of its training were: no addresses, marks, codes."""
     number: Annotated[int, _INTEGER, tyro.conf.arg(aliases=["-n"])] = 1

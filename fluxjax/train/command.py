@@ -174,6 +174,9 @@ class ExportOptions:
     """Where the run's model is now, if it has moved."""
     out: Annotated[Path | None, _given("PATH")] = None
     """What to write; by default lora_STEP.safetensors or pipeline_STEP in the run's folder."""
+    link: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Of an embedded diffusion model: what it shares with the embedded FLUX model as symbolic links
+    to that, as it is shipped."""
 
 
 def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export") -> None:
@@ -186,8 +189,12 @@ def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export
     from fluxjax.train.export import export_run
 
     cli.begin()
-    if recipe.task in ("embedded-sd", "embedded-pixart", "embedded-video"):
+    linked = {"link": True} if options.link else {}
+    links = recipe.task in ("embedded-sd", "embedded-pixart")
+    if linked and not links:
+        raise ConfigError("--link is for runs of the embedded diffusion models")
+    if links or recipe.task == "embedded-video":
         recipe = replace(recipe, folder=options.run)
-        print(recipe.export(options.out or options.run / "pipeline"))
+        print(recipe.export(options.out or options.run / "pipeline", **linked))
         return
     print(export_run(options.run, step=options.step, model=options.model, out=options.out))

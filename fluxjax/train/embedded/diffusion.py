@@ -7,6 +7,7 @@ sizes.
 
 from __future__ import annotations
 
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -97,14 +98,15 @@ class DiffusionRecipe(ABC):
             write_bytes(self.folder / "recipe.toml", recipe_toml(self).encode())
             return _train_stages(self)
 
-    def export(self, out: Path) -> Path:
+    def export(self, out: Path, *, link: bool = False) -> Path:
         """The pipeline as of the newest checkpoint of the last stage that has begun, which may
-        still go on."""
+        still go on. `link`: what is shared as symbolic links, as the embedded models are shipped.
+        """
         begun = [name for name in self.stages if (self.folder / name / CHECKPOINTS).is_dir()]
         if not begun:
             raise ConfigError(f"{self.folder} has no checkpoint yet")
         _, params = read_state(self.folder / begun[-1] / CHECKPOINTS, "ema")
-        return write_pipeline(self, out, params, self.stages[begun[-1]].buckets)
+        return write_pipeline(self, out, params, self.stages[begun[-1]].buckets, link=link)
 
     def config(self) -> PipelineConfig:
         """The preset, with the configurations of the networks that are shared."""
@@ -171,12 +173,21 @@ def _train_stages(recipe: DiffusionRecipe) -> Path:
     return write_pipeline(recipe, recipe.folder / "pipeline", params, recipe.refine.buckets)
 
 
-def write_pipeline(recipe: DiffusionRecipe, folder: Path, params: Tree, buckets: Sizes) -> Path:
-    """A diffusers folder: the network in float16, and copies of what is shared."""
+def write_pipeline(
+    recipe: DiffusionRecipe, folder: Path, params: Tree, buckets: Sizes, *, link: bool = False
+) -> Path:
+    """A diffusers folder: the network in float16, and copies of what is shared, or links to it."""
     source, config = find(recipe.model), recipe.config()
+    folder.mkdir(parents=True, exist_ok=True)
     for name, of in recipe.shared.items():
-        shutil.copytree(source / of, folder / name, dirs_exist_ok=True)
-    write_config(folder, config)
+        part = folder / name
+        if part.is_symlink():
+            part.unlink()
+        if link:
+            part.symlink_to(os.path.relpath(source / of, folder), target_is_directory=True)
+        else:
+            shutil.copytree(source / of, part, dirs_exist_ok=True)
+    write_config(folder, config, [config.denoiser] if link else config.networks)
     save_params(folder, config.denoiser, params, config.networks[config.denoiser], jnp.float16)
     write_world(folder, buckets)
     return folder

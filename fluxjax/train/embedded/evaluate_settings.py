@@ -74,7 +74,8 @@ class EvaluateSettings:
     colours: tuple[str, ...] = tuple(COLOURS)
     """Scenes whose objects have these colours alone."""
     guidance: float | None = None
-    """Embedded guidance; the model's own by default."""
+    """Embedded guidance, or the scale of classifier-free guidance where a model has that; the
+    model's own by default."""
     steps: int | None = None
     """Denoising steps; the model's own by default."""
     true_cfg_scale: float = 1.0
