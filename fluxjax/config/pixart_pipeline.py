@@ -136,7 +136,8 @@ class PixArtSigmaPipelineConfig(PixArtAlphaPipelineConfig):
 ALPHA = PixArtAlphaPipelineConfig()
 SIGMA = PixArtSigmaPipelineConfig()
 
-# The embedded transformer, beside the autoencoder and T5 of TINY.
+# The embedded transformer, beside the autoencoder and T5 of TINY, whose latents go beyond 1: other
+# samplers, which read the same file, are not to clip them.
 TINY_PIXART = PixArtSigmaPipelineConfig(
     transformer=PixArtConfig(
         sample_size=12,
@@ -151,6 +152,7 @@ TINY_PIXART = PixArtSigmaPipelineConfig(
     ),
     vae=replace(TINY.vae, shift_factor=0.0),
     text_encoder=TINY.text_encoder_2,
+    scheduler=replace(_DPM, clip_sample=False),
     max_sequence_length=32,
     steps=20,
     guidance=4.0,

@@ -42,6 +42,7 @@ from fluxjax.train.loop import CHECKPOINTS, Run, RunSettings, run_folder
 from fluxjax.train.objectives import Objective
 from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.recipe import recipe_toml
+from fluxjax.train.settings import Density
 from fluxjax.train.step import Tree, init_state, make_step
 
 _AREA = 96 * 96
@@ -50,7 +51,7 @@ _AREA = 96 * 96
 @dataclass(frozen=True, kw_only=True)
 class DiffusionStage:
     """`buckets` are (width, height); step i uses bucket i modulo their number. A batch has `batch`
-    pictures of 96 x 96, or as many pixels in others."""
+    pictures of 96 x 96, or as many pixels in others. `min_snr` to `std` are `Objective`'s."""
 
     steps: int = 7000
     batch: int = 32
@@ -60,6 +61,9 @@ class DiffusionStage:
     caption_dropout: float = 0.1
     min_snr: float = 5.0
     debiased: bool = False
+    density: Density = "auto"
+    mean: float = 0.0
+    std: float = 1.0
     ema_decay: float = 0.999
     pool: int = 4096
     fresh: int = 8
@@ -244,7 +248,12 @@ def train_denoiser(
         lambda step: warm(step) * decay(step), weight_decay=stage.weight_decay
     )
     objective = Objective(
-        caption_dropout=stage.caption_dropout, min_snr=stage.min_snr, debiased=stage.debiased
+        caption_dropout=stage.caption_dropout,
+        min_snr=stage.min_snr,
+        debiased=stage.debiased,
+        density=stage.density,
+        mean=stage.mean,
+        std=stage.std,
     )
     loss = finetune_loss(family_of(config.class_name), model, objective, of=Learner.of(config))
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
