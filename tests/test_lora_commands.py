@@ -1,4 +1,4 @@
-"""Every recorded adapter through the commands: merged by `convert`, used by `sample`."""
+"""Every recorded adapter through the commands: merged by `convert`, drawn with by `sample`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_lora_dialects import COMPONENTS, DIALECTS, golden_file
 
 import fluxjax
@@ -16,6 +17,7 @@ from fluxjax.checkpoint.tensors import of_array
 from fluxjax.convert.__main__ import main as convert
 from fluxjax.hub import tiny_folder
 from fluxjax.models.names import flatten, unflatten
+from fluxjax.sample.__main__ import main as sample
 
 Weights = dict[str, np.ndarray]
 """By component and name, as the recordings have them."""
@@ -72,7 +74,7 @@ def _weights(folder: Path) -> Weights:
 @pytest.mark.parametrize("dialects", GROUPS, ids=lambda dialects: f"{dialects[0]}-{len(dialects)}")
 def test_all_of_the_files_are_used(goldens, model, before, expected, dialects, tmp_path) -> None:
     """`convert` adds what was recorded of each, and nothing else; what `sample` loads is the same,
-    in the weights or beside them."""
+    in the weights or beside them, and so is the picture that it draws."""
     files = [golden_file(goldens, dialect) for dialect in dialects]
     options = [f"--lora={file}" for file in files]
     assert convert([str(model), str(tmp_path / "out"), "--dtype", "float32", *options]) == 0
@@ -107,6 +109,20 @@ def test_all_of_the_files_are_used(goldens, model, before, expected, dialects, t
     assert loaded.keys() == after.keys()
     for key, new in after.items():
         np.testing.assert_allclose(loaded[key], new, rtol=0, atol=5e-6, err_msg=key)
+    control = tmp_path / "control.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(control)
+    given = ["--control", str(control)] if "bfl_control" in dialects else []
+    merged = _drawn(tmp_path / "merged.png", tmp_path / "out", *given)
+    beside = _drawn(tmp_path / "beside.png", model, *options, *given)
+    assert np.abs(merged - beside).max() <= 1
+    if not given:
+        assert np.abs(merged - _drawn(tmp_path / "plain.png", model)).max() > 20
+
+
+def _drawn(out: Path, model: Path, *options: str) -> np.ndarray:
+    settings = "a red circle --width 64 --height 64 --steps 2 --max-sequence-length 16 --seed 1"
+    assert sample([*settings.split(), f"--model={model}", f"--out={out}", *options]) == 0
+    return np.asarray(Image.open(out), int)
 
 
 def _probed(name: str, delta: np.ndarray, probe: np.ndarray) -> np.ndarray:

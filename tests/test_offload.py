@@ -1,6 +1,7 @@
 """Weights that come and go: the same picture from less memory."""
 
 import re
+from collections import Counter
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from fluxjax.sample.given_options import check
 from fluxjax.sample.memory_estimate import weight_bytes
 from fluxjax.sample.options import Options
 
+COPY = r"(%\d+) = .*@annotate_device_placement.*\(tensor<(\d+x\d+)x"
 CHOSEN: dict[str, Any] = {"width": 64, "height": 64, "steps": 3, "max_sequence_length": 16}
 
 
@@ -76,18 +78,31 @@ def test_the_picture_is_the_same_byte_for_byte(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_each_kernel_is_brought_where_its_block_runs(platform):
-    """In the program that is lowered, from shapes as `Executables` has them, for accelerators: one
-    copy to the device of each stacked kernel, none of which comes before the loop over blocks."""
+def test_each_kernel_is_brought_while_the_block_before_it_runs(platform):
+    """In the program that is lowered, from shapes as `Executables` has them, for accelerators:
+    modulations' kernels are copied to the device once, in their loop; the others of 2 double blocks
+    for each, of 6 single ones before the loop, twice in a turn of it, and once after. In a turn
+    `proj_out` multiplies by what came with the carry, then by the first copy; the second goes on
+    with the carry."""
     network, shapes = network_of(TINY.transformer), abstract_params(TINY.transformer, stacked=True)
     module = network.build(TINY.transformer, scan_layers=True)
     forward = jax.jit(lambda params, inputs: module.apply(variables(params), **inputs))
     traced = forward.trace(with_places(shapes), network.inputs(TINY.transformer))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    kernels = [leaf for path, leaf in flatten(shapes).items() if is_stacked(path)]
-    kernels = [leaf for leaf in kernels if len(leaf.shape) == 3]
-    copies = re.findall(r"@annotate_device_placement.*\(tensor<(\d+x\d+)x", text)
-    assert sorted(copies) == sorted("x".join(map(str, leaf.shape[1:])) for leaf in kernels)
+    expected = {}
+    for path, leaf in flatten(shapes).items():
+        if is_stacked(path) and path[-1] == "kernel":
+            times = 1 if path[-2] == "linear" else 2 if path[0] == "transformer_blocks" else 4
+            size = "x".join(map(str, leaf.shape[1:]))
+            expected[size] = expected.get(size, 0) + times
+    assert Counter(size for _, size in re.findall(COPY, text)) == expected
+    _, *functions = text.split("func.func private")
+    copied = [[name for name, size in re.findall(COPY, f) if size == "960x192"] for f in functions]
+    ((turn, copies),) = ((f, names) for f, names in zip(functions, copied, strict=True) if names)
+    used = re.findall(r"dot_general %\d+, (%\w+),.*tensor<960x192xf32>\)", turn)
+    assert used[0].startswith("%arg") and used[1] == copies[0] and len(used) == len(copies) == 2
+    returned = turn.rsplit(" return ", 1)[1]
+    assert copies[1] in returned.split(" : ")[0].split(", ")
 
 
 def test_what_does_not_go_together_is_refused():
@@ -104,11 +119,11 @@ def test_what_does_not_go_together_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize(("save", "own"), [(save_sd3, {}), (save_pixart, {"size_bins": False})])
 def test_other_families_draw_the_same_picture(save, own, shared, tmp_path):
-    """Their modulations are computed in the steps."""
+    """Their modulations are computed in the steps; all blocks come from the host's memory."""
     folder = save(tmp_path / "model", shared / "tokenizers")
     options = {"width": 40, "height": 56, "steps": 2, "seed": 1, **own}
     whole, offloaded = (
-        np.asarray(fluxjax.load_pipeline(folder, offload=offload)("a dog", **options)[0])
-        for offload in (False, True)
+        np.asarray(fluxjax.load_pipeline(folder, **how)("a dog", **options)[0])
+        for how in ({"scan_layers": True}, {"offload": True, "stream": True})
     )
     np.testing.assert_array_equal(whole, offloaded)

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fluxjax.models.adapter import adapted
+from fluxjax.models.fetched_blocks import fetched
 from fluxjax.models.products import Precision, affine, takes_stored
 from fluxjax.models.quantised import Quantised, decode
 
@@ -38,7 +39,7 @@ class Dense(nn.Dense):
         scan only one layer's is."""
         if self.has_variable("params", "kernel"):
             stored = self.get_variable("params", "kernel")
-            kernel = jax.tree.map(_brought, stored)
+            kernel = jax.tree.map(fetched, stored)
             if isinstance(kernel, Quantised) or kernel is not stored:
                 return kernel
         return self.param("kernel", self.kernel_init, shape, self.param_dtype)
@@ -60,12 +61,6 @@ class Dense(nn.Dense):
             return y
         leaves = self.variables[COLLECTION]
         return adapted(y, inputs, kernel, bias, leaves, self.precision)
-
-
-def _brought(leaf: Any) -> Any:
-    if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
-        return jax.device_put(leaf, jax.memory.Space.Device)
-    return leaf
 
 
 class Part(nn.Module, kw_only=True):

@@ -18,9 +18,8 @@ from jaxtyping import Array, Float
 
 from fluxjax.config.choices import Remat
 from fluxjax.models.dense import COLLECTION
+from fluxjax.models.fetched_blocks import EACH, on_host, run_fetched
 
-EACH = 0
-"""An argument with a leading axis of layers."""
 BROADCAST = nn.broadcast
 """An argument that every block is given whole."""
 
@@ -46,7 +45,9 @@ def repeated(
     methods = {"__call__": {**shared, "in_axes": axes}}
     if hasattr(block, "modulation"):
         methods["modulation"] = {**shared, "in_axes": BROADCAST}
-    return build(nn.scan(block, methods=methods))
+    scanned = nn.scan(block, methods=methods)
+    scanned.block = block
+    return build(scanned)
 
 
 def rematerialised(block: Any, remat: Remat, *, prevent_cse: bool = True) -> Any:
@@ -61,6 +62,8 @@ def rematerialised(block: Any, remat: Remat, *, prevent_cse: bool = True) -> Any
 def run(blocks: Any, carry: Any, *arguments: Any) -> tuple[Any, Any]:
     """The last carry, and what the blocks kept, each leaf with a leading axis of layers."""
     if not isinstance(blocks, Sequence):
+        if any(map(on_host, jax.tree.leaves(blocks.variables))):
+            return run_fetched(blocks, blocks.block, carry, *arguments)
         return blocks(carry, *arguments)
     if not blocks:
         return carry, None
