@@ -170,7 +170,8 @@ def test_a_damaged_file_is_refused_whole_and_says_where(goldens, tmp_path, diale
             bad = value.copy()
             bad.reshape(-1)[-1] = np.nan
             assert f"not finite: {module}" in damaged(key, **{key: bad})
-            assert module in damaged(key, **{key: np.zeros(value.shape, np.int8)})
+            if short != "alpha":
+                assert module in damaged(key, **{key: np.zeros(value.shape, np.int8)})
         assert module in damaged(key, **{key: np.zeros((3, *value.shape, 5), value.dtype)})
         for axis in range(value.ndim):  # one longer than the others say
             longer = np.concatenate([value, value.take([0], axis)], axis)
@@ -178,6 +179,31 @@ def test_a_damaged_file_is_refused_whole_and_says_where(goldens, tmp_path, diale
         assert f"{key}x" in damaged(key, keep=False, **{f"{key}x": value})
         if short not in OPTIONAL and not key.endswith(("_B.bias", "diff")):
             assert module in damaged(key, keep=False)
+
+
+def test_alpha_may_be_an_integer_and_a_file_must_hold_something(goldens, tmp_path) -> None:
+    """kohya's trainers keep an alpha that is the rank as an integer."""
+    tensors, metadata = read_safetensors(golden_file(goldens, "kohya"))
+    found = {}
+    for dtype in (np.float32, np.int64):
+        path = tmp_path / f"{np.dtype(dtype)}.safetensors"
+        arrays = {
+            name: tensor.read() + 1 if name.endswith("alpha") else tensor.read()
+            for name, tensor in tensors.items()
+        }
+        arrays = {n: a.astype(dtype) if n.endswith("alpha") else a for n, a in arrays.items()}
+        write_safetensors(path, {name: of_array(a) for name, a in arrays.items()}, metadata)
+        found[dtype] = read_adapters(path, TEMPLATES).changes["transformer"]
+    assert found[np.int64].keys() == found[np.float32].keys()
+    for name, change in found[np.float32].items():
+        low_rank = change.low_rank, found[np.int64][name].low_rank
+        assert low_rank[0] is not None and low_rank[1] is not None
+        assert np.floor(low_rank[0].scale * len(low_rank[0].a)) == pytest.approx(
+            low_rank[1].scale * len(low_rank[1].a)
+        )
+    empty = tmp_path / "empty.safetensors"
+    write_safetensors(empty, {}, {})
+    assert "it has no tensors" in refused(empty)
 
 
 def test_strengths_orders_and_types(goldens, networks) -> None:

@@ -61,8 +61,12 @@ def _read(group: Group) -> dict[str, np.ndarray]:
     values, damaged = {}, []
     for part, tensor in group.tensors.items():
         whole = part in _WHOLE
-        if (whole and tensor.size > 8) or (
-            not whole and not jnp.issubdtype(tensor.dtype, jnp.floating)
+        # kohya's alpha is an integer where it is the rank.
+        kinds_of_number = (jnp.floating, jnp.integer) if part == "alpha" else (jnp.floating,)
+        if (
+            tensor.size > 8
+            if whole
+            else not any(jnp.issubdtype(tensor.dtype, kind) for kind in kinds_of_number)
         ):
             raise _Wrong(f"no weights: {group.keys[part]} is {tensor.dtype} {list(tensor.shape)}")
         with np.errstate(over="ignore", invalid="ignore"):  # said below

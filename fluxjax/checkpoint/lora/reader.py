@@ -145,7 +145,8 @@ def low_rank_tree(
 
 def _is_peft_folders(names: Collection[str]) -> bool:
     """Names that only PEFT writes, and no alpha; BFL's names under its prefix are fal's."""
-    return all(name.startswith("base_model.model.") for name in names) and not any(
+    peft = bool(names) and all(name.startswith("base_model.model.") for name in names)
+    return peft and not any(
         re.search(r"(double|single)_blocks\.|alpha$", name.replace("single_transformer", ""))
         for name in names
     )
