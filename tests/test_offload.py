@@ -122,8 +122,8 @@ def test_other_families_draw_the_same_picture(save, own, shared, tmp_path):
     """Their modulations are computed in the steps; all blocks come from the host's memory."""
     folder = save(tmp_path / "model", shared / "tokenizers")
     options = {"width": 40, "height": 56, "steps": 2, "seed": 1, **own}
+    ways: list[dict[str, Any]] = [{"scan_layers": True}, {"offload": True, "stream": True}]
     whole, offloaded = (
-        np.asarray(fluxjax.load_pipeline(folder, **how)("a dog", **options)[0])
-        for how in ({"scan_layers": True}, {"offload": True, "stream": True})
+        np.asarray(fluxjax.load_pipeline(folder, **how)("a dog", **options)[0]) for how in ways
     )
     np.testing.assert_array_equal(whole, offloaded)
