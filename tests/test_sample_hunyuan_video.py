@@ -15,6 +15,7 @@ from comfy_names import comfy_autoencoder, comfy_transformer
 from hunyuan_video_folders import hunyuan_video, save_hunyuan_video  # noqa: F401
 from PIL import Image
 from safetensors.numpy import load_file
+from torch_reference import relative_l2
 
 import fluxjax
 from fluxjax.checkpoint import engine
@@ -132,6 +133,25 @@ def test_with_less_memory(ours, hunyuan_video):  # noqa: F811
     """Networks one after the other, in 8 bits."""
     less = fluxjax.load_pipeline(hunyuan_video, offload=True, quantise="int8")
     assert apart(less(PROMPT, **OURS)[0], ours(PROMPT, **OURS)[0]) <= 5
+
+
+@slow
+@pytest.mark.parametrize(
+    ("mesh", "sequence"), [("sequence=2,fsdp=2,tensor=2", "ring"), ("sequence=2,fsdp=4", "ulysses")]
+)
+def test_a_mesh_draws_what_one_device_draws(mesh, sequence, ours, hunyuan_video):  # noqa: F811
+    """18 tokens of a clip, and of 24 of text those that are no padding."""
+    many = fluxjax.load_pipeline(hunyuan_video, mesh=mesh, sequence=sequence)
+    noise = np.random.default_rng(0).standard_normal((1, 4, 3, 4, 6), np.float32)
+
+    def latents(pipe):
+        heard = pipe.encode_prompt(PROMPT, max_sequence_length=24)
+        assert 0 < np.asarray(heard.mask).sum() < heard.mask.size
+        return np.asarray(pipe.denoise(heard, noise, steps=4))
+
+    assert relative_l2(latents(many), latents(ours)) < 1e-5
+    pixels = many.decode(noise)
+    assert relative_l2(pixels, ours.decode(noise)) < 1e-5 and pixels.shape[1:] == (9, 32, 48, 3)
 
 
 @slow

@@ -4,6 +4,7 @@ Nothing of the real size is computed: shapes are lowered and compiled for eight 
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -13,14 +14,19 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fluxjax.checkpoint.templates import abstract_params, in_dtype, parameter_count
-from fluxjax.config import DEV, HUNYUAN_VIDEO, OPEN_SORA_2
+from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.config import DEV, HUNYUAN_VIDEO_720, OPEN_SORA_768
+from fluxjax.families import family_of
+from fluxjax.models.attention import auto_attention
+from fluxjax.models.compilation import IN_LOOPS
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.compiled_program import measure
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from fluxjax.parallel.rules import param_shardings, state_shardings
-from fluxjax.plan.clips import forwards
+from fluxjax.plan.attention import flash_like
+from fluxjax.sample.executables import Executables
+from fluxjax.sample.programs import defaults, programs
 
 TEXT, FLOAT = 512, 4
 
@@ -176,9 +182,9 @@ def test_a_training_step_splits_the_optimiser_and_sums_gradients_once():
     assert sum(found.collective_bytes.values()) <= 1.1 * (gathers + sums)
 
 
-CLIPS = {  # configuration, latents, text tokens; PFLOP of one forward
-    "Open-Sora, 576 x 1024": (OPEN_SORA_2, (33, 72, 128), 512, 5.092),
-    "HunyuanVideo, 720 x 1280": (HUNYUAN_VIDEO, (33, 90, 160), 256, 12.069),
+CLIPS = {  # preset; PFLOP of one forward
+    "Open-Sora, 576 x 1024": (replace(OPEN_SORA_768, guidance=1.0), 5.092),
+    "HunyuanVideo, 720 x 1280": (HUNYUAN_VIDEO_720, 12.069),
 }
 
 
@@ -188,16 +194,17 @@ CLIPS = {  # configuration, latents, text tokens; PFLOP of one forward
     [("Open-Sora, 576 x 1024", "auto", 8), ("HunyuanVideo, 720 x 1280", "ulysses=2", 2)],
 )
 def test_clips_of_129_frames_on_eight_devices(clip, kind, group):
-    """In bfloat16: 76,032 and 118,800 tokens of video; by Ulysses, and by a ring of four pairs."""
-    config, latents, text, forward = CLIPS[clip]
-    mesh = make_mesh("sequence=8")
-    params = in_dtype(abstract_params(config, stacked=True), jnp.bfloat16)
-    weights = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        params,
-        param_shardings(config, params, mesh),
-    )
-    found = forwards(config, weights, mesh, latents, text, sequence=kind)
+    """In bfloat16, the program that samples: 76,032 and 118,800 tokens of video; by Ulysses, and by
+    a ring of four pairs."""
+    pipeline, forward = replace(CLIPS[clip][0], steps=1), CLIPS[clip][1]
+    family, mesh = family_of(pipeline.class_name), make_mesh("sequence=8")
+    config, text = pipeline.networks["transformer"], pipeline.max_sequence_length
+    params = abstract_params(config, stacked=True)
+    denoise, *_ = programs(family, pipeline, defaults(pipeline), dtype=jnp.bfloat16, padded=False)
+    executables = Executables(family, pipeline, jnp.bfloat16, True, mesh=mesh, sequence=kind)
+    with auto_attention(flash_like):
+        found = measure(executables.compile(denoise, IN_LOOPS))
+    latents = family.shape_of(pipeline, pipeline.width, pipeline.height, pipeline.frames)[1:]
     assert found.matmul_flops == pytest.approx(forward * 1e15 / 8, rel=0.01)
     assert found.argument_bytes == pytest.approx(2 * parameter_count(params), rel=0.01)
     blocks, tokens = config.num_layers + config.num_single_layers, math.prod(latents) // 4 + text

@@ -235,20 +235,6 @@ def _inputs(config: HunyuanVideoConfig) -> Arrays:
     return {name: value.astype(np.float32) for name, value in found.items()}
 
 
-def _clip_shapes(
-    config: HunyuanVideoConfig, clips: int, latents: tuple[int, ...], text: int
-) -> dict[str, tuple[int, ...]]:
-    guidance = {"guidance": (clips,)} if config.guidance_embeds else {}
-    return {
-        "hidden_states": (clips, config.in_channels // config.patch_size**2, *latents),
-        "timestep": (clips,),
-        "encoder_hidden_states": (clips, text, config.joint_attention_dim),
-        "encoder_attention_mask": (clips, text),
-        "pooled_projections": (clips, config.pooled_projection_dim),
-        **guidance,
-    }
-
-
 def _whole(
     run: Any,
     hidden_states: Any,
@@ -376,7 +362,6 @@ HUNYUAN_VIDEO = Network(
     ),
     adapter_prefixes=flux.FLUX.adapter_prefixes,
     adapter_rules=lambda shapes: ADAPTER_RULES,
-    clip_shapes=_clip_shapes,
     held=held,
     flops=flops,
 )

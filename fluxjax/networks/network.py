@@ -171,11 +171,6 @@ class Network:
     held: Callable[[Any, int, int], int] = lambda config, latents, text: 0
     """(configuration, latents, text tokens) -> numbers that one forward of a picture holds at the
     same time, at least."""
-    clip_shapes: Callable[[Any, int, tuple[int, ...], int], dict[str, tuple[int, ...]]] | None = (
-        None
-    )
-    """(configuration, clips, their latents' frames, rows and columns, text tokens) -> shapes of the
-    arguments of one forward, where the network draws clips."""
     flops: Callable[[Any, int, int], float] | None = None
     """(configuration, image tokens, text tokens) -> FLOPs of one forward of one picture."""
 

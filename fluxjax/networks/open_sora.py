@@ -113,22 +113,6 @@ def _inputs(config: OpenSoraConfig) -> Arrays:
     return inputs
 
 
-def _clip_shapes(
-    config: OpenSoraConfig, clips: int, latents: tuple[int, ...], text: int
-) -> dict[str, tuple[int, ...]]:
-    frames, rows, columns = latents
-    tokens = frames * (rows // config.patch_size) * (columns // config.patch_size)
-    return {
-        "hidden_states": (clips, tokens, config.in_channels),
-        "condition": (clips, tokens, config.cond_channels),
-        "encoder_hidden_states": (clips, text, config.joint_attention_dim),
-        "pooled_projections": (clips, config.pooled_projection_dim),
-        "timestep": (clips,),
-        "img_ids": (tokens, 3),
-        "txt_ids": (text, 3),
-    }
-
-
 def _whole(
     run: Any,
     hidden_states: Any,
@@ -227,7 +211,6 @@ OPEN_SORA = Network(
         _whole,
         lambda config: config.num_attention_heads,
     ),
-    clip_shapes=_clip_shapes,
     held=held,
     flops=_flops,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -38,6 +38,11 @@ class Structure:
     donated_bytes: int
     matmul_flops: float
     collectives: tuple[Collective, ...]
+
+    def part(self, share: float) -> Structure:
+        """With so much of the work, in the same memory."""
+        sent = tuple(one._replace(bytes=share * one.bytes) for one in self.collectives)
+        return replace(self, matmul_flops=share * self.matmul_flops, collectives=sent)
 
     @property
     def collective_bytes(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from fluxjax.checkpoint.templates import abstract_params, in_dtype, quantised_te
 from fluxjax.config import ConfigError, LoraConfig, PipelineConfig
 from fluxjax.config.flux_pipeline import require_flux
 from fluxjax.config.video_pipeline import VideoPipelineConfig
-from fluxjax.families import Task, family_of
+from fluxjax.families import Family, Task, family_of
 from fluxjax.models.attention import auto_attention
 from fluxjax.models.compilation import IN_LOOPS, compiler_options
 from fluxjax.parallel.apply import apply_on
@@ -28,18 +28,18 @@ from fluxjax.plan.attention import flash_like
 from fluxjax.plan.clips import (
     FLOAT_CONVOLUTIONS,
     PUBLISHED,
-    forwards,
-    run_forwards,
     tiles,
 )
 from fluxjax.plan.options import Options, device_count, mesh_shape, read_beside
 from fluxjax.plan.tools import Tools
 from fluxjax.quantised_kinds import LOADED
 from fluxjax.sample import ip_adapter, redux
+from fluxjax.sample.denoise import passes_run
 from fluxjax.sample.executables import Executables
 from fluxjax.sample.picture_reader import Reading, read_pictures
 from fluxjax.sample.programs import NAMES, Name, components, defaults, programs
 from fluxjax.sample.quantise_option import parse_quantise
+from fluxjax.sample.settings import Settings
 from fluxjax.train.flow_matching import Learner, Rows, finetune_loss
 from fluxjax.train.optimizers import learning_rates, make_optimizer
 from fluxjax.train.settings import Objective, OptimizerSettings
@@ -83,8 +83,6 @@ def compile_plan(options: Options, config: PipelineConfig, say: Say) -> Placed:
         raise ConfigError(
             f"batch {options.batch} must be a multiple of {parts}, which share it out"
         )
-    if options.task == "sample" and config.tiling is not None:
-        return _clips(options, cast(VideoPipelineConfig, config), mesh, say)
     if options.task == "sample":
         return _sampling(options, config, mesh, say)
     if config.tiling is None:
@@ -139,12 +137,13 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         stream=options.stream,
     )
     n, needed, size = options.batch, defaults(config), (config.width, config.height)
+    task = _task(options, config)
     listed = programs(
         family,
         config,
         needed,
         dtype=dtype,
-        task=_task(options, config),
+        task=task,
         pictures=n,
         prompts=n,
         reference_size=size,
@@ -158,8 +157,10 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     }
     evaluations = len(listed[0].inputs[1].schedule.times)
     reads["denoise"] *= evaluations
-    notes: tuple[str, ...] = ()
-    if "decode" not in {program.name for program in listed}:
+    share, notes = _passes(family, config, needed, task), tuple[str, ...]()
+    if share < 1:
+        notes = (f"steps that are not guided have one pass: {share:.0%} of all passes are run",)
+    if config.tiling is None and "decode" not in {program.name for program in listed}:
         notes = ("a picture of this size is decoded in tiles, which is not counted",)
     if options.offload:
         (denoise,) = (program for program in listed if program.name == "denoise")
@@ -170,13 +171,20 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         with auto_attention(flash_like):  # as accelerators have it
             compiled = executables.compile(program, IN_LOOPS)
         held, read = sum(weights.values()), reads[program.name]
+        steps = program.name == "denoise"
         if options.offload:
             held = _on_device(executables.arguments(program))
             if program.part != "all":
                 read = held * (config.steps if program.part == "steps" else 1)
         elif options.stream:
             held = _on_device(executables.shapes(name) for name in weights)
-        done.append(Program(program.name, measure(compiled), read, held))
+        found = measure(compiled)
+        done.append(Program(program.name, found.part(share) if steps else found, read, held))
+    if config.tiling is not None:
+        say("decode")
+        clips = cast(VideoPipelineConfig, config)
+        decode, more = _decode_clips(options, clips, weights, mesh, templates["vae"])
+        done, notes = [*done, decode], (*notes, *more)
     return Placed(weights, 0, tuple(done), notes)
 
 
@@ -189,41 +197,28 @@ def _templates(options: Options, config: PipelineConfig, mesh: Mesh) -> dict[str
     return found
 
 
-def _clips(options: Options, config: VideoPipelineConfig, mesh: Mesh, say: Say) -> Placed:
-    """Forwards of the network that draws, one pass after the other, and the autoencoder's tiles."""
-    others = ("offload", "stream", "pictures", "controlnet", "redux", "ip_adapter")
-    given = [f"--{name.replace('_', '-')}" for name in others if getattr(options, name)]
-    if given:
-        raise ConfigError(f"clips are planned from text alone, without {', '.join(given)}")
-    templates = _templates(options, config, mesh)
-    weights = {name: _size(template) for name, template in templates.items()}
-    held, name, scale = sum(weights.values()), config.denoiser, config.vae.scale
-    sides = config.height // scale, config.width // scale
+def _passes(family: Family, config: PipelineConfig, settings: Settings, task: Task) -> float:
+    """The part of a run's passes that is run, where weights of frames let steps rest."""
+    asked = settings.asked_guidance._replace(pictures=task.pictures)
+    weights = family.passes(config.steps, family.scale(config, asked))
+    if weights.ndim < 3:
+        return 1.0
+    return passes_run(weights) / (weights.shape[0] * (weights.shape[1] + 1))
+
+
+def _decode_clips(
+    options: Options, config: VideoPipelineConfig, weights: dict[str, int], mesh: Mesh, vae: Any
+) -> tuple[Program, tuple[str, ...]]:
+    """The autoencoder's tiles, and remarks; `vae`: shapes of its parameters."""
+    sides = config.height // config.vae.scale, config.width // config.vae.scale
     latents = (config.latent_frames(config.frames), *sides)
-    text, count = config.max_sequence_length, run_forwards(config)
-    say("denoise")
-    structure = forwards(
-        config.networks[name],
-        templates[name],
-        mesh,
-        latents,
-        text,
-        dtype=jnp.dtype(options.dtype),
-        clips=options.batch,
-        steps=count,
-        sequence=options.sequence,
-    )
-    denoise = Program("denoise", structure, count * weights[name], held)
-    say("decode")
-    structure, many = tiles(config, latents, templates["vae"], mesh.size, options.batch)
-    decode = Program("decode", structure, many * weights["vae"], held)
+    structure, many = tiles(config, latents, vae, mesh.size, options.batch)
+    held = weights["vae"] if options.offload else sum(weights.values())
     notes = (
-        f"{count} forwards, one pass after the other",
         *map(str, PUBLISHED.get(options.model, ())),
-        "of text encoders the weights alone are counted",
         *([FLOAT_CONVOLUTIONS] if options.dtype != "float32" else []),
     )
-    return Placed(weights, 0, (denoise, decode), notes)
+    return Program("decode", structure, many * weights["vae"], held), notes
 
 
 def _readings(tools: Tools) -> dict[str, Reading]:

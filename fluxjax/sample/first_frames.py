@@ -30,7 +30,8 @@ def with_first_frames(
     """`lines` with a line for each clip, whose reference is a picture of its own: of its prompt,
     size, steps and seed. The pictures are kept beside the clips.
 
-    Raises ConfigError where the model draws no clips, or a first frame is given already.
+    Raises ConfigError where the model draws no clips, or none from a first frame, or where one is
+    given already.
     """
     import jax
 
@@ -40,6 +41,7 @@ def with_first_frames(
         raise ConfigError(
             f"--first-frame-model is for clips, and {pipe.config.class_name} draws pictures"
         )
+    pipe.family.find_task(pipe.config, {"reference"})
     if jax.process_count() > 1:
         raise ConfigError("--first-frame-model draws in one process: give --reference files")
     base = override(override(pipe.defaults, repeated), given_settings(options))
