@@ -34,7 +34,7 @@ from fluxjax.networks import network_of
 from fluxjax.sample.__main__ import main
 from fluxjax.sample.clip_files import read_clip, read_clip_record
 from fluxjax.sample.given_pictures import Given
-from fluxjax.sample.settings import override
+from fluxjax.sample.override import override
 
 PROMPT = "the main objects of a video: light, style and {movements}"
 SIZE: dict[str, Any] = {"width": 48, "height": 32}

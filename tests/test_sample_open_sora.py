@@ -28,8 +28,8 @@ from fluxjax.sample.denoise import denoise, passes_run
 from fluxjax.sample.given_clips import clip_size, condition_of
 from fluxjax.sample.given_pictures import NO_PICTURES, read_given
 from fluxjax.sample.noise import TorchGenerator
+from fluxjax.sample.override import override
 from fluxjax.sample.picture_inputs import NOTHING
-from fluxjax.sample.settings import override
 from fluxjax.sample.undecoded import Undecoded
 from fluxjax.schedules.flow_euler import flow_euler
 from fluxjax.schedules.open_sora import VideoGuidance, open_sora_levels, open_sora_passes

@@ -13,7 +13,8 @@ import tyro
 
 from fluxjax.config.choices import ComparedNetwork
 from fluxjax.parallel.mesh_shape import parse_mesh
-from fluxjax.sample.settings import Settings, override
+from fluxjax.sample.override import override
+from fluxjax.sample.settings import Settings
 from fluxjax.side_output import check_side_output
 
 if TYPE_CHECKING:

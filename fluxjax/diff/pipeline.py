@@ -23,9 +23,10 @@ from fluxjax.diff.live import (
 )
 from fluxjax.diff.report import Report, Row, compare, relative_l2
 from fluxjax.sample.loading import load_pipeline
+from fluxjax.sample.override import override
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.programs import defaults
-from fluxjax.sample.settings import Settings, override
+from fluxjax.sample.settings import Settings
 
 SAMPLING_BOUND = 1e-4
 # The picture on the screen: how many values may differ by more than 1, and by how much at most.

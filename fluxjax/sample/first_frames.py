@@ -14,8 +14,9 @@ from fluxjax.config import ConfigError
 from fluxjax.config.video_pipeline import VideoPipelineConfig
 from fluxjax.sample.given_options import destination, given_settings
 from fluxjax.sample.options import Options
+from fluxjax.sample.override import override
 from fluxjax.sample.prompts_file import Line
-from fluxjax.sample.settings import Settings, override
+from fluxjax.sample.settings import Settings
 
 if TYPE_CHECKING:
     from fluxjax.sample.pipeline import Pipeline

@@ -18,16 +18,10 @@ from fluxjax.quantised_kinds import KEEP
 from fluxjax.sample.embedded_tools import TOOLS
 from fluxjax.sample.file_names import FORMATS, PATTERN, check_pattern, is_picture_name
 from fluxjax.sample.options import Options
+from fluxjax.sample.override import override
 from fluxjax.sample.prompts_file import STANDARD_INPUT
 from fluxjax.sample.quantise_option import parse_quantise
-from fluxjax.sample.settings import (
-    ALPHA,
-    FIELDS,
-    PICTURES,
-    Settings,
-    brief,
-    override,
-)
+from fluxjax.sample.settings import ALPHA, FIELDS, PICTURES, Settings, brief
 from fluxjax.sample.sources import SCALED, SINGLE, TINY, absolute, absolute_scaled, is_name
 
 MOST_PICTURES = 2**20  # of one run

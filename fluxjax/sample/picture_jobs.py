@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from fluxjax.config import ConfigError
 from fluxjax.sample.given_options import MOST_PICTURES, given_settings
 from fluxjax.sample.options import Options
+from fluxjax.sample.override import override
 from fluxjax.sample.prompts_file import Line
-from fluxjax.sample.settings import Settings, override
+from fluxjax.sample.settings import Settings
 from fluxjax.sample.sources import absolute_lora
 
 if TYPE_CHECKING:

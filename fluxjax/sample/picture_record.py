@@ -23,7 +23,8 @@ from fluxjax.file_hash import hash_file
 from fluxjax.hub import is_cached, shipped_folder
 from fluxjax.sample import known_places
 from fluxjax.sample.clip_files import read_clip_record
-from fluxjax.sample.settings import ALPHA, PICTURES, Dtype, Settings, brief, override
+from fluxjax.sample.override import override
+from fluxjax.sample.settings import ALPHA, PICTURES, Dtype, Settings, brief
 from fluxjax.sample.sources import (
     SCALED,
     SINGLE,

@@ -22,6 +22,7 @@ from fluxjax.sample.given_clips import check_given, clip_inputs, clip_size, with
 from fluxjax.sample.given_pictures import Given, apart, read_given, spread_over
 from fluxjax.sample.ip_adapter import check_image_prompts
 from fluxjax.sample.lora_slots import LoraChoice
+from fluxjax.sample.override import override
 from fluxjax.sample.picture_inputs import Inputs, finished, make_inputs
 from fluxjax.sample.pictures import in_size, to_bytes
 from fluxjax.sample.programs import NAMES, components
@@ -30,7 +31,7 @@ from fluxjax.sample.reference import whole_size
 from fluxjax.sample.refiner import Calls, completed
 from fluxjax.sample.refusals import check_clip, check_told, unknown_options
 from fluxjax.sample.save_picture import tell_made
-from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, VideoKind, override
+from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, VideoKind
 from fluxjax.sample.skip_layers import check_skip_layers
 from fluxjax.sample.sources import Sources, absolute
 from fluxjax.sample.stages import AnyArray, OnStep, Stages

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fluxjax.config import ConfigError
-from fluxjax.sample.settings import ALPHA, FIELDS, PICTURES, Settings, brief, override
+from fluxjax.sample.override import override
+from fluxjax.sample.settings import ALPHA, FIELDS, PICTURES, Settings, brief
 
 STANDARD_INPUT = Path("-")
 _JSON_NAMES = (".jsonl", ".ndjson", ".json")

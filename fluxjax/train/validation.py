@@ -21,10 +21,11 @@ from fluxjax.parallel.mesh import batch_sharding, gathered
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.clip_files import still_pixels, usual_suffix, write_clip
 from fluxjax.sample.controls import ControlInput
+from fluxjax.sample.override import override
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.pipeline import Pipeline
-from fluxjax.sample.settings import Settings, override
+from fluxjax.sample.settings import Settings
 from fluxjax.train.flow_matching import CONTROLNET, Rows, fixed_loss
 from fluxjax.train.given_clips import with_first_frames
 from fluxjax.train.settings import Objective, ValidationSettings

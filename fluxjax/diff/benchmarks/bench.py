@@ -173,7 +173,7 @@ def denoising(folder: Path, rounds: int) -> list[Measure]:
     from diffusers import FluxPipeline
 
     from fluxjax.sample.loading import load_pipeline
-    from fluxjax.sample.settings import override
+    from fluxjax.sample.override import override
 
     ours = load_pipeline(folder, dtype="float32")
     settings = override(ours.defaults, {"prompt": PROMPT})

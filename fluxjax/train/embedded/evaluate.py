@@ -23,8 +23,9 @@ from jaxtyping import Float, UInt8
 from fluxjax.parallel.mesh import pad_rows
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.loading import load_pipeline
+from fluxjax.sample.override import override
 from fluxjax.sample.pipeline import Pipeline
-from fluxjax.sample.settings import Settings, override
+from fluxjax.sample.settings import Settings
 from fluxjax.side_output import check_side_output, marker, side_output
 from fluxjax.train.embedded.evaluate_settings import KINDS, EvaluateSettings
 from fluxjax.train.embedded.phrasing import Caption, captions, names_in_order, vary

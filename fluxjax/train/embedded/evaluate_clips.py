@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.config import ConfigError
+from fluxjax.sample.override import override
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.pipeline import Pipeline
-from fluxjax.sample.settings import override
 from fluxjax.train.embedded.autoencoder import psnr, reconstruct
 from fluxjax.train.embedded.evaluate import from_bytes, write_sheet
 from fluxjax.train.embedded.evaluate_settings import EvaluateSettings

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fluxjax.config import ConfigError
+from fluxjax.sample.override import override
 from fluxjax.sample.pipeline import Pipeline
-from fluxjax.sample.settings import override
 from fluxjax.side_output import marker, side_output
 from fluxjax.train.embedded.evaluate import (
     Counts,

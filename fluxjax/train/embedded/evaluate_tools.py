@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fluxjax.config import ConfigError
+from fluxjax.sample.override import override
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.pipeline import Pipeline
-from fluxjax.sample.settings import override
 from fluxjax.train.embedded.evaluate import from_bytes, reconstruct_pictures, write_sheet
 from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 from fluxjax.train.embedded.tool_cases import Cases, ToolTask, Verdict, draw_cases, judge
