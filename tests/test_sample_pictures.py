@@ -26,11 +26,11 @@ from fluxjax.config import DEV, ConfigError
 from fluxjax.families import FLUX, Conditioning, Steps
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.sample import edges
+from fluxjax.sample.denoise_pictures import Drawn, denoise_pictures
 from fluxjax.sample.noise import draw
 from fluxjax.sample.override import override
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.preview import Preview
-from fluxjax.sample.programs import Drawn, denoise_pictures
 from fluxjax.sample.reference import pixels
 from fluxjax.schedules.flow_euler import flow_euler
 from fluxjax.schedules.schedule import pad

@@ -29,13 +29,12 @@ from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.host_memory import with_places
 from fluxjax.parallel.mesh import AXES, BATCH, batch_parts, place, replicated
 from fluxjax.parallel.rules import state_shardings
+from fluxjax.sample.denoise_pictures import WHOLE, Drawn
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.programs import (
     NAMES,
     OF_PICTURES,
     OF_RUNS,
-    WHOLE,
-    Drawn,
     Name,
     Program,
     of_components,

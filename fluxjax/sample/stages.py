@@ -23,13 +23,13 @@ from fluxjax.parallel.mesh import gathered, pad_rows
 from fluxjax.sample import noise
 from fluxjax.sample.decoding import TILE, clip_decoder, decode_in_tiles, encode_clips
 from fluxjax.sample.denoise import State, in_parts, wait
+from fluxjax.sample.denoise_pictures import Drawn
 from fluxjax.sample.executables import Executables
 from fluxjax.sample.given_pictures import NO_PICTURES, Given
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.picture_inputs import NOTHING, Inputs, kept, noise_of_steps
 from fluxjax.sample.programs import (
     TEXT_ALONE,
-    Drawn,
     Name,
     components,
     defaults,

@@ -23,7 +23,8 @@ from fluxjax.diff.benchmarks.bench import Measure
 from fluxjax.families import FLUX, Conditioning, Steps
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.flux import FluxTransformer
-from fluxjax.sample.programs import Drawn, decode_latents, denoise_pictures
+from fluxjax.sample.denoise_pictures import Drawn, denoise_pictures
+from fluxjax.sample.programs import decode_latents
 from fluxjax.schedules.flow_euler import sigmas
 from fluxjax.schedules.schedule import pad
 
