@@ -287,6 +287,16 @@ WRONG = [
     ("text", {"image": photo(), "strength": 0.0}, "strength must be above 0"),
     ("text", {"strength": 0.5}, "give an image"),
     ("text", {"image": photo(), "mask": Image.new("L", (203, 121)), "mask_crop": 3}, "all black"),
+    (
+        "text",
+        {
+            "image": photo(0, (2000, 16)),
+            "mask": Image.new("L", (2000, 16), 255),
+            "mask_crop": 3,
+            **SMALL,
+        },
+        "cuts out 2000 x 16 pixels, less than a line of a picture of 96 x 64",
+    ),
     ("text", {"image": photo(size=(15, 90))}, "at least 16 pixels on each side, got 15 x 90"),
     ("text", {"image": np.zeros((9, 9, 3))}, "image must be a picture of Pillow or a file's path"),
     ("text", {"image": photo(), "mask": "alpha"}, "no transparency"),

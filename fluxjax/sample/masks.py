@@ -92,7 +92,9 @@ def _grown(first: int, last: int, by: int, length: int) -> tuple[int, int]:
 
 
 def cropped(picture: Picture, box: Box, width: int, height: int) -> Picture:
-    """What is in the box, as large as fits; the rest is its stretched edge."""
+    """What is in the box, as large as fits; the rest is its stretched edge.
+
+    Raises ConfigError for a box that is less than a pixel high or wide then."""
     from PIL import Image
 
     part = picture.crop(box)
@@ -101,6 +103,11 @@ def cropped(picture: Picture, box: Box, width: int, height: int) -> Picture:
         high = part.height * width // part.width
     else:
         wide = part.width * height // part.height
+    if min(wide, high) < 1:
+        raise ConfigError(
+            f"mask_crop cuts out {part.width} x {part.height} pixels, less than a line of a "
+            f"picture of {width} x {height}: draw it in a size more like that"
+        )
     part = part.resize((wide, high), Image.Resampling.LANCZOS)
     whole = Image.new("RGB", (width, height))
     left, top = width // 2 - wide // 2, height // 2 - high // 2
