@@ -12,25 +12,17 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from fluxjax.checkpoint.opened_network import OpenNetwork
-from fluxjax.checkpoint.pipeline_folder import (
-    assembled,
-    file_family,
-    read_config,
-    tokenizer_of,
-)
-from fluxjax.checkpoint.source import open_component, open_file, open_folder
+from fluxjax.checkpoint.pipeline_folder import read_config, tokenizer_of
 from fluxjax.checkpoint.templates import Part, abstract_params, part_of
-from fluxjax.config import ConfigError, FluxPipelineConfig, PipelineConfig
+from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
-from fluxjax.families import FLUX, Family, family_of
+from fluxjax.families import FLUX
 from fluxjax.hub import embedded_adapter, find
-from fluxjax.json_input import read_json
 from fluxjax.models.lora import adapt
 from fluxjax.models.names import flatten
 from fluxjax.models.quantised import Quantised
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.networks import network_of
-from fluxjax.networks.whole_files import whole_file_of
 from fluxjax.parallel.host_memory import streamed
 from fluxjax.parallel.mesh import make_mesh, place
 from fluxjax.parallel.mesh_shape import MeshShape
@@ -41,6 +33,7 @@ from fluxjax.sample.controls import given_controlnets, open_controlnets
 from fluxjax.sample.ip_adapter import given_ip_adapters, open_ip_adapters
 from fluxjax.sample.loaded_loras import low_rank_of, scaled_lora, with_loras
 from fluxjax.sample.lora_slots import LoraSlots
+from fluxjax.sample.model_files import open_model_file, open_model_folder
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.sample.redux import open_redux
@@ -49,8 +42,6 @@ from fluxjax.sample.settings import Dtype
 from fluxjax.sample.sources import TINY, Sources, absolute
 from fluxjax.shapes import Params
 from fluxjax.text.tokenizers import PromptTokenizer, load_tokenizer
-
-_TEXT_COMPONENTS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
 
 
 def load_pipeline(
@@ -129,11 +120,11 @@ def load_pipeline(
     tool = embedded_adapter(model)
     path = find(TINY if tool else model, "model", read_config)
     if path.is_file():
-        family, networks, config, tokenizers = _of_file(path, text_encoders, vae)
+        family, networks, config, tokenizers = open_model_file(path, text_encoders, vae)
     elif text_encoders is not None or vae is not None:
         raise ConfigError(f"text encoders and vae are given for a single file, and {path} is none")
     else:
-        family, networks, config, tokenizers = _of_folder(path)
+        family, networks, config, tokenizers = open_model_folder(path)
     kinds = parse_quantise(quantise)
     scaled = [scaled_lora(lora) for lora in loras]
     used = scaled if tool is None else [(tool, 1.0), *scaled]
@@ -266,107 +257,6 @@ def _slots(rank: int, config: PipelineConfig, scan_layers: bool, mesh: Mesh | No
 
 def _slot_places(config: PipelineConfig, mesh: Mesh, component: str, lora: Params) -> Params:
     return state_shardings(config.networks[component], lora, mesh)
-
-
-def _of_folder(path: Path) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:
-    config = read_config(path)
-    family = family_of(read_json(path / "model_index.json")["_class_name"])
-    networks = {name: open_component(path, name, part) for name, part in config.networks.items()}
-    # The tensors may tell more than config.json does.
-    parts: dict[str, Any] = {name: network.config for name, network in networks.items()}
-    return family, networks, replace(config, **parts), path
-
-
-def _of_file(
-    path: Path, text_encoders: str | Path | None, vae: str | Path | None
-) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:
-    """Family, networks, configuration and the folder of the tokenizers, of a transformer's file
-    (FLUX's, Open-Sora's, HunyuanVideo's, ComfyUI's with what it holds besides) or a whole Stable
-    Diffusion."""
-    family = _family_beside(text_encoders)
-    # First, since it may be no model at all.
-    networks: dict[str, OpenNetwork] = dict(open_file(path, family=family))
-    if whole_file_of(_configs(networks)) is not None:
-        return _of_whole_file(path, networks, text_encoders, vae)
-    if text_encoders is None:
-        raise ConfigError(
-            f"{path} needs text encoders: a folder with text_encoder, "
-            "text_encoder_2, tokenizer and tokenizer_2"
-        )
-    folder = find(text_encoders, "text encoders")
-    if "transformer" not in networks:
-        raise ConfigError(f"{path} holds no transformer but {', '.join(networks)}")
-    if vae is not None:
-        networks["vae"] = _open_vae(find(vae, "vae"))
-    if "vae" not in networks:
-        raise ConfigError(
-            f"{path} needs a vae: a diffusers autoencoder's folder or the original file, such as "
-            "ae.safetensors"
-        )
-    for component in _TEXT_COMPONENTS:
-        networks[component] = open_component(folder, component, family=family)
-    config = assembled(_configs(networks), path.name)
-    if config is None:
-        words = ", ".join(network_of(part).words for part in _configs(networks).values())
-        raise ConfigError(f"{path} with what is given beside it is no model that draws: {words}")
-    for component in _TEXT_COMPONENTS:
-        # Of a text encoder the pipeline tells which layer is the last that is read.
-        if config.networks[component] != networks[component].config:
-            networks[component] = open_component(folder, component, config.networks[component])
-    return family_of(config.class_name), networks, config, folder
-
-
-def _family_beside(text_encoders: str | Path | None) -> str:
-    """Whose transformer is drawn with these text encoders, where its shapes do not tell it."""
-    if text_encoders is None:
-        return FluxPipelineConfig.file_family
-    folder, first = find(text_encoders, "text encoders"), _TEXT_COMPONENTS[0]
-    try:
-        network = open_component(folder, first, family=FluxPipelineConfig.file_family)
-    except FileNotFoundError:  # tokenizers alone are enough for some files
-        return FluxPipelineConfig.file_family
-    return file_family({first: network.config}) or FluxPipelineConfig.file_family
-
-
-def _of_whole_file(
-    path: Path,
-    networks: dict[str, OpenNetwork],
-    text_encoders: str | Path | None,
-    vae: str | Path | None,
-) -> tuple[Family, dict[str, OpenNetwork], PipelineConfig, Path]:
-    """Text encoders that it lacks are those of the folder of its tokenizers."""
-    if text_encoders is None:
-        raise ConfigError(
-            f"{path} has no tokenizers: give a folder with its tokenizer (tokenizer_2, ...) as "
-            "text encoders (--text-encoders)"
-        )
-    folder = find(text_encoders, "text encoders")
-    if vae is not None:
-        networks["vae"] = _open_vae(find(vae, "vae"))
-    config = assembled(_configs(networks), path.name)
-    if config is None:
-        for component in (*_TEXT_COMPONENTS, "text_encoder_3"):
-            if component not in networks and (folder / component).is_dir():
-                networks[component] = open_component(folder, component)
-        config = assembled(_configs(networks), path.name)
-    if config is None:
-        raise ConfigError(f"{path} lacks text encoders, and so does {folder}")
-    return family_of(config.class_name), networks, config, folder
-
-
-def _configs(networks: dict[str, OpenNetwork]) -> dict[str, Any]:
-    return {name: network.config for name, network in networks.items()}
-
-
-def _open_vae(path: Path) -> OpenNetwork:
-    if path.is_file():
-        networks = open_file(path, component="vae", family="FLUX.1")
-        if "vae" not in networks:
-            raise ConfigError(f"{path} holds no autoencoder but {', '.join(networks)}")
-        return networks["vae"]
-    if (path / "vae").is_dir():
-        return open_component(path, "vae")
-    return open_folder(path, "vae", family="FLUX.1")
 
 
 def _load(
