@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import ConfigError, LlavaConfig
-from fluxjax.networks import clip, llama
+from fluxjax.networks import clip, clip_files, llama
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes
 from fluxjax.networks.tables import Rule, Table
 
@@ -20,7 +20,7 @@ def _table(config: LlavaConfig) -> Table:
         Rule(rule.theirs, tuple(f"language_model.model.{name}" for name in rule.ours))
         for rule in text[1].rules
     ]
-    for rule in clip.VISION_PUBLISHED.rules:
+    for rule in clip_files.VISION_PUBLISHED.rules:
         ours = tuple(f"vision_tower.{name}" for name in rule.ours)
         others = (f"vision_tower.{rule.theirs}", f"model.vision_tower.{rule.theirs}")
         for theirs in (*others, f"model.{ours[0]}"):

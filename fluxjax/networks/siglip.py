@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import ConfigError, SiglipVisionConfig
-from fluxjax.networks.clip import LAYERS
+from fluxjax.networks.clip_files import LAYERS
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Shapes, count
 from fluxjax.networks.tables import Rule, Table
 

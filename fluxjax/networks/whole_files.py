@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fluxjax.config.choices import FAMILY_NAMES
-from fluxjax.networks.clip import openai_text, openclip_text
+from fluxjax.networks.clip_files import openai_text, openclip_text
 from fluxjax.networks.network import Shapes
 from fluxjax.networks.t5 import T5
 
