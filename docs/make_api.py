@@ -71,12 +71,25 @@ def _entry(name: str, thing: Any) -> Iterator[str]:
         yield _text(thing)
     if not isinstance(thing, type):
         return
-    for method, function in vars(thing).items():
+    for method, function in _methods(thing).items():
         public = method == "__call__" or not method.startswith("_")
         if public and inspect.isfunction(function) and function.__doc__:
             shown = f"{thing.__name__[0].lower()}{thing.__name__[1:]}"
             yield _signature(shown if method == "__call__" else f"{shown}.{method}", function)
             yield _text(function)
+
+
+def _methods(thing: type) -> dict[str, Any]:
+    """Its own, and those of its bases that are not shown by themselves."""
+    shown = {name.replace(":", ".") for names in PUBLIC.values() for name in names}
+    ours = [cls for cls in thing.__mro__ if cls.__module__.startswith("fluxjax.")]
+    found: dict[str, Any] = {}
+    for cls in ours:
+        package = cls.__module__.split(".")
+        places = {".".join([*package[:end], cls.__name__]) for end in range(1, len(package) + 1)}
+        if cls is thing or not places & shown:
+            found = {**found, **{k: v for k, v in vars(cls).items() if k not in found}}
+    return found
 
 
 def _signature(name: str, thing: Any) -> str:

@@ -24,8 +24,8 @@ from fluxjax.schedules.schedule import Schedule
 from fluxjax.schedules.step_table import Run
 
 if TYPE_CHECKING:
-    from fluxjax.sample.pipeline import Pipeline
     from fluxjax.sample.settings import Settings
+    from fluxjax.sample.stages import Stages
 
 Latents = Float[AnyArray, "_ c *size"]
 
@@ -67,7 +67,7 @@ def box_of(given: Given, settings: Settings) -> Box | None:
 
 
 def make_inputs(
-    pipe: Pipeline,
+    pipe: Stages,
     task: Task,
     given: Given,
     settings: Settings,

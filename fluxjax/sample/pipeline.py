@@ -1,49 +1,33 @@
-"""A pipeline: prompts -> conditioning -> latents -> pictures, and on to files."""
+"""A pipeline: what callers in Python give, and the pictures that they get."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-from jaxtyping import Float, UInt8
-
 from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
 from fluxjax.config.choices import Respacing, Spacing
-from fluxjax.families.family import Conditioning, Task
 from fluxjax.sample.clip_files import Clip
-from fluxjax.sample.controls import check_controls, control_settings
+from fluxjax.sample.controls import control_settings
+from fluxjax.sample.drawing import Drawing
 from fluxjax.sample.embedded_tools import require_tool
-from fluxjax.sample.given_clips import check_given, clip_inputs, clip_size, with_given
-from fluxjax.sample.given_pictures import Given, apart, read_given, spread_over
-from fluxjax.sample.ip_adapter import check_image_prompts
+from fluxjax.sample.given_pictures import apart, read_given, spread_over
 from fluxjax.sample.lora_slots import LoraChoice
 from fluxjax.sample.override import override
-from fluxjax.sample.picture_inputs import Inputs, finished, make_inputs
-from fluxjax.sample.pictures import in_size, to_bytes
-from fluxjax.sample.programs import NAMES, components
-from fluxjax.sample.redux import Heard, read_heard
-from fluxjax.sample.reference import whole_size
-from fluxjax.sample.refiner import Calls, completed
-from fluxjax.sample.refusals import check_clip, check_told, unknown_options
+from fluxjax.sample.redux import read_heard
+from fluxjax.sample.refusals import unknown_options
 from fluxjax.sample.save_picture import tell_made
-from fluxjax.sample.settings import FIELDS, Noise, Rounding, Settings, VideoKind
-from fluxjax.sample.skip_layers import check_skip_layers
+from fluxjax.sample.settings import Noise, Rounding, VideoKind
 from fluxjax.sample.sources import Sources, absolute
-from fluxjax.sample.stages import AnyArray, OnStep, Stages
-from fluxjax.sample.undecoded import Undecoded
+from fluxjax.sample.stages import OnStep
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fluxjax.sample.picture_reader import PictureReader
 
-
-class Pipeline(Stages):
+class Pipeline(Drawing):
     """A model that draws; see `fluxjax.load_pipeline`."""
 
     def __call__(
@@ -292,232 +276,6 @@ class Pipeline(Stages):
             )
         return images
 
-    def complete(self, settings: Settings, given: Given, fixed: Collection[str]) -> Settings:
-        """With what follows from the pictures where it is not `fixed`: size and strength.
-
-        Raises ConfigError, which says what the model takes, for pictures that it does not.
-        """
-        task = self.family.find_task(self.config, given.names)
-        check_controls(self.config, settings, given)
-        check_image_prompts(self.image_prompter, settings, given)
-        settings = completed(self.refiner, settings, given)
-        if task.strength is None and settings.strength is not None:
-            raise ConfigError("strength says how much of an image is drawn anew: give an image")
-        if self.config.tiling is not None:
-            check_given(self.config, given, settings)
-        size = dict(zip(("width", "height"), self.picture_size(given), strict=True))
-        found: dict[str, Any] = {name: size[name] for name in size if name not in fixed}
-        if not given.names:
-            found = {}
-        if settings.rounding == "bfl" and task.bfl_text and "max_sequence_length" not in fixed:
-            found["max_sequence_length"] = min(settings.max_sequence_length, task.bfl_text)
-        strength = settings.strength if settings.strength is not None else task.strength
-        return replace(settings, strength=strength, **found)
-
-    def draw(
-        self,
-        settings: Settings,
-        *,
-        prompts: Sequence[str] | None = None,
-        seeds: int | Sequence[int] | None = None,
-        number: int = 1,
-        given: Given | None = None,
-        lora: LoraChoice | None = None,
-        heard: Sequence[Heard] = (),
-        progress: Callable[[int], None] | None = None,
-        on_step: OnStep | None = None,
-        every: int = 1,
-    ) -> UInt8[np.ndarray, "n *frames rows columns 3"]:
-        """Pictures, or clips of several frames, of `settings` as bytes; what else is given stands
-        in for what is in it.
-
-        `heard`: pictures for Redux and their weights. Arguments and errors are those of `__call__`.
-        """
-        drawn = self._drawn(
-            settings,
-            prompts=prompts,
-            seeds=seeds,
-            number=number,
-            given=given,
-            lora=lora,
-            heard=heard,
-            progress=progress,
-            on_step=on_step,
-            every=every,
-        )
-        settings, pictures = drawn.settings, drawn.stages.decode(drawn.latents)
-        if self.offload and drawn.stages is not self:
-            drawn.stages.release()
-        drawn.require_finite(self.config, pictures)
-        if self.config.tiling is not None:
-            clips = to_bytes(pictures[:, self.config.dropped_frames :], settings.rounding)
-            return clips if settings.frames > 1 else clips[:, 0]
-        resized = in_size(pictures, *drawn.size)
-        return finished(to_bytes(resized, settings.rounding), drawn.given, settings)
-
-    def draw_clips(
-        self, settings: Settings, **options: Any
-    ) -> list[Iterator[UInt8[np.ndarray, "frames rows columns 3"]]]:
-        """As `draw`, whose options these are, of each clip its frames: group after group, decoded
-        as they are asked for, so that no more than one is held. How many frames a group has is the
-        tiling's. Of several processes only those that want frames ask for them."""
-        drawn = self._drawn(settings, **options)
-        decode = drawn.stages.clip_decoder()
-
-        def frames(latents: AnyArray) -> Iterator[np.ndarray]:
-            dropped = self.config.dropped_frames
-            for group in decode(latents):
-                drawn.require_finite(self.config, group)
-                kept = group[:, dropped:]
-                dropped = max(dropped - group.shape[1], 0)
-                if kept.size:
-                    yield to_bytes(kept, drawn.settings.rounding)[0]
-
-        return [frames(drawn.latents[i : i + 1]) for i in range(len(drawn.latents))]
-
-    def _drawn(
-        self,
-        settings: Settings,
-        *,
-        prompts: Sequence[str] | None = None,
-        seeds: int | Sequence[int] | None = None,
-        number: int = 1,
-        given: Given | None = None,
-        lora: LoraChoice | None = None,
-        heard: Sequence[Heard] = (),
-        progress: Callable[[int], None] | None = None,
-        on_step: OnStep | None = None,
-        every: int = 1,
-    ) -> Undecoded:
-        """Latents of what `draw` is asked for."""
-        check_clip(self.config, settings, self.defaults)
-        check_told(self.family, self.config, settings)
-        prompts = [settings.prompt] if prompts is None else prompts
-        count = len(prompts) * number
-        if count < 1:
-            raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
-        adapters = self._adapters(lora, len(prompts), number)
-        self._require_redux(heard)
-        if given is None:
-            given, settings = read_given(settings)
-        settings = self.complete(settings, given, FIELDS)
-        size, settings = (settings.width, settings.height), self.as_drawn(settings)
-        task = self.family.find_task(self.config, given.names)
-        asked = settings.asked_guidance._replace(pictures=task.pictures)
-        scale = self.family.scale(self.config, asked)
-        check_skip_layers(self.config, settings.asked_skip_layers, scale)
-        draws = self.draw_each(settings, settings.seed if seeds is None else seeds, count, task)
-        more = self.redux.count if self.redux is not None and heard else 0
-        self.prepare(settings, count, given, more_text=more)
-        if self.refiner is not None:
-            self.refiner.prepare(settings, count)
-        if not self.offload:
-            for name in NAMES:
-                for component in components(self.config, name):
-                    self.params(component)  # while the programs compile
-        conditioning, negative = self.hear(
-            settings, prompts, number, scale, adapters, given.reference if task.heard else None
-        )
-        if self.redux is not None and heard:
-            with self._timed("encoding"):
-                conditioning = self.redux.heard(conditioning, heard)
-            self._leave(self.redux.reader)
-        inputs = self._inputs(task, given, settings, draws)
-        if self.image_prompter is not None:
-            with self._timed("encoding"):
-                seen = self.image_prompter.prompts(given, settings, 1 if scale is None else 2)
-            inputs = inputs._replace(image_prompts=seen)
-            self._leave(self.image_prompter.reader)
-        latents = self.denoise(
-            conditioning,
-            draws["noise"],
-            steps=settings.course(self.family.first_step),
-            guidance=settings.guidance,
-            negative=negative,
-            true_cfg=scale,
-            inputs=inputs,
-            added=draws,
-            rescale=settings.guidance_rescale,
-            skip_layers=settings.asked_skip_layers,
-            rounding=settings.rounding,
-            adapters=adapters,
-            progress=progress,
-            on_step=on_step,
-            every=every,
-        )
-        last: Stages = self
-        if self.refiner is not None:
-            if self.offload:
-                self.release()
-            calls = Calls(self.run_of(settings).evaluations, progress, on_step, every)
-            latents = self.refiner.refine(latents, settings, prompts, number, draws, calls)
-            last = self.refiner.pipe
-        if self.config.tiling is not None and not self.config.dropped_frames:
-            latents = with_given(latents, inputs, given, settings)
-        return Undecoded(latents, settings, size, given, inputs, (conditioning, negative), last)
-
-    def _leave(self, reader: PictureReader) -> None:
-        if self.offload:
-            reader.release()
-
-    def _require_redux(self, heard: Sequence[Heard]) -> None:
-        if heard and self.redux is None:
-            raise ConfigError(
-                "redux_image is heard through FLUX.1 Redux: give its folder as redux (--redux)"
-            )
-
-    def evaluations(self, settings: Settings) -> int:
-        """How often a picture of complete `settings` runs the network that draws, or both."""
-        more = 0 if self.refiner is None else self.refiner.run_of(settings).evaluations
-        return self.run_of(settings).evaluations + more
-
-    def hear(
-        self,
-        settings: Settings,
-        prompts: Sequence[str],
-        number: int,
-        scale: Any,
-        adapters: Sequence[Mapping[str, float]] | None = None,
-        picture: Image | None = None,
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """Of every picture what it is to show, and what not; `scale`: of guidance. `picture` is
-        seen with the prompts."""
-        length, together = settings.max_sequence_length, self.executables.rows("encode", 1)
-        own = [{}] * len(prompts) if adapters is None else adapters[::number]
-
-        def said(texts: Sequence[str], count: int, *others: Any, **options: Any) -> Any:
-            parts = [slice(i, i + together) for i in range(0, len(texts), together)]
-            encode = partial(self.encode_prompt, max_sequence_length=length, **options)
-            each = [
-                encode(texts[part], *others, adapters=own[: len(texts)][part]) for part in parts
-            ]
-            return jax.tree.map(lambda *c: np.repeat(np.concatenate(c), count, axis=0), *each)
-
-        told = settings.told(negative=False)
-        texts = [self.family.prompt_of(prompt, told) for prompt in prompts]
-        others = settings.prompt_2, settings.prompt_3
-        seen = {"clip_skip": settings.clip_skip, "picture": picture}
-        conditioning = said(texts, number, *others, **seen)
-        conditioning = self._with_sizes(conditioning, settings, negative=False)
-        if scale is None:
-            return conditioning, None
-        # One will do for all where all have the same adapters. They take no notice of clip_skip.
-        different = len(prompts) if any(one != own[0] for one in own) else 1
-        text = settings.negative_prompt or ""
-        texts = [self.family.prompt_of(text, settings.told(negative=True))] * different
-        negative = said(texts, len(prompts) * number // different)
-        if settings.negative_prompt is None and self.config.force_zeros_for_empty_prompt:
-            negative = jax.tree.map(np.zeros_like, negative)
-        return conditioning, self._with_sizes(negative, settings, negative=True)
-
-    def _with_sizes(
-        self, heard: Conditioning, settings: Settings, *, negative: bool
-    ) -> Conditioning:
-        sizes = self.family.sizes(self.config, settings.told(negative=negative))
-        if sizes is None:
-            return heard
-        return heard._replace(sizes=np.tile(sizes, (len(heard.sequence), 1)))
-
     def _sources(self, lora: LoraChoice | None, prompts: int, number: int) -> list[Sources]:
         """Of each picture what it is made of."""
         assert self.sources is not None
@@ -526,49 +284,3 @@ class Pipeline(Stages):
             files = tuple(f"{absolute(file)}:{scale:g}" for file, scale in chosen.items())
             found.append(replace(self.sources, lora=files) if files else self.sources)
         return found
-
-    def _adapters(
-        self, lora: LoraChoice | None, prompts: int, number: int
-    ) -> Sequence[Mapping[str, float]] | None:
-        """Of each picture, where calls choose adapters."""
-        if self.slots is not None:
-            return self.slots.each(lora, prompts, number)
-        if lora:
-            raise ConfigError("to choose adapters per call, load the pipeline with lora_slots=RANK")
-        return None
-
-    def picture_size(self, given: Given) -> tuple[int, int]:
-        """(width, height) of what is drawn from these pictures unless another is asked for.
-
-        That of the image or of the control, rounded down to whole tokens; for an edit and its image
-        see `reference_size`, for a clip `given_clips.clip_size`.
-        """
-        if self.config.tiling is not None:
-            one = given.reference or given.last
-            own = self.defaults.width, self.defaults.height
-            return own if one is None else clip_size(self.config, one.size)
-        if given.reference is not None:
-            return self.reference_size(given.image or given.reference)
-        one = given.image or given.control
-        if one is None:
-            return self.defaults.width, self.defaults.height
-        return whole_size(one.width, one.height, unit=self.config.unit)
-
-    def _inputs(
-        self, task: Task, given: Given, settings: Settings, draws: Mapping[str, Any]
-    ) -> Inputs:
-        """Of what is given, as the network sees it."""
-        if self.config.tiling is not None:
-            return clip_inputs(self, task, given, settings, draws)
-        return make_inputs(self, task, given, settings, draws)
-
-    def begin(
-        self, settings: Settings, seeds: int | Sequence[int], count: int = 1
-    ) -> Float[AnyArray, "n c *size"]:
-        """The latents that a run of `count` pictures starts from."""
-        given, settings = read_given(settings)
-        settings = self.complete(settings, given, FIELDS)
-        task = self.family.find_task(self.config, given.names)
-        draws = self.draw_each(settings, seeds, count, task)
-        noise, inputs = draws["noise"], self._inputs(task, given, settings, draws)
-        return self.start(noise, inputs, self.run_of(settings))
