@@ -170,9 +170,9 @@ class ExportOptions:
     """The run's folder, in which training may still go on."""
     step: Annotated[int | None, _given("INT")] = None
     """The checkpoint's; by default the newest."""
-    model: Annotated[str | None, _given("TEXT")] = None
+    model: Annotated[str | None, _given("FOLDER_OR_HUB_NAME")] = None
     """Where the run's model is now, if it has moved."""
-    out: Annotated[Path | None, _given("PATH")] = None
+    out: Annotated[Path | None, _given("NEW_FILE_OR_FOLDER")] = None
     """What to write; by default lora_STEP.safetensors or pipeline_STEP in the run's folder."""
     link: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Of an embedded diffusion model: what it shares with the embedded FLUX model as symbolic links
