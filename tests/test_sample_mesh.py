@@ -13,14 +13,25 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
+from test_image_encoders import xlabs_file
 from test_parallel import MESHES, relative
-from test_sample_pictures import photo
+from test_sample_pictures import hole, photo
 
 import fluxjax
 from fluxjax.checkpoint.lora.writer import write_lora
 from fluxjax.checkpoint.pipeline_folder import save_params
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import TINY, ConfigError, ControlNetConfig, LoraConfig
+from fluxjax.config import (
+    TINY,
+    CLIPVisionConfig,
+    ConfigError,
+    ControlNetConfig,
+    IPAdapterConfig,
+    LoraConfig,
+    ReduxConfig,
+    SiglipVisionConfig,
+)
 from fluxjax.families import Conditioning
 from fluxjax.models.lora import init_lora
 from fluxjax.parallel.compiled_program import measure
@@ -30,6 +41,12 @@ from fluxjax.sample.pictures import to_bytes
 
 PROMPTS = ["a red circle", "two small green rings", "a large blue star left of a heart"]
 QUICK = {"steps": 2, "max_sequence_length": 18, "width": 80, "height": 64}
+SEVERAL = """
+import json, sys
+from fluxjax.sample.__main__ import main
+for i, given in enumerate(json.loads(sys.argv[1])):
+    main(given + (sys.argv[2:] if i == 0 else []))
+"""
 
 
 def draw_in_steps(pipe) -> dict[str, np.ndarray]:
@@ -160,27 +177,69 @@ def prompts(tmp_path_factory):
     given = {"image": "image.png", "strength": 0.7, "control": "control.png"}
     lines = [{"prompt": text, "seed": 5 + i, **given} for i, text in enumerate(PROMPTS)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    save_controlnet(folder)
+    fields = {f.name: getattr(TINY.transformer, f.name) for f in fields_of(TINY.transformer)}
+    blocks = {"num_layers": 1, "num_single_layers": 1}
+    save_random(folder, "net", ControlNetConfig(**{**fields, **blocks}))
     net = (str(folder / "net"),)
     options = Options(prompts=folder / "prompts.jsonl", out=folder / "one", controlnet=net, **QUICK)
     assert draw(options) == 0
     return folder / "prompts.jsonl"
 
 
-def save_controlnet(folder) -> None:
-    """For the embedded model."""
-    fields = {f.name: getattr(TINY.transformer, f.name) for f in fields_of(TINY.transformer)}
-    config = ControlNetConfig(**{**fields, "num_layers": 1, "num_single_layers": 1})
+def save_random(folder, name, config) -> None:
     random = np.random.default_rng(0)
     shapes = abstract_params(config)
     params = jax.tree.map(lambda x: 0.05 * random.standard_normal(x.shape, np.float32), shapes)
-    save_params(folder, "net", params, config, None)
+    save_params(folder, name, params, config, None)
 
 
-def equal_to_those_of_one(prompts, folder) -> None:
-    alone = prompts.parent / "one"
+@pytest.fixture(scope="module")
+def tools(prompts):
+    """Options of the embedded model's Fill, which hears a picture through Redux and sees one
+    through an IP-Adapter, both random, and of its Canny; beside, what one device draws by them."""
+    from fluxjax.sample.command import draw
+    from fluxjax.sample.options import Options
+
+    folder = prompts.parent
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "image_size": 28}
+    text = TINY.text_encoder_2.d_model
+    save_random(folder, "redux/image_encoder", SiglipVisionConfig(**sizes))
+    save_random(folder, "redux/image_embedder", ReduxConfig(redux_dim=32, txt_in_features=text))
+    clip = CLIPVisionConfig(**sizes, projection_dim=18, with_projection=True)
+    save_random(folder, "clip", clip)
+    adapter = IPAdapterConfig(
+        num_layers=TINY.transformer.num_layers,
+        inner_dim=TINY.transformer.inner_dim,
+        cross_attention_dim=24,
+        image_embed_dim=18,
+        num_tokens=4,
+    )
+    save_file(xlabs_file(adapter), folder / "ip.safetensors")
+    hole((80, 64)).save(folder / "mask.png")
+    image, control = str(folder / "image.png"), str(folder / "control.png")
+    fill = {
+        "model": "tiny-fill",
+        **{"image": image, "mask": str(folder / "mask.png")},
+        **{"redux": folder / "redux", "redux_image": (control,)},
+        **{"ip_adapter": (str(folder / "ip.safetensors"),), "ip_image": (control,)},
+        "image_encoder": folder / "clip",
+    }
+    runs = {"fill": fill, "canny": {"model": "tiny-canny", "control": (control,)}}
+    runs = {name: QUICK | given | {"seed": 5} for name, given in runs.items()}
+    for name, given in runs.items():
+        assert draw(Options(prompt=(PROMPTS[0],), out=folder / f"one_{name}", **given)) == 0
+    return runs
+
+
+def as_arguments(options) -> list[str]:
+    values = {k: v[0] if isinstance(v, tuple) else v for k, v in options.items()}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def equal_to_those_of_one(alone, folder) -> None:
     names = sorted(path.name for path in alone.iterdir())
-    assert len(names) == 3 and names == sorted(path.name for path in folder.iterdir())
+    assert names and names == sorted(path.name for path in folder.iterdir())
     for name in names:
         one, many = (np.asarray(Image.open(f / name), int) for f in (alone, folder))
         assert np.abs(one - many).max() <= 1 and (one != many).mean() < 1e-3
@@ -195,27 +254,29 @@ def test_a_file_of_prompts_is_drawn_in_batches(prompts, tmp_path, capsys):
 
     net = (str(prompts.parent / "net"),)
     assert draw(Options(prompts=prompts, mesh="fsdp=8", out=tmp_path, controlnet=net, **QUICK)) == 0
-    equal_to_those_of_one(prompts, tmp_path)
+    equal_to_those_of_one(prompts.parent / "one", tmp_path)
     assert len({line.split("seed")[1][:3] for line in capsys.readouterr().out.splitlines()}) == 3
     jax.clear_caches()
 
 
 @pytest.mark.slow
-def test_two_processes_draw_together_and_one_of_them_saves(prompts, tmp_path):
+def test_two_processes_draw_together_and_one_of_them_saves(prompts, tools, tmp_path):
     """Four devices each; weights, heads and pictures lie across both, and each has read what is
-    given."""
+    given: a file of prompts, and then one prompt by each tool."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    options = QUICK | {"prompts": prompts, "out": tmp_path / "two", "mesh": "tensor=2,fsdp=4"}
-    options["controlnet"] = prompts.parent / "net"
-    options |= {"coordinator": f"localhost:{port}", "num_processes": 2}
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    first = QUICK | {"prompts": prompts, "controlnet": prompts.parent / "net"}
+    runs = [as_arguments(first | {"out": tmp_path / "one", "mesh": "tensor=2,fsdp=4"})]
+    for name, given in tools.items():
+        options = given | {"out": tmp_path / f"one_{name}", "mesh": "tensor=2,fsdp=4"}
+        runs.append([PROMPTS[0], *as_arguments(options)])
+    joined = as_arguments({"coordinator": f"localhost:{port}", "num_processes": 2})
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     terminal, end = os.openpty()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "fluxjax.sample", *given, f"--process-id={i}"],
+            [sys.executable, "-c", SEVERAL, json.dumps(runs), *joined, f"--process-id={i}"],
             env={**os.environ, "XLA_FLAGS": flags, "TERM": "xterm"},
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -233,11 +294,12 @@ def test_two_processes_draw_together_and_one_of_them_saves(prompts, tmp_path):
                 process.kill()
     assert "steps" in shown.result() and "2/2" in shown.result(), "no bar on the terminal"
     assert [process.returncode for process in processes] == [0, 0], said
-    assert said[0][0].count("seed") == 3
+    assert said[0][0].count("seed") == 3 + len(tools)
     # Gloo prints on stdout, with several threads at once: its lines are torn.
     assert not any(word in said[1][0] for word in ("seed", ".png")), said[1][0]
     assert said[1][1] == ""
-    equal_to_those_of_one(prompts, tmp_path / "two")
+    for name in ("one", *(f"one_{name}" for name in tools)):
+        equal_to_those_of_one(prompts.parent / name, tmp_path / name)
 
 
 def _all_of(terminal: int) -> str:
