@@ -92,6 +92,20 @@ def test_skip_layer_guidance(ours, theirs):
 
 
 @slow
+def test_a_mesh_draws_the_same_picture(folder, ours):
+    """With 35 tokens of picture over two devices, and some blocks left out in some steps."""
+    pipe = fluxjax.load_pipeline(folder, mesh="data=2,tensor=2,sequence=2")
+    guided: dict[str, Any] = {"skip_layers": (0, 1), "skip_layer_scale": 3.0}
+    guided["skip_layer_range"] = (0.1, 0.7)
+    for prompts, choices in (([PROMPT, "a heart"], {}), (PROMPT, guided)):
+        assert_same(
+            pipe(prompts, **choices, **OURS, **SIZE), ours(prompts, **choices, **OURS, **SIZE)
+        )
+    kernel = pipe.params("transformer")["transformer_blocks_1"]["ff"]["net_2"]["kernel"]
+    assert 2 * kernel.addressable_shards[0].data.size == kernel.size
+
+
+@slow
 @pytest.mark.parametrize("sampler", ["heun", "dpm++", "unipc"])
 def test_other_samplers_of_flows(ours, theirs, sampler):
     own = theirs.scheduler
