@@ -235,6 +235,8 @@ def test_a_file_says_how_its_clip_was_made(pipe, tmp_path, sample):
     model = ("a ball", "--model", tmp_path)
     wrong = sample(*model, "-o", tmp_path / "ball.png")
     assert wrong[0] == 2 and "clips are written as .mp4 or .webp" in wrong[1]
+    wrong = sample(*model, "--video", tmp_path / "none.mp4")
+    assert wrong[0] == 2 and "there is no video /" in wrong[1]
     wrong = sample(*model, "--frames", 6)
     assert wrong[0] == 2 and wrong[1].count("\n") == 1 and "got 6; 5 would do" in wrong[1]
 
@@ -275,6 +277,7 @@ def test_what_is_refused(pipe):
         ({"true_cfg": 2.0}, "true_cfg is for models that were distilled"),
         ({"image": "/tmp"}, "there is no image"),
         ({"motion": 8}, "motion must be from 1"),
+        ({"video_kind": "v2v_tail"}, "video_kind says which part of a clip a video is: give a"),
     ):
         with pytest.raises((ConfigError, FileNotFoundError), match=message):
             pipe("a ball", **options)

@@ -60,7 +60,7 @@ def check(options: Options) -> None:
     _check_ip_adapter(options)
     if sources["redux"] and not (is_name(sources["redux"]) or Path(sources["redux"]).exists()):
         raise FileNotFoundError(f"there is no Redux folder {sources['redux']}")
-    named = [(f"{name} picture", given[name]) for name in PICTURES]
+    named = [("video" if name == "video" else f"{name} picture", given[name]) for name in PICTURES]
     for kind, path in (*named, ("file", options.prompts)):
         if path not in (None, STANDARD_INPUT, ALPHA) and not Path(path).exists():
             raise FileNotFoundError(f"there is no {kind} {path}")

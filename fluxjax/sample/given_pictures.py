@@ -187,6 +187,8 @@ def _ready(given: Given, settings: Settings) -> Given:
         if given.reference is None or given.last is not None:
             raise ConfigError("loop ends a clip with its reference: give a reference and no last")
         given = replace(given, last=given.reference)
+    if given.video is None and settings.video_kind != Settings.video_kind:
+        raise ConfigError("video_kind says which part of a clip a video is: give a video")
     if given.video is not None and (given.reference or given.last):
         raise ConfigError("a clip goes on from a video or from pictures: give one of the two")
     if given.mask is not None and given.image is None and given.reference is not None:
