@@ -122,6 +122,22 @@ def test_scaled_fp8(shared, spelling):
     assert bits(unpacked(weight.packed).read()) == bits(expected)
 
 
+@pytest.mark.parametrize(
+    "scales, why",
+    [
+        ({"a.scale_weight": 1, "a.weight_scale": 1}, "a.weight has a scale_weight and a weight_sc"),
+        ({"a.scale_weight": 3}, r"the scale \[3\] of a.weight \[4, 8\] does not fit"),
+        ({"b.weight_scale": 1}, "b.weight, which the file does not hold"),
+        ({"a.scale_weight": 1, "b.scale_input": 1}, "b.weight, which the file does not hold"),
+    ],
+)
+def test_scales_of_fp8_that_do_not_fit_are_refused(scales, why):
+    codes = np.zeros((4, 8), ml_dtypes.float8_e4m3fn)
+    arrays = {name: np.ones(count, np.float32) for name, count in scales.items()}
+    with pytest.raises(ValueError, match=why):
+        dequantise(unquantised(lazy({"a.weight": codes} | arrays)))
+
+
 def int8(rng, rows=8, columns=512):
     codes = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
     return codes, (rng.random((rows, 1)) * 0.01 + 0.001).astype(np.float32)

@@ -23,6 +23,7 @@ from fluxjax.networks import NETWORKS
 RECORD_FILE = "fluxjax_source.json"
 METADATA_KEY = "fluxjax"
 _SCALES = ("scale_weight", "weight_scale")
+_INPUT_SCALES = ("scale_input", "input_scale")
 _OF_FP8 = re.compile(
     r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)"
 )
@@ -103,7 +104,7 @@ class Record:
         restored |= {name: tensors[same] for name, same in self.doubled.items() if same in tensors}
         for name, dtype in self.scaled.items() if fp8 else ():
             if name in restored and restored[name].dtype not in _FP8:
-                restored[name] = _quantise(restored[name], self._scale(name), DTYPES[dtype])
+                restored[name] = _quantise(restored[name], self._scale(name), DTYPES[dtype], name)
         extras = {k: v for k, v in self.extras.items() if fp8 or not _OF_FP8.fullmatch(k)}
         return restored | extras
 
@@ -139,13 +140,15 @@ def dequantise(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
             kind == "comfy_quant" and b"float8" not in tensors[name].read().tobytes()[:4096]
         ):
             raise ValueError(f"{module} is quantised in a way that is not read; only fp8 is")
+        if kind in (*_SCALES, *_INPUT_SCALES) and weight not in tensors:
+            raise ValueError(f"{name} scales {weight}, which the file does not hold")
         if kind not in _SCALES:
             continue
-        if weight not in tensors:
-            raise ValueError(f"{name} scales {weight}, which the file does not hold")
+        if all(f"{module}.{spelling}" in tensors for spelling in _SCALES):
+            raise ValueError(f"{weight} has a {' and a '.join(_SCALES)}, and should have one")
         if tensors[weight].dtype in _FP8:
             scaled[weight] = dtype_name(tensors[weight].dtype)
-            plain[weight] = _dequantised(tensors[weight], tensors[name])
+            plain[weight] = _dequantised(tensors[weight], tensors[name], weight)
         elif not np.all(tensors[name].read().astype(np.float32) == 1):
             raise ValueError(f"{name} scales {weight}, which is {tensors[weight].dtype}, not fp8")
     return plain, scaled
@@ -159,13 +162,16 @@ def _factors(scale: Tensor, weight: Tensor, start: int, stop: int) -> np.ndarray
     return factors[start:stop].reshape(-1, *(1,) * (len(weight.shape) - 1))
 
 
-def _require_fit(scale: Tensor, weight: Tensor) -> None:
+def _require_fit(scale: Tensor, weight: Tensor, name: str) -> None:
     if scale.size != 1 and (not weight.shape or scale.size != weight.shape[0]):
-        raise ValueError(f"a scale of shape {scale.shape} does not fit a weight {weight.shape}")
+        raise ValueError(
+            f"the scale {list(scale.shape)} of {name} {list(weight.shape)} does not fit it: one "
+            "scale, or one for each row"
+        )
 
 
-def _dequantised(weight: Tensor, scale: Tensor) -> Tensor:
-    _require_fit(scale, weight)
+def _dequantised(weight: Tensor, scale: Tensor, name: str) -> Tensor:
+    _require_fit(scale, weight, name)
     dtype = DTYPES["BF16"]
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -179,8 +185,8 @@ def _dequantised(weight: Tensor, scale: Tensor) -> Tensor:
     return Tensor(weight.shape, dtype, rows, weight.by_rows, packed)
 
 
-def _quantise(weight: Tensor, scale: Tensor, dtype: np.dtype) -> Tensor:
-    _require_fit(scale, weight)
+def _quantise(weight: Tensor, scale: Tensor, dtype: np.dtype, name: str) -> Tensor:
+    _require_fit(scale, weight, name)
     wide = astype(weight, np.dtype(np.float32))
 
     def rows(start: int, stop: int) -> np.ndarray:
