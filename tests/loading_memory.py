@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+KIBIBYTE = 1024 / 1e6  # in MB, as files are counted
 BLOCK = 15 * 3072 * 3072  # numbers in one single block, without biases
 
 
@@ -66,7 +67,7 @@ def load(folder: Path) -> None:
     before = resident("VmRSS")
     params = network.params(stacked=True, shardings=places)
     jax.block_until_ready(params)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
     # The file tells what should be there.
     file = next((folder / "transformer").glob("*.safetensors"))
@@ -80,9 +81,9 @@ def load(folder: Path) -> None:
 
 
 def resident(field: str) -> float:
-    """MB, of this process."""
+    """MB (of a million bytes), of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line for line in lines if line.startswith(field)).split()[1]) / 1e3
+    return float(next(line for line in lines if line.startswith(field)).split()[1]) * KIBIBYTE
 
 
 if __name__ == "__main__":

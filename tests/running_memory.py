@@ -16,7 +16,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from loading_memory import resident
+from loading_memory import KIBIBYTE, resident
 
 
 def write(folder: Path) -> None:
@@ -49,7 +49,7 @@ def convert(source: Path, out: Path, options: list[str]) -> None:
 
     if code := main([str(source), str(out), *options]):
         raise SystemExit(code)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
     print(f"converting: {peak:.0f} MB at the peak, {resident('VmRSS'):.0f} MB at the end")
 
 
