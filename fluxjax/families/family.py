@@ -238,7 +238,8 @@ def no_sizes(config: PipelineConfig, told: Told) -> None:
             raise ConfigError(f"{name} is told to Stable Diffusion XL alone")
 
 
-def _not_trained(config: PipelineConfig) -> NoisePath:
+def not_trained(config: PipelineConfig) -> NoisePath:
+    """The `path` of families that are not. Raises ConfigError."""
     raise ConfigError(f"{config.class_name} is not trained")
 
 
@@ -277,7 +278,7 @@ class Family:
     mask_channels: Callable[..., Float[np.ndarray, "n c rows columns"]] = _no_masks
     sizes: Callable[..., Float[np.ndarray, " numbers"] | None] = no_sizes
     widened: Callable[..., Any] = lambda config, given: config
-    path: Callable[[Any], NoisePath] = _not_trained
+    path: Callable[[Any], NoisePath] = not_trained
     """What is trained: how pictures become noise, and what of that is predicted."""
     shift: Callable[..., float] = lambda config, *size: 0.0
     """The logarithm by which noise levels of a picture or clip of so many latents are moved."""

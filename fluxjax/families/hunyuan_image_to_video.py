@@ -24,6 +24,7 @@ from fluxjax.families.family import (
     Apply,
     Conditioning,
     Task,
+    not_trained,
     second_prompts,
 )
 from fluxjax.families.hunyuan_video import HUNYUAN_VIDEO
@@ -180,4 +181,5 @@ HUNYUAN_IMAGE_TO_VIDEO = replace(
     encode=encode,
     text_shapes=text_shapes,
     started=started,
+    path=not_trained,
 )

@@ -139,6 +139,11 @@ def run(
     return found._replace(schedule=found.schedule._replace(times=times))
 
 
+def shift(config: HunyuanVideoPipelineConfig, *size: int) -> float:
+    """As in sampling: one for all sizes."""
+    return math.log(config.scheduler.shift or 1.0)
+
+
 def forward(
     module: HunyuanVideoTransformer,
     variables: Params,
@@ -242,4 +247,5 @@ HUNYUAN_VIDEO = Family(
     forward=forward,
     hoist=hoist,
     path=lambda config: PATH,
+    shift=shift,
 )
