@@ -9,6 +9,7 @@ from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.flux_pipeline import require_flux
 from fluxjax.config.sampler import DEFAULTS
 from fluxjax.families import Task, family_of
+from fluxjax.families.family import not_trained
 from fluxjax.train.learnt_controlnet import learnt_controlnet
 from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.settings import Objective
@@ -22,6 +23,8 @@ def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig
     Raises ConfigError for what the model cannot learn.
     """
     family, pictures = family_of(base.class_name), recipe.data.pictures
+    if family.path is not_trained:
+        not_trained(base)  # whatever its data
     config = family.widened(base, pictures)
     if recipe.method == "controlnet":
         net = learnt_controlnet(recipe.controlnet, require_flux(base, recipe.model).transformer)
