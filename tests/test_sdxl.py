@@ -1,6 +1,7 @@
 """Stable Diffusion XL, its refiner, and both in one run: the pictures of diffusers."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -11,6 +12,7 @@ from stable_diffusion_folders import save_stable_diffusion, save_xl
 
 import fluxjax
 from fluxjax.config import DEV, SD15, SDXL, SDXL_REFINER, ConfigError
+from fluxjax.convert.convert import plan, run
 from fluxjax.sample.__main__ import main
 from fluxjax.sample.memory_estimate import weight_bytes
 
@@ -213,6 +215,36 @@ def test_the_command_draws_with_a_refiner_and_repeats_it(both, tmp_path, monkeyp
     lines.write_text('{"prompt": "a star", "refiner_start": 0.1}')
     with pytest.raises(ConfigError, match=r"line 1: a refiner that starts at 0.1 of 4 steps"):
         main(["--prompts", str(lines), *options[:2], *options[3:]])
+
+
+@slow
+@pytest.mark.parametrize(
+    ("option", "within", "share"),
+    [("--mesh=data=2,fsdp=4", 1, 0.999), ("--quantise=int8", 13, 0.97)],
+)
+def test_both_on_a_mesh_and_in_codes(both, tmp_path, monkeypatch, option, within, share):
+    """The refiner from a single file in its original names, whose tokenizer is the base model's."""
+    monkeypatch.setenv("FLUXJAX_CACHE", "off")
+    loaded, load = [], fluxjax.load_pipeline
+    monkeypatch.setattr(
+        "fluxjax.sample.loading.load_pipeline",
+        lambda *given, **choices: loaded.append(load(*given, **choices)) or loaded[-1],
+    )
+    file = tmp_path / "refiner.safetensors"
+    run(plan(Path(both.sources.refiner), file, "bfl"))
+    asked = [f"--model={both.sources.model}", f"--refiner={file}", "--refiner-start=0.5", option]
+    asked += ["--steps=4", "--seed=3", "--guidance=4", "--width=40", "--height=56"]
+    assert main([PROMPT, *asked, "-n", "2", "--out", str(tmp_path / "two")]) == 0
+    expected = [both(PROMPT, refiner_start=0.5, **OURS | SIZE | {"seed": i})[0] for i in (3, 4)]
+    for path, picture in zip(sorted((tmp_path / "two").iterdir()), expected, strict=True):
+        apart = np.abs(np.asarray(Image.open(path), int) - np.asarray(picture, int))
+        assert (apart <= within).mean() >= share
+    refiner, base = loaded
+    for pipe in (base, refiner):
+        kernel = pipe.params("unet")["mid_block"]["resnets_0"]["conv1"]["kernel"]
+        split = 4 * kernel.addressable_shards[0].data.size == kernel.size
+        assert split == (within == 1)
+        assert ("unet" in pipe.executables.quantised) == (within > 1)
 
 
 @slow
