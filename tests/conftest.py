@@ -1,5 +1,6 @@
 """Every test: eight simulated CPU devices, no rank promotion, warnings are errors."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -30,6 +31,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Each compiled program maps memory of its own, and Linux gives a process 65,530 mappings: a
+    worker that keeps all programs of a long run dies when it compiles one more."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
