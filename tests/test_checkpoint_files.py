@@ -1,6 +1,8 @@
 """Malformed files are refused before anything in them is believed."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from fluxjax.checkpoint import engine, safetensors_file
 from fluxjax.checkpoint.component_json import network_config
+from fluxjax.checkpoint.file_format import pickle_refusal
 from fluxjax.checkpoint.orbax_params import read_orbax, write_orbax
 from fluxjax.checkpoint.pipeline_folder import (
     load_params,
@@ -105,6 +108,17 @@ def test_only_pickles(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(ValueError, match=r"is a pickle.*safetensors"):
         read_sharded(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_line_that_saves_a_pickle_does_nothing_else(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "its \"model\" $(touch 'run').pt"
+    torch.save({"module": {"x": torch.ones(2)}}, path)
+    line = pickle_refusal(path).partition(" is: ")[2]
+    subprocess.run(line.replace("python", sys.executable, 1), shell=True, cwd=tmp_path, check=True)
+    assert set(tmp_path.iterdir()) == {path, path.with_suffix(".safetensors")}
+    assert read_safetensors(path.with_suffix(".safetensors"))[0]["x"].shape == (2,)
 
 
 def test_config_folder_round_trip(tmp_path):

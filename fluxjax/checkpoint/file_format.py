@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
@@ -27,15 +29,16 @@ _STARTS = (
 
 def pickle_refusal(path: Path) -> str:
     """With the line that saves its tensors: original files keep them under a name of their own."""
+    source, saved = json.dumps(str(path)), json.dumps(str(path.with_suffix(".safetensors")))
     save = (
-        f"import torch, safetensors.torch as s; t = torch.load({path.name!r}, weights_only=True); "
-        "t = t.get('module', t.get('state_dict', t)); "
-        f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, '{path.stem}.safetensors')"
+        f"import torch, safetensors.torch as s; t = torch.load({source}, weights_only=True); "
+        't = t.get("module", t.get("state_dict", t)); '
+        f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, {saved})"
     )
     return (
         f"{path} is a pickle, which can run any code when it is opened, so it is refused: "
         "use the .safetensors file of the same model, or save its tensors as one where PyTorch is: "
-        f'python -c "{save}"'
+        f"python -c {shlex.quote(save)}"
     )
 
 

@@ -13,6 +13,7 @@ from fluxjax.config import (
     ConfigError,
 )
 from fluxjax.config.base import Activation
+from fluxjax.config.choices import FAMILY_NAMES
 from fluxjax.networks.network import Shapes, count
 from fluxjax.networks.tables import Rule, Table
 
@@ -104,7 +105,7 @@ def _ask_for_activation(what: str) -> ConfigError:
     )
 
 
-_OPENAI = ("FLUX.1", "HunyuanVideo text to video", "HunyuanVideo image to video")
+_OPENAI = tuple(FAMILY_NAMES[name] for name in ("flux", "hunyuan-video", "hunyuan-video-i2v"))
 """Families whose CLIP of width 768 is OpenAI's."""
 
 

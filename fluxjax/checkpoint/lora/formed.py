@@ -61,13 +61,10 @@ def _read(group: Group) -> dict[str, np.ndarray]:
     values, damaged = {}, []
     for part, tensor in group.tensors.items():
         whole = part in _WHOLE
+        is_weight = jnp.issubdtype(tensor.dtype, jnp.floating)
         # kohya's alpha is an integer where it is the rank.
-        kinds_of_number = (jnp.floating, jnp.integer) if part == "alpha" else (jnp.floating,)
-        if (
-            tensor.size > 8
-            if whole
-            else not any(jnp.issubdtype(tensor.dtype, kind) for kind in kinds_of_number)
-        ):
+        is_weight |= part == "alpha" and jnp.issubdtype(tensor.dtype, jnp.integer)
+        if tensor.size > 8 if whole else not is_weight:
             raise _Wrong(f"no weights: {group.keys[part]} is {tensor.dtype} {list(tensor.shape)}")
         with np.errstate(over="ignore", invalid="ignore"):  # said below
             values[part] = tensor.read().astype(np.int64 if whole else np.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,7 +71,7 @@ class DiffusionStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionRecipe(ABC):
+class DiffusionRecipe:
     """Both stages of an embedded diffusion model: the first has the name of the network that
     learns. `folder` receives checkpoints, metrics and the pipeline."""
 
@@ -87,14 +86,10 @@ class DiffusionRecipe(ABC):
     """Folders of the embedded FLUX model, by those of this one that they are."""
 
     @property
-    @abstractmethod
-    def first(self) -> DiffusionStage:
-        """The stage that begins with nothing."""
-
-    @property
     def stages(self) -> dict[str, DiffusionStage]:
         """By the folders of their checkpoints, in order."""
-        return {self.preset.denoiser: self.first, "refine": self.refine}
+        first = self.preset.denoiser
+        return {first: getattr(self, first), "refine": self.refine}
 
     def train(self) -> Path:
         """Runs what is not done yet; returns the folder of the finished pipeline."""
@@ -106,7 +101,7 @@ class DiffusionRecipe(ABC):
         """The pipeline as of the newest checkpoint of the last stage that has begun, which may
         still go on. `link`: what is shared as symbolic links, as the embedded models are shipped.
         """
-        begun = [name for name in self.stages if (self.folder / name / CHECKPOINTS).is_dir()]
+        begun = [name for name in self.stages if [*(self.folder / name / CHECKPOINTS).glob("*")]]
         if not begun:
             raise ConfigError(f"{self.folder} has no checkpoint yet")
         _, params = read_state(self.folder / begun[-1] / CHECKPOINTS, "ema")
@@ -139,10 +134,6 @@ class TinySDRecipe(DiffusionRecipe):
         "tokenizer": "tokenizer",
     }
 
-    @property
-    def first(self) -> DiffusionStage:
-        return self.unet
-
 
 @dataclass(frozen=True, kw_only=True)
 class TinyPixArtRecipe(DiffusionRecipe):
@@ -157,10 +148,6 @@ class TinyPixArtRecipe(DiffusionRecipe):
         "text_encoder": "text_encoder_2",
         "tokenizer": "tokenizer_2",
     }
-
-    @property
-    def first(self) -> DiffusionStage:
-        return self.transformer
 
 
 def _train_stages(recipe: DiffusionRecipe) -> Path:
