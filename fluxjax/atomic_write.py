@@ -28,6 +28,7 @@ _UNKNOWN = (
     errno.EMLINK,
     errno.ENOTTY,
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of which Python says no file
 _ENDINGS = 9999
 # A writer locks its file within this time after making it.
 _LOCKED_AFTER = 10.0
@@ -51,13 +52,26 @@ def whole_or_nothing(destination: Path) -> Iterator[Path]:
         part = destination.with_name(f".{destination.name}.part")
         replaces = os.path.lexists(destination)
         try:
-            yield part
+            with said_of(destination, part):
+                yield part
             if replaces:
                 take_place(part, destination)
             elif not _rename_new(part, destination):
                 raise FileExistsError(errno.EEXIST, "appeared while it was written", destination)
         finally:
             _remove(part)
+
+
+@contextmanager
+def said_of(path: Path, part: Path) -> Iterator[None]:
+    """Of what is written as `part` an OSError, that of a full disk too, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None and error.errno in _FULL
+        if error.filename2 is None and (unnamed or error.filename == str(part)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _heal(destination: Path) -> None:
@@ -185,7 +199,7 @@ def _temporary(path: Path, content: bytes, durable: bool = False) -> Iterator[Pa
     """The content under a hidden name beside `path`, locked as long as we live."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    with open(part, "xb") as file:
+    with said_of(path, part), open(part, "xb") as file:
         try:
             try_lock(file.fileno())
             file.write(content)

@@ -96,6 +96,24 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "something was left"
 
 
+@pytest.mark.parametrize(("most", "named"), [(400, "clip.webp"), (4200, "clip-first.png")])
+def test_a_full_disk(tmp_path, most, named):
+    """No file is cut off, and the one that found no room is named. A limit on files' sizes stands
+    in for the disk."""
+    resource = pytest.importorskip("resource")
+    noise = np.random.default_rng(0).integers(256, size=(2, 48, 48, 3), dtype=np.uint8)
+    noise[1] = 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write_clip(tmp_path / "clip.webp", [noise], fps=8, frames=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(tmp_path / named)
+    assert len([*tmp_path.iterdir()]) == (named != "clip.webp"), "something was left"
+
+
 def test_what_cannot_be_read(tmp_path):
     pytest.importorskip("av")
     with pytest.raises(FileNotFoundError, match="no clip"):

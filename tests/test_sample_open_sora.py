@@ -160,7 +160,9 @@ def test_what_is_given_is_named(pipe):
         with pytest.raises(ConfigError, match=message):
             given, _ = read_given(override(own, chosen), objects)
             pipe.family.find_task(pipe.config, given.names)
-    with pytest.raises(ConfigError, match="v2v_head needs at least 10 latent frames, got 2"):
+    with pytest.raises(
+        ConfigError, match="v2v_head needs a clip of at least 37 frames around it, not 5"
+    ):
         pipe("a ball", video=Clip(np.zeros((33, 8, 8, 3), np.uint8), 24.0))
     with pytest.raises(ConfigError, match="the given video has 30 frames, and v2v_head takes 33"):
         pipe("a ball", video=Clip(np.zeros((30, 8, 8, 3), np.uint8), 24.0), frames=41)

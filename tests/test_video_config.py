@@ -3,12 +3,23 @@
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from fluxjax.checkpoint.component_json import write_json
 from fluxjax.checkpoint.pipeline_folder import read_config, write_config
-from fluxjax.config import DEV, OPEN_SORA_256, OPEN_SORA_768, OPEN_SORA_768_DC_AE, ConfigError
+from fluxjax.config import (
+    DEV,
+    OPEN_SORA_256,
+    OPEN_SORA_768,
+    OPEN_SORA_768_DC_AE,
+    ConfigError,
+    HunyuanVideoImageToVideoPipelineConfig,
+)
 from fluxjax.config.tiling import OPEN_SORA, OPEN_SORA_DC
 from fluxjax.json_input import read_json
+from fluxjax.sample.given_clips import check_given
+from fluxjax.sample.given_pictures import Given
+from fluxjax.sample.settings import Settings
 
 KINDS = {"256": OPEN_SORA_256, "768": OPEN_SORA_768, "dc-ae": OPEN_SORA_768_DC_AE}
 
@@ -49,6 +60,16 @@ def test_frames_that_are_not_drawn():
     DEV.require_frames(1)
     with pytest.raises(ConfigError, match=r"frames must be from 1 to 4097, got 0"):
         replace(OPEN_SORA_256, frames=0)
+
+
+@pytest.mark.parametrize("config", [OPEN_SORA_256, HunyuanVideoImageToVideoPipelineConfig()])
+def test_a_clip_of_nothing_but_its_given_frames_is_refused(config):
+    settings, picture = Settings(frames=1), Image.new("RGB", (8, 8))
+    with pytest.raises(
+        ConfigError, match="a first frame needs a clip of at least 5 frames around it, not 1"
+    ):
+        check_given(config, Given(reference=picture), settings)
+    check_given(config, Given(reference=picture), replace(settings, frames=5))
 
 
 def test_networks_of_different_models_are_refused():

@@ -53,12 +53,10 @@ def given_lengths(kind: str) -> tuple[int, int]:
     return _FIRST.get(kind, 0), _LAST.get(kind, 0)
 
 
-def check_frames(kind: str, frames: int) -> None:
-    """Raises ConfigError unless so many latent frames have room for more than what is given."""
+def least_frames(kind: str) -> int:
+    """How many latent frames have room for more than what is given."""
     first, last = given_lengths(kind)
-    if first + last and (frames < first + last or frames <= max(first, last)):
-        least = max(first + last, max(first, last) + 1)
-        raise ConfigError(f"{kind} needs at least {least} latent frames, got {frames}")
+    return max(first + last, max(first, last) + 1) if first + last else 1
 
 
 def given_frames(
@@ -74,7 +72,10 @@ def given_frames(
     Raises ConfigError where the video is too short, and where `head` or `tail` is missing or has
     too few frames.
     """
-    check_frames(kind, shape[2])
+    if shape[2] < least_frames(kind):
+        raise ConfigError(
+            f"{kind} needs at least {least_frames(kind)} latent frames, got {shape[2]}"
+        )
     first, last = given_lengths(kind)
     latents = np.zeros(shape, np.float32)
     for length, given, name in ((first, head, "first"), (last, tail, "last")):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import UInt8
 
-from fluxjax.atomic_write import place_new, write_new
+from fluxjax.atomic_write import place_new, said_of, write_new
 from fluxjax.clip_reader import VIDEOS, import_av, opened_video
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import quiet
@@ -67,7 +67,8 @@ def write_clip(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        writers[path.suffix.lower()](part, _passing(path, groups, frames, stills), fps, record)
+        with said_of(path, part):
+            writers[path.suffix.lower()](part, _passing(path, groups, frames, stills), fps, record)
         written = [place_new(part, path)]
     finally:
         part.unlink(missing_ok=True)

@@ -18,9 +18,9 @@ from fluxjax.config.video_sizes import AREAS, video_sizes
 from fluxjax.families.family import AnyArray, Task
 from fluxjax.models.video_condition import (
     GivenFrames,
-    check_frames,
     given_frames,
     given_lengths,
+    least_frames,
     put_back,
 )
 from fluxjax.sample.given_pictures import Given
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from fluxjax.sample.settings import Settings
     from fluxjax.sample.stages import Stages
 
+_NAMED = {
+    "i2v_head": "a first frame needs",
+    "i2v_tail": "a last frame needs",
+    "i2v_loop": "a first and a last frame need",
+}
 _PICTURES = {
     frozenset({"reference"}): "i2v_head",
     frozenset({"last"}): "i2v_tail",
@@ -52,7 +57,12 @@ def check_given(config: Any, given: Given, settings: Settings) -> None:
     kind = condition_of(given, settings)
     if kind is None:
         return
-    check_frames(kind, config.latent_frames(settings.frames))
+    least = config.frames_of(least_frames(kind))
+    if settings.frames < least:
+        needs = _NAMED.get(kind, f"{kind} needs")
+        raise ConfigError(
+            f"{needs} a clip of at least {least} frames around it, not {settings.frames}"
+        )
     if given.video is not None:
         count, there = config.frames_of(max(given_lengths(kind))), len(given.video.frames)
         if there < count:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from fluxjax.config import ConfigError
 from fluxjax.families.family import AnyArray
-from fluxjax.models.video_condition import GivenFrames, given_frames, given_lengths, put_back
+from fluxjax.models.video_condition import GivenFrames, given_frames, least_frames, put_back
 from fluxjax.train.settings import ConditionKinds
 
 
@@ -38,12 +38,7 @@ def fitting_kinds(kinds: ConditionKinds, frames: int) -> dict[str, float]:
     if frames == 1:
         return {"t2v": 1.0}
     each = kinds.weights.items()
-    return {kind: weight for kind, weight in each if weight and _fits(kind, frames)}
-
-
-def _fits(kind: str, frames: int) -> bool:
-    first, last = given_lengths(kind)
-    return frames >= first + last and (not first + last or frames > max(first, last))
+    return {kind: weight for kind, weight in each if weight and frames >= least_frames(kind)}
 
 
 def conditions(
