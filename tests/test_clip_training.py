@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hunyuan_video_folders import hunyuan_video  # noqa: F401
+from hunyuan_video_folders import hunyuan_video, save_hunyuan_video  # noqa: F401
 from open_sora_folders import SMALL, open_sora  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file
@@ -32,12 +32,12 @@ from fluxjax.train.data.clips import Length, Piece, measure_clip, pieces, read_p
 from fluxjax.train.data.dataset import Dataset, open_dataset
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Encoders
-from fluxjax.train.flow_matching import assemble, predict
+from fluxjax.train.flow_matching import assemble, path_loss, predict
 from fluxjax.train.job import Placement, train
 from fluxjax.train.metrics import read_metrics
 from fluxjax.train.recipe import FinetuneRecipe, read_recipe
-from fluxjax.train.settings import ConditionKinds, OptimizerSettings, ValidationSettings
-from fluxjax.train.task import learnt
+from fluxjax.train.settings import ConditionKinds, Objective, OptimizerSettings, ValidationSettings
+from fluxjax.train.task import conditions_of, learnt
 
 pytest.importorskip("av")
 RECIPES = Path(__file__).parents[1] / "train"
@@ -271,10 +271,21 @@ def test_what_is_no_data_of_clips_is_one_sentence(clips, tmp_path, monkeypatch):
         opened(settings_of(only, tmp_path))
 
 
-def test_what_is_not_trained_says_so():
+def test_what_a_model_that_begins_with_a_picture_learns_from():
     config = HunyuanVideoImageToVideoPipelineConfig()
-    with pytest.raises(ConfigError, match="HunyuanVideoImageToVideoPipeline is not trained"):
-        learnt(FinetuneRecipe(data=DataSettings(frames=(5,))), config)
+    clip = DataSettings(frames=(5,))
+    assert learnt(FinetuneRecipe(data=clip), config)[1].pictures == {"reference"}
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"data": DataSettings()}, r"name lengths above 1 in data\.frames"),
+        ({"data": DataSettings(frames=(1, 5))}, r"in data\.frames, and leave out 1"),
+        ({"validation": ValidationSettings(prompts=("a",))}, r"in validation\.references"),
+    )
+    for changes, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            learnt(replace(FinetuneRecipe(data=clip), **changes), config)
+    other = Objective(kinds=ConditionKinds(t2v=2.0))
+    with pytest.raises(ConfigError, match=r"objective\.kinds is of Open-Sora; tiny is given the"):
+        conditions_of(FinetuneRecipe(data=clip, objective=other), config)
 
 
 def small(name: str, model: Path, clips: Path, folder: Path, **changes: Any) -> FinetuneRecipe:
@@ -327,9 +338,12 @@ def job_state(recipe: FinetuneRecipe):
 
 @pytest.fixture(scope="module")
 def hunyuan(hunyuan_video, tmp_path_factory) -> Path:  # noqa: F811
-    """Its words are shorter, so that the template without a prompt is as long as Llama's."""
     folder = tmp_path_factory.mktemp("hunyuan") / "model"
-    shutil.copytree(hunyuan_video, folder)
+    return with_shorter_words(shutil.copytree(hunyuan_video, folder))
+
+
+def with_shorter_words(folder: Path) -> Path:
+    """So that the template without a prompt is as long as Llama's."""
     file = folder / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text().replace(r"\\w+", r"\\w{1,12}"))
     return folder
@@ -399,6 +413,84 @@ def test_what_hunyuan_video_learns_is_heard_by_diffusers(hunyuan_run, hunyuan):
     after = expected()
     assert np.abs(after - before).max() > 0.01
     np.testing.assert_allclose(found, after, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=["token_replace", "latent_concat"])
+def first_frame_run(request, shared, clips, tmp_path_factory):
+    """As `run`, of a model that begins with a first frame."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = save_hunyuan_video(folder / "model", shared / "tokenizers", request.param)
+    with_shorter_words(model)
+    Image.new("RGB", (60, 30), (90, 30, 60)).save(folder / "first.png")
+    validation = ValidationSettings(
+        every=2 if request.param == "latent_concat" else 0,
+        prompts=("light",),
+        references=(str(folder / "first.png"),),
+        seeds=(0,),
+        steps=2,
+        batches=1,
+        frames=9,
+        width=48,
+        height=32,
+    )
+    recipe = small(
+        "lora_hunyuan_video_i2v",
+        model,
+        clips,
+        folder / "lora",
+        steps=2,
+        batch=4,
+        mesh="sequence=2",
+        data=settings_of(clips, folder / "cache", frames=(5,)),
+        validation=validation,
+        optimizer=OptimizerSettings(learning_rate=0.05, warmup=0),
+    )
+    job = finetune.prepare(recipe)
+    return recipe, job, train(recipe, job), model, request.param
+
+
+@pytest.mark.slow
+def test_a_model_that_begins_with_a_picture_learns_from_first_frames(first_frame_run):
+    """What it learns is drawn by diffusers; of the error a frame that is replaced is none."""
+    recipe, job, path, model, kind = first_frame_run
+    if kind == "latent_concat":  # the first four frames are those of the place of what is given
+        shown = read_clip(recipe.folder / f"validation/0000002-1-seed0{usual_suffix()}")
+        assert shown.frames.shape == (5, 32, 48, 3)
+    rows, ids, _ = Placement(job.mesh, job.config)(job.data(0))
+    given = np.moveaxis(np.asarray(rows.channels), -1, 1)
+    assert (given[:, 0] == [[[[1]], [[0]]]]).all() and not given[:, 1:, 1:].any()
+    heard = np.asarray(rows.conditioning.sequence)
+    assert len({one.tobytes() for one in heard[:, :100]}) == 4, "each hears its own picture"
+    quantile, noise = 0.5, np.random.default_rng(0).standard_normal(rows.latents.shape, np.float32)
+    t = np.full(4, quantile, np.float32)
+    latents = np.asarray(rows.latents)
+    params = assemble("transformer", job.model, job_state(recipe), job.frozen)["transformer"]
+    family = family_of(job.config.class_name)
+    of = family, family.path(job.config), job.model, recipe.objective
+    apply = partial(apply_on, job.mesh)
+    found = jax.jit(lambda *given: path_loss(*of, *given, ids, apply))(
+        variables(params), rows, noise, t
+    )
+
+    pipe = diffusers.HunyuanVideoImageToVideoPipeline.from_pretrained(model)
+    pipe.load_lora_weights(path)
+    x = np.moveaxis(0.5 * latents + 0.5 * noise, -1, 1)
+    if kind == "token_replace":
+        x[:, :, :1] = given[:, 1:, :1]
+    else:
+        x = np.concatenate([x, given[:, 1:], given[:, :1]], axis=1)
+    guidance = torch.full((4,), 1000.0) if kind == "token_replace" else None
+    with torch.no_grad():
+        (velocity,) = pipe.transformer(
+            torch.tensor(x),
+            torch.full((4,), 1000 * quantile),
+            *(torch.tensor(np.asarray(one, np.float32)) for one in rows.conditioning[:3]),
+            guidance=guidance,
+            return_dict=False,
+        )
+    error = np.square(velocity.numpy() - np.moveaxis(noise - latents, -1, 1))
+    expected = error[:, :, 1:].mean() if kind == "token_replace" else error.mean()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.slow

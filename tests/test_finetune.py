@@ -528,6 +528,7 @@ def test_no_recipe_is_left_untried():
     tried |= {"tiny_sd", "tiny_pixart"}
     # In test_clip_training.py.
     tried |= {"lora_open_sora", "full_open_sora", "lora_hunyuan_video"}
+    tried |= {"lora_hunyuan_video_i2v"}
     # The recipes of embedded models have their own tests.
     own = {"tiny", "tiny_video", "many_hosts"}
     assert {path.stem for path in RECIPES.glob("*.toml")} == tried | own

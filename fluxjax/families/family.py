@@ -238,11 +238,6 @@ def no_sizes(config: PipelineConfig, told: Told) -> None:
             raise ConfigError(f"{name} is told to Stable Diffusion XL alone")
 
 
-def not_trained(config: PipelineConfig) -> NoisePath:
-    """The `path` of families that are not. Raises ConfigError."""
-    raise ConfigError(f"{config.class_name} is not trained")
-
-
 def _no_text_encoder(*arguments: Any, **options: Any) -> Conditioning:
     raise ConfigError("lora.text_encoders: those of FLUX.1 alone are trained")
 
@@ -274,15 +269,17 @@ class Family:
     passes: Callable[..., Float[np.ndarray, "steps differences *frames"]]
     forward: Callable[..., Any]
     hoist: Callable[..., tuple[Any, Callable[[Any, Any], Any]]]
+    path: Callable[[Any], NoisePath]
+    """What is trained: how pictures become noise, and what of that is predicted."""
     prompt_of: Callable[[str, Told], str] = _as_written
     mask_channels: Callable[..., Float[np.ndarray, "n c rows columns"]] = _no_masks
     sizes: Callable[..., Float[np.ndarray, " numbers"] | None] = no_sizes
     widened: Callable[..., Any] = lambda config, given: config
-    path: Callable[[Any], NoisePath] = not_trained
-    """What is trained: how pictures become noise, and what of that is predicted."""
     shift: Callable[..., float] = lambda config, *size: 0.0
     """The logarithm by which noise levels of a picture or clip of so many latents are moved."""
     encode_anew: Callable[..., Conditioning] = _no_text_encoder
+    counted: Callable[..., Float[Array, "b *#image"]] | None = None
+    """What each squared error is multiplied with where some of the state is given."""
     silenced: Callable[..., Conditioning] | None = None
     """What is heard where of single text encoders the empty prompt is, or nothing."""
 

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from fluxjax.config import ConfigError, HunyuanVideoImageToVideoPipelineConfig
 from fluxjax.config.hunyuan_video_pipeline import PICTURE_SIDE
@@ -24,12 +24,12 @@ from fluxjax.families.family import (
     Apply,
     Conditioning,
     Task,
-    not_trained,
     second_prompts,
 )
 from fluxjax.families.hunyuan_video import HUNYUAN_VIDEO
 from fluxjax.models import lora
 from fluxjax.models.clip import CLIPTextModel
+from fluxjax.models.hunyuan_video import HunyuanVideoTransformer
 from fluxjax.models.llava import LlavaModel
 from fluxjax.schedules.step_table import Run
 from fluxjax.shapes import Params
@@ -173,6 +173,17 @@ def started(
     return begun(image, noise)
 
 
+def counted(
+    module: HunyuanVideoTransformer, channels: Float[Array, "b frames h w more"]
+) -> Float[Array, "b #frames #h #w 1"]:
+    """A first frame that takes the state's place is no error of the network's: the mean is that of
+    the other frames. Source: Tencent's HunyuanVideo-I2V `hyvideo/diffusion/flow/transport.py`."""
+    if module.config.image_condition_type != "token_replace":
+        return jnp.ones((len(channels), 1, 1, 1, 1))
+    new = 1.0 - channels[..., :1]
+    return new / new.mean(axis=(1, 2, 3, 4), keepdims=True)
+
+
 HUNYUAN_IMAGE_TO_VIDEO = replace(
     HUNYUAN_VIDEO,
     tasks=TASKS,
@@ -181,5 +192,5 @@ HUNYUAN_IMAGE_TO_VIDEO = replace(
     encode=encode,
     text_shapes=text_shapes,
     started=started,
-    path=not_trained,
+    counted=counted,
 )

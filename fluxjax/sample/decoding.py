@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -50,6 +50,17 @@ def clip_decoder(
         return decode_groups(model, held, x / model.config.latent_factor, tiling, **together)
 
     return groups
+
+
+def without_first(
+    count: int, groups: Iterable[Float[np.ndarray, "n _ height width 3"]]
+) -> Iterator[Float[np.ndarray, "n _ height width 3"]]:
+    """Groups of frames without the first so many."""
+    for group in groups:
+        kept = group[:, count:]
+        count = max(count - group.shape[1], 0)
+        if kept.size:
+            yield kept
 
 
 def encode_clips(

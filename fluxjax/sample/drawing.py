@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from fluxjax.config import ConfigError
 from fluxjax.families.family import Conditioning, Task
 from fluxjax.sample.controls import check_controls
+from fluxjax.sample.decoding import without_first
 from fluxjax.sample.given_clips import check_given, clip_inputs, clip_size, with_given
 from fluxjax.sample.given_pictures import Given, read_given
 from fluxjax.sample.ip_adapter import check_image_prompts
@@ -112,13 +113,9 @@ class Drawing(Stages):
         decode = drawn.stages.clip_decoder()
 
         def frames(latents: AnyArray) -> Iterator[np.ndarray]:
-            dropped = self.config.dropped_frames
-            for group in decode(latents):
+            for group in without_first(self.config.dropped_frames, decode(latents)):
                 drawn.require_finite(self.config, group)
-                kept = group[:, dropped:]
-                dropped = max(dropped - group.shape[1], 0)
-                if kept.size:
-                    yield to_bytes(kept, drawn.settings.rounding)[0]
+                yield to_bytes(group, drawn.settings.rounding)[0]
 
         return [frames(drawn.latents[i : i + 1]) for i in range(len(drawn.latents))]
 

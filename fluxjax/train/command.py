@@ -131,7 +131,7 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
     from fluxjax.train.data import dataset
     from fluxjax.train.finetune import with_usable_cache
     from fluxjax.train.progress import Filling
-    from fluxjax.train.task import channels_of, learnt
+    from fluxjax.train.task import channels_of, conditions_of, learnt
 
     cli.begin()
     with joined_hosts(
@@ -151,7 +151,7 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
                 channels=channels_of(config, task),
-                kinds=recipe.objective.kinds,
+                kinds=conditions_of(recipe, config),
             )
         barrier("precomputed", _DAY)  # a process that ends early would be taken for lost
         if jax.process_index() == 0:

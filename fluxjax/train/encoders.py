@@ -24,7 +24,7 @@ class Encoders(NamedTuple):
     """
 
     encode_image: Callable[[Any], Any]  # (n, *frames, height, width, 3) in [-1, 1] -> (n, c, *size)
-    encode_text: Callable[[list[str]], Conditioning]  # of n captions
+    encode_text: Callable[..., Conditioning]  # of n captions, beside one picture that `sees` asks
     image_hash: str
     text_hash: str
     mask_channels: Callable[[Any], Any]  # (n, height, width) of 0 and 1 -> (n, c, h, w)
@@ -42,6 +42,9 @@ class Encoders(NamedTuple):
     """Sides of pictures are multiples of this."""
     scale: int = 1
     """Pixels on each side of a latent."""
+    sees: bool = False
+    """Whether captions are read beside a picture, (height, width, 3) in [-1, 1]; it is black where
+    none is given."""
     release: Callable[[], None] = lambda: None
     """Drops the weights; a later call loads them again."""
 
@@ -62,6 +65,7 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
     from fluxjax.checkpoint.pipeline_folder import read_config, tokenizer_of
     from fluxjax.checkpoint.source import open_component
     from fluxjax.networks import network_of
+    from fluxjax.sample.pictures import to_bytes
 
     config = read_config(model)
     family = family_of(config.class_name)
@@ -99,19 +103,23 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
             for name, of in texts.items()
         )
 
-    def tokenize(captions: list[str]) -> Any:
-        length = config.max_sequence_length
-        return family.tokenize(tokenizers(), captions, max_sequence_length=length)[0]
+    def tokenize(captions: list[str], picture: np.ndarray | None = None) -> Any:
+        from PIL import Image
+
+        more: dict[str, Any] = {"max_sequence_length": config.max_sequence_length}
+        if picture is not None:
+            more["picture"] = Image.fromarray(to_bytes(picture[None])[0])
+        return family.tokenize(tokenizers(), captions, **more)[0]
 
     @functools.cache
-    def text() -> Callable[[list[str]], Conditioning]:
+    def text() -> Callable[..., Conditioning]:
         import jax.numpy as jnp
 
         kind = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype), "scan_layers": True}
         modules = tuple(network_of(of).build(of, **kind) for of in texts.values())
         weights = tuple(params(name, stacked=True) for name in texts)
 
-        return lambda captions: family.encode(modules, weights, tokenize(captions))
+        return lambda *heard: family.encode(modules, weights, tokenize(*heard))
 
     def release() -> None:
         image.cache_clear()
@@ -129,7 +137,7 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
     files = [*texts, *map(tokenizer_of, texts)]
     return Encoders(
         lambda pictures: image()(pictures),
-        lambda captions: text()(captions),
+        lambda *heard: text()(*heard),
         hash_files(model, ("vae", "ae.safetensors"), _VERSION, dtype),
         hash_files(model, files, _VERSION, dtype, str(config.max_sequence_length)),
         functools.partial(family.mask_channels, config=config),
@@ -141,5 +149,6 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
         config.frames_of,
         config.unit,
         config.vae.scale,
+        any(task.heard for task in family.tasks_of(config)),
         release,
     )

@@ -36,9 +36,9 @@ from fluxjax.train.loop import run_folder
 from fluxjax.train.optimizers import learning_rates, make_optimizer, text_encoder_share
 from fluxjax.train.progress import Filling
 from fluxjax.train.recipe import FinetuneRecipe
-from fluxjax.train.shown_pictures import encode_shown, read_shown
+from fluxjax.train.shown_pictures import encode_shown, read_shown, seen_beside
 from fluxjax.train.step import Tree, make_step
-from fluxjax.train.task import channels_of, learnt
+from fluxjax.train.task import channels_of, conditions_of, learnt
 from fluxjax.train.trained_networks import (
     TrainedNetworks,
     initial_state,
@@ -70,6 +70,8 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     seen = read_shown(recipe.validation, _validation_size(recipe, config), recipe.data)
     encoders = encoders or folder_encoders(recipe.model_folder)
     recipe, note = with_usable_cache(recipe)
+    objective = dataclasses.replace(recipe.objective, kinds=conditions_of(recipe, config))
+    recipe = dataclasses.replace(recipe, objective=objective)
     joined = channels_of(config, task)
     with Filling() as report:
         data = _open_data(recipe, recipe.data, encoders, mesh, joined, report)
@@ -79,9 +81,11 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         told = defaults(config).told(negative=False)
         family = family_of(config.class_name)
         asked = [family.prompt_of(prompt, told) for prompt in recipe.validation.prompts]
-        prompts = Prompts(data.captions(asked), data.ids(asked))
+        prompts = Prompts(data.captions(asked, seen_beside(seen, encoders)), data.ids(asked))
     drawn = encoders.latents_of(recipe.validation.frames or defaults(config).frames)
-    shown = encode_shown(seen, joined, encoders.encode_each, encoders.mask_channels, drawn)
+    shown = encode_shown(
+        seen, joined, encoders.encode_each, encoders.mask_channels, drawn, begins=task.begins
+    )
     held = _held_out(recipe, data, encoders, mesh, joined)
     # The encoders have done their work: their memory is the transformer's.
     encoders.release()

@@ -141,7 +141,10 @@ def path_loss(
         latents = jnp.asarray(rows.latents)
         bound = variational_bound(path, predicted, values, latents, x, t).mean()
     target = path.target(t).of(rows.latents, noise)
-    return squared_error(predicted, target, error_weights(objective, path, rows, t)) + bound
+    weights = error_weights(objective, path, rows, t)
+    if family.counted is not None:
+        weights = weights * family.counted(model, rows.channels)
+    return squared_error(predicted, target, weights) + bound
 
 
 @partial(jax.jit, static_argnames=("family", "path", "model", "objective", "apply", "controlnet"))

@@ -116,7 +116,8 @@ class Objective:
     rows (0.464 in its training), so that it may be left out. Of Open-Sora: CLIP and T5 hear the
     empty caption, each by itself (0.316 in its training, where caption_dropout is 0)."""
     kinds: ConditionKinds = field(default_factory=ConditionKinds)
-    """Of Open-Sora: which frames of a clip are given, drawn for each clip."""
+    """Of Open-Sora: which frames of a clip are given, drawn for each clip. HunyuanVideo's image to
+    video is given the first."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:

@@ -9,10 +9,11 @@ from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.flux_pipeline import require_flux
 from fluxjax.config.sampler import DEFAULTS
 from fluxjax.families import Task, family_of
-from fluxjax.families.family import not_trained
 from fluxjax.train.learnt_controlnet import learnt_controlnet
 from fluxjax.train.recipe import FinetuneRecipe
-from fluxjax.train.settings import Objective
+from fluxjax.train.settings import ConditionKinds, Objective
+
+FIRST_FRAME = ConditionKinds(t2v=0.0, i2v_head=1.0, i2v_loop=0.0, i2v_tail=0.0)
 
 
 def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig, Task]:
@@ -23,8 +24,9 @@ def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig
     Raises ConfigError for what the model cannot learn.
     """
     family, pictures = family_of(base.class_name), recipe.data.pictures
-    if family.path is not_trained:
-        not_trained(base)  # whatever its data
+    if begins_with_frames(base):
+        _check_first_frames(recipe, base)
+        pictures = frozenset({"reference"})
     config = family.widened(base, pictures)
     if recipe.method == "controlnet":
         net = learnt_controlnet(recipe.controlnet, require_flux(base, recipe.model).transformer)
@@ -45,6 +47,40 @@ def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig
         except ConfigError as error:
             raise ConfigError(f"data.frames: {error}") from None
     return config, task
+
+
+def begins_with_frames(config: PipelineConfig) -> bool:
+    """Whether a model draws nothing without the first frame of its clip, which it then learns from
+    that of each clip."""
+    tasks = family_of(config.class_name).tasks_of(config)
+    return all("given" in one.channels for one in tasks)
+
+
+def conditions_of(recipe: FinetuneRecipe, config: PipelineConfig) -> ConditionKinds:
+    """Which frames of clips are given while the model learns. Raises ConfigError for others."""
+    kinds = recipe.objective.kinds
+    if not begins_with_frames(config):
+        return kinds
+    if kinds not in (ConditionKinds(), FIRST_FRAME):
+        raise ConfigError(
+            f"objective.kinds is of Open-Sora; {recipe.model} is given the first frame of each clip"
+        )
+    return FIRST_FRAME
+
+
+def _check_first_frames(recipe: FinetuneRecipe, config: Any) -> None:
+    """Raises ConfigError for data and validation that have no clips with more than that."""
+    data, asked = recipe.data, recipe.validation
+    if data.pictures or 1 in data.frames or not data.frames:
+        raise ConfigError(
+            f"{recipe.model} learns from clips and the first frame of each: name lengths above 1 "
+            "in data.frames, and leave out 1 and pictures beside the source"
+        )
+    if asked.every and asked.prompts and (not asked.references or asked.frames == 1):
+        raise ConfigError(
+            f"{recipe.model} draws clips from a first frame: name one for each prompt in "
+            "validation.references, and frames above 1"
+        )
 
 
 def _with_noise(recipe: FinetuneRecipe, config: Any) -> Any:

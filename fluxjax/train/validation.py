@@ -21,6 +21,7 @@ from fluxjax.parallel.mesh import batch_sharding, gathered
 from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.clip_files import still_pixels, usual_suffix, write_clip
 from fluxjax.sample.controls import ControlInput
+from fluxjax.sample.decoding import without_first
 from fluxjax.sample.override import override
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pictures import to_bytes
@@ -155,7 +156,8 @@ class Validation:
             true_cfg=scale or 1.0,
             inputs=shown,
         )
-        if pipeline.config.tiling is not None and shown.channels is not None:
+        put_back = pipeline.config.tiling is not None and not pipeline.config.dropped_frames
+        if put_back and shown.channels is not None:
             return with_first_frames(latents, shown.channels)
         return latents
 
@@ -182,16 +184,17 @@ class Validation:
     def _save_clips(self, latents: Any, path: Path) -> list[UInt8[np.ndarray, "height width 3"]]:
         """Each as `sample` writes it; returns the middle frames."""
         decode, chosen = self.pipeline.clip_decoder(), self._chosen
+        dropped = self.pipeline.config.dropped_frames
         middle = []
         for number in range(len(latents) if jax.process_index() == 0 else 0):
             prompt, column = divmod(number, len(self.settings.seeds))
             stem = f"{path.stem}-{prompt + 1}-seed{self.settings.seeds[column]}"
             for old in [*path.parent.glob(f"{stem}.*"), *path.parent.glob(f"{stem}-*.png")]:
                 old.unlink()
-            frames = map(_one_clip, decode(latents[number : number + 1]))
-            size: Any = {"fps": chosen.fps, "frames": chosen.frames}
+            groups = without_first(dropped, decode(latents[number : number + 1]))
+            size: Any = {"fps": chosen.fps, "frames": chosen.frames - dropped}
             file = path.with_name(stem + usual_suffix())
-            middle.append(still_pixels(write_clip(file, frames, **size)[2]))
+            middle.append(still_pixels(write_clip(file, map(_one_clip, groups), **size)[2]))
         return middle
 
 

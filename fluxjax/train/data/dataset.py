@@ -31,7 +31,7 @@ from fluxjax.train.data.catalogue import (
     pixels,
     read_catalogue,
 )
-from fluxjax.train.data.encoding_cache import EncodingCache
+from fluxjax.train.data.encoding_cache import EncodingCache, Seen
 from fluxjax.train.data.order import Order
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.encoders import Dtype, Encoders, folder_encoders
@@ -133,7 +133,8 @@ class Dataset:
         whole = [self._states.unpacked(entry) for entry in chosen]
         latents = np.concatenate([self._states.encoders.pack(one[None]) for one in whole])
         captions = [self._said(entry) for entry in chosen]
-        conditioning, ids = self.captions(captions), self.ids(captions)
+        beside = list(map(self._states.first_frame, chosen))
+        conditioning, ids = self.captions(captions, beside), self.ids(captions)
         told = [self._states.encoders.sizes(entry.told) for entry in chosen]
         if told[0] is not None:
             conditioning = conditioning._replace(sizes=np.stack(told))
@@ -203,9 +204,12 @@ class Dataset:
         finally:
             iterator.close()
 
-    def captions(self, texts: list[str]) -> Conditioning:
-        """States of any captions, through the cache; [""] is what dropped captions become."""
-        return self._states.text(texts)
+    def captions(
+        self, texts: Sequence[str], beside: Sequence[Seen | None] | None = None
+    ) -> Conditioning:
+        """States of any captions, `beside` pictures where these are seen, through the cache; [""]
+        is what dropped captions become."""
+        return self._states.text(texts, beside)
 
     def ids(self, texts: list[str]) -> Any:
         """Token ids of any captions; None where they are not asked for."""
@@ -218,7 +222,9 @@ class Dataset:
         processes each begins with its own share and then goes backwards through the others': on a
         disk they have in common they meet, on disks of their own each makes everything.
         """
-        states, captions = self._states, sorted({self._said(e) for e in self.entries} | {""})
+        states = self._states
+        said = [(self._said(entry), states.first_frame(entry)) for entry in self.entries]
+        captions = {states.text_path(*one): one for one in (("", None), *said)}
         paths: dict[Path, tuple[Entry, bool]] = {}
         for entry in self.entries:
             for one in (entry, entry.reference, entry.control, *self._all_ends(entry)):
@@ -226,7 +232,7 @@ class Dataset:
                     paths[states.latents_path(one)] = one, False
             if entry.fill_mask is not None:
                 paths[states.masked_path(entry)] = entry, True
-        texts = [c for c in self._own_first(captions) if not states.text_path(c).exists()]
+        texts = [path for path in self._own_first(sorted(captions)) if not path.exists()]
         todo = [p for p in self._own_first(sorted(paths)) if not p.exists()]
 
         def ready(path: Path) -> tuple[Path, np.ndarray | None]:
@@ -236,8 +242,8 @@ class Dataset:
             return path, pixels(entry, megapixels)
 
         with quiet():
-            for done, caption in enumerate(texts, 1):
-                states.text([caption])
+            for done, (caption, seen) in enumerate(map(captions.__getitem__, texts), 1):
+                states.text([caption], [seen])
                 if report:
                     report("captions encoded", done, len(texts))
             ahead = 1 if self._settings.frames else 4  # a clip in float32 is large

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -26,6 +27,13 @@ _CROP = "middle"
 _LAYOUT = "n c h w"  # of the latents in an entry; they were once packed
 
 
+class Seen(NamedTuple):
+    """A picture that a caption is read beside; its key hashes what it is."""
+
+    key: str
+    pixels: Callable[[], Float[np.ndarray, "height width 3"]]
+
+
 class EncodingCache:
     """Each is encoded alone, so that it does not depend on what it was asked for together with."""
 
@@ -36,13 +44,25 @@ class EncodingCache:
         self._lock = threading.Lock()
 
     def latents_path(self, entry: Entry) -> Path:
-        size = f"{entry.width}x{entry.height}"
-        frames = () if entry.piece is None else ("{} {} {}".format(*entry.piece),)
+        size, *frames = self._cut(entry)
         made_by = self.encoders.image_hash
         return self._path("latents", entry.digest, made_by, size, _CROP, _LAYOUT, *frames)
 
-    def text_path(self, caption: str) -> Path:
-        return self._path("text", caption, self.encoders.text_hash)
+    def text_path(self, caption: str, seen: Seen | None = None) -> Path:
+        beside = () if seen is None else (seen.key,)
+        return self._path("text", caption, self.encoders.text_hash, *beside)
+
+    def first_frame(self, entry: Entry) -> Seen | None:
+        """What the caption of a clip is read beside, where it is."""
+        if not self.encoders.sees:
+            return None
+        first = entry.part(0, 1)
+        key = " ".join((entry.digest, *self._cut(first), _CROP))
+        return Seen(key, lambda: pixels(first, self.max_megapixels)[0])
+
+    def _cut(self, entry: Entry) -> tuple[str, ...]:
+        size = f"{entry.width}x{entry.height}"
+        return (size,) if entry.piece is None else (size, "{} {} {}".format(*entry.piece))
 
     def _path(self, kind: str, *parts: str) -> Path:
         key = hashlib.sha256("\0".join((kind, *parts)).encode()).hexdigest()  # the entry's too
@@ -119,23 +139,28 @@ class EncodingCache:
         white = pixels(entry.fill_mask, self.max_megapixels).mean(-1) >= 0
         return white.astype(np.float32)[None]
 
-    def text(self, captions: list[str]) -> Conditioning:
-        """States of each caption."""
+    def text(
+        self, captions: Sequence[str], beside: Sequence[Seen | None] | None = None
+    ) -> Conditioning:
+        """States of each caption, read beside its picture where there is one."""
 
-        def one(caption: str) -> dict[str, np.ndarray]:
+        def one(caption: str, seen: Seen | None) -> dict[str, np.ndarray]:
             def make() -> dict[str, np.ndarray]:
-                heard = self.encoders.encode_text([caption])
+                more = () if seen is None else (seen.pixels(),)
+                heard = self.encoders.encode_text([caption], *more)
                 parts = {"text": heard.sequence, "pooled": heard.vector, "mask": heard.mask}
                 return {name: np.asarray(x)[0] for name, x in parts.items() if x is not None}
 
-            return self._find(self.text_path(caption), make, f"the caption {caption!r:.60}")
+            path = self.text_path(caption, seen)
+            return self._find(path, make, f"the caption {caption!r:.60}")
 
-        rows = {caption: one(caption) for caption in dict.fromkeys(captions)}
+        pairs = [*zip(captions, beside or [None] * len(captions), strict=True)]
+        keys = [(caption, seen and seen.key) for caption, seen in pairs]
+        states = {key: one(*pair) for key, pair in dict(zip(keys, pairs, strict=True)).items()}
+        rows = [states[key] for key in keys]
 
         def all_of(name: str) -> np.ndarray | None:
-            if name not in rows[captions[0]]:
-                return None
-            return np.stack([rows[caption][name] for caption in captions])
+            return np.stack([row[name] for row in rows]) if name in rows[0] else None
 
         sequence, mask = all_of("text"), all_of("mask")
         assert sequence is not None
