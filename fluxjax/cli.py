@@ -22,6 +22,7 @@ TRACEBACK_VARIABLE = "FLUXJAX_TRACEBACK"
 _NARROWEST = 40  # columns; help is laid out without end in a terminal of one
 _COLLECTION = (50_000, 20, 10)  # objects, then rounds; importing and tracing make few cycles
 _NO_HOME = "Could not determine home directory."  # pathlib, of ~nosuchuser
+_LINKS_IN_A_CIRCLE = "Symlink loop from"  # pathlib's, before Python 3.13
 
 
 class Terminated(KeyboardInterrupt):
@@ -35,6 +36,8 @@ def sentence(error: BaseException) -> str:
         return f"{where}: {error.strerror}" if where else error.strerror
     if isinstance(error, RuntimeError) and str(error) == _NO_HOME:
         return "a path begins with ~ and a name, and there is no user of that name"
+    if isinstance(error, RuntimeError) and str(error).startswith(_LINKS_IN_A_CIRCLE):
+        return f"{str(error).removeprefix(_LINKS_IN_A_CIRCLE).strip()} is a link to itself"
     if isinstance(error, MemoryError):
         return "out of memory: try a smaller picture, fewer pictures at once or --dtype bfloat16"
     text = str(error).strip()
@@ -53,7 +56,8 @@ def is_mistake(error: BaseException) -> bool:
     if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
         return False
     if isinstance(error, RuntimeError):
-        return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", _NO_HOME))
+        mistakes = "RESOURCE_EXHAUSTED", _NO_HOME, _LINKS_IN_A_CIRCLE
+        return any(words in str(error) for words in mistakes)
     return isinstance(error, ValueError | OSError | MemoryError)
 
 

@@ -38,6 +38,7 @@ def test_the_code_is_passed_on(returned, code):
         (PermissionError(13, "Permission denied", "/root/x"), "/root/x: Permission denied"),
         (MemoryError(), "out of memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "device is out of"),
+        (RuntimeError("Symlink loop from '/a'"), "'/a' is a link to itself"),
     ],
 )
 def test_mistakes_are_one_sentence(capsys, error, words):

@@ -88,3 +88,5 @@ def test_json_and_refusals(monkeypatch, capsys, tmp_path):
             execute(Bench(only=("gpu",)))
     with pytest.raises(ValueError, match="at least 1"):
         execute(Bench(rounds=0))
+    with pytest.raises(FileNotFoundError, match="there is no model folder"):
+        execute(Bench(folder=str(tmp_path / "nothing"), only=("attention",)))

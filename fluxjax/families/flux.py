@@ -206,7 +206,7 @@ def scale(config: PipelineConfig, asked: Guidance) -> float | None:
 
     Raises ConfigError for a scale with nothing to guide away from, and the other way round.
     """
-    if asked.negative_prompt is None and asked.true_cfg > 1:
+    if asked.negative_prompt is None and asked.true_cfg != 1:
         raise ConfigError('true_cfg needs a negative_prompt; an empty one ("") will do')
     if asked.negative_prompt is not None and asked.true_cfg <= 1:
         raise ConfigError("negative_prompt needs true_cfg above 1, such as true_cfg=3.5")

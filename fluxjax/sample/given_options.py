@@ -65,6 +65,8 @@ def check(options: Options) -> None:
         if path not in (None, STANDARD_INPUT, ALPHA) and not Path(path).exists():
             raise FileNotFoundError(f"there is no {kind} {path}")
     parse_mesh(options.mesh or "")
+    if options.sequence is not None and options.mesh is None:
+        raise ConfigError("--sequence says how a mesh splits tokens: give --mesh too")
     if options.mesh is not None and (options.offload or options.stream):
         raise ConfigError("--offload and --stream are for one device: give them or --mesh")
     parse_quantise(options.quantise or KEEP)

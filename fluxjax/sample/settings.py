@@ -258,6 +258,10 @@ class Settings:
         ends = self.skip_layer_range
         fits = len(ends) == 2 and 0 <= ends[0] < ends[1] <= 1
         _require(fits, "skip_layer_range", "a start and a later end from 0 to 1", self)
+        for field in dataclasses.fields(self):
+            if field.name in ("skip_layer_scale", "skip_layer_range") and self.skip_layers is None:
+                given = getattr(self, field.name) != field.default
+                _require(not given, field.name, "given with skip_layers, such as 7,8,9", self)
 
     @property
     def asked_skip_layers(self) -> SkipLayers | None:

@@ -124,6 +124,10 @@ class Stages(NetworkRunner):
         """Raises ConfigError for settings that the family does not have."""
         check_clip(self.config, settings, self.defaults)
         scale = self.family.scale(self.config, settings.asked_guidance)
+        if settings.guidance_rescale and scale is None:
+            raise ConfigError(
+                "guidance_rescale is of classifier-free guidance, which is off: it would do nothing"
+            )
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
         check_told(self.family, self.config, settings)
         if self.refiner is not None:

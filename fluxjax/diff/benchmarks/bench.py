@@ -69,9 +69,11 @@ def run_bench(command: Bench) -> int:
     from fluxjax.diff.live import require_torch
     from fluxjax.hub import find
 
+    folder = find(command.folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no model folder {folder}")
     torch = require_torch()
     torch.set_num_threads(command.threads)
-    folder = find(command.folder)
     import jax
 
     from fluxjax.sample.cache import enable_cache
