@@ -181,6 +181,22 @@ def test_a_damaged_file_is_refused_whole_and_says_where(goldens, tmp_path, diale
             assert module in damaged(key, keep=False)
 
 
+@pytest.mark.parametrize(
+    "parts, kind",
+    [
+        ({"lora_A.weight": (2, 32), "lora_B.weight": (32, 2)}, "LoRA"),
+        ({"lokr_w1": (2, 1), "lokr_w2": (16, 1)}, "LoKr"),
+        ({"weight": (32,), "on_input": ()}, r"\(IA\)3"),
+    ],
+)
+def test_of_norms_and_biases_there_are_only_differences(tmp_path, parts, kind) -> None:
+    module, path = "transformer.transformer_blocks.0.attn.norm_q", tmp_path / "a.safetensors"
+    arrays = {f"{module}.{part}": np.ones(shape, np.float32) for part, shape in parts.items()}
+    write_safetensors(path, {name: of_array(array) for name, array in arrays.items()})
+    with pytest.raises(MappingError, match=f"{module} has tensors of {kind}, and is no matrix"):
+        read_adapters(path, TEMPLATES)
+
+
 def test_alpha_may_be_an_integer_and_a_file_must_hold_something(goldens, tmp_path) -> None:
     """kohya's trainers keep an alpha that is the rank as an integer."""
     tensors, metadata = read_safetensors(golden_file(goldens, "kohya"))

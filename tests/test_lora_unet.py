@@ -232,7 +232,7 @@ def fused_by_diffusers(path: Path, config: UNetConfig, xl: bool) -> Weights:
 
 
 def test_convolutions_in_lycoris_forms(unets, templates, tmp_path) -> None:
-    """With and without a core of the kernel's size; DoRA over outputs and over inputs."""
+    """With and without a core of the kernel's size; DoRA and (IA)3 over outputs and inputs."""
     torch.manual_seed(3)
     before = {name: tensor.clone() for name, tensor in unets["1.5"].state_dict().items()}
     weight, tucker = before[f"{CONV}.weight"], "ijhw,ip,jr->prhw"
@@ -297,6 +297,8 @@ def test_convolutions_in_lycoris_forms(unets, templates, tmp_path) -> None:
         ({"diff": full}, full),
         ({**pair, "dora_scale": rows}, dora(rows, (1, 2, 3))),
         ({**pair, "dora_scale": columns}, dora(columns, (0, 2, 3))),
+        ({"weight": rows.view(1, -1, 1, 1), "on_input": torch.tensor(0)}, weight * rows),
+        ({"weight": columns, "on_input": torch.tensor([1])}, weight * columns),
     ]
     for tensors, delta in cases:
         key = f"lycoris_{CONV.replace('.', '_')}"

@@ -138,6 +138,24 @@ def test_scales_of_fp8_that_do_not_fit_are_refused(scales, why):
         dequantise(unquantised(lazy({"a.weight": codes} | arrays)))
 
 
+def test_codes_without_their_scale_are_not_taken_for_values(tmp_path):
+    marked = {
+        "a.weight": np.zeros((4, 8), ml_dtypes.float8_e4m3fn),
+        "a.comfy_quant": marker(format="float8_e4m3fn"),
+    }
+    with pytest.raises(ValueError, match=r"'a\.weight' is said to be scaled, and its scale is mis"):
+        dequantise(unquantised(lazy(marked)))
+    arrays = bfl_arrays(HEADS, np.float16)
+    name = "single_blocks.0.linear2.weight"
+    arrays[name] = np.ones(arrays[name].shape, np.int8)
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, lazy(arrays))
+    with pytest.raises(
+        ConfigError, match=r"whole numbers, .*:\n  single_.*proj_out.weight int8 \["
+    ):
+        open_file(path)
+
+
 def int8(rng, rows=8, columns=512):
     codes = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
     return codes, (rng.random((rows, 1)) * 0.01 + 0.001).astype(np.float32)

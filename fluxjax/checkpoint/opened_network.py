@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.checkpoint import engine, tensors
@@ -126,6 +127,7 @@ def make_network(
         leaves = engine.published_leaves(abstract_params(config))
         expected = {name: leaf.shape for name, leaf in leaves.items()}
         published = engine.to_published(plain, table, expected)
+        _refuse_whole_numbers(published)
     except ValueError as error:
         raise type(error)(f"{where}: {error}") from None
     if record is not None:
@@ -185,6 +187,17 @@ def _other_names(
             else:
                 renamed[published] = name
     return renamed, doubled
+
+
+def _refuse_whole_numbers(published: Mapping[str, Tensor]) -> None:
+    """Codes without what scales them would be taken for values."""
+    codes = [
+        f"{name} {tensor.dtype} {list(tensor.shape)}"
+        for name, tensor in published.items()
+        if not jnp.issubdtype(tensor.dtype, jnp.floating)
+    ]
+    if codes:
+        raise ConfigError(engine.listed("hold whole numbers, and nothing that scales them", codes))
 
 
 def with_dtype(network: OpenNetwork, dtype: Any) -> OpenNetwork:

@@ -142,6 +142,8 @@ def dequantise(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
             raise ValueError(f"{module} is quantised in a way that is not read; only fp8 is")
         if kind in (*_SCALES, *_INPUT_SCALES) and weight not in tensors:
             raise ValueError(f"{name} scales {weight}, which the file does not hold")
+        if kind == "comfy_quant" and tensors.get(weight, tensors[name]).dtype in _FP8:
+            _scale_of(weight, tensors)
         if kind not in _SCALES:
             continue
         if all(f"{module}.{spelling}" in tensors for spelling in _SCALES):

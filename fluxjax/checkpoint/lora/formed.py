@@ -134,12 +134,16 @@ def _weights(
         )
     tensors = {name: values.pop(name) for name in kind.shapes}
     known = {"out": sum(rows.values()), "in": inputs or (math.prod(axes[1:]) if axes[1:] else 0)}
-    if kind is kinds.FULL and len(axes) == 1:
+    if len(axes) == 1:
+        if kind is not kinds.FULL:
+            raise _Wrong(f"unknown: {group.module} has tensors of {kind.name}, and is no matrix")
         return _vector(group, tensors["diff"], rows, known["out"])
     known |= dict(
         zip(("channels", "height", "width"), (inputs or axes[1], *axes[2:]), strict=False)
     )
     tensors = {name: _as_matrix(array, kind.shapes[name], axes) for name, array in tensors.items()}
+    if "on_input" in tensors:  # LyCORIS gives convolutions' factors axes of 1
+        tensors = {name: _without_axes_of_one(array) for name, array in tensors.items()}
     sizes = _checked_sizes(group, kind, tensors, known)
     extras = {name: values.pop(name) for name in kind.may if name in values}
     scale = _how(group, kind, extras.get("alpha"), sizes.get(kind.rank, 0), config)
@@ -186,6 +190,10 @@ def _as_matrix(array: np.ndarray, axes: tuple[str, ...], weight: tuple[int, ...]
     if array.shape[2:] == (1, 1):
         return array.reshape(array.shape[:2])
     return array.reshape(len(array), -1) if array.shape[2:] == weight[2:] else array
+
+
+def _without_axes_of_one(array: np.ndarray) -> np.ndarray:
+    return array.reshape([size for size in array.shape if size != 1])
 
 
 def _turned_parts(
@@ -235,7 +243,7 @@ def _checked_sizes(
     shapes = {name: array.shape for name, array in tensors.items()}
     sizes = kinds.sizes_of(kind, shapes, known)
     if sizes is not None and "on_input" in tensors:
-        over = known["in"] if tensors["on_input"].item() else known["out"]
+        over = known["channels"] if tensors["on_input"].item() else known["out"]
         sizes = sizes if sizes["changed"] == over else None
     if sizes is None:
         got = " and ".join(str(list(shape)) for shape in shapes.values())

@@ -89,7 +89,9 @@ def _glora(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
 
 def _ia3(t: Arrays, scale: float, weight: np.ndarray) -> np.ndarray:
     change = t["weight"].reshape(-1)
-    return weight * (change[None] if t["on_input"].item() else change[:, None])
+    if not t["on_input"].item():
+        return weight * change[:, None]
+    return weight * np.repeat(change, weight.shape[1] // len(change))[None]  # a kernel's have one
 
 
 def _butterfly(sizes: Sizes, turned: str, *, halved: bool) -> bool:
