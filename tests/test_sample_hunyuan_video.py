@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 from comfy_names import comfy_autoencoder, comfy_transformer
-from hunyuan_video_folders import hunyuan_video, save_hunyuan_video  # noqa: F401
+from hunyuan_video_folders import (
+    hunyuan_video,  # noqa: F401
+    llava,
+    save_hunyuan_video,
+    word_tokenizer,
+)
 from PIL import Image
 from safetensors.numpy import load_file
 from torch_reference import relative_l2
@@ -273,6 +278,45 @@ def write_empty(path, shapes, prefix=""):
 
 def shapes_of(part):
     return {n: leaf.shape for n, leaf in engine.published_leaves(abstract_params(part)).items()}
+
+
+@slow
+def test_comfys_llava_in_two_files(tmp_path):
+    """As they are at real size, and small ones beside a config.json: each value in its place."""
+    text, vision = replace(LLAMA3_8B, stops_after=None), LLAVA_LLAMA3.vision_config
+    whole = replace(LLAVA_LLAMA3, text_config=text, heard_stride=1)
+    table = network_of(whole).dialect("comfy").table(whole)
+    at_size = {n: as_tensor(np.broadcast_to(np.float32(), s)) for n, s in shapes_of(whole).items()}
+    named = {n: one.shape for n, one in engine.from_published(at_size, table).items()}
+    seen = {f"vision_model.{name.removeprefix('vision_model.')}" for name in shapes_of(vision)}
+    heard = {f"model.{name}" for name in shapes_of(text)}
+    projector = {
+        f"multi_modal_projector.linear_{i}.{n}" for i in (1, 2) for n in ("weight", "bias")
+    }
+    assert named.keys() == (seen | heard | projector) - {"vision_model.visual_projection.weight"}
+    assert network_of(whole).dialect("comfy").infer(named, "") == whole
+    folder = tmp_path / "model"
+    save_llava = llava(word_tokenizer()).save_pretrained
+    save_llava(folder / "text_encoder")
+    small = open_component(folder, "text_encoder")
+    parts = tmp_path / "text_encoder"
+    write_named(parts / "all.safetensors", small, "comfy")
+    tensors = load_file(parts / "all.safetensors")
+    (parts / "all.safetensors").unlink()
+    is_text = {name: name.startswith("model.") for name in tensors}
+    for file, text in (("llava_llama3_fp16", True), ("llava_llama3_vision", False)):
+        own = {name: as_tensor(one) for name, one in tensors.items() if is_text[name] is text}
+        write_safetensors(parts / f"{file}.safetensors", own, {})
+    with pytest.raises(ConfigError, match="cannot be told from shapes"):
+        open_component(tmp_path, "text_encoder")
+    shutil.copy(folder / "text_encoder/config.json", parts)
+    found = open_component(tmp_path, "text_encoder")
+    assert found.config == small.config and found.tensors.keys() == small.tensors.keys()
+    for name, expected in small.tensors.items():
+        assert np.array_equal(found.tensors[name].read(), expected.read()), name
+    (parts / "llava_llama3_vision.safetensors").rename(parts / "other.txt")
+    with pytest.raises(ConfigError, match=r"language model, but the configuration .* LLaVA"):
+        open_component(tmp_path, "text_encoder")
 
 
 @slow

@@ -13,6 +13,7 @@ from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.json_input import read_json
+from fluxjax.networks import NETWORKS
 
 SHARD_BYTES = 10 * 10**9
 
@@ -66,12 +67,15 @@ def shards_of(index: Path) -> dict[str, str]:
 
 
 def read_sharded(folder: Path) -> dict[str, Tensor]:
-    """Lazy tensors of one component's safetensors: an index and its shards, or the one file.
+    """Lazy tensors of one component's safetensors: an index and its shards, the one file, or the
+    files that are a network only together.
 
     Raises what `weights_file`, `shards_of` and `read_safetensors` raise, and ValueError for an
     index that does not agree with its shards.
     """
     folder = Path(folder)
+    if files := files_together(folder):
+        return {name: one for file in files for name, one in read_safetensors(file)[0].items()}
     first = weights_file(folder)
     if first.suffix == ".safetensors":
         return read_safetensors(first)[0]
@@ -82,6 +86,17 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
         wrong = sorted(held.items() ^ weight_map.items())[0][0]
         raise ValueError(f"{first} and its shards disagree, first about {wrong[:200]!r}")
     return {key: shards[name][key] for key, name in weight_map.items()}
+
+
+def files_together(folder: Path) -> list[Path]:
+    """The files of one network that lies in several without an index; of others none."""
+    files = sorted(folder.glob("*.safetensors"))
+    split = [one for net in NETWORKS.values() for one in net.dialects if one.files == len(files)]
+    if len(files) < 2 or not split or any(folder.glob("*.safetensors.index.json")):
+        return []
+    names = [name for file in files for name in read_safetensors(file)[0]]
+    whole = len(set(names)) == len(names) and any(dialect.fits(names) for dialect in split)
+    return files if whole else []
 
 
 def split_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:

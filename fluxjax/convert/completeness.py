@@ -11,7 +11,7 @@ from typing import Any
 from fluxjax.checkpoint.component_json import pipeline_class
 from fluxjax.checkpoint.file_format import PICKLES
 from fluxjax.checkpoint.orbax_params import is_orbax
-from fluxjax.checkpoint.sharded import shards_of, weights_file
+from fluxjax.checkpoint.sharded import files_together, shards_of, weights_file
 from fluxjax.checkpoint.weights_location import (
     SINGLE_FILES,
     component_weights,
@@ -101,6 +101,8 @@ def _files_read(path: Path) -> list[Path]:
         return [path]
     if orbax := orbax_folder(path):
         return [orbax / "_METADATA"]
+    if files := files_together(path):
+        return files
     first = weights_file(path)
     if first.suffix == ".safetensors":
         return [first]

@@ -219,6 +219,7 @@ CLIP_VISION = Network(
             (r"(vision_model\.)?embeddings\.class_embedding",),
             lambda config: VISION_PUBLISHED,
             infer_vision,
+            unless=(r"multi_modal_projector\..*",),
         ),
     ),
     roles=_VISION_ROLES,

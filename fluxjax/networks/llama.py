@@ -62,6 +62,7 @@ def _dialect(name: str, prefix: str, others: tuple[str, ...] = ()) -> Dialect:
         (f"{prefix.replace('.', '[.]')}{_FIRST}",),
         lambda config: table(config, prefix, others),
         lambda shapes, family: _infer(prefix, shapes, family),
+        unless=(r"multi_modal_projector\..*",) if prefix == "model." else (),
     )
 
 

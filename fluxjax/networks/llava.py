@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import ConfigError, LlavaConfig
+from fluxjax.config.llava import CLIP_L_336
 from fluxjax.networks import clip, clip_files, llama
 from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes
 from fluxjax.networks.tables import Rule, Table
@@ -30,6 +31,44 @@ def _table(config: LlavaConfig) -> Table:
         rules.append(Rule(f"model.{projector}", (projector,)))
     ignored = dict.fromkeys(pattern for table in text for pattern in table.ignored)
     return Table("LLaVA", tuple(rules), identity=True, ignored=(*ignored, r".*position_ids"))
+
+
+def _comfy_table(config: LlavaConfig) -> Table:
+    """ComfyUI's: a language model by itself, and CLIP's encoder with the projector."""
+    text = llama.table(config.text_config, "model.")
+    rules = [
+        Rule(rule.theirs, tuple(f"language_model.model.{name}" for name in rule.ours))
+        for rule in text.rules
+    ]
+    rules += [
+        Rule(name, (f"vision_tower.{name}",), leaves=rule.leaves)
+        for rule in clip_files.VISION_PUBLISHED.rules
+        for name in rule.ours
+    ]
+    projector = (f"multi_modal_projector.linear_{i}" for i in (1, 2))
+    rules += [Rule(name, (name,)) for name in projector]
+    ignored = (*text.ignored, *clip_files.VISION_PUBLISHED.ignored, r"visual_projection\..*")
+    return Table("LLaVA", tuple(rules), ignored=ignored)
+
+
+def _infer_comfy(shapes: Shapes, family: str) -> LlavaConfig:
+    """Only the published one's sizes tell the rest."""
+    text = llama.LLAMA.dialect("causal").infer(shapes, family)
+    vision = CLIP_L_336
+    grid = vision.image_size // vision.patch_size
+    embeddings = "vision_model.embeddings"
+    known = {
+        f"{embeddings}.position_embedding.weight": (grid**2 + 1, vision.hidden_size),
+        f"{embeddings}.patch_embedding.weight": (
+            vision.hidden_size,
+            vision.num_channels,
+            vision.patch_size,
+            vision.patch_size,
+        ),
+    }
+    if any(tuple(shapes[name]) != shape for name, shape in known.items()):
+        return _infer(shapes, family)
+    return LlavaConfig(text_config=text, vision_config=vision)
 
 
 def _infer(shapes: Shapes, family: str) -> LlavaConfig:
@@ -116,6 +155,17 @@ LLAVA = Network(
             ),
             _table,
             _infer,
+        ),
+        Dialect(
+            "comfy",
+            (
+                r"model\.layers\.0\.self_attn\.q_proj\.weight",
+                r"multi_modal_projector\.linear_1\.weight",
+                r"vision_model\.embeddings\.class_embedding",
+            ),
+            _comfy_table,
+            _infer_comfy,
+            files=2,
         ),
     ),
     roles=_ROLES,

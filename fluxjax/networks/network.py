@@ -44,6 +44,8 @@ class Dialect:
     """That configuration -> ours. Raises KeyError for a missing key."""
     unless: tuple[str, ...] = ()
     """Regular expressions of names that only another network has, which shares this signature."""
+    files: int = 1
+    """In how many files of a folder the tensors lie, without an index."""
 
     def fits(self, names: Collection[str]) -> bool:
         """Whether these are a network's names in this dialect."""
