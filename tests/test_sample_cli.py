@@ -244,8 +244,9 @@ def test_pictures_from_pictures_repeat_while_their_files_are_the_same(sample, tm
         (("a", "--prompt-2", "\ud800"), "prompt_2 is not Unicode text: U+D800 at character 1"),
         (
             ("a", "--out", "x.gif"),
-            "x.gif: pictures are written as .png, .jpg, .jpeg, .webp, not as",
+            "x.gif: pictures are written as .png, .jpg, .jpeg, .webp, clips as .mp4, .webp, not as",
         ),
+        (("a", "--out", "x.mov"), "clips as .mp4, .webp, not as .mov"),
         (("a", "--out", "file"), "file is a file, but no picture's"),
         (("a", "--name", "{promt}"), "there is no field 'promt', but prompt, seed"),
         (("a", "--name", "../{seed}"), "'/' cannot be in a file's name; folders belong into --out"),

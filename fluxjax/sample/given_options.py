@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fluxjax.clip_reader import VIDEOS
 from fluxjax.config import ConfigError, multiple
 from fluxjax.config.choices import CONTROLS, IP_IMAGES
 from fluxjax.hub import embedded_adapter, embedded_names, size_unit
@@ -16,7 +17,13 @@ from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.picture_files import EXTENSIONS
 from fluxjax.quantised_kinds import KEEP
 from fluxjax.sample.embedded_tools import TOOLS
-from fluxjax.sample.file_names import FORMATS, PATTERN, check_pattern, is_picture_name
+from fluxjax.sample.file_names import (
+    CLIP_FORMATS,
+    FORMATS,
+    PATTERN,
+    check_pattern,
+    is_picture_name,
+)
 from fluxjax.sample.options import Options
 from fluxjax.sample.override import override
 from fluxjax.sample.prompts_file import STANDARD_INPUT
@@ -171,9 +178,11 @@ def destination(options: Options) -> tuple[Path, Path | None]:
     out = options.out.expanduser()
     file = out if is_picture_name(out) and not out.is_dir() else None
     if file is None and not out.is_dir():
-        if out.suffix.lower() in EXTENSIONS:
-            known = ", ".join(FORMATS)
-            raise ConfigError(f"{out}: pictures are written as {known}, not as {out.suffix}")
+        if out.suffix.lower() in (*EXTENSIONS, *VIDEOS):
+            pictures, clips = ", ".join(FORMATS), ", ".join(CLIP_FORMATS)
+            raise ConfigError(
+                f"{out}: pictures are written as {pictures}, clips as {clips}, not as {out.suffix}"
+            )
         if out.exists():
             raise ConfigError(f"{out} is a file, but no picture's: give a folder, or a new name")
     if file is not None and options.name != PATTERN:
