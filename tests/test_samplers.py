@@ -135,6 +135,25 @@ def live(sampler, values, steps, **step):
     return scheduler, start, x.numpy()
 
 
+KARRAS = {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}  # the last two are equal
+RARE = (
+    ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}),
+    ("EulerDiscreteScheduler", {"interpolation_type": "log_linear", "use_karras_sigmas": True}),
+    (
+        "EulerDiscreteScheduler",
+        {
+            "interpolation_type": "log_linear",
+            "timestep_type": "continuous",
+            "prediction_type": "v_prediction",
+        },
+    ),
+    ("HeunDiscreteScheduler", {"prediction_type": "sample"}),
+    ("DPMSolverMultistepScheduler", KARRAS),
+    ("DPMSolverMultistepScheduler", {**KARRAS, "solver_type": "heun", "euler_at_final": True}),
+    ("UniPCMultistepScheduler", {**KARRAS, "lower_order_final": False}),
+)
+
+
 def grid():
     """Settings that the recordings do not have: spacings, odd steps, orders, sigmas."""
     for sampler in NAMES:
@@ -157,6 +176,8 @@ def grid():
                     kind = {1: None, 2: "karras", 7: "exponential", 19: "beta"}[steps]
                     if kind is not None and f"use_{kind}_sigmas" in has:
                         yield name, {**SD, **values, **more, f"use_{kind}_sigmas": True}, steps
+    for name, values in RARE:
+        yield name, {**SD, **values}, 7
 
 
 def test_live():
@@ -222,6 +243,12 @@ def test_flows_have_samplers_too(name):
             "no finite step",
         ),
         ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, {}, "no finite step"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "solver_order": 3, **KARRAS}
+            | {"lower_order_final": False},
+            {},
+            "no finite step",
+        ),
         (
             {"_class_name": "DDIMScheduler", "timestep_spacing": "leading", "steps_offset": 500},
             {},

@@ -59,10 +59,11 @@ def signal_and_level(config: SamplerConfig, sigma: float) -> tuple[float, float]
     return signal, sigma * signal
 
 
-def log_ratio(config: SamplerConfig, sigma: float) -> float:
-    """ln(signal / level), in which the solvers count."""
+def log_ratio(config: SamplerConfig, sigma: float) -> np.float64:
+    """ln(signal / level), in which the solvers count; numpy's number, as a step of length zero,
+    between levels that are equal, divides by zero."""
     signal, level = signal_and_level(config, sigma)
-    return float(np.log(signal) - np.log(level))
+    return np.log(signal) - np.log(level)
 
 
 def _most(config: SamplerConfig, i: int, steps: int) -> int:
@@ -88,7 +89,7 @@ def _step(config: SamplerConfig, sigmas: np.ndarray, held: Latent, order: int) -
         d1, d2 = d1 + r0 / (r0 + r1) * (d1 - older), (d1 - older) / (r0 + r1)
     # Each solver: x's share, then with what the held output, its first and second differences and
     # the noise are multiplied. Order 3 has its own first difference; else midpoint or heun decides.
-    full = order == 3 or heun
+    full = order == 3 or (heun and order == 2)
     if kind in ("dpmsolver++", "deis"):
         e = np.exp(-h) - 1
         x = level / level_0 * X - signal * e * held
@@ -109,4 +110,4 @@ def _step(config: SamplerConfig, sigmas: np.ndarray, held: Latent, order: int) -
     e = np.exp(h) - 1
     x = signal / signal_0 * X - 2 * level * e * held
     x = x + level * (np.exp(2 * h) - 1) ** 0.5 * NOISE
-    return x - (2 * level * (e / h - 1) if heun else level * e) * d1
+    return x - (2 * level * (e / h - 1) if full else level * e) * d1

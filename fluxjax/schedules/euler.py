@@ -28,7 +28,7 @@ def euler(config: SamplerConfig, steps: int, first: int = 0, churn: Churn | None
     churn = churn or Churn()
     sigmas, times = spaced_levels(config, steps)
     table, kind = StepTable(config), config.prediction_type
-    for i in range(first, steps):
+    for i in range(first, len(times)):
         s, after = sigmas[i], sigmas[i + 1]
         inside = churn.smallest <= s <= churn.largest
         more = min(churn.amount / steps, 2**0.5 - 1) if inside else 0.0

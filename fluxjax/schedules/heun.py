@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fluxjax.config import ConfigError
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.schedules.euler import initial_scale
 from fluxjax.schedules.prediction import picture_and_noise, picture_in_sigmas
@@ -29,8 +28,6 @@ ORDER = 2
 
 def heun(config: SamplerConfig, steps: int, first: int = 0) -> Run:
     """`first` counts evaluations, two a step."""
-    if config.prediction_type == "sample":
-        raise ConfigError("Heun cannot use prediction_type='sample'")
     levels, table = spaced_levels(config, steps), StepTable(config)
 
     def slope(s: float) -> Latent:

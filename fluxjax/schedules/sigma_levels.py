@@ -21,8 +21,9 @@ ALMOST_ONE = 1e-6
 
 
 class Levels(NamedTuple):
-    sigmas: Float[np.ndarray, "steps_and_one"]
-    """Float32 values as float64: diffusers rounds them before it steps."""
+    sigmas: Float[np.ndarray, "levels"]
+    """One more than there are times, or two, of which the last is not reached. Float32 values as
+    float64: diffusers rounds them before it steps."""
     times: Float[np.ndarray, "steps"]
 
 
@@ -34,8 +35,9 @@ def spaced_levels(config: SamplerConfig, steps: int) -> Levels:
     table, times = sigmas(config), timesteps(config, steps).astype(np.float32)
     if config.interpolation_type == "log_linear":
         top, bottom = np.log(table[-1]), np.log(table[0])
-        # As diffusers, which gives one level more than there are steps, and the last one never.
-        levels = np.exp(np.linspace(top, bottom, steps + 1, dtype=np.float32)).astype(float)[:-1]
+        # As diffusers, which gives one level more than there are steps: unless they are respaced or
+        # their timesteps continuous, the run ends there.
+        levels = np.exp(np.linspace(top, bottom, steps + 1, dtype=np.float32)).astype(float)
     else:
         levels = np.interp(times, np.arange(len(table)), table)
     if config.respacing != "plain":

@@ -57,7 +57,7 @@ def _predicted(
     weights = np.array([0.5])
     if order > 2:
         powers = np.vander(ratios, order, increasing=True).T
-        weights = np.linalg.solve(powers[:-1, :-1], moments[:-1])
+        weights = _solved(powers[:-1, :-1], moments[:-1])
     bent = sum((w * s for w, s in zip(weights, slopes, strict=False)), start=0 * X)
     return _moved(config, sigmas[i + 1], sigmas[i], x, phi, b, held, bent)
 
@@ -72,10 +72,20 @@ def _corrected(
     slopes = [(past - H1) / r for past, r in zip((H2, H3), ratios[:-1], strict=False)]
     weights = np.array([0.5])
     if order > 1:
-        weights = np.linalg.solve(np.vander(ratios, order, increasing=True).T, moments)
+        weights = _solved(np.vander(ratios, order, increasing=True).T, moments)
     bent = sum((w * s for w, s in zip(weights[:-1], slopes, strict=False)), start=0 * X)
     bent = bent + weights[-1] * (held - H1)
     return _moved(config, sigmas[i], sigmas[i - 1], FROM, phi, b, H1, bent)
+
+
+def _solved(
+    matrix: Float[np.ndarray, "order order"], moments: Float[np.ndarray, "order"]
+) -> Float[np.ndarray, "order"]:
+    """Not finite where there is no solution, as with two levels that are equal."""
+    try:
+        return np.linalg.solve(matrix, moments)
+    except np.linalg.LinAlgError:
+        return np.full(len(moments), np.nan)
 
 
 def _system(
