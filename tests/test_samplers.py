@@ -201,6 +201,12 @@ def test_live():
     assert not {key: e for key, e in errors.items() if not e < 3e-6}
 
 
+def test_black_is_kept_at_timestep_0_too():
+    values = {**SD, "_class_name": "DDIMScheduler", "timestep_spacing": "linspace"}
+    kept = sampler_run(sampler_config(values), 4).keeping
+    assert kept.times[-1] == 0 and kept.thresholds is not None and (kept.thresholds > 0).all()
+
+
 def test_another_sampler_reads_the_same_file():
     """As `from_config` does: what the file says stays, the rest is the new class's."""
     values = {**SD, "_class_name": "PNDMScheduler", "steps_offset": 1, "skip_prk_steps": True}

@@ -199,6 +199,12 @@ def test_a_folder_is_converted_and_back_without_a_bit_lost(tmp_path):
     assert UNet2DConditionModel.from_pretrained(tmp_path / "back").config.block_out_channels
 
 
+@pytest.mark.parametrize(("version", "rows"), [("0.8.1", 64), ("0.9.0.dev0", 32), (None, 32)])
+def test_small_sizes_of_old_files_are_raised_as_diffusers_does(tmp_path, version, rows):
+    values = {**config_json(SD15_UNET), "sample_size": 32, "_diffusers_version": version}
+    assert parse_config(UNetConfig, values, tmp_path / "config.json").sample_size == rows
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

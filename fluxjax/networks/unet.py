@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, S
 from fluxjax.networks.tables import Rule, Table
 
 PUBLISHED = Table("diffusers UNet", identity=True)
+LEAST_OLD_SIZE = 64
+"""Latents of a side, of models that a diffusers before 0.9 saved."""
 _RESNET = (
     ("in_layers.0", "norm1"),
     ("in_layers.2", "conv1"),
@@ -199,6 +202,11 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
         "attention_head_dim": each("attention_head_dim"),
         "transformer_layers_per_block": each("transformer_layers_per_block"),
     }
+    # diffusers' pipelines say that a smaller size in so old a file is an error of its writer.
+    old = re.match(r"0\.[0-8]\.", str(values.get("_diffusers_version")))
+    size = values.get("sample_size")
+    if old and isinstance(size, int) and size < LEAST_OLD_SIZE:
+        found["sample_size"] = LEAST_OLD_SIZE
     layers = values.get("layers_per_block")
     if isinstance(layers, list | tuple) and len(set(layers)) == 1:
         found["layers_per_block"] = layers[0]

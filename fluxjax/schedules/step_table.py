@@ -26,6 +26,9 @@ COLUMNS = 9
 X, FROM, H1, H2, H3, ADDED, OUTPUT, CLAMPED, NOISE = np.eye(COLUMNS)
 
 
+LEAST_THRESHOLD = 1e-4  # a grey has steps of 1/255
+
+
 class Run(NamedTuple):
     """A sampler's run of a number of steps."""
 
@@ -48,7 +51,8 @@ class Run(NamedTuple):
         """
         keep = np.append(self.levels[1:], [[1.0, 0.0]], axis=0).astype(np.float32)
         times = self.schedule.times
-        thresholds = np.minimum(times / times[self.schedule.first], 1)
+        # Black is below every threshold, that of timestep 0 too, with which many runs end.
+        thresholds = np.clip(times / times[self.schedule.first], LEAST_THRESHOLD, 1)
         return self.schedule._replace(keep=keep, thresholds=thresholds.astype(np.float32))
 
     @property
