@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from fluxjax.models import chunked_attention as chunked
-from fluxjax.models.attention import dot_product_attention
+from fluxjax.models.attention import dot_product_attention, fastest
 from fluxjax.models.block_attention import attend_block
 from fluxjax.models.splash_attention import splash_attention
 
@@ -105,6 +106,20 @@ def test_cudnn_flash_is_compiled_on_nvidia_gpus():
     np.testing.assert_allclose(
         np.asarray(compiled(*args), np.float32), softmax_float64(*args), atol=2e-2
     )
+
+
+@pytest.mark.parametrize(
+    ("capability", "heads_of", "kind"),
+    [("9.0", 128, "cudnn"), ("8.0", 40, "cudnn"), ("8.6", 160, "xla"), ("7.5", 64, "xla")],
+)
+def test_auto_asks_cudnn_only_where_it_has_flash_attention(monkeypatch, capability, heads_of, kind):
+    """A T4 (7.5) has none: its compiler refuses the whole program."""
+    client = SimpleNamespace(platform_version="cuda 12.9")
+    card = SimpleNamespace(platform="gpu", client=client, compute_capability=capability)
+    monkeypatch.setattr("fluxjax.models.attention._device", lambda: card)
+    q = jnp.asarray(np.zeros((1, 8, 1, heads_of)), jnp.bfloat16)
+    assert fastest(q, q) == kind
+    assert fastest(q.astype(jnp.float32), q) == "xla"
 
 
 def test_cudnns_program_takes_key_lengths_and_writes_no_logits(monkeypatch):

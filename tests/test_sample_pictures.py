@@ -18,13 +18,15 @@ from torch_pipeline import save_random_pipeline
 from torch_reference import relative_l2
 
 import fluxjax
-from fluxjax.checkpoint.bfl import from_bfl_params
 from fluxjax.checkpoint.component_json import original_config
 from fluxjax.checkpoint.pipeline_folder import model_index, read_config
+from fluxjax.checkpoint.placement import load_tree
 from fluxjax.checkpoint.safetensors_file import read_safetensors
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, ConfigError
 from fluxjax.families import FLUX, Conditioning, Steps
 from fluxjax.models.flux import FluxTransformer
+from fluxjax.networks import network_of
 from fluxjax.sample import edges
 from fluxjax.sample.denoise_pictures import Drawn, denoise_pictures
 from fluxjax.sample.noise import draw
@@ -404,7 +406,8 @@ def test_the_recorded_fill_is_drawn_by_the_sampler(shared):
         channels=(channels,),
     )
     module = FluxTransformer(config, timestep_rounding="bfl")
-    params = from_bfl_params(weights, config)
+    table = network_of(config).dialect("bfl").table(config)
+    params = load_tree(weights, table, abstract_params(config))
     (latents,) = denoise_pictures(FLUX, module, (), params, (), (noise,), drawn)
     expected = tensors["outputs.latents"].read()
     assert relative_l2(np.asarray(latents), expected) <= 1e-4

@@ -54,8 +54,6 @@ OPEN_SORA = Tiling(rows=_SPACE, columns=_SPACE)
 """Open-Sora 2.0's sampling, of HunyuanVideo's autoencoder."""
 TENCENT = Tiling(rows=_SPACE, columns=_SPACE, frames=Tiles(64, 48))
 """HunyuanVideo's own code."""
-DIFFUSERS = Tiling(frames=Tiles(16, 12))
-"""diffusers, which always cuts frames."""
 DIFFUSERS_TILED = Tiling(rows=_SPACE, columns=_SPACE, frames=Tiles(16, 12))
 """diffusers after `enable_tiling`."""
 OPEN_SORA_DC = Tiling(rows=_SPACE, columns=_SPACE, frames=Tiles(32, 24))

@@ -78,10 +78,10 @@ def dot_product_attention(
     row: in a joint sequence padded text comes last. A row of length 0 gives 0 and passes no
     gradient. Queries have no lengths: those of padding attend to the same keys as all.
 
-    `auto` takes cuDNN flash attention on NVIDIA GPUs (16-bit types), splash attention on TPUs, our
-    chunked loop on CPUs and plain matmuls for all that these do not do: short sequences on a CPU,
-    and `bias` or, except for cuDNN, `causal`. An `implementation` that is a function is called with
-    (q, k, v, key_lengths).
+    `auto` takes cuDNN flash attention on NVIDIA GPUs (Ampere or later, 16-bit types), splash
+    attention on TPUs, our chunked loop on CPUs and plain matmuls for all that these do not do:
+    short sequences on a CPU, and `bias` or, except for cuDNN, `causal`. An `implementation` that is
+    a function is called with (q, k, v, key_lengths).
     Raises ValueError if a named implementation or a function cannot do what is asked.
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -174,8 +174,9 @@ def fastest(
     """What `auto` takes; `plain`: neither causal nor with a bias."""
     where, sixteen_bit = platform(), q.dtype in (jnp.bfloat16, jnp.float16)
     head_dim = q.shape[-1]
-    if where == "cuda" and (plain or causal) and sixteen_bit and head_dim % 8 == 0:
-        return "cudnn" if head_dim <= 128 else "xla"
+    fits = sixteen_bit and head_dim % 8 == 0 and head_dim <= 128
+    if where == "cuda" and (plain or causal) and fits and _ampere_or_later():
+        return "cudnn"
     if where == "tpu" and plain and head_dim in (64, 128, 256):
         return "splash"
     if where == "cpu" and plain and q.shape[1] * k.shape[1] >= _CHUNKED_FROM:
@@ -185,8 +186,17 @@ def fastest(
 
 def platform() -> str:
     """`cpu`, `tpu`, `cuda` or another GPU's name: where a function traced now will run."""
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    device = jax.devices(device)[0] if isinstance(device, str) else device or jax.devices()[0]
+    device = _device()
     if device.platform != "gpu":
         return device.platform
     return "cuda" if "cuda" in device.client.platform_version.lower() else "rocm"
+
+
+def _device() -> jax.Device:
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.devices(device)[0] if isinstance(device, str) else device or jax.devices()[0]
+
+
+def _ampere_or_later() -> bool:
+    """Whether cuDNN has flash attention for the GPU: not for a T4 or a V100."""
+    return int(_device().compute_capability.split(".")[0]) >= 8

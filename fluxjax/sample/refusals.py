@@ -14,8 +14,6 @@ from fluxjax.networks import network_of
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.settings import CLIP_FIELDS, FIELDS, Settings
 
-_Array = Array | np.ndarray
-
 # diffusers' names, for those who come from there.
 OTHER_NAMES = {
     "num_inference_steps": "steps",

@@ -57,11 +57,6 @@ FROM_PICTURE = PromptTemplate(
     103,
 )
 """Of a picture that the language model sees in <image>'s place."""
-PICTURE = PromptTemplate(
-    f"{_SYSTEM}Describe the image by detailing the color, shape, size, texture, quantity, text, "
-    f"spatial relationships of the objects and background:<|eot_id|>{_USER}{{}}<|eot_id|>",
-    36,
-)
 
 
 def templated(
