@@ -66,16 +66,26 @@ def decode(
         megapixels = picture.width * picture.height / 1e6
         if megapixels > max_megapixels:
             raise BadPicture(f"it has {megapixels:.0f} megapixels, more than {max_megapixels:g}")
-        try:
-            # Phones write previews into JPEGs as further frames (MPO): the first is the picture.
-            frames = 1 if picture.format in ("JPEG", "MPO") else getattr(picture, "n_frames", 1)
-            if frames > 1:
-                raise BadPicture(f"it has {frames} frames, and only still pictures are used")
-            return (convert or upright_rgb)(picture)
-        except (BadPicture, MemoryError):
-            raise
-        except Exception as error:
-            raise BadPicture(f"it cannot be decoded ({error})") from None
+        return converted(picture, lambda one: (convert or upright_rgb)(_still(one)))
+
+
+def converted(picture: Picture, convert: Callable[[Picture], Picture]) -> Picture:
+    """What `convert` makes of it. Raises BadPicture for whatever decoders raise on its bytes, which
+    Pillow reads now."""
+    try:
+        return convert(picture)
+    except (BadPicture, MemoryError):
+        raise
+    except Exception as error:
+        raise BadPicture(f"it cannot be decoded ({error})") from None
+
+
+def _still(picture: Picture) -> Picture:
+    # Phones write previews into JPEGs as further frames (MPO): the first is the picture.
+    frames = 1 if picture.format in ("JPEG", "MPO") else getattr(picture, "n_frames", 1)
+    if frames > 1:
+        raise BadPicture(f"it has {frames} frames, and only still pictures are used")
+    return picture
 
 
 @functools.cache

@@ -239,7 +239,10 @@ def test_pictures_from_pictures_repeat_while_their_files_are_the_same(sample, tm
         (("a", "--sequence", "ring"), "give --mesh too"),
         (("a", "--guidance", "nan"), "guidance must be a number, got nan"),
         (("a", "--guidance", "-inf"), "guidance must be a number, got -inf"),
-        (("a", "--lora", "x.safetensors:inf"), "scale of a LoRA must be a number"),
+        (
+            ("a", "--lora", "x.safetensors:inf"),
+            "x.safetensors: its scale must be a number, got inf",
+        ),
         (("a\udcff",), "prompt is not Unicode text: the byte 0xff at character 2"),
         (("a", "--prompt-2", "\ud800"), "prompt_2 is not Unicode text: U+D800 at character 1"),
         (

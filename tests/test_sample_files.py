@@ -1,6 +1,7 @@
 """What sampling reads and writes besides pixels: names, prompts files, formats and records."""
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fluxjax.checkpoint.lora.scaled_file import scaled_files
 from fluxjax.config import TINY, ConfigError
 from fluxjax.sample.file_names import check_pattern, file_name
 from fluxjax.sample.given_options import check, destination
+from fluxjax.sample.given_pictures import read_given
 from fluxjax.sample.options import Options
 from fluxjax.sample.parameters_line import parameters_text
 from fluxjax.sample.picture_formats import encode_picture, read_record
 from fluxjax.sample.picture_record import differences, find_all, record_of, remembered
 from fluxjax.sample.prompts_file import read_prompts
+from fluxjax.sample.redux import read_heard
 from fluxjax.sample.settings import Settings
 from fluxjax.sample.sources import Sources, hashes_of
 
@@ -389,3 +393,31 @@ def test_a_misspelt_model_is_told_what_may_be_meant(here, model, words):
     (here / "flux1-dev.safetensors").write_text("")
     with pytest.raises(FileNotFoundError, match=words):
         check(Options(prompt=("a",), model=model))
+
+
+@pytest.mark.parametrize("name", ["image", "mask", "control", "reference", "ip_image", "Redux"])
+def test_pictures_of_python_that_cannot_be_used_are_named(name):
+    whole = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(whole, "BMP")
+    cut = io.BytesIO(whole.getvalue()[:2000])
+    for picture, why in (
+        (Image.new("F", (40, 30)), "32-bit values"),
+        (Image.open(cut), "cannot be decoded"),
+    ):
+        with pytest.raises(ConfigError, match=f"this picture cannot be the .*{name}: it .*{why}"):
+            read_heard(picture) if name == "Redux" else read_given(Settings(), {name: picture})
+
+
+def test_scales_of_python_are_numbers(tmp_path):
+    picture = Image.new("RGB", (4, 4))
+    for given in ((picture, float("nan")), [(picture, "a")], [(str(tmp_path), None)]):
+        with pytest.raises(ConfigError, match=r"its scale must be a number, got (nan|'a'|None)"):
+            read_heard(given)
+    for given in ((tmp_path, float("inf")), [(tmp_path, "much")], ["a:0.5", f"{tmp_path}:nan"]):
+        with pytest.raises(ConfigError, match=r"scale must be a number, got (inf|'much'|nan)"):
+            scaled_files(given)
+    for given in (3, [(tmp_path,)], [(tmp_path, 1.0, 2.0)]):
+        with pytest.raises(ConfigError, match="or a list of these"):
+            scaled_files(given)
+        with pytest.raises(ConfigError, match="or a list of these"):
+            read_heard(given)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
 from fluxjax.file_hash import hash_file
-from fluxjax.picture_files import BadPicture, decode, quiet, upright_holes, upright_rgb
+from fluxjax.picture_files import BadPicture, converted, decode, quiet, upright_holes, upright_rgb
 from fluxjax.sample.clip_files import Clip, read_clip
 from fluxjax.sample.masks import expanded
 from fluxjax.sample.settings import ALPHA, PICTURES, TASK_PICTURES, Settings
@@ -126,6 +126,14 @@ def read_picture(
         raise ConfigError(f"{path} cannot be the {what}: {error}") from None
 
 
+def shown_picture(picture: Picture, what: str) -> Picture:
+    """A picture of Pillow's, upright sRGB. Raises ConfigError where it cannot be the `what`."""
+    try:
+        return converted(picture, _READ.get(what, upright_rgb))
+    except BadPicture as error:
+        raise ConfigError(f"this picture cannot be the {what}: {error}") from None
+
+
 def read_video(path: str | Path, kind: str, sha256: str | None = None) -> tuple[Clip, str]:
     """The clip in a file, as much of it as a `video_kind` may take, and the file's hash.
 
@@ -160,7 +168,7 @@ def read_given(
             digest = getattr(settings, f"{name}_sha256")
             found[name], hashes[f"{name}_sha256"] = read_video(path, settings.video_kind, digest)
         elif name in objects:
-            found[name] = _READ.get(name, upright_rgb)(objects[name])
+            found[name] = shown_picture(objects[name], name)
         elif path is not None and (name, path) != ("mask", ALPHA):
             digest = getattr(settings, f"{name}_sha256")
             found[name], hashes[f"{name}_sha256"] = read_picture(path, name, digest)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from fluxjax.checkpoint.lora.scaled_file import finite_scale
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.source import open_network
 from fluxjax.config import ConfigError
 from fluxjax.families.family import Conditioning
-from fluxjax.picture_files import upright_rgb
-from fluxjax.sample.given_pictures import read_picture
+from fluxjax.sample.given_pictures import read_picture, shown_picture
 from fluxjax.sample.picture_reader import PictureReader
 
 if TYPE_CHECKING:
@@ -98,18 +98,23 @@ def read_heard(given: Any) -> tuple[list[Heard], tuple[str, ...] | None]:
         isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
     ):
         given = [given]
+    if not isinstance(given, list | tuple) or any(len(x) != 2 for x in given if type(x) is tuple):
+        raise ConfigError(
+            "redux_image: give a picture or its file, (either, scale) or a list of these"
+        )
     pictures: list[Heard] = []
     files: list[str] | None = []
     for one in given:
         item, scale = one if isinstance(one, tuple) else (one, 1.0)
         if isinstance(item, Image):
-            pictures.append((upright_rgb(item), float(scale)))
+            shown = shown_picture(item, "picture for Redux")
+            pictures.append((shown, finite_scale(scale, "a picture for Redux")))
             files = None
             continue
         if not isinstance(item, str | Path):
             kind = type(item).__name__
             raise ConfigError(f"redux_image must be a picture or a file's path, got {kind}")
-        text = f"{item}:{scale:g}" if isinstance(one, tuple) else str(item)
+        text = f"{item}:{finite_scale(scale, str(item)):g}" if isinstance(one, tuple) else str(item)
         path, scale = split_scale(absolute_scaled(text, "picture for Redux"))
         pictures.append((read_picture(path, "Redux")[0], scale))
         if files is not None:

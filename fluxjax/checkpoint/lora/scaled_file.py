@@ -20,20 +20,31 @@ def split_scale(text: str) -> tuple[str, float]:
         scale = float(number) if file else 1.0
     except ValueError:
         return text, 1.0
-    if not math.isfinite(scale):
-        raise ConfigError(f"the scale of a LoRA must be a number, got {text!r}")
-    return (file, scale) if file else (text, 1.0)
+    return (file, finite_scale(scale, file)) if file else (text, 1.0)
+
+
+def finite_scale(scale: Any, of: str) -> float:
+    """Raises ConfigError for what is no number, beginning with what it is the scale `of`."""
+    try:
+        found = float(scale)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConfigError(f"{of}: its scale must be a number, got {scale!r}")
+    return found
 
 
 def scaled_files(given: Any) -> list[tuple[str, float]]:
     """(file, scale) of each of what Python gives: "FILE", "FILE:SCALE", (FILE, SCALE), or several
-    of these; none of None."""
+    of these; none of None. Raises ConfigError for anything else."""
     one = isinstance(given, str | Path) or (
         isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int | float)
     )
     each: Any = [given] if one else given or ()
+    if not isinstance(each, list | tuple) or any(len(x) != 2 for x in each if type(x) is tuple):
+        raise ConfigError(f"give FILE, FILE:SCALE, (FILE, SCALE) or a list of these, got {given!r}")
     pairs = (x if isinstance(x, tuple) else split_scale(str(x)) for x in each)
-    return [(str(file), float(scale)) for file, scale in pairs]
+    return [(str(file), finite_scale(scale, str(file))) for file, scale in pairs]
 
 
 def found(texts: Iterable[str]) -> list[tuple[Path, float]]:
