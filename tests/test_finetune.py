@@ -453,9 +453,10 @@ def test_filling_measures_each_count_by_itself(capsys):
         for done in (1, 2):
             report("pictures encoded", done, 2)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[1:] == [
-        f"pictures encoded: {done} of 2  {done / 10} pictures/s" for done in (1, 2)
-    ]
+    counts, rates = zip(*(line.split("  ") for line in lines[1:]), strict=True)
+    assert counts == ("pictures encoded: 1 of 2", "pictures encoded: 2 of 2")
+    numbers = [float(rate.removesuffix(" pictures/s")) for rate in rates]
+    assert numbers == pytest.approx([0.1, 0.2], rel=0.2)  # a busy machine takes longer
 
 
 def test_curve_passes_over_what_a_crash_left(tmp_path):

@@ -43,7 +43,8 @@ RECIPES = sorted((Path(__file__).parents[1] / "train").glob("*.toml"))
             "task must be one of finetune, embedded, embedded-sd, embedded-pixart, embedded-video, "
             "got 'finetun'",
         ),
-        ("[lora]\nrank = 0", r"\[lora\]: the LoRA's rank must be at least 1"),
+        ("[lora]\nrank = 0", r"\[lora\]: the LoRA's rank must be from 1 to 65536, got 0"),
+        ("[lora]\nrank = 10000000000", "got 10000000000"),
         ("steps = 0", "steps must be at least 1"),
         ("batch = 6\naccumulate = 4", "batch 6 cannot be computed in accumulate 4"),
         ("[objective]\ncaption_dropout = 1.5", "caption_dropout must be in"),

@@ -73,7 +73,7 @@ def test_mistakes_in_a_verb_are_one_sentence(arguments, words):
         ("plan nowhere", "'nowhere' is neither a preset"),
         ("train nowhere.toml", "there is no recipe nowhere.toml"),
         ("train {recipe} --steps -1", "steps must be at least 1, got -1"),
-        ("train {recipe} --lora.rank 0", "the LoRA's rank must be at least 1, got 0"),
+        ("train {recipe} --lora.rank 0", "the LoRA's rank must be from 1 to 65536, got 0"),
         ("train precompute {recipe} --data.resolution 0", "resolution must be above 0"),
         ("train export nowhere", "there is no recipe nowhere/recipe.toml"),
         ("train evaluate --prompts 0", "prompts and batch must be at least 1"),

@@ -35,6 +35,7 @@ _TEXT_TARGETS = {
     "text_encoder": ("[qkv]_proj", "out_proj", "fc[12]"),
     "text_encoder_2": ("SelfAttention.[qkvo]", "DenseReluDense.w[io].*"),
 }
+_MOST_RANK = 2**16  # beyond the width of every layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +65,13 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.factor < 1 and self.factor != -1:
             raise ConfigError(f"the LoKr's factor must be at least 1, or -1, got {self.factor}")
-        if self.rank < 1:
-            raise ConfigError(f"the LoRA's rank must be at least 1, got {self.rank}")
+        if not 1 <= self.rank <= _MOST_RANK:
+            raise ConfigError(f"the LoRA's rank must be from 1 to {_MOST_RANK}, got {self.rank}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"the LoRA's alpha must be a positive number, got {self.alpha}")
-        if self.text_encoder_rank is not None and self.text_encoder_rank < 1:
-            raise ConfigError(f"text_encoder_rank must be at least 1, got {self.text_encoder_rank}")
+        rank = self.text_encoder_rank
+        if rank is not None and not 1 <= rank <= _MOST_RANK:
+            raise ConfigError(f"text_encoder_rank must be from 1 to {_MOST_RANK}, got {rank}")
         alpha = self.text_encoder_alpha
         if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
             raise ConfigError(f"text_encoder_alpha must be a positive number, got {alpha}")
