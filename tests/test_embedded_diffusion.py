@@ -1,4 +1,4 @@
-"""The embedded Stable Diffusion and PixArt: what they share with tiny, and the pictures."""
+"""The embedded PixArt: what it shares with tiny, and the picture."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from fluxjax.sample.known_words import outside
 from fluxjax.sample.options import Options
 
 SHARED = {
-    "tiny-sd": ["text_encoder", "tokenizer", "vae"],
     "tiny-pixart": ["text_encoder_2", "tokenizer_2", "vae"],
 }
 MODELS = sorted(SHARED)
@@ -44,10 +43,8 @@ def test_only_the_network_that_draws_is_its_own(model):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"model": "tiny-ds"}, "did you mean tiny-sd"),
         ({"model": "tiny-pixrat"}, "did you mean tiny-pixart"),
         ({"model": "tiny-pixart", "width": 104}, "multiple of 16, got 104"),
-        ({"model": "tiny-sd", "width": 100}, "multiple of 8, got 100"),
     ],
 )
 def test_a_wrong_name_or_size_is_told_at_once(options, words):
