@@ -137,9 +137,9 @@ class Options:
     prompt: _Words = ()
     """What to draw. May be empty ("")."""
     model: _Text = None
-    """tiny (the embedded model; with a mask or a control it is tiny-fill or tiny-canny), tiny-pixart
-    (a PixArt that knows the same scenes), a diffusers or Orbax folder, a BFL file, or a whole Stable
-    Diffusion in one file.
+    """tiny (the embedded model; with a mask or a control it is tiny-fill or tiny-canny), a PixArt
+    that knows the same scenes, tiny-pixart, a diffusers or Orbax folder, a BFL file, or a whole
+    Stable Diffusion in one file.
     """
     text_encoders: _Path = None
     """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2; for a

@@ -60,8 +60,8 @@ class EvaluateSettings:
     """From text alone, or one of the tools: edit a reference, fill a mask, follow edges; clip: of a
     model of clips, from text and from a first frame."""
     model: str = "tiny"
-    """tiny (the embedded model; of a tool the one that has learnt it, such as tiny-edit), tiny-pixart
-    or a pipeline folder."""
+    """tiny (the embedded model; of a tool the one that has learnt it, such as tiny-edit), or
+    tiny-pixart, or a pipeline folder."""
     lora: tuple[str, ...] = ()
     """Adapters of the model, FILE or FILE:SCALE."""
     prompts: int = 48
