@@ -27,6 +27,8 @@ EXTENSIONS = (
     ".jxl",
 )
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+# Brands of MP4 and QuickTime (ISO/IEC 14496-12); the other start is Matroska's and WebM's.
+_VIDEOS = (b"isom", b"iso2", b"iso4", b"iso5", b"iso6", b"mp41", b"mp42", b"avc1", b"M4V ", b"qt  ")
 
 
 class BadPicture(ValueError):
@@ -100,6 +102,8 @@ def _kind(data: bytes) -> str:
     start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return "it is an HTML page, not a picture"
+    if (data[4:8] == b"ftyp" and data[8:12] in _VIDEOS) or data.startswith(b"\x1aE\xdf\xa3"):
+        return "it is a video, not a picture"
     if data[4:8] == b"ftyp" or start.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cjxl")):
         return "HEIC and JPEG XL are not read: convert it to PNG or JPEG"
     return f"it is no picture in a known format ({', '.join(_formats())})"

@@ -267,6 +267,8 @@ BAD_BYTES = {
     "bomb.png": (_bomb(20_000, 20_000), "it has more than 80 megapixels"),
     "big.png": (_bomb(10_000, 10_000), "it has 100 megapixels, more than 80"),
     "photo.heic": (b"\0\0\0\x18ftypheic" + bytes(40), "convert it to PNG or JPEG"),
+    "clip.jpg": (b"\0\0\0\x18ftypisom" + bytes(40), "it is a video, not a picture"),
+    "clip.png": (b"\x1aE\xdf\xa3" + bytes(40), "it is a video, not a picture"),
     "float.tif": (encoded(Image.new("F", (64, 64)), "TIFF"), "it has 32-bit values"),
     "text.webp": (b"hello", "it is no picture in a known format (JPEG, PNG, WEBP"),
     "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "known format"),
