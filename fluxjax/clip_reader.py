@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from jaxtyping import UInt8
-
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import BadPicture
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    import numpy as np
+    from jaxtyping import UInt8
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 _STRICT = {"err_detect": "explode"}  # damage is an error, not a guess at what was there
@@ -66,6 +66,8 @@ def opened_video(
 
 
 def _frames(container: Any, stream: Any) -> Iterator[np.ndarray]:
+    import numpy as np  # late, as options know names of videos before anything slow is imported
+
     for number, frame in enumerate(container.decode(stream)):
         if frame.is_corrupt:
             raise BadPicture(f"its frame {number} is damaged")
