@@ -52,6 +52,7 @@ def meant(scene: Scene, name: str) -> set[str]:
     return set(phrases.COLOUR_WORDS.get(colour, (colour,)))
 
 
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_captions_and_another_others():
     scenes = numpy_scenes()
     assert captions(scenes, 3) == captions(scenes, 3)

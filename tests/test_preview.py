@@ -85,6 +85,7 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("no preview is written") == 1
 
 
+@pytest.mark.slow
 def test_the_command_writes_previews_and_draws_the_same_picture(tmp_path, monkeypatch, capsys):
     from fluxjax.sample.command import draw
     from fluxjax.sample.options import Options

@@ -73,6 +73,7 @@ def test_samplers_steps_and_spacings_share_one_program(pipe):
     assert len({picture.tobytes() for picture in drawn}) == len(drawn)
 
 
+@pytest.mark.slow
 def test_the_same_steps_by_either_program(pipe):
     (plain,) = pipe("a star", **CHOICES)
     (shared,) = pipe("a star", sampler="euler", **CHOICES)

@@ -112,6 +112,7 @@ def test_every_leaf_of_every_network_has_one_role_and_lies_as_recorded():
             assert spec_of(network, path, wide, mesh) == P(*axes), path
 
 
+@pytest.mark.slow
 def test_every_role_is_used_and_no_spec_repeats_an_axis():
     for kind, network in NETWORKS.items():
         configs = [config for config in CONFIGS if type(config) is kind]

@@ -131,6 +131,7 @@ def assert_same(picture, expected):
     assert (np.abs(a - b) <= 1).mean() >= 0.999
 
 
+@pytest.mark.slow
 def test_the_folder_alone_decides(ours, expected):
     """Its scheduler, its guidance."""
     theirs = {"num_inference_steps": 5, **SIZE}

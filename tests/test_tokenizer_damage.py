@@ -156,6 +156,7 @@ def test_damaged_settings_are_a_sentence(tmp_path, file, text):
         load_t5_tokenizer(tmp_path / "tokenizer_2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path, name):
     """A tokenizer of another model, here of one that has learnt a word more."""

@@ -150,6 +150,7 @@ def _conditioner() -> transformer.Conditioner:
     return examples.Conditioner(encode_image, encode_text)
 
 
+@pytest.mark.slow
 def test_pool_is_the_same_after_a_resume():
     stage = transformer.TransformerStage(batch=4, pool=128, fresh=32, buckets=((32, 48),))
     taken = transformer.rows_of(stage, 32, 48)
