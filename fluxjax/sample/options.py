@@ -137,8 +137,8 @@ class Options:
     prompt: _Words = ()
     """What to draw. May be empty ("")."""
     model: _Text = None
-    """tiny (the embedded model; with a mask or a control it is tiny-fill or tiny-canny), a PixArt
-    that knows the same scenes, tiny-pixart, a diffusers or Orbax folder, a BFL file, or a whole
+    """tiny (the embedded model; with a mask or a control it is tiny-fill or tiny-canny),
+    tiny-pixart (a PixArt of the same scenes), a diffusers or Orbax folder, a BFL file, or a whole
     Stable Diffusion in one file.
     """
     text_encoders: _Path = None
