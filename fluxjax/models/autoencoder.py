@@ -134,7 +134,7 @@ class ResnetBlock(_Layer):
         return x + h
 
 
-class Attention(_Layer):
+class PixelAttention(_Layer):
     """Single-head attention over all pixels."""
 
     @nn.compact
@@ -151,7 +151,7 @@ class MidBlock(_Layer):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         features = x.shape[-1]
         x = self.part(ResnetBlock, features, name="resnets_0")(x)
-        x = self.part(Attention, name="attentions_0")(x)
+        x = self.part(PixelAttention, name="attentions_0")(x)
         return self.part(ResnetBlock, features, name="resnets_1")(x)
 
 

@@ -68,7 +68,7 @@ class ResnetBlock(_Layer):
         return x + h
 
 
-class Attention(_Layer):
+class CausalAttention(_Layer):
     """Single-head attention in which a place sees all places of its own and earlier frames."""
 
     @nn.compact
@@ -93,7 +93,7 @@ class MidBlock(_Layer):
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         features = x.shape[-1]
         x = self.part(ResnetBlock, features, name="resnets_0")(x)
-        x = self.part(Attention, name="attentions_0")(x)
+        x = self.part(CausalAttention, name="attentions_0")(x)
         return self.part(ResnetBlock, features, name="resnets_1")(x)
 
 

@@ -42,7 +42,7 @@ def repeated(
     return x.reshape(b, t * frames, h * pixels, w * pixels, features)
 
 
-class RMSNorm(nn.Module):
+class BiasedRMSNorm(nn.Module):
     """Over the channels, with a bias; statistics in float32."""
 
     dtype: Dtype
@@ -83,8 +83,8 @@ class _Layer(nn.Module):
             **options,
         )
 
-    def norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.dtype, self.param_dtype, name=name)
+    def norm(self, name: str) -> BiasedRMSNorm:
+        return BiasedRMSNorm(self.dtype, self.param_dtype, name=name)
 
     def part(self, cls, *args, name: str):
         return cls(self.config, self.dtype, self.param_dtype, *args, name=name)
