@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from parameter_trees import to_theirs
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.pipeline_folder import save_params, write_config
@@ -74,7 +75,7 @@ def pipeline_folder(
 def bfl_arrays(config, dtype=ml_dtypes.bfloat16) -> Arrays:
     """A transformer or autoencoder under BFL's names."""
     table = network_of(config).dialect("bfl").table(config)
-    theirs = engine.to_theirs(random_tree(config, dtype), table)
+    theirs = to_theirs(random_tree(config, dtype), table)
     return {name: tensor.read() for name, tensor in theirs.items()}
 
 

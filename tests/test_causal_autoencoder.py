@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from comfy_names import comfy_autoencoder
+from parameter_trees import parameter_count
 from safetensors.numpy import load_file, save_file
 
 from fluxjax.checkpoint.component_json import config_json, network_config
 from fluxjax.checkpoint.detect import detect_network, infer_config
 from fluxjax.checkpoint.engine import published_leaves
 from fluxjax.checkpoint.source import open_source
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import CausalAutoencoderConfig, ConfigError
 from fluxjax.convert.__main__ import main
 from fluxjax.diff.live import compare_network

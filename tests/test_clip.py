@@ -11,13 +11,14 @@ import peft
 import pytest
 import torch
 import transformers
+from parameter_trees import parameter_count
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.checkpoint.component_json import parse_config
 from fluxjax.checkpoint.engine import published_leaves
 from fluxjax.checkpoint.lora.changes import Adapter
 from fluxjax.checkpoint.lora.reader import low_rank_tree
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import (
     CLIP_BASE_TEXT,
     CLIP_BASE_VISION,

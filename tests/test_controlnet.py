@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from parameter_trees import parameter_count
 from test_flux import CONFIG as TRANSFORMER
 from test_flux import parameters as transformer_parameters
 from test_flux import torch_model as torch_transformer
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.checkpoint.component_json import config_json, network_config
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import UNION, UNION_2, XLABS, ConfigError, ControlNetConfig
 from fluxjax.models.controlnet import FluxControlNet
 from fluxjax.models.flux import FluxTransformer, Guides, spread

@@ -17,6 +17,7 @@ import pytest
 import random_checkpoints as make
 import tensorstore
 from ctrl_c import heeding_ctrl_c
+from parameter_trees import to_theirs
 
 from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint import engine
@@ -268,7 +269,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path):
     for seed in (0, 1):
         tree = make.random_tree(make.SMALL.vae, np.float32, seed)
         table = network_of(make.SMALL.vae).dialect("bfl").table(make.SMALL.vae)
-        arrays = {n: t.read() for n, t in engine.to_theirs(tree, table).items()}
+        arrays = {n: t.read() for n, t in to_theirs(tree, table).items()}
         (tmp_path / f"{seed}").mkdir()
         sources.append(tmp_path / f"{seed}" / "ae.safetensors")
         write_safetensors(sources[-1], {name: of_array(array) for name, array in arrays.items()})

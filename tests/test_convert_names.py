@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from parameter_trees import parameter_count, to_theirs
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.detect import detect_network, infer_config
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import DEV, PRESETS, T5_XXL, AutoencoderConfig
 from fluxjax.networks.autoencoder import bfl as bfl_table
@@ -41,7 +42,7 @@ def assert_maps_once(published, config, table, stacked):
     tree = engine.to_tree(reference, template, place=lambda _, tensor: tensor)
     assert engine.flatten(tree).keys() == engine.flatten(template).keys()
     assert parameter_count(tree) == parameter_count(template) == published["parameters"]
-    back = engine.to_theirs(tree, table)
+    back = to_theirs(tree, table)
     assert {name: list(t.shape) for name, t in back.items()} == published["tensors"]
 
 

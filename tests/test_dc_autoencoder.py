@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from parameter_trees import parameter_count
 from safetensors.numpy import load_file, save_file
 
 from fluxjax.checkpoint.component_json import config_json, network_config
 from fluxjax.checkpoint.detect import detect_network, infer_config
 from fluxjax.checkpoint.engine import from_tree
 from fluxjax.checkpoint.source import open_source
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, DCAutoencoderConfig
 from fluxjax.config.dc_autoencoder import DC_AUTOENCODERS
 from fluxjax.convert.__main__ import main

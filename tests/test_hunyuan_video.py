@@ -14,13 +14,14 @@ import torch
 from comfy_names import comfy_transformer
 from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.loaders import single_file_utils
+from parameter_trees import parameter_count
 from random_checkpoints import random_tree
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json, parse_config
 from fluxjax.checkpoint.detect import detect_network, infer_config
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.config import (
     HUNYUAN_VIDEO,

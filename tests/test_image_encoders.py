@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from parameter_trees import parameter_count, to_theirs
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.checkpoint.component_json import config_json, network_config
-from fluxjax.checkpoint.engine import to_ours, to_theirs
+from fluxjax.checkpoint.engine import to_ours
 from fluxjax.checkpoint.opened_network import make_network
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import (
     IP_ADAPTER,

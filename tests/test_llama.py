@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from parameter_trees import parameter_count, to_theirs
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json, parse_config
 from fluxjax.checkpoint.detect import detect_network, infer_config
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import LLAMA3_8B, QWEN3_4B, ConfigError, LlamaConfig
 from fluxjax.diff.layers import captured, pair_layers, recorded
 from fluxjax.models.stacking import stack_layers
@@ -114,7 +115,7 @@ def test_what_is_read_of_every_form_of_file():
             infer_config(network, dialect, {n: a.shape for n, a in arrays.items()})
         got = engine.to_ours(arrays, dialect.table(TINY), template)
         assert jax.tree.all(jax.tree.map(np.array_equal, got, expected))
-    published = engine.to_theirs(expected, LLAMA.dialect("causal").table(TINY))
+    published = to_theirs(expected, LLAMA.dialect("causal").table(TINY))
     assert published.keys() < files["causal"].keys()
 
 

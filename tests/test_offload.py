@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from parameter_trees import parameter_count
 from stable_diffusion_folders import save_pixart, save_sd3
 
 import fluxjax
-from fluxjax.checkpoint.templates import abstract_params, parameter_count, part_of
+from fluxjax.checkpoint.templates import abstract_params, part_of
 from fluxjax.config import DEV, TINY, ConfigError
 from fluxjax.models.absent import Absent
 from fluxjax.models.lora import variables

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameter_trees import parameter_count, to_theirs
 from random_checkpoints import bfl_arrays, random_tree
 from torch_reference import relative_l2
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json, parse_config
 from fluxjax.checkpoint.detect import detect_network, infer_config
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, interleave, of_array, slice_rows
 from fluxjax.config import OPEN_SORA_2, OPEN_SORA_2_DC_AE, ConfigError, OpenSoraConfig
 from fluxjax.config.video_sizes import video_size
@@ -101,7 +102,7 @@ def test_names_there_and_back_without_a_bit_lost(dialect):
     config = replace(TINY, patch_size=1)
     tree = random_tree(config, np.float32)
     table = OPEN_SORA.dialect(dialect).table(config)
-    theirs = engine.to_theirs(tree, table)
+    theirs = to_theirs(tree, table)
     assert inferred({n: t.shape for n, t in theirs.items()}) == (dialect, config)
     back = engine.to_ours(theirs, table, abstract_params(config))
     for path, leaf in engine.flatten(tree).items():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from parameter_trees import parameter_count
 from test_sd3 import assert_equal, lazy, quickly
 from torch_reference import from_torch, relative_l2
 
@@ -16,7 +17,7 @@ from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json, parse_config
 from fluxjax.checkpoint.detect import detect_network, infer_config
 from fluxjax.checkpoint.lora.names import known_network
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import PIXART_ALPHA, PIXART_SIGMA, ConfigError, PixArtConfig
 from fluxjax.diff.layers import captured, pair_layers, recorded
 from fluxjax.models.stacking import stack_layers

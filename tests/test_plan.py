@@ -15,11 +15,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from open_sora_folders import SMALL
+from parameter_trees import parameter_count
 from safetensors.numpy import save_file
 from test_image_encoders import xlabs_file
 
 from fluxjax.checkpoint.component_json import config_json, write_json
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.chips import CHIPS
 from fluxjax.config import (
     PRESETS,

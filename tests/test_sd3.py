@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from parameter_trees import parameter_count
 from random_checkpoints import bfl_arrays
 from safetensors.numpy import load_file, save_file
 from torch_reference import from_torch, relative_l2
@@ -18,7 +19,7 @@ from torch_reference import from_torch, relative_l2
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json, parse_config
 from fluxjax.checkpoint.detect import detect_network, infer_config
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, as_tensor
 from fluxjax.config import (
     SD3_MEDIUM,

@@ -13,8 +13,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from parameter_trees import parameter_count
 
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, HUNYUAN_VIDEO_720, OPEN_SORA_768
 from fluxjax.families import family_of
 from fluxjax.models.attention import auto_attention

@@ -14,12 +14,13 @@ import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from parameter_trees import parameter_count
 from test_structure import placed, spec
 from torch.utils.flop_counter import FlopCounterMode
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import PIXART_SIGMA, SD15_UNET, SD35_LARGE, SDXL_UNET
 from fluxjax.models.attention import auto_attention, plain_attention
 from fluxjax.networks import network_of

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameter_trees import parameter_count
 from safetensors import safe_open
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError
 from fluxjax.families.noise_path import OPEN_SORA_FLOW
 from fluxjax.hub import tiny_folder

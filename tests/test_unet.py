@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from parameter_trees import parameter_count
 from safetensors.numpy import load_file
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.checkpoint import engine
 from fluxjax.checkpoint.component_json import config_json, parse_config
 from fluxjax.checkpoint.detect import detect_network, infer_config
-from fluxjax.checkpoint.templates import abstract_params, parameter_count
+from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, as_tensor
 from fluxjax.config import (
     SD15_UNET,

@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from parameter_trees import to_theirs
 from random_checkpoints import random_tree
 from safetensors.numpy import load_file, save_file
 
@@ -175,7 +176,7 @@ def whole_arrays(configs):
     for seed, (component, config) in enumerate(configs.items()):
         part = whole.parts[component]
         table = network_of(config).dialect(part.dialect).table(config)
-        theirs = engine.to_theirs(random_tree(config, ml_dtypes.bfloat16, seed), table)
+        theirs = to_theirs(random_tree(config, ml_dtypes.bfloat16, seed), table)
         arrays |= {f"{part.prefix}{n}": np.ascontiguousarray(t.read()) for n, t in theirs.items()}
     return arrays
 

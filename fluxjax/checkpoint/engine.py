@@ -273,8 +273,3 @@ def to_ours(
     lazy = {name: tensors.as_tensor(value) for name, value in source.items()}
     shapes = {name: leaf.shape for name, leaf in published_leaves(template).items()}
     return to_tree(to_published(lazy, table, shapes), template, **options)
-
-
-def to_theirs(params: Mapping[str, Any], table: Table) -> dict[str, Tensor]:
-    """Our tree as the checkpoint's names and lazy tensors."""
-    return from_published(from_tree(params), table)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fluxjax.checkpoint.quantised.parts import codes_of, form_of
 from fluxjax.checkpoint.tensors import Tensor
@@ -105,10 +104,3 @@ def in_dtype(template: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
         return leaf if is_node(leaf) else jax.ShapeDtypeStruct(leaf.shape, dtype)
 
     return jax.tree.map(cast, dict(template), is_leaf=is_node)
-
-
-def parameter_count(tree: Any) -> int:
-    return sum(
-        int(np.prod(leaf.shape, dtype=np.int64))
-        for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Tensor))
-    )
