@@ -145,6 +145,15 @@ def test_more_than_lora_and_damage_are_named(tmp_path: Path, values, words) -> N
     assert "adapter_config.json" in str(caught.value) or "adapter_model" in str(caught.value)
 
 
+@pytest.mark.parametrize("names", [NAMES[:1], NAMES])
+def test_what_is_no_product_is_named(tmp_path: Path, names) -> None:
+    changed = {f"transformer.{name}.diff": np.zeros((WIDTH, WIDTH), "f") for name in names}
+    path = adapter(tmp_path, names=(), **changed)
+    more = "" if len(names) == 1 else ", and 1 more"
+    with pytest.raises(ConfigError, match=rf"low-rank products: it changes [\w.]+{more}$"):
+        read_lora(path, TEMPLATE)
+
+
 def test_numbers_beyond_any_float(tmp_path: Path) -> None:
     for text in ('{"lora_alpha": 1' + "0" * 400 + "}", '{"lora_alpha": 1e999}', "[" * 10**5):
         adapter(tmp_path)

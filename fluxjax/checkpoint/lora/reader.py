@@ -100,10 +100,9 @@ def read_lora(path: Path, params: Params, *, dtype: Any = np.float32) -> LoraFil
     changes, metadata = read_adapters(path, {"transformer": params})
     adapters, others = split_low_rank(changes.get("transformer", {}), params)
     if others:
-        raise ConfigError(
-            f"{path} does more than add low-rank products: it changes {next(iter(others))}, and "
-            f"{len(others) - 1} more" * (len(others) > 1)
-        )
+        more = f", and {len(others) - 1} more" * (len(others) > 1)
+        first = next(iter(others))
+        raise ConfigError(f"{path} does more than add low-rank products: it changes {first}{more}")
     return LoraFile(low_rank_tree(adapters, params, dtype=dtype), metadata)
 
 
