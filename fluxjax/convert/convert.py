@@ -120,39 +120,29 @@ def plan(
         networks = {k: with_dtype(network, _DTYPES[dtype]) for k, network in networks.items()}
     plain, (networks, defaults) = networks, merge_files(networks, loras)
     weights = plan_weights(networks, form, mesh, quantised)
-    ending = ".gguf" if is_gguf_kind(quantised) else ".safetensors"
-    single_file = destination.suffix == ending
-    if destination.suffix in (".gguf", ".safetensors") and not single_file:
-        what = f"--quantise {quantised}" if quantised else "without a --quantise of its types"
-        raise ConfigError(
-            f"{destination} ends in {destination.suffix}, but {what} a file ends in {ending}"
-        )
-    whole = whole_file_of({name: one.config for name, one in networks.items()})
-    in_one = single_file and form == "bfl" and whole is not None and quantised is None
-    if in_one and whole is not None:
+    single_file = _is_single_file(destination, quantised)
+    whole = None
+    if single_file and form == "bfl" and quantised is None:
+        whole = whole_file_of({name: one.config for name, one in networks.items()})
+    if whole is not None:
         weights = [plan_whole(whole, networks)]
     elif single_file and (form != "bfl" or len(networks) > 1):
         raise ConfigError(
             f"{destination} is named like a single file, but {len(networks)} network(s) as "
             f"{form} make a folder; only --to bfl of one network is a file"
         )
-    if form == "bfl" and _is_pipeline(source) and not in_one:
+    if form == "bfl" and _is_pipeline(source) and whole is None:
         _require_own_files(source, networks)
-    copies = {} if single_file else _copies(source)
-    widened = {} if single_file else _without_old_configs(copies, plain, networks)
-    if Path("model_index.json") in widened:
-        # Sampled as the model is with the adapters beside it.
-        names = " ".join(str(file) for file, _ in loras)
-        told = published_defaults(networks["transformer"].config, names) | defaults
-        given = copies.pop(Path(DEFAULTS_FILE), None)
-        widened[Path(DEFAULTS_FILE)] = (read_json(given) if given else {}) | told
-    files = {} if single_file else _files(networks, form, copies, whole=_is_pipeline(source))
-    files |= widened | _as_written(copies, dtype)
-    for part in weights:
-        if part.quantisation is not None:
-            path = part.path.parent / "config.json"
-            given = read_json(copies.pop(path)) if path in copies else files[path]
-            files[path] = {**given, "quantization_config": part.quantisation}
+    files: dict[Path, dict[str, Any]] = {}
+    copies: dict[Path, Path] = {}
+    if not single_file:
+        copies = _copies(source)
+        rewritten = _without_old_configs(copies, plain, networks)
+        if Path("model_index.json") in rewritten:
+            rewritten |= _sampled_with(copies, networks, [file for file, _ in loras], defaults)
+        files = _files(networks, form, copies, whole=_is_pipeline(source))
+        files |= rewritten | _as_written(copies, dtype)
+        _say_quantised(weights, files, copies)
     return Conversion(
         source,
         destination,
@@ -165,6 +155,19 @@ def plan(
         overwrite,
         beside,
     )
+
+
+def _is_single_file(destination: Path, quantised: Kind | None) -> bool:
+    """Raises ConfigError for the ending of files of another kind."""
+    ending = ".gguf" if is_gguf_kind(quantised) else ".safetensors"
+    if destination.suffix not in (".gguf", ".safetensors"):
+        return False
+    if destination.suffix != ending:
+        what = f"--quantise {quantised}" if quantised else "without a --quantise of its types"
+        raise ConfigError(
+            f"{destination} ends in {destination.suffix}, but {what} a file ends in {ending}"
+        )
+    return True
 
 
 def _require_own_files(source: Path, networks: Mapping[str, OpenNetwork]) -> None:
@@ -241,6 +244,31 @@ def _without_old_configs(
         if index is not None and whole is not None:
             files[Path("model_index.json")] = {**read_json(index), "_class_name": whole.class_name}
     return files
+
+
+def _sampled_with(
+    copies: dict[Path, Path],
+    networks: Mapping[str, OpenNetwork],
+    loras: Sequence[Path],
+    defaults: Mapping[str, Any],
+) -> dict[Path, dict[str, Any]]:
+    """The file of defaults of a pipeline that was given another class by adapters: it is sampled as
+    the model is with them beside it. Takes away its copy."""
+    names = " ".join(map(str, loras))
+    told = {**published_defaults(networks["transformer"].config, names), **defaults}
+    given = copies.pop(Path(DEFAULTS_FILE), None)
+    return {Path(DEFAULTS_FILE): (read_json(given) if given else {}) | told}
+
+
+def _say_quantised(
+    weights: Sequence[Weights], files: dict[Path, dict[str, Any]], copies: dict[Path, Path]
+) -> None:
+    """Puts into config.json, in `files` or taken from `copies`, how weights are quantised."""
+    for part in weights:
+        if part.quantisation is not None:
+            path = part.path.parent / "config.json"
+            given = read_json(copies.pop(path)) if path in copies else files[path]
+            files[path] = {**given, "quantization_config": part.quantisation}
 
 
 def _as_written(copies: dict[Path, Path], dtype: Dtype) -> dict[Path, dict[str, Any]]:

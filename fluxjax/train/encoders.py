@@ -59,96 +59,116 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
     Weights are stored as `dtype`; text is computed in it, pictures in float32. Raises
     FileNotFoundError and ConfigError for a folder that is no pipeline.
     """
-    import jax
-    from jax.sharding import SingleDeviceSharding
+    from fluxjax.checkpoint.pipeline_folder import tokenizer_of
 
-    from fluxjax.checkpoint.pipeline_folder import read_config, tokenizer_of
-    from fluxjax.checkpoint.source import open_component
-    from fluxjax.networks import network_of
-    from fluxjax.sample.pictures import to_bytes
+    folder = _Folder(model, dtype)
+    config, family = folder.config, folder.family
+    texts = [*folder.texts, *map(tokenizer_of, folder.texts)]
+    return Encoders(
+        encode_image=lambda pictures: folder.image(pictures),
+        encode_text=lambda *heard: folder.text(*heard),
+        image_hash=hash_files(model, ("vae", "ae.safetensors"), _VERSION, dtype),
+        text_hash=hash_files(model, texts, _VERSION, dtype, str(config.max_sequence_length)),
+        mask_channels=functools.partial(family.mask_channels, config=config),
+        tokenize=folder.tokenize,
+        pack=lambda latents: np.asarray(family.pack(latents).values),
+        sizes=folder.sizes,
+        prompt_of=family.prompt_of,
+        latents_of=config.latent_frames,
+        frames_of=config.frames_of,
+        unit=config.unit,
+        scale=config.vae.scale,
+        sees=any(task.heard for task in family.tasks_of(config)),
+        release=folder.release,
+    )
 
-    config = read_config(model)
-    family = family_of(config.class_name)
-    texts = {name: config.networks[name] for name in config.text_encoders}
 
-    def params(component: Any, *, stacked: bool) -> Any:
-        network = open_component(model, component, getattr(config, component))
-        place = SingleDeviceSharding(jax.local_devices()[0])
-        return network.params(stacked=stacked, dtype=dtype, shardings=place)
+class _Folder:
+    """A pipeline folder whose parts are opened when they are first used."""
 
-    @functools.cache
-    def image() -> Callable[[Any], Any]:
-        from fluxjax.models.autoencoder import Autoencoder
+    def __init__(self, model: Path, dtype: Dtype) -> None:
+        from fluxjax.checkpoint.pipeline_folder import read_config
+
+        self.model, self.dtype = model, dtype
+        self.config = read_config(model)
+        self.family = family_of(self.config.class_name)
+        self.texts = {name: self.config.networks[name] for name in self.config.text_encoders}
+
+    @functools.cached_property
+    def image(self) -> Callable[[Any], Any]:
+        """The autoencoder's encoder."""
+        from fluxjax.networks import network_of
         from fluxjax.sample.decoding import encode_clips
         from fluxjax.sample.programs import encode_pictures
 
-        if (tiling := config.tiling) is not None:
-            vae, weights = network_of(config.vae).build(config.vae), params("vae", stacked=False)
+        config, tiling = self.config.vae, self.config.tiling
+        vae, params = network_of(config).build(config), self._params("vae", stacked=False)
+        if tiling is None:
+            return functools.partial(encode_pictures, vae, params)
 
-            def encode(pictures: Any) -> Any:
-                clips = pictures if pictures.ndim == 5 else pictures[:, None]
-                return encode_clips(vae, weights, clips, tiling, mesh=None)
+        def encode(pictures: Any) -> Any:
+            clips = pictures if pictures.ndim == 5 else pictures[:, None]
+            return encode_clips(vae, params, clips, tiling, mesh=None)
 
-            return encode
-        return functools.partial(
-            encode_pictures, Autoencoder(config.vae), params("vae", stacked=False)
+        return encode
+
+    @functools.cached_property
+    def text(self) -> Callable[..., Conditioning]:
+        """The text encoders."""
+        import jax.numpy as jnp
+
+        from fluxjax.networks import network_of
+
+        kind = {"dtype": jnp.dtype(self.dtype), "param_dtype": jnp.dtype(self.dtype)}
+        modules = tuple(
+            network_of(of).build(of, scan_layers=True, **kind) for of in self.texts.values()
         )
+        params = tuple(self._params(name, stacked=True) for name in self.texts)
+        return lambda *heard: self.family.encode(modules, params, self.tokenize(*heard))
 
-    @functools.cache
-    def tokenizers() -> tuple[Any, ...]:
+    @functools.cached_property
+    def tokenizers(self) -> tuple[Any, ...]:
+        from fluxjax.checkpoint.pipeline_folder import tokenizer_of
+        from fluxjax.networks import network_of
         from fluxjax.text.tokenizers import load_tokenizer
 
         return tuple(
-            load_tokenizer(network_of(of).tokenizer, model / tokenizer_of(name), of.vocab_size)
-            for name, of in texts.items()
+            load_tokenizer(network_of(of).tokenizer, self.model / tokenizer_of(name), of.vocab_size)
+            for name, of in self.texts.items()
         )
 
-    def tokenize(captions: list[str], picture: np.ndarray | None = None) -> Any:
+    def tokenize(self, captions: list[str], picture: np.ndarray | None = None) -> Any:
+        """`picture`: (height, width, 3) in [-1, 1], seen beside them."""
         from PIL import Image
 
-        more: dict[str, Any] = {"max_sequence_length": config.max_sequence_length}
+        from fluxjax.sample.pictures import to_bytes
+
+        more: dict[str, Any] = {"max_sequence_length": self.config.max_sequence_length}
         if picture is not None:
             more["picture"] = Image.fromarray(to_bytes(picture[None])[0])
-        return family.tokenize(tokenizers(), captions, **more)[0]
+        return self.family.tokenize(self.tokenizers, captions, **more)[0]
 
-    @functools.cache
-    def text() -> Callable[..., Conditioning]:
-        import jax.numpy as jnp
-
-        kind = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype), "scan_layers": True}
-        modules = tuple(network_of(of).build(of, **kind) for of in texts.values())
-        weights = tuple(params(name, stacked=True) for name in texts)
-
-        return lambda *heard: family.encode(modules, weights, tokenize(*heard))
-
-    def release() -> None:
-        image.cache_clear()
-        text.cache_clear()
-
-    def sizes(told: Told) -> Any:
-        alone = family.sizes(config, Told(told.size))
+    def sizes(self, told: Told) -> Any:
+        """What the network is told of a picture."""
+        alone = self.family.sizes(self.config, Told(told.size))
         if alone is None:
             return None
         try:
-            return family.sizes(config, told)
+            return self.family.sizes(self.config, told)
         except ConfigError:  # it hears nothing of what the picture was cut out of
             return alone
 
-    files = [*texts, *map(tokenizer_of, texts)]
-    return Encoders(
-        lambda pictures: image()(pictures),
-        lambda *heard: text()(*heard),
-        hash_files(model, ("vae", "ae.safetensors"), _VERSION, dtype),
-        hash_files(model, files, _VERSION, dtype, str(config.max_sequence_length)),
-        functools.partial(family.mask_channels, config=config),
-        tokenize,
-        lambda latents: np.asarray(family.pack(latents).values),
-        sizes,
-        family.prompt_of,
-        config.latent_frames,
-        config.frames_of,
-        config.unit,
-        config.vae.scale,
-        any(task.heard for task in family.tasks_of(config)),
-        release,
-    )
+    def release(self) -> None:
+        """Drops the weights; the next call reads them again."""
+        for name in ("image", "text"):
+            self.__dict__.pop(name, None)
+
+    def _params(self, component: Any, *, stacked: bool) -> Any:
+        import jax
+        from jax.sharding import SingleDeviceSharding
+
+        from fluxjax.checkpoint.source import open_component
+
+        network = open_component(self.model, component, getattr(self.config, component))
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        return network.params(stacked=stacked, dtype=self.dtype, shardings=place)

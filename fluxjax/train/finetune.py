@@ -4,12 +4,14 @@ the text encoders, or all of the network or some of its modules."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
@@ -33,11 +35,16 @@ from fluxjax.train.encoders import Encoders, folder_encoders
 from fluxjax.train.flow_matching import Learner, finetune_loss
 from fluxjax.train.job import Job, Placement, replicate, train
 from fluxjax.train.loop import run_folder
-from fluxjax.train.optimizers import learning_rates, make_optimizer, text_encoder_share
+from fluxjax.train.optimizers import (
+    Rates,
+    learning_rates,
+    make_optimizer,
+    text_encoder_share,
+)
 from fluxjax.train.progress import Filling
 from fluxjax.train.recipe import FinetuneRecipe
-from fluxjax.train.shown_pictures import encode_shown, read_shown, seen_beside
-from fluxjax.train.step import Tree, make_step
+from fluxjax.train.shown_pictures import Pictures, encode_shown, read_shown, seen_beside
+from fluxjax.train.step import TrainState, Tree, make_step
 from fluxjax.train.task import channels_of, conditions_of, learnt
 from fluxjax.train.trained_networks import (
     TrainedNetworks,
@@ -56,18 +63,8 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     base, mesh = read_config(recipe.model_folder), make_mesh(recipe.mesh)
     base.require_whole(recipe.model)
     config, task = learnt(recipe, base)
-    parts = batch_parts(mesh) * recipe.accumulate
-    for batch in (recipe.batch, *recipe.data.batches):
-        if batch % parts:
-            raise ConfigError(
-                f"batch {batch} must be a multiple of {parts}: {batch_parts(mesh)} devices share "
-                f"it out, in accumulate {recipe.accumulate} parts"
-            )
-    # What is missing shows before hours of encoding.
-    if recipe.validation.every and recipe.validation.prompts:
-        config.require_size(*_validation_size(recipe, config))
-        config.require_frames(recipe.validation.frames or defaults(config).frames)
-    seen = read_shown(recipe.validation, _validation_size(recipe, config), recipe.data)
+    _check_batches(recipe, mesh)
+    seen = _checked_shown(recipe, config)
     encoders = encoders or folder_encoders(recipe.model_folder)
     recipe, note = with_usable_cache(recipe)
     objective = dataclasses.replace(recipe.objective, kinds=conditions_of(recipe, config))
@@ -76,13 +73,8 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     with Filling() as report:
         data = _open_data(recipe, recipe.data, encoders, mesh, joined, report)
         data.fill(report)
-    prompts = None
-    if recipe.validation.prompts:
-        told = defaults(config).told(negative=False)
-        family = family_of(config.class_name)
-        asked = [family.prompt_of(prompt, told) for prompt in recipe.validation.prompts]
-        prompts = Prompts(data.captions(asked, seen_beside(seen, encoders)), data.ids(asked))
-    drawn = encoders.latents_of(recipe.validation.frames or defaults(config).frames)
+    prompts = _validation_prompts(recipe, config, data, seen, encoders)
+    drawn = encoders.latents_of(_validation_frames(recipe, config))
     shown = encode_shown(
         seen, joined, encoders.encode_each, encoders.mask_channels, drawn, begins=task.begins
     )
@@ -90,10 +82,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     # The encoders have done their work: their memory is the transformer's.
     encoders.release()
     nets = load_networks(recipe, base, config, mesh)
-    default = 1e-4 if recipe.method == "lora" else 1e-5
-    rates = learning_rates(recipe.optimizer, recipe.steps, default)
-    share = text_encoder_share(recipe.optimizer, default) if nets.encoders else 1.0
-    optimizer = make_optimizer(recipe.optimizer, rates, dict.fromkeys(nets.encoders, share))
+    optimizer, rates = _optimizer(recipe, nets)
     state = initial_state(
         config,
         nets.trained,
@@ -102,6 +91,83 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         ema=recipe.decay > 0,
         by_component=recipe.method == "lora",
     )
+    nothing = data.captions([""])
+    if config.force_zeros_for_empty_prompt:
+        nothing = jax.tree.map(np.zeros_like, nothing)
+    empty = Prompts(nothing, data.ids([""]))
+    validation = None
+    if recipe.validation.every:
+        validation = _validation(recipe, config, nets, mesh, held, prompts, shown, nothing)
+    return Job(
+        config=config,
+        mesh=mesh,
+        model=nets.model,
+        data=data,
+        frozen=nets.frozen,
+        state=state,
+        step=_step(recipe, config, nets, optimizer, mesh, state),
+        rates=rates,
+        empty=jax.tree.map(lambda x: replicate(x, mesh), empty),
+        validation=validation,
+        notes=[note] * bool(note) + _notes(recipe, task, config, data),
+        base=base_hash(recipe.model_folder, config.denoiser),
+    )
+
+
+def _check_batches(recipe: FinetuneRecipe, mesh: Mesh) -> None:
+    """Raises ConfigError for batches that the mesh's devices cannot share out."""
+    parts = batch_parts(mesh) * recipe.accumulate
+    for batch in (recipe.batch, *recipe.data.batches):
+        if batch % parts:
+            raise ConfigError(
+                f"batch {batch} must be a multiple of {parts}: {batch_parts(mesh)} devices share "
+                f"it out, in accumulate {recipe.accumulate} parts"
+            )
+
+
+def _checked_shown(recipe: FinetuneRecipe, config: PipelineConfig) -> Pictures:
+    """What validation's prompts are given. What is missing shows before hours of encoding."""
+    size = _validation_size(recipe, config)
+    if recipe.validation.every and recipe.validation.prompts:
+        config.require_size(*size)
+        config.require_frames(_validation_frames(recipe, config))
+    return read_shown(recipe.validation, size, recipe.data)
+
+
+def _validation_prompts(
+    recipe: FinetuneRecipe,
+    config: PipelineConfig,
+    data: Dataset,
+    seen: Pictures,
+    encoders: Encoders,
+) -> Prompts | None:
+    """Encoded, beside what is `seen` with them; None where there are none."""
+    if not recipe.validation.prompts:
+        return None
+    told, family = defaults(config).told(negative=False), family_of(config.class_name)
+    asked = [family.prompt_of(prompt, told) for prompt in recipe.validation.prompts]
+    return Prompts(data.captions(asked, seen_beside(seen, encoders)), data.ids(asked))
+
+
+def _optimizer(
+    recipe: FinetuneRecipe, nets: TrainedNetworks
+) -> tuple[optax.GradientTransformation, Rates]:
+    """With its learning rates, of which text encoders may have a share."""
+    default = 1e-4 if recipe.method == "lora" else 1e-5
+    rates = learning_rates(recipe.optimizer, recipe.steps, default)
+    share = text_encoder_share(recipe.optimizer, default) if nets.encoders else 1.0
+    return make_optimizer(recipe.optimizer, rates, dict.fromkeys(nets.encoders, share)), rates
+
+
+def _step(
+    recipe: FinetuneRecipe,
+    config: PipelineConfig,
+    nets: TrainedNetworks,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: TrainState,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """One jitted update, whose state lies where `state` does."""
     loss = finetune_loss(
         family_of(config.class_name),
         nets.model,
@@ -110,35 +176,13 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         nets.encoders,
         Learner.of(config, nets.controlnet),
     )
-    step = make_step(
+    return make_step(
         loss,
         optimizer,
         seed=recipe.seed,
         ema_decay=recipe.decay,
         accumulate=recipe.accumulate,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
-    )
-    nothing = data.captions([""])
-    if config.force_zeros_for_empty_prompt:
-        nothing = jax.tree.map(np.zeros_like, nothing)
-    empty = Prompts(nothing, data.ids([""]))
-    validation = None
-    if recipe.validation.every:
-        validation = _validation(recipe, config, nets, mesh, held, prompts, shown, nothing)
-    notes = [note] * bool(note) + _notes(recipe, task, config, data)
-    return Job(
-        config=config,
-        mesh=mesh,
-        model=nets.model,
-        data=data,
-        frozen=nets.frozen,
-        state=state,
-        step=step,
-        rates=rates,
-        empty=jax.tree.map(lambda x: replicate(x, mesh), empty),
-        validation=validation,
-        notes=notes,
-        base=base_hash(recipe.model_folder, config.denoiser),
     )
 
 
@@ -231,6 +275,10 @@ def _validation_size(recipe: FinetuneRecipe, config: PipelineConfig) -> tuple[in
     """(width, height) in pixels."""
     settings = recipe.validation
     return settings.width or config.width, settings.height or config.height
+
+
+def _validation_frames(recipe: FinetuneRecipe, config: PipelineConfig) -> int:
+    return recipe.validation.frames or defaults(config).frames
 
 
 def _validation(

@@ -139,6 +139,58 @@ def _optimizer(rate: float, steps: int) -> optax.GradientTransformation:
     return muon_optimizer(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps, 0.01 * rate))
 
 
+class _T5Lesson:
+    """T5, and what it learns by: read-outs of the scene and masked tokens."""
+
+    def __init__(self, folder: Path, config: FluxPipelineConfig) -> None:
+        self.config, self.length = config.text_encoder_2, config.max_sequence_length
+        self.tokenizer = load_t5_tokenizer(folder / "tokenizer_2")
+        self.mask_id = self.tokenizer.backend.token_to_id(T5_MASK) or 0
+        self.encoder: Any = T5Encoder(self.config, scan_layers=True)
+        self.readout: Any = SceneReadout()
+        self.at_tokens: Any = TokenReadout()
+        self.to_tokens: Any = nn.Dense(self.config.vocab_size)
+
+    def init(self, seed: int) -> Any:
+        keys = jax.random.split(jax.random.key(seed), 4)
+        states = jnp.zeros((1, self.length, self.config.d_model))
+        return {
+            "encoder": self.encoder.init(keys[0], jnp.zeros((1, self.length), jnp.int32))["params"],
+            "readout": self.readout.init(keys[1], states)["params"],
+            "at_tokens": self.at_tokens.init(keys[3], states)["params"],
+            "to_tokens": self.to_tokens.init(keys[2], states)["params"],
+        }
+
+    def batch(self, drawn: Drawn) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
+        """(ids, mask, labels, spoken), and of each text what was cut off."""
+        ids, mask, removed = self.tokenizer(drawn.texts, self.length)
+        labels = scene_labels(drawn.scenes, drawn.captions)
+        offsets = [e.offsets for e in self.tokenizer.backend.encode_batch(drawn.texts)]
+        spoken = token_labels(drawn.scenes, drawn.captions, labels, offsets)
+        return (ids, mask, labels, spoken), removed
+
+    def loss(self, params, key, ids, mask, labels, spoken):
+        """Clean captions and, after them, a quarter as many masked ones in one pass; only the clean
+        ones are asked about the scene."""
+        n, eos_id = ids.shape[0], self.config.eos_token_id
+        few, few_mask = ids[: n // 4], mask[: n // 4]
+        masked, hidden = mask_tokens(key, few, few_mask, mask_id=self.mask_id, eos_id=eos_id)
+        both = self.encoder.apply({"params": params["encoder"]}, jnp.concatenate([ids, masked]))
+        answers = self.readout.apply({"params": params["readout"]}, both[:n])
+        logits = self.to_tokens.apply({"params": params["to_tokens"]}, both[n:])
+        named = self.at_tokens.apply({"params": params["at_tokens"]}, both[:n])
+        return (
+            readout_loss(answers, labels)
+            + token_readout_loss(named, spoken)
+            + 0.3 * masked_token_loss(logits, few, hidden)
+        )
+
+    def answers(self, params, ids):
+        """To each of QUESTIONS, of each caption."""
+        states = self.encoder.apply({"params": params["encoder"]}, ids)
+        return self.readout.apply({"params": params["readout"]}, states).argmax(-1)
+
+
 def train_t5(
     folder: Path, runs: Path, config: FluxPipelineConfig, settings: TextTraining
 ) -> dict[str, float]:
@@ -147,63 +199,23 @@ def train_t5(
     Writes folder/text_encoder_2 (bfloat16) and returns the accuracy of the read-out per question on
     captions never trained on ("held out": with object pairs never trained on).
     """
-    tokenizer = load_t5_tokenizer(folder / "tokenizer_2")
-    c, length = config.text_encoder_2, config.max_sequence_length
-    mask_id = tokenizer.backend.token_to_id(T5_MASK) or 0
-    encoder: Any = T5Encoder(c, scan_layers=True)
-    readout: Any = SceneReadout()
-    at_tokens: Any = TokenReadout()
-    to_tokens: Any = nn.Dense(c.vocab_size)
-    keys = jax.random.split(jax.random.key(settings.seed), 4)
-    states = jnp.zeros((1, length, c.d_model))
-    params = {
-        "encoder": encoder.init(keys[0], jnp.zeros((1, length), jnp.int32))["params"],
-        "readout": readout.init(keys[1], states)["params"],
-        "at_tokens": at_tokens.init(keys[3], states)["params"],
-        "to_tokens": to_tokens.init(keys[2], states)["params"],
-    }
-
-    def loss(params, key, ids, mask, labels, spoken):
-        # Clean captions and, after them, a quarter as many masked ones in one pass; only the clean
-        # ones are asked about the scene.
-        n = ids.shape[0]
-        few, few_mask = ids[: n // 4], mask[: n // 4]
-        masked, hidden = mask_tokens(key, few, few_mask, mask_id=mask_id, eos_id=c.eos_token_id)
-        both = encoder.apply({"params": params["encoder"]}, jnp.concatenate([ids, masked]))
-        answers = readout.apply({"params": params["readout"]}, both[:n])
-        logits = to_tokens.apply({"params": params["to_tokens"]}, both[n:])
-        named = at_tokens.apply({"params": params["at_tokens"]}, both[:n])
-        return (
-            readout_loss(answers, labels)
-            + token_readout_loss(named, spoken)
-            + 0.3 * masked_token_loss(logits, few, hidden)
-        )
-
+    lesson = _T5Lesson(folder, config)
     optimizer = _optimizer(settings.t5_learning_rate, settings.t5_steps)
-    step = make_step(loss, optimizer, seed=settings.seed, ema_decay=0.99)
-
-    def batch(seed: int, n: int, held_out: bool = False):
-        drawn = draw(settings, seed, n, held_out=held_out, manner="sentence")
-        ids, mask, removed = tokenizer(drawn.texts, length)
-        labels = scene_labels(drawn.scenes, drawn.captions)
-        offsets = [e.offsets for e in tokenizer.backend.encode_batch(drawn.texts)]
-        spoken = token_labels(drawn.scenes, drawn.captions, labels, offsets)
-        return (ids, mask, labels, spoken), removed
+    step = make_step(lesson.loss, optimizer, seed=settings.seed, ema_decay=0.99)
+    answers = jax.jit(lesson.answers)
 
     def advance(state, i):
         seed = settings.seed * 10_000_019 + i
-        return step(state, *batch(seed, settings.t5_batch)[0])
-
-    @jax.jit
-    def answer(params, ids):
-        states = encoder.apply({"params": params["encoder"]}, ids)
-        return readout.apply({"params": params["readout"]}, states).argmax(-1)
+        drawn = draw(settings, seed, settings.t5_batch, manner="sentence")
+        return step(state, *lesson.batch(drawn)[0])
 
     def measure(params, n: int) -> dict[str, float]:
         report: dict[str, float] = {}
         for name, held_out in (("", False), (" (held out)", True)):
-            (ids, _, labels, _), removed = batch(_HELD_OUT_SEED + settings.seed, n, held_out)
-            right = np.asarray(answer(params, ids)) == labels
+            seed = _HELD_OUT_SEED + settings.seed
+            drawn = draw(settings, seed, n, held_out=held_out, manner="sentence")
+            (ids, _, labels, _), removed = lesson.batch(drawn)
+            right = np.asarray(answers(params, ids)) == labels
             columns = dict(zip(QUESTIONS, right.mean(0), strict=True))
             report |= {f"{k}{name}": float(v) for k, v in columns.items()}
             report[f"all at once{name}"] = float(right.all(1).mean())
@@ -215,10 +227,11 @@ def train_t5(
         return {k: v for k, v in report.items() if k.startswith("all")}
 
     run = RunSettings(steps=settings.t5_steps, folder=runs / "t5", probe_every=300)
-    state = Run(run, advance, Hooks(probe=probe)).to_end(init_state(params, optimizer))
+    state = init_state(lesson.init(settings.seed), optimizer)
+    state = Run(run, advance, Hooks(probe=probe)).to_end(state)
     # What is shipped is rounded: measure that.
     trained = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), state.ema)
-    save_params(folder, "text_encoder_2", trained["encoder"], c, jnp.bfloat16)
+    save_params(folder, "text_encoder_2", trained["encoder"], lesson.config, jnp.bfloat16)
     return measure(trained, settings.held_out_captions)
 
 
