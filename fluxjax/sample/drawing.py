@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,6 +35,20 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fluxjax.sample.picture_reader import PictureReader
+
+
+class Asked(NamedTuple):
+    """What `Drawing.draw` is asked for besides settings, as it describes it."""
+
+    prompts: Sequence[str] | None = None
+    seeds: int | Sequence[int] | None = None
+    number: int = 1
+    given: Given | None = None
+    lora: LoraChoice | None = None
+    heard: Sequence[Heard] = ()
+    progress: Callable[[int], None] | None = None
+    on_step: OnStep | None = None
+    every: int = 1
 
 
 class Drawing(Stages):
@@ -81,18 +95,8 @@ class Drawing(Stages):
 
         `heard`: pictures for Redux and their weights. Arguments and errors are those of `__call__`.
         """
-        drawn = self._drawn(
-            settings,
-            prompts=prompts,
-            seeds=seeds,
-            number=number,
-            given=given,
-            lora=lora,
-            heard=heard,
-            progress=progress,
-            on_step=on_step,
-            every=every,
-        )
+        asked = Asked(prompts, seeds, number, given, lora, heard, progress, on_step, every)
+        drawn = self._drawn(settings, asked)
         settings, pictures = drawn.settings, drawn.stages.decode(drawn.latents)
         if self.offload and drawn.stages is not self:
             drawn.stages.release()
@@ -109,7 +113,7 @@ class Drawing(Stages):
         """As `draw`, whose options these are, of each clip its frames: group after group, decoded
         as they are asked for, so that no more than one is held. How many frames a group has is the
         tiling's. Of several processes only those that want frames ask for them."""
-        drawn = self._drawn(settings, **options)
+        drawn = self._drawn(settings, Asked(**options))
         decode = drawn.stages.clip_decoder()
 
         def frames(latents: AnyArray) -> Iterator[np.ndarray]:
@@ -119,59 +123,34 @@ class Drawing(Stages):
 
         return [frames(drawn.latents[i : i + 1]) for i in range(len(drawn.latents))]
 
-    def _drawn(
-        self,
-        settings: Settings,
-        *,
-        prompts: Sequence[str] | None = None,
-        seeds: int | Sequence[int] | None = None,
-        number: int = 1,
-        given: Given | None = None,
-        lora: LoraChoice | None = None,
-        heard: Sequence[Heard] = (),
-        progress: Callable[[int], None] | None = None,
-        on_step: OnStep | None = None,
-        every: int = 1,
-    ) -> Undecoded:
+    def _drawn(self, settings: Settings, asked: Asked) -> Undecoded:
         """Latents of what `draw` is asked for."""
         check_clip(self.config, settings, self.defaults)
         check_told(self.family, self.config, settings)
-        prompts = [settings.prompt] if prompts is None else prompts
-        count = len(prompts) * number
+        prompts = [settings.prompt] if asked.prompts is None else asked.prompts
+        number, count = asked.number, len(prompts) * asked.number
         if count < 1:
             raise ConfigError(f"there is nothing to draw: {len(prompts)} prompts, {number} each")
-        adapters = self._adapters(lora, len(prompts), number)
-        self._require_redux(heard)
+        adapters = self._adapters(asked.lora, len(prompts), number)
+        self._require_redux(asked.heard)
+        given = asked.given
         if given is None:
             given, settings = read_given(settings)
         settings = self.complete(settings, given, FIELDS)
         size, settings = (settings.width, settings.height), self.as_drawn(settings)
         task = self.family.find_task(self.config, given.names)
-        asked = settings.asked_guidance._replace(pictures=task.pictures)
-        scale = self.family.scale(self.config, asked)
+        guidance = settings.asked_guidance._replace(pictures=task.pictures)
+        scale = self.family.scale(self.config, guidance)
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
-        draws = self.draw_each(settings, settings.seed if seeds is None else seeds, count, task)
-        more = self.redux.count if self.redux is not None and heard else 0
-        self.prepare(settings, count, given, more_text=more)
-        if self.refiner is not None:
-            self.refiner.prepare(settings, count)
-        if not self.offload:
-            for name in NAMES:
-                for component in components(self.config, name):
-                    self.params(component)  # while the programs compile
+        seeds = settings.seed if asked.seeds is None else asked.seeds
+        draws = self.draw_each(settings, seeds, count, task)
+        self._compile_and_load(settings, count, given, asked.heard)
         conditioning, negative = self.hear(
             settings, prompts, number, scale, adapters, given.reference if task.heard else None
         )
-        if self.redux is not None and heard:
-            with self._timed("encoding"):
-                conditioning = self.redux.heard(conditioning, heard)
-            self._leave(self.redux.reader)
+        conditioning = self._with_redux(conditioning, asked.heard)
         inputs = self._inputs(task, given, settings, draws)
-        if self.image_prompter is not None:
-            with self._timed("encoding"):
-                seen = self.image_prompter.prompts(given, settings, 1 if scale is None else 2)
-            inputs = inputs._replace(image_prompts=seen)
-            self._leave(self.image_prompter.reader)
+        inputs = self._with_image_prompts(inputs, given, settings, 1 if scale is None else 2)
         latents = self.denoise(
             conditioning,
             draws["noise"],
@@ -185,20 +164,54 @@ class Drawing(Stages):
             skip_layers=settings.asked_skip_layers,
             rounding=settings.rounding,
             adapters=adapters,
-            progress=progress,
-            on_step=on_step,
-            every=every,
+            progress=asked.progress,
+            on_step=asked.on_step,
+            every=asked.every,
         )
         last: Stages = self
         if self.refiner is not None:
             if self.offload:
                 self.release()
-            calls = Calls(self.run_of(settings).evaluations, progress, on_step, every)
+            done = self.run_of(settings).evaluations
+            calls = Calls(done, asked.progress, asked.on_step, asked.every)
             latents = self.refiner.refine(latents, settings, prompts, number, draws, calls)
             last = self.refiner.pipe
         if self.config.tiling is not None and not self.config.dropped_frames:
             latents = with_given(latents, inputs, given, settings)
         return Undecoded(latents, settings, size, given, inputs, (conditioning, negative), last)
+
+    def _compile_and_load(
+        self, settings: Settings, count: int, given: Given, heard: Sequence[Heard]
+    ) -> None:
+        """Reads the weights while the programs compile."""
+        more = self.redux.count if self.redux is not None and heard else 0
+        self.prepare(settings, count, given, more_text=more)
+        if self.refiner is not None:
+            self.refiner.prepare(settings, count)
+        if not self.offload:
+            for name in NAMES:
+                for component in components(self.config, name):
+                    self.params(component)
+
+    def _with_redux(self, conditioning: Conditioning, heard: Sequence[Heard]) -> Conditioning:
+        """And what is `heard` through FLUX.1 Redux."""
+        if self.redux is None or not heard:
+            return conditioning
+        with self._timed("encoding"):
+            conditioning = self.redux.heard(conditioning, heard)
+        self._leave(self.redux.reader)
+        return conditioning
+
+    def _with_image_prompts(
+        self, inputs: Inputs, given: Given, settings: Settings, passes: int
+    ) -> Inputs:
+        """And what IP-Adapters see."""
+        if self.image_prompter is None:
+            return inputs
+        with self._timed("encoding"):
+            seen = self.image_prompter.prompts(given, settings, passes)
+        self._leave(self.image_prompter.reader)
+        return inputs._replace(image_prompts=seen)
 
     def _leave(self, reader: PictureReader) -> None:
         if self.offload:

@@ -259,7 +259,6 @@ class Pipeline(Drawing):
         images = [Clip(one, float(chosen.fps)) if clips else fromarray(one) for one in pictures]
         if self.sources is not None:
             without = [*sorted(objects), *["redux_image"] * (heard_files is None)]
-            why = f"its {' and '.join(without)} had no file" if without else ""
             sources = [
                 replace(one, redux=one.redux if heard else None, redux_image=heard_files or ())
                 for one in self._sources(lora, len(prompts), number)
@@ -272,7 +271,7 @@ class Pipeline(Drawing):
                 sources,
                 self.config,
                 str(self.dtype),
-                unrepeatable=why,
+                unrepeatable=f"its {' and '.join(without)} had no file" if without else "",
             )
         return images
 
