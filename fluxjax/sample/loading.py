@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -33,10 +33,10 @@ from fluxjax.sample.controls import given_controlnets, open_controlnets
 from fluxjax.sample.ip_adapter import given_ip_adapters, open_ip_adapters
 from fluxjax.sample.loaded_loras import low_rank_of, scaled_lora, with_loras
 from fluxjax.sample.lora_slots import LoraSlots
-from fluxjax.sample.model_files import open_model_file, open_model_folder
+from fluxjax.sample.model_files import ModelFiles, open_model_file, open_model_folder
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.quantise_option import parse_quantise
-from fluxjax.sample.redux import open_redux
+from fluxjax.sample.redux import Redux, open_redux
 from fluxjax.sample.refiner import Refiner
 from fluxjax.sample.settings import Dtype
 from fluxjax.sample.sources import TINY, Sources, absolute
@@ -113,24 +113,15 @@ def load_pipeline(
 
     Raises FileNotFoundError, ConfigError or ValueError with one sentence naming what is wrong.
     """
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in get_args(Dtype):
-        raise ConfigError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    dtype = _known_dtype(dtype)
     tool = embedded_adapter(model)
     path = find(TINY if tool else model, "model", read_config)
-    if path.is_file():
-        family, networks, config, tokenizers = open_model_file(path, text_encoders, vae)
-    elif text_encoders is not None or vae is not None:
-        raise ConfigError(f"text encoders and vae are given for a single file, and {path} is none")
-    else:
-        family, networks, config, tokenizers = open_model_folder(path)
+    family, networks, config, tokenizers = _open_model(path, text_encoders, vae)
     kinds = parse_quantise(quantise)
     scaled = [scaled_lora(lora) for lora in loras]
     used = scaled if tool is None else [(tool, 1.0), *scaled]
     networks, config, low_rank = with_loras(networks, config, used)
     config.require_whole(path)
-    denoiser = config.networks[config.denoiser]
     if stream and scan_layers is False:
         raise ConfigError("stream brings one block at a time: it needs scan_layers")
     scaled_nets = given_controlnets(controlnet)
@@ -138,13 +129,11 @@ def load_pipeline(
         scaled_nets = [(str(own), 1.0)]
     controlnets = open_controlnets(scaled_nets, config)
     config = replace(config, controlnets=tuple(net.config for net in controlnets))
+    denoiser = config.networks[config.denoiser]
     if scan_layers is None:
-        each = config.networks.values()
-        most = max(network_of(part).blocks(part) for part in each)
+        most = max(network_of(part).blocks(part) for part in config.networks.values())
         scan_layers = stream or scan_by_default(most)
-    for name in map(tokenizer_of, config.text_encoders):
-        if not (tokenizers / name).is_dir():
-            raise FileNotFoundError(f"{tokenizers} is not a whole model: {name} is missing")
+    _require_tokenizers(tokenizers, config)
     mesh = _opened_mesh(mesh, denoiser, sequence)
     if mesh is not None and (offload or stream):
         raise ConfigError("offload and stream are for one device: give them or a mesh")
@@ -152,30 +141,17 @@ def load_pipeline(
         raise ConfigError("lora_slots do not go with loras: choose those by call too")
     slots = _slots(lora_slots, config, scan_layers, mesh) if lora_slots else None
     lora = low_rank_of(low_rank, denoiser, _stacked(denoiser, scan_layers))
-    prior = None
     if redux is not None and family is not FLUX:
         raise ConfigError(f"FLUX.1 Redux is heard by FLUX.1 alone, and {path} is another model")
-    if redux is not None:
-        prior = open_redux(
-            find(redux, "checkpoint"), config.networks["text_encoder_2"].d_model, dtype
-        )
+    prior = None if redux is None else _open_redux(redux, config, dtype)
     scaled_ip = given_ip_adapters(ip_adapter)
     prompter = open_ip_adapters(scaled_ip, image_encoder, path, config, dtype)
     held, notes = _held(networks, kinds, scan_layers, config.denoiser)
     pipeline = Pipeline(
         family,
         config,
-        partial(
-            _load,
-            networks,
-            controlnets,
-            dtype,
-            scan_layers,
-            lora,
-            mesh,
-            held,
-            stream,
-            config.denoiser,
+        _Loader(
+            networks, controlnets, config.denoiser, dtype, scan_layers, lora, mesh, held, stream
         ),
         partial(_tokenizers, tokenizers, config),
         dtype=dtype,
@@ -192,15 +168,15 @@ def load_pipeline(
         control_scales=[scale for _, scale in scaled_nets],
         sources=Sources(
             quantise=None if quantise == KEEP else quantise,
-            controlnet=tuple(f"{absolute(folder)}:{scale:g}" for folder, scale in scaled_nets),
-            ip_adapter=tuple(f"{absolute(file)}:{scale:g}" for file, scale in scaled_ip),
-            image_encoder=None if image_encoder is None else absolute(str(image_encoder)),
-            redux=None if redux is None else absolute(str(redux)),
-            refiner=None if refiner is None else absolute(str(refiner)),
+            controlnet=_with_scales(scaled_nets),
+            ip_adapter=_with_scales(scaled_ip),
+            image_encoder=_where(image_encoder),
+            redux=_where(redux),
+            refiner=_where(refiner),
             model=absolute(str(model)),
-            text_encoders=None if text_encoders is None else absolute(str(text_encoders)),
-            vae=None if vae is None else absolute(str(vae)),
-            lora=tuple(f"{absolute(str(file))}:{scale:g}" for file, scale in scaled),
+            text_encoders=_where(text_encoders),
+            vae=_where(vae),
+            lora=_with_scales(scaled),
         ),
     )
     pipeline.notes += notes
@@ -219,6 +195,40 @@ def load_pipeline(
         config.require_refiner(second.config, refiner)
         pipeline.refiner = Refiner(second, pipeline)
     return pipeline
+
+
+def _known_dtype(dtype: Dtype | None) -> Dtype:
+    if dtype is None:
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    return dtype
+
+
+def _open_model(path: Path, text_encoders: str | Path | None, vae: str | Path | None) -> ModelFiles:
+    if path.is_file():
+        return open_model_file(path, text_encoders, vae)
+    if text_encoders is not None or vae is not None:
+        raise ConfigError(f"text encoders and vae are given for a single file, and {path} is none")
+    return open_model_folder(path)
+
+
+def _require_tokenizers(folder: Path, config: PipelineConfig) -> None:
+    for name in map(tokenizer_of, config.text_encoders):
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(f"{folder} is not a whole model: {name} is missing")
+
+
+def _open_redux(redux: str | Path, config: PipelineConfig, dtype: Dtype) -> Redux:
+    return open_redux(find(redux, "checkpoint"), config.networks["text_encoder_2"].d_model, dtype)
+
+
+def _where(path: str | Path | None) -> str | None:
+    return None if path is None else absolute(str(path))
+
+
+def _with_scales(files: Sequence[tuple[str | Path, float]]) -> tuple[str, ...]:
+    return tuple(f"{absolute(str(file))}:{scale:g}" for file, scale in files)
 
 
 def _opened_mesh(
@@ -259,44 +269,50 @@ def _slot_places(config: PipelineConfig, mesh: Mesh, component: str, lora: Param
     return state_shardings(config.networks[component], lora, mesh)
 
 
-def _load(
-    networks: dict[str, OpenNetwork],
-    controlnets: Sequence[OpenNetwork],
-    dtype: Dtype,
-    scan_layers: bool,
-    lora: Params | None,
-    mesh: Mesh | None,
-    held: dict[str, Params],
-    stream: bool,
-    denoiser: str,
-    component: str,
-    part: Part = "all",
-) -> Any:
-    if component == "controlnets":
-        different = {id(net): net for net in controlnets}
-        loaded = {key: _whole(net, dtype, scan_layers, mesh) for key, net in different.items()}
-        return tuple(loaded[id(net)] for net in controlnets)
-    network, denoises = networks[component], component == denoiser
-    stacked = _stacked(network.config, scan_layers)
-    template = held.get(component) or abstract_params(network.config, stacked=stacked)
-    template = part_of(template, network.config, part)
-    places: Any = SingleDeviceSharding(jax.devices()[0])
-    lora_places = jax.tree.map(lambda _: places, lora)
-    if stream and denoises:
-        places = streamed(template)
-    if mesh is not None:
-        places = param_shardings(network.config, template, mesh)
-        lora_places = state_shardings(network.config, lora, mesh)
-    params = network.fill(template, dtype=dtype, shardings=places)
-    return adapt(params, place(lora, lora_places) if denoises else None)
+@dataclass(frozen=True)
+class _Loader:
+    """Reads the weights of a pipeline's networks onto their devices."""
 
+    networks: dict[str, OpenNetwork]
+    controlnets: Sequence[OpenNetwork]
+    denoiser: str
+    dtype: Dtype
+    scan_layers: bool
+    lora: Params | None
+    """Of the denoiser."""
+    mesh: Mesh | None
+    held: dict[str, Params]
+    """Shapes of the networks that have weights in codes."""
+    stream: bool
 
-def _whole(network: OpenNetwork, dtype: Dtype, scan_layers: bool, mesh: Mesh | None) -> Params:
-    template = abstract_params(network.config, stacked=_stacked(network.config, scan_layers))
-    places: Any = SingleDeviceSharding(jax.devices()[0])
-    if mesh is not None:
-        places = param_shardings(network.config, template, mesh)
-    return network.fill(template, dtype=dtype, shardings=places)
+    def __call__(self, component: str, part: Part = "all") -> Any:
+        if component == "controlnets":
+            different = {id(net): net for net in self.controlnets}
+            loaded = {key: self._whole(net) for key, net in different.items()}
+            return tuple(loaded[id(net)] for net in self.controlnets)
+        network, denoises = self.networks[component], component == self.denoiser
+        config = network.config
+        template = self.held.get(component) or self._template(config)
+        template = part_of(template, config, part)
+        places: Any = SingleDeviceSharding(jax.devices()[0])
+        lora_places = jax.tree.map(lambda _: places, self.lora)
+        if self.stream and denoises:
+            places = streamed(template)
+        if self.mesh is not None:
+            places = param_shardings(config, template, self.mesh)
+            lora_places = state_shardings(config, self.lora, self.mesh)
+        params = network.fill(template, dtype=self.dtype, shardings=places)
+        return adapt(params, place(self.lora, lora_places) if denoises else None)
+
+    def _whole(self, network: OpenNetwork) -> Params:
+        template = self._template(network.config)
+        places: Any = SingleDeviceSharding(jax.devices()[0])
+        if self.mesh is not None:
+            places = param_shardings(network.config, template, self.mesh)
+        return network.fill(template, dtype=self.dtype, shardings=places)
+
+    def _template(self, config: Any) -> Params:
+        return abstract_params(config, stacked=_stacked(config, self.scan_layers))
 
 
 def _held(
