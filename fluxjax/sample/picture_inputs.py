@@ -6,13 +6,13 @@ Source: diffusers' pipelines of `fluxjax.families.flux_tasks`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.config import CONTROLS, ConfigError
-from fluxjax.families.family import AnyArray, Task
+from fluxjax.families.family import AnyArray, Conditioning, Task
 from fluxjax.models.autoencoder import normalize_latents
 from fluxjax.sample.controls import ControlInput, control_inputs, control_pictures
 from fluxjax.sample.denoise import Kept
@@ -125,6 +125,30 @@ def kept(inputs: Inputs, noise: Latents) -> Kept | None:
     count, dtype = len(noise), noise.dtype
     mask = np.broadcast_to(inputs.mask, (count, *inputs.mask.shape[1:])).astype(np.float32)
     return Kept(mask, np.broadcast_to(inputs.kept, noise.shape).astype(dtype), noise)
+
+
+def rows_of_pictures(
+    conditionings: tuple[Conditioning | None, ...],
+    guidance: float,
+    inputs: Inputs,
+    noise: Latents,
+) -> tuple[Any, ...]:
+    """Of each pass what it hears -> what `Drawn` has a row of for each picture, in its order."""
+    count, prompts = len(noise), inputs.image_prompts
+
+    def for_each(one: AnyArray | None) -> AnyArray | None:
+        return None if one is None else np.broadcast_to(one, (count, *one.shape[1:]))
+
+    channels = inputs.of_passes(len(conditionings))
+    return (
+        conditionings,
+        np.full(count, guidance, np.float32),
+        for_each(inputs.reference),
+        channels and tuple(map(for_each, channels)),
+        kept(inputs, noise),
+        tuple(one.rows(count) for one in inputs.controls),
+        () if prompts is None else prompts.rows(count),
+    )
 
 
 def noise_of_steps(

@@ -148,26 +148,25 @@ def programs(
     state = jnp.float32 if settings.rounding == "none" else dtype
     n, text = rows("denoise", pictures), settings.max_sequence_length
     shape = family.shape_of(config, settings.width, settings.height, settings.frames)
-    _, longer = family.text_shapes(config, n, text + more_text, dtype)
-    _, conditioning = family.text_shapes(config, n, text, dtype)
     run = family.run(config, course or settings.course(family.first_step), *shape[1:])
     table = run.keeping if task.keeps else run.schedule
-    table = pad(table) if padded else table
-    schedule = jax.tree.map(lambda x: spec(x.shape, x.dtype), table)
+    schedule = jax.tree.map(lambda x: spec(x.shape, x.dtype), pad(table) if padded else table)
     steps = len(schedule.times)
     asked = settings.asked_guidance._replace(pictures=task.pictures)
     weights = family.passes(len(run.schedule.times), family.scale(config, asked))
     many = weights.shape[1] + 1
+    _, longer = family.text_shapes(config, n, text + more_text, dtype)
+    _, conditioning = family.text_shapes(config, n, text, dtype)
+    seen_at = reference_size if "reference" in task.pictures and config.tiling is None else None
     reference = channels = kept = None
-    if config.tiling is not None:
-        reference_size = None
-    if "reference" in task.pictures and reference_size is not None:
-        reference = spec((n, *family.shape_of(config, *reference_size)), dtype)
+    if seen_at is not None:
+        reference = spec((n, *family.shape_of(config, *seen_at)), dtype)
     if task.channels:
         channels = (spec((n, family.joined(config), *shape[1:]), dtype),) * many
     if task.keeps:
         noise = spec((n, *shape), state)
         kept = sampler.Kept(spec((n, 1, *shape[1:]), jnp.float32), noise, noise)
+    attended = tuple((spec((n, *one), dtype),) * 2 for one in image_prompts)
     drawn = Drawn(
         schedule,
         spec((steps, *weights.shape[1:]), jnp.float32),
@@ -177,9 +176,7 @@ def programs(
         channels,
         kept,
         _controls(config, n, settings, shape, dtype),
-        (tuple((spec((n, *one), dtype),) * 2 for one in image_prompts),) * many
-        if image_prompts
-        else (),
+        (attended,) * many if image_prompts else (),
         (spec((steps,), jnp.float32),) * len(config.controlnets),
         tuple(spec(one[:1], jnp.float32) for one in image_prompts),
         spec((n, steps, *shape), state) if schedule.matrices is not None else None,
@@ -193,8 +190,19 @@ def programs(
         listed("denoise", states, drawn, rounding=settings.rounding),
         listed("encode", ids),
     ]
+    for name, (width, height) in _encoded(config, settings, task, seen_at):
+        found.append(listed(name, spec((rows(name, 1), height, width, 3), jnp.float32)))
+    if config.tiling is None and not tiled(*shape[1:]):
+        found.append(listed("decode", spec((rows("decode", pictures), *shape), state)))
+    return found
+
+
+def _encoded(
+    config: PipelineConfig, settings: Settings, task: Task, reference_size: tuple[int, int] | None
+) -> list[tuple[Name, tuple[int, int]]]:
+    """The programs that the pictures of a task are encoded by, each with a (width, height)."""
     seen: dict[tuple[Name, tuple[int, int]], None] = {}
-    if reference_size is not None and "reference" in task.pictures:
+    if reference_size is not None:
         seen["reference", reference_size] = None
     encoded = task.pictures - {"reference"}
     if config.controlnets and all(net.sees_pixels for net in config.controlnets):
@@ -202,11 +210,7 @@ def programs(
     if encoded and config.tiling is None:
         sampled = task.drawn(settings.strength) != ("noise",) and settings.rounding != "bfl"
         seen["posterior" if sampled else "reference", (settings.width, settings.height)] = None
-    for name, (width, height) in seen:
-        found.append(listed(name, spec((rows(name, 1), height, width, 3), jnp.float32)))
-    if config.tiling is None and not tiled(*shape[1:]):
-        found.append(listed("decode", spec((rows("decode", pictures), *shape), state)))
-    return found
+    return list(seen)
 
 
 def _controls(

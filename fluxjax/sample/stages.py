@@ -18,7 +18,7 @@ from fluxjax.sample.denoise import State, in_parts, wait
 from fluxjax.sample.denoise_pictures import Drawn
 from fluxjax.sample.given_pictures import NO_PICTURES, Given
 from fluxjax.sample.network_runner import NetworkRunner
-from fluxjax.sample.picture_inputs import NOTHING, Inputs, kept, noise_of_steps
+from fluxjax.sample.picture_inputs import NOTHING, Inputs, noise_of_steps, rows_of_pictures
 from fluxjax.sample.programs import TEXT_ALONE, programs, tiled
 from fluxjax.sample.reference import pixels, preferred_size
 from fluxjax.sample.refusals import check_clip, check_told
@@ -211,56 +211,33 @@ class Stages(NetworkRunner):
         if not isinstance(steps, Steps):
             steps = Steps(self.config.steps if steps is None else steps)
         course = self.family.run(self.config, steps, *noise.shape[2:])
-        schedule = pad(course.schedule if inputs.mask is None else course.keeping)
-        if rounding == "diffusers" and not self.config.exact_steps:
-            schedule = with_gains_in(schedule, self.dtype)
-        scale = None if negative is None else true_cfg
-        passes = self.family.passes(len(course.schedule.times), scale)
-        missing = len(schedule.times) - len(passes)
-        passes = np.pad(passes, [(0, missing)] + [(0, 0)] * (passes.ndim - 1), mode="edge")
-        many = passes.shape[1] + 1
+        schedule = self._padded_schedule(course, inputs, rounding)
+        passes = self._weights_of_passes(course, schedule, None if negative is None else true_cfg)
+        conditionings = (conditioning, *[negative] * passes.shape[1])
         guidance = self.config.guidance if guidance is None else guidance
-
-        def for_each(one: AnyArray | None) -> AnyArray | None:
-            return None if one is None else np.broadcast_to(one, (count, *one.shape[1:]))
-
-        prompts = inputs.image_prompts
-        conditionings = (conditioning, *[negative] * (many - 1))
-        channels = inputs.of_passes(many)
-        each: Any = (
-            conditionings,
-            np.full(count, guidance, np.float32),
-            for_each(inputs.reference),
-            channels and tuple(map(for_each, channels)),
-            kept(inputs, noise),
-            tuple(one.rows(count) for one in inputs.controls),
-            () if prompts is None else prompts.rows(count),
-        )
-        scales = tuple(one.scales(schedule) for one in inputs.controls)
+        each = rows_of_pictures(conditionings, guidance, inputs, noise)
         noises = noise_of_steps(course, schedule, noise, added or {})
         noise = self.start(noise, inputs, course)
         if self.mesh is not None:
             rows = self.executables.rows("denoise", count)
             noise, noises, *each = pad_rows((noise, noises, *each), rows)
-        seen = () if prompts is None else prompts.scales
-        share = np.asarray(rescale, np.float32) if rescale else None
-        left = left_out_layers(self.config, skip_layers, schedule, steps, true_cfg)
+        prompts = inputs.image_prompts
         drawn = Drawn(
             schedule,
             passes,
             *each,
-            control_scales=scales,
-            image_prompt_scales=seen,
+            control_scales=tuple(one.scales(schedule) for one in inputs.controls),
+            image_prompt_scales=() if prompts is None else prompts.scales,
             noise=noises,
-            rescale=share,
-            left_out=left,
+            rescale=np.asarray(rescale, np.float32) if rescale else None,
+            left_out=left_out_layers(self.config, skip_layers, schedule, steps, true_cfg),
         )
         state = (noise, *[np.zeros_like(noise)] * (schedule.latents - 1))
         chosen = self._chosen("denoise", count, adapters)
-        program, params, each = self._steps(state, drawn, chosen, rounding)
+        program, params, hoisted = self._steps(state, drawn, chosen, rounding)
 
         def run(state: State, schedule: Schedule) -> State:
-            return program(*params, state, drawn._replace(schedule=schedule), *each)
+            return program(*params, state, drawn._replace(schedule=schedule), *hoisted)
 
         def latents(state: Any) -> AnyArray:
             return state[0] if self.mesh is None else gathered(state[0])[:count]
@@ -277,6 +254,20 @@ class Stages(NetworkRunner):
                 on_step=on_step and (lambda step, state: on_step(step, latents(state))),
             )
             return latents(state)
+
+    def _padded_schedule(self, course: Run, inputs: Inputs, rounding: Rounding) -> Schedule:
+        schedule = pad(course.schedule if inputs.mask is None else course.keeping)
+        if rounding == "diffusers" and not self.config.exact_steps:
+            return with_gains_in(schedule, self.dtype)
+        return schedule
+
+    def _weights_of_passes(
+        self, course: Run, schedule: Schedule, scale: Any
+    ) -> Float[np.ndarray, "steps differences *frames"]:
+        """Of the steps of the padded `schedule`; `scale`: of guidance, None: there is one pass."""
+        passes = self.family.passes(len(course.schedule.times), scale)
+        missing = len(schedule.times) - len(passes)
+        return np.pad(passes, [(0, missing)] + [(0, 0)] * (passes.ndim - 1), mode="edge")
 
     def decode(
         self, latents: Float[AnyArray, "n c *size"], *, tile: int | None = None
