@@ -173,7 +173,17 @@ def _module() -> type:
     return Autoencoder
 
 
+SMALL_ROLES: dict[str, Role] = {
+    "norm1": "copied",
+    "norm2": "copied",
+    "group_norm": "copied",
+    "conv_norm_out": "copied",
+    # One head in the middle, which cannot be shared out.
+    **{f"attentions_0/to_{name}": "whole" for name in ("q", "k", "v", "out_0")},
+}
+"""Of all but the convolutions."""
 _ROLES: dict[str, Role] = {
+    **SMALL_ROLES,
     "conv": "convolution",
     "conv1": "convolution",
     "conv2": "convolution",
@@ -182,15 +192,6 @@ _ROLES: dict[str, Role] = {
     "conv_shortcut": "convolution",
     "quant_conv": "convolution",
     "post_quant_conv": "convolution",
-    "norm1": "copied",
-    "norm2": "copied",
-    "group_norm": "copied",
-    "conv_norm_out": "copied",
-    # One head in the middle, which cannot be shared out.
-    "attentions_0/to_q": "whole",
-    "attentions_0/to_k": "whole",
-    "attentions_0/to_v": "whole",
-    "attentions_0/to_out_0": "whole",
 }
 
 AUTOENCODER = Network(

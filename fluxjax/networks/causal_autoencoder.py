@@ -107,18 +107,10 @@ def _module() -> type:
 
 
 _ROLES: dict[str, Role] = {
+    **autoencoder.SMALL_ROLES,
     "conv": "convolution_3d",
     "quant_conv": "convolution_3d",
     "post_quant_conv": "convolution_3d",
-    "norm1": "copied",
-    "norm2": "copied",
-    "group_norm": "copied",
-    "conv_norm_out": "copied",
-    # One head in the middle, which cannot be shared out.
-    "attentions_0/to_q": "whole",
-    "attentions_0/to_k": "whole",
-    "attentions_0/to_v": "whole",
-    "attentions_0/to_out_0": "whole",
 }
 
 CAUSAL_AUTOENCODER = Network(

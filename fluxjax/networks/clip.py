@@ -40,6 +40,20 @@ def _without_projects(config: Any, values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k != "with_projection"}
 
 
+def _json_form(name: str, model_type: str, defaults: dict[str, Any]) -> JsonForm:
+    """Of one of the two encoders, whose class tells whether it has a projection."""
+    with_projection = f"{name}WithProjection"
+    return JsonForm(
+        "transformers",
+        (name, with_projection),
+        model_types=(model_type,),
+        defaults=defaults,
+        read=_projects,
+        write=_without_projects,
+        written_class=lambda config: with_projection if config.with_projection else name,
+    )
+
+
 def _read_both(values: dict[str, Any]) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for network, key in ((CLIP_TEXT, "text_config"), (CLIP_VISION, "vision_config")):
@@ -138,11 +152,10 @@ CLIP_TEXT = Network(
     module=_text_module,
     inputs=_text_inputs,
     outputs=_pooled,
-    json=JsonForm(
-        "transformers",
-        ("CLIPTextModel", "CLIPTextModelWithProjection"),
-        model_types=("clip_text_model",),
-        defaults={
+    json=_json_form(
+        "CLIPTextModel",
+        "clip_text_model",
+        {
             "hidden_size": 512,
             "intermediate_size": 2048,
             "projection_dim": 512,
@@ -150,9 +163,6 @@ CLIP_TEXT = Network(
             "bos_token_id": 49406,
             "eos_token_id": 49407,
         },
-        read=_projects,
-        write=_without_projects,
-        written_class=lambda c: "CLIPTextModel" + "WithProjection" * c.with_projection,
     ),
     dialects=(
         Dialect(
@@ -197,11 +207,10 @@ CLIP_VISION = Network(
     module=_vision_module,
     inputs=_vision_inputs,
     outputs=_pooled,
-    json=JsonForm(
-        "transformers",
-        ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
-        model_types=("clip_vision_model",),
-        defaults={
+    json=_json_form(
+        "CLIPVisionModel",
+        "clip_vision_model",
+        {
             "hidden_size": 768,
             "intermediate_size": 3072,
             "projection_dim": 512,
@@ -209,9 +218,6 @@ CLIP_VISION = Network(
             "num_attention_heads": 12,
             "patch_size": 32,
         },
-        read=_projects,
-        write=_without_projects,
-        written_class=lambda c: "CLIPVisionModel" + "WithProjection" * c.with_projection,
     ),
     dialects=(
         Dialect(

@@ -10,6 +10,7 @@ import numpy as np
 from fluxjax.config import ConfigError, FluxConfig
 from fluxjax.config.latents import PATCH
 from fluxjax.networks.network import (
+    TRANSFORMER_PREFIXES,
     Arrays,
     Dialect,
     JsonForm,
@@ -369,17 +370,7 @@ FLUX = Network(
         _whole,
         lambda config: config.num_attention_heads,
     ),
-    adapter_prefixes=(
-        "model.diffusion_model.",
-        "diffusion_model.",
-        "base_model.model.",
-        "transformer.",
-        "lora_transformer_",
-        "lora_unet_",
-        "oft_unet_",
-        "lycoris_",
-        "",
-    ),
+    adapter_prefixes=("model.diffusion_model.", "oft_unet_", *TRANSFORMER_PREFIXES),
     adapter_rules=lambda shapes: (*BFL.rules, *_XLABS),
     widened=("x_embedder", "in_channels"),
     blocks=lambda config: config.num_layers + config.num_single_layers,

@@ -103,6 +103,18 @@ class TokenSplit:
     """Whether the module has an `image_attention` of its own, of the image's tokens alone."""
 
 
+TRANSFORMER_PREFIXES = (
+    "diffusion_model.",
+    "base_model.model.",
+    "transformer.",
+    "lora_transformer_",
+    "lora_unet_",
+    "lycoris_",
+    "",
+)
+"""`Network.adapter_prefixes` that all transformers have."""
+
+
 @dataclass(frozen=True)
 class Network:
     """One kind of weights: `NETWORKS[type(config)]`."""

@@ -9,6 +9,7 @@ import numpy as np
 from fluxjax.config import ConfigError
 from fluxjax.config.pixart import PixArtConfig
 from fluxjax.networks.network import (
+    TRANSFORMER_PREFIXES,
     Arrays,
     Dialect,
     JsonForm,
@@ -264,15 +265,7 @@ PIXART = Network(
         lambda config: config.num_attention_heads,
         result=_result,
     ),
-    adapter_prefixes=(
-        "diffusion_model.",
-        "base_model.model.",
-        "transformer.",
-        "lora_transformer_",
-        "lora_unet_",
-        "lycoris_",
-        "",
-    ),
+    adapter_prefixes=TRANSFORMER_PREFIXES,
     adapter_rules=lambda shapes: tuple(rule for rule in ORIGINAL.rules if rule.leaves != _TABLE),
     held=held_by_blocks,
     flops=flops,

@@ -9,6 +9,7 @@ import numpy as np
 from fluxjax.config import ConfigError
 from fluxjax.config.sd3 import SD3Config
 from fluxjax.networks.network import (
+    TRANSFORMER_PREFIXES,
     Arrays,
     Dialect,
     JsonForm,
@@ -305,16 +306,7 @@ SD3 = Network(
         result=_result,
         image_attention=True,
     ),
-    adapter_prefixes=(
-        "model.diffusion_model.",
-        "diffusion_model.",
-        "base_model.model.",
-        "transformer.",
-        "lora_transformer_",
-        "lora_unet_",
-        "lycoris_",
-        "",
-    ),
+    adapter_prefixes=("model.diffusion_model.", *TRANSFORMER_PREFIXES),
     adapter_rules=_adapter_rules,
     held=held_by_blocks,
     flops=flops,
