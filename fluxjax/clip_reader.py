@@ -22,6 +22,8 @@ _STRICT = {"err_detect": "explode"}  # damage is an error, not a guess at what w
 
 
 class OpenedVideo(NamedTuple):
+    """A video whose frames are read one after the other."""
+
     fps: float
     frames: Iterator[UInt8[np.ndarray, "height width 3"]]
     """Decoded as they are asked for."""

@@ -35,6 +35,8 @@ _INDEX = "model_index.json"
 
 
 class Name(NamedTuple):
+    """A repository of the hub, one of its branches, tags or commits, and a `file` of it, or ""."""
+
     repo: str
     revision: str
     file: str = ""

@@ -65,6 +65,7 @@ def pipeline_class(folder: Path) -> type[PipelineConfig]:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Indented and sorted; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

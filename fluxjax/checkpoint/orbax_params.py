@@ -30,6 +30,7 @@ _PART = re.compile(rb".+/\d+(\.\d+)*")
 
 
 def is_orbax(folder: Path) -> bool:
+    """Whether a folder holds parameters that `write_orbax` wrote."""
     return (Path(folder) / _MARKER).is_file()
 
 

@@ -182,6 +182,7 @@ def write_safetensors(
 
 
 def write_tensor(file: BinaryIO, name: str, tensor: Tensor) -> None:
+    """Appends the bytes, block by block. Raises ValueError for a tensor that reads as another."""
     count = 0
     for block in tensor.blocks():
         if block.dtype != tensor.dtype:

@@ -121,6 +121,7 @@ def _scale_of(weight: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, str]:
 
 
 def is_fp8_extra(name: str) -> bool:
+    """Whether this is a scale or mark of fp8 files, and no weight."""
     return _OF_FP8.fullmatch(name) is not None
 
 

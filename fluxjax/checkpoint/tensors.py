@@ -69,10 +69,12 @@ def _rows_of_array(array: Any, start: int, stop: int) -> np.ndarray:
 
 
 def as_tensor(value: Any) -> Tensor:
+    """An array, or what is lazy already, as a lazy tensor."""
     return value if isinstance(value, Tensor) else of_array(value)
 
 
 def slice_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of the first axis."""
     if (start, stop) == (0, tensor.shape[0]):
         return tensor
     shape = (stop - start, *tensor.shape[1:])
@@ -139,6 +141,7 @@ def unpacked(packed: Quantised, dtype: Any = np.float32) -> Tensor:
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
+    """The second half of the rows before the first."""
     half = tensor.shape[0] // 2
     return concatenate([slice_rows(tensor, half, 2 * half), slice_rows(tensor, 0, half)])
 
@@ -189,12 +192,14 @@ def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def astype(tensor: Tensor, dtype: np.dtype) -> Tensor:
+    """The same values in another dtype."""
     if tensor.dtype == dtype:
         return tensor
     return Tensor(tensor.shape, dtype, lambda a, b: tensor.rows(a, b).astype(dtype), tensor.by_rows)
 
 
 def of_whole(shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]) -> Tensor:
+    """What `read` gives, which is read whole for any of its rows."""
     return Tensor(tuple(shape), np.dtype(dtype), partial(_rows_of_whole, read))
 
 

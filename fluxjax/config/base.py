@@ -27,6 +27,7 @@ class ConfigError(ValueError):
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with `message` unless the `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
@@ -101,6 +102,7 @@ def positive(config: object, *names: str) -> None:
 
 
 def layers(config: object, *names: str, lowest: int = 1) -> None:
+    """Raises ConfigError unless each of these fields can be a number of layers."""
     in_range(config, lowest, MOST_LAYERS, *names)
 
 

@@ -27,6 +27,7 @@ _FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k": 14, "q5_k": 16, "q6_k": 18}
 
 
 def is_gguf_kind(kind: str | None) -> bool:
+    """Whether codes of this kind are written as GGUF."""
     return kind in _FILE_TYPES
 
 

@@ -55,6 +55,8 @@ class Inputs(dict[str, np.ndarray]):
 
 @dataclass(frozen=True)
 class Recording:
+    """One safetensors file of the original code's weights, inputs and outputs."""
+
     path: Path
     config: Mapping[str, Any]
     """What the metadata tell."""

@@ -156,6 +156,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def closing_line(report: Report) -> str:
+    """Passed or failed, in one sentence."""
     if not report.rows:
         return f"{report.title}: FAIL, nothing was compared."
     if (bad := report.first_failure) is None:

@@ -71,6 +71,7 @@ class PromptIds(NamedTuple):
 
 
 def tasks_of(config: HunyuanVideoImageToVideoPipelineConfig) -> list[Task]:
+    """The one of its class in model_index.json."""
     return [TASKS[config.class_name]]
 
 
@@ -170,6 +171,7 @@ def begun(
 def started(
     image: Float[np.ndarray, "n c frames h w"], noise: Float[np.ndarray, "n c frames h w"], run: Run
 ) -> Float[np.ndarray, "n c frames h w"]:
+    """Noise with a share of the first frame's latents, see `begun`."""
     return begun(image, noise)
 
 

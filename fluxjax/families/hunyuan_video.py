@@ -61,6 +61,7 @@ class PromptIds(NamedTuple):
 
 
 def tasks_of(config: HunyuanVideoPipelineConfig) -> list[Task]:
+    """The one of its class in model_index.json."""
     return [TASKS[config.class_name]]
 
 

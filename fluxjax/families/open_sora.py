@@ -157,6 +157,7 @@ def pack(latents: Float[AnyArray, "n c frames h w"], *, reference: bool = False)
 def unpack(
     values: Float[Array, "n frames h w c"], frames: int, rows: int, columns: int
 ) -> Float[Array, "n c frames h w"]:
+    """Channels first."""
     return jnp.moveaxis(values, -1, 1)
 
 

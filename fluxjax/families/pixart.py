@@ -50,6 +50,7 @@ class PromptIds(NamedTuple):
 
 
 def tasks_of(config: PipelineConfig) -> list[Task]:
+    """The one of its class in model_index.json."""
     return [TASKS[config.class_name]]
 
 

@@ -186,6 +186,7 @@ def pack(latents: Float[AnyArray, "n c h w"], *, reference: bool = False) -> Tok
 
 
 def unpack(values: Float[Array, "n h w c"], rows: int, columns: int) -> Float[Array, "n c h w"]:
+    """Channels first."""
     return jnp.moveaxis(values, -1, 1)
 
 
@@ -303,6 +304,7 @@ def hoist(
 
 
 def path(config: StableDiffusionConfig) -> DiffusionPath:
+    """The diffusion's, of the scheduler's noise levels."""
     return DiffusionPath.of(config.scheduler)
 
 

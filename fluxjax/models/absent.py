@@ -18,6 +18,8 @@ from fluxjax.models.quantised import Quantised
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Absent:
+    """In place of a parameter that is not there, its shape."""
+
     shape: tuple[int, ...] = field(metadata={"static": True})
 
 

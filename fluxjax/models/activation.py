@@ -21,6 +21,7 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def gelu_exact(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """By the error function."""
     return jax.nn.gelu(x, approximate=False)
 
 

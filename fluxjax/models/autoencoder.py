@@ -123,6 +123,8 @@ class _Layer(Layer):
 
 
 class ResnetBlock(_Layer):
+    """Norm, SiLU and convolution, twice, beside the input."""
+
     features: int = 0
 
     @nn.compact
@@ -147,6 +149,8 @@ class PixelAttention(_Layer):
 
 
 class MidBlock(_Layer):
+    """Attention between two residual blocks, at the coarsest resolution."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         features = x.shape[-1]
@@ -156,6 +160,8 @@ class MidBlock(_Layer):
 
 
 class Downsample(_Layer):
+    """Half of each side, by a convolution."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         # Padded on the right and at the bottom only.
@@ -163,6 +169,8 @@ class Downsample(_Layer):
 
 
 class Upsample(_Layer):
+    """Twice each side: the nearest pixel, then a convolution."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         b, h, w, c = x.shape
@@ -171,6 +179,8 @@ class Upsample(_Layer):
 
 
 class DownBlock(_Layer):
+    """Residual blocks of one resolution of the encoder, and the way to the next."""
+
     features: int = 0
     downsample: bool = True
 
@@ -182,6 +192,8 @@ class DownBlock(_Layer):
 
 
 class UpBlock(_Layer):
+    """Likewise of the decoder."""
+
     features: int = 0
     upsample: bool = True
 
@@ -193,6 +205,8 @@ class UpBlock(_Layer):
 
 
 class Encoder(_Layer):
+    """Pictures in [-1, 1] to the latents' moments."""
+
     @nn.compact
     def __call__(self, image: Float[Array, "b height width 3"]) -> Float[Array, "b h w moments"]:
         widths = self.config.block_out_channels

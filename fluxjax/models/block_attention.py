@@ -45,6 +45,7 @@ class Attended(NamedTuple):
 
 
 def nothing_attended(q: Float[Array, "b l heads k"]) -> Attended:
+    """Of no keys: zeros, whose weight is none when blocks are joined."""
     b, length, heads, _ = q.shape
     return Attended(
         jnp.zeros(q.shape, jnp.float32), jnp.full((b, heads, length), _NOTHING, jnp.float32)

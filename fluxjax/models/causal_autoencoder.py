@@ -55,6 +55,8 @@ class CausalConv(_Layer):
 
 
 class ResnetBlock(_Layer):
+    """Norm, SiLU and causal convolution, twice, beside the input."""
+
     features: int = 0
 
     @nn.compact
@@ -89,6 +91,8 @@ class CausalAttention(_Layer):
 
 
 class MidBlock(_Layer):
+    """Attention between two residual blocks, at the coarsest resolution."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         features = x.shape[-1]
@@ -98,6 +102,8 @@ class MidBlock(_Layer):
 
 
 class Downsample(_Layer):
+    """By `factors` of frames and of sides, by a convolution."""
+
     factors: tuple[int, int] = (1, 1)
 
     @nn.compact
@@ -106,6 +112,8 @@ class Downsample(_Layer):
 
 
 class Upsample(_Layer):
+    """By `factors` of frames, of which the first stays one, and of sides."""
+
     factors: tuple[int, int] = (1, 1)
 
     @nn.compact
@@ -119,6 +127,8 @@ class Upsample(_Layer):
 
 
 class DownBlock(_Layer):
+    """Residual blocks of one resolution of the encoder, and the way to the next."""
+
     features: int = 0
     factors: tuple[int, int] = (1, 1)
 
@@ -132,6 +142,8 @@ class DownBlock(_Layer):
 
 
 class UpBlock(_Layer):
+    """Likewise of the decoder."""
+
     features: int = 0
     factors: tuple[int, int] = (1, 1)
 
@@ -145,6 +157,8 @@ class UpBlock(_Layer):
 
 
 class Encoder(_Layer):
+    """Clips in [-1, 1] to the latents' moments."""
+
     @nn.compact
     def __call__(self, clip: Float[Array, "b frames height width 3"]) -> Float[Array, "b t h w m"]:
         widths = self.config.block_out_channels
@@ -159,6 +173,8 @@ class Encoder(_Layer):
 
 
 class Decoder(_Layer):
+    """Latents to clips, nominally in [-1, 1]."""
+
     @nn.compact
     def __call__(
         self, latents: Float[Array, "b t h w c"]

@@ -47,6 +47,8 @@ class CLIPTextOutput(struct.PyTreeNode):
 
 
 class CLIPAttention(Part):
+    """Of all tokens, or, causal, of those before."""
+
     config: EncoderConfig
     causal: bool
 
@@ -68,6 +70,8 @@ class CLIPAttention(Part):
 
 
 class CLIPMLP(Part):
+    """Two layers and the configuration's activation."""
+
     config: EncoderConfig
 
     @nn.compact
@@ -83,11 +87,14 @@ class CLIPMLP(Part):
 
 
 def layer_norm(epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
+    """torch.nn.LayerNorm."""
     # The two-pass variance: E[x^2] - E[x]^2 cancels where CLIP's states have a large mean.
     return nn.LayerNorm(epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False)
 
 
 class CLIPEncoderLayer(Part):
+    """Attention and MLP, each after a norm and beside the input."""
+
     config: EncoderConfig
     causal: bool
 
@@ -104,6 +111,8 @@ class CLIPEncoderLayer(Part):
 
 
 class CLIPEncoder(Part):
+    """All layers: their last states, and those before the last layer."""
+
     config: EncoderConfig
     causal: bool
     scan_layers: bool = False
@@ -162,10 +171,13 @@ class CLIPEncoder(Part):
 def embedding_table(
     count: int, features: int, dtype: Dtype, param_dtype: Dtype, init: Callable
 ) -> nn.Embed:
+    """`count` vectors of `features` numbers."""
     return nn.Embed(count, features, dtype=dtype, param_dtype=param_dtype, embedding_init=init)
 
 
 class CLIPTextEmbeddings(nn.Module):
+    """Of tokens and of their positions."""
+
     config: CLIPTextConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -187,6 +199,8 @@ class CLIPTextEmbeddings(nn.Module):
 
 
 class CLIPTextTransformer(Part):
+    """Embeddings, causal encoder and norm, and the state at the end of the text."""
+
     config: CLIPTextConfig
     scan_layers: bool = False
     remat: bool = False
@@ -242,6 +256,7 @@ def projection(
     param_dtype: Dtype,
     precision: Precision = None,
 ) -> Dense:
+    """Into the space that texts and pictures share; without bias."""
     types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "precision": precision}
     init = nn.initializers.normal(config.hidden_size**-0.5)
     return Dense(config.projection_dim, use_bias=False, kernel_init=init, **types)

@@ -38,6 +38,8 @@ class CLIPVisionOutput(struct.PyTreeNode):
 
 
 class CLIPVisionEmbeddings(nn.Module):
+    """Patches of pixels and a class token before them, with their positions."""
+
     config: CLIPVisionConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -83,6 +85,8 @@ class CLIPVisionEmbeddings(nn.Module):
 
 
 class CLIPVisionTransformer(nn.Module):
+    """Embeddings, norm, encoder, and the norm of the class token."""
+
     config: CLIPVisionConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

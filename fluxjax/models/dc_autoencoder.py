@@ -119,6 +119,8 @@ class Residual(_Layer):
 
 
 class Convolutions(_Layer):
+    """Two convolutions, of which the second has a norm."""
+
     features: int = 0
 
     @nn.compact
@@ -192,6 +194,8 @@ class AttentionBlock(_Layer):
 
 
 class Downsample(_Layer):
+    """Half of each side, and of the frames of clips, beside averages of what becomes one."""
+
     features: int = 0
     frames: int = 1
 
@@ -204,6 +208,8 @@ class Downsample(_Layer):
 
 
 class Nearest(_Layer):
+    """The nearest pixels, then a convolution."""
+
     features: int = 0
     frames: int = 1
 
@@ -215,6 +221,8 @@ class Nearest(_Layer):
 
 
 class Upsample(_Layer):
+    """Twice each side, and the frames of clips, beside what is repeated."""
+
     features: int = 0
     frames: int = 1
 
@@ -257,6 +265,8 @@ class _LatentsOut(_Layer):
 
 
 class EncoderEnd(_Layer):
+    """To the latents, beside averages of channels."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w d"]:
         main = self.part(_LatentsOut, name="main")
@@ -264,6 +274,8 @@ class EncoderEnd(_Layer):
 
 
 class Encoder(_Layer):
+    """Clips in [-1, 1] to latents."""
+
     @nn.compact
     def __call__(self, clip: Float[Array, "b frames height width 3"]) -> Float[Array, "b t h w c"]:
         x = self.part(ConvLayer, self.config.width_list[0], name="project_in")(clip)
@@ -273,6 +285,8 @@ class Encoder(_Layer):
 
 
 class DecoderStart(_Layer):
+    """From the latents, beside repeated channels."""
+
     @nn.compact
     def __call__(self, latents: Float[Array, "b t h w c"]) -> Float[Array, "b t h w d"]:
         width = self.config.width_list[-1]
@@ -280,6 +294,8 @@ class DecoderStart(_Layer):
 
 
 class DecoderEnd(_Layer):
+    """Norm, ReLU and the last convolution."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w 3"]:
         x = nn.relu(self.norm("op_list_0")(x))
@@ -287,6 +303,8 @@ class DecoderEnd(_Layer):
 
 
 class Decoder(_Layer):
+    """Latents to clips, nominally in [-1, 1]."""
+
     @nn.compact
     def __call__(
         self, latents: Float[Array, "b t h w c"]

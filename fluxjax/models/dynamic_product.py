@@ -22,6 +22,7 @@ _CONTRACTING = (((1,), (1,)), ((), ()))
 
 
 def is_dynamic(kernel: Any) -> TypeGuard[Quantised]:
+    """Whether a kernel is multiplied by inputs that are quantised as they come."""
     return isinstance(kernel, Quantised) and kernel.kind in DYNAMIC
 
 

@@ -17,6 +17,7 @@ EACH = 0
 
 
 def on_host(leaf: Any) -> bool:
+    """Whether an array lies in the host's memory, also while it is traced."""
     return jax.typeof(leaf).memory_space == jax.memory.Space.Host
 
 

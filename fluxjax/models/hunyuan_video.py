@@ -25,6 +25,8 @@ from fluxjax.models.transformer_blocks import AdaLayerNorm, Attention, FeedForwa
 
 
 class TextLastBlock(DoubleBlock):
+    """FLUX's double block, with the text behind the image."""
+
     text_last = True
 
 
@@ -55,6 +57,8 @@ class RefinerBlock(Part):
 
 
 class RefinerBlocks(Part):
+    """One after the other."""
+
     config: HunyuanVideoConfig
 
     def setup(self) -> None:
@@ -111,6 +115,8 @@ class VideoPatches(Part):
 
 
 class VideoPatchEmbed(Part):
+    """Patches of a frame's latents, which are tokens already."""
+
     dim: int
     patch: int
 

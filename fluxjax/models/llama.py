@@ -70,6 +70,8 @@ class LlamaMLP(Part):
 
 
 class LlamaLayer(Part):
+    """Attention and MLP, each after a norm and beside the input."""
+
     config: LlamaConfig
     axes: ClassVar = (BROADCAST, BROADCAST)
 

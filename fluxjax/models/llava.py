@@ -18,6 +18,8 @@ from fluxjax.models.llama import LlamaModel
 
 
 class Projector(Part):
+    """Two layers with a GELU between them: the vision encoder's states as the language model's."""
+
     width: int
 
     def setup(self) -> None:

@@ -19,6 +19,7 @@ _T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
 
 
 def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Nested dicts -> {path: leaf}."""
     flat: dict[tuple[str, ...], Any] = {}
     for key, value in tree.items():
         path = (*prefix, key)
@@ -27,6 +28,7 @@ def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple
 
 
 def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         node = tree

@@ -29,6 +29,8 @@ class SiglipVisionOutput(struct.PyTreeNode):
 
 
 class SiglipVisionEmbeddings(nn.Module):
+    """Patches of pixels in [-1, 1], with their positions."""
+
     config: SiglipVisionConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -92,6 +94,8 @@ class SiglipPoolingAttention(nn.Module):
 
 
 class SiglipPoolingHead(nn.Module):
+    """One vector of all tokens."""
+
     config: SiglipVisionConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -112,6 +116,8 @@ class SiglipPoolingHead(nn.Module):
 
 
 class SiglipVisionTransformer(nn.Module):
+    """Embeddings, encoder, norm and head."""
+
     config: SiglipVisionConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

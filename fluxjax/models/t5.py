@@ -42,6 +42,8 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int) 
 
 
 class T5Part(Part):
+    """Layers as T5 draws them."""
+
     def linear(self, features: int, init_features: int, name: str) -> Dense:
         """Without bias, drawn with variance 1 / init_features."""
         init = nn.initializers.normal(init_features**-0.5)
@@ -49,6 +51,8 @@ class T5Part(Part):
 
 
 class T5Attention(T5Part):
+    """Without a scale; `bias` is that of the keys' distances."""
+
     config: T5Config
 
     @nn.compact
@@ -68,6 +72,8 @@ class T5Attention(T5Part):
 
 
 class T5FeedForward(T5Part):
+    """Two layers, of which the first may be gated by another (`is_gated_act`)."""
+
     config: T5Config
 
     @nn.compact
@@ -83,6 +89,8 @@ class T5FeedForward(T5Part):
 
 
 class T5SelfAttentionLayer(Part):
+    """Norm and attention, beside the input."""
+
     config: T5Config
 
     def setup(self) -> None:
@@ -96,6 +104,8 @@ class T5SelfAttentionLayer(Part):
 
 
 class T5FeedForwardLayer(Part):
+    """Norm and gated layers, beside the input."""
+
     config: T5Config
 
     def setup(self) -> None:
@@ -107,6 +117,8 @@ class T5FeedForwardLayer(Part):
 
 
 class T5Block(Part):
+    """Attention, then the feed-forward layers."""
+
     config: T5Config
 
     def setup(self) -> None:
@@ -120,6 +132,8 @@ class T5Block(Part):
 
 
 class T5Stack(Part):
+    """All blocks, which share the first one's bias of distances, and the last norm."""
+
     config: T5Config
     scan_layers: bool = False
     remat: bool = False

@@ -57,6 +57,7 @@ class AdaLayerNorm(Part):
 
 
 def modulate(x, shift, scale):
+    """A vector, (b, d) or one for each token, scales and shifts (b, l, d)."""
     return x * (1 + over_tokens(scale)) + over_tokens(shift)
 
 
@@ -66,6 +67,8 @@ def over_tokens(vector: Vector) -> Float[Array, "b #l d"]:
 
 
 class ActivatedProjection(Part):
+    """A linear layer and its activation."""
+
     dim: int
     activation: Activation = "gelu_new"
 
@@ -205,6 +208,7 @@ def places(text: int, image: int, text_last: bool) -> tuple[slice, slice]:
 
 
 def split_heads(x: Float[Array, "b l d"], heads: int) -> Float[Array, "b l heads k"]:
+    """The width, shared out among the heads."""
     return x.reshape(*x.shape[:2], heads, -1)
 
 

@@ -46,6 +46,8 @@ class DownBlock(Part):
 
 
 class MidBlock(Part):
+    """A transformer between two residual blocks, at the coarsest resolution."""
+
     config: UNetConfig
 
     @nn.compact

@@ -103,6 +103,8 @@ class TransformerBlock(Part):
 
 
 class GatedMLP(Part):
+    """Four times as wide, gated."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         return self.dense(x.shape[-1], name="net_2")(GEGLU(**self.types, name="net_0")(x))
@@ -118,12 +120,16 @@ class GEGLU(Part):
 
 
 class Downsample(Part):
+    """Half of each side, by a convolution."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         return convolution(self, x.shape[-1], 3, "conv", stride=2)(x)
 
 
 class Upsample(Part):
+    """To `size` (rows, columns), then a convolution."""
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], size: tuple[int, ...]

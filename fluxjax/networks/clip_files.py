@@ -110,6 +110,8 @@ _OPENAI = tuple(FAMILY_NAMES[name] for name in ("flux", "hunyuan-video", "hunyua
 
 
 def infer_text(shapes: Shapes, family: str) -> CLIPTextConfig:
+    """Sizes from shapes. Raises ConfigError where the activation is asked for: unless the family's
+    CLIP is OpenAI's."""
     config = openai_text(shapes)
     openclip = config.hidden_size in (CLIP_H_TEXT.hidden_size, CLIP_BIGG_TEXT.hidden_size)
     if family not in _OPENAI or openclip:
@@ -154,6 +156,7 @@ def openclip_text(shapes: Shapes, family: str = "") -> CLIPTextConfig:
 
 
 def infer_vision(shapes: Shapes, family: str) -> CLIPVisionConfig:
+    """Raises ConfigError, which asks for the activation that shapes do not tell."""
     p = "vision_model." if "vision_model.embeddings.class_embedding" in shapes else ""
     width = shapes[f"{p}embeddings.patch_embedding.weight"][0]
     layers = count(shapes, rf"{re.escape(p)}encoder\.layers\.(\d+)\.")
@@ -161,4 +164,5 @@ def infer_vision(shapes: Shapes, family: str) -> CLIPVisionConfig:
 
 
 def infer_both(shapes: Shapes, family: str) -> CLIPConfig:
+    """Raises ConfigError, likewise."""
     raise _ask_for_activation("CLIP")

@@ -101,6 +101,7 @@ _XLABS = (
 
 
 def infer_published(shapes: Shapes, family: str) -> FluxConfig:
+    """Sizes from the shapes under diffusers' names; KeyError for a tensor that is missing."""
     embed, double, single = "time_text_embed", "transformer_blocks", "single_transformer_blocks"
     return _infer(
         shapes,
@@ -115,6 +116,7 @@ def infer_published(shapes: Shapes, family: str) -> FluxConfig:
 
 
 def infer_bfl(shapes: Shapes, family: str) -> FluxConfig:
+    """Likewise under BFL's names."""
     double, single = "double_blocks", "single_blocks"
     return _infer(
         shapes,

@@ -93,4 +93,5 @@ def gathered(array: jax.Array) -> np.ndarray:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """All of an array on each device."""
     return NamedSharding(mesh, P())

@@ -128,6 +128,7 @@ def device_count(options: Options) -> int:
 
 
 def mesh_shape(options: Options) -> MeshShape:
+    """Raises ConfigError for a `--mesh` that is none."""
     return parse_mesh(options.mesh)
 
 

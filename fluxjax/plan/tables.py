@@ -13,14 +13,17 @@ from fluxjax.plan.programs import Placed
 
 
 def gigabytes(count: int | float) -> str:
+    """Bytes in words, of few in megabytes."""
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 def seconds(value: float) -> str:
+    """Seconds in words, of few in milliseconds."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
 
 
 def print_tables(placed: Placed, chips: tuple[Chip, ...], made: dict[str, Any]) -> None:
+    """What a plan has found, of memory, programs and chips; `made` says of what it is."""
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in made.items()), highlight=False)
     memory = Table("on each device", "bytes", title_justify="left")

@@ -38,6 +38,8 @@ _QUALITY = "16"  # of x264: nothing that an eye sees is lost
 
 @dataclass(frozen=True)
 class Clip:
+    """A video in memory: its frames, and how many of them a second has."""
+
     frames: Frames
     fps: float
     info: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -145,6 +145,7 @@ class Preview:
 def enlarged(
     pictures: UInt8[np.ndarray, "n h w 3"], scale: int
 ) -> UInt8[np.ndarray, "n height width 3"]:
+    """Pictures `scale` times as large on each side, bicubic."""
     from PIL import Image
 
     size = (pictures.shape[2] * scale, pictures.shape[1] * scale)

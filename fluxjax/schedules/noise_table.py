@@ -22,8 +22,8 @@ def alphas_cumprod(config: SamplerConfig) -> Float[np.ndarray, "timesteps"]:
     """The share of the picture's variance at each timestep, float32; `config` is complete."""
     values = betas(config)
     if not config.rescale_betas_zero_snr:
-        return cumulative(values)
-    table = cumulative(zero_terminal_snr(values))
+        return _cumulative(values)
+    table = _cumulative(zero_terminal_snr(values))
     if config.final_sigmas_type or config.sampler == "EulerAncestralDiscreteScheduler":
         table[-1] = ALMOST_NOISE  # samplers that count in sigmas need one that is finite
     return table
@@ -54,13 +54,13 @@ def betas(config: SamplerConfig) -> Float[np.ndarray, "timesteps"]:
     return np.asarray(added, np.float32)
 
 
-def cumulative(betas: Float[np.ndarray, "timesteps"]) -> Float[np.ndarray, "timesteps"]:
+def _cumulative(betas: Float[np.ndarray, "timesteps"]) -> Float[np.ndarray, "timesteps"]:
     return np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32)
 
 
 def zero_terminal_snr(betas: Float[np.ndarray, "timesteps"]) -> Float[np.ndarray, "timesteps"]:
     """Betas whose last timestep leaves nothing of the picture; the first stays as it is."""
-    root = np.sqrt(cumulative(betas))
+    root = np.sqrt(_cumulative(betas))
     first, last = root[0], root[-1]
     root = (root - last) * (first / (first - last))
     left = root**2

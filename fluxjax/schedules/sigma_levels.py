@@ -21,6 +21,8 @@ ALMOST_ONE = 1e-6
 
 
 class Levels(NamedTuple):
+    """What diffusers calls a scheduler's `sigmas` and `timesteps`."""
+
     sigmas: Float[np.ndarray, "levels"]
     """One more than there are times, or two, of which the last is not reached. Float32 values as
     float64: diffusers rounds them before it steps."""

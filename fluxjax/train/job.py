@@ -80,6 +80,7 @@ class Placement:
 
 
 def replicate(x: Any, mesh: Mesh) -> Array:
+    """An array that all processes have alike, on every device of the mesh."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
 

@@ -28,6 +28,7 @@ class TrainState(NamedTuple):
 def init_state(
     params: Tree, optimizer: optax.GradientTransformation, *, ema: bool = True
 ) -> TrainState:
+    """Step 0 of these parameters, with an average of them if `ema`."""
     # A copy: the step donates its state, and donating one buffer twice is an error.
     average = jax.tree.map(jnp.copy, params) if ema else None
     zero = jnp.zeros((), jnp.int32)

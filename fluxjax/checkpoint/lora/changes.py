@@ -39,6 +39,8 @@ class Change:
 
 
 def low_rank(adapter: Adapter, inputs: int | None = None) -> Change:
+    """scale x b a; `inputs`: how many the changed weight has, where it has more than before."""
+
     def delta(read: Read) -> np.ndarray:
         return (adapter.b @ adapter.a) * np.float32(adapter.scale)
 
@@ -46,6 +48,7 @@ def low_rank(adapter: Adapter, inputs: int | None = None) -> Change:
 
 
 def constant(delta: np.ndarray) -> Change:
+    """A change that is the same for every weight."""
     return Change(lambda read: delta)
 
 

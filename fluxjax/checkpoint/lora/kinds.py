@@ -233,6 +233,7 @@ def kind_of(parts: Mapping[str, object]) -> Kind | None:
 
 
 def kind_named(name: str) -> Kind:
+    """Of KINDS."""
     return next(kind for kind in KINDS if kind.name == name)
 
 
@@ -242,6 +243,7 @@ def _share(kind: Kind, parts: Mapping[str, object]) -> tuple[int, int]:
 
 
 def expected_shape(axes: tuple[str, ...], known: Sizes) -> str:
+    """In words: sizes that are known, names of those that are not."""
     return f"[{', '.join(str(known.get(axis, axis)) for axis in axes)}]"
 
 

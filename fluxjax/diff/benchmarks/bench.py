@@ -110,6 +110,7 @@ def run_bench(command: Bench) -> int:
 
 
 def print_measures(measures: list[Measure], console: Console) -> None:
+    """As a table."""
     table = Table(title="medians; ratio above 1: fluxjax needs less", title_justify="left")
     for name in ("what", "fluxjax", "beside", "", "ratio", "wanted"):
         table.add_column(name, justify="left" if name in ("what", "beside", "wanted") else "right")

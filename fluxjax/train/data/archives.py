@@ -125,7 +125,7 @@ def _tar_caption(
 
 def parquet_items(path: Path, name: str, settings: DataSettings) -> Iterator[Item]:
     """Rows with a picture (bytes, or Hugging Face's {bytes, path}) and a caption."""
-    import_parquet()
+    _import_parquet()
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -174,7 +174,8 @@ def _parquet_beside(path: Path, schema: Any, item: Callable[[str], Item], column
     return item(column)
 
 
-def import_parquet() -> None:
+def _import_parquet() -> None:
+    """Raises ConfigError where pyarrow is not installed."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:

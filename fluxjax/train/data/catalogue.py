@@ -97,6 +97,7 @@ class Catalogue(NamedTuple):
 
 
 def import_grain() -> Any:
+    """Raises ConfigError where it is not installed."""
     try:
         import grain
     except ImportError:

@@ -40,6 +40,7 @@ def shown(name: str) -> str:
 
 
 def bad_item(name: str, problem: str) -> Item:
+    """An item that is left out, and why."""
     return Item(shown(name), "", "", problem, _nothing)
 
 
@@ -48,11 +49,14 @@ def _nothing() -> bytes:
 
 
 def file_stamp(path: Path) -> str:
+    """Changes when the file does: its size and its time of change in nanoseconds."""
     status = path.stat()
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 class Caption(NamedTuple):
+    """A text, or what is wrong with it."""
+
     text: str
     problem: str
 

@@ -31,6 +31,8 @@ Picture = Float[np.ndarray, "height width 3"]
 
 
 class Verdict(NamedTuple):
+    """Of a picture that a tool drew."""
+
     asked: bool
     """What was asked for is there."""
     kept: bool
@@ -49,6 +51,7 @@ class Cases(NamedTuple):
 
 
 def draw_cases(task: ToolTask, n: int, *, width: int, height: int, seed: int) -> Cases:
+    """`n` cases of a tool, in (width, height) pixels; a seed draws the same ones."""
     size = {"width": width, "height": height}
     rng = np.random.default_rng((_STREAM, seed))
     edits: list[Edit] = []

@@ -143,7 +143,7 @@ def guidance_distillation_loss(model: FluxTransformer, scales: tuple[float, floa
     return loss
 
 
-def init_transformer(config: FluxPipelineConfig, seed: int) -> tuple[FluxTransformer, Tree]:
+def _init_transformer(config: FluxPipelineConfig, seed: int) -> tuple[FluxTransformer, Tree]:
     model = FluxTransformer(config.transformer, scan_layers=False)
     c, tokens = config.transformer, image_ids(4, 4)
     params = jax.jit(model.init)(
@@ -171,7 +171,7 @@ def train_transformer(
     Returns the averaged (EMA) parameters, one subtree per block (on CPUs a scan would copy what
     each block saves for its derivative); checkpoints and metrics lie in `folder`.
     """
-    model, params = init_transformer(config, stage.seed)
+    model, params = _init_transformer(config, stage.seed)
     precision = BFLOAT16 if stage.products == "bfloat16" else None
     model = model.clone(precision=precision)
     if start is not None:
