@@ -62,7 +62,7 @@ def _random_batch(config: FluxPipelineConfig) -> Batch:
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal((BATCH, *shape), np.float32)
 
-    positions = np.asarray(image_ids(*latent_size(config.width, config.height, config.vae)))
+    positions = np.array(image_ids(*latent_size(config.width, config.height, config.vae)))
     image = len(positions)
     return Batch(
         normal(image, c.in_channels),
