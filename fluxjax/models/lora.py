@@ -75,7 +75,7 @@ def init_lora(
 
     Only the shapes of `params` are read. Each module's values depend on the key and its name alone.
     A DoRA's magnitudes are 1 until `with_magnitudes`.
-    `added`: modules that have got so many inputs behind those they had, by reference name. Their
+    `added`: modules that have got so many inputs behind those they had, by published name. Their
     adapters have that rank, and begin with `a` reading the new inputs alone, each for itself.
     Raises ConfigError naming the targets that are no modules of `params`.
     """

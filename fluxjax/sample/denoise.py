@@ -107,8 +107,9 @@ def combined(
     difference of its pass to the next.
 
     One weight is classifier-free guidance, negative + scale (positive - negative), rounded as in
-    the references; two are three-way guidance. Any sum whose weights add up to 1 can be written so.
-    Weights of each frame of a clip are for states whose first axis after the batch is the frames.
+    diffusers and the original codes; two are three-way guidance. Any sum whose weights add up to 1
+    can be written so. Weights of each frame of a clip are for states whose first axis after the
+    batch is the frames.
     """
     each = jnp.split(predicted, weights.shape[0] + 1)
     total = each[-1]

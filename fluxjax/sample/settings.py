@@ -48,8 +48,8 @@ class Settings:
     """Raises ConfigError for values that no picture can be made with.
 
     `guidance` feeds the guidance embedding of distilled models. True classifier-free guidance is on
-    with a `negative_prompt` and `true_cfg` above 1. `rounding` names the reference whose rounding
-    is followed: of timesteps in bfloat16, of the state between steps, and of the pixels (diffusers
+    with a `negative_prompt` and `true_cfg` above 1. `rounding` names the code whose rounding is
+    followed: of timesteps in bfloat16, of the state between steps, and of the pixels (diffusers
     rounds them, bfl truncates), and what else differs between their tools; "none" avoids rounding
     wherever it can. PICTURES are files; with a `_sha256` it must still be the file with that hash.
     """

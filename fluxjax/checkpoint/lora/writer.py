@@ -144,7 +144,7 @@ def _with_alpha_as_rank(adapter: Adapter) -> Adapter:
 
 
 def _modules(tree: Params) -> dict[str, dict[str, np.ndarray]]:
-    """Leaves of each adapted module, by its reference name."""
+    """Leaves of each adapted module, by its published name."""
     flat = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
     found: dict[str, dict[str, np.ndarray]] = {}
     for module in dict.fromkeys(path[:-1] for path in flat):
