@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fluxjax.diff.benchmarks.bench import Measure, medians
+from fluxjax.diff.benchmarks.training_step import our_step, their_step
 
 BATCH = 4  # of a training step
 
@@ -224,62 +225,30 @@ def _training(case: Case, rounds: int, *, lora: bool) -> Measure:
     import jax.numpy as jnp
     import torch
 
-    from fluxjax.checkpoint.templates import abstract_params
     from fluxjax.config import LoraConfig
-    from fluxjax.models.lora import init_lora, split_scales
-    from fluxjax.networks import network_of
-    from fluxjax.train.flow_matching import Learner, Rows, finetune_loss
-    from fluxjax.train.optimizers import learning_rates, make_optimizer
-    from fluxjax.train.settings import Objective, OptimizerSettings
-    from fluxjax.train.step import init_state, make_step
+    from fluxjax.train.flow_matching import Learner, Rows
 
-    model, params = network_of(case.config).build(case.config), case.params()
-    adapter = LoraConfig(targets=("to_q", "to_k", "to_v", "to_out.0"))
-    frozen: dict[str, Any] = {}
-    trained = params
-    if lora:
-        abstract = abstract_params(case.config)
-        made, scales = split_scales(init_lora(jax.random.key(0), abstract, adapter))
-        trained = {"it": made}
-        frozen = {"params": {"it": params}, "scales": {"it": scales}}
-    settings = OptimizerSettings(learning_rate=1e-6)
-    optimizer = make_optimizer(settings, learning_rates(settings, 1000, 1e-6))
-    state = init_state(trained, optimizer, ema=False)
-    loss = finetune_loss(case.family, model, Objective(), of=Learner(case.path, "it"))
-    step = make_step(loss, optimizer, seed=0, ema_decay=0.0)
+    adapter = LoraConfig(targets=("to_q", "to_k", "to_v", "to_out.0")) if lora else None
     heard = jax.tree.map(jnp.asarray, case.heard)
     rows = Rows(jnp.asarray(case.x), heard, jnp.arange(len(case.x)))
-    empty = jax.tree.map(lambda leaf: leaf[:1], heard)
-
-    def ours() -> None:
-        nonlocal state
-        state, metrics = step(state, rows, frozen, empty, None, jnp.float32(0))
-        metrics["loss"].block_until_ready()
-
-    theirs = case.theirs.train()
-    if lora:
-        from peft import LoraConfig as PeftConfig
-
-        theirs.requires_grad_(False)
-        targets = [*adapter.targets]
-        theirs.add_adapter(PeftConfig(r=adapter.rank, lora_alpha=16, target_modules=targets))
-    learned = [p for p in theirs.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(learned, lr=1e-6, weight_decay=0.01, fused=True)
     clean, _ = case.tensors()
     left = torch.from_numpy(np.array(case.path.table))
 
-    def theirs_step() -> None:
+    def loss() -> Any:
         t = torch.randint(0, len(left), (len(clean),))
         noise = torch.randn_like(clean)
         share = left[t][:, None, None, None]
         noisy = share.sqrt() * clean + (1 - share).sqrt() * noise
-        torch.nn.functional.mse_loss(case.call(theirs, noisy, t), noise).backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
+        return torch.nn.functional.mse_loss(case.call(case.theirs, noisy, t), noise)
 
-    seconds = medians({"fluxjax": ours, "torch": theirs_step}, rounds)
-    way = f"LoRA of rank {adapter.rank}" if lora else "full"
+    steps = {
+        "fluxjax": our_step(
+            case.family, case.config, case.params(), rows, Learner(case.path, "it"), adapter
+        ),
+        "torch": their_step(case.theirs, loss, adapter),
+    }
+    seconds = medians(steps, rounds)
+    way = f"LoRA of rank {adapter.rank}" if adapter else "full"
     return Measure(
         what=f"{case.name}, float32: training step, {way}",
         ours=seconds["fluxjax"],

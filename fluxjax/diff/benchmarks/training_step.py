@@ -76,39 +76,58 @@ def _random_batch(config: FluxPipelineConfig) -> Batch:
 def _our_step(
     folder: Path, config: FluxPipelineConfig, batch: Batch, lora: LoraConfig | None
 ) -> Callable[[], None]:
-    import jax
     import jax.numpy as jnp
 
     from fluxjax.checkpoint.pipeline_folder import load_params
-    from fluxjax.checkpoint.templates import abstract_params
     from fluxjax.families import FLUX, Conditioning
-    from fluxjax.models.flux import FluxTransformer
+    from fluxjax.train.flow_matching import Learner, Rows
+
+    c = config.transformer
+    params = load_params(folder, "transformer", c, stacked=False, dtype=jnp.float32)
+    latents, text, vector, ids = map(jnp.asarray, batch[:4])
+    rows = Rows(latents, Conditioning(text, None, vector), jnp.arange(BATCH))
+    return our_step(FLUX, c, params, rows, Learner(), lora, ids=ids, mu=batch.mu)
+
+
+def our_step(
+    family: Any,
+    network: Any,
+    params: Any,
+    rows: Any,
+    learner: Any,
+    lora: LoraConfig | None,
+    *,
+    ids: Any = None,
+    mu: float = 0.0,
+) -> Callable[[], None]:
+    """One update of all of a `network` (its configuration), or of a LoRA on it, by each call."""
+    import jax
+    import jax.numpy as jnp
+
+    from fluxjax.checkpoint.templates import abstract_params
     from fluxjax.models.lora import init_lora, split_scales
-    from fluxjax.train.flow_matching import Rows, finetune_loss
+    from fluxjax.networks import network_of
+    from fluxjax.train.flow_matching import finetune_loss
     from fluxjax.train.optimizers import learning_rates, make_optimizer
     from fluxjax.train.settings import Objective, OptimizerSettings
     from fluxjax.train.step import init_state, make_step
 
-    c = config.transformer
-    trained: Any = load_params(folder, "transformer", c, stacked=False, dtype=jnp.float32)
-    frozen: dict[str, Any] = {}
+    trained, frozen = params, {}
     if lora:
-        adapters, scales = split_scales(init_lora(jax.random.key(0), abstract_params(c), lora))
-        frozen = {"params": {"transformer": trained}, "scales": {"transformer": scales}}
-        trained = {"transformer": adapters}
+        made = init_lora(jax.random.key(0), abstract_params(network), lora)
+        adapters, scales = split_scales(made)
+        trained = {learner.component: adapters}
+        frozen = {"params": {learner.component: params}, "scales": {learner.component: scales}}
     settings = OptimizerSettings(learning_rate=LEARNING_RATE)
     optimizer = make_optimizer(settings, learning_rates(settings, 1000, LEARNING_RATE))
     state = init_state(trained, optimizer, ema=False)
-    loss = finetune_loss(FLUX, FluxTransformer(c), Objective())
+    loss = finetune_loss(family, network_of(network).build(network), Objective(), of=learner)
     step = make_step(loss, optimizer, seed=0, ema_decay=0.0)
-    latents, text, vector = map(jnp.asarray, (batch.latents, batch.text, batch.vector))
-    rows = Rows(latents, Conditioning(text, None, vector), jnp.arange(BATCH))
-    empty = Conditioning(text[:1], None, vector[:1])
-    ids, mu = jnp.asarray(batch.positions), jnp.float32(batch.mu)
+    empty = jax.tree.map(lambda leaf: leaf[:1], rows.conditioning)
 
     def run() -> None:
         nonlocal state
-        state, metrics = step(state, rows, frozen, empty, ids, mu)
+        state, metrics = step(state, rows, frozen, empty, ids, jnp.float32(mu))
         metrics["loss"].block_until_ready()
 
     return run
@@ -122,21 +141,12 @@ def _their_step(folder: Path, batch: Batch, lora: LoraConfig | None) -> Callable
 
     model = FluxTransformer2DModel.from_pretrained(
         str(folder), subfolder="transformer", torch_dtype=torch.float32
-    ).train()
-    if lora:
-        from peft import LoraConfig as PeftConfig
-
-        model.requires_grad_(False)
-        model.add_adapter(
-            PeftConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.targets))
-        )
-    learned = [p for p in model.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(learned, lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    )
     clean, text, vector, positions = map(torch.from_numpy, batch[:4])
     text_positions = torch.from_numpy(np.array(text_ids(text.shape[1])))
     shift = float(np.exp(batch.mu))
 
-    def run() -> None:
+    def loss() -> Any:
         t = torch.sigmoid(torch.randn(BATCH))
         t = shift * t / (shift * t + 1 - t)
         noise = torch.randn_like(clean)
@@ -149,7 +159,28 @@ def _their_step(folder: Path, batch: Batch, lora: LoraConfig | None) -> Callable
             txt_ids=text_positions,
             guidance=torch.ones(BATCH),
         ).sample
-        torch.nn.functional.mse_loss(velocity, noise - clean).backward()
+        return torch.nn.functional.mse_loss(velocity, noise - clean)
+
+    return their_step(model, loss, lora)
+
+
+def their_step(model: Any, loss: Callable[[], Any], lora: LoraConfig | None) -> Callable[[], None]:
+    """One update of all of `model`, or of a LoRA on it, by each call: clipping and fused AdamW."""
+    import torch
+
+    model.train()
+    if lora:
+        from peft import LoraConfig as PeftConfig
+
+        model.requires_grad_(False)
+        model.add_adapter(
+            PeftConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules=list(lora.targets))
+        )
+    learned = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(learned, lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+
+    def run() -> None:
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
