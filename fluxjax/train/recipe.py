@@ -189,9 +189,12 @@ def read_recipe(path: Path) -> Any:
     "embedded-sd" a `TinySDRecipe`, with "embedded-pixart" a `TinyPixArtRecipe`, with
     "embedded-video" a `TinyVideoRecipe`.
 
-    Raises ConfigError naming an unknown key and the nearest valid one, or a value of a wrong type.
+    Raises ConfigError naming an unknown key and the nearest valid one, or a value of a wrong type,
+    and for a file without any: hours of the defaults are not what an emptied recipe asks for.
     """
     values = read_toml(path)
+    if not values:
+        raise ConfigError(f"{path} is empty: a recipe says at least its model, data and steps")
     task = values.pop("task", "finetune")
     if task == "embedded":
         from fluxjax.train.embedded.tiny import TinyRecipe as Recipe
