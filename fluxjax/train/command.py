@@ -11,7 +11,7 @@ import tyro
 
 from fluxjax import cli
 from fluxjax.config import ConfigError
-from fluxjax.terminal import say
+from fluxjax.terminal import print_line, say
 
 R = TypeVar("R")
 _DAY = 86400.0
@@ -112,7 +112,7 @@ def _train(recipe: Any) -> None:
     else:
         result = recipe.train()
     if jax.process_index() == 0:
-        print(result)
+        print_line(str(result))
 
 
 def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train precompute") -> None:
@@ -155,7 +155,8 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
             )
         barrier("precomputed", _DAY)  # a process that ends early would be taken for lost
         if jax.process_index() == 0:
-            print(done)
+            for line in done.splitlines():
+                print_line(line)
 
 
 def _given(metavar: str) -> Any:
@@ -195,6 +196,7 @@ def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export
         raise ConfigError("--link is for runs of the embedded diffusion models")
     if links or recipe.task == "embedded-video":
         recipe = replace(recipe, folder=options.run)
-        print(recipe.export(options.out or options.run / "pipeline", **linked))
-        return
-    print(export_run(options.run, step=options.step, model=options.model, out=options.out))
+        done = recipe.export(options.out or options.run / "pipeline", **linked)
+    else:
+        done = export_run(options.run, step=options.step, model=options.model, out=options.out)
+    print_line(str(done))
