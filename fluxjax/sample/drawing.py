@@ -25,7 +25,7 @@ from fluxjax.sample.programs import NAMES, components
 from fluxjax.sample.redux import Heard
 from fluxjax.sample.reference import whole_size
 from fluxjax.sample.refiner import Calls, completed
-from fluxjax.sample.refusals import check_clip, check_told
+from fluxjax.sample.refusals import check_clip, check_guided
 from fluxjax.sample.settings import FIELDS, Settings
 from fluxjax.sample.skip_layers import check_skip_layers
 from fluxjax.sample.stages import AnyArray, OnStep, Stages
@@ -135,7 +135,7 @@ class Drawing(Stages):
     ) -> Undecoded:
         """Latents of what `draw` is asked for."""
         check_clip(self.config, settings, self.defaults)
-        check_told(self.family, self.config, settings)
+        self.check_told(settings)
         prompts = [settings.prompt] if prompts is None else prompts
         count = len(prompts) * number
         if count < 1:
@@ -150,6 +150,7 @@ class Drawing(Stages):
         asked = settings.asked_guidance._replace(pictures=task.pictures)
         scale = self.family.scale(self.config, asked)
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
+        check_guided(settings, scale)
         draws = self.draw_each(settings, settings.seed if seeds is None else seeds, count, task)
         more = self.redux.count if self.redux is not None and heard else 0
         self.prepare(settings, count, given, more_text=more)
