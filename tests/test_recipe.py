@@ -63,6 +63,8 @@ RECIPES = sorted((Path(__file__).parents[1] / "train").glob("*.toml"))
             "steps must be a number of 64 bits, got a number of",
         ),
         (f"model = {'[' * 5000}", "nested too deeply"),
+        (f"[{'a.' * 99_999}b]", "nested too deeply"),
+        (f"x = {{{'a . ' * 99_999}b = 1}}", "nested too deeply"),
         ("a = 1" + " " * 2**20, "it has more than 1 MiB"),
         ("quantise = 'int3'", "quantise must be one of int8, fp8, nf4"),
         ("method = 'full'\nquantise = 'nf4'", "quantise nf4 is for the frozen base of a LoRA"),
