@@ -225,6 +225,23 @@ def test_a_signal_during_garbage_collection_is_not_lost():
         assert ended.returncode == 128 + number and len(ended.stderr.split()) == 1, ended.stderr
 
 
+def test_a_signal_is_one_also_where_a_library_makes_another_error_of_it():
+    """C++ that is imported says "initialization failed", one that compares leaves a ValueError."""
+    program = (
+        "import signal, sys\n"
+        "from fluxjax import cli\n"
+        "def main():\n"
+        "    cli.begin()\n"
+        "    try: signal.raise_signal(int(sys.argv[1]))\n"
+        "    except KeyboardInterrupt: raise {}('initialization failed') from None\n"
+        "cli.run(main)\n"
+    )
+    for number, error in ((signal.SIGINT, "ImportError"), (signal.SIGTERM, "ValueError")):
+        words = [sys.executable, "-c", program.format(error), str(int(number))]
+        ended = subprocess.run(heeding_ctrl_c(words), capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 128 + number and len(ended.stderr.split()) == 1, ended.stderr
+
+
 def test_a_bar_on_a_full_disk_ends_no_run(tmp_path):
     program = (
         "from fluxjax.cli import run\n"
