@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fluxjax.terminal import Lenient, open_standard_streams, say
@@ -82,11 +83,15 @@ def report(error: Exception) -> int:
     return 1
 
 
-def begin() -> None:
+def begin(*modules: str) -> None:
     """Work begins that must clean up after itself: Ctrl-C and SIGTERM become exceptions.
 
     Before, while options are read and modules imported, they end the process on the spot.
+    `modules` are imported first: raised within C++ that is being imported, an exception can be a
+    segmentation fault.
     """
+    for name in modules:
+        import_module(name)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is _end_now:
             signal.signal(number, _raise)

@@ -25,12 +25,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     from fluxjax.terminal import print_line
 
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
-    cli.begin()
     source = find(options.source, "checkpoint")
     if not source.exists():
         raise FileNotFoundError(f"there is no file {source}")
     loras = found(options.lora)
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes are traced, nothing is computed
+    cli.begin("fluxjax.convert.command")
     if options.to in ("peft", "kohya", "comfy") or options.difference_from is not None:
         from fluxjax.convert.command import write_adapter
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from fluxjax import cli
 from fluxjax.config.choices import ComparedNetwork
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.sample.override import override
@@ -164,12 +165,14 @@ def execute(command: Golden | Live | Bench) -> int:
         if command.rounds < 1 or command.threads < 1:
             given = f"{command.rounds} and {command.threads}"
             raise ValueError(f"--rounds and --threads must be at least 1, got {given}")
+        cli.begin("fluxjax.diff.benchmarks.bench")
         from fluxjax.diff.benchmarks.bench import run_bench
 
         return run_bench(command)
     from fluxjax.diff.report import plot_report, print_report, to_json
 
     reports = command.reports()
+    cli.begin()
     if command.json:
         print(to_json(reports))
     else:

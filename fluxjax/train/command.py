@@ -86,7 +86,7 @@ def train(arguments: Sequence[str], name: str = "python -m fluxjax.train") -> in
         return None
     from fluxjax.parallel.hosts import joined_hosts
 
-    cli.begin()
+    cli.begin("orbax.checkpoint")
     with joined_hosts(
         options.coordinator, options.process_id, options.num_processes, silence=options.silence
     ):
@@ -189,7 +189,7 @@ def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export
     recipe = read_recipe(options.run / "recipe.toml")
     from fluxjax.train.export import export_run
 
-    cli.begin()
+    cli.begin("orbax.checkpoint")
     linked = {"link": True} if options.link else {}
     links = recipe.task in ("embedded-sd", "embedded-pixart")
     if linked and not links:
