@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from fluxjax.terminal import print_line, say
 
 R = TypeVar("R")
 _DAY = 86400.0
+_LORA_END = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +189,11 @@ def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export
 
     # What is no run is told before JAX is imported.
     recipe = read_recipe(options.run / "recipe.toml")
+    out, lora = options.out, recipe.task == "finetune" and recipe.method == "lora"
+    if out is not None and os.path.lexists(out):
+        raise FileExistsError(f"{out} exists, and is not overwritten: give a new name")
+    if out is not None and lora and out.suffix != _LORA_END:
+        raise ConfigError(f"{out}: the name of a LoRA's file ends in {_LORA_END}")
     from fluxjax.train.export import export_run
 
     cli.begin("orbax.checkpoint")

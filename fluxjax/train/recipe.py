@@ -101,6 +101,8 @@ class FinetuneRecipe:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if not self.model:
+            raise ConfigError("model is empty: give a folder, a hub's name, or tiny")
         kinds = (*KINDS, KEEP, NONE)
         if self.quantise not in kinds:
             raise ConfigError(f"quantise must be one of {', '.join(kinds)}, got {self.quantise!r}")
