@@ -135,7 +135,7 @@ class Drawing(Stages):
     ) -> Undecoded:
         """Latents of what `draw` is asked for."""
         check_clip(self.config, settings, self.defaults)
-        self.check_told(settings)
+        self._check_told(settings)
         prompts = [settings.prompt] if prompts is None else prompts
         count = len(prompts) * number
         if count < 1:

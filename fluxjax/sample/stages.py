@@ -125,14 +125,14 @@ class Stages(NetworkRunner):
         check_clip(self.config, settings, self.defaults)
         scale = self.family.scale(self.config, settings.asked_guidance)
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
-        self.check_told(settings)
+        self._check_told(settings)
         check_guided(settings, scale)
         if self.refiner is not None:
             self.refiner.check(settings)
         self.config.require_clip_skip(settings.clip_skip)
         self.run_of(settings)
 
-    def check_told(self, settings: Settings) -> None:
+    def _check_told(self, settings: Settings) -> None:
         """Raises ConfigError for what neither this model nor its refiner is told."""
         refines = None if self.refiner is None else self.refiner.pipe.config
         check_told(self.family, self.config, settings, self.defaults, refines)
