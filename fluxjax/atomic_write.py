@@ -43,7 +43,8 @@ def whole_or_nothing(destination: Path) -> Iterator[Path]:
     beside it is removed by the next. A symbolic link is followed.
 
     Raises lock.InUse while another one writes there; FileExistsError if something has appeared
-    there in the meantime; OSError.
+    there in the meantime, or where a file would take the place of a folder that is not empty;
+    OSError.
     """
     destination = Path(os.path.realpath(destination))
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -55,11 +56,19 @@ def whole_or_nothing(destination: Path) -> Iterator[Path]:
             with said_of(destination, part):
                 yield part
             if replaces:
+                _require_no_loss(part, destination)
                 take_place(part, destination)
             elif not _rename_new(part, destination):
                 raise FileExistsError(errno.EEXIST, "appeared while it was written", destination)
         finally:
             _remove(part)
+
+
+def _require_no_loss(part: Path, destination: Path) -> None:
+    """A file never takes the place of a folder with all that is in it."""
+    if not part.is_dir() and destination.is_dir() and any(destination.iterdir()):
+        why = "it is a folder, whose place no file takes"
+        raise FileExistsError(errno.EEXIST, why, str(destination))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fluxjax.terminal import Lenient, open_standard_streams, say
@@ -27,6 +28,13 @@ _LINKS_IN_A_CIRCLE = "Symlink loop from"  # pathlib's, before Python 3.13
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does, with exit code 143."""
+
+
+class _Came:
+    """The signal that was raised as an exception, also where a library has made another of it: C++
+    that was importing, or comparing, says ImportError or ValueError."""
+
+    number: int | None = None
 
 
 def sentence(error: BaseException) -> str:
@@ -75,14 +83,18 @@ def report(error: Exception) -> int:
     return 1
 
 
-def begin() -> None:
+def begin(*modules: str) -> None:
     """Work begins that must clean up after itself: Ctrl-C and SIGTERM become exceptions.
 
     Before, while options are read and modules imported, they end the process on the spot.
+    `modules` are imported first: raised within C++ that is being imported, an exception can be a
+    segmentation fault.
     """
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _raise)):
+    for name in modules:
+        import_module(name)
+    for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is _end_now:
-            signal.signal(number, handler)
+            signal.signal(number, _raise)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -91,6 +103,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Ctrl-C exits with 130, SIGTERM with 143. A bug is raised. `--version` is answered here.
     """
     before, stderr, unraisable = _catch_signals(), sys.stderr, sys.unraisablehook
+    _Came.number = None
     sys.unraisablehook, collection = _try_again, gc.get_threshold()
     gc.set_threshold(*_COLLECTION)
     try:
@@ -101,26 +114,32 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = _version() if "--version" in sys.argv[1:] else main() or 0
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # a second one must not cut the farewell short
-        say("")  # the terminal has written ^C
-        say("terminated" if isinstance(stop, Terminated) else "interrupted")
-        # Threads may still compute or compile; waiting for them is not what Ctrl-C asks for.
-        os._exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
+        _farewell(signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: nothing more to say, also not at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
+        if _Came.number is not None:
+            _farewell(_Came.number)
         if not is_mistake(error):
             raise
         code = report(error)
     finally:
-        sys.stderr, sys.unraisablehook = stderr or sys.stderr, unraisable
-        gc.set_threshold(*collection)
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.stderr, sys.unraisablehook = stderr or sys.stderr, unraisable
+        gc.set_threshold(*collection)
     sys.exit(code)
+
+
+def _farewell(number: int) -> NoReturn:
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)  # a second one must not cut it short
+    say("")  # the terminal has written ^C
+    say("interrupted" if number == signal.SIGINT else "terminated")
+    # Threads may still compute or compile; waiting for them is not what Ctrl-C asks for.
+    os._exit(128 + number)
 
 
 def _version() -> int:
@@ -154,7 +173,8 @@ def _end_now(number: int, frame: Any) -> NoReturn:
 
 
 def _raise(number: int, frame: Any) -> NoReturn:
-    raise Terminated
+    _Came.number = number
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 def _try_again(lost: sys.UnraisableHookArgs) -> None:

@@ -14,8 +14,8 @@ _MAX_DIGITS = 300  # a float holds 308
 
 
 def parse_json(data: bytes | str, *, unique: bool = False, unlimited: bool = False) -> Any:
-    """The value. `unique` refuses objects in which a key occurs twice; `unlimited` reads infinite
-    numbers, which PyTorch's libraries write for a limit that there is not, as null.
+    """The value. `unique` refuses objects in which a key occurs twice; `unlimited` reads Infinity
+    and -Infinity, which PyTorch's libraries write for a limit that there is not.
 
     Raises ValueError, in words that follow the name of the file: not JSON in UTF-8, nested too
     deeply, more than `MAX_BYTES`, lone surrogates, numbers that no float holds.
@@ -72,8 +72,8 @@ def _number(digits: str) -> float:
     return value
 
 
-def _limit(name: str) -> float | None:
-    return None if name.endswith("Infinity") else _number(name)
+def _limit(name: str) -> float:
+    return float(name) if name.endswith("Infinity") else _number(name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

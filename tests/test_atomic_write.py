@@ -186,3 +186,12 @@ def test_leftovers_go_when_their_writer_is_gone(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(os, "replace", replace)
     write_bytes(left.parent / "entry", b"whole")
     assert [path.name for path in left.parent.iterdir()] == ["entry"]
+
+
+def test_a_file_never_takes_the_place_of_what_is_in_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "work").write_text("of a year")
+    with pytest.raises(FileExistsError, match="is a folder"), whole_or_nothing(folder) as part:
+        part.write_text("new")
+    assert (folder / "work").read_text() == "of a year" and [*tmp_path.iterdir()] == [folder]

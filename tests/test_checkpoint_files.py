@@ -236,4 +236,8 @@ def test_a_lost_part_of_an_orbax_folder_is_not_read_as_zeros(tmp_path):
         with pytest.raises(ValueError, match=words):
             read_orbax(tmp_path / "params")
         store.write(key, value).result()
-    read_orbax(tmp_path / "params")
+    lazy = read_orbax(tmp_path / "params")
+    for file in (tmp_path / "params").rglob("d/*"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"params is damaged: a cannot be read$"):
+        lazy["a"].read()

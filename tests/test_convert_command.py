@@ -62,6 +62,16 @@ def test_command_converts_and_refuses_in_one_sentence(tmp_path, vae_file):
     assert again.stderr == f"error: {tmp_path / 'vae'} exists; give --overwrite to replace it\n"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_what_is_written_is_written_though_nobody_hears_of_it(tmp_path, vae_file):
+    """A disk full of logs is no failure of the work that is done by then."""
+    with open("/dev/full", "w") as full:
+        sources = [str(vae_file), str(tmp_path / "out")]
+        done = subprocess.run([*COMMAND, *sources], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "note: nothing more is printed: No space left on device"
+
+
 def test_a_mesh_is_for_orbax(tmp_path, vae_file):
     """It needs no devices: the command's own platform is one CPU."""
     folder = tmp_path / "orbax"

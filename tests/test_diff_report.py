@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from fluxjax.diff.commands import Live, execute
 from fluxjax.diff.layers import Layer, captured, common_name, pair_layers, recorded
 from fluxjax.diff.report import (
     Report,
@@ -81,6 +82,17 @@ def test_json_is_strict():
     assert parsed["first_failure"] == "blocks.0.norm" and not parsed["passed"]
     assert parsed["rows"][2]["relative_l2"] is None
     assert parsed["rows"][1]["relative_l2"] == pytest.approx(0.1)
+
+
+def test_what_was_found_is_printed_also_where_the_plot_cannot_be_written(tmp_path, capsys):
+    class Known(Live):
+        def reports(self):
+            return [report()]
+
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        execute(Known(plot=tmp_path / "file" / "errors.png"))
+    assert report().title in capsys.readouterr().out
 
 
 def test_plot_is_a_picture(tmp_path):

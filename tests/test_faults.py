@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -226,6 +227,13 @@ def test_asked_to_stop_it_saves_and_ends_with_code_0(tmp_path, capsys, number):
     assert "stopped; step 7 is saved" in capsys.readouterr().err
     straight = _small(tmp_path / "straight")
     np.testing.assert_array_equal(_small(tmp_path).params["w"], straight.params["w"])
+
+
+def test_without_space_for_a_checkpoint_nothing_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(OSError, match=r"checkpoints has 0.00 GB free, a checkpoint needs 0.02 GB"):
+        _small(tmp_path, started=lambda: pytest.fail("it began"))
+    assert not (tmp_path / "metrics.jsonl").exists() and listed(tmp_path) == []
 
 
 def test_three_updates_that_are_not_finite_are_left_out(tmp_path):

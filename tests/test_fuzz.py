@@ -276,7 +276,7 @@ def converted(folder: Path) -> None:
             shutil.rmtree(out)
 
 
-SETTINGS = DataSettings(source="")
+SETTINGS = DataSettings(source="a.tar")
 READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "safetensors": (make_safetensors, lambda f: read_all(read_safetensors(f / "x.safetensors")[0])),
     "gguf": (make_gguf, lambda f: read_all(read_gguf(f / "x.gguf")[0])),

@@ -83,6 +83,7 @@ def test_the_coordinator_listens_where_it_was_named():
         (("localhost:1", None, 2), "go together"),
         (("localhost", 0, 2), "must be HOST:PORT, got 'localhost'"),
         (("localhost:1", 2, 2), "--process-id must be 0 to 1, got 2"),
+        (("localhost:1", 0, 0), "--num-processes must be at least 1, got 0"),
     ],
 )
 def test_half_an_invitation_is_refused(given, words):

@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from fluxjax.config import DEV, FILL, PRESETS, ConfigError
+from fluxjax.config import DEV, FILL, PRESETS, SCHNELL, ConfigError, ControlNetConfig
+from fluxjax.families import family_of
+from fluxjax.sample.refusals import check_told
+from fluxjax.sample.settings import Settings
 
 
 def test_text_to_image_models_are_known_by_their_widths():
@@ -16,3 +19,13 @@ def test_text_to_image_models_are_known_by_their_widths():
         other = replace(getattr(DEV, part), **{width: 1536})
         with pytest.raises(ConfigError, match=r"_dim is \d+, .* give 1536$"):
             replace(DEV, **{part: other}).require_whole("some/folder", text_alone=True)
+
+
+def test_guidance_that_no_network_is_told_is_refused():
+    """FLUX.1-schnell has no embedding of it, unless a ControlNet beside it does."""
+    usual = Settings(guidance=SCHNELL.guidance)
+    check_told(family_of(SCHNELL.class_name), SCHNELL, usual, usual)
+    with pytest.raises(ConfigError, match="guidance is told to models that were distilled with it"):
+        check_told(family_of(SCHNELL.class_name), SCHNELL, Settings(guidance=3.5), usual)
+    hears = replace(SCHNELL, controlnets=(ControlNetConfig(guidance_embeds=True),))
+    check_told(family_of(SCHNELL.class_name), hears, Settings(guidance=3.5), usual)

@@ -63,9 +63,13 @@ RECIPES = sorted((Path(__file__).parents[1] / "train").glob("*.toml"))
             "steps must be a number of 64 bits, got a number of",
         ),
         (f"model = {'[' * 5000}", "nested too deeply"),
+        (f"[{'a.' * 99_999}b]", "nested too deeply"),
+        (f"x = {{{'a . ' * 99_999}b = 1}}", "nested too deeply"),
         ("a = 1" + " " * 2**20, "it has more than 1 MiB"),
         ("quantise = 'int3'", "quantise must be one of int8, fp8, nf4"),
         ("method = 'full'\nquantise = 'nf4'", "quantise nf4 is for the frozen base of a LoRA"),
+        ("model = ''", "model is empty: give a folder, a hub's name, or tiny"),
+        ("[data]\nsource = ''", "source is empty"),
         ("patience = 0", "patience must be at least 1, got 0"),
         ("keep = 0", "keep must be at least 1"),
         ("seed = 5000000000", "seed must be from 0 to 4294967295, got 5000000000"),
@@ -198,3 +202,13 @@ def test_defaults_follow_the_method():
     assert FinetuneRecipe().decay == 0.0
     assert FinetuneRecipe(method="full").decay == 0.999
     assert FinetuneRecipe(ema_decay=0.5).decay == 0.5
+
+
+def test_export_overwrites_nothing(tmp_path, monkeypatch):
+    """An empty name is that of the current folder, which became a LoRA with all that was in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text('model = "tiny"')
+    for out, error in (("", "exists"), ("recipe.toml", "exists"), ("lora.png", "ends in .safet")):
+        with pytest.raises((OSError, ConfigError), match=error):
+            command.export([".", "--out", out])
+    assert [*tmp_path.iterdir()] == [tmp_path / "recipe.toml"]

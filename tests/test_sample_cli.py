@@ -214,6 +214,10 @@ def test_pictures_from_pictures_repeat_while_their_files_are_the_same(sample, tm
         (("a", "--true-cfg", "3"), "true_cfg needs a negative_prompt"),
         (("a", "--negative-prompt", "b"), "negative_prompt needs true_cfg above 1"),
         (("a", "--out", "file/x"), "file"),
+        (("a", "--out", "circle"), "circle is a link that leads nowhere"),
+        (("a", "--out", "circle/x.png"), "circle is a link that leads nowhere"),
+        (("a", "--model", ""), "--model is empty: give a value, or leave it out"),
+        (("a", "--lora", "x.safetensors", "--lora", ""), "--lora is empty"),
         (("--prompts", "missing.jsonl"), "there is no file missing.jsonl"),
         (("--prompts", "bad.jsonl"), "bad.jsonl, line 1: 'colour' is no setting"),
         (("--prompts", "types.jsonl"), "types.jsonl, line 1: steps must be an integer, got 'many'"),
@@ -234,6 +238,13 @@ def test_pictures_from_pictures_repeat_while_their_files_are_the_same(sample, tm
         ),
         (("a", "--true-cfg", "0.5"), "true_cfg needs a negative_prompt"),
         (("a", "--guidance-rescale", "0.5"), "guidance_rescale is of classifier-free guidance"),
+        (
+            ("a", "--aesthetic-score", "9"),
+            "aesthetic_score is told to Stable Diffusion XL's refiner",
+        ),
+        (("a", "--no-size-bins"), "size_bins are PixArt's: FluxPipeline draws in the size"),
+        (("a", "--prompt-3", "b"), "prompt_3 is for a third text encoder"),
+        (("a", "--negative-crop", "1,1"), "negative_crop is told to Stable Diffusion XL alone"),
         (("a", "--skip-layer-scale", "2"), "skip_layer_scale must be given with skip_layers"),
         (("a", "--skip-layer-range", "0,0.5"), "skip_layer_range must be given with skip_layers"),
         (("a", "--sequence", "ring"), "give --mesh too"),
@@ -266,6 +277,7 @@ def test_pictures_from_pictures_repeat_while_their_files_are_the_same(sample, tm
 )
 def test_impossible_requests_are_one_sentence(sample, arguments, words):
     Path("file").write_text("some text")
+    Path("circle").symlink_to("circle")
     Path("bad.jsonl").write_text('{"prompt": "a", "colour": "red"}')
     Path("types.jsonl").write_text('{"prompt": "a", "steps": "many"}')
     Path("reference.jsonl").write_text('{"prompt": "a", "reference": 3}')

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fluxjax.checkpoint.lora.scaled_file import scaled_files
 from fluxjax.config import TINY, ConfigError
+from fluxjax.sample import prompts_file
 from fluxjax.sample.file_names import check_pattern, file_name
 from fluxjax.sample.given_options import check, destination
 from fluxjax.sample.given_pictures import read_given
@@ -145,6 +146,13 @@ def test_every_mistake_in_a_prompts_file_names_its_line(content, words):
     with pytest.raises(ConfigError) as mistake:
         prompts(content, name)
     assert words in str(mistake.value) and len(str(mistake.value)) < 900
+
+
+def test_a_device_without_an_end_is_no_list_of_prompts(monkeypatch):
+    """Of /dev/zero and `yes |` no more is read than prompts may have."""
+    monkeypatch.setattr(prompts_file, "MAX_BYTES", 2**20)
+    with pytest.raises(ConfigError, match="/dev/zero has more than the 1 MiB that prompts may"):
+        read_prompts(Path("/dev/zero"))
 
 
 def picture() -> Image.Image:

@@ -282,3 +282,14 @@ def test_another_scheduler_is_named(tmp_path):
     file.write_text('{"_class_name": "KarrasVeScheduler"}')
     with pytest.raises(ConfigError, match=r"scheduler_config\.json is of KarrasVeScheduler"):
         read_config_json(SamplerConfig, file)
+
+
+def test_infinity_is_the_limit_that_there_is_not_and_nothing_else(tmp_path):
+    file = tmp_path / "scheduler_config.json"
+    name = '"_class_name": "DPMSolverMultistepScheduler"'
+    file.write_text(f'{{{name}, "lambda_min_clipped": -Infinity}}')
+    assert read_config_json(SamplerConfig, file).complete().lambda_min_clipped is None
+    for key, value in (("beta_start", "Infinity"), ("lambda_min_clipped", "Infinity")):
+        file.write_text(f'{{{name}, "{key}": {value}}}')
+        with pytest.raises(ConfigError, match=rf"config\.json: .*{key} must be a number, got inf"):
+            read_config_json(SamplerConfig, file)

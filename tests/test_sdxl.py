@@ -91,6 +91,8 @@ def test_sizes_are_told_and_the_second_prompt_is_read(base):
     assert_same(picture, theirs, **choices, **swapped, negative_target_size=(40, 50), **SIZE)
     with pytest.raises(ConfigError, match="crop must be two numbers of pixels"):
         ours(PROMPT, crop=(-1, 2), **OURS)
+    with pytest.raises(ConfigError, match="negative_crop is of classifier-free guidance"):
+        ours(PROMPT, negative_crop=(1, 2), guidance=1.0, **OURS)
     with pytest.raises(ConfigError, match="original_size is told to Stable Diffusion XL alone"):
         fluxjax.load_pipeline("tiny")("a star", original_size=(64, 64))
 
@@ -102,6 +104,8 @@ def test_the_refiner_hears_how_beautiful_it_is(refiner, image):
     scores = {"aesthetic_score": 8.0, "negative_aesthetic_score": 1.0, "negative_prompt": "blue"}
     (picture,) = ours(PROMPT, image=image, strength=0.6, **scores, **OURS)
     assert_same(picture, theirs, image=image, strength=0.6, **scores)
+    with pytest.raises(ConfigError, match="target_size is told to XL's base model"):
+        ours(PROMPT, image=image, target_size=(9, 9), **OURS)
 
 
 @slow

@@ -363,6 +363,10 @@ def test_a_folder_comes_back_from_orbax(folder, tmp_path):
 def test_mistakes_are_one_sentence(ours):
     for choices, words in (
         ({"true_cfg": 2.0}, "guidance is this one's scale"),
+        ({"true_cfg": 0.5}, "guidance is this one's scale"),
+        ({"guidance": 1.0, "guidance_rescale": 0.5}, "guidance_rescale is of .* which is off"),
+        ({"negative_aesthetic_score": 1.0}, "negative_aesthetic_score is told to .* refiner alone"),
+        ({"size_bins": False}, "size_bins are PixArt's"),
         ({"negative_prompt": "blue", "guidance": 1.0}, "negative_prompt needs guidance above 1"),
         ({"width": 42}, "width must be a multiple of 4"),
         ({"prompt_2": "x"}, "prompt_2 is for a second text encoder"),

@@ -72,6 +72,7 @@ def test_mistakes_in_a_verb_are_one_sentence(arguments, words):
         ("plan {tiny} --width 7", "width must be a multiple of 16, got 7"),
         ("plan nowhere", "'nowhere' is neither a preset"),
         ("train nowhere.toml", "there is no recipe nowhere.toml"),
+        ("train /dev/null", "/dev/null is empty: a recipe says"),
         ("train {recipe} --steps -1", "steps must be at least 1, got -1"),
         ("train {recipe} --lora.rank 0", "the LoRA's rank must be from 1 to 65536, got 0"),
         ("train precompute {recipe} --data.resolution 0", "resolution must be above 0"),
@@ -166,7 +167,7 @@ def test_a_signal_ends_a_command_from_its_first_import_on(awaited, number, tmp_p
     for line in running.stderr:
         if line.rpartition("|")[2].strip() == awaited:
             break
-    time.sleep(0.005)
+    time.sleep(0.05)
     running.send_signal(number)
     with running.stderr:
         rest = running.stderr.read()
@@ -221,6 +222,23 @@ def test_a_signal_during_garbage_collection_is_not_lost():
     for number in (signal.SIGINT, signal.SIGTERM):
         command = heeding_ctrl_c([sys.executable, "-c", program, str(int(number))])
         ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 128 + number and len(ended.stderr.split()) == 1, ended.stderr
+
+
+def test_a_signal_is_one_also_where_a_library_makes_another_error_of_it():
+    """C++ that is imported says "initialization failed", one that compares leaves a ValueError."""
+    program = (
+        "import signal, sys\n"
+        "from fluxjax import cli\n"
+        "def main():\n"
+        "    cli.begin()\n"
+        "    try: signal.raise_signal(int(sys.argv[1]))\n"
+        "    except KeyboardInterrupt: raise {}('initialization failed') from None\n"
+        "cli.run(main)\n"
+    )
+    for number, error in ((signal.SIGINT, "ImportError"), (signal.SIGTERM, "ValueError")):
+        words = [sys.executable, "-c", program.format(error), str(int(number))]
+        ended = subprocess.run(heeding_ctrl_c(words), capture_output=True, text=True, timeout=300)
         assert ended.returncode == 128 + number and len(ended.stderr.split()) == 1, ended.stderr
 
 

@@ -124,6 +124,17 @@ def test_a_number_without_end_in_a_sentencepiece_model(tmp_path):
     assert time.process_time() - begun < 3
 
 
+def test_a_list_of_merges_that_is_cut_short_is_not_a_shorter_one(tmp_path):
+    """What is left would read prompts as other tokens, and draw other pictures without a word."""
+    shutil.copytree(TINY / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "merges.txt"
+    lines = file.read_text().splitlines(keepends=True)
+    load_clip_tokenizer(tmp_path / "tokenizer")
+    file.write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"tokenizer is damaged: no merge makes 1 .* as 'beside<"):
+        load_clip_tokenizer(tmp_path / "tokenizer")
+
+
 @pytest.mark.parametrize("forms", [("tokenizer.json",), ()])
 def test_swapped_folders_are_told(tmp_path, forms):
     for name, load in (("tokenizer", load_t5_tokenizer), ("tokenizer_2", load_clip_tokenizer)):

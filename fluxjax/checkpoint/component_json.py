@@ -7,18 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fluxjax.config import PIPELINES, ConfigError, PipelineConfig, SchedulerConfig, from_dict
+from fluxjax.config.base import WORDS, shown_value
 from fluxjax.config.sampler import DEFAULTS, SamplerConfig
 from fluxjax.json_input import read_json
 from fluxjax.networks import NETWORKS
 from fluxjax.networks.network import JsonForm
 
 _DIFFUSERS_VERSION = "0.30.0"
+
+
+def _read_sampler(values: dict[str, Any]) -> dict[str, Any]:
+    found = {**values, "sampler": values["_class_name"]}
+    if found.get("lambda_min_clipped") == -math.inf:  # how DPM-Solver's file says: no limit
+        del found["lambda_min_clipped"]
+    return found
+
+
 _FORMS: dict[type, JsonForm] = {
     **{cls: network.json for cls, network in NETWORKS.items()},
     SchedulerConfig: JsonForm(
@@ -38,7 +49,7 @@ _FORMS: dict[type, JsonForm] = {
     SamplerConfig: JsonForm(
         "diffusers",
         tuple(DEFAULTS),
-        read=lambda values: {**values, "sampler": values["_class_name"]},
+        read=_read_sampler,
         write=lambda config, values: {
             name: value for name, value in values.items() if value is not None and name != "sampler"
         },
@@ -152,6 +163,10 @@ def parse_config(cls: type, values: dict[str, Any], path: Path) -> Any:
         if values.get(key, wanted) != wanted:
             raise ConfigError(f"{path}: {key}={values[key]!r} is not supported, only {wanted!r}")
     given = {**form.defaults, **{k: v for k, v in values.items() if v is not None}}
+    for key, kind in form.unread.items():
+        if type(given.get(key, kind())) is not kind:
+            wanted = WORDS[kind]
+            raise ConfigError(f"{path}: {key} must be {wanted}, got {shown_value(given[key])}")
     try:
         given = form.read(given)
         for field in dataclasses.fields(cls):

@@ -181,6 +181,10 @@ def _lazy(base: dict[str, Any], name: str, parts: int) -> Tensor:
         raise ValueError(f"{name} has {parts} of its {due} parts")
 
     def rows(start: int, stop: int) -> np.ndarray:
-        return (store[start:stop] if store.shape else store).read().result()
+        try:
+            return (store[start:stop] if store.shape else store).read().result()
+        except ValueError as error:
+            where = base["base"].removeprefix("file://").rstrip("/")
+            raise ValueError(f"{where} is damaged: {name} cannot be read") from error
 
     return Tensor(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), rows)

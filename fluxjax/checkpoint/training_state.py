@@ -193,14 +193,21 @@ class StateStore:
             )
         return None
 
-    def _prepare(self, step: int, state: Tree) -> None:
+    def require_room(self, state: Tree) -> None:
+        """Raises OSError where a checkpoint of `state` would find no space."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(
-                f"step {step} is not saved: {self.folder} has {free / 1e9:.2f} GB free, "
-                f"a checkpoint needs {needed / 1e9:.2f} GB"
+                f"{self.folder} has {free / 1e9:.2f} GB free, a checkpoint needs "
+                f"{needed / 1e9:.2f} GB"
             )
+
+    def _prepare(self, step: int, state: Tree) -> None:
+        try:
+            self.require_room(state)
+        except OSError as error:
+            raise OSError(f"step {step} is not saved: {error}") from None
         shutil.rmtree(self._path(step, ".saving"), ignore_errors=True)
         self._path(step, ".saving").mkdir()
 

@@ -19,7 +19,7 @@ Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "rel
 
 MOST_LAYERS = 512
 WIDEST = 2**17
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 class ConfigError(ValueError):
@@ -41,7 +41,8 @@ def check_types(config: object) -> None:
         value = getattr(config, name)
         if not _fits(value, hint):
             raise ConfigError(
-                f"{type(config).__name__}.{name} must be {_in_words(hint)}, got {_shown(value)}"
+                f"{type(config).__name__}.{name} must be {_in_words(hint)}, "
+                f"got {shown_value(value)}"
             )
 
 
@@ -77,10 +78,10 @@ def _in_words(hint: Any) -> str:
         return "one of " + ", ".join(get_args(hint))
     if get_origin(hint) is tuple:
         return "a list, each " + _in_words(get_args(hint)[0])
-    return _WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
+    return WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -92,7 +93,7 @@ def in_range(config: object, lowest: int | float, highest: int | float, *names: 
         if not lowest <= value <= highest:
             raise ConfigError(
                 f"{type(config).__name__}.{name} must be from {lowest} to {highest}, "
-                f"got {_shown(value)}"
+                f"got {shown_value(value)}"
             )
 
 

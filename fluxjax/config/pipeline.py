@@ -57,6 +57,10 @@ class PipelineConfig(ABC):
     """Settings of clips alone that the family has."""
     exact_steps: ClassVar[bool] = False
     """Whether the original code's step sizes are Python numbers, which no dtype rounds."""
+    requires_aesthetics_score: ClassVar[bool] = False
+    """Whether the network is told how beautiful a picture is."""
+    has_size_bins: ClassVar[bool] = False
+    """Whether pictures are drawn in the nearest size of training unless told otherwise."""
     embeds_guidance: ClassVar[bool] = False
     """Whether `guidance` is told to the network, beside that of two passes."""
 

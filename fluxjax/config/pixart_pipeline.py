@@ -58,6 +58,7 @@ class PixArtAlphaPipelineConfig(PipelineConfig):
     steps: int = 20
     guidance: float = 4.5
 
+    has_size_bins: ClassVar[bool] = True
     class_names: ClassVar[str] = r"PixArtAlphaPipeline"
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
 

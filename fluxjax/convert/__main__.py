@@ -22,18 +22,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     from fluxjax.checkpoint.lora.scaled_file import found
     from fluxjax.hub import find
     from fluxjax.parallel.mesh_shape import parse_mesh
+    from fluxjax.terminal import print_line
 
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
-    cli.begin()
     source = find(options.source, "checkpoint")
     if not source.exists():
         raise FileNotFoundError(f"there is no file {source}")
     loras = found(options.lora)
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes are traced, nothing is computed
+    cli.begin("fluxjax.convert.command")
     if options.to in ("peft", "kohya", "comfy") or options.difference_from is not None:
         from fluxjax.convert.command import write_adapter
 
-        print(f"{options.destination}: {write_adapter(source, options)}")
+        print_line(f"{options.destination}: {write_adapter(source, options)}")
         return 0
     from fluxjax.convert import convert
     from fluxjax.convert.command import run

@@ -15,6 +15,7 @@ from fluxjax.convert.options import Options
 from fluxjax.convert.progress import byte_progress
 from fluxjax.convert.report import report as report_of
 from fluxjax.hub import find
+from fluxjax.terminal import print_line, shown
 
 
 def run(conversion: convert.Conversion, *, report: bool) -> None:
@@ -24,16 +25,16 @@ def run(conversion: convert.Conversion, *, report: bool) -> None:
     """
     console = Console(stderr=True, highlight=False)
     for line in conversion.summary():
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(shown(line), markup=False, soft_wrap=True)
     with byte_progress(console, conversion.nbytes) as progress:
         seconds = convert.run(conversion, progress)
     rate = conversion.nbytes / 1e6 / seconds
-    print(
+    print_line(
         f"{conversion.destination}: {conversion.nbytes / 1e6:.0f} MB in {seconds:.1f} s, "
         f"{rate:.0f} MB/s"
     )
     for line in report_of(conversion) if report else ():
-        print(line)
+        print_line(line)
 
 
 def write_adapter(source: Path, options: Options) -> str:

@@ -22,7 +22,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
         prog=prog,
         description="How far ours is from PyTorch, and how fast.",
     )
-    cli.begin()
     return execute(command)
 
 

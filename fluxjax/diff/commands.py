@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from fluxjax import cli
 from fluxjax.config.choices import ComparedNetwork
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.sample.override import override
@@ -137,10 +138,6 @@ class Live:
             report = compare_network(
                 folder, self.component, dtype=self.dtype, against=self.against, mesh=self.mesh
             )
-        if self.plot:
-            from fluxjax.diff.report import plot_report
-
-            plot_report(report, self.plot)
         return [report]
 
 
@@ -168,15 +165,19 @@ def execute(command: Golden | Live | Bench) -> int:
         if command.rounds < 1 or command.threads < 1:
             given = f"{command.rounds} and {command.threads}"
             raise ValueError(f"--rounds and --threads must be at least 1, got {given}")
+        cli.begin("fluxjax.diff.benchmarks.bench")
         from fluxjax.diff.benchmarks.bench import run_bench
 
         return run_bench(command)
-    from fluxjax.diff.report import print_report, to_json
+    from fluxjax.diff.report import plot_report, print_report, to_json
 
     reports = command.reports()
+    cli.begin()
     if command.json:
         print(to_json(reports))
     else:
         for report in reports:
             print_report(report, Console())
+    if isinstance(command, Live) and command.plot:  # a full disk costs the plot alone
+        plot_report(reports[0], command.plot)
     return 0 if all(report.passed for report in reports) else 1

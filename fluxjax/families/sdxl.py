@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from fluxjax.config import StableDiffusionXLConfig
+from fluxjax.config import ConfigError, StableDiffusionXLConfig
 from fluxjax.families.family import Apply, Conditioning, Told
 from fluxjax.families.stable_diffusion import STABLE_DIFFUSION, PromptIds, tasks, tasks_of
 from fluxjax.families.stable_diffusion import text_shapes as of_states
@@ -66,7 +66,10 @@ def text_shapes(
 
 def sizes(config: StableDiffusionXLConfig, told: Told) -> Float[np.ndarray, " numbers"]:
     """Height and width of the original, top and left of its crop, and then height and width of the
-    target or, for the refiner, the aesthetic score."""
+    target or, for the refiner, the aesthetic score. Raises ConfigError for a refiner's target."""
+    if config.requires_aesthetics_score and told.target_size is not None:
+        name = f"{'negative_' * told.negative}target_size"
+        raise ConfigError(f"{name} is told to XL's base model; its refiner hears aesthetic_score")
     width, height = told.original_size or told.size
     left, top = told.crop or (0, 0)
     wide, high = told.target_size or told.size

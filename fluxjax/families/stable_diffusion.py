@@ -152,7 +152,7 @@ def scale(config: PipelineConfig, asked: Guidance) -> float | None:
 
     Raises ConfigError for a second scale, and for a negative prompt that nothing hears.
     """
-    if asked.true_cfg > 1:
+    if asked.true_cfg != 1:
         raise ConfigError(
             "true_cfg is for models that were distilled; guidance is this one's scale"
         )

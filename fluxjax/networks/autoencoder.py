@@ -215,6 +215,7 @@ AUTOENCODER = Network(
             "use_post_quant_conv": True,
         },
         required={"act_fn": "silu", "mid_block_add_attention": True},
+        unread={"sample_size": int, "force_upcast": bool},
         write=_write,
     ),
     dialects=(

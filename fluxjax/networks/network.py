@@ -69,6 +69,8 @@ class JsonForm:
     """What a key that is left out means in PyTorch, where it is not our default."""
     required: Mapping[str, Any] = field(default_factory=dict)
     """Keys with the one value that our network has: another would give other results."""
+    unread: Mapping[str, type] = field(default_factory=dict)
+    """Keys that decide nothing here, with the type that PyTorch's class wants of them."""
     read: Callable[[dict[str, Any]], dict[str, Any]] = dict
     """Values of a file, defaults filled in -> values whose keys are our fields."""
     write: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda config, values: values

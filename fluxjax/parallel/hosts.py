@@ -90,6 +90,8 @@ def join_hosts(
             raise ConfigError("--coordinator, --process-id and --num-processes go together")
         if not coordinator.rpartition(":")[2].isdecimal():
             raise ConfigError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
+        if num_processes < 1:
+            raise ConfigError(f"--num-processes must be at least 1, got {num_processes}")
         if not 0 <= process_id < num_processes:
             raise ConfigError(f"--process-id must be 0 to {num_processes - 1}, got {process_id}")
         if num_processes == 1:

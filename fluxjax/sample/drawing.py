@@ -25,7 +25,7 @@ from fluxjax.sample.programs import NAMES, components
 from fluxjax.sample.redux import Heard
 from fluxjax.sample.reference import whole_size
 from fluxjax.sample.refiner import Calls, completed
-from fluxjax.sample.refusals import check_clip, check_told
+from fluxjax.sample.refusals import check_clip, check_guided
 from fluxjax.sample.settings import FIELDS, Settings
 from fluxjax.sample.skip_layers import check_skip_layers
 from fluxjax.sample.stages import AnyArray, OnStep, Stages
@@ -126,7 +126,7 @@ class Drawing(Stages):
     def _drawn(self, settings: Settings, asked: Asked) -> Undecoded:
         """Latents of what `draw` is asked for."""
         check_clip(self.config, settings, self.defaults)
-        check_told(self.family, self.config, settings)
+        self._check_told(settings)
         prompts = [settings.prompt] if asked.prompts is None else asked.prompts
         number, count = asked.number, len(prompts) * asked.number
         if count < 1:
@@ -142,6 +142,7 @@ class Drawing(Stages):
         guidance = settings.asked_guidance._replace(pictures=task.pictures)
         scale = self.family.scale(self.config, guidance)
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
+        check_guided(settings, scale)
         seeds = settings.seed if asked.seeds is None else asked.seeds
         draws = self.draw_each(settings, seeds, count, task)
         self._compile_and_load(settings, count, given, asked.heard)

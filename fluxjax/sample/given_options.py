@@ -33,6 +33,11 @@ from fluxjax.sample.sources import SCALED, SINGLE, TINY, absolute, absolute_scal
 
 MOST_PICTURES = 2**20  # of one run
 _FLAGS = ("soft_mask", "loop", "clean_caption")
+_NAMED = (
+    *("model", "first_frame_model", "image", "mask", "negative_ip_image", "reference", "last"),
+    *("video", "quantise", "coordinator", "lora", "redux_image", "control", "controlnet"),
+    *("ip_adapter", "ip_image"),
+)
 
 
 def check(options: Options) -> None:
@@ -40,6 +45,10 @@ def check(options: Options) -> None:
     if not 1 <= options.number <= MOST_PICTURES:
         least = "at least 1" if options.number < 1 else f"at most {MOST_PICTURES}"
         raise ConfigError(f"number must be {least}, got {brief(options.number)}")
+    for name in _NAMED:  # a shell's variable that is not set is not the default
+        value = getattr(options, name)
+        if value == "" or (isinstance(value, tuple) and "" in value):
+            raise ConfigError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
     if options.prompts is not None and (options.prompt or options.like is not None):
         other = "--like" if options.like is not None else "a PROMPT"
         raise ConfigError(f"give {other} or --prompts, not both")
@@ -113,7 +122,7 @@ def _check_model(model: str | None) -> None:
     beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
     names = [*embedded_names(), *filter(embedded_adapter, TOOLS.values())]
     names += [entry.name for entry in beside]
-    near = get_close_matches(path.name, names, 1)
+    near = get_close_matches(path.name, [name for name in names if name != path.name], 1)
     what = "file" if path.suffix else "folder"
     meant = f"; did you mean {near[0]}?" if near else ""
     raise FileNotFoundError(f"there is no model {what} {path}{meant}")
@@ -188,7 +197,9 @@ def destination(options: Options) -> tuple[Path, Path | None]:
     if file is not None and options.name != PATTERN:
         raise ConfigError("--out names the file, and so does --name: give a folder as --out")
     folder = out if file is None else out.parent
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.exists():
+        raise ConfigError(f"{there} is a link that leads nowhere: no pictures can go into {folder}")
     if not there.is_dir():
         raise NotADirectoryError(f"{there} is a file: no folder {folder} can be made there")
     if not os.access(there, os.W_OK | os.X_OK):

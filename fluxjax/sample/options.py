@@ -15,25 +15,28 @@ from fluxjax.sample.file_names import PATTERN
 from fluxjax.sample.settings import Dtype, Noise, Rounding, VideoKind, brief
 
 
-def _number(kind: Callable[[str], Any], words: str, metavar: str) -> Any:
-    """An option's value or None, and one sentence for what is no number."""
+def _one(kind: type, words: str, metavar: str) -> Any:
+    """An option's value or None, and one sentence for what is none, as nothing is no path."""
 
     def parsed(texts: Sequence[str]) -> Any:
         try:
-            return kind(texts[0])
+            if texts[0]:
+                return kind(texts[0])
         except ValueError:
-            raise ValueError(f"must be {words}, got {brief(texts[0])}") from None
+            pass
+        raise ValueError(f"must be {words}, got {brief(texts[0])}")
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
         instance_from_str=parsed,
-        is_instance=lambda value: value is None or isinstance(value, kind),  # pyright: ignore
+        is_instance=lambda value: value is None or isinstance(value, kind),
         str_from_instance=lambda value: [str(value)],
     )
 
 
-_INTEGER, _REAL = _number(int, "an integer", "INT"), _number(float, "a number", "FLOAT")
+_INTEGER, _REAL = _one(int, "an integer", "INT"), _one(float, "a number", "FLOAT")
+_FILE = _one(Path, "a path", "PATH")
 
 
 def _numbers(kind: Callable[[str], Any], words: str, metavar: str) -> Any:
@@ -59,7 +62,7 @@ _SIDES = _integers("four integers, such as 0,0,256,0", "LEFT,TOP,RIGHT,BOTTOM")
 
 # None stands for "not given": the model's own value, or that of --like.
 _Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
-_Path = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+_Path = Annotated[Path | None, _FILE, tyro.conf.arg(help_behavior_hint="")]
 _Int = Annotated[int | None, _INTEGER, tyro.conf.arg(help_behavior_hint="")]
 _Float = Annotated[float | None, _REAL, tyro.conf.arg(help_behavior_hint="")]
 _Sides = Annotated[tuple[int, int, int, int] | None, _SIDES, tyro.conf.arg(help_behavior_hint="")]
@@ -279,7 +282,7 @@ class Options:
     """Pictures per prompt, with seeds seed, seed + 1, ..."""
     seed: _Int = None
     """0 ... 2**64 - 1; a random one is drawn and printed."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out")
+    out: Annotated[Path, _FILE, tyro.conf.arg(aliases=["-o"])] = Path("out")
     """Folder, or a file name that ends in .png, .jpg or .webp, of a clip in .mp4 or .webp. Nothing
     is ever overwritten: where the name is taken the new picture gets a number."""
     name: str = PATTERN

@@ -191,7 +191,8 @@ def find(said: Remembered, kind: str, where: str, hashes: Mapping[str, str], eve
         if len(found) > 1 and hashes:
             found.sort(key=lambda path: hashes_of(str(path), kind) != dict(hashes))
     except (OSError, ValueError) as error:  # a name of strangers: too long, or with a NUL
-        raise ConfigError(f"{said.path}: its {kind} cannot be opened ({error})") from None
+        why = getattr(error, "strerror", None) or error  # without the name, which may be long
+        raise ConfigError(f"{said.path}: its {kind} cannot be opened ({why})") from None
     if found:
         return str(found[0])
     option = _OPTIONS.get(kind, "--lora")

@@ -7,10 +7,12 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fluxjax.config import ConfigError
+from fluxjax.json_input import MAX_BYTES
 from fluxjax.sample.override import override
 from fluxjax.sample.settings import ALPHA, FIELDS, PICTURES, Settings, brief
 
@@ -45,7 +47,10 @@ def read_prompts(path: Path) -> list[Line]:
     """
     standard = path == STANDARD_INPUT
     name = "standard input" if standard else str(path)
-    data = sys.stdin.buffer.read() if standard else path.read_bytes()
+    with nullcontext(sys.stdin.buffer) if standard else open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:  # a device, a pipe without an end, or what is no prompts
+        raise ConfigError(f"{name} has more than the {MAX_BYTES >> 20} MiB that prompts may have")
     lines = list(_texts(data, name))
     if not lines:
         raise ConfigError(f"{name} has no prompts")

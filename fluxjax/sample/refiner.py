@@ -115,5 +115,7 @@ def completed(refiner: Refiner | None, settings: Settings, given: Given) -> Sett
 
 
 def _own(settings: Settings) -> Settings:
-    """Its one text encoder reads the prompt, as in diffusers; images are the base model's."""
-    return replace(settings, prompt_2=None, image=None, strength=None, refiner_start=None)
+    """Its one text encoder reads the prompt, as in diffusers; images and target sizes are the base
+    model's."""
+    others = "prompt_2", "image", "strength", "refiner_start", "target_size", "negative_target_size"
+    return replace(settings, **dict.fromkeys(others))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.families.family import Conditioning, Family
 from fluxjax.networks import network_of
 from fluxjax.sample.picture_inputs import Inputs
-from fluxjax.sample.settings import CLIP_FIELDS, FIELDS, Settings
+from fluxjax.sample.settings import CLIP_FIELDS, FIELDS, GUIDED_FIELDS, Settings
 
 # diffusers' names, for those who come from there.
 OTHER_NAMES = {
@@ -68,13 +69,49 @@ def check_clip(config: PipelineConfig, settings: Settings, usual: Settings) -> N
         raise ConfigError(f"{name} is for clips, and {config.class_name} draws pictures")
 
 
-def check_told(family: Family, config: PipelineConfig, settings: Settings) -> None:
-    """Raises ConfigError for what the family is not told of a picture, and for prompts that cannot
-    be cleaned."""
+def check_told(
+    family: Family,
+    config: PipelineConfig,
+    settings: Settings,
+    usual: Settings,
+    refiner: PipelineConfig | None = None,
+) -> None:
+    """Raises ConfigError for what neither the model nor its refiner is told of a picture, which
+    would do nothing, and for prompts that cannot be cleaned; `usual`: the model's own settings."""
     for negative in (False, True):
         told = settings.told(negative=negative)
         family.sizes(config, told)
         family.prompt_of("", told)
+    scored = config.requires_aesthetics_score or (refiner or config).requires_aesthetics_score
+    for name in ("aesthetic_score", "negative_aesthetic_score"):
+        if not scored and getattr(settings, name) != getattr(usual, name):
+            raise ConfigError(f"{name} is told to Stable Diffusion XL's refiner alone")
+    if not settings.size_bins and not config.has_size_bins:
+        raise ConfigError(
+            f"size_bins are PixArt's: {config.class_name} draws in the size that is asked for"
+        )
+    if settings.prompt_2 is not None and len(config.text_encoders) < 2:
+        raise ConfigError("prompt_2 is for a second text encoder, and this model has one")
+    if settings.prompt_3 is not None:
+        config.require_third_prompt()
+    hears = not config.embeds_guidance or any(
+        one.guidance_embeds for one in (*config.of(config.denoiser), *config.controlnets)
+    )
+    if not hears and settings.guidance not in (0, usual.guidance):
+        raise ConfigError(
+            "guidance is told to models that were distilled with it, and this one was not: it "
+            "would do nothing"
+        )
+
+
+def check_guided(settings: Settings, scale: Any) -> None:
+    """Raises ConfigError for what is of classifier-free guidance where there is none."""
+    plain = Settings()
+    for name in GUIDED_FIELDS:
+        if scale is None and getattr(settings, name) != getattr(plain, name):
+            raise ConfigError(
+                f"{name} is of classifier-free guidance, which is off: it would do nothing"
+            )
 
 
 def require_finite(

@@ -39,6 +39,14 @@ MAX_THRESHOLD = 10_000  # of Canny's gradients, which are below
 TASK_PICTURES = ("reference", "image", "mask", *CONTROLS, "last", "video")
 CLIP_FIELDS = ("frames", "fps", "motion", "image_guidance", "oscillation", "loop", "video_kind")
 """Settings of clips alone."""
+GUIDED_FIELDS = (
+    "guidance_rescale",
+    "negative_original_size",
+    "negative_crop",
+    "negative_target_size",
+    "negative_aesthetic_score",
+)
+"""Settings of classifier-free guidance alone."""
 PICTURES = (*TASK_PICTURES, *IP_IMAGES, "negative_ip_image")
 ALPHA = "alpha"  # the mask that is the image's own transparency
 

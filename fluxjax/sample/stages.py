@@ -21,7 +21,7 @@ from fluxjax.sample.network_runner import NetworkRunner
 from fluxjax.sample.picture_inputs import NOTHING, Inputs, noise_of_steps, rows_of_pictures
 from fluxjax.sample.programs import TEXT_ALONE, programs, tiled
 from fluxjax.sample.reference import pixels, preferred_size
-from fluxjax.sample.refusals import check_clip, check_told
+from fluxjax.sample.refusals import check_clip, check_guided, check_told
 from fluxjax.sample.settings import Rounding, Settings
 from fluxjax.sample.skip_layers import check_skip_layers, left_out_layers
 from fluxjax.schedules.schedule import Schedule, pad, with_gains_in
@@ -124,16 +124,18 @@ class Stages(NetworkRunner):
         """Raises ConfigError for settings that the family does not have."""
         check_clip(self.config, settings, self.defaults)
         scale = self.family.scale(self.config, settings.asked_guidance)
-        if settings.guidance_rescale and scale is None:
-            raise ConfigError(
-                "guidance_rescale is of classifier-free guidance, which is off: it would do nothing"
-            )
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
-        check_told(self.family, self.config, settings)
+        self._check_told(settings)
+        check_guided(settings, scale)
         if self.refiner is not None:
             self.refiner.check(settings)
         self.config.require_clip_skip(settings.clip_skip)
         self.run_of(settings)
+
+    def _check_told(self, settings: Settings) -> None:
+        """Raises ConfigError for what neither this model nor its refiner is told."""
+        refines = None if self.refiner is None else self.refiner.pipe.config
+        check_told(self.family, self.config, settings, self.defaults, refines)
 
     def as_drawn(self, settings: Settings) -> Settings:
         """In the size that is drawn, which is not always that of the picture."""

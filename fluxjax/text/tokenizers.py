@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -125,6 +125,7 @@ def _clip_tokenizer(folder: Path) -> PromptTokenizer:
         )
     bos, eos = settings.token("bos_token", CLIP_BOS), settings.token("eos_token", CLIP_EOS)
     unk = settings.token("unk_token", CLIP_EOS)
+    _require_made(vocab, merges, {bos, eos, unk, settings.token("pad_token", CLIP_EOS)})
     backend = Tokenizer(
         BPE(
             vocab=vocab,
@@ -150,6 +151,16 @@ def _clip_tokenizer(folder: Path) -> PromptTokenizer:
         (eos, _id(backend, eos)), (bos, _id(backend, bos)), False, False
     )
     return PromptTokenizer(backend, pad, settings.max_length(77), settings.file(vocab_file))
+
+
+def _require_made(vocab: Mapping[str, int], merges: Any, special: Collection[str]) -> None:
+    """Raises ValueError for tokens of several letters that no merge makes: of a list of merges that
+    is cut short the rest reads as a good one, and prompts as other tokens."""
+    made = {left + right for left, right in merges}
+    lost = [token for token in vocab if len(token.removesuffix("</w>")) > 1 and token not in made]
+    lost = [token for token in lost if token not in special and not token.startswith("<|")]
+    if lost:
+        raise ValueError(f"no merge makes {len(lost)} of its tokens, such as {lost[0]!r}")
 
 
 def load_t5_tokenizer(folder: Path, vocab_size: int | None = None) -> PromptTokenizer:

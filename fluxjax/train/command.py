@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import tyro
 
 from fluxjax import cli
 from fluxjax.config import ConfigError
-from fluxjax.terminal import say
+from fluxjax.terminal import print_line, say
 
 R = TypeVar("R")
 _DAY = 86400.0
+_LORA_END = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def train(arguments: Sequence[str], name: str = "python -m fluxjax.train") -> in
         return None
     from fluxjax.parallel.hosts import joined_hosts
 
-    cli.begin()
+    cli.begin("orbax.checkpoint")
     with joined_hosts(
         options.coordinator, options.process_id, options.num_processes, silence=options.silence
     ):
@@ -112,7 +114,7 @@ def _train(recipe: Any) -> None:
     else:
         result = recipe.train()
     if jax.process_index() == 0:
-        print(result)
+        print_line(str(result))
 
 
 def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train precompute") -> None:
@@ -155,7 +157,8 @@ def precompute(arguments: Sequence[str], name: str = "python -m fluxjax.train pr
             )
         barrier("precomputed", _DAY)  # a process that ends early would be taken for lost
         if jax.process_index() == 0:
-            print(done)
+            for line in done.splitlines():
+                print_line(line)
 
 
 def _given(metavar: str) -> Any:
@@ -186,15 +189,21 @@ def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export
 
     # What is no run is told before JAX is imported.
     recipe = read_recipe(options.run / "recipe.toml")
+    out, lora = options.out, recipe.task == "finetune" and recipe.method == "lora"
+    if out is not None and os.path.lexists(out):
+        raise FileExistsError(f"{out} exists, and is not overwritten: give a new name")
+    if out is not None and lora and out.suffix != _LORA_END:
+        raise ConfigError(f"{out}: the name of a LoRA's file ends in {_LORA_END}")
     from fluxjax.train.export import export_run
 
-    cli.begin()
+    cli.begin("orbax.checkpoint")
     linked = {"link": True} if options.link else {}
     links = recipe.task in ("embedded-sd", "embedded-pixart")
     if linked and not links:
         raise ConfigError("--link is for runs of the embedded diffusion models")
     if links or recipe.task == "embedded-video":
         recipe = replace(recipe, folder=options.run)
-        print(recipe.export(options.out or options.run / "pipeline", **linked))
-        return
-    print(export_run(options.run, step=options.step, model=options.model, out=options.out))
+        done = recipe.export(options.out or options.run / "pipeline", **linked)
+    else:
+        done = export_run(options.run, step=options.step, model=options.model, out=options.out)
+    print_line(str(done))

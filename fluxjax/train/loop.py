@@ -146,7 +146,7 @@ class Run:
         `run_folder` while it runs.
         Raises `Stopped` when asked to stop, once the state is saved; `Diverged` when `patience`
         updates in a row were not finite, or none at the end; ConfigError for another `identity`;
-        OSError if the last save fails.
+        OSError if there is no space for a checkpoint, or the last save fails.
         """
         folder = self.settings.folder
         with self.watchdog, hosts.others_may_end():
@@ -158,6 +158,8 @@ class Run:
             ):
                 self.store, self.asked = store, asked
                 state = self._resumed(state)
+                if int(state.step) < self.settings.steps:  # in hours nothing could be saved either
+                    hosts.from_first(lambda: store.require_room(state))
                 self.hooks.started()
                 return self._steps(state)
 

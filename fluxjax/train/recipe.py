@@ -101,6 +101,8 @@ class FinetuneRecipe:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if not self.model:
+            raise ConfigError("model is empty: give a folder, a hub's name, or tiny")
         kinds = (*KINDS, KEEP, NONE)
         if self.quantise not in kinds:
             raise ConfigError(f"quantise must be one of {', '.join(kinds)}, got {self.quantise!r}")
@@ -189,9 +191,12 @@ def read_recipe(path: Path) -> Any:
     "embedded-sd" a `TinySDRecipe`, with "embedded-pixart" a `TinyPixArtRecipe`, with
     "embedded-video" a `TinyVideoRecipe`.
 
-    Raises ConfigError naming an unknown key and the nearest valid one, or a value of a wrong type.
+    Raises ConfigError naming an unknown key and the nearest valid one, or a value of a wrong type,
+    and for a file without any: hours of the defaults are not what an emptied recipe asks for.
     """
     values = read_toml(path)
+    if not values:
+        raise ConfigError(f"{path} is empty: a recipe says at least its model, data and steps")
     task = values.pop("task", "finetune")
     if task == "embedded":
         from fluxjax.train.embedded.tiny import TinyRecipe as Recipe

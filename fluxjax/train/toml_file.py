@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,6 +16,8 @@ from fluxjax.config import ConfigError
 
 T = TypeVar("T")
 _MAX_BYTES = 2**20
+# Keys of so many parts, whose time of parsing grows with the square of their number.
+_LONG_KEY = re.compile(rb"(?<![\w\"'-])(?:[\w\"'-]++[ \t]*+\.[ \t]*+){100}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -27,6 +30,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     if len(content) > _MAX_BYTES:
         raise ConfigError(f"{path} is no recipe: it has more than {_MAX_BYTES >> 20} MiB")
     try:
+        if _LONG_KEY.search(content):
+            raise RecursionError
         return tomllib.loads(content.decode("utf-8-sig"))
     except RecursionError:
         raise ConfigError(f"{path} is not TOML that can be read: it is nested too deeply") from None

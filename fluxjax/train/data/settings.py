@@ -105,6 +105,8 @@ class DataSettings:
         return "clips" if self.frames else "pictures"
 
     def __post_init__(self) -> None:
+        if not self.source:  # not the current folder, which a Path of nothing is
+            raise ConfigError("source is empty: give a folder or a file, or scenes")
         for name, largest in _LARGEST.items():
             value = getattr(self, name)
             if not 0 < value <= largest:
