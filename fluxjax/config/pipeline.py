@@ -57,6 +57,8 @@ class PipelineConfig(ABC):
     """Settings of clips alone that the family has."""
     exact_steps: ClassVar[bool] = False
     """Whether the original code's step sizes are Python numbers, which no dtype rounds."""
+    all_steps: ClassVar[bool] = False
+    """Whether LCM, from an image, runs all steps within the part that is drawn anew."""
     embeds_guidance: ClassVar[bool] = False
     """Whether `guidance` is told to the network, beside that of two passes."""
 

@@ -68,11 +68,13 @@ def check_clip(config: PipelineConfig, settings: Settings, usual: Settings) -> N
         raise ConfigError(f"{name} is for clips, and {config.class_name} draws pictures")
 
 
-def check_told(family: Family, config: PipelineConfig, settings: Settings) -> None:
+def check_told(
+    family: Family, config: PipelineConfig, settings: Settings, *, changed: bool
+) -> None:
     """Raises ConfigError for what the family is not told of a picture, and for prompts that cannot
-    be cleaned."""
+    be cleaned. `changed`: whether it is an image drawn anew."""
     for negative in (False, True):
-        told = settings.told(negative=negative)
+        told = settings.told(negative=negative, changed=changed)
         family.sizes(config, told)
         family.prompt_of("", told)
 

@@ -120,8 +120,9 @@ class Stages(NetworkRunner):
         """What a run of `count` pictures starts from; one seed draws all at once, as diffusers."""
         return self.draw_each(settings, seeds, count, TEXT_ALONE)["noise"]
 
-    def check(self, settings: Settings) -> None:
-        """Raises ConfigError for settings that the family does not have."""
+    def check(self, settings: Settings, *, refines: bool = False) -> None:
+        """Raises ConfigError for settings that the family does not have; `refines`: where it goes
+        on with another one's latents."""
         check_clip(self.config, settings, self.defaults)
         scale = self.family.scale(self.config, settings.asked_guidance)
         if settings.guidance_rescale and scale is None:
@@ -129,7 +130,8 @@ class Stages(NetworkRunner):
                 "guidance_rescale is of classifier-free guidance, which is off: it would do nothing"
             )
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
-        check_told(self.family, self.config, settings)
+        changed = refines or settings.image is not None
+        check_told(self.family, self.config, settings, changed=changed)
         if self.refiner is not None:
             self.refiner.check(settings)
         self.config.require_clip_skip(settings.clip_skip)
