@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_guidance_is_embedded_as_in_diffusers(width):
     scales = np.array([0.5, 1.0, 4.5, 8.0], np.float32)
     embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
     theirs = embed(None, torch.from_numpy(scales) - 1, embedding_dim=width)
-    np.testing.assert_allclose(guidance_sinusoid(scales, width), theirs, atol=5e-4)
+    np.testing.assert_allclose(guidance_sinusoid(jnp.asarray(scales), width), theirs, atol=5e-4)
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(4, 1.0), (4, 0.8), (6, 0.3), (1, 0.1)])
