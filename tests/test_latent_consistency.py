@@ -111,6 +111,7 @@ def test_an_image_is_drawn_anew_with_all_steps(ours, expected, image, strength):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_stable_diffusion_with_such_a_unet(expected, image, mask, tmp_path):  # noqa: F811
     """In the classes of diffusers that draw with any UNet, and by another sampler."""
     diffusers.StableDiffusionPipeline(
