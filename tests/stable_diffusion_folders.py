@@ -117,6 +117,23 @@ def save_stable_diffusion(folder: Path, tokenizers: Path) -> Path:
     return folder
 
 
+def save_latent_consistency(folder: Path, tokenizers: Path) -> Path:
+    """As 1.5, distilled: the UNet is told its guidance."""
+    torch.manual_seed(6)
+    unet = random_unet(time_cond_proj_dim=32)
+    with torch.no_grad():
+        unet.get_parameter("time_embedding.cond_proj.weight").mul_(3.0)
+    diffusers.LatentConsistencyModelPipeline(
+        vae=random_vae(),
+        text_encoder=random_clip(),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizers / "clip-vit-large-patch14"),
+        unet=unet,
+        scheduler=diffusers.LCMScheduler(),
+        **_UNCHECKED,
+    ).save_pretrained(folder)
+    return folder
+
+
 def save_xl(
     folder: Path, tokenizers: Path, *, refiner: bool = False, inpainting: bool = False
 ) -> Path:

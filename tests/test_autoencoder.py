@@ -11,6 +11,7 @@ import torch
 from stable_diffusion_folders import random_vae
 from torch_reference import relative_l2
 
+from fluxjax.checkpoint.component_json import config_json, parse_config
 from fluxjax.checkpoint.engine import to_ours
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import abstract_params
@@ -154,3 +155,12 @@ def test_tiles_leave_no_seam():
 def test_tiles_need_a_sensible_size(networks):
     with pytest.raises(ConfigError, match="at least 8 latents a side, got 7"):
         decode_tiled(Autoencoder(CONFIG), networks[1], np.zeros((1, 8, 8, 16), np.float32), tile=7)
+
+
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+def test_statistics_of_each_channel_are_refused(tmp_path, name):
+    """XL's pipelines read them, and draw another picture without."""
+    values = {**config_json(DEV.vae), name: [0.1] * 16}
+    with pytest.raises(ConfigError, match=rf"{name}=\[0.1, .* is not supported, only None"):
+        parse_config(AutoencoderConfig, values, tmp_path / "config.json")
+    assert parse_config(AutoencoderConfig, {**values, name: None}, tmp_path) == DEV.vae

@@ -13,6 +13,7 @@ from stable_diffusion_folders import save_stable_diffusion, save_xl
 import fluxjax
 from fluxjax.config import DEV, SD15, SDXL, SDXL_REFINER, ConfigError
 from fluxjax.convert.convert import plan, run
+from fluxjax.families import STABLE_DIFFUSION_XL, Told
 from fluxjax.sample.__main__ import main
 from fluxjax.sample.memory_estimate import weight_bytes
 
@@ -89,6 +90,11 @@ def test_sizes_are_told_and_the_second_prompt_is_read(base):
     (picture,) = ours(PROMPT, **choices, **other, **OURS, **SIZE)
     swapped |= {"negative_original_size": (20, 30), "negative_crops_coords_top_left": (9, 1)}
     assert_same(picture, theirs, **choices, **swapped, negative_target_size=(40, 50), **SIZE)
+    # Beside negative sizes the negative crop is nowhere, and not the prompt's.
+    two = {f"negative_{name}": (30, 20) for name in ("original_size", "target_size")}
+    (picture,) = ours(PROMPT, crop=(7, 3), **two, **OURS, **SIZE)
+    two = {name: pair[::-1] for name, pair in two.items()}
+    assert_same(picture, theirs, crops_coords_top_left=(3, 7), **two, **SIZE)
     with pytest.raises(ConfigError, match="crop must be two numbers of pixels"):
         ours(PROMPT, crop=(-1, 2), **OURS)
     with pytest.raises(ConfigError, match="negative_crop is of classifier-free guidance"):
@@ -99,13 +105,45 @@ def test_sizes_are_told_and_the_second_prompt_is_read(base):
 
 @slow
 def test_the_refiner_hears_how_beautiful_it_is(refiner, image):
-    """One text encoder, in the second's folder."""
+    """One text encoder, in the second's folder. The prompt's crop is not the negative one's."""
     ours, theirs = refiner
     scores = {"aesthetic_score": 8.0, "negative_aesthetic_score": 1.0, "negative_prompt": "blue"}
-    (picture,) = ours(PROMPT, image=image, strength=0.6, **scores, **OURS)
+    (picture,) = ours(PROMPT, image=image, strength=0.6, crop=(90, 50), **scores, **OURS)
+    scores["crops_coords_top_left"] = (50, 90)
     assert_same(picture, theirs, image=image, strength=0.6, **scores)
     with pytest.raises(ConfigError, match="target_size is told to XL's base model"):
         ours(PROMPT, image=image, target_size=(9, 9), **OURS)
+
+
+NEGATIVE = {"negative_original_size": (5, 6), "negative_target_size": (7, 8)}
+CROP = {"negative_crop": (9, 4)}
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "given", "expected"),
+    [
+        (SDXL, False, {}, [20, 10, 2, 1, 40, 30]),
+        (SDXL, False, NEGATIVE, [6, 5, 0, 0, 8, 7]),
+        (SDXL, False, NEGATIVE | CROP, [6, 5, 4, 9, 8, 7]),
+        (SDXL, True, {"negative_original_size": (5, 6)}, [6, 5, 2, 1, 40, 30]),
+        (SDXL, True, NEGATIVE, [6, 5, 2, 1, 8, 7]),
+        (SDXL_REFINER, True, {}, [20, 10, 0, 0, 2.5]),
+        (SDXL_REFINER, True, CROP, [20, 10, 4, 9, 2.5]),
+        (SDXL, False, CROP, "negative_crop only beside them"),
+        (SDXL, False, {"negative_target_size": (7, 8)}, "are told together"),
+        (SDXL, True, NEGATIVE | CROP, "negative_crop is not heard where an image is drawn anew"),
+    ],
+)
+def test_negative_sizes_are_heard_as_in_diffusers(config, changed, given, expected):
+    """Each of its three pipelines has another way with what is left out. What it takes and does
+    not hear is refused."""
+    positive = {"original_size": (10, 20), "crop": (1, 2), "target_size": (30, 40)}
+    told = Told((64, 64), **positive, aesthetic_score=2.5, negative=True, changed=changed, **given)
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            STABLE_DIFFUSION_XL.sizes(config, told)
+    else:
+        assert STABLE_DIFFUSION_XL.sizes(config, told).tolist() == expected
 
 
 @slow

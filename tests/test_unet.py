@@ -41,7 +41,7 @@ TINY = UNetConfig(
     norm_num_groups=8,
 )
 TINIES = {
-    "1.5": replace(TINY, in_channels=9),
+    "1.5": replace(TINY, in_channels=9, time_cond_proj_dim=17),
     "XL": replace(
         TINY,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -80,6 +80,7 @@ def run_theirs(model, inputs, dtype=torch.float32):
             x["sample"].movedim(-1, 1).to(dtype),
             x["timestep"],
             x["encoder_hidden_states"].to(dtype),
+            timestep_cond=x["timestep_cond"].to(dtype) if "timestep_cond" in x else None,
             added_cond_kwargs=added,
         ).sample
     return sample.float().movedim(1, -1).numpy()
@@ -213,6 +214,7 @@ def test_small_sizes_of_old_files_are_raised_as_diffusers_does(tmp_path, version
         ({"attention_head_dim": [3, 3, 3, 3]}, "3 do not divide 320 channels"),
         ({"block_out_channels": [320, 640]}, "has 4 entries where block_out_channels has 2"),
         ({"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types"),
+        ({"time_cond_proj_dim": 2}, "time_cond_proj_dim must be from 4"),
     ],
 )
 def test_other_unets_are_refused(tmp_path, changes, words):

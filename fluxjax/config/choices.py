@@ -20,6 +20,9 @@ ComparedNetwork = Literal[
     "ip_adapter",
 ]
 """What is compared with PyTorch layer by layer."""
+TOLD_SIZES = ("original_size", "crop", "target_size")
+TOLD_PAIRS = (*TOLD_SIZES, *(f"negative_{name}" for name in TOLD_SIZES))
+"""What Stable Diffusion XL is told of a picture's sizes, in settings."""
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes again of each block."""
 FileFamily = Literal[

@@ -39,6 +39,7 @@ from fluxjax.config.stable_diffusion import (
     SD21,
     SDXL,
     SDXL_REFINER,
+    LatentConsistencyConfig,
     StableDiffusionConfig,
     StableDiffusionXLConfig,
 )
@@ -46,6 +47,7 @@ from fluxjax.config.stable_diffusion import (
 PIPELINES: tuple[type[PipelineConfig], ...] = (
     FluxPipelineConfig,
     StableDiffusionConfig,
+    LatentConsistencyConfig,
     StableDiffusionXLConfig,
     OpenSoraPipelineConfig,
     HunyuanVideoPipelineConfig,

@@ -61,6 +61,8 @@ class PipelineConfig(ABC):
     """Whether the network is told how beautiful a picture is."""
     has_size_bins: ClassVar[bool] = False
     """Whether pictures are drawn in the nearest size of training unless told otherwise."""
+    all_steps: ClassVar[bool] = False
+    """Whether LCM, from an image, runs all steps within the part that is drawn anew."""
     embeds_guidance: ClassVar[bool] = False
     """Whether `guidance` is told to the network, beside that of two passes."""
 

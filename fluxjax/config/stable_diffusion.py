@@ -12,6 +12,7 @@ from fluxjax.config.flux_pipeline import TINY
 from fluxjax.config.pipeline import PipelineConfig
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.config.unet import (
+    LCM_UNET,
     SD15_UNET,
     SD21_UNET,
     SDXL_REFINER_UNET,
@@ -49,6 +50,13 @@ EULER = SamplerConfig(
     sample_max_value=1.0,
     **_NOISE,
 )
+LCM = SamplerConfig(
+    sampler="LCMScheduler",
+    timestep_spacing="leading",
+    original_inference_steps=50,
+    timestep_scaling=10.0,
+    **{**_NOISE, "steps_offset": 0, "set_alpha_to_one": True},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +93,13 @@ class StableDiffusionConfig(PipelineConfig):
     @classmethod
     def published(cls, parts: dict[str, Any], name: str) -> StableDiffusionConfig:
         """Without a scheduler that which such models were published with: those of 2, whose text
-        encoder is OpenCLIP's, predict v at 768 pixels."""
+        encoder is OpenCLIP's, predict v at 768 pixels; those that hear their guidance draw by LCM.
+        """
         unet, vae = parts["unet"], parts["vae"]
+        if "scheduler" not in parts and unet.time_cond_proj_dim is not None:
+            parts = {**parts, "scheduler": LCM}
+            if cls is StableDiffusionConfig and unet.in_channels == vae.latent_channels:
+                return LatentConsistencyConfig.published(parts, name)
         side = unet.sample_size * vae.scale
         first = parts.get("text_encoder")
         if "scheduler" not in parts and first is not None and first.hidden_act == "gelu":
@@ -139,6 +152,36 @@ class StableDiffusionConfig(PipelineConfig):
         )
         if self.scheduler.is_flow:
             raise ConfigError(f"{model}: {self.scheduler.sampler} samples a flow, not a UNet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConsistencyConfig(StableDiffusionConfig):
+    """Stable Diffusion 1, distilled to draw in a few steps and to hear the guidance scale."""
+
+    unet: UNetConfig = LCM_UNET
+    scheduler: SamplerConfig = LCM
+    steps: int = 4
+    guidance: float = 8.5
+    width: int = 768
+    height: int = 768
+
+    class_names: ClassVar[str] = r"LatentConsistencyModel(Img2Img)?Pipeline"
+    all_steps: ClassVar[bool] = True
+
+    @property
+    def class_name(self) -> str:
+        return "LatentConsistencyModelPipeline"
+
+    def corrected(self, scheduler: SamplerConfig) -> SamplerConfig:
+        return scheduler
+
+    def require_whole(self, model: object, *, text_alone: bool = False) -> None:
+        require(
+            self.unet.time_cond_proj_dim is not None,
+            f"{model}: a latent consistency model hears its guidance, and the UNet has no "
+            "time_cond_proj_dim",
+        )
+        super().require_whole(model, text_alone=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fluxjax.config.base import check_types, in_range, positive, require
@@ -54,6 +54,9 @@ class UNetConfig:
     """Width of each of those sizes."""
     projection_class_embeddings_input_dim: int = 2816
     """Width of all that joins the time: pooled text and five or six sizes."""
+    time_cond_proj_dim: int | None = None
+    """Width of the guidance scale as the time hears it, in models that were distilled with it;
+    None where there is none."""
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
 
@@ -70,6 +73,8 @@ class UNetConfig:
             "projection_class_embeddings_input_dim",
         )
         in_range(self, 0, 1, "norm_eps")
+        if self.time_cond_proj_dim is not None:
+            in_range(self, 4, 2**14, "time_cond_proj_dim")
         levels = len(self.block_out_channels)
         require(1 <= levels <= 8, f"UNetConfig has {levels} resolutions, expected 1 to 8")
         for name in (
@@ -104,6 +109,7 @@ _XL_DOWN: tuple[DownBlock, ...] = ("DownBlock2D", "CrossAttnDownBlock2D", "Cross
 _XL_UP: tuple[UpBlock, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 
 SD15_UNET = UNetConfig()
+LCM_UNET = replace(SD15_UNET, sample_size=96, time_cond_proj_dim=256)
 SD21_UNET = UNetConfig(
     sample_size=96,
     attention_head_dim=(5, 10, 20, 20),

@@ -105,7 +105,8 @@ def _latents(model: Any, x: dict[str, Any]) -> dict[str, Any]:
 def _unet(model: Any, x: dict[str, Any]) -> dict[str, Any]:
     added = {k: x[k] for k in ("text_embeds", "time_ids") if k in x}
     sample, text = x["sample"].movedim(-1, 1), x["encoder_hidden_states"]
-    returned = model(sample, x["timestep"], text, added_cond_kwargs=added)
+    told = {"timestep_cond": x.get("timestep_cond"), "added_cond_kwargs": added}
+    returned = model(sample, x["timestep"], text, **told)
     return {"sample": returned.sample.movedim(1, -1)}
 
 

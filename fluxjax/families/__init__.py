@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from fluxjax.families.pixart import PIXART
     from fluxjax.families.sd3 import SD3
     from fluxjax.families.sdxl import STABLE_DIFFUSION_XL
-    from fluxjax.families.stable_diffusion import STABLE_DIFFUSION
+    from fluxjax.families.stable_diffusion import LATENT_CONSISTENCY, STABLE_DIFFUSION
 
 _FILES = {
     "FLUX": "flux",
     "STABLE_DIFFUSION": "stable_diffusion",
+    "LATENT_CONSISTENCY": "stable_diffusion",
     "STABLE_DIFFUSION_XL": "sdxl",
     "SD3": "sd3",
     "PIXART": "pixart",
@@ -65,6 +66,7 @@ __all__ = [
     "FLUX",
     "HUNYUAN_IMAGE_TO_VIDEO",
     "HUNYUAN_VIDEO",
+    "LATENT_CONSISTENCY",
     "OPEN_SORA",
     "PIXART",
     "SD3",

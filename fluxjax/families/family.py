@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from fluxjax.config import ConfigError, PipelineConfig
-from fluxjax.config.choices import Respacing, Spacing
+from fluxjax.config.choices import TOLD_PAIRS, Respacing, Spacing
 from fluxjax.families.noise_path import NoisePath
 from fluxjax.models.transformer_blocks import ImagePrompt
 from fluxjax.schedules.step_table import Run
@@ -62,6 +62,8 @@ class Steps(NamedTuple):
     training, from noise on."""
     end: float | None = None
     """Where they are handed over."""
+    strength: float = 1.0
+    """How much of an image is drawn anew, which `first` follows from."""
 
 
 class Guidance(NamedTuple):
@@ -122,7 +124,13 @@ class Told(NamedTuple):
     clean: bool = False
     """Whether its prompt is cleaned as captions of the web are."""
     negative: bool = False
-    """Whether all this is what the picture is not to be like."""
+    """Whether all this is what the picture is not to be like, of which it has these sizes where
+    they are told:"""
+    negative_original_size: tuple[int, int] | None = None
+    negative_crop: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    changed: bool = False
+    """Whether an image is drawn anew."""
 
 
 class Control(NamedTuple):
@@ -233,7 +241,7 @@ def _no_masks(*arguments: Any) -> Any:
 
 def no_sizes(config: PipelineConfig, told: Told) -> None:
     """Raises ConfigError where a picture is said to be like what only one family hears of."""
-    for name in ("original_size", "crop", "target_size"):
+    for name in TOLD_PAIRS:
         if getattr(told, name) is not None:
             name = f"negative_{name}" if told.negative else name
             raise ConfigError(f"{name} is told to Stable Diffusion XL alone")

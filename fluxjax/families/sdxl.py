@@ -66,15 +66,47 @@ def text_shapes(
 
 def sizes(config: StableDiffusionXLConfig, told: Told) -> Float[np.ndarray, " numbers"]:
     """Height and width of the original, top and left of its crop, and then height and width of the
-    target or, for the refiner, the aesthetic score. Raises ConfigError for a refiner's target."""
-    if config.requires_aesthetics_score and told.target_size is not None:
-        name = f"{'negative_' * told.negative}target_size"
-        raise ConfigError(f"{name} is told to XL's base model; its refiner hears aesthetic_score")
-    width, height = told.original_size or told.size
-    left, top = told.crop or (0, 0)
-    wide, high = told.target_size or told.size
+    target or, for the refiner, the aesthetic score.
+
+    Raises ConfigError for a refiner's target, and for sizes of the negative prompt that diffusers
+    does not hear.
+    """
+    for name in ("target_size", "negative_target_size"):
+        if config.requires_aesthetics_score and getattr(told, name) is not None:
+            raise ConfigError(
+                f"{name} is told to XL's base model; its refiner hears aesthetic_score"
+            )
+    original, crop, target = told.original_size, told.crop, told.target_size
+    if told.negative:
+        original, crop, target = _negative_sizes(config, told)
+    width, height = original or told.size
+    left, top = crop or (0, 0)
+    wide, high = target or told.size
     last = (told.aesthetic_score,) if config.requires_aesthetics_score else (high, wide)
     return np.array([height, width, top, left, *last], np.float32)
+
+
+def _negative_sizes(config: StableDiffusionXLConfig, told: Told) -> tuple[Any, Any, Any]:
+    """Each of diffusers' three pipelines has another way with them."""
+    original, crop = told.negative_original_size, told.negative_crop
+    target = told.negative_target_size
+    if config.requires_aesthetics_score:
+        return original or told.original_size, crop, None
+    if told.changed:
+        if crop is not None:
+            raise ConfigError(
+                "negative_crop is not heard where an image is drawn anew: there the negative "
+                "prompt has the prompt's crop"
+            )
+        return original or told.original_size, told.crop, target or told.target_size
+    if original is not None and target is not None:
+        return original, crop, target
+    if (original, crop, target) != (None, None, None):
+        raise ConfigError(
+            "of what the negative prompt describes negative_original_size and "
+            "negative_target_size are told together, and negative_crop only beside them"
+        )
+    return told.original_size, told.crop, told.target_size
 
 
 STABLE_DIFFUSION_XL = replace(

@@ -1,7 +1,9 @@
-"""Stable Diffusion 1 and 2: CLIP, and a UNet over latents that predicts their noise.
+"""Stable Diffusion 1 and 2: CLIP, and a UNet over latents that predicts their noise. Some were
+distilled to hear the guidance scale, and to draw in a few steps.
 
 Source: diffusers `StableDiffusionPipeline`, `StableDiffusionImg2ImgPipeline`,
-`StableDiffusionInpaintPipeline`.
+`StableDiffusionInpaintPipeline`; `LatentConsistencyModelPipeline`,
+`LatentConsistencyModelImg2ImgPipeline`; Luo et al. 2023.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from fluxjax.families.family import (
 from fluxjax.families.noise_path import DiffusionPath
 from fluxjax.models import lora
 from fluxjax.models.clip import CLIPTextModel
+from fluxjax.models.embeddings import guidance_sinusoid
 from fluxjax.models.unet import UNet
 from fluxjax.networks import network_of
 from fluxjax.schedules.samplers import chosen, sampler_run
@@ -71,6 +74,11 @@ def tasks(prefix: str, *, image: float, inpaint: float) -> dict[str, Task]:
 
 
 TASKS = tasks("StableDiffusion", image=0.8, inpaint=1.0)
+CONSISTENT_TASKS = {
+    name: task
+    for name, task in tasks("LatentConsistencyModel", image=0.8, inpaint=1.0).items()
+    if "mask" not in task.pictures
+}
 
 
 def tasks_of(every: dict[str, Task], config: Any) -> list[Task]:
@@ -148,7 +156,7 @@ def text_shapes(
 
 
 def scale(config: PipelineConfig, asked: Guidance) -> float | None:
-    """Of classifier-free guidance; None where there is one pass.
+    """Of classifier-free guidance; None where there is one pass, as where the UNet hears the scale.
 
     Raises ConfigError for a second scale, and for a negative prompt that nothing hears.
     """
@@ -156,6 +164,13 @@ def scale(config: PipelineConfig, asked: Guidance) -> float | None:
         raise ConfigError(
             "true_cfg is for models that were distilled; guidance is this one's scale"
         )
+    if getattr(config.networks[config.denoiser], "time_cond_proj_dim", None) is not None:
+        if asked.negative_prompt:
+            raise ConfigError(
+                "this UNet was distilled to hear the guidance scale, and draws in one pass: it "
+                "hears no negative_prompt"
+            )
+        return None
     if asked.guidance > 1:
         return asked.guidance
     if asked.negative_prompt:
@@ -204,6 +219,11 @@ def run(config: PipelineConfig, steps: Steps, rows: int, columns: int) -> Run:
         choices["eta"] = steps.eta
     elif steps.eta:
         raise ConfigError(f"eta is how much noise DDIM adds, and this is {asked.sampler}")
+    if config.all_steps and asked.sampler == "LCMScheduler":
+        choices["strength"] = steps.strength
+        steps = steps._replace(first=0)
+    if steps.first == steps.count:
+        raise _none_left(steps.count, steps.strength)
     whole = sampler_run(asked, steps.count, **choices)
     if steps.begin is not None:
         return _handed_over(asked, whole, steps.count, steps.begin, **choices)
@@ -241,8 +261,18 @@ def first_step(steps: int, strength: float, *, rounding: str = "diffusers") -> i
         raise ConfigError(f"strength must be above 0 and at most 1, got {strength}")
     first = steps - int(steps * strength)
     if first == steps:
-        raise ConfigError(f"{steps} steps with a strength of {strength:g} leave none to draw with")
+        raise _none_left(steps, strength)
     return first
+
+
+def first_of_few(steps: int, strength: float, *, rounding: str = "diffusers") -> int:
+    """`first_step` of a model that draws in so few steps that a sampler which runs them all may be
+    left none by the others."""
+    return steps if 0.0 < strength * steps < 1.0 else first_step(steps, strength)
+
+
+def _none_left(steps: int, strength: float) -> ConfigError:
+    return ConfigError(f"{steps} steps with a strength of {strength:g} leave none to draw with")
 
 
 def started(
@@ -274,6 +304,10 @@ def forward(
     With `capture`, flax's `mutable` and `capture_intermediates`, the result is (output, state).
     """
     heard = (conditioning.sequence, conditioning.vector, conditioning.sizes)
+    told = module.config.time_cond_proj_dim
+    if told is not None:
+        assert extras.guidance is not None
+        heard += (guidance_sinusoid(extras.guidance, told),)
     return apply(module, variables, with_channels(x, extras), t, *heard, **capture)
 
 
@@ -328,4 +362,10 @@ STABLE_DIFFUSION = Family(
     forward=forward,
     hoist=hoist,
     path=path,
+)
+LATENT_CONSISTENCY = replace(
+    STABLE_DIFFUSION,
+    tasks=CONSISTENT_TASKS,
+    tasks_of=partial(tasks_of, CONSISTENT_TASKS),
+    first_step=first_of_few,
 )

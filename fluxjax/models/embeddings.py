@@ -76,6 +76,20 @@ def sinusoid(t: Float[Array, " b"], dim: int = SINUSOID_DIM) -> Float[Array, "b 
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def guidance_sinusoid(scale: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
+    """Sines, then cosines, of 1000 (scale - 1) at `dim // 2` frequencies from 1 down to 1/10000,
+    its ends among them, and a zero where `dim` is odd; in float32.
+
+    Source: diffusers `get_guidance_scale_embedding`, of the scale as its pipelines have it.
+    """
+    half = dim // 2
+    step = np.log(np.float32(10000.0)) / np.float32(half - 1)
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * -step)
+    angles = (1000.0 * (scale.astype(jnp.float32) - 1.0))[:, None] * frequencies[None, :]
+    values = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(values, ((0, 0), (0, dim % 2)))
+
+
 def sinusoids_2d(
     rows: int, columns: int, dim: int, *, base: int, scale: float = 1.0
 ) -> Float[Array, "n dim"]:

@@ -93,6 +93,22 @@ class UpBlock(Part):
         return x
 
 
+class GuidedTimeEmbedder(TwoLayerEmbedder):
+    """With what is told of guidance added to the time beforehand."""
+
+    inputs: int
+    """Width of the time."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.cond_proj = self.dense(self.inputs, use_bias=False)
+
+    def __call__(
+        self, x: Float[Array, "b inputs"], told: Float[Array, "b told"]
+    ) -> Float[Array, "b d"]:
+        return super().__call__(x + self.cond_proj(told))
+
+
 class UNet(Part):
     """Source: diffusers `models/unets/unet_2d_condition.py`; Rombach et al. 2022."""
 
@@ -108,17 +124,19 @@ class UNet(Part):
         encoder_hidden_states: Float[Array, "b l d"],
         text_embeds: Float[Array, "b pooled"] | None = None,
         time_ids: Float[Array, "b ids"] | None = None,
+        timestep_cond: Float[Array, "b told"] | None = None,
     ) -> Float[Array, "b h w out"]:
         """The noise, or what else the model was trained to predict.
 
         Timesteps are those of training, 0 (clean) to 999, and may have fractions. Only models
         with `addition_embed_type` read `text_embeds`, the pooled text, and `time_ids`: height and
         width of the original, top and left of the crop, then height and width of the target or, in
-        the refiner, an aesthetic score.
+        the refiner, an aesthetic score. Only models with `time_cond_proj_dim` read
+        `timestep_cond`, the guidance scale (`embeddings.guidance_sinusoid`).
         """
         config, widths = self.config, self.config.block_out_channels
         x, text = sample.astype(self.dtype), encoder_hidden_states.astype(self.dtype)
-        time = self._time(timestep)
+        time = self._time(timestep, timestep_cond)
         if config.addition_embed_type is not None:
             if text_embeds is None or time_ids is None:
                 raise ValueError("a UNet with an added embedding needs text_embeds and time_ids")
@@ -144,10 +162,17 @@ class UNet(Part):
         x = nn.silu(norm(x))
         return convolution(self, config.out_channels, 3, "conv_out")(x)
 
-    def _time(self, timestep: Float[Array, " b"]) -> Float[Array, "b t"]:
+    def _time(
+        self, timestep: Float[Array, " b"], told: Float[Array, "b told"] | None
+    ) -> Float[Array, "b t"]:
         first = self.config.block_out_channels[0]
-        embedder = TwoLayerEmbedder(4 * first, **self.types, name="time_embedding")
-        return embedder(sinusoid(timestep, first).astype(self.dtype))
+        time = sinusoid(timestep, first).astype(self.dtype)
+        if self.config.time_cond_proj_dim is None:
+            return TwoLayerEmbedder(4 * first, **self.types, name="time_embedding")(time)
+        if told is None:
+            raise ValueError("a UNet with time_cond_proj_dim needs timestep_cond")
+        embedder = GuidedTimeEmbedder(4 * first, first, **self.types, name="time_embedding")
+        return embedder(time, told.astype(self.dtype))
 
     def _added(
         self, text_embeds: Float[Array, "b pooled"], time_ids: Float[Array, "b ids"]

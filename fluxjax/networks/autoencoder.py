@@ -214,7 +214,13 @@ AUTOENCODER = Network(
             "use_quant_conv": True,
             "use_post_quant_conv": True,
         },
-        required={"act_fn": "silu", "mid_block_add_attention": True},
+        # Means and deviations of each channel: Playground's autoencoders, in XL's pipelines.
+        required={
+            "act_fn": "silu",
+            "mid_block_add_attention": True,
+            "latents_mean": None,
+            "latents_std": None,
+        },
         unread={"sample_size": int, "force_upcast": bool},
         write=_write,
     ),

@@ -69,6 +69,7 @@ def _ldm_rules(layers: int, down: list[bool], up: list[bool]) -> tuple[Rule, ...
         for theirs, ours in (
             ("time_embed.0", "time_embedding.linear_1"),
             ("time_embed.2", "time_embedding.linear_2"),
+            ("time_embed.cond_proj", "time_embedding.cond_proj"),
             ("label_emb.0.0", "add_embedding.linear_1"),
             ("label_emb.0.2", "add_embedding.linear_2"),
             ("input_blocks.0.0", "conv_in"),
@@ -111,7 +112,7 @@ def _infer_published(shapes: Shapes, family: str) -> UNetConfig:
     layers = count(shapes, r"down_blocks\.0\.resnets\.(\d+)\.")
     return _infer(
         shapes,
-        ends=("conv_in", "conv_out", "add_embedding.linear_1"),
+        ends=("conv_in", "conv_out", "add_embedding.linear_1", "time_embedding.cond_proj"),
         widths=[shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)],
         layers=layers,
         down=[f"down_blocks.{i}.attentions.0" for i in range(levels)],
@@ -129,7 +130,7 @@ def _infer_ldm(shapes: Shapes, family: str) -> UNetConfig:
     first = [1 + (layers + 1) * i for i in range(levels)]
     return _infer(
         shapes,
-        ends=("input_blocks.0.0", "out.2", "label_emb.0.0"),
+        ends=("input_blocks.0.0", "out.2", "label_emb.0.0", "time_embed.cond_proj"),
         widths=[shapes[f"input_blocks.{i}.0.in_layers.2.weight"][0] for i in first],
         layers=layers,
         down=[f"input_blocks.{i}.1" for i in first],
@@ -148,7 +149,7 @@ def _infer(
     up: list[str],
     middle: str,
 ) -> UNetConfig:
-    first, last, added = (f"{name}.weight" for name in ends)
+    first, last, added, told = (f"{name}.weight" for name in ends)
     text = shapes[f"{middle}.transformer_blocks.0.attn2.to_k.weight"][1]
     linear = len(shapes[f"{middle}.proj_in.weight"]) == 2
     depths = [
@@ -186,6 +187,7 @@ def _infer(
         use_linear_projection=linear,
         addition_embed_type="text_time" if added in shapes else None,
         projection_class_embeddings_input_dim=shapes.get(added, (0, 2816))[1],
+        time_cond_proj_dim=shapes[told][1] if told in shapes else None,
     )
 
 
@@ -238,6 +240,8 @@ def _inputs(config: UNetConfig) -> Arrays:
         "timestep": np.array([961.0, 81.0]) - 1,
         "encoder_hidden_states": random.standard_normal((rows, 7, config.cross_attention_dim)),
     }
+    if config.time_cond_proj_dim is not None:
+        inputs["timestep_cond"] = random.standard_normal((rows, config.time_cond_proj_dim))
     if config.addition_embed_type is not None:
         joined = config.projection_class_embeddings_input_dim
         # Six sizes, or five where what is left would be no width of a text encoder.
@@ -275,6 +279,7 @@ _ROLES: dict[str, Role] = {
     "conv": "convolution",
     "linear_1": "whole",
     "linear_2": "whole",
+    "cond_proj": "whole",
     "time_emb_proj": "whole",
     # Convolutions in 1.x, linear in the others: a thirtieth of the weights.
     "proj_in": "copied",
@@ -344,7 +349,6 @@ UNET = Network(
             "time_embedding_dim": None,
             "time_embedding_act_fn": None,
             "timestep_post_act": None,
-            "time_cond_proj_dim": None,
             "conv_in_kernel": 3,
             "conv_out_kernel": 3,
             "class_embeddings_concat": False,

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.config import ConfigError
-from fluxjax.families.family import Conditioning, Task
+from fluxjax.families.family import Conditioning, Task, Told
 from fluxjax.sample.controls import check_controls
 from fluxjax.sample.decoding import without_first
 from fluxjax.sample.given_clips import check_given, clip_inputs, clip_size, with_given
@@ -126,7 +126,6 @@ class Drawing(Stages):
     def _drawn(self, settings: Settings, asked: Asked) -> Undecoded:
         """Latents of what `draw` is asked for."""
         check_clip(self.config, settings, self.defaults)
-        self._check_told(settings)
         prompts = [settings.prompt] if asked.prompts is None else asked.prompts
         number, count = asked.number, len(prompts) * asked.number
         if count < 1:
@@ -136,6 +135,8 @@ class Drawing(Stages):
         given = asked.given
         if given is None:
             given, settings = read_given(settings)
+        changed = given.image is not None
+        self._check_told(settings, changed=changed)
         settings = self.complete(settings, given, FIELDS)
         size, settings = (settings.width, settings.height), self.as_drawn(settings)
         task = self.family.find_task(self.config, given.names)
@@ -147,7 +148,13 @@ class Drawing(Stages):
         draws = self.draw_each(settings, seeds, count, task)
         self._compile_and_load(settings, count, given, asked.heard)
         conditioning, negative = self.hear(
-            settings, prompts, number, scale, adapters, given.reference if task.heard else None
+            settings,
+            prompts,
+            number,
+            scale,
+            adapters,
+            given.reference if task.heard else None,
+            changed=changed,
         )
         conditioning = self._with_redux(conditioning, asked.heard)
         inputs = self._inputs(task, given, settings, draws)
@@ -237,9 +244,11 @@ class Drawing(Stages):
         scale: Any,
         adapters: Sequence[Mapping[str, float]] | None = None,
         picture: Image | None = None,
+        *,
+        changed: bool = False,
     ) -> tuple[Conditioning, Conditioning | None]:
         """Of every picture what it is to show, and what not; `scale`: of guidance. `picture` is
-        seen with the prompts."""
+        seen with the prompts. `changed`: whether an image is drawn anew."""
         length, together = settings.max_sequence_length, self.executables.rows("encode", 1)
         own = [{}] * len(prompts) if adapters is None else adapters[::number]
 
@@ -251,27 +260,26 @@ class Drawing(Stages):
             ]
             return jax.tree.map(lambda *c: np.repeat(np.concatenate(c), count, axis=0), *each)
 
-        told = settings.told(negative=False)
+        told = settings.told(negative=False, changed=changed)
+        away = settings.told(negative=True, changed=changed)
         texts = [self.family.prompt_of(prompt, told) for prompt in prompts]
         others = settings.prompt_2, settings.prompt_3
         seen = {"clip_skip": settings.clip_skip, "picture": picture}
         conditioning = said(texts, number, *others, **seen)
-        conditioning = self._with_sizes(conditioning, settings, negative=False)
+        conditioning = self._with_sizes(conditioning, told)
         if scale is None:
             return conditioning, None
         # One will do for all where all have the same adapters. They take no notice of clip_skip.
         different = len(prompts) if any(one != own[0] for one in own) else 1
         text = settings.negative_prompt or ""
-        texts = [self.family.prompt_of(text, settings.told(negative=True))] * different
+        texts = [self.family.prompt_of(text, away)] * different
         negative = said(texts, len(prompts) * number // different)
         if settings.negative_prompt is None and self.config.force_zeros_for_empty_prompt:
             negative = jax.tree.map(np.zeros_like, negative)
-        return conditioning, self._with_sizes(negative, settings, negative=True)
+        return conditioning, self._with_sizes(negative, away)
 
-    def _with_sizes(
-        self, heard: Conditioning, settings: Settings, *, negative: bool
-    ) -> Conditioning:
-        sizes = self.family.sizes(self.config, settings.told(negative=negative))
+    def _with_sizes(self, heard: Conditioning, told: Told) -> Conditioning:
+        sizes = self.family.sizes(self.config, told)
         if sizes is None:
             return heard
         return heard._replace(sizes=np.tile(sizes, (len(heard.sequence), 1)))

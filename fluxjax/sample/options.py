@@ -216,7 +216,8 @@ class Options:
     target_size: _Pair = None
     """WIDTH,HEIGHT that it is told the picture is wanted in."""
     negative_original_size: _Pair = None
-    """The same three of what the negative prompt describes; by default the picture's."""
+    """The same three of what the negative prompt describes, both sizes together; by default the
+    picture's, or beside them no crop."""
     negative_crop: _Pair = None
     """LEFT,TOP."""
     negative_target_size: _Pair = None

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from fluxjax.config import ConfigError
-from fluxjax.config.choices import Respacing, Spacing
+from fluxjax.config.choices import TOLD_PAIRS, Respacing, Spacing
 from fluxjax.sample.settings import (
     FIELDS,
     PICTURES,
     TEXTS,
-    TOLD_PAIRS,
     Noise,
     Rounding,
     Settings,

@@ -165,7 +165,7 @@ class Pipeline(Drawing):
           aesthetic_score, negative_aesthetic_score: likewise its refiner, of what is to be drawn
             and what not.
           negative_original_size, negative_crop, negative_target_size: what XL is told of what the
-            negative prompt describes; each by default the same as of the picture.
+            negative prompt describes, both sizes together; by default the same as of the picture.
           refiner_start: after which part of the run a refiner takes over, by default 0.8, of
             pipelines that were loaded with one.
           sigmas: how noise levels are spaced: "plain", "karras", "exponential" or "beta".

@@ -45,7 +45,7 @@ class Refiner:
 
     def check(self, settings: Settings) -> None:
         """Raises ConfigError for settings that it does not have, or that leave it no step."""
-        self.pipe.check(_own(settings))
+        self.pipe.check(_own(settings), refines=True)
         self.run_of(settings)
 
     def run_of(self, settings: Settings) -> Run:
@@ -77,7 +77,7 @@ class Refiner:
         """
         own, pipe = _own(settings), self.pipe
         scale = pipe.family.scale(pipe.config, own.asked_guidance)
-        conditioning, negative = pipe.hear(own, prompts, number, scale)
+        conditioning, negative = pipe.hear(own, prompts, number, scale, changed=True)
         progress, on_step = calls.progress, calls.on_step
         return pipe.denoise(
             conditioning,

@@ -75,11 +75,14 @@ def check_told(
     settings: Settings,
     usual: Settings,
     refiner: PipelineConfig | None = None,
+    *,
+    changed: bool,
 ) -> None:
     """Raises ConfigError for what neither the model nor its refiner is told of a picture, which
-    would do nothing, and for prompts that cannot be cleaned; `usual`: the model's own settings."""
+    would do nothing, and for prompts that cannot be cleaned; `usual`: the model's own settings,
+    `changed`: whether it is an image drawn anew."""
     for negative in (False, True):
-        told = settings.told(negative=negative)
+        told = settings.told(negative=negative, changed=changed)
         family.sizes(config, told)
         family.prompt_of("", told)
     scored = config.requires_aesthetics_score or (refiner or config).requires_aesthetics_score

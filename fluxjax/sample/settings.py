@@ -17,6 +17,7 @@ from fluxjax.config.choices import (
     MAX_FPS,
     MAX_FRAMES,
     MAX_STEPS,
+    TOLD_PAIRS,
     Respacing,
     Spacing,
 )
@@ -117,7 +118,8 @@ class Settings:
     target_size: tuple[int, int] | None = None
     """(width, height) that it is said to be wanted in; None: its own."""
     negative_original_size: tuple[int, int] | None = None
-    """Likewise of what the negative prompt describes, here and below; None: the picture's."""
+    """Likewise of what the negative prompt describes, here and below: both sizes together. None:
+    the picture's, or beside them a crop nowhere."""
     negative_crop: tuple[int, int] | None = None
     negative_target_size: tuple[int, int] | None = None
     aesthetic_score: float = 6.0
@@ -286,7 +288,8 @@ class Settings:
         strength = 1.0 if self.strength is None else self.strength
         first = first_step(self.steps, strength, rounding=self.rounding)
         spaced = self.sampler, self.spacing, self.sigmas
-        return Steps(self.steps, first, *spaced, self.eta, self.flow_shift, end=self.refiner_start)
+        given = self.steps, first, *spaced, self.eta, self.flow_shift
+        return Steps(*given, end=self.refiner_start, strength=strength)
 
     @property
     def asked_guidance(self) -> Guidance:
@@ -295,23 +298,21 @@ class Settings:
         clip = self.image_guidance, self.oscillation, self.frames
         return Guidance(self.guidance, self.true_cfg, self.negative_prompt, *clip)
 
-    def told(self, *, negative: bool) -> Told:
-        """What the model is told of the picture, or of what it is not to be like."""
+    def told(self, *, negative: bool, changed: bool = False) -> Told:
+        """What the model is told of the picture, or of what it is not to be like; `changed`: which
+        is an image drawn anew."""
         from fluxjax.families.family import Told
 
         score = self.negative_aesthetic_score if negative else self.aesthetic_score
-        sizes = [getattr(self, name) for name in _TOLD_SIZES]
-        if negative:
-            own = [getattr(self, f"negative_{name}") for name in _TOLD_SIZES]
-            sizes = [a if b is None else b for a, b in zip(sizes, own, strict=True)]
         return Told(
             (self.width, self.height),
-            *sizes,
+            **{name: getattr(self, name) for name in TOLD_PAIRS},
             aesthetic_score=score,
             fps=self.fps,
             motion=self.motion,
             clean=self.clean_caption,
             negative=negative,
+            changed=changed,
         )
 
 
@@ -345,8 +346,6 @@ def check_text(name: str, text: str) -> None:
         ) from None
 
 
-_TOLD_SIZES = ("original_size", "crop", "target_size")
-TOLD_PAIRS = (*_TOLD_SIZES, *(f"negative_{name}" for name in _TOLD_SIZES))
 _LISTS = (
     "expand",
     "canny",

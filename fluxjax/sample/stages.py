@@ -120,22 +120,24 @@ class Stages(NetworkRunner):
         """What a run of `count` pictures starts from; one seed draws all at once, as diffusers."""
         return self.draw_each(settings, seeds, count, TEXT_ALONE)["noise"]
 
-    def check(self, settings: Settings) -> None:
-        """Raises ConfigError for settings that the family does not have."""
+    def check(self, settings: Settings, *, refines: bool = False) -> None:
+        """Raises ConfigError for settings that the family does not have; `refines`: where it goes
+        on with another one's latents."""
         check_clip(self.config, settings, self.defaults)
         scale = self.family.scale(self.config, settings.asked_guidance)
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
-        self._check_told(settings)
+        changed = refines or settings.image is not None
+        self._check_told(settings, changed=changed)
         check_guided(settings, scale)
         if self.refiner is not None:
             self.refiner.check(settings)
         self.config.require_clip_skip(settings.clip_skip)
         self.run_of(settings)
 
-    def _check_told(self, settings: Settings) -> None:
+    def _check_told(self, settings: Settings, *, changed: bool) -> None:
         """Raises ConfigError for what neither this model nor its refiner is told."""
         refines = None if self.refiner is None else self.refiner.pipe.config
-        check_told(self.family, self.config, settings, self.defaults, refines)
+        check_told(self.family, self.config, settings, self.defaults, refines, changed=changed)
 
     def as_drawn(self, settings: Settings) -> Settings:
         """In the size that is drawn, which is not always that of the picture."""

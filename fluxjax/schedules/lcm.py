@@ -14,10 +14,11 @@ from fluxjax.schedules.step_table import NOISE, SAMPLE, Run, StepTable, X
 SIGMA_DATA = 0.5
 
 
-def lcm(config: SamplerConfig, steps: int, first: int = 0) -> Run:
-    """Each step predicts the picture and adds new noise to it, but for the last."""
+def lcm(config: SamplerConfig, steps: int, first: int = 0, strength: float = 1.0) -> Run:
+    """Each step predicts the picture and adds new noise to it, but for the last. With a `strength`
+    below 1 all steps are within that part of the timesteps."""
     left, table = alphas_cumprod(config).tolist(), StepTable(config)
-    times = _timesteps(config, steps, len(left))
+    times = _timesteps(config, steps, len(left), strength)
     for i in range(first, steps):
         t, last = times[i], i == steps - 1
         a = left[t]
@@ -33,9 +34,17 @@ def lcm(config: SamplerConfig, steps: int, first: int = 0) -> Run:
     return table.run()
 
 
-def _timesteps(config: SamplerConfig, steps: int, trained: int) -> Int[np.ndarray, "steps"]:
+def _timesteps(
+    config: SamplerConfig, steps: int, trained: int, strength: float
+) -> Int[np.ndarray, "steps"]:
     origin = config.original_inference_steps or 50
     if steps > origin:
         raise ConfigError(f"LCM was distilled to {origin} steps: {steps} cannot be drawn with")
-    found = np.arange(1, origin + 1) * (trained // origin) - 1
-    return found[::-1][np.floor(np.linspace(0, origin, steps, endpoint=False)).astype(int)]
+    left = int(origin * strength)
+    if steps > left:
+        raise ConfigError(
+            f"a strength of {strength:g} leaves {left} of the {origin} steps that LCM was "
+            f"distilled to: {steps} cannot be drawn with"
+        )
+    found = np.arange(1, left + 1) * (trained // origin) - 1
+    return found[::-1][np.floor(np.linspace(0, left, steps, endpoint=False)).astype(int)]
