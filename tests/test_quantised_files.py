@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import tracemalloc
 
@@ -12,11 +13,11 @@ from gguf_files import gguf_bytes, info, key, text
 from random_checkpoints import bfl_arrays, hf_arrays
 
 from fluxjax.checkpoint.component_json import config_json, write_json
-from fluxjax.checkpoint.quantised.comfy import hadamard
+from fluxjax.checkpoint.quantised.comfy import METADATA_KEY, hadamard, with_markers
 from fluxjax.checkpoint.quantised.gguf import read_gguf
 from fluxjax.checkpoint.quantised.reader import unquantised
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
-from fluxjax.checkpoint.source import open_file, open_source
+from fluxjax.checkpoint.source import open_file, open_folder, open_source
 from fluxjax.checkpoint.source_record import dequantise
 from fluxjax.checkpoint.tensors import of_array
 from fluxjax.config import ConfigError, FluxConfig, T5Config
@@ -249,9 +250,16 @@ def tiled(scales):
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
-@pytest.mark.parametrize("marked", ["layer", "metadata", ""])
+def layers_in_metadata(*names, **form):
+    return {
+        METADATA_KEY: json.dumps({"format_version": "1.0", "layers": dict.fromkeys(names, form)})
+    }
+
+
+@pytest.mark.parametrize("marked", ["layer", "a", "model.diffusion_model.a", ""])
 @pytest.mark.parametrize("rows, columns", [(160, 96), (128, 64)])
 def test_nvfp4(marked, rows, columns):
+    """Marked by a tensor, or by metadata that name the layer as the file does or otherwise."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 16, (rows, columns)).astype(np.uint8)
     scales = rng.random((rows, columns // 16)).astype(ml_dtypes.float8_e4m3fn)
@@ -265,10 +273,26 @@ def test_nvfp4(marked, rows, columns):
     }
     if marked == "layer":
         raw["a.comfy_quant"] = marker(format="nvfp4")
-    layers = {"a": {"format": "nvfp4"}} if marked == "metadata" else {}
-    read = unquantised(lazy(raw), layers)["a.weight"]
+    told = layers_in_metadata(marked, "gone", format="nvfp4") if marked not in ("layer", "") else {}
+    whole = with_markers(lazy(raw), told)
+    if not marked and rows == 128:
+        with pytest.raises(ValueError, match=r"a\.weight_scale \[128, 4\] may lie in rows or in"):
+            unquantised(whole)
+        return
+    read = unquantised(whole)["a.weight"]
     assert bits(read.read()) == bits(expected.reshape(rows, columns))
     assert bits(read.rows(5, 9)) == bits(expected.reshape(rows, columns)[5:9])
+
+
+def test_metadata_of_other_layers_are_refused(tmp_path):
+    """And those of a folder's files are heeded."""
+    raw = lazy({"a.weight": np.zeros((4, 8), np.int8), "a.weight_scale": np.ones(1, np.float32)})
+    path = tmp_path / "model.safetensors"
+    for layer, why in (("net.a", "1 .* missing:\n  net.a$"), ("a", "which is not read")):
+        write_safetensors(path, raw, layers_in_metadata(layer, format="int3"))
+        for opened in (path, tmp_path):
+            with pytest.raises(ValueError, match=why):
+                open_file(opened) if opened is path else open_folder(opened)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, ml_dtypes.float8_e8m0fnu])
@@ -384,6 +408,37 @@ HEADS = FluxConfig(
     joint_attention_dim=32,
     pooled_projection_dim=64,
 )
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "transformer."])
+def test_a_prefix_of_all_names_is_none(tmp_path, prefix):
+    arrays = hf_arrays(HEADS, np.float16)
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, lazy({prefix + name: array for name, array in arrays.items()}))
+    (network,) = open_source(path).values()
+    assert network.config == HEADS and network.component == "transformer"
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (256, 64), (), (128,), (0, 64), (128, 0)])
+@pytest.mark.parametrize("name", ["img_in", "txt_in"])
+def test_a_first_layer_of_another_width_is_named(tmp_path, name, shape):
+    arrays = bfl_arrays(HEADS, np.float16) | {f"{name}.weight": np.zeros(shape, np.float16)}
+    path = tmp_path / "flux1-x.safetensors"
+    write_safetensors(path, lazy(arrays))
+    why = rf"x\.safetensors: {name}\.weight is {re.escape(str(list(shape)))}, and should be \[128,"
+    with pytest.raises(ConfigError, match=why):
+        open_file(path)
+
+
+def test_a_shape_that_no_size_can_be_read_from_is_named(tmp_path):
+    name = "double_blocks.0.img_mlp.2.weight"
+    arrays = bfl_arrays(HEADS, np.float16) | {name: np.zeros(5, np.float16)}
+    path = tmp_path / "flux1-x.safetensors"
+    write_safetensors(path, lazy(arrays))
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(name)} \[5\]: one of these cannot be right"
+    ):
+        open_file(path)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

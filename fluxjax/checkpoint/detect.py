@@ -15,6 +15,9 @@ _PREFIXES = sorted(
     key=lambda pair: -len(pair[0]),
 )
 
+# Of files with one network, where all names have it: OpenCLIP's blocks begin so too.
+_COMMON = ("diffusion_model.", "transformer.")
+
 
 def split_prefixes(names: Collection[str]) -> dict[str, dict[str, str]]:
     """component -> {name without prefix: name}; the component is "" for names without prefix."""
@@ -26,6 +29,9 @@ def split_prefixes(names: Collection[str]) -> dict[str, dict[str, str]]:
                 break
         else:
             groups.setdefault("", {})[name] = name
+    if groups.keys() == {""}:
+        common = next((p for p in _COMMON if all(n.startswith(p) for n in names)), "")
+        return {"": {name[len(common) :]: name for name in names}}
     return groups
 
 
@@ -71,14 +77,40 @@ def infer_config(network: Network, dialect: Dialect, shapes: Shapes, family: str
     `family`: its name where the file is known to belong to one, which tells what shapes cannot.
     Raises ConfigError for what nothing tells, and for a file without a needed tensor.
     """
+    read = _Read(shapes)
     try:
-        return network.fit(dialect.infer(shapes, family), shapes)
+        return network.fit(dialect.infer(read, family), read)
     except ConfigError:
         raise
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+    except KeyError as error:
         raise ConfigError(
             f"the {network.words} lacks {error}, from which its size is read"
         ) from None
+    except (IndexError, ValueError, ZeroDivisionError):
+        some = ", ".join(f"{name} {list(shapes[name])}" for name in read.names)
+        raise ConfigError(
+            f"the size of the {network.words} is read from the shapes of {some}: one of these "
+            "cannot be right"
+        ) from None
+
+
+class _Read(dict[str, tuple[int, ...]]):
+    """Shapes that remember which of them were asked for."""
+
+    def __init__(self, shapes: Shapes):
+        super().__init__(shapes)
+        self.names: dict[str, None] = {}
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        shape = super().__getitem__(name)
+        self.names[name] = None
+        return shape
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
 
 
 def describe(config: Any) -> str:

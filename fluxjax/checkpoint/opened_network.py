@@ -90,16 +90,15 @@ def make_network(
     config: Any = None,
     record: Record | None = None,
     family: str = "",
-    layers: Mapping[str, dict[str, Any]] | None = None,
 ) -> OpenNetwork:
     """Detect, dequantise, name and check one network's tensors.
 
-    `family`: "FLUX.1" where these are known to be a part of it. `layers`: see `unquantised`.
+    `family`: "FLUX.1" where these are known to be a part of it.
     Raises ConfigError or engine.MappingError, naming `where`.
     """
     try:
         refuse_packed(raw)
-        raw = unquantised(raw, layers)
+        raw = unquantised(raw)
         known = None if config is None else type(config)
         network, dialect = detect_network({n: tensor.shape for n, tensor in raw.items()}, known)
         if component in network.parts:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fluxjax.checkpoint.component_json import write_json
 from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
+from fluxjax.checkpoint.quantised import comfy
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.json_input import read_json
@@ -75,17 +76,28 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
     """
     folder = Path(folder)
     if files := files_together(folder):
-        return {name: one for file in files for name, one in read_safetensors(file)[0].items()}
+        return _marked(folder, [read_safetensors(file) for file in files])
     first = weights_file(folder)
     if first.suffix == ".safetensors":
-        return read_safetensors(first)[0]
+        return _marked(folder, [read_safetensors(first)])
     weight_map = shards_of(first)
-    shards = {name: read_safetensors(folder / name)[0] for name in sorted(set(weight_map.values()))}
-    held = {key: name for name, shard in shards.items() for key in shard}
+    shards = {name: read_safetensors(folder / name) for name in sorted(set(weight_map.values()))}
+    held = {key: name for name, (shard, _) in shards.items() for key in shard}
     if held != weight_map:
         wrong = sorted(held.items() ^ weight_map.items())[0][0]
         raise ValueError(f"{first} and its shards disagree, first about {wrong[:200]!r}")
-    return {key: shards[name][key] for key, name in weight_map.items()}
+    return _marked(folder, list(shards.values()))
+
+
+def _marked(
+    folder: Path, files: list[tuple[dict[str, Tensor], dict[str, str]]]
+) -> dict[str, Tensor]:
+    """Their tensors, and what their metadata say of the tensors' quantisation."""
+    tensors = {name: tensor for held, _ in files for name, tensor in held.items()}
+    try:
+        return comfy.with_markers(tensors, *(metadata for _, metadata in files))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def files_together(folder: Path) -> list[Path]:

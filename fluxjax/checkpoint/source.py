@@ -51,13 +51,16 @@ def open_file(
     if path.suffix.lower() in PICKLES:
         raise ValueError(pickle_refusal(path))
     raw, metadata = read_gguf(path) if is_gguf(path) else read_safetensors(path)
+    try:
+        raw = comfy.with_markers(raw, metadata)
+    except ValueError as error:
+        raise type(error)(f"{path}: {error}") from None
     if not component and (networks := open_whole_file(raw, path, metadata, config, family)):
         return networks
     saved = _saved(metadata.get(METADATA_KEY), path)
     try:
         refuse_packed(raw)
         refuse_foreign({name: tensor.shape for name, tensor in raw.items()})
-        layers = comfy.layers_of(metadata.get(comfy.METADATA_KEY))
     except ValueError as error:
         raise type(error)(f"{path}: {error}") from None
     groups = split_prefixes(raw)
@@ -81,11 +84,6 @@ def open_file(
             config=(config or saved.get("config")) if wanted else None,
             record=saved.get("record"),
             family=family,
-            layers={
-                short.removesuffix(".weight"): layers[full.removesuffix(".weight")]
-                for short, full in names.items()
-                if full.removesuffix(".weight") in layers
-            },
         )
         networks[network.component] = network
     return networks

@@ -142,6 +142,7 @@ def _infer(
     bias: tuple[str, ...],
 ) -> FluxConfig:
     image, text, pooled = (shapes[f"{name}.weight"] for name in ends)
+    _refuse_other_widths(shapes, [f"{name}.weight" for name in ends])
     inner = image[0]
     head_dim = next((shapes[name][0] for name in norms if name in shapes), 0)
     if head_dim != 128:
@@ -165,6 +166,20 @@ def _infer(
         mlp_ratio=mlp / inner,
         qkv_bias=any(name.endswith(bias) for name in shapes),
     )
+
+
+def _refuse_other_widths(shapes: Shapes, names: list[str]) -> None:
+    """Raises ConfigError, naming it, for the one of three first layers that is not as wide as the
+    other two, or no matrix."""
+    rows = [shapes[name][0] if len(shapes[name]) == 2 else 0 for name in names]
+    width = max(rows, key=lambda each: (rows.count(each), each))
+    for name, mine in zip(names, rows, strict=True):
+        if mine != width or not all(shapes[name]):
+            others = " and ".join(other for other in names if other != name)
+            raise ConfigError(
+                f"{name} is {list(shapes[name])}, and should be [{width or 'width'}, its inputs]: "
+                f"as many rows as {others} have"
+            )
 
 
 def from_bfl(params: Mapping[str, Any]) -> FluxConfig:

@@ -1,22 +1,26 @@
 """ComfyUI's quantised layers beside fp8: int8_tensorwise (rotated or not), nvfp4 and mxfp8.
 
-A layer's format is JSON in `X.comfy_quant`, or in the file's metadata under "layers".
+A layer's format is JSON in `X.comfy_quant`, or in the file's metadata under "layers", of which
+`with_markers` makes such tensors.
 Source: comfy-kitchen's layouts; the tiles of scales: cuBLAS, "1D block scaling factors layout".
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from fluxjax.checkpoint.engine import listed
 from fluxjax.checkpoint.quantised.parts import FP8, Found, by_row, json_object, matrix, part, small
-from fluxjax.checkpoint.tensors import Tensor
+from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.json_input import parse_json
 
 METADATA_KEY = "_quantization_metadata"
+_PREFIX = "model.diffusion_model."
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = np.array([*_HALF, *(-x for x in _HALF)], np.float32)
 _E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
@@ -25,34 +29,56 @@ _READ = ("int8_tensorwise", "nvfp4", "mxfp8")
 _PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale", "comfy_quant")
 
 
-def layers_of(metadata: str | None) -> dict[str, dict[str, Any]]:
-    """Formats by layer, as a file's metadata has them. Raises ValueError."""
-    if metadata is None:
-        return {}
-    values = parse_json(metadata.encode())
+def with_markers(raw: Mapping[str, Tensor], *metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """`raw` with a marker beside each layer that a file's metadata says to be quantised.
+
+    The metadata may name the layers with or without the prefix that the tensors have, and layers of
+    other networks that the file has no longer.
+    Raises ValueError for metadata that are damaged, and, naming them, where no layer is there.
+    """
+    marked, lost, found = dict(raw), [], 0
+    for layer, form in [pair for each in metadata for pair in _layers(each)]:
+        names = (layer, layer.removeprefix(_PREFIX), f"{_PREFIX}{layer}")
+        module = next((name for name in names if f"{name}.weight" in raw), None)
+        found += module is not None
+        if module is None:
+            lost.append(layer)
+        elif not _is_fp8(form.get("format")):
+            text = np.frombuffer(json.dumps(form).encode(), np.uint8)
+            marked.setdefault(f"{module}.comfy_quant", of_array(text))
+    if lost and not found:
+        raise ValueError(listed(f"are layers of its metadata {METADATA_KEY!r}, and missing", lost))
+    return marked
+
+
+def _layers(metadata: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    if METADATA_KEY not in metadata:
+        return []
+    values = parse_json(metadata[METADATA_KEY].encode())
     layers = values.get("layers", {}) if isinstance(values, dict) else None
     if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
         raise ValueError(f"its metadata under {METADATA_KEY!r} has no object of layers")
-    return layers
+    return list(layers.items())
 
 
-def read(
-    raw: Mapping[str, Tensor], layers: Mapping[str, dict[str, Any]] | None = None
-) -> Iterator[Found]:
+def read(raw: Mapping[str, Tensor]) -> Iterator[Found]:
     """Layers that are not fp8. Raises ValueError for formats that are not read, by name."""
-    layers = layers or {}
     for weight, tensor in raw.items():
         module, _, leaf = weight.rpartition(".")
         if leaf != "weight":
             continue
         names = {name: f"{module}.{name}".removeprefix(".") for name in _PARTS}
         marker = names["comfy_quant"]
-        marked = json_object(raw, marker) if marker in raw else layers.get(module)
+        marked = json_object(raw, marker) if marker in raw else None
         form = _format(marked, tensor, raw, names) if marked else _unmarked(tensor, raw, names)
         if not form:
             continue
         used = tuple(name for name in names.values() if name in raw)
         yield Found(weight, _decoded(form, marked, raw, names), used)
+
+
+def _is_fp8(form: Any) -> bool:
+    return isinstance(form, str) and form.startswith("float8")
 
 
 def _format(
@@ -61,7 +87,7 @@ def _format(
     form = marked.get("format")
     if form in _READ:
         return str(form)
-    if isinstance(form, str) and form.startswith("float8"):
+    if _is_fp8(form):
         return ""
     raise ValueError(
         f"{names['weight']} is quantised as {str(form)[:40]!r}, which is not read; "
@@ -120,6 +146,11 @@ def _block_scales(
     if shape[1] % block:
         raise ValueError(f"{name} scales rows of {shape[1]}, which are no blocks of {block}")
     padded = -(-rows // 128) * 128 * (-(-blocks // 4) * 4)
+    if scale.size == padded == rows * blocks and not marked:
+        raise ValueError(
+            f"{name} {list(scale.shape)} may lie in rows or in tiles, which neither a comfy_quant "
+            f"nor the metadata {METADATA_KEY!r} tells: take the file as it was published"
+        )
     tiled = scale.size == padded and (marked or scale.size != rows * blocks)
     if not tiled and scale.size != rows * blocks:
         raise ValueError(f"{name} {list(scale.shape)} should have {rows} x {blocks} scales")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 from fluxjax.checkpoint.quantised import bitsandbytes, comfy, torch_classes
 from fluxjax.checkpoint.quantised.parts import Found
@@ -30,15 +29,12 @@ def refuse_packed(names: Collection[str]) -> None:
             raise ValueError(f"it {why} (it holds {found[:100]!r})")
 
 
-def unquantised(
-    raw: Mapping[str, Tensor], layers: Mapping[str, dict[str, Any]] | None = None
-) -> dict[str, Tensor]:
+def unquantised(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that are there, and those that are quantised under the names of their weights.
 
-    `layers`: what the file's metadata says of its layers (ComfyUI's).
     Raises ValueError for parts that are missing, doubled or do not fit together.
     """
-    found = list(_found(raw, layers))
+    found = list(_found(raw))
     if not found:
         return dict(raw)
     used = {name for one in found for name in one.used}
@@ -50,9 +46,11 @@ def unquantised(
     return plain
 
 
-def _found(
-    raw: Mapping[str, Tensor], layers: Mapping[str, dict[str, Any]] | None
-) -> Iterator[Found]:
-    for read in (bitsandbytes.read, torch_classes.read_torchao, torch_classes.read_quanto):
+def _found(raw: Mapping[str, Tensor]) -> Iterator[Found]:
+    for read in (
+        bitsandbytes.read,
+        torch_classes.read_torchao,
+        torch_classes.read_quanto,
+        comfy.read,
+    ):
         yield from read(raw)
-    yield from comfy.read(raw, layers)
