@@ -259,6 +259,16 @@ def test_zeros_and_single_large_values_survive():
         np.testing.assert_array_equal(tensor.rows(1, 3), values[1:3], err_msg=kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [0.25, -0.25])
+def test_equal_values_survive(kind, value):
+    """Of a whole row, and of every second 32 of one."""
+    weight = 0.02 * np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
+    weight[0] = weight[1:, np.arange(512) // 32 % 2 == 1] = value
+    decoded = quantised(of_array(weight), kind).read()
+    np.testing.assert_allclose(decoded[weight == value], value, rtol=0.07)
+
+
 def test_rows_that_are_no_whole_blocks_are_left():
     x = of_array(np.ones((2, 96), np.float32))
     assert quantised(x, "q4_k") is None and quantised(x, "nf4") is None

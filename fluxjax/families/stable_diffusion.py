@@ -208,7 +208,8 @@ def unpack(values: Float[Array, "n h w c"], rows: int, columns: int) -> Float[Ar
 def run(config: PipelineConfig, steps: Steps, rows: int, columns: int) -> Run:
     """As diffusers makes it of the folder's scheduler_config.json, or of another sampler that reads
     the same file. Raises ConfigError for what the sampler does not have."""
-    if not isinstance(steps.count, int):
+    count, first = steps.count, steps.first
+    if not isinstance(count, int):
         raise ConfigError("own sigmas are for flows; here steps is their number")
     if steps.shift is not None:
         raise ConfigError("flow_shift is for flows, and this model is none")
@@ -221,21 +222,21 @@ def run(config: PipelineConfig, steps: Steps, rows: int, columns: int) -> Run:
         raise ConfigError(f"eta is how much noise DDIM adds, and this is {asked.sampler}")
     if config.all_steps and asked.sampler == "LCMScheduler":
         choices["strength"] = steps.strength
-        steps = steps._replace(first=0)
-    if steps.first == steps.count:
-        raise _none_left(steps.count, steps.strength)
-    whole = sampler_run(asked, steps.count, **choices)
+        first = 0
+    if first == count:
+        raise _none_left(count, steps.strength)
+    whole = sampler_run(asked, count, **choices)
     if steps.begin is not None:
-        return _handed_over(asked, whole, steps.count, steps.begin, **choices)
+        return _handed_over(asked, whole, count, steps.begin, **choices)
     found = whole
-    if steps.first:
-        found = sampler_run(asked, steps.count, steps.first * whole.order, **choices)
+    if first:
+        found = sampler_run(asked, count, first * whole.order, **choices)
     if steps.end is None:
         return found
     found = found.until(_time_of(asked, steps.end))
     if not len(found.schedule.times):
         raise ConfigError(
-            f"a refiner that starts at {steps.end:g} of {steps.count} steps leaves the base model "
+            f"a refiner that starts at {steps.end:g} of {count} steps leaves the base model "
             "none to run"
         )
     return found
@@ -307,7 +308,7 @@ def forward(
     told = module.config.time_cond_proj_dim
     if told is not None:
         assert extras.guidance is not None
-        heard += (guidance_sinusoid(extras.guidance, told),)
+        heard += (guidance_sinusoid(jnp.asarray(extras.guidance), told),)
     return apply(module, variables, with_channels(x, extras), t, *heard, **capture)
 
 

@@ -162,12 +162,14 @@ def _fitted(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
         inverse = _inverse(total * squares - sums * sums)
         slope = (total * product - sums * first) * inverse
         offset = (squares * first - sums * product) * inverse
-        # Where the best minimum would be positive there is none.
-        above = offset > 0
+        # Where the best minimum would be positive there is none; nor one line through equal codes.
+        same = codes.max(-1, keepdims=True) == codes.min(-1, keepdims=True)
+        above = (offset > 0) | same
         slope = np.where(above, product * _inverse(squares), slope)
         offset = np.where(above, 0, offset)
+        offset = np.where(same & (squares == 0), first * _inverse(total), offset)
         error = (weights * (slope * codes + offset - x) ** 2).sum(-1, keepdims=True)
-        better = (error < best) & (slope > 0)
+        better = (error < best) & ((slope > 0) | same)
         best = np.where(better, error, best)
         scale, least = np.where(better, slope, scale), np.where(better, -offset, least)
     return scale[..., 0], least[..., 0]
