@@ -216,7 +216,7 @@ def test_pictures_from_pictures_repeat_while_their_files_are_the_same(sample, tm
         (("a", "--out", "file/x"), "file"),
         (("a", "--out", "circle"), "circle is a link that leads nowhere"),
         (("a", "--out", "circle/x.png"), "circle is a link that leads nowhere"),
-        (("a", "--model", ""), "--model is empty: give a value, or leave it out"),
+        (("a", "--coordinator", ""), "--coordinator is empty: give a value, or leave it out"),
         (("a", "--lora", "x.safetensors", "--lora", ""), "--lora is empty"),
         (("--prompts", "missing.jsonl"), "there is no file missing.jsonl"),
         (("--prompts", "bad.jsonl"), "bad.jsonl, line 1: 'colour' is no setting"),
