@@ -262,7 +262,7 @@ def test_frames_reach_the_file_as_they_are_decoded(pipe, monkeypatch, tmp_path):
             del group
 
     drawn = Undecoded(np.zeros((1, 4, 1, 4, 6)), settings, (48, 32), NO_PICTURES, NOTHING, (), pipe)
-    monkeypatch.setattr(pipe, "_drawn", lambda settings, **options: drawn)
+    monkeypatch.setattr(pipe, "_drawn", lambda settings, asked: drawn)
     monkeypatch.setattr(pipe, "clip_decoder", lambda: groups)
     (frames,) = pipe.draw_clips(settings)
     assert not most, "nothing is decoded before it is asked for"

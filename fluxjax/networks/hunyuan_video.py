@@ -135,7 +135,7 @@ ADAPTER_RULES = (*TENCENT.rules, *COMFY.rules)
 def _infer_published(shapes: Shapes, family: str) -> HunyuanVideoConfig:
     renamed = {
         **shapes,
-        "x_embedder.weight": shapes["x_embedder.proj.weight"],
+        "x_embedder.weight": shapes["x_embedder.proj.weight"][:2],
         "context_embedder.weight": shapes["context_embedder.proj_in.weight"],
     }
     blocks = flux.infer_published(renamed, "")
@@ -158,7 +158,7 @@ def _infer_tencent(shapes: Shapes, family: str) -> HunyuanVideoConfig:
 def _infer_comfy(shapes: Shapes, family: str) -> HunyuanVideoConfig:
     renamed = {
         **shapes,
-        "img_in.weight": shapes["img_in.proj.weight"],
+        "img_in.weight": shapes["img_in.proj.weight"][:2],
         "txt_in.weight": shapes["txt_in.input_embedder.weight"],
     }
     blocks = flux.infer_bfl(renamed, "")
