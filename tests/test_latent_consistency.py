@@ -127,9 +127,11 @@ def test_stable_diffusion_with_such_a_unet(expected, image, mask, tmp_path):  # 
     paints = _quiet(diffusers.StableDiffusionInpaintPipeline(**theirs.components))
     (picture,) = ours(PROMPT, seed=3, steps=4, guidance=6.0, image=image, mask=mask)
     assert_same(picture, drawn(paints, 4, 6.0, image=image, mask_image=mask, **SIZE))
-    theirs.scheduler = diffusers.EulerDiscreteScheduler.from_config(theirs.scheduler.config)
-    (picture,) = ours(PROMPT, seed=3, steps=4, guidance=6.0, sampler="euler", **SIZE)
-    assert_same(picture, drawn(theirs, 4, 6.0, **SIZE))
+    given = theirs.scheduler.config
+    for sampler, kind in {"euler": "EulerDiscreteScheduler", "ddim": "DDIMScheduler"}.items():
+        theirs.scheduler = getattr(diffusers, kind).from_config(given)
+        (picture,) = ours(PROMPT, seed=3, steps=4, guidance=6.0, sampler=sampler, **SIZE)
+        assert_same(picture, drawn(theirs, 4, 6.0, **SIZE))
 
 
 @pytest.mark.slow
