@@ -4,21 +4,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from stable_diffusion_folders import (
-    save_latent_consistency,
-    save_pixart,
-    save_sd3,
-    save_stable_diffusion,
-    save_xl,
-)
+from stable_diffusion_folders import save_pixart, save_sd3, save_xl
 
 import fluxjax
 
 TEXT = {"max_sequence_length": 24}
 BINS = {"use_resolution_binning": False, "clean_caption": False}
 FAMILIES = {
-    "StableDiffusionPipeline": (save_stable_diffusion, {}, {}),
-    "LatentConsistencyModelPipeline": (save_latent_consistency, {}, {}),
     "StableDiffusionXLPipeline": (save_xl, {}, {}),
     "StableDiffusion3Pipeline": (save_sd3, TEXT, TEXT),
     "PixArtAlphaPipeline": (save_pixart, TEXT | BINS, TEXT | {"size_bins": False}),

@@ -58,7 +58,8 @@ UNET = UNetConfig(
     transformer_layers_per_block=(1, 1),
     attention_head_dim=(1, 2),
 )
-CONFIGS |= {UNET, replace(UNET, use_linear_projection=True, addition_embed_type="text_time")}
+TOLD = {"addition_embed_type": "text_time", "time_cond_proj_dim": 32}
+CONFIGS |= {UNET, replace(UNET, use_linear_projection=True, **TOLD)}
 TEXT = replace(presets.CLIP_L_TEXT, with_projection=True)
 VISION = replace(presets.CLIP_L_VISION, with_projection=True)
 CONFIGS |= {TEXT, VISION, CLIPConfig(text_config=TEXT, vision_config=VISION)}
