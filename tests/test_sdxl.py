@@ -97,8 +97,8 @@ def test_sizes_are_told_and_the_second_prompt_is_read(base):
     assert_same(picture, theirs, crops_coords_top_left=(3, 7), **two, **SIZE)
     with pytest.raises(ConfigError, match="crop must be two numbers of pixels"):
         ours(PROMPT, crop=(-1, 2), **OURS)
-    with pytest.raises(ConfigError, match="negative_crop is of classifier-free guidance"):
-        ours(PROMPT, negative_crop=(1, 2), **{**OURS, "guidance": 1.0})
+    with pytest.raises(ConfigError, match="size is of classifier-free guidance, which is off"):
+        ours(PROMPT, **two, **{**OURS, "guidance": 1.0})
     with pytest.raises(ConfigError, match="original_size is told to Stable Diffusion XL alone"):
         fluxjax.load_pipeline("tiny")("a star", original_size=(64, 64))
 
