@@ -33,6 +33,7 @@ WIDE = ControlNetConfig(
 HINTED = replace(WIDE, num_single_layers=0, num_mode=0, conditioning_embedding_channels=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [WIDE, HINTED], ids=["union", "pixels"])
 @pytest.mark.parametrize("form", ["bfl", "diffusers"])
 def test_controlnets(tmp_path, config, form):

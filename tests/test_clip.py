@@ -157,6 +157,7 @@ def test_vision_equals_transformers():
         assert relative_l2(ours.image_embeds, expected.image_embeds) <= 1e-5
 
 
+@pytest.mark.slow
 def test_both_towers_equal_clip_model():
     config = transformers.CLIPConfig(
         text_config=torch_config(TEXT).to_dict(),

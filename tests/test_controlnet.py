@@ -73,7 +73,9 @@ def run(config: ControlNetConfig, params: dict, dtype=jnp.float32, scan=False) -
     return network.outputs(out)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k == "union" else pytest.mark.slow) for k in KINDS]
+)
 def test_equals_diffusers(kind):
     config = KINDS[kind]
     x = network_of(config).inputs(config)

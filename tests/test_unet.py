@@ -92,7 +92,8 @@ def quickly(function, *arguments):
     return jax.jit(function).lower(*arguments).compile(options)(*arguments)
 
 
-@pytest.mark.parametrize("name", ["1.5", pytest.param("XL", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1.5", "XL"])
 def test_every_layer_equals_diffusers(name):
     """With sides of 12 x 18, whose third is odd."""
     config = TINIES[name]
