@@ -243,7 +243,6 @@ def no_sizes(config: PipelineConfig, told: Told) -> None:
     """Raises ConfigError where a picture is said to be like what only one family hears of."""
     for name in TOLD_PAIRS:
         if getattr(told, name) is not None:
-            name = f"negative_{name}" if told.negative else name
             raise ConfigError(f"{name} is told to Stable Diffusion XL alone")
 
 
