@@ -294,3 +294,13 @@ def test_few_rows_are_quantised_at_once(kind, monkeypatch):
     for name, part in parts(Tensor(values.shape, values.dtype, rows, by_rows=True)).items():
         np.testing.assert_array_equal(part, whole[name])
     assert set(asked) == {2, 1}
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k", "q4_0"])
+def test_values_beyond_the_scales_of_gguf_are_refused(kind):
+    """They became nan or 0."""
+    large = np.full((2, 256), 1e30, np.float32)
+    read = quantised(of_array(large), kind, "proj.weight")
+    assert read is not None and read.packed is not None
+    with pytest.raises(ConfigError, match=r"proj.weight holds 1e\+30; scales of .* int8"):
+        read.packed.parts["blocks"].read()

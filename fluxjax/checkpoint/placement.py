@@ -103,7 +103,7 @@ def _packed(tensor: Tensor, name: str, leaf: Quantised) -> Quantised:
     packed, kind = codes_of(tensor), DYNAMIC.get(leaf.kind, leaf.kind)
     if packed is not None and form_of(packed) == form_of(Quantised(kind, leaf.parts)):
         return only_finite_codes(packed, name)
-    made = quantised(only_finite(replace(tensor, packed=None), name), kind)
+    made = quantised(only_finite(replace(tensor, packed=None), name), kind, name)
     assert made is not None and made.packed is not None  # or the template would have no codes here
     return made.packed
 

@@ -57,7 +57,7 @@ def quantise(
         chosen = _as_bitsandbytes_finds_them(tensors, chosen, description.json.library)
     out = dict(tensors)
     for name in chosen:
-        out[name] = quantised(tensors[name], kind) or tensors[name]
+        out[name] = quantised(tensors[name], kind, name) or tensors[name]
     if not any(tensor.packed for tensor in out.values()) and description.quantised:
         raise ConfigError(
             f"no layer of the {description.words} has rows that are whole blocks of {kind}"

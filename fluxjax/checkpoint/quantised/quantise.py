@@ -14,17 +14,20 @@ import ml_dtypes
 import numpy as np
 
 from fluxjax.checkpoint.tensors import AT_ONCE, Tensor, unpacked
+from fluxjax.config import ConfigError
 from fluxjax.models.gguf_blocks import BLOCK_TYPES
 from fluxjax.models.quantised import GROUP, LEVELS, Quantised
 
 _LARGEST_FP8 = 448
+_LARGEST_HALF = 65504
 _TRIED = np.linspace(0.8, 1.05, 11, dtype=np.float32)  # parts of the full range
 
 
-def quantised(tensor: Tensor, kind: str) -> Tensor | None:
+def quantised(tensor: Tensor, kind: str, called: str = "a matrix") -> Tensor | None:
     """The same matrix with codes of `kind`, one of KINDS; its own where it has them already.
 
-    None where rows are not whole blocks of that kind.
+    None where rows are not whole blocks of that kind. Reading it raises ConfigError, with the name
+    that it is `called` by, where GGUF's blocks cannot hold a value.
     """
     name = kind.upper() if kind.upper() in BLOCK_TYPES else kind
     block = BLOCK_TYPES[name].elements if name in BLOCK_TYPES else GROUP if kind == "nf4" else 1
@@ -32,10 +35,10 @@ def quantised(tensor: Tensor, kind: str) -> Tensor | None:
         return None
     if tensor.packed is not None and tensor.packed.kind == name:
         return tensor
-    return unpacked(_packed(tensor, name), tensor.dtype)
+    return unpacked(_packed(tensor, name, called), tensor.dtype)
 
 
-def _packed(tensor: Tensor, name: str) -> Quantised:
+def _packed(tensor: Tensor, name: str, called: str) -> Quantised:
     rows, columns = tensor.shape
 
     def part(width: int, dtype: Any, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
@@ -54,6 +57,11 @@ def _packed(tensor: Tensor, name: str) -> Quantised:
         width = columns // kind.elements * kind.size
 
         def blocks(x: np.ndarray) -> np.ndarray:
+            if (largest := np.abs(x).max(initial=0)) > _LARGEST_HALF:
+                raise ConfigError(
+                    f"{called} holds {largest:g}; scales of {name} are float16, at most "
+                    f"{_LARGEST_HALF}: int8, fp8 and nf4 hold larger values"
+                )
             return make(x.reshape(-1, kind.elements)).reshape(len(x), width)
 
         return Quantised(name, {"blocks": part(width, np.uint8, blocks)})
