@@ -220,9 +220,10 @@ def _temporary(path: Path, content: bytes, durable: bool = False) -> Iterator[Pa
             part.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers of `write_bytes` left under a folder of our own."""
-    for part in Path(folder).rglob(".*.part"):
+def remove_leftovers(folder: Path, names: str = "**/.*.part") -> None:
+    """Remove what killed writers of `write_bytes` left under a folder of our own; of `write_new` in
+    another's folder, what has such `names`."""
+    for part in Path(folder).glob(names):
         with suppress(OSError), open(part, "r+b") as file:
             age = time.time() - os.fstat(file.fileno()).st_mtime
             if age > _LOCKED_AFTER and try_lock(file.fileno()):

@@ -141,6 +141,17 @@ def test_numbers_and_texts_of_options_are_checked_too():
             command.train([recipe, *options, "--print-config"])
 
 
+def test_an_empty_folder_is_not_the_current_one(tmp_path, capsys):
+    recipe = str(RECIPES[-1].with_name("tiny_lora.toml"))
+    for arguments in (["--folder", ""], ["--folder="]):
+        with pytest.raises(SystemExit) as ended:
+            command.train([recipe, *arguments, "--print-config"])
+        assert ended.value.code == 2 and "--folder: is empty" in capsys.readouterr().err
+    (tmp_path / "a.toml").write_text('folder = ""\n')
+    with pytest.raises(ConfigError, match="folder must be a path, got ''"):
+        read_recipe(tmp_path / "a.toml")
+
+
 def test_a_recipe_for_strangers_says_nothing_of_this_machine():
     recipe = replace(
         FinetuneRecipe(),

@@ -12,6 +12,7 @@ import tyro
 
 from fluxjax import cli
 from fluxjax.config import ConfigError
+from fluxjax.path_option import PATHS
 from fluxjax.terminal import print_line, say
 
 R = TypeVar("R")
@@ -75,6 +76,7 @@ def read_options(arguments: Sequence[str], name: str = "python -m fluxjax.train"
         default=Options(recipe=recipe),
         args=list(arguments[1:]),
         prog=f"{name} {arguments[0]}",
+        registry=PATHS,
     )
 
 
@@ -184,7 +186,7 @@ class ExportOptions:
 
 def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export") -> None:
     """Write the result of a run as of one of its checkpoints, and print where it is."""
-    options = tyro.cli(ExportOptions, args=list(arguments), prog=name)
+    options = tyro.cli(ExportOptions, args=list(arguments), prog=name, registry=PATHS)
     from fluxjax.train.recipe import read_recipe
 
     # What is no run is told before JAX is imported.
