@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -174,6 +175,34 @@ def test_a_recipe_for_strangers_says_nothing_of_this_machine():
     published = replace(recipe, model="black-forest-labs/FLUX.1-dev")
     assert without_places(published).model == published.model
     assert deciding_values(shared) == deciding_values(recipe)
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_a_lora_file_keeps_the_recipe_or_nothing_of_it(tmp_path, monkeypatch, record):
+    from fluxjax.train import export
+
+    written = {}
+    monkeypatch.setattr(
+        export, "write_lora", lambda path, trees, lora, metadata, **_: written.update(metadata)
+    )
+    monkeypatch.setattr(export, "_has_more_inputs", lambda source, config: False)
+    recipe = FinetuneRecipe(folder=tmp_path, record=record)
+    assert deciding_values(recipe) == deciding_values(FinetuneRecipe())
+    export.export(recipe, SimpleNamespace(networks={}), {}, {"scales": {}})  # pyright: ignore
+    assert set(written) == ({"recipe"} if record else set())
+
+
+def test_the_limit_of_silence_is_said(monkeypatch, capsys):
+    """JAX's own words, when it ends the processes, name neither the limit nor how to set it."""
+    for name, value in (("process_count", 2), ("process_index", 0)):
+        monkeypatch.setattr(f"jax.{name}", lambda value=value: value)
+    monkeypatch.setattr("fluxjax.parallel.hosts.agree", lambda values: None)
+    monkeypatch.setattr("fluxjax.sample.cache.enable_cache", lambda: None)
+    recipe = TinyRecipe()
+    monkeypatch.setattr(TinyRecipe, "train", lambda self: "done")
+    command._train(recipe, 45.0)
+    said = capsys.readouterr().err
+    assert "2 processes: one that gives no sign of life for 45 s" in said and "--silence" in said
 
 
 def test_options_change_the_recipe(tmp_path, capsys):

@@ -94,11 +94,11 @@ def train(arguments: Sequence[str], name: str = "python -m fluxjax.train") -> in
     with joined_hosts(
         options.coordinator, options.process_id, options.num_processes, silence=options.silence
     ):
-        _train(options.recipe)
+        _train(options.recipe, options.silence)
     return None
 
 
-def _train(recipe: Any) -> None:
+def _train(recipe: Any, silence: float) -> None:
     import jax
 
     from fluxjax.parallel.hosts import agree
@@ -109,6 +109,11 @@ def _train(recipe: Any) -> None:
     if note and jax.process_index() == 0:
         say(f"note: {note}")
     agree(recipe_values(recipe))
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        say(
+            f"{jax.process_count()} processes: one that gives no sign of life for {silence:g} s "
+            "counts as lost, and JAX ends all of them (--silence)"
+        )
     if isinstance(recipe, FinetuneRecipe):
         from fluxjax.train.finetune import finetune
 
