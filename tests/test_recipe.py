@@ -248,7 +248,9 @@ def test_export_overwrites_nothing(tmp_path, monkeypatch):
     """An empty name is that of the current folder, which became a LoRA with all that was in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text('model = "tiny"')
-    for out, error in (("", "exists"), ("recipe.toml", "exists"), ("lora.png", "ends in .safet")):
+    with pytest.raises(SystemExit):
+        command.export([".", "--out", ""])
+    for out, error in ((".", "exists"), ("recipe.toml", "exists"), ("lora.png", "ends in .safet")):
         with pytest.raises((OSError, ConfigError), match=error):
             command.export([".", "--out", out])
     assert [*tmp_path.iterdir()] == [tmp_path / "recipe.toml"]
