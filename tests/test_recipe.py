@@ -3,11 +3,10 @@
 import random
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from fluxjax.config import ConfigError
+from fluxjax.config import TINY, ConfigError
 from fluxjax.parallel.hosts import differences
 from fluxjax.train import command
 from fluxjax.train.data.settings import DataSettings
@@ -188,7 +187,7 @@ def test_a_lora_file_keeps_the_recipe_or_nothing_of_it(tmp_path, monkeypatch, re
     monkeypatch.setattr(export, "_has_more_inputs", lambda source, config: False)
     recipe = FinetuneRecipe(folder=tmp_path, record=record)
     assert deciding_values(recipe) == deciding_values(FinetuneRecipe())
-    export.export(recipe, SimpleNamespace(networks={}), {}, {"scales": {}})  # pyright: ignore
+    export.export(recipe, TINY, {}, {"scales": {}})
     assert set(written) == ({"recipe"} if record else set())
 
 
