@@ -7,7 +7,6 @@ that several may write at once, the last one wins. `write_new`: a file beside th
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import secrets
 import shutil
@@ -85,13 +84,10 @@ def said_of(path: Path, part: Path) -> Iterator[None]:
 
 def _heal(destination: Path) -> None:
     """Only to be called by the holder of the lock: whoever left these is gone."""
-    hidden = f".{glob.escape(destination.name)}"
-    old = [path for end in ("old", "*.old") for path in destination.parent.glob(f"{hidden}.{end}")]
-    if old and not os.path.lexists(destination):
-        os.rename(old.pop(), destination)
-    for end in ("part", "*.part"):
-        old += destination.parent.glob(f"{hidden}.{end}")
-    for path in old:
+    old, part = (destination.with_name(f".{destination.name}.{end}") for end in ("old", "part"))
+    if os.path.lexists(old) and not os.path.lexists(destination):
+        os.rename(old, destination)
+    for path in (old, part):
         _remove(path)
 
 
@@ -220,9 +216,10 @@ def _temporary(path: Path, content: bytes, durable: bool = False) -> Iterator[Pa
             part.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers of `write_bytes` left under a folder of our own."""
-    for part in Path(folder).rglob(".*.part"):
+def remove_leftovers(folder: Path, names: str = "**/.*.part") -> None:
+    """Remove what killed writers of `write_bytes` left under a folder of our own; of `write_new` in
+    another's folder, what has such `names`."""
+    for part in Path(folder).glob(names):
         with suppress(OSError), open(part, "r+b") as file:
             age = time.time() - os.fstat(file.fileno()).st_mtime
             if age > _LOCKED_AFTER and try_lock(file.fileno()):

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fluxjax.atomic_write import write_bytes
+from fluxjax.named_errors import naming
 
 _REMEMBERED = 2**26  # smaller files are read sooner than looked up
 
@@ -46,5 +47,5 @@ def hash_files(root: Path, names: Iterable[str], *more: str) -> str:
 
 
 def _read(path: Path) -> str:
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fluxjax.named_errors import naming
+
 MAX_BYTES = 64 * 2**20
+_MAX_VALUES = 2**22  # read in about a second; a tokenizer of 256,000 words has 2.5 million
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _MAX_DIGITS = 300  # a float holds 308
 
@@ -18,12 +21,15 @@ def parse_json(data: bytes | str, *, unique: bool = False, unlimited: bool = Fal
     and -Infinity, which PyTorch's libraries write for a limit that there is not.
 
     Raises ValueError, in words that follow the name of the file: not JSON in UTF-8, nested too
-    deeply, more than `MAX_BYTES`, lone surrogates, numbers that no float holds.
+    deeply, more than `MAX_BYTES` or of too many values, lone surrogates, numbers that no float
+    holds.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has {len(data)} bytes, more than {MAX_BYTES}")
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
+        if sum(map(text.count, ",[{")) > _MAX_VALUES:
+            raise ValueError(f"it has more than {_MAX_VALUES} values")
         value = json.loads(
             text,
             parse_int=_integer,
@@ -50,8 +56,10 @@ def read_json(path: Path, *, unlimited: bool = False) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has more than the {MAX_BYTES} bytes that are read as JSON")
+    with naming(path):
+        data = path.read_bytes()
     try:
-        values = parse_json(path.read_bytes(), unlimited=unlimited)
+        values = parse_json(data, unlimited=unlimited)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):

@@ -80,7 +80,7 @@ def test_without_exchange_a_kill_in_between_is_healed(tmp_path: Path, monkeypatc
     monkeypatch.setattr(atomic_write, "_renameat2", lambda *_: False)
     (tmp_path / ".model.old").mkdir()
     (tmp_path / ".model.old" / "weights").touch()
-    (tmp_path / f".model.{os.getpid()}.part").mkdir()
+    (tmp_path / ".model.part").mkdir()
     with pytest.raises(KeyboardInterrupt), whole_or_nothing(tmp_path / "model"):
         raise KeyboardInterrupt
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
@@ -90,6 +90,22 @@ def test_without_exchange_a_kill_in_between_is_healed(tmp_path: Path, monkeypatc
     with whole_or_nothing(tmp_path / "model") as part:
         part.mkdir()
     assert [path.name for path in tmp_path.rglob("*")] == ["model"]
+
+
+def test_what_is_written_beside_under_a_longer_name_stays(tmp_path: Path) -> None:
+    """`model` and `model.safetensors`, or `flux` and `flux.1`, each with a writer of its own."""
+    for name in ("model.safetensors", "model.1"):
+        (tmp_path / f".{name}.old").write_text("theirs")
+        with whole_or_nothing(tmp_path / "model") as part:
+            part.write_text("ours")
+        assert (tmp_path / f".{name}.old").read_text() == "theirs"
+        with whole_or_nothing(tmp_path / name) as other:
+            other.write_text("theirs")
+            with whole_or_nothing(tmp_path / "model") as part:
+                part.write_text("ours")
+        assert (tmp_path / name).read_text() == "theirs"
+        assert (tmp_path / "model").read_text() == "ours"
+        (tmp_path / "model").unlink()
 
 
 @pytest.mark.parametrize("exchange", [True, False])

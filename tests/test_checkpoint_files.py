@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,8 +25,15 @@ from fluxjax.checkpoint.pipeline_folder import (
 )
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.sharded import read_sharded
+from fluxjax.checkpoint.source import open_source
 from fluxjax.checkpoint.tensors import Tensor, of_array
+from fluxjax.cli import sentence
 from fluxjax.config import ConfigError
+from fluxjax.file_hash import hash_file
+from fluxjax.json_input import read_json
+from fluxjax.sample.given_pictures import read_picture
+from fluxjax.sample.prompts_file import read_prompts
+from fluxjax.train.toml_file import read_toml
 
 GOOD = {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 
@@ -84,6 +92,26 @@ def test_huge_headers_and_many_tensors(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="header"):
             patch.setattr(safetensors_file, limit, 0)
             read_safetensors(path)
+    path.write_bytes(raw_file(b'{"x": [' + b"[]," * 2**21 + b"0]}"))
+    with pytest.raises(ValueError, match="of its header, it is not JSON: it has more than 4194304"):
+        read_safetensors(path)
+
+
+def test_a_file_without_tensors_is_no_checkpoint(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for header in ({}, {"__metadata__": {"format": "pt"}}):
+        path.write_bytes(raw_file(header, b""))
+        with pytest.raises(ConfigError, match=r"x\.safetensors holds no tensors$"):
+            open_source(path)
+
+
+def test_errors_of_reading_name_the_file():
+    """A disk that fails while it is read, unlike a file that cannot be opened, says no name."""
+    reads = open_source, read_json, read_toml, read_prompts, hash_file, read_safetensors
+    for read in (*reads, lambda path: read_picture(path, "image")):
+        with pytest.raises(OSError) as caught:
+            read(Path("/proc/self/mem"))
+        assert sentence(caught.value) == "/proc/self/mem: Input/output error"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):

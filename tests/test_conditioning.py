@@ -8,6 +8,8 @@ import transformers
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.config import TINY
+from fluxjax.families import sd3
+from fluxjax.families import stable_diffusion as sd
 from fluxjax.families.flux import encode_prompts, tokenize
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
@@ -30,7 +32,8 @@ def tokenizers(folder):
     return load_clip_tokenizer(folder / "tokenizer"), load_t5_tokenizer(folder / "tokenizer_2")
 
 
-def test_equals_diffusers(folder, tokenizers):
+@pytest.mark.parametrize("second", [PROMPTS[::-1], ""])  # an empty one is as none
+def test_equals_diffusers(folder, tokenizers, second):
     from diffusers import FluxPipeline
 
     clip_size, t5_size = (t.backend.get_vocab_size() for t in tokenizers)
@@ -53,10 +56,10 @@ def test_equals_diffusers(folder, tokenizers):
         text_encoder_2=t5_torch.eval(),
         tokenizer_2=transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
     )
-    second = PROMPTS[::-1]
     with torch.no_grad():
         states, pooled, _ = reference.encode_prompt(PROMPTS, second, max_sequence_length=16)
-    ids, notes = tokenize(tokenizers, PROMPTS, second, max_sequence_length=16)
+    seconds = second or [second] * len(PROMPTS)
+    ids, notes = tokenize(tokenizers, PROMPTS, seconds, max_sequence_length=16)
     ours = encode_prompts(
         (CLIPTextModel(clip_config), T5Encoder(t5_config)),
         (from_torch(clip_torch, clip_config), from_torch(t5_torch, t5_config)),
@@ -65,6 +68,17 @@ def test_equals_diffusers(folder, tokenizers):
     assert notes == []
     assert relative_l2(ours.sequence, states) <= 1e-5
     assert relative_l2(ours.vector, pooled) <= 1e-5
+
+
+def test_empty_prompts_of_other_encoders_are_as_none(tokenizers):
+    """In Stable Diffusion XL and 3 too, as in diffusers' encode_prompt."""
+    (clip, t5), empty = tokenizers, [""] * len(PROMPTS)
+    for tokenize_one, read in ((sd3.tokenize, (clip, clip, t5)), (sd.tokenize, (clip, clip))):
+        others = dict.fromkeys(("prompts_2", "prompts_3")[: len(read) - 1], empty)
+        alone, _ = tokenize_one(read, PROMPTS, max_sequence_length=16)
+        got, _ = tokenize_one(read, PROMPTS, max_sequence_length=16, **others)
+        for one, other in zip(alone.ids, got.ids, strict=True):
+            assert (one == other).all()
 
 
 def test_notes_show_what_is_left_out(tokenizers):

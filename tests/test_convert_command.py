@@ -26,6 +26,7 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor, of_array
 from fluxjax.config import DEV, ConfigError
 from fluxjax.convert import convert
+from fluxjax.convert.__main__ import main
 from fluxjax.lock import InUse
 from fluxjax.networks import network_of
 from fluxjax.networks.flux import BFL
@@ -129,6 +130,17 @@ def test_destinations_that_must_not_be_touched(tmp_path, vae_file):
         plan(folder, folder / "inner", "orbax")
     with pytest.raises(ValueError, match="named like a single file"):
         plan(folder, tmp_path / "x.safetensors", "diffusers")
+
+
+def test_an_empty_destination_is_not_the_current_folder(tmp_path, vae_file, monkeypatch, capsys):
+    """Which --overwrite would replace with all that is in it."""
+    convert.run(plan(vae_file, tmp_path / "mine"))
+    monkeypatch.chdir(tmp_path / "mine")
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit) as ended:
+        main([str(vae_file), "", "--overwrite"])
+    assert ended.value.code == 2 and "DESTINATION: is empty" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "mine")) == before
 
 
 def test_overwrite_replaces_the_whole(tmp_path, vae_file):

@@ -459,6 +459,19 @@ def test_filling_measures_each_count_by_itself(capsys):
     assert numbers == pytest.approx([0.1, 0.2], rel=0.2)  # a busy machine takes longer
 
 
+def test_a_curve_is_drawn_in_silence_without_a_home(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    program = (
+        "from pathlib import Path; from fluxjax.train.curve import draw_curve\n"
+        "draw_curve(Path('metrics.jsonl'), Path('curve.png'))"
+    )
+    nowhere = {**os.environ, "HOME": "/proc/nowhere", "XDG_CONFIG_HOME": "", "MPLCONFIGDIR": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=nowhere, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "curve.png").is_file()
+
+
 def test_curve_passes_over_what_a_crash_left(tmp_path):
     lines = [{"step": 1, "loss": 2.0}, {"step": 2}, {"step": 1, "loss": 1.0}]
     text = "\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo'

@@ -190,6 +190,8 @@ def test_scale_of_a_file():
     assert split_scale("C:a.safetensors") == ("C:a.safetensors", 1.0)
     with pytest.raises(ConfigError, match="must be a number"):
         split_scale("a.safetensors:nan")
+    with pytest.raises(ConfigError, match="within 1e\\+30, got -1e"):  # no float32 holds it
+        split_scale("a.safetensors:-1e39")
 
 
 def merged(params, lora) -> dict:

@@ -129,6 +129,9 @@ def test_as_recorded_from_peft(shared: Path, tmp_path: Path) -> None:
         ({"lora_alpha": 1e29}, "not finite"),
         ({"alpha_pattern": {"(to_q|to_k)": 2}}, "is not read, only names are"),
         ({"alpha_pattern": {".*" * 30 + "x": 2}}, "is not read, only names are"),
+        ({"alpha_pattern": {"[^\n]*" * 30 + "x": 2}}, "is not read, only names are"),
+        ({"peft_type": "L" * 1000}, "is of a 'L{60}'; only"),
+        ({f"use_{'x' * 1000}": True}, "asks for use_x{56} = True"),
         ({"alpha_pattern": {f"x{i}.*": 2 for i in range(100)}}, "100 patterns"),
         ({"alpha_pattern": {"[": 2}}, "no usable alpha"),
         ({"alpha_pattern": [1]}, "should map names to numbers"),
@@ -174,6 +177,8 @@ def test_many_targets_and_patterns_cost_little() -> None:
     worst = {f".*{'a' * 150}{i}": 1.0 for i in range(10)} | {f"n{i}": 1.0 for i in range(30_000)}
     patterns = Patterns({**worst, "to_q": 7.0})
     assert [patterns.get(name, 1.0) for name in names].count(7.0) == 100
+    with pytest.raises(ValueError, match="30000 patterns are expressions"):
+        Patterns({f"x{i}.*": 1.0 for i in range(30_000)})
     assert time.process_time() - begun < 3
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxjax.config import ConfigError
+from fluxjax.config import TINY, ConfigError
 from fluxjax.parallel.hosts import differences
 from fluxjax.train import command
 from fluxjax.train.data.settings import DataSettings
@@ -141,6 +141,17 @@ def test_numbers_and_texts_of_options_are_checked_too():
             command.train([recipe, *options, "--print-config"])
 
 
+def test_an_empty_folder_is_not_the_current_one(tmp_path, capsys):
+    recipe = str(RECIPES[-1].with_name("tiny_lora.toml"))
+    for arguments in (["--folder", ""], ["--folder="]):
+        with pytest.raises(SystemExit) as ended:
+            command.train([recipe, *arguments, "--print-config"])
+        assert ended.value.code == 2 and "--folder: is empty" in capsys.readouterr().err
+    (tmp_path / "a.toml").write_text('folder = ""\n')
+    with pytest.raises(ConfigError, match="folder must be a path, got ''"):
+        read_recipe(tmp_path / "a.toml")
+
+
 def test_a_recipe_for_strangers_says_nothing_of_this_machine():
     recipe = replace(
         FinetuneRecipe(),
@@ -163,6 +174,34 @@ def test_a_recipe_for_strangers_says_nothing_of_this_machine():
     published = replace(recipe, model="black-forest-labs/FLUX.1-dev")
     assert without_places(published).model == published.model
     assert deciding_values(shared) == deciding_values(recipe)
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_a_lora_file_keeps_the_recipe_or_nothing_of_it(tmp_path, monkeypatch, record):
+    from fluxjax.train import export
+
+    written = {}
+    monkeypatch.setattr(
+        export, "write_lora", lambda path, trees, lora, metadata, **_: written.update(metadata)
+    )
+    monkeypatch.setattr(export, "_has_more_inputs", lambda source, config: False)
+    recipe = FinetuneRecipe(folder=tmp_path, record=record)
+    assert deciding_values(recipe) == deciding_values(FinetuneRecipe())
+    export.export(recipe, TINY, {}, {"scales": {}})
+    assert set(written) == ({"recipe"} if record else set())
+
+
+def test_the_limit_of_silence_is_said(monkeypatch, capsys):
+    """JAX's own words, when it ends the processes, name neither the limit nor how to set it."""
+    for name, value in (("process_count", 2), ("process_index", 0)):
+        monkeypatch.setattr(f"jax.{name}", lambda value=value: value)
+    monkeypatch.setattr("fluxjax.parallel.hosts.agree", lambda values: None)
+    monkeypatch.setattr("fluxjax.sample.cache.enable_cache", lambda: None)
+    recipe = TinyRecipe()
+    monkeypatch.setattr(TinyRecipe, "train", lambda self: "done")
+    command._train(recipe, 45.0)
+    said = capsys.readouterr().err
+    assert "2 processes: one that gives no sign of life for 45 s" in said and "--silence" in said
 
 
 def test_options_change_the_recipe(tmp_path, capsys):
@@ -208,7 +247,9 @@ def test_export_overwrites_nothing(tmp_path, monkeypatch):
     """An empty name is that of the current folder, which became a LoRA with all that was in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text('model = "tiny"')
-    for out, error in (("", "exists"), ("recipe.toml", "exists"), ("lora.png", "ends in .safet")):
+    with pytest.raises(SystemExit):
+        command.export([".", "--out", ""])
+    for out, error in ((".", "exists"), ("recipe.toml", "exists"), ("lora.png", "ends in .safet")):
         with pytest.raises((OSError, ConfigError), match=error):
             command.export([".", "--out", out])
     assert [*tmp_path.iterdir()] == [tmp_path / "recipe.toml"]

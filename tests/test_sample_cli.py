@@ -76,6 +76,22 @@ def test_one_line_per_picture_and_nothing_is_overwritten(sample):
     assert not list(Path("out").glob(".*")), "no temporary file is left"
 
 
+def test_what_a_killed_run_left_half_written_goes(sample):
+    mine = ".a-star-1.png.0123abcd.part"
+    others = [
+        ".a-1.webp.0123abcd.part",
+        ".notes.part",
+        f"deep/{mine}",
+        ".a-star-2.png.89abcdef.part",
+    ]
+    Path("out/deep").mkdir(parents=True)
+    for name in (mine, *others):
+        Path("out", name).write_bytes(b"half")
+        os.utime(Path("out", name), None if name == others[-1] else (0, 0))  # one is just made
+    assert sample("a star", *SIZE, "--seed", "1")[0] == 0
+    assert not Path("out", mine).exists() and all(Path("out", name).exists() for name in others)
+
+
 def test_like_repeats_a_picture_exactly(sample, random_pipeline):  # noqa: F811
     options = ("--guidance", "2", "--negative-prompt", "", "--true-cfg", "2.5", "--noise", "jax")
     sample(
@@ -252,7 +268,7 @@ def test_pictures_from_pictures_repeat_while_their_files_are_the_same(sample, tm
         (("a", "--guidance", "-inf"), "guidance must be a number, got -inf"),
         (
             ("a", "--lora", "x.safetensors:inf"),
-            "x.safetensors: its scale must be a number, got inf",
+            "x.safetensors: its scale must be a number within 1e+30, got inf",
         ),
         (("a\udcff",), "prompt is not Unicode text: the byte 0xff at character 2"),
         (("a", "--prompt-2", "\ud800"), "prompt_2 is not Unicode text: U+D800 at character 1"),

@@ -135,6 +135,31 @@ def test_a_list_of_merges_that_is_cut_short_is_not_a_shorter_one(tmp_path):
         load_clip_tokenizer(tmp_path / "tokenizer")
 
 
+def test_pieces_that_are_cut_short_are_not_fewer_ones(tmp_path):
+    """Where the file ends between two of them, what is left is well formed."""
+    whole = (TINY / "tokenizer_2" / "spiece.model").read_bytes()
+    path = tmp_path / "spiece.model"
+    ends, position = [], 0
+    while whole[position] == 0x0A:  # pieces of less than 128 bytes
+        position += 2 + whole[position + 1]
+        ends.append(position)
+    for end in (ends[10], ends[-1]):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="it is damaged"):
+            read_sentencepiece(path)
+
+
+def test_an_id_of_two_tokens_is_damaged(tmp_path):
+    """A digit that has changed: prompts were read as other tokens."""
+    shutil.copytree(TINY / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "vocab.json"
+    values = json.loads(file.read_text())
+    values["circle</w>"] = values["square</w>"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"it gives 'circle</w>' and 'square</w>' the same id"):
+        load_clip_tokenizer(tmp_path / "tokenizer")
+
+
 @pytest.mark.parametrize("forms", [("tokenizer.json",), ()])
 def test_swapped_folders_are_told(tmp_path, forms):
     for name, load in (("tokenizer", load_t5_tokenizer), ("tokenizer_2", load_clip_tokenizer)):

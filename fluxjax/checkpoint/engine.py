@@ -29,6 +29,8 @@ class MappingError(ValueError):
     """Tensors that do not fit the network; the message lists every one of them."""
 
 
+_MOST_SHOWN = 5000
+
 # Dense layers', pictures' and clips' convolutions.
 _AXES = {"kernel2": (1, 0), "kernel4": (3, 2, 0, 1), "kernel5": (4, 3, 0, 1, 2)}  # ours -> theirs
 _INVERSE_AXES = {"kernel2": (1, 0), "kernel4": (2, 3, 1, 0), "kernel5": (2, 3, 4, 1, 0)}
@@ -145,9 +147,12 @@ def to_published(
 
 
 def listed(what: str, errors: list[str]) -> str:
-    """Names come from files of strangers: control characters are shown, not obeyed."""
-    lines = [line if line.isprintable() else repr(line)[1:-1] for line in errors]
-    return "\n  ".join([f"{len(lines)} tensor(s) {what}:", *lines])
+    """Names come from files of strangers: control characters are shown, not obeyed, and of more
+    than any network has only the first ones."""
+    shown = errors[:_MOST_SHOWN]
+    lines = [line if line.isprintable() else repr(line)[1:-1] for line in shown]
+    more = [f"and {len(errors) - len(lines)} more"] * (len(errors) > len(lines))
+    return "\n  ".join([f"{len(errors)} tensor(s) {what}:", *lines, *more])
 
 
 def from_published(published: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from fluxjax.checkpoint import mapped_memory as memory
 from fluxjax.checkpoint.file_format import foreign_format
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.json_input import parse_json
+from fluxjax.named_errors import naming
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -66,7 +67,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file")
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if size < 8 or length > size - 8:
@@ -136,7 +137,7 @@ def read_rows(
     """Rows [start, stop) of a tensor that begins at byte `offset` of a file. Raises OSError."""
     row = int(np.prod(shape[1:], dtype=np.int64))
     out = memory.empty((stop - start, *shape[1:]) if shape else (), dtype)
-    with open(path, "rb", buffering=0) as file:
+    with naming(path), open(path, "rb", buffering=0) as file:
         file.seek(offset + start * row * dtype.itemsize)
         view = out.reshape(-1).view(np.uint8).data
         while view:

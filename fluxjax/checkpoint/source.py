@@ -34,6 +34,7 @@ from fluxjax.checkpoint.weights_location import (
 from fluxjax.checkpoint.whole_file import open_whole_file
 from fluxjax.config import ConfigError
 from fluxjax.json_input import read_json
+from fluxjax.named_errors import naming
 from fluxjax.networks import Config, network_of
 
 
@@ -51,6 +52,8 @@ def open_file(
     if path.suffix.lower() in PICKLES:
         raise ValueError(pickle_refusal(path))
     raw, metadata = read_gguf(path) if is_gguf(path) else read_safetensors(path)
+    if not raw:
+        raise ConfigError(f"{path} holds no tensors")
     try:
         raw = comfy.with_markers(raw, metadata)
     except ValueError as error:
@@ -107,7 +110,7 @@ def is_gguf(path: Path) -> bool:
     """By its content, or by its name where it has none."""
     if not path.is_file():  # a pipe would be waited for
         return False
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         start = file.read(len(MAGIC))
     return start == MAGIC or path.suffix.lower() == ".gguf"
 

@@ -16,8 +16,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.
     import tyro
 
     from fluxjax.convert.options import Options
+    from fluxjax.path_option import PATHS
 
-    options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = tyro.cli(Options, args=arguments, prog=prog, registry=PATHS)
     options.check()
     from fluxjax.checkpoint.lora.scaled_file import found
     from fluxjax.hub import find

@@ -221,12 +221,16 @@ class Task:
         return count if draw == "noise" or draw.startswith("control") else 1
 
 
-def second_prompts(prompts: Sequence[str], prompts_2: Sequence[str] | None) -> Sequence[str]:
-    """What the last text encoder reads. Raises ValueError where the numbers of prompts differ."""
+def second_prompts(
+    prompts: Sequence[str], prompts_2: Sequence[str] | None, *, empty: bool = False
+) -> Sequence[str]:
+    """What another text encoder than the first reads. An empty text is as none, so that the prompt
+    is read, as in diffusers, unless `empty` ones count. Raises ValueError where the numbers of
+    prompts differ."""
     second = prompts if prompts_2 is None else prompts_2
     if len(second) != len(prompts):
         raise ValueError(f"got {len(prompts)} prompts, but {len(second)} second prompts")
-    return second
+    return second if empty else [a or b for a, b in zip(second, prompts, strict=True)]
 
 
 def _as_written(prompt: str, told: Told) -> str:

@@ -86,7 +86,7 @@ def tokenize(
     """As of text to video; all prompts see the same picture, black where there is none."""
     from PIL import Image
 
-    second = second_prompts(prompts, prompts_2)
+    second = second_prompts(prompts, prompts_2, empty=True)
     if max_sequence_length <= _LEFT_OUT:
         raise ConfigError(
             f"max_sequence_length must be above {_LEFT_OUT} where a picture is read, got "

@@ -82,7 +82,7 @@ def tokenize(
     CLIP reads `prompts_2` where given; its 77 tokens are cut silently. Raises ValueError when the
     numbers of prompts differ, ConfigError for a tokenizer that is not the model's.
     """
-    second = second_prompts(prompts, prompts_2)
+    second = second_prompts(prompts, prompts_2, empty=True)
     llama, clip = tokenizers
     read = templated(llama, prompts, VIDEO, max_sequence_length=max_sequence_length)
     if (read.attention_mask.sum(axis=1) <= VIDEO.crop).any():

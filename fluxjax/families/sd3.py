@@ -19,7 +19,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from fluxjax.config import ConfigError, SD3PipelineConfig
-from fluxjax.families.family import Apply, Conditioning, Extras, LeftOut, Steps
+from fluxjax.families.family import (
+    Apply,
+    Conditioning,
+    Extras,
+    LeftOut,
+    Steps,
+    second_prompts,
+)
 from fluxjax.families.noise_path import FlowPath
 from fluxjax.families.sdxl import read_clips
 from fluxjax.families.stable_diffusion import (
@@ -63,9 +70,7 @@ def tokenize(
     The second CLIP reads `prompts_2` and T5 `prompts_3` where given. Without a T5 its ids are
     zeros, whose number counts. Raises ValueError when the numbers of prompts differ.
     """
-    texts = [prompts if other is None else other for other in (prompts, prompts_2, prompts_3)]
-    if any(len(text) != len(prompts) for text in texts):
-        raise ValueError(f"got {len(prompts)} prompts, but {[len(text) for text in texts]}")
+    texts = [prompts, *(second_prompts(prompts, other) for other in (prompts_2, prompts_3))]
     read = [one(text) for one, text in zip(tokenizers[:_CLIPS], texts, strict=False)]
     length, shape = tokenizers[0].max_length, (len(prompts), max_sequence_length)
     t5 = np.zeros(shape, np.int32)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxjax.config import CONTROLS, IP_IMAGES, ConfigError
 from fluxjax.file_hash import hash_file
+from fluxjax.named_errors import naming
 from fluxjax.picture_files import BadPicture, converted, decode, quiet, upright_holes, upright_rgb
 from fluxjax.sample.clip_files import Clip, read_clip
 from fluxjax.sample.masks import expanded
@@ -113,7 +114,8 @@ def read_picture(
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no {what} picture {path}")
-    data = path.read_bytes()
+    with naming(path):
+        data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if sha256 not in (None, found):
         raise ConfigError(

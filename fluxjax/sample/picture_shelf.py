@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fluxjax import __version__
-from fluxjax.atomic_write import write_new
+from fluxjax.atomic_write import remove_leftovers, write_new
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
 from fluxjax.sample.clip_files import require_clip_name, still_pixels, usual_suffix, write_clip
@@ -28,12 +28,18 @@ if TYPE_CHECKING:
     from fluxjax.sample.pipeline import Pipeline
 
 
+# Of these alone what is being written is locked; .webp may be a clip.
+_PICTURES = (".png", ".jpg", ".jpeg")
+
+
 class PictureShelf:
     """Where pictures go as they are drawn, under names that are free."""
 
     def __init__(self, options: Options, opened: OpenedModel, note: Callable[[str], None]) -> None:
         self.options, self.opened, self.note = options, opened, note
         self.folder, self.file = destination(options)
+        for suffix in _PICTURES:
+            remove_leftovers(self.folder, f".*{suffix}.{'[0-9a-f]' * 8}.part")
         self._drawn: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
 
     def check(self, job: Job) -> None:

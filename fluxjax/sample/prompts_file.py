@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from fluxjax.config import ConfigError
 from fluxjax.json_input import MAX_BYTES
+from fluxjax.named_errors import naming
 from fluxjax.sample.override import override
 from fluxjax.sample.settings import ALPHA, FIELDS, PICTURES, Settings, brief
 
@@ -47,7 +48,7 @@ def read_prompts(path: Path) -> list[Line]:
     """
     standard = path == STANDARD_INPUT
     name = "standard input" if standard else str(path)
-    with nullcontext(sys.stdin.buffer) if standard else open(path, "rb") as file:
+    with naming(path), nullcontext(sys.stdin.buffer) if standard else open(path, "rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:  # a device, a pipe without an end, or what is no prompts
         raise ConfigError(f"{name} has more than the {MAX_BYTES >> 20} MiB that prompts may have")

@@ -49,7 +49,7 @@ def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
     need not be installed.
     """
     pieces: list[tuple[str, float]] = []
-    charsmap = b""
+    charsmap = None  # of a file that ends before what is said of it behind the pieces
     try:
         for number, value in _protobuf_fields(path.read_bytes()):
             if number == 1:
@@ -60,7 +60,7 @@ def read_sentencepiece(path: Path) -> tuple[list[tuple[str, float]], bytes]:
                 charsmap = dict(_protobuf_fields(value)).get(2, b"")
     except (IndexError, KeyError, TypeError, AttributeError, ValueError, struct.error):
         pieces = []
-    if not pieces:
+    if not pieces or charsmap is None:
         raise ValueError(f"{path} is not a SentencePiece model, or it is damaged")
     return pieces, charsmap
 

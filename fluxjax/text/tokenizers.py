@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,8 +198,14 @@ def load_llama_tokenizer(folder: Path, vocab_size: int | None = None) -> PromptT
 
 
 def _with_rows(tokenizer: PromptTokenizer, vocab_size: int | None) -> PromptTokenizer:
-    """The same one. An id beyond the network's embedding would read its last row, or any."""
-    token, largest = max(tokenizer.backend.get_vocab().items(), key=lambda item: item[1])
+    """The same one. An id beyond the network's embedding would read its last row, or any; one that
+    two tokens have is a damaged number."""
+    vocab = tokenizer.backend.get_vocab()
+    if len(set(vocab.values())) < len(vocab):
+        twice = Counter(vocab.values()).most_common(1)[0][0]
+        names = " and ".join(sorted(repr(t[:40]) for t, index in vocab.items() if index == twice))
+        raise ValueError(f"{tokenizer.where} is damaged: it gives {names} the same id {twice}")
+    token, largest = max(vocab.items(), key=lambda item: item[1])
     if vocab_size is not None and largest >= vocab_size:
         raise ValueError(
             f"{tokenizer.where} is another model's: it gives {token[:40]!r} the id {largest}, and "

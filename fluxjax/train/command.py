@@ -12,6 +12,7 @@ import tyro
 
 from fluxjax import cli
 from fluxjax.config import ConfigError
+from fluxjax.path_option import PATHS
 from fluxjax.terminal import print_line, say
 
 R = TypeVar("R")
@@ -75,6 +76,7 @@ def read_options(arguments: Sequence[str], name: str = "python -m fluxjax.train"
         default=Options(recipe=recipe),
         args=list(arguments[1:]),
         prog=f"{name} {arguments[0]}",
+        registry=PATHS,
     )
 
 
@@ -92,11 +94,11 @@ def train(arguments: Sequence[str], name: str = "python -m fluxjax.train") -> in
     with joined_hosts(
         options.coordinator, options.process_id, options.num_processes, silence=options.silence
     ):
-        _train(options.recipe)
+        _train(options.recipe, options.silence)
     return None
 
 
-def _train(recipe: Any) -> None:
+def _train(recipe: Any, silence: float) -> None:
     import jax
 
     from fluxjax.parallel.hosts import agree
@@ -107,6 +109,11 @@ def _train(recipe: Any) -> None:
     if note and jax.process_index() == 0:
         say(f"note: {note}")
     agree(recipe_values(recipe))
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        say(
+            f"{jax.process_count()} processes: one that gives no sign of life for {silence:g} s "
+            "counts as lost, and JAX ends all of them (--silence)"
+        )
     if isinstance(recipe, FinetuneRecipe):
         from fluxjax.train.finetune import finetune
 
@@ -184,7 +191,7 @@ class ExportOptions:
 
 def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export") -> None:
     """Write the result of a run as of one of its checkpoints, and print where it is."""
-    options = tyro.cli(ExportOptions, args=list(arguments), prog=name)
+    options = tyro.cli(ExportOptions, args=list(arguments), prog=name, registry=PATHS)
     from fluxjax.train.recipe import read_recipe
 
     # What is no run is told before JAX is imported.

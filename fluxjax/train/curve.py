@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from fluxjax.train.metrics import read_metrics
 
 def draw_curve(metrics: Path, path: Path) -> Path:
     """Loss, validation loss, gradient norm and learning rate over steps, as a PNG at `path`."""
+    # Of a home that cannot be written it warns twice, of what does not matter here.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -62,7 +62,9 @@ def export(
         trained, scales = _on_first_host(trained), _on_first_host(frozen["scales"])
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            metadata = {"recipe": recipe_toml(without_places(recipe))}
+            metadata = {}
+            if recipe.record:
+                metadata["recipe"] = recipe_toml(without_places(recipe))
             if _has_more_inputs(recipe.model_folder, config):
                 metadata[DEFAULTS_KEY] = json.dumps(sampling_defaults(config))
             trees = {name: join_scales(trained[name], scales[name]) for name in trained}

@@ -30,6 +30,7 @@ _YEAR = 525600.0  # in minutes
 _UNDECISIVE = {
     *("folder", "mesh", "sequence", "log_every", "save_minutes", "export_every", "keep"),
     *("patience", "hang_minutes", "tensorboard", "validation", "save_dtype", "data", "model"),
+    "record",
 }
 _NAMES = {"dora": "PEFT's", "lokr": "LyCORIS'"}
 _PLACES = {
@@ -91,6 +92,8 @@ class FinetuneRecipe:
     """The run ends when a step takes longer, with exit code 4."""
     tensorboard: bool = False
     """Also write TensorBoard's event files."""
+    record: bool = True
+    """Keep the recipe, without the places of this disk, in a LoRA file; --no-record keeps none."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     controlnet: ControlNetSettings = field(default_factory=ControlNetSettings)
     objective: Objective = field(default_factory=Objective)

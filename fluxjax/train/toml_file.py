@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fluxjax.config import ConfigError
+from fluxjax.named_errors import naming
 
 T = TypeVar("T")
 _MAX_BYTES = 2**20
@@ -23,7 +24,7 @@ _LONG_KEY = re.compile(rb"(?<![\w\"'-])(?:[\w\"'-]++[ \t]*+\.[ \t]*+){100}")
 def read_toml(path: Path) -> dict[str, Any]:
     """The values of a TOML file. Raises ConfigError if there is none or it is not TOML."""
     try:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"there is no recipe {path}") from None
@@ -122,7 +123,7 @@ def _convert(hint: Any, value: Any) -> Any:
             return float(value)
         except OverflowError:
             return math.inf
-    elif hint is Path and isinstance(value, str):
+    elif hint is Path and isinstance(value, str) and value:  # nothing is not the current folder
         return Path(value)
     elif type(value) is hint:
         return value

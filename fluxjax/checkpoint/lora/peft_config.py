@@ -36,6 +36,7 @@ _REFUSED = (
 _INITIAL = ("gaussian", "eva", "orthogonal")  # of the first weights; the others change the base
 # Patterns may be regular expressions of strangers: few, and none that can backtrack for long.
 _LITERAL = re.compile(r"\^?[\w.\-]+")
+_SLOW = re.compile(r"[({]|\\[^.d]|[*+?].*[*+?]", re.DOTALL)
 _MAX_EXPRESSIONS = 16
 _MAX_LENGTH = 200
 _MAX_TERMS = 100  # of a series that PEFT cuts after five
@@ -46,18 +47,19 @@ class Patterns:
 
     def __init__(self, values: Mapping[str, float]) -> None:
         self._literal: dict[str, int] = {}
-        self._expressions: list[tuple[int, re.Pattern[str]]] = []
+        expressions: list[tuple[int, str]] = []
         self._values = list(values.values())
         for number, pattern in enumerate(values):
             if _LITERAL.fullmatch(pattern):
                 self._literal.setdefault(pattern, number)
                 continue
-            simple = not re.search(r"[({]|\\[^.d]|[*+?].*[*+?]", pattern)
+            simple = pattern.isprintable() and not re.search(_SLOW, pattern)
             if not simple or len(pattern) > _MAX_LENGTH:
                 raise ValueError(f"the pattern {pattern[:60]!r} is not read, only names are")
-            self._expressions.append((number, re.compile(rf"(?:.*\.)?(?:{pattern})")))
-        if len(self._expressions) > _MAX_EXPRESSIONS:
-            raise ValueError(f"{len(self._expressions)} patterns are expressions, not names")
+            expressions.append((number, rf"(?:.*\.)?(?:{pattern})"))
+        if len(expressions) > _MAX_EXPRESSIONS:
+            raise ValueError(f"{len(expressions)} patterns are expressions, not names")
+        self._expressions = [(number, re.compile(text)) for number, text in expressions]
 
     def get(self, name: str, default: float | None) -> float | None:
         keys = [f"^{name}", *_suffixes(name)]
@@ -130,7 +132,7 @@ def read_peft_config(path: Path, metadata: Mapping[str, str], component: str) ->
         path.name == ADAPTER_WEIGHTS or len(list(path.parent.glob("*.safetensors"))) == 1
     ):
         values = read_json(beside)
-        kind = values.get("peft_type", "LORA")
+        kind = str(values.get("peft_type", "LORA"))[:60]
         if kind in ("OFT", "BOFT"):
             return _turning(values, str(beside))
         if kind != "LORA":
@@ -186,8 +188,8 @@ def _refuse(values: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
         more.append("bias")
     if more:
         raise ConfigError(
-            f"{where} asks for {more[0]} = {str(values[more[0]])[:60]}, which is more than such "
-            "adapters and is not read"
+            f"{where} asks for {more[0][:60]} = {str(values[more[0]])[:60]}, which is more than "
+            "such adapters and is not read"
         )
 
 

@@ -11,6 +11,7 @@ from fluxjax.config import ConfigError
 from fluxjax.hub import find
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, in a folder of an adapter
+_LARGEST = 1e30  # of numbers that are multiplied in float32
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -29,8 +30,8 @@ def finite_scale(scale: Any, of: str) -> float:
         found = float(scale)
     except (TypeError, ValueError):
         found = math.nan
-    if not math.isfinite(found):
-        raise ConfigError(f"{of}: its scale must be a number, got {scale!r}")
+    if not abs(found) < _LARGEST:
+        raise ConfigError(f"{of}: its scale must be a number within {_LARGEST:g}, got {scale!r}")
     return found
 
 
