@@ -183,6 +183,22 @@ def test_what_is_filled_is_cut_out_and_has_its_mask_beside(settings, tmp_path):
         assert len(np.unique(row)) == 1, "pictures of one colour are white or black"
 
 
+def test_a_mask_of_strokes_on_nothing_is_the_strokes(settings, tmp_path):
+    """As what is given to draw: transparent parts of a mask are not painted, nor do they count."""
+    source, masks = write_folder(tmp_path / "pictures", 4), tmp_path / "masks"
+    masks.mkdir()
+    for number in range(4):
+        mask = Image.new("RGBA", SIZES[number % len(SIZES)])
+        mask.paste("white", (0, 0, mask.width // 2, mask.height))
+        (masks / f"{number:03}.png").write_bytes(encoded(mask))
+    cold = replace(settings, source=str(source), cache=str(tmp_path / "cache"))
+    for kind, channels in (("masks", ()), ("fill_masks", ("masked", "mask"))):
+        chosen = replace(cold, **{kind: str(masks)})
+        data = open_dataset(chosen, ENCODERS, batch=4, seed=0, channels=channels)(0)
+        painted = data.mask if kind == "masks" else data.channels[..., 12:]
+        np.testing.assert_allclose(painted.mean(), 0.5, atol=0.1)
+
+
 def test_controls_are_edges_or_a_folders_pictures(settings, tmp_path):
     folder = Path(shutil.copytree(settings.source, tmp_path / "controls"))
     halves = Image.new("RGB", (64, 64))

@@ -21,7 +21,7 @@ from fluxjax.atomic_write import write_bytes
 from fluxjax.clip_reader import import_av
 from fluxjax.config import ConfigError
 from fluxjax.families import Told
-from fluxjax.picture_files import BadPicture, decode, quiet
+from fluxjax.picture_files import BadPicture, decode, quiet, upright_rgb
 from fluxjax.train.data.buckets import bucket, cut, fit
 from fluxjax.train.data.clips import Length, Piece, measure_clip, pieces, read_piece, speed
 from fluxjax.train.data.companions import (
@@ -332,7 +332,8 @@ def pixels(entry: Entry, max_megapixels: float) -> Float[np.ndarray, "*frames he
         elif entry.piece is not None:
             return read_piece(data, entry.piece, entry.width, entry.height, max_megapixels)
         else:
-            picture = decode(data, max_megapixels)
+            seen = partial(upright_rgb, ground=entry.item.ground)
+            picture = decode(data, max_megapixels, seen)
     except (BadPicture, OSError) as error:
         raise ValueError(f"{entry.item.name} has changed while it was used: {error}") from None
     return fit(picture, entry.width, entry.height)

@@ -46,8 +46,10 @@ def companion_items(kind: Kind, items: list[Item], settings: DataSettings) -> li
     Raises FileNotFoundError, and ConfigError for a source that has no such companions.
     """
     place = place_of(kind, settings)
+    # As of masks to draw with: strokes on nothing are the strokes.
+    ground = "black" if kind in OF_ITS_SIZE else "white"
     if any(item.beside for item in items):
-        return [_beside(kind, place, item) for item in items]
+        return [_beside(kind, place, item)._replace(ground=ground) for item in items]
     root = Path(place).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder of {_words(kind)}s {root}")
@@ -70,7 +72,7 @@ def companion_items(kind: Kind, items: list[Item], settings: DataSettings) -> li
         made = picture_item(root, names[0], Caption("", ""), settings)
         return made._replace(problem=made.problem and f"its {_words(kind)}: {made.problem}")
 
-    return [companion(item) for item in items]
+    return [companion(item)._replace(ground=ground) for item in items]
 
 
 def _beside(kind: Kind, place: str, item: Item) -> Item:
