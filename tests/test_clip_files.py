@@ -89,6 +89,10 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ConfigError, match=r"pip install 'fluxjax\[video\]'.*\.webp"):
         write_clip(tmp_path / "clip.mp4", groups(clip), fps=24, frames=7)
+    (tmp_path / "there.mp4").touch()
+    with pytest.raises(ConfigError, match=r"^[^()]*there\.mp4: videos need PyAV: pip install"):
+        read_clip_record(tmp_path / "there.mp4")
+    (tmp_path / "there.mp4").unlink()
     monkeypatch.undo()
     pytest.importorskip("av")
     with pytest.raises(ConfigError, match="sides are even, not 63 x 48"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -183,6 +184,33 @@ def test_what_is_filled_is_cut_out_and_has_its_mask_beside(settings, tmp_path):
         assert len(np.unique(row)) == 1, "pictures of one colour are white or black"
 
 
+def test_a_mask_of_strokes_on_nothing_is_the_strokes(settings, tmp_path):
+    """As what is given to draw: transparent parts of a mask are not painted, nor do they count."""
+    source, masks = write_folder(tmp_path / "pictures", 4), tmp_path / "masks"
+    masks.mkdir()
+    for number in range(4):
+        mask = Image.new("RGBA", SIZES[number % len(SIZES)])
+        mask.paste("white", (0, 0, mask.width // 2, mask.height))
+        (masks / f"{number:03}.png").write_bytes(encoded(mask))
+    cold = replace(settings, source=str(source), cache=str(tmp_path / "cache"))
+    for kind, channels in (("masks", ()), ("fill_masks", ("masked", "mask"))):
+        chosen = replace(cold, **{kind: str(masks)})
+        data = open_dataset(chosen, ENCODERS, batch=4, seed=0, channels=channels)(0)
+        painted = data.mask if kind == "masks" else data.channels[..., 12:]
+        np.testing.assert_allclose(painted.mean(), 0.5, atol=0.1)
+
+
+def test_names_are_the_same_however_their_accents_are_written(settings, tmp_path):
+    """A disk or an archive of macOS writes them apart from their letters."""
+    folders = {form: tmp_path / form for form in ("NFC", "NFD")}
+    for form, folder in folders.items():
+        folder.mkdir()
+        (folder / unicodedata.normalize(form, "é.png")).write_bytes(picture_bytes(7, (40, 40)))
+    beside = {"source": str(folders["NFC"]), "references": str(folders["NFD"])}
+    cold = replace(settings, cache=str(tmp_path / "cache"), default_caption="", **beside)
+    assert len(open_dataset(cold, ENCODERS, batch=1, seed=0)) == 1
+
+
 def test_controls_are_edges_or_a_folders_pictures(settings, tmp_path):
     folder = Path(shutil.copytree(settings.source, tmp_path / "controls"))
     halves = Image.new("RGB", (64, 64))
@@ -217,21 +245,29 @@ def test_companions_that_do_not_fit_are_named(settings, tmp_path):
     (before / "001.png").write_text("<html>")
     shutil.copy(before / "002.png", before / "002.jpg")
     (before / "003.png").write_bytes(picture_bytes(3, (20, 20)))
+    kinds = {"references": "reference", "masks": "mask", "fill_masks": "fill mask"}
     said = {
         name: dict(
             open_dataset(replace(lax, **{name: str(before)}), ENCODERS, batch=4, seed=0).quarantined
         )
-        for name in ("references", "masks")
+        for name in kinds
     }
-    for name, kind in (("references", "reference"), ("masks", "mask")):
+    for name, kind in kinds.items():
         assert (
             said[name].pop("000.png")
             == f"it needs one {kind} of its name in {before}: there is none"
         )
         assert said[name].pop("001.png") == f"its {kind}: it is an HTML page, not a picture"
         assert said[name].pop("002.png").endswith("there are 002.jpg and 002.png")
-    assert said["masks"].pop("003.png") == "its mask has 20 x 20 pixels, and the picture 90 x 30"
-    assert not said["masks"] and not said["references"]
+    for name in ("masks", "fill_masks"):
+        reason = f"its {kinds[name]} has 20 x 20 pixels, and the picture 90 x 30"
+        assert said[name].pop("003.png") == reason
+    assert not any(said.values())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        ValueError, match=rf"all {COUNT} pictures of .* are bad: 000\.png: it needs"
+    ):
+        open_dataset(replace(lax, references=str(tmp_path / "empty")), ENCODERS, batch=4, seed=0)
     with pytest.raises(FileNotFoundError, match="there is no folder of masks"):
         open_dataset(replace(lax, masks=str(tmp_path / "none")), ENCODERS, batch=4, seed=0)
     with pytest.raises(ConfigError, match="the source scenes is no folder"):

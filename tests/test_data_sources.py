@@ -338,7 +338,7 @@ def test_too_many_bad_pictures_stop_the_run_naming_them(tmp_path):
         _read(source, tmp_path, max_bad_share=0.05)
     for number in range(18):
         (source / f"{number:03}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"19 of 19 .*; and 14 more"):
+    with pytest.raises(ValueError, match=r"all 19 .*; and 14 more"):
         open_dataset(
             DataSettings(source=str(source), max_bad_share=1.0, cache=str(tmp_path)),
             ENCODERS,

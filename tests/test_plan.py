@@ -139,6 +139,28 @@ def test_counts_of_sampling_on_one_device():
 
 
 @pytest.mark.slow
+def test_an_image_is_drawn_anew_in_as_many_steps_as_its_strength_runs():
+    options = Options(model="tiny", pictures=("image",), steps=5, width=64, height=64)
+    config = read_model(options)
+    placed = compile_plan(options, config, quiet)
+    denoise = {program.name: program for program in placed.programs}["denoise"]
+    each = flux_flops(config.transformer, tokens(config), config.max_sequence_length)
+    assert abs(denoise.structure.matmul_flops / (3 * each) - 1) < 0.03
+    assert denoise.reads == 3 * placed.weights["transformer"]
+    assert placed.notes == ("an image is drawn anew in 3 of 5 steps, by a strength of 0.6",)
+
+
+@pytest.mark.slow
+def test_an_edit_is_learnt_with_its_reference_beside_it(monkeypatch):
+    monkeypatch.setitem(PRESETS, "kontext", TINY)
+    options = Options(model="kontext", task="lora", width=64, height=96, rank=4)
+    config = read_model(options)
+    (step,) = compile_plan(options, config, quiet).programs
+    each = flux_flops(config.transformer, 2 * tokens(config), config.max_sequence_length)
+    assert 2.5 * each <= step.structure.matmul_flops <= 3.5 * each
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["kontext", "fill", "control"])
 def test_every_tool_is_counted(model, monkeypatch):
     """Kontext sees its reference, as large as the picture, beside it; Fill and Control encode one

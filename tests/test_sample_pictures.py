@@ -29,6 +29,7 @@ from fluxjax.models.flux import FluxTransformer
 from fluxjax.networks import network_of
 from fluxjax.sample import edges
 from fluxjax.sample.denoise_pictures import Drawn, denoise_pictures
+from fluxjax.sample.masks import crop_box, pasted
 from fluxjax.sample.noise import draw
 from fluxjax.sample.override import override
 from fluxjax.sample.picture_inputs import Inputs
@@ -222,6 +223,41 @@ def test_a_crop_leaves_the_rest_as_it_was_to_the_pixel(both):
     apart = np.abs(np.asarray(drawn, int) - np.asarray(image, int)).max(-1)
     white = np.asarray(hole()) > 0
     assert not apart[~white].any() and apart[white].mean() > 5
+
+
+@pytest.mark.slow
+def test_a_reference_is_cropped_as_its_mask_is(both, monkeypatch):
+    """What is edited is seen where and as large as it is drawn; diffusers leaves the crop at that,
+    and here it is put back."""
+    ours, theirs = both("text", "FluxKontextInpaintPipeline")
+    picture, mask = photo(size=(128, 80)), hole((128, 80))
+    monkeypatch.setattr(pipeline_flux_kontext_inpaint, "PREFERRED_KONTEXT_RESOLUTIONS", [(128, 80)])
+    monkeypatch.setattr(ours, "reference_size", lambda picture: (128, 80))
+    size = {"width": 128, "height": 80, "max_sequence_length": 24}
+    (drawn,) = theirs(
+        prompt="a red circle",
+        image=picture,
+        mask_image=mask,
+        padding_mask_crop=3,
+        strength=1.0,
+        num_inference_steps=5,
+        guidance_scale=3.5,
+        generator=torch.Generator().manual_seed(7),
+        max_area=128 * 80,
+        **size,
+    ).images
+    box = crop_box(mask, 128, 80, 3)
+    (got,) = ours(
+        "a red circle",
+        seed=7,
+        steps=5,
+        guidance=3.5,
+        reference=picture,
+        mask=mask,
+        mask_crop=3,
+        **size,
+    )
+    same_picture(got, pasted(drawn, picture, mask, box))
 
 
 @pytest.mark.slow

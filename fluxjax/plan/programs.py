@@ -136,8 +136,8 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         quantised=templates,
         stream=options.stream,
     )
-    n, needed, size = options.batch, defaults(config), (config.width, config.height)
-    task = _task(options, config)
+    n, size, task = options.batch, (config.width, config.height), _task(options, config)
+    needed = dataclasses.replace(defaults(config), strength=task.strength)
     listed = programs(
         family,
         config,
@@ -155,13 +155,19 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     reads: dict[Name, int] = {
         name: sum(weights.get(part, 0) for part in components(config, name)) for name in NAMES
     }
-    evaluations = len(listed[0].inputs[1].schedule.times)
+    evaluations, every = (
+        _evaluations(family, config, needed),
+        len(listed[0].inputs[1].schedule.times),
+    )
     reads["denoise"] *= evaluations
     share, notes = _passes(family, config, needed, task), tuple[str, ...]()
     if share < 1:
         notes = (f"steps that are not guided have one pass: {share:.0%} of all passes are run",)
+    if evaluations < every:
+        drawn = f"{evaluations} of {every} steps, by a strength of {task.strength:g}"
+        share, notes = share * evaluations / every, (*notes, f"an image is drawn anew in {drawn}")
     if config.tiling is None and "decode" not in {program.name for program in listed}:
-        notes = ("a picture of this size is decoded in tiles, which is not counted",)
+        notes = (*notes, "a picture of this size is decoded in tiles, which is not counted")
     if options.offload:
         (denoise,) = (program for program in listed if program.name == "denoise")
         listed = [*executables.split(denoise), *listed[1:]]
@@ -175,7 +181,7 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         if options.offload:
             held = _on_device(executables.arguments(program))
             if program.part != "all":
-                read = held * (config.steps if program.part == "steps" else 1)
+                read = held * (evaluations if program.part == "steps" else 1)
         elif options.stream:
             held = _on_device(executables.shapes(name) for name in weights)
         found = measure(compiled)
@@ -204,6 +210,12 @@ def _passes(family: Family, config: PipelineConfig, settings: Settings, task: Ta
     if weights.ndim < 3:
         return 1.0
     return passes_run(weights) / (weights.shape[0] * (weights.shape[1] + 1))
+
+
+def _evaluations(family: Family, config: PipelineConfig, settings: Settings) -> int:
+    """How often a run of `settings` runs the network."""
+    shape = family.shape_of(config, settings.width, settings.height, settings.frames)
+    return family.run(config, settings.course(family.first_step), *shape[1:]).evaluations
 
 
 def _decode_clips(
@@ -330,14 +342,16 @@ def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     drawn = defaults(config)
     shape = family.shape_of(config, drawn.width, drawn.height, drawn.frames)
     packed = jax.eval_shape(family.pack, jax.ShapeDtypeStruct((n, *shape), jnp.float32))
-    given = None
-    if channels_of(config, _task(options, config)):
+    given, task = None, _task(options, config)
+    if channels_of(config, task):
         size = (*packed.values.shape[:-1], family.joined(config))
         given = _spec(mesh, size, jnp.float32)
+    edits = "reference" in task.pictures and config.tiling is None  # beside the picture
     rows = Rows(
         _spec(mesh, packed.values.shape, jnp.float32),
         _placed(heard, jax.tree.map(lambda _: batch_sharding(mesh), heard)),
         _spec(mesh, (n,), jnp.int32),
+        reference=_spec(mesh, packed.values.shape, jnp.float32) if edits else None,
         channels=given,
     )
     empty = _placed(dropped, jax.tree.map(lambda _: replicated(mesh), dropped))

@@ -149,8 +149,9 @@ def read_clip_record(path: Path) -> dict[str, Any]:
         return read_record(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no clip {path}")
+    av = import_av(path)
     try:
-        with import_av(path).open(str(path)) as container:
+        with av.open(str(path)) as container:
             record = json.loads(container.metadata.get(RECORD, "null"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: no record can be read ({error})") from None

@@ -108,13 +108,22 @@ def make_inputs(
         for name, net in zip(CONTROLS, nets, strict=False)
     ]
     return Inputs(
-        None if given.reference is None else pipe.encode_reference(given.reference),
+        _reference(pipe, given, box),
         np.concatenate([one.astype(pipe.dtype) for one in joined], axis=1) if joined else None,
         image if starts else None,
         values[:, None, ::scale, ::scale] if task.keeps and values is not None else None,
         image if task.keeps else None,
         control_inputs(pipe.config, settings, pipe.control_scales, controls),
     )
+
+
+def _reference(pipe: Stages, given: Given, box: Box | None) -> Float[AnyArray, "1 c _ _"] | None:
+    """Latents of the picture to edit; where a part of it is drawn, of that part."""
+    picture = given.reference
+    if picture is None or box is None or given.image is not picture:
+        return None if picture is None else pipe.encode_reference(picture)
+    size = pipe.reference_size(picture)
+    return pipe.encode_pictures(pixels(cropped(picture, box, *size), *size))
 
 
 def kept(inputs: Inputs, noise: Latents) -> Kept | None:

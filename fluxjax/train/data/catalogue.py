@@ -21,16 +21,18 @@ from fluxjax.atomic_write import write_bytes
 from fluxjax.clip_reader import import_av
 from fluxjax.config import ConfigError
 from fluxjax.families import Told
-from fluxjax.picture_files import BadPicture, decode, quiet
+from fluxjax.picture_files import BadPicture, decode, quiet, upright_rgb
 from fluxjax.train.data.buckets import bucket, cut, fit
 from fluxjax.train.data.clips import Length, Piece, measure_clip, pieces, read_piece, speed
 from fluxjax.train.data.companions import (
     KINDS,
     OF_ITS_SIZE,
+    Kind,
     canny_item,
     companion_items,
     place_of,
     random_mask_items,
+    words,
 )
 from fluxjax.train.data.item import Item
 from fluxjax.train.data.settings import CANNY, RANDOM, DataSettings
@@ -169,9 +171,11 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
     if not entries or len(quarantined) > settings.max_bad_share * len(items):
         named = "; ".join(f"{name}: {reason}" for name, reason in quarantined[:_NAMED])
         rest = len(quarantined) - _NAMED
+        count, what = len(quarantined), f"{settings.words} of {settings.source} are bad"
+        allowed = f", and at most {settings.max_bad_share:.0%} may be"
+        some = f"{count} of {len(items)} {what}{allowed}"
         raise ValueError(
-            f"{len(quarantined)} of {len(items)} {settings.words} of {settings.source} are bad, "
-            f"and at most {settings.max_bad_share:.0%} may be: {named}"
+            f"{some if entries else f'all {count} {what}'}: {named}"
             + (f"; and {rest} more" if rest > 0 else "")
         )
     return Catalogue(entries, quarantined, notes)
@@ -196,14 +200,14 @@ def _in_time(entry: Entry, found: _Found, settings: DataSettings) -> list[Entry]
     return [entry._replace(piece=one) for one in pieces(entry.digest, length, settings)]
 
 
-def _problem(size: tuple[int, int], companions: Mapping[str, tuple[Item, _Found]]) -> str:
+def _problem(size: tuple[int, int], companions: Mapping[Kind, tuple[Item, _Found]]) -> str:
     """Why a good picture cannot be used with its companions."""
     for kind, (item, found) in companions.items():
         if found.problem:
-            return found.problem if item.problem else f"its {kind}: {found.problem}"
+            return found.problem if item.problem else f"its {words(kind)}: {found.problem}"
         if kind in OF_ITS_SIZE and found.size != size:
             shown = ["{} x {}".format(*one) for one in (found.size, size)]
-            return f"its mask has {shown[0]} pixels, and the picture {shown[1]}"
+            return f"its {words(kind)} has {shown[0]} pixels, and the picture {shown[1]}"
     return ""
 
 
@@ -332,7 +336,8 @@ def pixels(entry: Entry, max_megapixels: float) -> Float[np.ndarray, "*frames he
         elif entry.piece is not None:
             return read_piece(data, entry.piece, entry.width, entry.height, max_megapixels)
         else:
-            picture = decode(data, max_megapixels)
+            seen = partial(upright_rgb, ground=entry.item.ground)
+            picture = decode(data, max_megapixels, seen)
     except (BadPicture, OSError) as error:
         raise ValueError(f"{entry.item.name} has changed while it was used: {error}") from None
     return fit(picture, entry.width, entry.height)

@@ -8,6 +8,7 @@ controls be the pictures' own edges.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,41 +47,49 @@ def companion_items(kind: Kind, items: list[Item], settings: DataSettings) -> li
     Raises FileNotFoundError, and ConfigError for a source that has no such companions.
     """
     place = place_of(kind, settings)
+    # As of masks to draw with: strokes on nothing are the strokes.
+    ground = "black" if kind in OF_ITS_SIZE else "white"
     if any(item.beside for item in items):
-        return [_beside(kind, place, item) for item in items]
+        return [_beside(kind, place, item)._replace(ground=ground) for item in items]
     root = Path(place).expanduser()
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder of {_words(kind)}s {root}")
+        raise FileNotFoundError(f"there is no folder of {words(kind)}s {root}")
     if not Path(settings.source).expanduser().is_dir():
         raise ConfigError(
-            f"{_words(kind)}s are found by the names of a folder's pictures, and the source "
+            f"{words(kind)}s are found by the names of a folder's pictures, and the source "
             f"{settings.source} is no folder"
         )
     found: dict[str, list[str]] = {}
     for name in sorted(walk(root, settings.follow_links)):
         if Path(name).suffix.lower() in EXTENSIONS:
-            found.setdefault(str(Path(name).with_suffix("")), []).append(name)
+            found.setdefault(_stem(name), []).append(name)
 
     def companion(item: Item) -> Item:
-        names = found.get(str(Path(item.name).with_suffix("")), [])
+        names = found.get(_stem(item.name), [])
         if len(names) != 1:
             listed = f"there are {' and '.join(names)}" if names else "there is none"
-            needs = f"it needs one {_words(kind)} of its name in {root}"
+            needs = f"it needs one {words(kind)} of its name in {root}"
             return bad_item(item.name, f"{needs}: {listed}")
         made = picture_item(root, names[0], Caption("", ""), settings)
-        return made._replace(problem=made.problem and f"its {_words(kind)}: {made.problem}")
+        return made._replace(problem=made.problem and f"its {words(kind)}: {made.problem}")
 
-    return [companion(item) for item in items]
+    return [companion(item)._replace(ground=ground) for item in items]
 
 
 def _beside(kind: Kind, place: str, item: Item) -> Item:
     if item.beside is None or item.problem:
         return bad_item(item.name, item.problem or "it is damaged")
     found = item.beside(place)
-    return found._replace(problem=found.problem and f"its {_words(kind)}: {found.problem}")
+    return found._replace(problem=found.problem and f"its {words(kind)}: {found.problem}")
 
 
-def _words(kind: Kind) -> str:
+def _stem(name: str) -> str:
+    """Without its extension; accents are written as on every disk, of which some set them apart."""
+    return unicodedata.normalize("NFC", str(Path(name).with_suffix("")))
+
+
+def words(kind: Kind) -> str:
+    """What companions of this kind are, for people."""
     return kind.replace("_", " ")
 
 

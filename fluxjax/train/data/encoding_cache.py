@@ -100,7 +100,7 @@ class EncodingCache:
             return {"mask": self.encoders.pack(each[None, None])[0]}
 
         form = f"{side} {self.encoders.unit}"
-        path = self._path("mask", mask.digest, "{}x{}".format(*size), form, _CROP)
+        path = self._path("mask", mask.digest, "{}x{}".format(*size), form, _CROP, mask.item.ground)
         return self._find(path, make, mask.item.name)["mask"]
 
     def masked(self, entry: Entry) -> Float[np.ndarray, "*image c"]:
@@ -118,8 +118,8 @@ class EncodingCache:
     def masked_path(self, entry: Entry) -> Path:
         assert entry.fill_mask is not None
         size = f"{entry.width}x{entry.height}"
-        both = entry.digest, entry.fill_mask.digest
-        return self._path("masked", *both, self.encoders.image_hash, size, _CROP, _LAYOUT)
+        each = entry.digest, entry.fill_mask.digest, entry.fill_mask.item.ground
+        return self._path("masked", *each, self.encoders.image_hash, size, _CROP, _LAYOUT)
 
     def fill_mask(self, entry: Entry) -> Float[np.ndarray, "*image c"]:
         """The pixels of a fill mask as channels of the tokens under them."""
@@ -130,7 +130,8 @@ class EncodingCache:
             channels = self.encoders.mask_channels(self._painted(entry))
             return {"mask": self.encoders.pack(channels)[0]}
 
-        path = self._path("fill mask", mask.digest, size, str(self.encoders.unit), _CROP)
+        form = f"{self.encoders.unit} {mask.item.ground}"
+        path = self._path("fill mask", mask.digest, size, form, _CROP)
         return self._find(path, make, mask.item.name)["mask"]
 
     def _painted(self, entry: Entry) -> Float[np.ndarray, "1 height width"]:

@@ -20,7 +20,8 @@ class Item(NamedTuple):
 
     `stamp` changes when the picture may have. `read` gives the file's bytes, or pixels (h, w, 3)
     of a drawn picture; it raises BadPicture or OSError. `digest` stands for content known ahead.
-    `beside` finds pictures that lie in one sample of an archive with it, by a name.
+    `beside` finds pictures that lie in one sample of an archive with it, by a name. `ground` is
+    seen where it is transparent.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Item(NamedTuple):
     size: tuple[int, int] | None = None
     beside: Callable[[str], Item] | None = None
     is_clip: bool = False
+    ground: str = "white"
 
 
 def shown(name: str) -> str:
