@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,21 @@ from fluxjax.config import ConfigError
 from fluxjax.train.metrics import read_metrics
 
 
+@contextmanager
+def _errors_alone() -> Iterator[None]:
+    """matplotlib warns twice of a home that cannot be written, which does not matter here."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@_errors_alone()
 def draw_curve(metrics: Path, path: Path) -> Path:
     """Loss, validation loss, gradient norm and learning rate over steps, as a PNG at `path`."""
-    # Of a home that cannot be written it warns twice, of what does not matter here.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         from matplotlib.figure import Figure
     except ImportError:
