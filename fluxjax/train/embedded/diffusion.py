@@ -35,6 +35,7 @@ from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.networks import network_of
 from fluxjax.text.tokenizers import load_tokenizer
 from fluxjax.train.embedded.examples import Conditioner, Pool, Sizes
+from fluxjax.train.embedded.noise_distillation import Teacher, taught_loss
 from fluxjax.train.embedded.tiny import write_world
 from fluxjax.train.flow_matching import Learner, finetune_loss
 from fluxjax.train.loop import CHECKPOINTS, Run, RunSettings, run_folder
@@ -50,9 +51,12 @@ _AREA = 96 * 96
 @dataclass(frozen=True, kw_only=True)
 class DiffusionStage:
     """`buckets` are (width, height); step i uses bucket i modulo their number. A batch has `batch`
-    pictures of 96 x 96, or as many pixels in others. `min_snr` to `std` are `Objective`'s."""
+    pictures of 96 x 96, or as many pixels in others. `min_snr` to `std` are `Objective`'s.
+    `taught`: what the embedded FLUX model sees is learnt instead of the noise itself, always
+    `debiased`."""
 
     steps: int = 7000
+    taught: bool = False
     batch: int = 32
     learning_rate: float = 2.5e-3
     weight_decay: float = 0.01
@@ -154,11 +158,14 @@ def _train_stages(recipe: DiffusionRecipe) -> Path:
     config = recipe.config()
     conditioner = make_conditioner(recipe, config)
     part, of = config.denoiser, config.networks[config.denoiser]
+    taught = any(stage.taught for stage in recipe.stages.values())
+    teacher = Teacher.open(find(recipe.model)) if taught else None
     params: Tree = None
     for name, stage in recipe.stages.items():
         folder = recipe.folder / name
         if not (folder / part).is_dir():
-            params = train_denoiser(config, stage, conditioner, folder, params)
+            by = teacher if stage.taught else None
+            params = train_denoiser(config, stage, conditioner, folder, params, by)
             save_params(folder, part, params, of, jnp.float32)
         params = load_params(folder, part, of, stacked=False)
     return write_pipeline(recipe, recipe.folder / "pipeline", params, recipe.refine.buckets)
@@ -219,9 +226,10 @@ def train_denoiser(
     conditioner: Conditioner,
     folder: Path,
     start: Tree | None = None,
+    teacher: Teacher | None = None,
 ) -> Tree:
-    """From nothing or from `start`. Returns the averaged (EMA) parameters; checkpoints and metrics
-    lie in `folder`."""
+    """From nothing or from `start`, by the noise or by a `teacher`. Returns the averaged (EMA)
+    parameters; checkpoints and metrics lie in `folder`."""
     of = config.networks[config.denoiser]
     model = network_of(of).build(of)
     if start is None:
@@ -242,7 +250,12 @@ def train_denoiser(
         mean=stage.mean,
         std=stage.std,
     )
-    loss = finetune_loss(family_of(config.class_name), model, objective, of=Learner.of(config))
+    family, learner, frozen = family_of(config.class_name), Learner.of(config), {}
+    if teacher is None:
+        loss = finetune_loss(family, model, objective, of=learner)
+    else:
+        loss = taught_loss(family, model, objective, learner, teacher)
+        frozen, conditioner = teacher.params, teacher.beside(conditioner)
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
     empty = jax.tree.map(jnp.asarray, conditioner.encode_text([""]))
     pools: dict[tuple[int, int], Pool] = {}
@@ -252,7 +265,7 @@ def train_denoiser(
         if size not in pools:
             taken = max(1, round(stage.batch * _AREA / (width * height) / 4)) * 4
             pools[size] = Pool(stage.buckets.index(size), stage, conditioner, index, taken)
-        return step(state, pools[size].batch(index), {}, empty, None, np.float32(0))
+        return step(state, pools[size].batch(index), frozen, empty, None, np.float32(0))
 
     run = Run(RunSettings(steps=stage.steps, folder=folder), advance)
     return run.to_end(init_state(params, optimizer)).ema

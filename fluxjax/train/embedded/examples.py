@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fluxjax.families import Conditioning
 from fluxjax.train.embedded.phrasing import captions, vary
 from fluxjax.train.embedded.scenes import render, sample_scenes
 from fluxjax.train.flow_matching import Rows
@@ -22,8 +21,8 @@ class Conditioner(NamedTuple):
 
     encode_image: Callable[[Any], Any]
     """(n, height, width, 3) -> the latents that are learnt from, normalised and packed."""
-    encode_text: Callable[[list[str]], Conditioning]
-    """Of n captions."""
+    encode_text: Callable[[list[str]], Any]
+    """What n captions say: a Conditioning, or a tuple of them for several listeners."""
 
 
 class Pool:
@@ -49,7 +48,7 @@ class Pool:
         """How many chunks have been drawn once `step` begins."""
         return self.stage.pool // CHUNK + step * self.stage.fresh // CHUNK
 
-    def _draw(self, index: int) -> tuple[np.ndarray, Conditioning]:
+    def _draw(self, index: int) -> tuple[np.ndarray, Any]:
         """Latents and what the text encoders say, of one chunk."""
         seed = self.stage.seed * 1_000_003 + self.bucket
         key = jax.random.fold_in(jax.random.key(seed), index)
