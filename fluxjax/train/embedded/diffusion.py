@@ -30,12 +30,13 @@ from fluxjax.config import (
     PipelineConfig,
 )
 from fluxjax.families import Conditioning, family_of
+from fluxjax.families.noise_path import DiffusionPath
 from fluxjax.hub import find
 from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.networks import network_of
 from fluxjax.text.tokenizers import load_tokenizer
 from fluxjax.train.embedded.examples import Conditioner, Pool, Sizes
-from fluxjax.train.embedded.noise_distillation import Teacher, taught_loss
+from fluxjax.train.embedded.noise_distillation import Teacher, lessons, taught_loss
 from fluxjax.train.embedded.tiny import write_world
 from fluxjax.train.flow_matching import Learner, finetune_loss
 from fluxjax.train.loop import CHECKPOINTS, Run, RunSettings, run_folder
@@ -52,11 +53,11 @@ _AREA = 96 * 96
 class DiffusionStage:
     """`buckets` are (width, height); step i uses bucket i modulo their number. A batch has `batch`
     pictures of 96 x 96, or as many pixels in others. `min_snr` to `std` are `Objective`'s.
-    `taught`: what the embedded FLUX model sees is learnt instead of the noise itself, always
-    `debiased`."""
+    `taught`: above 0 what the embedded FLUX model sees, told this guidance, is learnt instead of the
+    noise itself, always `debiased`."""
 
     steps: int = 7000
-    taught: bool = False
+    taught: float = 0.0
     batch: int = 32
     learning_rate: float = 2.5e-3
     weight_decay: float = 0.01
@@ -250,12 +251,13 @@ def train_denoiser(
         mean=stage.mean,
         std=stage.std,
     )
-    family, learner, frozen = family_of(config.class_name), Learner.of(config), {}
+    family, learner = family_of(config.class_name), Learner.of(config)
     if teacher is None:
         loss = finetune_loss(family, model, objective, of=learner)
     else:
-        loss = taught_loss(family, model, objective, learner, teacher)
-        frozen, conditioner = teacher.params, teacher.beside(conditioner)
+        assert isinstance(learner.path, DiffusionPath)
+        loss = taught_loss(family, model, learner.path)
+        conditioner = lessons(objective, learner.path, teacher, conditioner, stage.taught)
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
     empty = jax.tree.map(jnp.asarray, conditioner.encode_text([""]))
     pools: dict[tuple[int, int], Pool] = {}
@@ -265,7 +267,7 @@ def train_denoiser(
         if size not in pools:
             taken = max(1, round(stage.batch * _AREA / (width * height) / 4)) * 4
             pools[size] = Pool(stage.buckets.index(size), stage, conditioner, index, taken)
-        return step(state, pools[size].batch(index), frozen, empty, None, np.float32(0))
+        return step(state, pools[size].batch(index), {}, empty, None, np.float32(0))
 
     run = Run(RunSettings(steps=stage.steps, folder=folder), advance)
     return run.to_end(init_state(params, optimizer)).ema

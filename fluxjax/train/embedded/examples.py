@@ -59,6 +59,8 @@ class Pool:
             render(scenes, width=self.width, height=self.height)
         )
         each = latents, self.conditioner.encode_text(texts)
+        if self.conditioner.teach is not None:
+            each = self.conditioner.teach(jax.random.fold_in(key, 1), *each)
         return jax.tree.map(_stored, each)
 
     def batch(self, step: int) -> Rows:

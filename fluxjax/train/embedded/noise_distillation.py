@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -19,12 +19,12 @@ from fluxjax.checkpoint.pipeline_folder import load_params, read_flux
 from fluxjax.config import FluxPipelineConfig
 from fluxjax.families import FLUX, Conditioning, Extras
 from fluxjax.families.family import Family
-from fluxjax.families.noise_path import DiffusionPath, Mixture
+from fluxjax.families.noise_path import AnyArray, DiffusionPath, Mixture
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, pack, unpack
 from fluxjax.train.embedded.examples import Conditioner
 from fluxjax.train.embedded.tiny import make_conditioner
-from fluxjax.train.flow_matching import Learner, Rows
+from fluxjax.train.flow_matching import Rows
 from fluxjax.train.objectives import Objective, debiased_weights, learnt_times, squared_error
 from fluxjax.train.step import Tree
 
@@ -56,7 +56,12 @@ class Teacher(NamedTuple):
         return Conditioner(student.encode_image, both)
 
     def sees(
-        self, params: Tree, x: Float[Array, "b h w c"], state: Mixture, heard: Conditioning
+        self,
+        params: Tree,
+        x: Float[Array, "b h w c"],
+        state: Mixture,
+        heard: Conditioning,
+        guidance: Float[Array, " b"],
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """The picture and the noise in `x`, a mixture of unshifted latents and noise."""
         vae, (rows, columns) = self.config.vae, x.shape[1:3]
@@ -65,7 +70,7 @@ class Teacher(NamedTuple):
         # The same shares of both on the straight line, where they add up to 1.
         t = level / (signal + level)
         straight = x / (signal + level) + (1 - t) * moved
-        extras = Extras(image_ids(rows, columns), jnp.ones(x.shape[0]))
+        extras = Extras(image_ids(rows, columns), guidance)
         packed: Any = pack(jnp.moveaxis(straight, -1, 1))
         velocity = FLUX.forward(
             self.model, {"params": params}, packed, t.reshape(-1), heard, extras
@@ -74,22 +79,25 @@ class Teacher(NamedTuple):
         return straight - t * v - moved, straight + (1 - t) * v
 
 
-def taught_loss(
-    family: Family, model: nn.Module, objective: Objective, of: Learner, teacher: Teacher
-) -> Any:
-    """`loss(params, key, rows, frozen, empty, ids, mu)`: the squared distance from what the
-    teacher's picture and noise say, weighed as `debiased_weights` does.
+class Lesson(NamedTuple):
+    """Noisy latents, their time on the student's path, and what is to be predicted of them."""
 
-    `frozen`: the teacher's parameters. The conditionings of `rows` and of `empty`, one empty
-    caption, are pairs: what the student hears and what the teacher does.
-    """
-    path = of.path
-    assert isinstance(path, DiffusionPath) and not path.learns_variance
+    x: Float[AnyArray, "b h w c"]
+    time: Float[AnyArray, " b"]
+    wanted: Float[AnyArray, "b h w c"]
 
-    def loss(
-        params: Tree, key: Array, rows: Rows, frozen: Tree, empty: Any, ids: None, mu: Array
-    ) -> Array:
-        latents = jnp.asarray(rows.latents)
+
+def lessons(
+    objective: Objective, path: DiffusionPath, teacher: Teacher, student: Conditioner, guidance: float
+) -> Conditioner:
+    """The student's, whose examples are lessons: noise is drawn and the teacher, told `guidance`,
+    is asked once for each. Of dropped captions both hear nothing, and the teacher is told 1."""
+    assert not path.learns_variance
+    both = teacher.beside(student)
+    empty = jax.tree.map(jnp.asarray, both.encode_text([""]))
+
+    @jax.jit
+    def teach(key: Array, latents: Array, heard: Any, params: Tree) -> tuple[Lesson, Conditioning]:
         n, keys = latents.shape[0], jax.random.split(key, 3)
         t = learnt_times(objective, path, jax.random.uniform(keys[0], (n,)), 0.0)
         state = path.state(t)
@@ -99,11 +107,28 @@ def taught_loss(
         def either(dropped: Array, said: Array) -> Array:
             return jnp.where(drop.reshape(-1, *[1] * (said.ndim - 1)), dropped, said)
 
-        ours, theirs = jax.tree.map(either, empty, rows.conditioning)
-        wanted = path.target(t).of(*teacher.sees(frozen, x, state, theirs))
-        extras = Extras(None, jnp.ones(n))
-        predicted = family.forward(model, {"params": params}, x, path.told(t), ours, extras)
+        ours, theirs = jax.tree.map(either, empty, heard)
+        seen = teacher.sees(params, x, state, theirs, jnp.where(drop, 1.0, guidance))
+        return Lesson(x, t, path.target(t).of(*seen)), ours
+
+    def taught(key: Array, latents: Array, heard: Any) -> tuple[Lesson, Conditioning]:
+        return teach(key, latents, jax.tree.map(jnp.asarray, heard), teacher.params)
+
+    return Conditioner(student.encode_image, both.encode_text, taught)
+
+
+def taught_loss(family: Family, model: nn.Module, path: DiffusionPath) -> Any:
+    """`loss(params, key, rows, frozen, empty, ids, mu)`: the squared distance from what the teacher
+    says, weighed as `debiased_weights` does. The latents of `rows` are a `Lesson`."""
+
+    def loss(
+        params: Tree, key: Array, rows: Rows, frozen: None, empty: Any, ids: None, mu: Array
+    ) -> Array:
+        x, t, wanted = cast(Lesson, rows.latents)
+        extras = Extras(None, jnp.ones(t.shape[0]))
+        told = path.told(t)
+        predicted = family.forward(model, {"params": params}, x, told, rows.conditioning, extras)
         weights = debiased_weights(path, t).reshape(-1, 1, 1, 1)
-        return squared_error(predicted, jax.lax.stop_gradient(wanted), weights)
+        return squared_error(predicted, wanted, weights)
 
     return loss
