@@ -23,6 +23,9 @@ class Conditioner(NamedTuple):
     """(n, height, width, 3) -> the latents that are learnt from, normalised and packed."""
     encode_text: Callable[[list[str]], Any]
     """What n captions say: a Conditioning, or a tuple of them for several listeners."""
+    teach: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
+    """(key, latents, what captions say) -> what is learnt from and what is heard, instead of both.
+    """
 
 
 class Pool:
