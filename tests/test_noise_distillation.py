@@ -1,27 +1,31 @@
 """What the embedded FLUX model sees in noisy latents, on another model's path of noise."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from fluxjax.checkpoint.pipeline_folder import load_params
 from fluxjax.families import FLUX, STABLE_DIFFUSION, Extras
 from fluxjax.hub import tiny_folder
 from fluxjax.models.latents import image_ids, pack, unpack
-from fluxjax.models.unet import UNet
 from fluxjax.train.embedded import diffusion
 from fluxjax.train.embedded.examples import Pool
-from fluxjax.train.embedded.noise_distillation import Teacher, taught_loss
+from fluxjax.train.embedded.noise_distillation import Lesson, Teacher, lessons, taught_loss
 from fluxjax.train.embedded.transformer import image_encoder
 from fluxjax.train.flow_matching import Learner
-from fluxjax.train.objectives import Objective
+from fluxjax.train.objectives import Objective, debiased_weights
 
 pytestmark = pytest.mark.slow
+
+
+def _recipe(config: Any) -> Any:
+    return diffusion.TinySDRecipe(folder=Path("runs")), config
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,9 @@ def test_the_teacher_sees_what_it_sees_on_its_own_line(lesson, timestep):
     noise = jax.random.normal(jax.random.key(1), latents.shape)
     t = jnp.full(4, float(timestep))
     state, heard = path.state(t), rows.conditioning[1]
-    picture, guessed = teacher.sees(teacher.params, state.of(latents, noise), state, heard)
+    picture, guessed = teacher.sees(
+        teacher.params, state.of(latents, noise), state, heard, jnp.ones(4)
+    )
 
     signal, level = (float(part[0]) for part in state)
     own = latents - vae.shift_factor * vae.scaling_factor
@@ -75,27 +81,43 @@ def test_the_latents_of_a_model_that_is_taught_are_the_teachers_but_for_their_sh
     assert abs(moved) > 0.01
 
 
-def test_a_dropped_caption_is_dropped_for_both(lesson):
-    """Where all captions are dropped, what they said changes nothing."""
+def test_of_a_dropped_caption_neither_hears_a_word(lesson):
+    """Where all captions are dropped, what they said changes nothing, nor does the guidance."""
     config, teacher, rows, empty = lesson
-    learner = Learner.of(config)
-    small = {"block_out_channels": (8, 16), "transformer_layers_per_block": (1, 1)}
-    model = UNet(replace(config.unet, **small))
-    of = jax.jit(model.init)(
-        jax.random.key(0), jnp.zeros((1, 8, 12, 16)), jnp.zeros(1), jnp.zeros((1, 77, 128))
-    )
-    others = rows._replace(conditioning=jax.tree.map(lambda v: v[::-1], rows.conditioning))
+    path, student = Learner.of(config).path, diffusion.make_conditioner(*_recipe(config))
+    others = jax.tree.map(lambda v: v[::-1], rows.conditioning)
 
-    def losses(dropout: float) -> tuple[float, float]:
-        loss = jax.jit(
-            taught_loss(
-                STABLE_DIFFUSION, model, Objective(caption_dropout=dropout), learner, teacher
-            )
-        )
-        given = teacher.params, empty, None, np.float32(0)
-        one, two = (float(loss(of["params"], jax.random.key(2), r, *given)) for r in (rows, others))
-        return one, two
+    def taught(dropout: float, guidance: float, heard: Any) -> Any:
+        objective = Objective(caption_dropout=dropout)
+        teach = lessons(objective, path, teacher, student, guidance).teach
+        assert teach is not None
+        return teach(jax.random.key(2), rows.latents, heard)
 
-    dropped, heard = losses(1.0), losses(0.0)
-    assert dropped[0] == pytest.approx(dropped[1], rel=1e-6)
-    assert abs(heard[0] - heard[1]) > 1e-4 * heard[0]
+    dropped, other = taught(1.0, 2.5, rows.conditioning), taught(1.0, 1.0, others)
+    chex.assert_trees_all_close(dropped, other, atol=1e-6)
+    nothing = jax.tree.map(lambda v: jnp.repeat(v, 4, axis=0), empty[0])
+    chex.assert_trees_all_close(dropped[1], nothing)
+    heard = taught(0.0, 2.5, rows.conditioning)
+    assert np.abs(heard[0].wanted - dropped[0].wanted).max() > 0.01
+    np.testing.assert_array_equal(heard[0].x, dropped[0].x)
+    assert np.abs(heard[0].wanted - taught(0.0, 1.0, rows.conditioning)[0].wanted).max() > 0.001
+
+
+def test_the_loss_of_a_lesson_is_the_weighed_distance_from_what_the_teacher_says(lesson):
+    config, _, rows, _ = lesson
+    path = Learner.of(config).path
+    n = rows.latents.shape[0]
+    lesson_ = Lesson(rows.latents, jnp.asarray([5.0, 200.0, 500.0, 999.0]), rows.latents + 2.0)
+    given = rows._replace(latents=lesson_, conditioning=rows.conditioning[0])
+
+    class Says(nn.Module):
+        """What it is shown."""
+
+        def __call__(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
+            return sample
+
+    loss = taught_loss(STABLE_DIFFUSION, Says(), path)
+    weights = debiased_weights(path, lesson_.time)
+    assert len(set(np.asarray(weights).tolist())) == n
+    said = loss({}, jax.random.key(0), given, {}, None, None, np.float32(0))
+    np.testing.assert_allclose(said, 4.0 * jnp.mean(weights), rtol=1e-5)

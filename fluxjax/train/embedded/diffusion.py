@@ -53,8 +53,8 @@ _AREA = 96 * 96
 class DiffusionStage:
     """`buckets` are (width, height); step i uses bucket i modulo their number. A batch has `batch`
     pictures of 96 x 96, or as many pixels in others. `min_snr` to `std` are `Objective`'s.
-    `taught`: above 0 what the embedded FLUX model sees, told this guidance, is learnt instead of the
-    noise itself, always `debiased`."""
+    `taught`: above 0 what the embedded FLUX model sees, told this guidance, is learnt instead of
+    the noise itself, always `debiased`."""
 
     steps: int = 7000
     taught: float = 0.0

@@ -88,7 +88,11 @@ class Lesson(NamedTuple):
 
 
 def lessons(
-    objective: Objective, path: DiffusionPath, teacher: Teacher, student: Conditioner, guidance: float
+    objective: Objective,
+    path: DiffusionPath,
+    teacher: Teacher,
+    student: Conditioner,
+    guidance: float,
 ) -> Conditioner:
     """The student's, whose examples are lessons: noise is drawn and the teacher, told `guidance`,
     is asked once for each. Of dropped captions both hear nothing, and the teacher is told 1."""
@@ -122,7 +126,7 @@ def taught_loss(family: Family, model: nn.Module, path: DiffusionPath) -> Any:
     says, weighed as `debiased_weights` does. The latents of `rows` are a `Lesson`."""
 
     def loss(
-        params: Tree, key: Array, rows: Rows, frozen: None, empty: Any, ids: None, mu: Array
+        params: Tree, key: Array, rows: Rows, frozen: Tree, empty: Any, ids: None, mu: Array
     ) -> Array:
         x, t, wanted = cast(Lesson, rows.latents)
         extras = Extras(None, jnp.ones(t.shape[0]))
