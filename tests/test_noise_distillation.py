@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from fluxjax.checkpoint.pipeline_folder import load_params
 from fluxjax.families import FLUX, STABLE_DIFFUSION, Extras
 from fluxjax.hub import tiny_folder
 from fluxjax.models.latents import image_ids, pack, unpack
+from fluxjax.models.unet import UNet
 from fluxjax.train.embedded import diffusion
 from fluxjax.train.embedded.examples import Pool
 from fluxjax.train.embedded.noise_distillation import Lesson, Teacher, lessons, taught_loss
@@ -84,7 +84,8 @@ def test_the_latents_of_a_model_that_is_taught_are_the_teachers_but_for_their_sh
 def test_of_a_dropped_caption_neither_hears_a_word(lesson):
     """Where all captions are dropped, what they said changes nothing, nor does the guidance."""
     config, teacher, rows, empty = lesson
-    path, student = Learner.of(config).path, diffusion.make_conditioner(*_recipe(config))
+    path: Any = Learner.of(config).path
+    student = diffusion.make_conditioner(*_recipe(config))
     others = jax.tree.map(lambda v: v[::-1], rows.conditioning)
 
     def taught(dropout: float, guidance: float, heard: Any) -> Any:
@@ -105,19 +106,19 @@ def test_of_a_dropped_caption_neither_hears_a_word(lesson):
 
 def test_the_loss_of_a_lesson_is_the_weighed_distance_from_what_the_teacher_says(lesson):
     config, _, rows, _ = lesson
-    path = Learner.of(config).path
+    path: Any = Learner.of(config).path
     n = rows.latents.shape[0]
     lesson_ = Lesson(rows.latents, jnp.asarray([5.0, 200.0, 500.0, 999.0]), rows.latents + 2.0)
     given = rows._replace(latents=lesson_, conditioning=rows.conditioning[0])
 
-    class Says(nn.Module):
+    class Says(UNet):
         """What it is shown."""
 
-        def __call__(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
+        def __call__(self, sample: Any, *_: Any, **__: Any) -> Any:
             return sample
 
-    loss = taught_loss(STABLE_DIFFUSION, Says(), path)
-    weights = debiased_weights(path, lesson_.time)
+    loss = taught_loss(STABLE_DIFFUSION, Says(config.unet), path)
+    weights = debiased_weights(path, jnp.asarray(lesson_.time))
     assert len(set(np.asarray(weights).tolist())) == n
-    said = loss({}, jax.random.key(0), given, {}, None, None, np.float32(0))
+    said = loss({}, jax.random.key(0), given, {}, None, None, jnp.float32(0))
     np.testing.assert_allclose(said, 4.0 * jnp.mean(weights), rtol=1e-5)

@@ -128,7 +128,7 @@ def taught_loss(family: Family, model: nn.Module, path: DiffusionPath) -> Any:
     def loss(
         params: Tree, key: Array, rows: Rows, frozen: Tree, empty: Any, ids: None, mu: Array
     ) -> Array:
-        x, t, wanted = cast(Lesson, rows.latents)
+        x, t, wanted = map(jnp.asarray, cast(Lesson, rows.latents))
         extras = Extras(None, jnp.ones(t.shape[0]))
         told = path.told(t)
         predicted = family.forward(model, {"params": params}, x, told, rows.conditioning, extras)
