@@ -54,10 +54,12 @@ class DiffusionStage:
     """`buckets` are (width, height); step i uses bucket i modulo their number. A batch has `batch`
     pictures of 96 x 96, or as many pixels in others. `min_snr` to `std` are `Objective`'s.
     `taught`: above 0 what the embedded FLUX model sees, told this guidance, is learnt instead of
-    the noise itself, always `debiased`."""
+    the noise itself, always `debiased`; `told_otherwise`: of captions of which share that do not
+    say what the picture shows."""
 
     steps: int = 7000
     taught: float = 0.0
+    told_otherwise: float = 0.0
     batch: int = 32
     learning_rate: float = 2.5e-3
     weight_decay: float = 0.01
@@ -257,7 +259,9 @@ def train_denoiser(
     else:
         assert isinstance(learner.path, DiffusionPath)
         loss = taught_loss(family, model, learner.path)
-        conditioner = lessons(objective, learner.path, teacher, conditioner, stage.taught)
+        conditioner = lessons(
+            objective, learner.path, teacher, conditioner, stage.taught, stage.told_otherwise
+        )
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
     empty = jax.tree.map(jnp.asarray, conditioner.encode_text([""]))
     pools: dict[tuple[int, int], Pool] = {}

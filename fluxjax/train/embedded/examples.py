@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fluxjax.train.embedded.phrasing import captions, vary
-from fluxjax.train.embedded.scenes import render, sample_scenes
+from fluxjax.train.embedded.scenes import render, sample_scenes, tell_otherwise
 from fluxjax.train.flow_matching import Rows
 
 Sizes = tuple[tuple[int, int], ...]
@@ -26,6 +26,8 @@ class Conditioner(NamedTuple):
     teach: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
     """(key, latents, what captions say) -> what is learnt from and what is heard, instead of both.
     """
+    told_otherwise: float = 0.0
+    """The share of captions that say what the picture does not show (`tell_otherwise`)."""
 
 
 class Pool:
@@ -57,7 +59,10 @@ class Pool:
         key = jax.random.fold_in(jax.random.key(seed), index)
         scenes = sample_scenes(key, CHUNK, width=self.width, height=self.height)
         rng = np.random.default_rng((seed, index))
-        texts = [vary(c, rng).text for c in captions(scenes, seed * 1_000_003 + index)]
+        told = scenes
+        if self.conditioner.told_otherwise:
+            told = tell_otherwise(scenes, rng, self.conditioner.told_otherwise)
+        texts = [vary(c, rng).text for c in captions(told, seed * 1_000_003 + index)]
         latents = self.conditioner.encode_image(
             render(scenes, width=self.width, height=self.height)
         )

@@ -93,9 +93,13 @@ def lessons(
     teacher: Teacher,
     student: Conditioner,
     guidance: float,
+    told_otherwise: float = 0.0,
 ) -> Conditioner:
     """The student's, whose examples are lessons: noise is drawn and the teacher, told `guidance`,
-    is asked once for each. Of dropped captions both hear nothing, and the teacher is told 1."""
+    is asked once for each. Of dropped captions both hear nothing, and the teacher is told 1.
+
+    Noisy latents of a picture still show most of it, and who predicts them need not listen. Of
+    captions that say something else (`told_otherwise` of them) the teacher says what it hears."""
     assert not path.learns_variance
     both = teacher.beside(student)
     empty = jax.tree.map(jnp.asarray, both.encode_text([""]))
@@ -118,7 +122,7 @@ def lessons(
     def taught(key: Array, latents: Array, heard: Any) -> tuple[Lesson, Conditioning]:
         return teach(key, latents, jax.tree.map(jnp.asarray, heard), teacher.params)
 
-    return Conditioner(student.encode_image, both.encode_text, taught)
+    return Conditioner(student.encode_image, both.encode_text, taught, told_otherwise)
 
 
 def taught_loss(family: Family, model: nn.Module, path: DiffusionPath) -> Any:

@@ -240,6 +240,36 @@ def _scenes(
     return jax.vmap(one)(keys)
 
 
+# How often each attribute of a scene that is told otherwise is drawn anew.
+_RETOLD = {"shape": 0.6, "colour": 0.3, "relation": 0.3, "background": 0.15}
+
+
+def tell_otherwise(scenes: Scene, rng: np.random.Generator, share: float) -> Scene:
+    """What captions may say of a `share` of `scenes` that their pictures do not show: other shapes,
+    colours, relations and backgrounds, never what is held out. Fields of the others are kept."""
+    told = Scene(*(np.array(field) for field in scenes))
+    for i in np.flatnonzero(rng.random(len(told.kind)) < share):
+        before = Scene(*(np.asarray(field)[i] for field in scenes))
+        choices = {
+            "shape": len(SHAPES),
+            "colour": len(COLOURS),
+            "relation": len(RELATIONS),
+            "background": len(BACKGROUNDS),
+        }
+        after = {}
+        for name, n in choices.items():
+            old = getattr(before, name)
+            new = np.where(rng.random(old.shape) < _RETOLD[name], rng.integers(n, size=old.shape), old)
+            same = KINDS[int(before.kind)] == "count" and name in ("shape", "colour")
+            after[name] = np.full_like(new, new[0]) if same else new
+        scene = before._replace(**after)
+        two = int(scene.split) > 0 and scene.background[0] == scene.background[1]
+        if is_legal(scene, held_out=False) and not two:
+            for name, value in after.items():
+                getattr(told, name)[i] = value
+    return told
+
+
 def unit_distances(x: Array, y: Array) -> list[Array]:
     """Signed distances of the unit shapes at (x, y), in the order of SHAPES; negative inside."""
     r = jnp.hypot(x, y)
