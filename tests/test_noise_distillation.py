@@ -122,3 +122,17 @@ def test_the_loss_of_a_lesson_is_the_weighed_distance_from_what_the_teacher_says
     assert len(set(np.asarray(weights).tolist())) == n
     said = loss({}, jax.random.key(0), given, {}, None, None, jnp.float32(0))
     np.testing.assert_allclose(said, 4.0 * jnp.mean(weights), rtol=1e-5)
+
+
+def test_captions_that_tell_otherwise_leave_the_pictures_as_they_are(lesson):
+    config, *_ = lesson
+    student = diffusion.make_conditioner(*_recipe(config))
+    stage = diffusion.DiffusionStage(pool=64, buckets=((96, 64),))
+    plain, other = (
+        Pool(0, stage, student._replace(told_otherwise=share), 0, 4).batch(0)
+        for share in (0.0, 1.0)
+    )
+    np.testing.assert_array_equal(plain.latents, other.latents)
+    assert (
+        np.abs(plain.conditioning.sequence - other.conditioning.sequence).max((1, 2)) > 0.1
+    ).all()

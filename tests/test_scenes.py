@@ -112,3 +112,27 @@ def test_a_picture_shows_colour_background_split_and_smooth_edges():
     area = ((250 - top) / (250 - 36)).sum() * 2
     assert area == pytest.approx(np.pi * 24**2, rel=0.01)
     assert ((top > 45) & (top < 240)).sum() > 30
+
+
+def test_captions_may_tell_of_scenes_that_are_not_shown_but_never_of_what_is_held_out():
+    scenes = numpy_scenes()
+    told = world.tell_otherwise(scenes, np.random.default_rng(0), 1.0)
+    changed = [
+        name for name in Scene._fields if (getattr(told, name) != getattr(scenes, name)).any()
+    ]
+    assert changed == ["shape", "colour", "relation", "background"]
+    for i in range(N):
+        scene = one(told, i)
+        assert world.is_legal(scene, held_out=False) and not is_held_out(scene)
+        if world.KINDS[scene.kind] == "count":
+            assert len(set(scene.shape)) == len(set(scene.colour)) == 1
+        if scene.split:
+            assert scene.background[0] != scene.background[1]
+    assert 0.35 < np.mean(told.shape != scenes.shape) < 0.6
+    some = world.tell_otherwise(scenes, np.random.default_rng(0), 0.3)
+    share = np.mean((some.shape != scenes.shape).any(-1) | (some.colour != scenes.colour).any(-1))
+    assert 0.15 < share < 0.35
+    for before, after in zip(
+        scenes, world.tell_otherwise(scenes, np.random.default_rng(0), 0.0), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)

@@ -259,7 +259,9 @@ def tell_otherwise(scenes: Scene, rng: np.random.Generator, share: float) -> Sce
         after = {}
         for name, n in choices.items():
             old = getattr(before, name)
-            new = np.where(rng.random(old.shape) < _RETOLD[name], rng.integers(n, size=old.shape), old)
+            new = np.where(
+                rng.random(old.shape) < _RETOLD[name], rng.integers(n, size=old.shape), old
+            )
             same = KINDS[int(before.kind)] == "count" and name in ("shape", "colour")
             after[name] = np.full_like(new, new[0]) if same else new
         scene = before._replace(**after)
