@@ -1,5 +1,6 @@
 """What is written is true: the API page, the README's commands, the notebook."""
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -105,3 +106,28 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
         text=True,
     )
     assert ended.returncode == 0, ended.stderr
+
+
+def test_every_field_of_a_configuration_is_documented():
+    """Below the field, in its class's docstring, or in a class that it inherits it from."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "fluxjax/config").glob("*.py")]
+    classes = {n.name: n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+
+    def fields(found: ast.ClassDef) -> dict[str, bool]:
+        """Whether each field has a docstring."""
+        said = ast.get_docstring(found) or ""
+        own = {
+            node.target.id: isinstance(after, ast.Expr) or f"`{node.target.id}`" in said
+            for node, after in zip(found.body, [*found.body[1:], ast.Pass()], strict=True)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+            if "ClassVar" not in ast.unparse(node.annotation)
+        }
+        for base in map(ast.unparse, found.bases):
+            for name, done in fields(classes[base]).items() if base in classes else ():
+                own[name] = own.get(name, False) or done
+        return own
+
+    missing = {
+        name: [f for f, done in fields(c).items() if not done] for name, c in classes.items()
+    }
+    assert not {name: left for name, left in missing.items() if left}

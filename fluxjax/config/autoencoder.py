@@ -27,6 +27,7 @@ class AutoencoderConfig:
     scaling_factor: float = 0.3611
     """The transformer sees (latents - shift_factor) x scaling_factor. No shape tells it."""
     shift_factor: float = 0.1159
+    """What is subtracted from the latents first. No shape tells it."""
     use_quant_conv: bool = False
     """A 1 x 1 convolution after the encoder."""
     use_post_quant_conv: bool = False

@@ -30,6 +30,7 @@ class CLIPTextConfig:
     with_projection: bool = False
     """Whether the pooled state is also projected into that space, as text_embeds."""
     num_hidden_layers: int = 12
+    """Transformer blocks."""
     num_attention_heads: int = 12
     """Heads; they share hidden_size out."""
     max_position_embeddings: int = 77
@@ -37,11 +38,13 @@ class CLIPTextConfig:
     hidden_act: Activation = "quick_gelu"
     """Of the MLPs: quick_gelu in OpenAI's weights, gelu in OpenCLIP's. No shape tells it."""
     layer_norm_eps: float = 1e-5
+    """Added to the variance in every layer norm."""
     bos_token_id: int = 0
     """The published files say 0, 1 and 2 where the tokenizer has 49406 and 49407."""
     eos_token_id: int = 2
     """Where the sequence is pooled; 2 means the highest id, as the published files mean it."""
     pad_token_id: int = 1
+    """What the published files say of padding; the tokenizer decides."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -66,6 +69,7 @@ class CLIPVisionConfig:
     with_projection: bool = False
     """Whether the pooled state is also projected into that space, as image_embeds."""
     num_hidden_layers: int = 24
+    """Transformer blocks."""
     num_attention_heads: int = 16
     """Heads; they share hidden_size out."""
     num_channels: int = 3
@@ -77,6 +81,7 @@ class CLIPVisionConfig:
     hidden_act: Activation = "quick_gelu"
     """Of the MLPs: quick_gelu in OpenAI's weights, gelu in OpenCLIP's. No shape tells it."""
     layer_norm_eps: float = 1e-5
+    """Added to the variance in every layer norm."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -98,7 +103,9 @@ class CLIPConfig:
     """A whole CLIP: both encoders with their projections, and the temperature."""
 
     text_config: CLIPTextConfig = CLIPTextConfig(with_projection=True)
+    """The text encoder."""
     vision_config: CLIPVisionConfig = CLIPVisionConfig(with_projection=True)
+    """The vision encoder."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -16,6 +16,7 @@ class DCAutoencoderConfig:
     in_channels: int = 3
     """Channels of the clip."""
     latent_channels: int = 128
+    """Channels of the latents."""
     width_list: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
     """Channels of each stage, the finest first; each but the last halves rows and columns."""
     encoder_depth_list: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
@@ -27,6 +28,7 @@ class DCAutoencoderConfig:
     temporal_stages: tuple[int, ...] = (3, 4)
     """Stages that also halve frames. No shape tells them."""
     attention_head_dim: int = 32
+    """Channels of a head of the linear attention."""
     scaling_factor: float | None = None
     """The transformer sees latents / scaling_factor. None, as in Open-Sora's sampling, is 1; its
     training has 0.493. No shape tells it."""

@@ -20,6 +20,7 @@ class FluxConfig:
     num_single_layers: int = 38
     """Single blocks: text and picture are one sequence with the same weights."""
     attention_head_dim: int = 128
+    """Channels of a head."""
     num_attention_heads: int = 24
     """Heads; heads x attention_head_dim is the width of the residual stream."""
     joint_attention_dim: int = 4096

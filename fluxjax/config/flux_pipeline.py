@@ -22,12 +22,14 @@ class FluxPipelineConfig(PipelineConfig):
     without one ignore it. `max_sequence_length` counts T5's tokens."""
 
     transformer: FluxConfig = FluxConfig()
+    """The network that draws."""
     vae: AutoencoderConfig = AutoencoderConfig()
     text_encoder: CLIPTextConfig = CLIPTextConfig()
     """CLIP, whose pooled state is the transformer's text vector."""
     text_encoder_2: T5Config = T5Config()
     """T5, whose states are the transformer's text tokens."""
     scheduler: SchedulerConfig = SchedulerConfig()
+    """The noise levels of sampling."""
 
     embeds_guidance: ClassVar[bool] = True
     class_names: ClassVar[str] = r"Flux([A-Z]\w*)?Pipeline"

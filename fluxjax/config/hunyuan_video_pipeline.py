@@ -34,6 +34,7 @@ class HunyuanVideoPipelineConfig(VideoPipelineConfig):
     counts the language model's tokens without its template."""
 
     transformer: HunyuanVideoConfig = HUNYUAN_VIDEO
+    """The network that draws."""
     vae: CausalAutoencoderConfig = CausalAutoencoderConfig()
     text_encoder: LlamaConfig = LLAMA3_8B
     """A language model, whose states are the transformer's text tokens."""

@@ -19,7 +19,9 @@ class LlamaConfig:
     intermediate_size: int = 14336
     """Width inside the MLPs."""
     num_hidden_layers: int = 32
+    """Transformer blocks."""
     num_attention_heads: int = 32
+    """Heads of the queries."""
     num_key_value_heads: int = 8
     """Heads of keys and values, each of which serves as many of the queries."""
     head_dim: int = 128
@@ -29,6 +31,7 @@ class LlamaConfig:
     rope_theta: float = 500000.0
     """Base of the rotations' frequencies."""
     rms_norm_eps: float = 1e-5
+    """Added to the mean square in every norm."""
     attention_bias: bool = False
     """Whether the attention's four layers have biases."""
     qk_norm: bool = False
@@ -37,6 +40,7 @@ class LlamaConfig:
     """The layer whose states are read, without the last norm: later layers are neither kept nor
     computed. None: all layers and the norm."""
     pad_token_id: int | None = None
+    """Fills prompts up; no weights tell it."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -17,7 +17,9 @@ class LlavaConfig:
     without its class token, go through two layers into the width of the language model."""
 
     text_config: LlamaConfig = LLAMA3_8B
+    """The language model."""
     vision_config: CLIPVisionConfig = CLIP_L_336
+    """The vision encoder."""
     image_token_index: int = 128257
     """The token in whose place the picture is read."""
     heard_stride: int = 1

@@ -48,7 +48,9 @@ class LoraConfig:
     kind: Kind = "lora"
     """lora; dora, which also trains the norm of each row of a weight; lokr, a Kronecker product."""
     rank: int = 16
+    """Of the two factors of an update."""
     alpha: float = 16.0
+    """Updates are scaled by alpha / rank."""
     targets: tuple[str, ...] = TARGETS
     factor: int = -1
     """Of lokr: how many blocks the first of the two matrices has on each side, where that divides

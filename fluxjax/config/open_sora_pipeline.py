@@ -32,6 +32,7 @@ class OpenSoraPipelineConfig(VideoPipelineConfig):
     `max_sequence_length` counts T5's tokens. `width` and `height` are those of 256px in 16:9."""
 
     transformer: OpenSoraConfig = OpenSoraConfig()
+    """The network that draws."""
     vae: CausalAutoencoderConfig | DCAutoencoderConfig = CausalAutoencoderConfig()
     text_encoder: CLIPTextConfig = CLIPTextConfig()
     """CLIP, whose pooled state is the transformer's text vector."""

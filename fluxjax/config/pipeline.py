@@ -23,11 +23,13 @@ class PipelineConfig(ABC):
     vae: Any = AutoencoderConfig()
     """Each family says of which kind."""
     scheduler: SchedulerConfig | SamplerConfig = SchedulerConfig()
+    """How the model is sampled: noise levels and, of a `SamplerConfig`, the sampler."""
     controlnets: tuple[ControlNetConfig, ...] = ()
     """Networks beside the pipeline's own that see control pictures."""
     max_sequence_length: int = 512
     """Tokens of a prompt, padding included."""
     steps: int = 28
+    """Times that noise is taken away."""
     guidance: float = 3.5
     """What diffusers calls guidance_scale in this family."""
     width: int = 1024

@@ -17,10 +17,13 @@ class PixArtConfig:
     patch_size: int = 2
     """Rows and columns of latents in a token."""
     in_channels: int = 4
+    """Channels of the latents."""
     out_channels: int = 8
     """The noise, and as many channels of the learned variance, which no sampler here reads."""
     num_layers: int = 28
+    """Blocks: attention among the picture, to the text, MLP."""
     attention_head_dim: int = 72
+    """Channels of a head."""
     num_attention_heads: int = 16
     """Heads; heads x attention_head_dim is the width of the residual stream."""
     caption_channels: int = 4096

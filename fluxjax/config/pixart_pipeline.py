@@ -51,8 +51,10 @@ class PixArtAlphaPipelineConfig(PipelineConfig):
     guidance, which is on above 1."""
 
     transformer: PixArtConfig = PIXART_ALPHA
+    """The network that draws."""
     vae: AutoencoderConfig = SD_VAE
     text_encoder: T5Config = T5Config()
+    """T5."""
     scheduler: SamplerConfig = _DPM
     max_sequence_length: int = 120
     steps: int = 20

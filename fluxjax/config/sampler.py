@@ -35,63 +35,110 @@ class SamplerConfig:
     """
 
     sampler: SamplerClass = "DDIMScheduler"
+    """diffusers' class."""
     num_train_timesteps: int | None = None
+    """Timesteps of training, from least noise to most."""
     beta_start: float | None = None
+    """Variance of the noise that the first timestep adds."""
     beta_end: float | None = None
+    """That of the last."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
+    """How the variances go from one to the other: evenly, by their square roots, or so that the
+    share of the picture falls as a squared cosine."""
     trained_betas: tuple[float, ...] | None = None
+    """The variances themselves, in place of the three fields before."""
     rescale_betas_zero_snr: bool | None = None
     """Whether the last timestep is noise alone."""
     prediction_type: Prediction | None = None
+    """What the network says: the noise, v, the picture, or the velocity of a flow."""
     timestep_spacing: Spacing | None = None
+    """How the steps of a run lie among those of training."""
     steps_offset: int | None = None
+    """Added to timesteps of leading spacing."""
     use_karras_sigmas: bool | None = None
+    """Whether levels are spaced as by Karras et al. 2022, equation 5, with rho 7."""
     use_exponential_sigmas: bool | None = None
+    """Whether the logarithms of levels are spaced evenly."""
     use_beta_sigmas: bool | None = None
+    """Whether levels lie at quantiles of Beta(0.6, 0.6)."""
     use_lu_lambdas: bool | None = None
+    """Whether levels are spaced as by Lu et al. 2022, evenly in the logarithm of signal to
+    noise."""
     sigma_min: float | None = None
+    """The least level of respaced ones; None is that of the last step."""
     sigma_max: float | None = None
+    """The highest of respaced ones; None is that of the first step."""
     final_sigmas_type: Literal["zero", "sigma_min"] | None = None
+    """Where the last step ends: free of noise, or at the first timestep of training."""
     interpolation_type: Literal["linear", "log_linear"] | None = None
+    """How levels between training's timesteps are found."""
     timestep_type: Literal["discrete", "continuous"] | None = None
+    """Whether the network is told timesteps, or a quarter of the logarithm of the level."""
     set_alpha_to_one: bool | None = None
     """Whether the last step ends free of noise, or at the first timestep's level."""
     clip_sample: bool | None = None
+    """Whether predicted pictures are clamped."""
     clip_sample_range: float | None = None
+    """To plus and minus this."""
     thresholding: bool | None = None
+    """Whether predicted pictures are clamped to a quantile of their own (Saharia et al. 2022)."""
     dynamic_thresholding_ratio: float | None = None
+    """That quantile."""
     sample_max_value: float | None = None
+    """What the quantile may be at most; below 1 it is 1."""
     variance_type: (
         Literal["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"] | None
     ) = None
+    """The variance of the noise that DDPM adds, or what a learned one is."""
     skip_prk_steps: bool | None = None
     """Whether PNDM starts without Runge-Kutta."""
     solver_order: int | None = None
+    """Order of a multistep solver: how many predictions a step combines."""
     solver_type: Literal["midpoint", "heun", "logrho", "bh1", "bh2"] | None = None
+    """Which solver of that order."""
     algorithm_type: (
         Literal["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis"] | None
     ) = None
+    """DPM-Solver (of the noise) or DPM-Solver++ (of the picture), each also with noise added
+    (sde)."""
     lower_order_final: bool | None = None
+    """Whether the last steps of a short run are of lower order."""
     euler_at_final: bool | None = None
+    """Whether the last step is of first order."""
     lambda_min_clipped: float | None = None
+    """The least logarithm of signal to noise that steps are spaced over."""
     predict_x0: bool | None = None
+    """Whether UniPC combines predicted pictures, and not noise."""
     disable_corrector: tuple[int, ...] | None = None
+    """Steps that UniPC's corrector leaves out."""
     original_inference_steps: int | None = None
+    """Of LCM: steps of its distillation, among which those of a run are taken."""
     timestep_scaling: float | None = None
+    """Of LCM: by what timesteps are multiplied in its boundary condition."""
     use_flow_sigmas: bool | None = None
+    """Whether levels are those of a flow."""
     flow_shift: float | None = None
+    """How far these are moved towards noise."""
     shift: float | None = None
+    """How far levels of a flow are moved towards noise."""
     use_dynamic_shifting: bool | None = None
+    """Whether the number of the picture's tokens decides that."""
     time_shift_type: Literal["exponential", "linear"] | None = None
+    """Whether the number so found is a logarithm or the shift itself."""
     base_image_seq_len: int | None = None
     """Tokens at which the logarithm of a dynamic shift is base_shift."""
     max_image_seq_len: int | None = None
     """Tokens at which it is max_shift; a straight line goes through both."""
     base_shift: float | None = None
+    """Logarithm of the shift of a small picture."""
     max_shift: float | None = None
+    """That of a large one."""
     shift_terminal: float | None = None
+    """The level of the last step, to which all are stretched."""
     invert_sigmas: bool | None = None
+    """Whether levels go from the picture to noise."""
     stochastic_sampling: bool | None = None
+    """Whether each step draws new noise."""
 
     def __post_init__(self) -> None:
         check_types(self)

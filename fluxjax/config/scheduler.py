@@ -23,7 +23,9 @@ class SchedulerConfig:
     max_image_seq_len: int = 4096
     """Tokens at which it is max_shift; a straight line goes through both."""
     base_shift: float = 0.5
+    """Logarithm of the shift of a small picture."""
     max_shift: float = 1.15
+    """That of a large one."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -18,10 +18,13 @@ class SD3Config:
     patch_size: int = 2
     """Rows and columns of latents in a token."""
     in_channels: int = 16
+    """Channels of the latents."""
     out_channels: int = 16
+    """Channels of the velocity."""
     num_layers: int = 24
     """Blocks; text and picture have weights of their own and meet in attention."""
     attention_head_dim: int = 64
+    """Channels of a head."""
     num_attention_heads: int = 24
     """Heads; heads x attention_head_dim is the width of the residual stream."""
     joint_attention_dim: int = 4096

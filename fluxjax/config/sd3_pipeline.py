@@ -26,9 +26,12 @@ class SD3PipelineConfig(PipelineConfig):
     classifier-free guidance, which is on above 1; `max_sequence_length` counts T5's tokens."""
 
     transformer: SD3Config = SD3_MEDIUM
+    """The network that draws."""
     vae: AutoencoderConfig = AutoencoderConfig(scaling_factor=1.5305, shift_factor=0.0609)
     text_encoder: CLIPTextConfig = replace(CLIP_L_TEXT, with_projection=True)
+    """CLIP-L."""
     text_encoder_2: CLIPTextConfig = CLIP_BIGG_TEXT
+    """OpenCLIP bigG."""
     text_encoder_3: T5Config | None = T5Config()
     """T5; without it the transformer hears zeros in its place."""
     scheduler: SamplerConfig = _EULER

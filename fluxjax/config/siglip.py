@@ -16,6 +16,7 @@ class SiglipVisionConfig:
     intermediate_size: int = 4304
     """Width inside the MLPs."""
     num_hidden_layers: int = 27
+    """Transformer blocks."""
     num_attention_heads: int = 16
     """Heads; they share hidden_size out, 72 each in so400m."""
     num_channels: int = 3
@@ -28,6 +29,7 @@ class SiglipVisionConfig:
     hidden_act: Activation = "gelu_pytorch_tanh"
     """Of the MLPs."""
     layer_norm_eps: float = 1e-6
+    """Added to the variance in every layer norm."""
     vision_use_head: bool = True
     """Whether the weights hold the pooling head, which Redux does not read."""
 

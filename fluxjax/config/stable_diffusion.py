@@ -65,8 +65,10 @@ class StableDiffusionConfig(PipelineConfig):
     classifier-free guidance, which is on above 1."""
 
     unet: UNetConfig = SD15_UNET
+    """The network that draws."""
     vae: AutoencoderConfig = SD_VAE
     text_encoder: CLIPTextConfig = CLIP_L_TEXT
+    """CLIP, whose states the UNet attends to."""
     scheduler: SamplerConfig = PNDM
     max_sequence_length: int = 77
     steps: int = 50
@@ -192,7 +194,9 @@ class StableDiffusionXLConfig(StableDiffusionConfig):
     unet: UNetConfig = SDXL_UNET
     vae: AutoencoderConfig = replace(SD_VAE, scaling_factor=0.13025)
     text_encoder: CLIPTextConfig | None = CLIP_L_TEXT
+    """CLIP-L; None in a refiner."""
     text_encoder_2: CLIPTextConfig | None = CLIP_BIGG_TEXT
+    """OpenCLIP bigG, whose states join those of the first."""
     scheduler: SamplerConfig = EULER
     guidance: float = 5.0
     width: int = 1024

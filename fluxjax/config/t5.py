@@ -20,18 +20,23 @@ class T5Config:
     d_ff: int = 10240
     """Width inside the MLPs."""
     num_layers: int = 24
+    """Transformer blocks."""
     num_heads: int = 64
+    """Heads."""
     relative_attention_num_buckets: int = 32
     """Distances between tokens that have a bias of their own: half for each direction."""
     relative_attention_max_distance: int = 128
     """Tokens from which on all distances share the last bucket."""
     layer_norm_epsilon: float = 1e-6
+    """Added to the mean square in every norm."""
     is_gated_act: bool = True
     """Whether the MLPs are gated (v1.1) or not (v1.0)."""
     dense_act_fn: Activation = "gelu_pytorch_tanh"
     """Of the MLPs."""
     pad_token_id: int = 0
+    """Fills prompts up."""
     eos_token_id: int = 1
+    """Ends a prompt."""
 
     def __post_init__(self) -> None:
         check_types(self)

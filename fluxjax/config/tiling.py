@@ -13,6 +13,7 @@ class Tiles:
     the one before fades from that into it."""
 
     size: int
+    """Of a tile."""
     stride: int
 
     def __post_init__(self) -> None:
@@ -38,8 +39,11 @@ class Tiling:
     """
 
     rows: Tiles | None = None
+    """Along the height."""
     columns: Tiles | None = None
+    """Along the width."""
     frames: Tiles | None = None
+    """Along the time."""
 
     def __post_init__(self) -> None:
         require(

@@ -24,13 +24,16 @@ class UNetConfig:
     in_channels: int = 4
     """9 in inpainting models: latents, mask, and the latents of the masked picture."""
     out_channels: int = 4
+    """Channels of what is predicted."""
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Channels at each resolution, the finest first; each but the last halves rows and columns."""
     down_block_types: tuple[DownBlock, ...] = (
         "CrossAttnDownBlock2D",
         "CrossAttnDownBlock2D",
         "CrossAttnDownBlock2D",
         "DownBlock2D",
     )
+    """Which resolutions have transformers, on the way down."""
     up_block_types: tuple[UpBlock, ...] = (
         "UpBlock2D",
         "CrossAttnUpBlock2D",
@@ -58,7 +61,9 @@ class UNetConfig:
     """Width of the guidance scale as the time hears it, in models that were distilled with it;
     None where there is none."""
     norm_num_groups: int = 32
+    """Groups of every group norm."""
     norm_eps: float = 1e-5
+    """Added to the variance in the group norms of residual blocks."""
 
     def __post_init__(self) -> None:
         check_types(self)
