@@ -134,7 +134,7 @@ def fit_vocabularies(folder: Path, config: FluxPipelineConfig) -> FluxPipelineCo
     )
 
 
-def _optimizer(rate: float, steps: int) -> optax.GradientTransformation:
+def cosine_muon(rate: float, steps: int) -> optax.GradientTransformation:
     warmup = max(1, min(100, steps // 10))
     return muon_optimizer(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps, 0.01 * rate))
 
@@ -200,7 +200,7 @@ def train_t5(
     captions never trained on ("held out": with object pairs never trained on).
     """
     lesson = _T5Lesson(folder, config)
-    optimizer = _optimizer(settings.t5_learning_rate, settings.t5_steps)
+    optimizer = cosine_muon(settings.t5_learning_rate, settings.t5_steps)
     step = make_step(lesson.loss, optimizer, seed=settings.seed, ema_decay=0.99)
     answers = jax.jit(lesson.answers)
 
@@ -268,7 +268,7 @@ def train_clip(
         log_scale = params["temperature"]["logit_scale"]
         return contrastive_loss(*embed(params, ids, scenes), log_scale)
 
-    optimizer = _optimizer(settings.clip_learning_rate, settings.clip_steps)
+    optimizer = cosine_muon(settings.clip_learning_rate, settings.clip_steps)
     step = make_step(loss, optimizer, seed=settings.seed, ema_decay=0.99)
 
     def advance(state, i):

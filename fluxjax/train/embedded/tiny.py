@@ -32,6 +32,7 @@ from fluxjax.train.embedded.autoencoder import (
     latent_statistics,
     train_autoencoder,
 )
+from fluxjax.train.embedded.clip_states import ClipStatesStage, train_clip_states
 from fluxjax.train.embedded.paraphrase import ParaphraseStage, train_paraphrases
 from fluxjax.train.embedded.phrasing import captions
 from fluxjax.train.embedded.prompt_distillation import PromptStage, train_prompts
@@ -68,6 +69,7 @@ class TinyRecipe:
     refine: TransformerStage = field(default_factory=TransformerStage)
     distill: DistillStage = field(default_factory=DistillStage)
     prompts: PromptStage = field(default_factory=PromptStage)
+    clip_states: ClipStatesStage = field(default_factory=ClipStatesStage)
     task: ClassVar[str] = "embedded"
 
     @property
@@ -112,6 +114,7 @@ def _train_stages(recipe: TinyRecipe) -> Path:
         lambda: train_transformer(config, recipe.distill, conditioner, folder / "distill", teacher),
     )
     _prompts(recipe, config, student)
+    _clip_states(recipe, config)
     _decoder(recipe, config)
     return pipeline
 
@@ -164,6 +167,15 @@ def _prompts(recipe: TinyRecipe, config: FluxPipelineConfig, student: Tree) -> N
     for name in parts:
         shutil.copytree(learnt / name, pipeline / name, dirs_exist_ok=True)
     done.write_text(json.dumps({"steps": recipe.prompts.steps}))
+
+
+def _clip_states(recipe: TinyRecipe, config: FluxPipelineConfig) -> None:
+    """What FLUX does not hear of CLIP, and so can come after it."""
+    done = recipe.folder / "clip_states_report.json"
+    if not done.is_file():
+        runs = recipe.folder / "text" / "clip_states"
+        report = train_clip_states(recipe.pipeline, config, recipe.clip_states, runs)
+        done.write_text(json.dumps(report, indent=1))
 
 
 def _decoder(recipe: TinyRecipe, config: FluxPipelineConfig) -> None:
