@@ -15,7 +15,7 @@ from fluxjax.hub import tiny_folder
 from fluxjax.models.latents import image_ids, pack, unpack
 from fluxjax.models.unet import UNet
 from fluxjax.train.embedded import diffusion
-from fluxjax.train.embedded.examples import Pool
+from fluxjax.train.embedded.examples import Pool, Teaching
 from fluxjax.train.embedded.noise_distillation import Lesson, Teacher, lessons, taught_loss
 from fluxjax.train.embedded.transformer import image_encoder
 from fluxjax.train.flow_matching import Learner
@@ -90,9 +90,9 @@ def test_of_a_dropped_caption_neither_hears_a_word(lesson):
 
     def taught(dropout: float, guidance: float, heard: Any) -> Any:
         objective = Objective(caption_dropout=dropout)
-        teach = lessons(objective, path, teacher, student, guidance).teach
-        assert teach is not None
-        return teach(jax.random.key(2), rows.latents, heard)
+        teaching = lessons(objective, path, teacher, student, guidance).teaching
+        assert teaching is not None
+        return teaching.teach(jax.random.key(2), rows.latents, heard, np.ones(4, bool))
 
     dropped, other = taught(1.0, 2.5, rows.conditioning), taught(1.0, 1.0, others)
     chex.assert_trees_all_close(dropped, other, atol=1e-6)
@@ -124,14 +124,34 @@ def test_the_loss_of_a_lesson_is_the_weighed_distance_from_what_the_teacher_says
     np.testing.assert_allclose(said, 4.0 * jnp.mean(weights), rtol=1e-5)
 
 
+def test_of_what_the_teacher_does_not_know_the_noise_itself_is_learnt(lesson):
+    config, teacher, rows, _ = lesson
+    path: Any = Learner.of(config).path
+    student = diffusion.make_conditioner(*_recipe(config))
+    teaching = lessons(Objective(), path, teacher, student, 2.5).teaching
+    assert teaching is not None
+    known = np.array([True, False, True, False])
+    found, _ = teaching.teach(jax.random.key(2), rows.latents, rows.conditioning, known)
+    every, _ = teaching.teach(jax.random.key(2), rows.latents, rows.conditioning, known | True)
+    np.testing.assert_array_equal(found.wanted[known], every.wanted[known])
+    state = path.state(found.time)
+    picture = (found.x - state.noise.reshape(-1, 1, 1, 1) * found.wanted) / state.picture.reshape(
+        -1, 1, 1, 1
+    )
+    apart = np.abs(picture - rows.latents).max((1, 2, 3))
+    assert (apart[~known] < 1e-4 / state.picture[~known]).all() and (apart[known] > 0.01).all()
+
+
 def test_captions_that_tell_otherwise_leave_the_pictures_as_they_are(lesson):
     config, *_ = lesson
     student = diffusion.make_conditioner(*_recipe(config))
     stage = diffusion.DiffusionStage(pool=64, buckets=((96, 64),))
-    plain, other = (
-        Pool(0, stage, student._replace(told_otherwise=share), 0, 4).batch(0)
-        for share in (0.0, 1.0)
-    )
+
+    def told(share: float) -> Any:
+        teaching = Teaching(lambda key, latents, heard, known: (latents, heard), share, ())
+        return Pool(0, stage, student._replace(teaching=teaching), 0, 4).batch(0)
+
+    plain, other = told(0.0), told(1.0)
     np.testing.assert_array_equal(plain.latents, other.latents)
     assert (
         np.abs(plain.conditioning.sequence - other.conditioning.sequence).max((1, 2)) > 0.1

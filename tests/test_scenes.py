@@ -136,3 +136,13 @@ def test_captions_may_tell_of_scenes_that_are_not_shown_but_never_of_what_is_hel
         scenes, world.tell_otherwise(scenes, np.random.default_rng(0), 0.0), strict=True
     ):
         np.testing.assert_array_equal(before, after)
+
+
+def test_scenes_of_colours_that_are_left_out_are_told_as_they_are():
+    scenes, without = numpy_scenes(), ("white", "black", "gray")
+    told = world.tell_otherwise(scenes, np.random.default_rng(0), 1.0, without)
+    shown = world.shows(scenes, without)
+    assert 0.2 < shown.mean() < 0.6
+    for before, after in zip(scenes, told, strict=True):
+        np.testing.assert_array_equal(before[shown], after[shown])
+    assert (told.colour != scenes.colour).any() and not world.shows(told, without)[~shown].any()

@@ -63,7 +63,8 @@ def train_clip_states(
     tokenizer = load_clip_tokenizer(folder / "tokenizer")
     before = load_params(folder, "text_encoder", of, stacked=True, dtype=jnp.float32)
     clip: Any = CLIPTextModel(of, scan_layers=True)
-    readout, at_tokens = SceneReadout(), TokenReadout()
+    readout: Any = SceneReadout()
+    at_tokens: Any = TokenReadout()
     keys = jax.random.split(jax.random.key(stage.seed), 2)
     states = jnp.zeros((1, of.max_position_embeddings, of.hidden_size))
     params = {

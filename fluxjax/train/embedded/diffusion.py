@@ -55,11 +55,13 @@ class DiffusionStage:
     pictures of 96 x 96, or as many pixels in others. `min_snr` to `std` are `Objective`'s.
     `taught`: above 0 what the embedded FLUX model sees, told this guidance, is learnt instead of
     the noise itself, always `debiased`; `told_otherwise`: of captions of which share that do not
-    say what the picture shows."""
+    say what the picture shows; `unlearnt`: colours of objects that the embedded FLUX model does not
+    know, and of which the noise is learnt."""
 
     steps: int = 7000
     taught: float = 0.0
     told_otherwise: float = 0.0
+    unlearnt: tuple[str, ...] = ()
     batch: int = 32
     learning_rate: float = 2.5e-3
     weight_decay: float = 0.01
@@ -260,7 +262,13 @@ def train_denoiser(
         assert isinstance(learner.path, DiffusionPath)
         loss = taught_loss(family, model, learner.path)
         conditioner = lessons(
-            objective, learner.path, teacher, conditioner, stage.taught, stage.told_otherwise
+            objective,
+            learner.path,
+            teacher,
+            conditioner,
+            stage.taught,
+            told_otherwise=stage.told_otherwise,
+            unlearnt=stage.unlearnt,
         )
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
     empty = jax.tree.map(jnp.asarray, conditioner.encode_text([""]))

@@ -9,11 +9,23 @@ import jax
 import numpy as np
 
 from fluxjax.train.embedded.phrasing import captions, vary
-from fluxjax.train.embedded.scenes import render, sample_scenes, tell_otherwise
+from fluxjax.train.embedded.scenes import render, sample_scenes, shows, tell_otherwise
 from fluxjax.train.flow_matching import Rows
 
 Sizes = tuple[tuple[int, int], ...]
 CHUNK = 64
+
+
+class Teaching(NamedTuple):
+    """Another network that says what is to be learnt of an example."""
+
+    teach: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+    """(key, latents, what captions say, whether the teacher knows what is shown) -> what is learnt
+    from and what is heard."""
+    told_otherwise: float
+    """The share of captions that say what the picture does not show (`tell_otherwise`)."""
+    unlearnt: tuple[str, ...]
+    """Colours of objects that the teacher does not know."""
 
 
 class Conditioner(NamedTuple):
@@ -23,11 +35,8 @@ class Conditioner(NamedTuple):
     """(n, height, width, 3) -> the latents that are learnt from, normalised and packed."""
     encode_text: Callable[[list[str]], Any]
     """What n captions say: a Conditioning, or a tuple of them for several listeners."""
-    teach: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
-    """(key, latents, what captions say) -> what is learnt from and what is heard, instead of both.
-    """
-    told_otherwise: float = 0.0
-    """The share of captions that say what the picture does not show (`tell_otherwise`)."""
+    teaching: Teaching | None = None
+    """What becomes of examples before they are learnt from."""
 
 
 class Pool:
@@ -59,16 +68,17 @@ class Pool:
         key = jax.random.fold_in(jax.random.key(seed), index)
         scenes = sample_scenes(key, CHUNK, width=self.width, height=self.height)
         rng = np.random.default_rng((seed, index))
-        told = scenes
-        if self.conditioner.told_otherwise:
-            told = tell_otherwise(scenes, rng, self.conditioner.told_otherwise)
+        teaching, told = self.conditioner.teaching, scenes
+        if teaching is not None:
+            told = tell_otherwise(scenes, rng, teaching.told_otherwise, teaching.unlearnt)
         texts = [vary(c, rng).text for c in captions(told, seed * 1_000_003 + index)]
         latents = self.conditioner.encode_image(
             render(scenes, width=self.width, height=self.height)
         )
         each = latents, self.conditioner.encode_text(texts)
-        if self.conditioner.teach is not None:
-            each = self.conditioner.teach(jax.random.fold_in(key, 1), *each)
+        if teaching is not None:
+            known = ~shows(scenes, teaching.unlearnt)
+            each = teaching.teach(jax.random.fold_in(key, 1), *each, known)
         return jax.tree.map(_stored, each)
 
     def batch(self, step: int) -> Rows:

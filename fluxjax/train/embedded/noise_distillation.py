@@ -22,7 +22,7 @@ from fluxjax.families.family import Family
 from fluxjax.families.noise_path import AnyArray, DiffusionPath, Mixture
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, pack, unpack
-from fluxjax.train.embedded.examples import Conditioner
+from fluxjax.train.embedded.examples import Conditioner, Teaching
 from fluxjax.train.embedded.tiny import make_conditioner
 from fluxjax.train.flow_matching import Rows
 from fluxjax.train.objectives import Objective, debiased_weights, learnt_times, squared_error
@@ -93,23 +93,29 @@ def lessons(
     teacher: Teacher,
     student: Conditioner,
     guidance: float,
+    *,
     told_otherwise: float = 0.0,
+    unlearnt: tuple[str, ...] = (),
 ) -> Conditioner:
     """The student's, whose examples are lessons: noise is drawn and the teacher, told `guidance`,
     is asked once for each. Of dropped captions both hear nothing, and the teacher is told 1.
 
     Noisy latents of a picture still show most of it, and who predicts them need not listen. Of
-    captions that say something else (`told_otherwise` of them) the teacher says what it hears."""
+    captions that say something else (`told_otherwise` of them) the teacher says what it hears.
+    Of objects in `unlearnt` colours, which it does not know, the noise itself is learnt."""
     assert not path.learns_variance
     both = teacher.beside(student)
     empty = jax.tree.map(jnp.asarray, both.encode_text([""]))
 
     @jax.jit
-    def teach(key: Array, latents: Array, heard: Any, params: Tree) -> tuple[Lesson, Conditioning]:
+    def teach(
+        key: Array, latents: Array, heard: Any, known: Array, params: Tree
+    ) -> tuple[Lesson, Conditioning]:
         n, keys = latents.shape[0], jax.random.split(key, 3)
         t = learnt_times(objective, path, jax.random.uniform(keys[0], (n,)), 0.0)
         state = path.state(t)
-        x = state.of(latents, jax.random.normal(keys[1], latents.shape))
+        noise = jax.random.normal(keys[1], latents.shape)
+        x = state.of(latents, noise)
         drop = jax.random.uniform(keys[2], (n,)) < objective.caption_dropout
 
         def either(dropped: Array, said: Array) -> Array:
@@ -117,12 +123,16 @@ def lessons(
 
         ours, theirs = jax.tree.map(either, empty, heard)
         seen = teacher.sees(params, x, state, theirs, jnp.where(drop, 1.0, guidance))
-        return Lesson(x, t, path.target(t).of(*seen)), ours
+        target = path.target(t)
+        said = jnp.where(known.reshape(-1, 1, 1, 1), target.of(*seen), target.of(latents, noise))
+        return Lesson(x, t, said), ours
 
-    def taught(key: Array, latents: Array, heard: Any) -> tuple[Lesson, Conditioning]:
-        return teach(key, latents, jax.tree.map(jnp.asarray, heard), teacher.params)
+    def taught(key: Array, latents: Array, heard: Any, known: Any) -> tuple[Lesson, Conditioning]:
+        heard, known = jax.tree.map(jnp.asarray, (heard, known))
+        return teach(key, latents, heard, known, teacher.params)
 
-    return Conditioner(student.encode_image, both.encode_text, taught, told_otherwise)
+    teaching = Teaching(taught, told_otherwise, unlearnt)
+    return Conditioner(student.encode_image, both.encode_text, teaching)
 
 
 def taught_loss(family: Family, model: nn.Module, path: DiffusionPath) -> Any:

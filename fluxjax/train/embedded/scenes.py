@@ -10,6 +10,7 @@ Some colour-shape pairs and some pairs of shapes are held out: training never sh
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -244,29 +245,40 @@ def _scenes(
 _RETOLD = {"shape": 0.6, "colour": 0.3, "relation": 0.3, "background": 0.15}
 
 
-def tell_otherwise(scenes: Scene, rng: np.random.Generator, share: float) -> Scene:
+def shows(scenes: Scene, colours: Collection[str]) -> np.ndarray:
+    """Whether an object of each scene (leading axis n) has one of these colours."""
+    names = [list(COLOURS).index(colour) for colour in colours]
+    used = np.arange(3) < np.asarray(scenes.count)[:, None]
+    return np.any(np.isin(np.asarray(scenes.colour), names) & used, axis=-1)
+
+
+def tell_otherwise(
+    scenes: Scene, rng: np.random.Generator, share: float, without: Collection[str] = ()
+) -> Scene:
     """What captions may say of a `share` of `scenes` that their pictures do not show: other shapes,
-    colours, relations and backgrounds, never what is held out. Fields of the others are kept."""
+    colours, relations and backgrounds, never what is held out. Fields of the others are kept.
+    Scenes that show a colour of `without` are told as they are, and the colours told are others.
+    """
     told = Scene(*(np.array(field) for field in scenes))
-    for i in np.flatnonzero(rng.random(len(told.kind)) < share):
+    choices = {
+        "shape": np.arange(len(SHAPES)),
+        "colour": np.array([i for i, name in enumerate(COLOURS) if name not in without]),
+        "relation": np.arange(len(RELATIONS)),
+        "background": np.arange(len(BACKGROUNDS)),
+    }
+    otherwise = (rng.random(len(told.kind)) < share) & ~shows(scenes, without)
+    for i in np.flatnonzero(otherwise):
         before = Scene(*(np.asarray(field)[i] for field in scenes))
-        choices = {
-            "shape": len(SHAPES),
-            "colour": len(COLOURS),
-            "relation": len(RELATIONS),
-            "background": len(BACKGROUNDS),
-        }
         after = {}
-        for name, n in choices.items():
+        for name, values in choices.items():
             old = getattr(before, name)
-            new = np.where(
-                rng.random(old.shape) < _RETOLD[name], rng.integers(n, size=old.shape), old
-            )
+            anew = rng.random(old.shape) < _RETOLD[name]
+            new = np.where(anew, rng.choice(values, size=old.shape), old)
             same = KINDS[int(before.kind)] == "count" and name in ("shape", "colour")
             after[name] = np.full_like(new, new[0]) if same else new
         scene = before._replace(**after)
-        two = int(scene.split) > 0 and scene.background[0] == scene.background[1]
-        if is_legal(scene, held_out=False) and not two:
+        alike = int(scene.split) > 0 and scene.background[0] == scene.background[1]
+        if is_legal(scene, held_out=False) and not alike:
             for name, value in after.items():
                 getattr(told, name)[i] = value
     return told
