@@ -1,4 +1,4 @@
-"""The embedded PixArt: what it shares with tiny, and the picture."""
+"""The embedded PixArt and Stable Diffusion: what they share with tiny, and their pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fluxjax.sample.options import Options
 
 SHARED = {
     "tiny-pixart": ["text_encoder_2", "tokenizer_2", "vae"],
+    "tiny-sd": ["text_encoder", "tokenizer", "vae"],
 }
 MODELS = sorted(SHARED)
 
@@ -45,6 +46,7 @@ def test_only_the_network_that_draws_is_its_own(model):
     [
         ({"model": "tiny-pixrat"}, "did you mean tiny-pixart"),
         ({"model": "tiny-pixart", "width": 104}, "multiple of 16, got 104"),
+        ({"model": "tiny-sd", "width": 100}, "multiple of 8, got 100"),
     ],
 )
 def test_a_wrong_name_or_size_is_told_at_once(options, words):

@@ -303,7 +303,7 @@ TINY_SD = StableDiffusionConfig(
         prediction_type="epsilon",
     ),
     steps=20,
-    guidance=4.0,
+    guidance=2.0,
     width=96,
     height=96,
 )
