@@ -135,8 +135,10 @@ def fit_vocabularies(folder: Path, config: FluxPipelineConfig) -> FluxPipelineCo
 
 
 def cosine_muon(rate: float, steps: int) -> optax.GradientTransformation:
+    """Muon whose learning rate rises to `rate`, then falls to a hundredth over `steps`."""
     warmup = max(1, min(100, steps // 10))
-    return muon_optimizer(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps, 0.01 * rate))
+    decay = max(steps, warmup + 1)
+    return muon_optimizer(optax.warmup_cosine_decay_schedule(0.0, rate, warmup, decay, 0.01 * rate))
 
 
 class _T5Lesson:
