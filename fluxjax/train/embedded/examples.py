@@ -62,8 +62,9 @@ class Pool:
         """How many chunks have been drawn once `step` begins."""
         return self.stage.pool // CHUNK + step * self.stage.fresh // CHUNK
 
-    def _draw(self, index: int) -> tuple[np.ndarray, Any]:
-        """Latents and what the text encoders say, of one chunk."""
+    def _draw(self, index: int) -> tuple[Any, Any]:
+        """What is learnt from, latents or what a teacher makes of them, and what the text encoders
+        say, of one chunk."""
         seed = self.stage.seed * 1_000_003 + self.bucket
         key = jax.random.fold_in(jax.random.key(seed), index)
         scenes = sample_scenes(key, CHUNK, width=self.width, height=self.height)
