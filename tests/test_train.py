@@ -193,6 +193,31 @@ def test_flow_matching_depends_on_the_caption_unless_it_is_dropped(network):
     assert heard[0] != heard[1] and dropped[0] == dropped[1]
 
 
+def test_noisy_latents_of_the_reference_are_led_to_the_picture(network):
+    """A network that knows the picture has no loss, from wherever it is led."""
+    model, params, rows, empty, ids = network
+    mu, reference = jnp.float32(0.5), np.ones_like(rows.latents)
+    seen = []
+
+    def know(module, variables, x, text, pooled, t, *args, **kwargs):
+        seen.append((x[:, :4], t))
+        known = (x[:, :4] - rows.latents) / t[:, None, None]
+        return jnp.concatenate([known, jnp.zeros_like(known)], 1)
+
+    def loss(share, scale):
+        led = jax.tree.map(jnp.asarray, rows._replace(reference=scale * reference))
+        given = params, jax.random.key(3), led, {}, empty, ids, mu
+        return float(finetune_loss(FLUX, model, Objective(from_reference=share), know)(*given))
+
+    assert max(loss(1.0, 1), loss(1.0, 3), loss(0.0, 1), loss(0.0, 3)) < 1e-9
+    (one, t), (three, _), (own, _), (same, _) = seen
+    assert float(t.min()) < 0.5 < float(t.max())
+    share = np.minimum(t, 1 - t)[:, None, None]
+    np.testing.assert_allclose(three - one, np.broadcast_to(2 * share, one.shape), atol=1e-5)
+    np.testing.assert_allclose(one - own, share * (reference - rows.latents), atol=1e-5)
+    np.testing.assert_array_equal(own, same)
+
+
 @pytest.mark.slow
 def test_teacher_is_its_own_student_at_guidance_one(network):
     model, params, rows, empty, ids = network

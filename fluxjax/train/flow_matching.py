@@ -117,6 +117,17 @@ def draw_noise(key: Array, objective: Objective, shape: tuple[int, ...]) -> Floa
     return noise + objective.noise_offset * each.reshape(*[1] * (len(shape) - 1), -1)
 
 
+def noise_to_reference(
+    noise: Float[Array, "b *image c"], rows: Rows, t: Float[Array, "b"], moved: Array
+) -> Float[Array, "b *image c"]:
+    """Noise with which the rows `moved` are the reference's noisy latents instead of their own, by
+    a flow's path; at times below a half, in part. The flow that leads from there to the rows'
+    latents is the one of this noise."""
+    assert rows.reference is not None
+    share = jnp.where(moved, jnp.minimum((1 - t) / t, 1), 0)
+    return noise + share.reshape(-1, *[1] * (noise.ndim - 1)) * (rows.reference - rows.latents)
+
+
 def path_loss(
     family: Family,
     path: NoisePath,
@@ -235,7 +246,8 @@ def finetune_loss(
         time_key, noise_key, drop_key = jax.random.split(jax.random.fold_in(key, index), 3)
         noise = draw_noise(noise_key, objective, shape)
         each = jax.random.uniform(jax.random.fold_in(drop_key, 1), (of.text_encoders,))
-        return jax.random.uniform(time_key), noise, jax.random.uniform(drop_key), each
+        moved = jax.random.uniform(jax.random.fold_in(drop_key, 2)) < objective.from_reference
+        return jax.random.uniform(time_key), noise, jax.random.uniform(drop_key), each, moved
 
     def loss(
         trained: Tree,
@@ -248,7 +260,7 @@ def finetune_loss(
         empty_ids: Any = None,
     ) -> Float[Array, ""]:
         shape = rows.latents.shape[1:]
-        quantiles, noise, chance, each = jax.vmap(lambda i: draw(key, i, shape))(rows.index)
+        quantiles, noise, chance, each, moved = jax.vmap(lambda i: draw(key, i, shape))(rows.index)
         drop = chance < objective.caption_dropout
 
         def heard(dropped: Array, said: Array) -> Array:
@@ -265,6 +277,8 @@ def finetune_loss(
             conditioning = of.silenced(conditioning, empty, each < objective.encoder_dropout)
         rows = rows._replace(conditioning=conditioning)
         t = learnt_times(objective, of.path, quantiles, mu)
+        if objective.from_reference:
+            noise = noise_to_reference(noise, rows, t, moved)
         leaves = variables(params[of.component])
         given = family, of.path, model, objective, leaves, rows, noise, t, ids, apply
         return path_loss(*given, of.controlnet, params.get(CONTROLNET))

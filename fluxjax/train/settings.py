@@ -115,17 +115,18 @@ class Objective:
     """Of Stable Diffusion 3: besides, each text encoder by itself is not heard in this share of the
     rows (0.464 in its training), so that it may be left out. Of Open-Sora: CLIP and T5 hear the
     empty caption, each by itself (0.316 in its training, where caption_dropout is 0)."""
+    from_reference: float = 0.0
+    """Of flows with references: in this share of the rows the noisy latents are the reference's,
+    and the way from there to the picture is learnt. For edits that leave nothing to chance: noisy
+    latents of the picture show what becomes of it, so that captions are hardly listened to."""
     kinds: ConditionKinds = field(default_factory=ConditionKinds)
     """Of Open-Sora: which frames of a clip are given, drawn for each clip. HunyuanVideo's image to
     video is given the first."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout <= 1:
-            raise ConfigError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
-        if not 0 <= self.encoder_dropout <= 1:
-            raise ConfigError(f"encoder_dropout must be in [0, 1], got {self.encoder_dropout}")
-        if not 0 <= self.unmasked_weight <= 1:
-            raise ConfigError(f"unmasked_weight must be in [0, 1], got {self.unmasked_weight}")
+        for name in ("caption_dropout", "encoder_dropout", "unmasked_weight", "from_reference"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("min_snr", "noise_offset"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -41,6 +41,8 @@ def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig
         config = dataclasses.replace(config, guidance=recipe.objective.guidance)
     config = _with_noise(recipe, config)
     _check(recipe.objective, config)
+    if recipe.objective.from_reference and "reference" not in pictures:
+        raise ConfigError("objective.from_reference needs references beside the data")
     for frames in recipe.data.frames:
         try:
             config.require_frames(frames)
