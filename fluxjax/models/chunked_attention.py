@@ -126,6 +126,9 @@ def chunked_gradients(
     product, transposed = (partial(f, dtype=q.dtype) for f in (_product, _product_transposed))
     # d logits = p (d p - delta), delta the row sum of out * d out (Dao et al., FlashAttention).
     padded, out, grad = (_pad_length(x, chunk * chunks) for x in (q, out, grad))
+    # Keys and values gather over queries as (k, l) (l, m): XLA is 2 to 10 times slower at (l, m)^T
+    # (l, k), and also where the transposed operand is no array of its own.
+    across = [jnp.transpose(x, (0, 2, 3, 1)) for x in (padded, grad)]
     logsum = jnp.pad(logsum * _LOG2_E, ((0, 0), (0, 0), (0, chunk * chunks - length)))
 
     def one_head(index, carry):
@@ -141,16 +144,19 @@ def chunked_gradients(
             weights = jnp.exp2(logits - row_logsum.reshape(chunk, 1))
             delta = jnp.sum(rows * drows, axis=-1, keepdims=True)
             dlogits = weights * (transposed(drows, values) - delta) * scale
+            queries, drows = (_head_across(x, b, h, i * chunk, chunk) for x in across)
             dq = lax.dynamic_update_slice(
                 dq, product(dlogits, keys).astype(dq.dtype)[None, :, None, :], (b, i * chunk, h, 0)
             )
-            return dq, dk + product(dlogits.T, queries), dv + product(weights.T, drows)
+            return dq, dk + product(queries, dlogits), dv + product(drows, weights)
 
         dq, dk, dv = carry
-        zero = jnp.zeros(keys.shape, jnp.float32)
-        dq, dk_head, dv_head = lax.fori_loop(0, chunks, one_chunk, (dq, zero, zero))
+        zero = jnp.zeros(keys.T.shape, jnp.float32)
+        ends = lax.fori_loop(0, chunks, one_chunk, (dq, zero, zero))
+        # Else XLA transposes the operands of the products instead of these.
+        dq, dk_head, dv_head = lax.optimization_barrier(ends)
         dk, dv = (
-            lax.dynamic_update_slice(x, one.astype(x.dtype)[None, :, None, :], (b, 0, h, 0))
+            lax.dynamic_update_slice(x, one.T.astype(x.dtype)[None, :, None, :], (b, 0, h, 0))
             for x, one in ((dk, dk_head), (dv, dv_head))
         )
         return dq, dk, dv
@@ -177,6 +183,14 @@ def _head(x: Array, b: Array, h: Array, start: Array | int, size: int) -> Float[
     """Rows `start` to `start + size` of one head of one sample, contiguous and in float32."""
     part = lax.dynamic_slice(x, (b, start, h, 0), (1, size, 1, x.shape[-1]))
     return part.reshape(size, x.shape[-1]).astype(jnp.float32)
+
+
+def _head_across(
+    x: Float[Array, "b heads k l"], b: Array, h: Array, start: Array | int, size: int
+) -> Float[Array, "k size"]:
+    """As `_head`, of what has its rows last."""
+    part = lax.dynamic_slice(x, (b, h, 0, start), (1, 1, x.shape[2], size))
+    return part.reshape(x.shape[2], size).astype(jnp.float32)
 
 
 def _padding(key_lengths: Array | None, b: Array, keys: int) -> Float[Array, "1 m"] | float:
