@@ -25,6 +25,7 @@ from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import DEV, ConfigError
 from fluxjax.families import FLUX, Conditioning, Steps
+from fluxjax.models.autoencoder import normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.networks import network_of
 from fluxjax.sample import edges
@@ -225,6 +226,53 @@ def test_a_crop_leaves_the_rest_as_it_was_to_the_pixel(both):
     assert not apart[~white].any() and apart[white].mean() > 5
 
 
+NOISE_MASKS = [
+    {},
+    {"strength": 0.7},
+    {"expand": (16, 0, 0, 0)},
+    {"mask": Image.linear_gradient("L").resize((96, 64)), "soft_mask": True},
+    {"mask": Image.linear_gradient("L").resize((96, 64)), "rounding": "bfl"},
+    {"number": 2, "seed": [5, 6], "negative_prompt": "", "true_cfg": 2.0},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", NOISE_MASKS, ids=lambda one: " ".join(one) or "plain")
+def test_a_noise_mask_keeps_the_autoencoders_latents_outside_of_the_mask(both, chosen):
+    """Those of the posterior's mean, to the bit, wherever all eight by eight pixels are black."""
+    ours, _ = both("fill", "FluxFillPipeline")
+    shown = {"image": photo(size=(96, 64)), "mask": hole((96, 64)), **chosen}
+    steps = {"steps": 4, "max_sequence_length": 24}
+    states: dict[int, np.ndarray] = {}
+
+    def drawn(prompt: str, **more) -> tuple[list[np.ndarray], np.ndarray]:
+        pictures = ours(prompt, **shown, **steps, **more, on_step=states.__setitem__)
+        return [np.asarray(one, int) for one in pictures], states[max(states)]
+
+    kept, latents = drawn("a red circle", noise_mask=True)
+    wide = 96 + 16 * ("expand" in chosen)
+    image, mask = Image.new("RGB", (wide, 64)), Image.new("L", (wide, 64), 255)
+    image.paste(shown["image"], (wide - 96, 0))
+    mask.paste(shown["mask"], (wide - 96, 0))
+    values = np.asarray(mask, np.float32) / 255
+    painted = values > 0 if "soft_mask" in chosen else values >= 0.5
+    cells = rearrange(painted, "(h y) (w x) -> h w (y x)", y=8, x=8).any(-1)
+    assert 10 < cells.sum() < cells.size - 10
+    seen = pixels(image, wide, 64)
+    mean = normalize_latents(ours.encode_posterior(seen)[0], ours.config.vae)
+    if "rounding" in chosen:
+        mean = ours.encode_pictures(seen)
+    for one in latents:
+        np.testing.assert_array_equal(one[:, ~cells], np.asarray(mean)[0][:, ~cells])
+        assert np.abs(one - mean[0])[:, cells].mean() > 0.1
+    other, _ = drawn("a yellow heart", noise_mask=True)
+    plain, free = drawn("a red circle")
+    assert np.abs(free - np.asarray(mean))[:, :, ~cells].mean() > 0.1
+    for one, by_prompt, without in zip(kept, other, plain, strict=True):
+        assert np.abs(one - by_prompt)[painted].mean() > 1
+        assert np.abs(one - without).mean() > 1
+
+
 @pytest.mark.slow
 def test_a_reference_is_cropped_as_its_mask_is(both, monkeypatch):
     """What is edited is seen where and as large as it is drawn; diffusers leaves the crop at that,
@@ -341,6 +389,13 @@ WRONG = [
     ("text", {"canny": (50, 200)}, "give a control"),
     ("text", {"image": photo(), "mask_crop": 0}, "give a mask"),
     ("text", {"expand": (1, 2, 3, 4)}, "give an image"),
+    ("text", {"noise_mask": True}, "noise_mask is for models that read a mask"),
+    (
+        "text",
+        {"image": photo(), "mask": hole(), "noise_mask": True},
+        "any other one keeps what lies outside of a mask without it",
+    ),
+    ("fill", {"noise_mask": True}, "draws from an image and a mask; it was given text alone"),
     ("fill", {}, "draws from an image and a mask; it was given text alone"),
     ("fill", {"image": photo()}, "draws from an image and a mask; it was given an image"),
     ("control", {}, "from a control, or from a control and an image, or from a control, an image "),

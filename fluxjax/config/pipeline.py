@@ -36,6 +36,8 @@ class PipelineConfig(ABC):
     """Pixels."""
     height: int = 1024
     """Pixels."""
+    noise_mask: bool = False
+    """Whether a model that reads a mask keeps what lies outside of it."""
 
     class_names: ClassVar[str] = ""
     """diffusers' classes of the family, as a regular expression."""
@@ -53,6 +55,7 @@ class PipelineConfig(ABC):
         "guidance",
         "width",
         "height",
+        "noise_mask",
     )
     """Fields that say how a model is sampled, which its folder keeps."""
     clip_settings: ClassVar[tuple[str, ...]] = ()

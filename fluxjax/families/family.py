@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -193,7 +193,8 @@ class Task:
     from_noise: bool = False
     """Whether a strength of 1 starts from noise alone, with no image encoded for it."""
     keeps: bool = False
-    """Whether the image is put back after each step where the mask is black."""
+    """Whether the image is put back after each step where the mask is black: where it is joined to
+    the channels too, its posterior's mean, for which nothing is drawn."""
     strength: float | None = None
     """Of its image, unless told; None where there is none."""
     heard: bool = False
@@ -207,13 +208,27 @@ class Task:
     bfl_text: int | None = None
     """The text length of BFL's own tool, where it is not the model's."""
 
+    @property
+    def reads_mask(self) -> bool:
+        """Whether the network sees the mask, and paints the whole picture."""
+        return "mask" in self.channels
+
+    def with_noise_mask(self) -> Task:
+        """And the rest is kept. Raises ConfigError where that would change nothing."""
+        if not self.reads_mask:
+            raise ConfigError(
+                "noise_mask is for models that read a mask and draw the whole picture, such as "
+                "FLUX.1 Fill; any other one keeps what lies outside of a mask without it"
+            )
+        return replace(self, keeps=True)
+
     def starts_from(self, strength: float | None) -> bool:
         """Whether there is something of the image in what the run starts from."""
         return "image" in self.pictures and not (self.from_noise and strength == 1)
 
     def drawn(self, strength: float | None) -> tuple[str, ...]:
         """`draws` of a run with this strength."""
-        needed = self.keeps or self.starts_from(strength)
+        needed = (self.keeps and not self.reads_mask) or self.starts_from(strength)
         return tuple(draw for draw in self.draws if needed or draw != "image")
 
     def row_count(self, draw: str, count: int) -> int:
@@ -304,8 +319,10 @@ class Family:
         clip = () if config.tiling is None else (frames,)
         return self.state_shape(config, width, height, *clip)
 
-    def find_task(self, config: PipelineConfig, given: Iterable[str]) -> Task:
-        """The task of a model that is given these pictures.
+    def find_task(
+        self, config: PipelineConfig, given: Iterable[str], *, noise_mask: bool = False
+    ) -> Task:
+        """The task of a model that is given these pictures, see `Task.with_noise_mask`.
 
         Raises ConfigError, which says what the model takes, if there is none.
         """
@@ -313,7 +330,7 @@ class Family:
         mine = self.tasks_of(config)
         for task in mine:
             if task.pictures == given:
-                return task
+                return task.with_noise_mask() if noise_mask else task
         takes = [_in_words(task.pictures) for task in mine]
         raise ConfigError(
             f"this model draws from {', or from '.join(takes)}; it was given {_in_words(given)}"

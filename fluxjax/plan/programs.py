@@ -294,10 +294,11 @@ def _template(options: Options, name: str, network: Any, dtype: Any) -> dict[str
 
 def _task(options: Options, config: PipelineConfig) -> Task:
     """The one of the pictures that are named, or the simplest of the model's."""
-    kontext = options.model == "kontext" and not config.controlnets
-    if options.pictures or kontext:
-        return family_of(config.class_name).find_task(config, options.pictures or ("reference",))
-    return family_of(config.class_name).tasks_of(config)[0]
+    family, pictures = family_of(config.class_name), options.pictures
+    if not pictures and options.model == "kontext" and not config.controlnets:
+        pictures = ("reference",)
+    first = family.tasks_of(config)[0]
+    return family.find_task(config, pictures or first.pictures, noise_mask=config.noise_mask)
 
 
 def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:

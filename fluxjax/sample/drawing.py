@@ -59,7 +59,7 @@ class Drawing(Stages):
 
         Raises ConfigError, which says what the model takes, for pictures that it does not.
         """
-        task = self.family.find_task(self.config, given.names)
+        task = self.task_of(settings, given)
         check_controls(self.config, settings, given)
         check_image_prompts(self.image_prompter, settings, given)
         settings = completed(self.refiner, settings, given)
@@ -139,7 +139,7 @@ class Drawing(Stages):
         self._check_told(settings, changed=changed)
         settings = self.complete(settings, given, FIELDS)
         size, settings = (settings.width, settings.height), self.as_drawn(settings)
-        task = self.family.find_task(self.config, given.names)
+        task = self.task_of(settings, given)
         guidance = settings.asked_guidance._replace(pictures=task.pictures)
         scale = self.family.scale(self.config, guidance)
         check_skip_layers(self.config, settings.asked_skip_layers, scale)
@@ -325,7 +325,7 @@ class Drawing(Stages):
         """The latents that a run of `count` pictures starts from."""
         given, settings = read_given(settings)
         settings = self.complete(settings, given, FIELDS)
-        task = self.family.find_task(self.config, given.names)
+        task = self.task_of(settings, given)
         draws = self.draw_each(settings, seeds, count, task)
         noise, inputs = draws["noise"], self._inputs(task, given, settings, draws)
         return self.start(noise, inputs, self.run_of(settings))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from einops import reduce
 from jaxtyping import Float
 
 from fluxjax.config import ConfigError
@@ -31,6 +32,13 @@ def mask_values(
     grey = mask.resize((width, height), Image.Resampling.LANCZOS).convert("L")
     values = np.asarray(grey, np.float32)[None] / 255
     return values if soft else (values >= 0.5).astype(np.float32)
+
+
+def painted_latents(
+    mask: Float[np.ndarray, "n height width"], scale: int
+) -> Float[np.ndarray, "n 1 rows columns"]:
+    """Of each latent the whitest of its scale x scale pixels: one with any to paint is painted."""
+    return reduce(mask, "n (h y) (w x) -> n 1 h w", "max", y=scale, x=scale)
 
 
 def expanded(

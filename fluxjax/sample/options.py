@@ -86,6 +86,7 @@ _Range = Annotated[
     _numbers(float, "two numbers, such as 0.01,0.2", "START,END"),
     tyro.conf.arg(help_behavior_hint=""),
 ]
+_Flag = Annotated[bool | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="")]
 _Dtype = Annotated[Dtype | None, tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="")]
 _Rounding = Annotated[
     Rounding | None, tyro.conf.arg(metavar="{diffusers,bfl,none}", help_behavior_hint="")
@@ -267,6 +268,9 @@ class Options:
     """Draw the mask's surroundings alone, with so many pixels around, as large as the whole."""
     soft_mask: bool = False
     """The greyer the mask, the fewer steps change the image."""
+    noise_mask: _Flag = None
+    """A model that reads a mask (FLUX.1 Fill) keeps what lies outside of it as the autoencoder has
+    it; by default tiny-fill alone does."""
     expand: _Sides = None
     """LEFT,TOP,RIGHT,BOTTOM: a border of so many pixels round the image, painted anew."""
     width: _Int = None

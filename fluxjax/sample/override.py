@@ -40,7 +40,8 @@ _KINDS = {
     **dict.fromkeys((*PICTURES, *(f"{name}_sha256" for name in PICTURES)), "a text"),
     **dict.fromkeys(("mask_crop", "clip_skip", "frames", "fps", "motion"), "an integer"),
     **dict.fromkeys(
-        ("soft_mask", "size_bins", "clean_caption", "oscillation", "loop"), "true or false"
+        ("soft_mask", "noise_mask", "size_bins", "clean_caption", "oscillation", "loop"),
+        "true or false",
     ),
     "video_kind": " or ".join(get_args(VideoKind)),
     **dict.fromkeys(("expand", "canny", "skip_layers", *TOLD_PAIRS), "a list of integers"),

@@ -18,7 +18,14 @@ from fluxjax.sample.controls import ControlInput, control_inputs, control_pictur
 from fluxjax.sample.denoise import Kept
 from fluxjax.sample.given_pictures import Given
 from fluxjax.sample.ip_adapter import ImagePrompts
-from fluxjax.sample.masks import Box, crop_box, cropped, mask_values, pasted
+from fluxjax.sample.masks import (
+    Box,
+    crop_box,
+    cropped,
+    mask_values,
+    painted_latents,
+    pasted,
+)
 from fluxjax.sample.reference import pixels
 from fluxjax.schedules.schedule import Schedule
 from fluxjax.schedules.step_table import Run
@@ -83,16 +90,17 @@ def make_inputs(
     values = None
     if given.mask is not None:
         whole = given.mask if box is None else cropped(given.mask, box, *size)
-        soft = settings.soft_mask or (settings.rounding == "bfl" and "mask" in task.channels)
+        soft = settings.soft_mask or (settings.rounding == "bfl" and task.reads_mask)
         values = mask_values(whole, *size, soft=soft)
         seen["masked"] = seen["image"] * (1 - values[..., None])
 
-    def encoded(name: str) -> Float[np.ndarray, "_ c *size"]:
-        if name not in draws or settings.rounding == "bfl":
+    def encoded(name: str, *, drawn: bool = True) -> Float[np.ndarray, "_ c *size"]:
+        if draws.keys().isdisjoint(seen) or settings.rounding == "bfl":
             return pipe.encode_pictures(seen[name])
         mean, deviation = pipe.encode_posterior(seen[name])
-        sample = mean + deviation * draws[name].astype(mean.dtype)
-        return np.asarray(normalize_latents(sample, pipe.config.vae))
+        if drawn:
+            mean = mean + deviation * draws[name].astype(mean.dtype)
+        return np.asarray(normalize_latents(mean, pipe.config.vae))
 
     def channel(name: str) -> Float[np.ndarray, "_ c *size"]:
         return pipe.family.mask_channels(values, pipe.config) if name == "mask" else encoded(name)
@@ -102,7 +110,13 @@ def make_inputs(
     joined = [np.repeat(one, rows, axis=0) if len(one) < rows else one for one in channels]
     scale, nets = pipe.config.vae.scale, pipe.config.controlnets
     starts = task.starts_from(settings.strength)
-    image = encoded("image") if starts or task.keeps else None
+    image = encoded("image") if starts or (task.keeps and not task.reads_mask) else None
+    kept = mask = None
+    if task.keeps and values is not None:
+        kept, mask = image, values[:, None, ::scale, ::scale]
+        if task.reads_mask:
+            kept = encoded("image", drawn=False)
+            mask = painted_latents(values if settings.soft_mask else np.round(values), scale)
     controls = [
         (seen[name] if net.sees_pixels else encoded(name)).astype(pipe.dtype)
         for name, net in zip(CONTROLS, nets, strict=False)
@@ -111,8 +125,8 @@ def make_inputs(
         _reference(pipe, given, box),
         np.concatenate([one.astype(pipe.dtype) for one in joined], axis=1) if joined else None,
         image if starts else None,
-        values[:, None, ::scale, ::scale] if task.keeps and values is not None else None,
-        image if task.keeps else None,
+        mask,
+        kept,
         control_inputs(pipe.config, settings, pipe.control_scales, controls),
     )
 

@@ -56,6 +56,7 @@ class Pipeline(Drawing):
         strength: float | None = None,
         mask_crop: int | None = None,
         soft_mask: bool | None = None,
+        noise_mask: bool | None = None,
         expand: tuple[int, int, int, int] | None = None,
         canny: tuple[int, int] | None = None,
         redux_image: Any = None,
@@ -131,6 +132,9 @@ class Pipeline(Drawing):
           mask_crop: draw the mask's surroundings alone, with so many pixels around, in the size of
             the whole, and leave what is not white as it is to the pixel.
           soft_mask: the greyer the mask, the fewer steps change the image.
+          noise_mask: whether a model that reads a mask (FLUX.1 Fill) keeps what lies outside of it
+            as the autoencoder has it, as ComfyUI's InpaintModelConditioning does; by default, but
+            for "tiny-fill", it draws all of the picture, as in diffusers.
           canny: draw by the edges of the control, found with these thresholds, such as (50, 200).
           expand: a border of (left, top, right, bottom) pixels round the image, painted anew.
           redux_image: what is heard beside the prompt through FLUX.1 Redux: a picture or its file,
@@ -207,6 +211,7 @@ class Pipeline(Drawing):
             "strength": strength,
             "mask_crop": mask_crop,
             "soft_mask": soft_mask,
+            "noise_mask": noise_mask,
             "expand": expand,
             "canny": canny,
             "sampler": sampler,

@@ -176,6 +176,9 @@ class Settings:
     """Only the surroundings of the mask are drawn, with a margin of so many pixels."""
     soft_mask: bool = False
     """Grey in the mask is painted in the later steps only."""
+    noise_mask: bool = False
+    """A model that reads a mask keeps what lies outside of it, latents by latents, as the
+    autoencoder has it."""
     expand: tuple[int, int, int, int] | None = None
     """A border of so many pixels (left, top, right, bottom) round the image, painted anew."""
     canny: tuple[int, int] | None = None

@@ -172,6 +172,10 @@ class Stages(NetworkRunner):
         shapes = {draw: (rows[draw], *shape) for draw in rows}
         return noise.draw_each(seeds, shapes, kind=settings.noise, dtype=dtype)
 
+    def task_of(self, settings: Settings, given: Given) -> Task:
+        """Raises ConfigError, which says what the model takes, for pictures that it does not."""
+        return self.family.find_task(self.config, given.names, noise_mask=settings.noise_mask)
+
     def start(
         self, noise: Float[AnyArray, "n c *size"], inputs: Inputs, run: Run
     ) -> Float[AnyArray, "n c *size"]:
@@ -330,7 +334,7 @@ class Stages(NetworkRunner):
             self.config,
             self.as_drawn(settings),
             dtype=self.dtype,
-            task=self.family.find_task(self.config, given.names),
+            task=self.task_of(settings, given),
             pictures=count,
             reference_size=seen,
             rows=self.executables.rows,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fluxjax.config import ConfigError
+from fluxjax.sample.masks import painted_latents
 from fluxjax.sample.override import override
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pictures import to_bytes
@@ -74,7 +75,7 @@ def evaluate_tool(
     size = {"width": chosen.width, "height": chosen.height}
     cases = draw_cases(task, settings.prompts, seed=settings.seed, **size)
     given = frozenset(cases.pictures)
-    learnt = pipeline.family.find_task(pipeline.config, given)
+    learnt = pipeline.family.find_task(pipeline.config, given, noise_mask=chosen.noise_mask)
     batch = min(settings.batch, settings.prompts)
     parts = []
     for start in range(0, len(cases.prompts), batch):
@@ -85,6 +86,13 @@ def evaluate_tool(
             pipeline.encode_pictures,
             lambda mask: pipeline.family.mask_channels(mask, pipeline.config),
         )
+        if learnt.keeps:
+            image, mask = (cases.pictures[name][rows] for name in ("image", "mask"))
+            painted = (mask[..., 0] > 0).astype(np.float32)
+            inputs = inputs._replace(
+                mask=painted_latents(painted, pipeline.config.vae.scale),
+                kept=pipeline.encode_pictures(image),
+            )
         latents = pipeline.denoise(
             pipeline.encode_prompt([cases.prompts[i] for i in rows]),
             pipeline.draw_noise(chosen, [chosen.seed + i for i in rows], batch),
