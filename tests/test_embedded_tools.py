@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 from random_checkpoints import read_arrays
+from scipy import ndimage
 
 import fluxjax
 from fluxjax import hub
@@ -22,11 +24,14 @@ from fluxjax.convert.__main__ import main as convert
 from fluxjax.convert.difference import low_rank_factors
 from fluxjax.sample.__main__ import main as sample
 from fluxjax.sample.embedded_tools import TOOLS, require_tool, with_tool
-from fluxjax.sample.given_options import check
+from fluxjax.sample.given_options import check, given_settings
 from fluxjax.sample.options import Options
 from fluxjax.sample.picture_formats import read_record
+from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.sources import Sources
+from fluxjax.train.embedded.evaluate import reconstruct_pictures
 from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
+from fluxjax.train.embedded.evaluate_tools import evaluate_tool
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 CLASSES = {"tiny-canny": "FluxControlPipeline", "tiny-fill": "FluxFillPipeline"}
@@ -109,7 +114,46 @@ def test_tools_are_measured_by_what_has_learnt_them(shipped):
 def test_shipped_tools_open(name):
     config = fluxjax.load_pipeline(name).config
     assert config.class_name == CLASSES.get(name, "FluxPipeline")
+    assert config.noise_mask == (name == "tiny-fill")
     assert (config.steps, config.guidance, config.width) == (TINY.steps, TINY.guidance, TINY.width)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"), [((), None), (("--noise-mask",), True), (("--no-noise-mask",), False)]
+)
+def test_a_noise_mask_is_the_models_own_unless_given(words, wanted):
+    assert given_settings(tyro.cli(Options, args=["a", *words]))["noise_mask"] is wanted
+
+
+@pytest.mark.slow
+def test_the_filled_hole_leaves_the_rest_as_the_autoencoder_has_it(tmp_path, monkeypatch):
+    """By default, in `train evaluate` too; and what is told otherwise repeats otherwise."""
+    monkeypatch.chdir(tmp_path)
+    pipe = fluxjax.load_pipeline("tiny-fill")
+    asked = EvaluateSettings(task="fill", prompts=4, batch=1)
+    found = evaluate_tool(pipe, "fill", asked)
+    counts = found.counts()["model"]
+    assert counts["kept"] == 4 and counts["asked for"] >= 3
+    shown = {name: to_bytes(values[:1])[0] for name, values in found.cases.pictures.items()}
+    for name, picture in shown.items():
+        Image.fromarray(picture).save(f"{name}.png")
+    (rebuilt,) = to_bytes(reconstruct_pictures(pipe, found.cases.pictures["image"][:1], batch=1))
+    hole = shown["mask"][..., 0] > 127
+    far = np.logical_not(ndimage.binary_dilation(hole, iterations=16))
+    apart = {}
+    for noise_mask in (None, False):
+        chosen = {"image": "image.png", "mask": "mask.png", "noise_mask": noise_mask}
+        (picture,) = pipe(found.cases.prompts[0], seed=3, **chosen)
+        path = fluxjax.save_picture(picture, "drawn.png")
+        assert read_record(path)["settings"]["noise_mask"] is (noise_mask is None)
+        drawn = np.asarray(picture, int)
+        apart[noise_mask] = np.abs(drawn - rebuilt)[far].mean()
+        assert np.abs(drawn - rebuilt)[hole].mean() > 10
+        assert sample(["--like", str(path), "--out", "again.png"]) == 0
+        again = np.asarray(Image.open("again.png"), int)
+        np.testing.assert_array_equal(again, drawn)
+        Path("again.png").unlink()
+    assert apart[None] < 0.7 * apart[False]
 
 
 @pytest.fixture(scope="module")

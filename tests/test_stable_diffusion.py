@@ -18,7 +18,9 @@ from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.config import SD15, SD21, SDXL, SDXL_REFINER, ConfigError
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.convert.convert import plan, run
+from fluxjax.models.autoencoder import normalize_latents
 from fluxjax.sample.__main__ import main
+from fluxjax.sample.reference import pixels
 
 PROMPT = "a red circle above a star"
 OURS = {"steps": 6, "seed": 3, "guidance": 4.0, "negative_prompt": "blue"}
@@ -196,6 +198,17 @@ def test_inpainting_models_see_the_mask(inpainting, image, mask, strength):
     choices = {"image": image, "strength": strength}
     (picture,) = ours(PROMPT, mask=mask, **choices, **OURS)
     assert_same(picture, drawn(pipeline, mask_image=mask, **choices, **SIZE))
+
+    states: dict[int, np.ndarray] = {}
+    chosen = {"mask": mask, "noise_mask": True, **choices, **OURS}
+    (kept,) = ours(PROMPT, **chosen, on_step=states.__setitem__)
+    mean, _ = ours.encode_posterior(pixels(image, *image.size))
+    latents, own = states[max(states)], np.asarray(normalize_latents(mean, ours.config.vae))
+    np.testing.assert_array_equal(latents[..., :4], own[..., :4])  # the next is half black
+    assert np.abs(latents - own)[..., 4:].mean(axis=(0, 1, 2)).min() > 0.1
+    assert np.abs(np.asarray(kept, int) - np.asarray(picture, int)).mean() > 1
+    task = ours.family.find_task(ours.config, {"image", "mask"})
+    assert task.with_noise_mask().drawn(strength) == task.drawn(strength), "of the same noise"
 
 
 @pytest.mark.slow

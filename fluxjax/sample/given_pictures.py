@@ -212,7 +212,9 @@ def _ready(given: Given, settings: Settings) -> Given:
     if settings.expand is not None:
         if given.image is None:
             raise ConfigError("expand draws a border round an image: give an image")
-        image, mask = expanded(given.image, given.mask, settings.expand)
+        # What is kept is seen beside it: next to black the autoencoder would see a shadow.
+        stretched = settings.noise_mask
+        image, mask = expanded(given.image, given.mask, settings.expand, stretched=stretched)
         given = replace(given, image=image, mask=mask)
     for name, needed in (("mask_crop", "mask"), ("soft_mask", "mask"), ("canny", "control")):
         value = getattr(settings, name)

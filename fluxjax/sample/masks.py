@@ -42,9 +42,14 @@ def painted_latents(
 
 
 def expanded(
-    image: Picture, mask: Picture | None, sides: tuple[int, int, int, int]
+    image: Picture,
+    mask: Picture | None,
+    sides: tuple[int, int, int, int],
+    *,
+    stretched: bool = False,
 ) -> tuple[Picture, Picture]:
-    """With a black border of (left, top, right, bottom) pixels, and the mask that has it painted.
+    """With a border of (left, top, right, bottom) pixels, black or the `stretched` edge, and the
+    mask that has it painted.
 
     The border's mask reaches a little into the picture, so that the seam is painted too.
     """
@@ -52,8 +57,9 @@ def expanded(
 
     left, top, right, bottom = sides
     size = image.width + left + right, image.height + top + bottom
-    larger = Image.new("RGB", size, "black")
-    larger.paste(image, (left, top))
+    around = ((top, bottom), (left, right), (0, 0))
+    mode = "edge" if stretched else "constant"
+    larger = Image.fromarray(np.pad(np.asarray(image), around, mode))
     inside = Image.new("RGB", image.size, "black") if mask is None else mask.convert("RGB")
     x, y = int(image.width * OVERLAP), int(image.height * OVERLAP)
     kept = inside.crop(
