@@ -66,7 +66,7 @@ def test_our_own_defaults_file_likewise(tmp_path):
     write_config(tmp_path, TINY)
     path: Path = tmp_path / "fluxjax.json"
     written = json.loads(path.read_text())
-    assert len(written) == 5
+    assert len(written) == 6
     for key, right in written.items():
         for given, shown in WRONG.items():
             if fits(given, right):
