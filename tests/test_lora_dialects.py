@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,33 @@ def test_alpha_may_be_an_integer_and_a_file_must_hold_something(goldens, tmp_pat
     empty = tmp_path / "empty.safetensors"
     write_safetensors(empty, {}, {})
     assert "it has no tensors" in refused(empty)
+
+
+def test_a_first_layer_may_have_more_inputs_than_its_adapter(goldens, tmp_path) -> None:
+    """Of a text model's LoRA over Fill, or beside an adapter that widens: as in diffusers it adds
+    nothing to the inputs that are joined. How many there are is the text model's, or Fill's."""
+    path, fill = tmp_path / "narrow.safetensors", 384
+    templates = {"transformer": abstract_params(replace(TINY.transformer, in_channels=fill))}
+    random, up = np.random.default_rng(0), np.ones((192, 2), np.float32)
+
+    def written(inputs: int, **more: np.ndarray) -> np.ndarray:
+        a = random.normal(size=(2, inputs)).astype(np.float32)
+        tensors = {"lora_A.weight": a, "lora_B.weight": up, **more}
+        names = {f"transformer.x_embedder.{n}": of_array(x) for n, x in tensors.items()}
+        write_safetensors(path, names)
+        return a
+
+    for wrong, more in ((128, {}), (64, {"lora_magnitude_vector": np.ones(192, np.float32)})):
+        written(wrong, **more)
+        with pytest.raises(MappingError, match=rf"has \[2, {wrong}\] .*expected .*{fill}"):
+            read_adapters(path, templates)
+    a = written(64)
+    found = read_adapters(path, templates).changes["transformer"]["x_embedder.weight"].low_rank
+    np.testing.assert_array_equal(found.a, np.pad(a, ((0, 0), (0, fill - 64))))
+    control = golden_file(goldens, "bfl_control")
+    beside = fluxjax.load_pipeline(tiny_folder(), loras=[(control, 1.0), (path, 0.5)])
+    expected = np.pad(a.T, ((0, 64), (0, 0)))
+    np.testing.assert_array_equal(beside.executables.lora["x_embedder"]["a"], expected)
 
 
 def test_strengths_orders_and_types(goldens, networks) -> None:

@@ -390,6 +390,7 @@ FLUX = Network(
     adapter_prefixes=("model.diffusion_model.", "oft_unet_", *TRANSFORMER_PREFIXES),
     adapter_rules=lambda shapes: (*BFL.rules, *_XLABS),
     widened=("x_embedder", "in_channels"),
+    last="proj_out",
     blocks=lambda config: config.num_layers + config.num_single_layers,
     held=held,
     flops=flops,

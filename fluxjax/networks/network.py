@@ -182,6 +182,9 @@ class Network:
     widened: tuple[str, str] = ("", "")
     """A first layer that adapters may give more inputs: the module and the configuration's field.
     """
+    last: str = ""
+    """The last layer of a network with such a first one: it has as many outputs as that has inputs
+    where nothing is joined to them."""
     tokenizer: str = ""
     """The class of transformers that makes its input of a text, where it is a text encoder."""
     held: Callable[[Any, int, int], int] = lambda config, latents, text: 0

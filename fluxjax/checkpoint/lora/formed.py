@@ -98,7 +98,17 @@ def _inputs(group: Group, values: dict[str, np.ndarray]) -> int | None:
             f"shape: {group.module} is reshaped to {asked.tolist()}, and is "
             f"{[has[0], found]} as its other tensors have it"
         )
+    _widen(group, values, has[1])
     return found if found > has[1] else None
+
+
+def _widen(group: Group, values: dict[str, np.ndarray], inputs: int) -> None:
+    """An adapter of a model to whose inputs nothing is joined changes those that follow by nothing,
+    as in diffusers. A DoRA's norms are of all inputs, and it stays as it is."""
+    alone = group.network.shapes.get(f"{group.network.kind.last}.weight", (inputs,))[0]
+    for part in () if "magnitude" in values else ("a", "diff"):
+        if part in values and values[part].ndim == 2 and values[part].shape[1] == alone < inputs:
+            values[part] = np.pad(values[part], ((0, 0), (0, inputs - alone)))
 
 
 def _sizes(group: Group, leaf: str) -> dict[str, int]:

@@ -134,8 +134,9 @@ def low_rank_tree(
         b, scale = np.zeros((layers, rank, out), dtype), np.zeros(layers, np.float32)
         for i, member in enumerate(members):
             if member is not None:
-                own = slice(len(member.a))
-                a[i, ..., own], b[i, own] = member.kernels()
+                own, (down, up) = slice(len(member.a)), member.kernels()
+                # Another adapter may have given the layer more inputs.
+                a[i, ..., : down.shape[-2], own], b[i, own] = down, up
                 scale[i] = member.scale
         for name, leaf in (("a", a), ("b", b), ("scale", scale)):
             flat[*site.module, name] = leaf if site.stacked else leaf[0]
