@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,16 @@ from fluxjax.checkpoint.engine import from_tree
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.source import open_source
 from fluxjax.checkpoint.tensors import of_array
+from fluxjax.config import ConfigError
 from fluxjax.convert.__main__ import main as convert
 from fluxjax.hub import tiny_folder
 from fluxjax.models.names import flatten, unflatten
 from fluxjax.sample.__main__ import main as sample
+from fluxjax.sample.opened_model import OpenedModel
+from fluxjax.sample.options import Options
+from fluxjax.sample.picture_jobs import Job, picture_jobs
+from fluxjax.sample.prompts_file import read_prompts
+from fluxjax.sample.sources import Sources
 
 Weights = dict[str, np.ndarray]
 """By component and name, as the recordings have them."""
@@ -117,6 +125,27 @@ def test_all_of_the_files_are_used(goldens, model, before, expected, dialects, t
     assert np.abs(merged - beside).max() <= 1
     if not given:
         assert np.abs(merged - _drawn(tmp_path / "plain.png", model)).max() > 20
+
+
+def test_a_line_is_what_its_own_adapters_make_of_it(goldens, tmp_path) -> None:
+    """Of a file of prompts: one with a control LoRA draws from a control picture, with the guidance
+    of that, the others from text; what a later line lacks is said before the first picture."""
+    file = str(golden_file(goldens, "bfl_control"))
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "control.png")
+    controlled = {"prompt": "a star", "lora": file, "control": "control.png"}
+    lines = tmp_path / "lines.jsonl"
+    options = Options(prompts=lines, model=str(tiny_folder()), seed=1, record=False)
+
+    def jobs(*lines_: dict[str, Any]) -> list[Job]:
+        lines.write_text("\n".join(map(json.dumps, lines_)))
+        opened = OpenedModel(options, Sources(model=options.model), None)
+        return picture_jobs(options, {}, read_prompts(lines), (), opened.pipeline)
+
+    found = jobs({"prompt": "a"}, controlled, {"prompt": "b"}, {**controlled, "guidance": 2})
+    assert [job.settings.guidance for job in found] == [3.5, 30.0, 3.5, 2.0]
+    assert [bool(job.lora) for job in found] == [False, True, False, True]
+    with pytest.raises(ConfigError, match=r"lines.jsonl, line 2: this model draws from a control"):
+        jobs({"prompt": "a"}, {"prompt": "b", "lora": file})
 
 
 def _drawn(out: Path, model: Path, *options: str) -> np.ndarray:

@@ -582,7 +582,7 @@ def test_lines_with_loras_of_their_own_are_drawn_one_lora_after_another(sample, 
     code, printed, error = sample("--prompts", "l.jsonl", *SIZE, "--lora", "two.st", "-q")
     assert code == 0, error
     two, one = (f"{Path.cwd()}/two.st:1",), (f"{Path.cwd()}/one.st:0.5",)
-    assert asked == [two, one, ()]
+    assert asked == [two, one, ()] * 2, "checked before the first picture, then drawn"
     assert [path.split("-")[0][-1] for path in printed] == ["a", "b", "d", "c"]
     records = [read_record(Path(path)) for path in printed]
     assert [one.get("lora") for one in records] == [

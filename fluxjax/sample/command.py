@@ -66,13 +66,13 @@ def _wanted(
     def on_first() -> list[dict[str, Any]]:
         return [
             dataclasses.asdict(job)
-            for job in picture_jobs(options, repeated, lines, opened.sources.lora, pipe)
+            for job in picture_jobs(options, repeated, lines, opened.sources.lora, opened.pipeline)
         ]
 
-    pipe = opened.pipeline(opened.sources.lora)
     if options.first_frame_model is not None:
         from fluxjax.sample.first_frames import with_first_frames
 
+        pipe = opened.pipeline(opened.sources.lora)
         lines = with_first_frames(options, repeated, lines, pipe)
     jobs = [
         Job(Settings(**job["settings"]), tuple(job["lora"]), job["place"])
@@ -164,7 +164,7 @@ def _draw_all(
     shelf = PictureShelf(options, opened, note)
     for job in wanted:
         shelf.check(job)
-    size = opened.pipeline(opened.sources.lora).executables.rows("denoise", 1)
+    size = opened.pipeline(wanted[0].lora).executables.rows("denoise", 1)
     heard, _ = read_heard(opened.sources.redux_image)
     done = 0
     for batch in batches(wanted, size):

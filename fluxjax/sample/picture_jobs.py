@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,32 +36,51 @@ def picture_jobs(
     repeated: Mapping[str, Any],
     lines: Sequence[Line],
     lora: tuple[str, ...],
-    pipe: Pipeline,
+    opened: Callable[[tuple[str, ...]], Pipeline],
 ) -> list[Job]:
     """Settings of every picture: the model's, then --like's (`repeated`), the command line's, a
-    line's. `lora`: where a line names none.
+    line's. `lora`: where a line names none. `opened`: with adapters, some of which decide what a
+    model draws from; one after another.
 
     Raises ConfigError, beginning with the line where one is to blame.
     """
     given = given_settings(options)
-    base = override(override(pipe.defaults, repeated, str(options.like)), given)
-    found: list[Job] = []
+    adapters: list[tuple[str, ...]] = []
     for line in lines:
-        try:
-            settings = override(base, line.values)
-            settings = _completed(settings, (repeated, given, line.values), pipe)
-            pipe.check(settings)
-            if all(one.get("seed") is None for one in (given, line.values, repeated)):
-                settings = dataclasses.replace(settings, seed=secrets.randbelow(2**32))
-            loras = lora if line.lora is None else tuple(map(absolute_lora, line.lora))
-            for i in range(options.number if line.number is None else line.number):
-                one = dataclasses.replace(settings, seed=settings.seed + i)
-                found.append(Job(one, loras, len(found)))
-        except (ConfigError, FileNotFoundError) as error:
-            raise type(error)(f"{line.where}: {error}" if line.where else str(error)) from None
-        if len(found) > MOST_PICTURES:
+        with _blamed(line):
+            adapters.append(lora if line.lora is None else tuple(map(absolute_lora, line.lora)))
+    found: dict[int, Settings] = {}
+    for own in dict.fromkeys(adapters):
+        mine = [i for i, other in enumerate(adapters) if other == own]
+        pipe = opened(own)
+        base = override(override(pipe.defaults, repeated, str(options.like)), given)
+        for i in mine:
+            with _blamed(lines[i]):
+                settings = override(base, lines[i].values)
+                settings = _completed(settings, (repeated, given, lines[i].values), pipe)
+                pipe.check(settings)
+            found[i] = settings
+    jobs: list[Job] = []
+    for i, (line, own) in enumerate(zip(lines, adapters, strict=True)):
+        first = found[i].seed
+        if all(one.get("seed") is None for one in (given, line.values, repeated)):
+            first = secrets.randbelow(2**32)
+        for more in range(options.number if line.number is None else line.number):
+            with _blamed(line):
+                one = dataclasses.replace(found[i], seed=first + more)
+            jobs.append(Job(one, own, len(jobs)))
+        if len(jobs) > MOST_PICTURES:
             raise ConfigError(f"more than {MOST_PICTURES} pictures are asked for")
-    return found
+    return jobs
+
+
+@contextmanager
+def _blamed(line: Line) -> Iterator[None]:
+    """Begins what goes wrong with the line."""
+    try:
+        yield
+    except (ConfigError, FileNotFoundError) as error:
+        raise type(error)(f"{line.where}: {error}" if line.where else str(error)) from None
 
 
 def _completed(settings: Settings, given: Sequence[Mapping], pipe: Pipeline) -> Settings:
