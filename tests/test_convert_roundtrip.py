@@ -246,6 +246,7 @@ def chunks_of(folder):
     }
 
 
+@pytest.mark.slow
 def test_an_orbax_folder_laid_out_for_a_mesh(tmp_path, pipeline):
     """Each device's part is stored by itself; any other devices restore the same bits."""
     folder = run(pipeline, tmp_path / "orbax", "orbax", mesh=parse_mesh("fsdp=4,tensor=2"))

@@ -59,6 +59,7 @@ def test_float32(folder, network):
     assert names[-1].startswith("output ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_bfloat16(folder, network):
     report = compare_network(folder, network, dtype="bfloat16")

@@ -40,7 +40,7 @@ def random_variables(config, dtype) -> dict:
     return tree.unflatten(random)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "kind", ["text", "reference", "channels", "schnell", "control", "image prompt"]
 )

@@ -107,7 +107,7 @@ def test_what_only_the_chosen_dtype_cannot_hold_is_refused(model):
         open_component(model, "vae").params(stacked=False, dtype=jnp.float32)
 
 
-@pytest.mark.parametrize("leaf", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("leaf", ["lora_A", pytest.param("lora_B", marks=pytest.mark.slow)])
 def test_a_lora(tmp_path, leaf):
     template = abstract_params(pipeline_folder.read_config(EMBEDDED).transformer)
     lora = init_lora(jax.random.key(0), template, LoraConfig(rank=2, alpha=2.0))

@@ -129,6 +129,7 @@ def test_gradients_do_not_depend_on_scan_and_remat():
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), scanned, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_steps_in_one_scan_equal_one_call_each(scan):
     params = stack_layers(parameters(CONFIG)) if scan else parameters(CONFIG)

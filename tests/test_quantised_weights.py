@@ -40,7 +40,7 @@ from fluxjax.sample.picture_record import remembered
 ASSETS = Path(fluxjax.__file__).parent / "assets" / "tiny"
 
 
-SLOWER = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp8", "q8_0", "q4_0")]
+SLOWER = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("nf4", "fp8", "q8_0", "q4_0")]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def forward(tiny):
     return lambda params: np.asarray(run(params, inputs))
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4", *SLOWER])
+@pytest.mark.parametrize("kind", ["int8", *SLOWER])
 def test_codes_on_the_device_compute_what_their_values_do(tiny, forward, tmp_path, kind):
     """Against the file that `convert` writes with the same codes, its values loaded plain."""
     params = tiny.params(stacked=True, dtype=np.float32, quantise=kind)
@@ -351,6 +351,7 @@ def test_codes_are_split_as_their_kernels_are(tiny):
             assert shard == (6, part.shape[1] // rows, part.shape[2] // width), (kind, name)
 
 
+@pytest.mark.slow
 def test_a_mesh_computes_with_codes(tiny, forward):
     """Read onto eight devices, each its part; the forward is one device's."""
     mesh = make_mesh("tensor=2,fsdp=4")

@@ -217,6 +217,7 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_only_shapes_and_the_bucket_of_steps_compile(ours):
     settings = {"max_sequence_length": 16, "width": 64, "height": 64}
     with compilations() as seen:
@@ -257,6 +258,7 @@ def test_steps_are_usable_alone_and_progress_changes_nothing(ours):
     assert np.abs(ours.decode(latents, tile=8) - picture).max() < 1e-4, "one tile is the picture"
 
 
+@pytest.mark.slow
 def test_seeds_per_picture_repeat_single_pictures(ours):
     chosen = {"width": 64, "height": 64, "steps": 4, "max_sequence_length": 16}
     pair = ours(["a star", "a ring"], seed=[5, 6], **chosen)

@@ -170,6 +170,7 @@ def test_same_pictures_as_diffusers(both, task, monkeypatch):
     assert np.abs(np.asarray(got[0], int) - np.asarray(got[1], int)).mean() > 1
 
 
+@pytest.mark.slow
 def test_only_the_kind_of_task_compiles(both):
     """Strengths of one number of steps, masks, their softness and pictures are data."""
     ours, _ = both("text", "FluxPipeline")
@@ -557,6 +558,7 @@ def test_pictures_on_a_mesh(folder, both):
             same_picture(got, expected)
 
 
+@pytest.mark.slow
 def test_each_of_several_pictures_is_that_of_its_own_seed(both):
     ours, _ = both("control", "FluxPipeline")
     given = {"control": photo(1), "image": photo(), "mask": hole()}

@@ -93,6 +93,7 @@ def test_what_a_flow_does_not_have_is_said(pipe, choices, words):
         pipe("a star", **CHOICES | choices)
 
 
+@pytest.mark.slow
 def test_previews_of_another_sampler_come_to_its_picture(pipe):
     """Heun's half steps end where they began: of them nothing is shown."""
     settings = replace(pipe.defaults, **CHOICES, prompt="a star", sampler="heun")

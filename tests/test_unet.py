@@ -132,7 +132,7 @@ def lazy(shapes):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("sdxl")) for name in REAL],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "sd15_unet")) for name in REAL],
 )
 def test_published_names_and_shapes(shared, name):
     folder, config = REAL[name]

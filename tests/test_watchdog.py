@@ -27,7 +27,12 @@ def run(body: str) -> subprocess.CompletedProcess:
         ("watchdog.beat(10); time.sleep(2.5)", 0, ""),  # and so may one that says so
         ("watchdog.beat(); time.sleep(30)", HUNG, "no step within"),
         # sleep() called with the interpreter locked, as by native code that is stuck.
-        ("watchdog.beat(); time.sleep(1.2); ctypes.PyDLL(None).sleep(30)", 1, "Timeout"),
+        pytest.param(
+            "watchdog.beat(); time.sleep(1.2); ctypes.PyDLL(None).sleep(30)",
+            1,
+            "Timeout",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_only_silence_ends_the_process(body, code, words):
