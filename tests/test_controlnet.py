@@ -133,10 +133,9 @@ def unguided() -> np.ndarray:
     return guided(True, Guides())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeat", [False, True], ids=["stretches", "in turn"])
-@pytest.mark.parametrize(
-    "scan", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unrolled", "scanned"]
-)
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_samples_reach_the_blocks_as_in_diffusers(scan, repeat):
     random = np.random.default_rng(3)
     shape = (2, 30, DEEP.inner_dim)
@@ -161,9 +160,8 @@ def test_the_sixth_of_six_samples_is_never_used():
     assert spread(2, 19, repeat=True).tolist() == [0, 1] * 9 + [0]
 
 
-@pytest.mark.parametrize(
-    "scan", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unrolled", "scanned"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_image_prompts_are_attended_to_as_in_diffusers(scan):
     from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 

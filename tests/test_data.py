@@ -509,6 +509,7 @@ def test_embedded_model_precomputes_and_the_files_of_the_user_stay_as_they_are(t
     assert encoders.image_hash != encoders.text_hash != folder_encoders(TINY).text_hash
 
 
+@pytest.mark.slow
 def test_scenes_have_the_sizes_and_captions_that_were_drawn(tmp_path):
     settings = DataSettings(
         resolution=96,

@@ -58,7 +58,12 @@ def folder_of(path, config):
     ("component", "config", "layer"),
     [
         pytest.param("controlnet", NARROW, "controlnet_blocks.0", marks=pytest.mark.slow),
-        ("controlnet", replace(HINTED, num_layers=1), "input_hint_block.blocks.5"),
+        pytest.param(
+            "controlnet",
+            replace(HINTED, num_layers=1),
+            "input_hint_block.blocks.5",
+            marks=pytest.mark.slow,
+        ),
         ("siglip", SIGLIP, "encoder.layers.1.mlp.fc2"),
         ("image_embedder", PROJECTOR, "redux_up"),
         ("image_encoder", CLIP, "encoder.layers.1.mlp.fc2"),

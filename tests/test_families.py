@@ -42,7 +42,13 @@ def random_variables(config, dtype) -> dict:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "kind", ["text", "reference", "channels", "schnell", "control", "image prompt"]
+    "kind",
+    [
+        "text",
+        "reference",
+        "control",
+        *[pytest.param(k, marks=pytest.mark.slow) for k in ("channels", "schnell", "image prompt")],
+    ],
 )
 def test_what_a_run_hoists_is_the_forward(kind, dtype):
     """For every step of two pictures, with all that can come beside text."""

@@ -110,6 +110,7 @@ def test_what_padding_holds_changes_nothing(small_chunks):
         np.testing.assert_allclose(attend(q, k, v), large, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "keys"), [(130, 100), (128, 256)])
 def test_splash_interpreted(monkeypatch, queries, keys):
     monkeypatch.setattr(
@@ -205,10 +206,15 @@ def over_devices(mesh, layout: Layout, kind: str, lengths, implementation="auto"
     ("mesh", "kind", "implementation"),
     [
         ("sequence=4,data=2", "ring", "chunked"),
-        ("sequence=4,data=2", "ring", "xla"),
-        ("sequence=4,data=2", "ulysses", "chunked"),
-        ("fsdp=2,tensor=2,sequence=2", "ulysses", "chunked"),
-        ("sequence=8", "ulysses=2", "xla"),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("sequence=4,data=2", "ring", "xla"),
+                ("sequence=4,data=2", "ulysses", "chunked"),
+                ("fsdp=2,tensor=2,sequence=2", "ulysses", "chunked"),
+                ("sequence=8", "ulysses=2", "xla"),
+            )
+        ],
         ("sequence=8", "ulysses=4", "chunked"),
     ],
 )
@@ -276,6 +282,7 @@ def largest_array(attend, q, k, v) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
+@pytest.mark.slow
 def test_no_logits_are_written_forward_or_backward(monkeypatch):
     length, heads, lengths = 1024, 8, (700, 1024)
     q, k, v = qkv(2, length, length, heads, 8)

@@ -27,6 +27,8 @@ from fluxjax.train.optimizers import (
 from fluxjax.train.settings import Objective
 from fluxjax.train.step import init_state, make_step
 
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("adafactor", "lion")]
+
 
 def _rates(steps=100, default=1e-4, **settings):
     rates = learning_rates(OptimizerSettings(**settings), steps, default)
@@ -56,7 +58,7 @@ def _tree(seed):
     }
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "prodigy", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", *SLOWER, "prodigy"])
 def test_every_optimiser_goes_downhill(name):
     target, params = _tree(0), _tree(1)
 
@@ -77,7 +79,7 @@ def test_every_optimiser_goes_downhill(name):
     assert float(distance(run(params))) < 0.05 * float(distance(params))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", *SLOWER])
 def test_decay_shrinks_matrices_alone(name):
     params = _tree(0)
     settings = OptimizerSettings(name=name, learning_rate=0.1, warmup=0, weight_decay=0.5)

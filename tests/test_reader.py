@@ -246,6 +246,7 @@ class Painter(Pipeline):
         return np.round((pictures_of(scenes, **size) + 1) * 127.5).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_evaluation_counts_by_kind_writes_a_sheet_and_prints(tmp_path, capsys, monkeypatch):
     kinds = measure.KINDS | {"other sizes": Kind("sentence", ((128, 64),))}
     monkeypatch.setattr(measure, "KINDS", kinds)

@@ -68,7 +68,7 @@ def same_picture(got, expected) -> None:
     assert expected.std() > 5, "a flat picture proves nothing"
 
 
-@pytest.mark.parametrize("prompt", ["a red circle", ""])
+@pytest.mark.parametrize("prompt", ["a red circle", pytest.param("", marks=pytest.mark.slow)])
 def test_same_picture_as_diffusers(pipelines, prompt):
     ours, theirs = pipelines
     expected = theirs(
@@ -244,6 +244,7 @@ def test_only_shapes_and_the_bucket_of_steps_compile(ours):
     assert not seen
 
 
+@pytest.mark.slow
 def test_steps_are_usable_alone_and_progress_changes_nothing(ours):
     chosen = {"width": 64, "height": 64, "steps": 7, "max_sequence_length": 16}
     whole = np.asarray(ours("a star", seed=3, **chosen)[0])

@@ -104,6 +104,7 @@ def test_previews_of_another_sampler_come_to_its_picture(pipe):
     np.testing.assert_array_equal(shown[-1][1][0], picture)
 
 
+@pytest.mark.slow
 def test_an_image_is_drawn_by_any_sampler(pipe):
     (image,) = pipe("a star", **CHOICES)
     drawn = [

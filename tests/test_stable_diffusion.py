@@ -144,7 +144,7 @@ def test_the_folder_alone_decides(ours, expected):
 @pytest.mark.parametrize(
     "sampler",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("ddim", "euler-a", "dpm++")))
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("euler-a", "dpm++")))
         for name in SAMPLERS
     ],
 )

@@ -239,6 +239,7 @@ def test_encoders_behind_new_tokenizers_say_the_same(warm):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_words_learn_from_their_counterparts_and_others_from_others(warm):
     _, new, _ = warm
     lesson = paraphrase.draw_lesson(new, new, paraphrase.ParaphraseStage(), 5, 64)

@@ -130,10 +130,8 @@ def lazy(shapes):
     return {n: Tensor(tuple(s), np.dtype(np.float32), read) for n, s in shapes.items()}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "sd15_unet")) for name in REAL],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
 def test_published_names_and_shapes(shared, name):
     folder, config = REAL[name]
     published = json.loads((shared / f"checkpoints/{name}.json").read_text())
