@@ -443,6 +443,7 @@ def test_what_an_objective_does_not_have_is_refused(model, pictures, tmp_path):
         ({"model": "tiny", "objective": Objective(min_snr=5.0)}, "min_snr is of diffusion models"),
         ({"model": "tiny", "objective": Objective(debiased=True)}, "debiased is of diffusion"),
         ({"model": "tiny", "objective": Objective(zero_snr=True)}, "tiny is a flow"),
+        ({"model": "tiny", "objective": Objective(from_reference=0.5)}, "needs data.references"),
     ):
         with pytest.raises(ConfigError, match=words):
             finetune.prepare(replace(recipe, **changes))

@@ -41,8 +41,8 @@ def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig
         config = dataclasses.replace(config, guidance=recipe.objective.guidance)
     config = _with_noise(recipe, config)
     _check(recipe.objective, config)
-    if recipe.objective.from_reference and "reference" not in pictures:
-        raise ConfigError("objective.from_reference needs references beside the data")
+    if recipe.objective.from_reference and not recipe.data.references:
+        raise ConfigError("objective.from_reference needs data.references, pictures to edit")
     for frames in recipe.data.frames:
         try:
             config.require_frames(frames)
