@@ -34,11 +34,11 @@ def test_batches_repeat_by_step_and_scenes_serve_for_some_steps(learner):
     np.testing.assert_array_equal(first, again)
     for a, b in zip(jax.tree.leaves(texts), jax.tree.leaves(same), strict=True):
         np.testing.assert_array_equal(a, b)
-    kept = captions.kept[0]
+    kept = captions.scenes.kept[0]
     captions(1)
-    assert captions.kept[0] is kept
+    assert captions.scenes.kept[0] is kept
     captions(STAGE.fresh)
-    assert captions.kept[0] is not kept
+    assert captions.scenes.kept[0] is not kept
     # A row takes the true velocity exactly where an object has such a colour.
     rows = np.random.default_rng((STAGE.seed, 0)).choice(64, STAGE.batch, replace=False)
     names = np.array(list(COLOURS))

@@ -153,7 +153,7 @@ def _conditioner() -> transformer.Conditioner:
 @pytest.mark.slow
 def test_pool_is_the_same_after_a_resume():
     stage = transformer.TransformerStage(batch=4, pool=128, fresh=32, buckets=((32, 48),))
-    taken = transformer.rows_of(stage, 32, 48)
+    taken = transformer.rows_of(stage.batch, 32, 48)
     pool = examples.Pool(0, stage, _conditioner(), 0, taken)
     straight = [pool.batch(step) for step in range(6)][-1]
     resumed = examples.Pool(0, stage, _conditioner(), 5, taken).batch(5)

@@ -155,17 +155,10 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     reads: dict[Name, int] = {
         name: sum(weights.get(part, 0) for part in components(config, name)) for name in NAMES
     }
-    evaluations, every = (
-        _evaluations(family, config, needed),
-        len(listed[0].inputs[1].schedule.times),
-    )
+    evaluations = _evaluations(family, config, needed)
+    every = len(listed[0].inputs[1].schedule.times)
     reads["denoise"] *= evaluations
-    share, notes = _passes(family, config, needed, task), tuple[str, ...]()
-    if share < 1:
-        notes = (f"steps that are not guided have one pass: {share:.0%} of all passes are run",)
-    if evaluations < every:
-        drawn = f"{evaluations} of {every} steps, by a strength of {task.strength:g}"
-        share, notes = share * evaluations / every, (*notes, f"an image is drawn anew in {drawn}")
+    share, notes = _shares(family, config, needed, task, every)
     if config.tiling is None and "decode" not in {program.name for program in listed}:
         notes = (*notes, "a picture of this size is decoded in tiles, which is not counted")
     if options.offload:
@@ -192,6 +185,20 @@ def _sampling(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         decode, more = _decode_clips(options, clips, weights, mesh, templates["vae"])
         done, notes = [*done, decode], (*notes, *more)
     return Placed(weights, 0, tuple(done), notes)
+
+
+def _shares(
+    family: Family, config: PipelineConfig, needed: Settings, task: Task, every: int
+) -> tuple[float, tuple[str, ...]]:
+    """How much of all passes of `every` step is run, and notes that say why."""
+    share, notes = _passes(family, config, needed, task), tuple[str, ...]()
+    if share < 1:
+        notes = (f"steps that are not guided have one pass: {share:.0%} of all passes are run",)
+    evaluations = _evaluations(family, config, needed)
+    if evaluations < every:
+        drawn = f"{evaluations} of {every} steps, by a strength of {task.strength:g}"
+        share, notes = share * evaluations / every, (*notes, f"an image is drawn anew in {drawn}")
+    return share, notes
 
 
 def _templates(options: Options, config: PipelineConfig, mesh: Mesh) -> dict[str, Any]:
@@ -302,7 +309,7 @@ def _task(options: Options, config: PipelineConfig) -> Task:
 
 
 def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) -> Placed:
-    lora, dtype, n = options.task == "lora", jnp.dtype(options.dtype), options.batch
+    lora, dtype = options.task == "lora", jnp.dtype(options.dtype)
     family, network = family_of(config.class_name), config.networks[config.denoiser]
     model, _ = family.networks(
         config,
@@ -338,6 +345,25 @@ def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
         out_shardings=(where, replicated(mesh)),
         donate=True,
     )
+    weights = {"transformer": _size(frozen.get("params", state.params))}
+    if lora:
+        weights["LoRA"] = _size(state.params)
+    held = _size(state.opt_state) + (_size(state.ema) if options.ema else 0)
+    # The state is read and written, the frozen weights are read forwards and backwards.
+    moved = 2 * (held + _size(state.params)) + (2 * weights["transformer"] if lora else 0)
+    rows, *rest = _examples(options, config, mesh)
+    arguments = (state, rows, frozen, *rest)
+    say("step")
+    with auto_attention(flash_like):
+        lowered = step.lower(*arguments)  # pyright: ignore[reportFunctionMemberAccess]
+        compiled = lowered.compile(compiler_options=compiler_options() | IN_LOOPS)
+    program = Program("step", measure(compiled), moved, sum(weights.values()))
+    return Placed(weights, held, (program,))
+
+
+def _examples(options: Options, config: PipelineConfig, mesh: Mesh) -> tuple[Rows, Any, Any, Any]:
+    """(rows, what an empty caption says, ids, mu) of a training step."""
+    family, n = family_of(config.class_name), options.batch
     text = config.max_sequence_length
     heard, dropped = (family.text_shapes(config, rows, text, jnp.float32)[1] for rows in (n, 1))
     drawn = defaults(config)
@@ -358,16 +384,4 @@ def _training(options: Options, config: PipelineConfig, mesh: Mesh, say: Say) ->
     empty = _placed(dropped, jax.tree.map(lambda _: replicated(mesh), dropped))
     ids = _spec(mesh, packed.positions.shape, jnp.float32, rows=False)
     mu = _spec(mesh, (), jnp.float32, rows=False)
-    weights = {"transformer": _size(frozen.get("params", state.params))}
-    if lora:
-        weights["LoRA"] = _size(state.params)
-    held = _size(state.opt_state) + (_size(state.ema) if options.ema else 0)
-    # The state is read and written, the frozen weights are read forwards and backwards.
-    moved = 2 * (held + _size(state.params)) + (2 * weights["transformer"] if lora else 0)
-    arguments = (state, rows, frozen, empty, ids, mu)
-    say("step")
-    with auto_attention(flash_like):
-        lowered = step.lower(*arguments)  # pyright: ignore[reportFunctionMemberAccess]
-        compiled = lowered.compile(compiler_options=compiler_options() | IN_LOOPS)
-    program = Program("step", measure(compiled), moved, sum(weights.values()))
-    return Placed(weights, held, (program,))
+    return rows, empty, ids, mu

@@ -53,65 +53,78 @@ class ClipStatesStage:
     seed: int = 11
 
 
+class _ClipLesson:
+    """CLIP, the read-outs that ask its tokens, and CLIP as it was `before`."""
+
+    def __init__(self, folder: Path, config: FluxPipelineConfig, stage: ClipStatesStage) -> None:
+        self.stage, self.config = stage, config.text_encoder
+        self.tokenizer = load_clip_tokenizer(folder / "tokenizer")
+        self.before = load_params(
+            folder, "text_encoder", self.config, stacked=True, dtype=jnp.float32
+        )
+        self.clip: Any = CLIPTextModel(self.config, scan_layers=True)
+        self.readout: Any = SceneReadout()
+        self.at_tokens: Any = TokenReadout()
+        self.length = self.config.max_position_embeddings
+
+    def init(self) -> Tree:
+        keys = jax.random.split(jax.random.key(self.stage.seed), 2)
+        states = jnp.zeros((1, self.length, self.config.hidden_size))
+        return {
+            "clip": jax.tree.map(jnp.copy, self.before),
+            "readout": self.readout.init(keys[0], states)["params"],
+            "at_tokens": self.at_tokens.init(keys[1], states)["params"],
+        }
+
+    def batch(self, seed: int, n: int, *, held_out: bool = False) -> tuple[Any, Any, Any]:
+        """(ids, answers of whole captions, answers of their words)."""
+        size = {"width": self.stage.width, "height": self.stage.height}
+        scenes = sample_scenes(jax.random.key(seed), n, held_out=held_out, **size)
+        rng = np.random.default_rng(seed)
+        said = [vary(c, rng) for c in captions(scenes, seed)]
+        texts = [c.text for c in said]
+        ids = self.tokenizer(texts, self.length).input_ids
+        labels = scene_labels(scenes, said)
+        return ids, labels, token_labels(scenes, said, labels, _offsets(self.tokenizer, texts))
+
+    def _states(self, params: Tree, ids: Array) -> tuple[Any, Array]:
+        """Of the tokens, and how far the pooled one has moved."""
+        found = self.clip.apply({"params": params["clip"]}, ids)
+        old = jax.lax.stop_gradient(self.clip.apply({"params": self.before}, ids).pooler_output)
+        moved = jnp.square(found.pooler_output - old).mean() / jnp.square(old).mean()
+        return found.last_hidden_state, moved
+
+    def loss(self, params: Tree, key: Array, ids: Array, labels: Array, spoken: Array) -> Array:
+        states, moved = self._states(params, ids)
+        answers = self.readout.apply({"params": params["readout"]}, states)
+        words: Any = self.at_tokens.apply({"params": params["at_tokens"]}, states)
+        words = tuple(w[:, : spoken.shape[1]] for w in words)
+        return (
+            readout_loss(answers, labels)
+            + 0.3 * token_readout_loss(words, spoken)
+            + self.stage.pooled_weight * moved
+        )
+
+    def answers(self, params: Tree, ids: Array) -> tuple[Array, Array]:
+        states, moved = self._states(params, ids)
+        return self.readout.apply({"params": params["readout"]}, states).argmax(-1), moved
+
+
 def train_clip_states(
     folder: Path, config: FluxPipelineConfig, stage: ClipStatesStage, runs: Path
 ) -> dict[str, float]:
     """Writes folder/text_encoder (bfloat16), which is read from there, and returns what is
     measured: the share of right answers per question, of captions like those of training and of
     held-out ones, and how far the pooled state has moved."""
-    of = config.text_encoder
-    tokenizer = load_clip_tokenizer(folder / "tokenizer")
-    before = load_params(folder, "text_encoder", of, stacked=True, dtype=jnp.float32)
-    clip: Any = CLIPTextModel(of, scan_layers=True)
-    readout: Any = SceneReadout()
-    at_tokens: Any = TokenReadout()
-    keys = jax.random.split(jax.random.key(stage.seed), 2)
-    states = jnp.zeros((1, of.max_position_embeddings, of.hidden_size))
-    params = {
-        "clip": jax.tree.map(jnp.copy, before),
-        "readout": readout.init(keys[0], states)["params"],
-        "at_tokens": at_tokens.init(keys[1], states)["params"],
-    }
-
-    def batch(seed: int, n: int, *, held_out: bool = False) -> tuple[Any, Any, Any]:
-        """(ids, answers of whole captions, answers of their words)."""
-        scenes = sample_scenes(
-            jax.random.key(seed), n, width=stage.width, height=stage.height, held_out=held_out
-        )
-        rng = np.random.default_rng(seed)
-        said = [vary(c, rng) for c in captions(scenes, seed)]
-        texts = [c.text for c in said]
-        ids = tokenizer(texts, of.max_position_embeddings).input_ids
-        labels = scene_labels(scenes, said)
-        return ids, labels, token_labels(scenes, said, labels, _offsets(tokenizer, texts))
-
-    def errors(params: Tree, ids: Array) -> tuple[Any, Array]:
-        found = clip.apply({"params": params["clip"]}, ids)
-        old = jax.lax.stop_gradient(clip.apply({"params": before}, ids).pooler_output)
-        moved = jnp.square(found.pooler_output - old).mean() / jnp.square(old).mean()
-        return found.last_hidden_state, moved
-
-    def loss(params: Tree, key: Array, ids: Array, labels: Array, spoken: Array) -> Array:
-        states, moved = errors(params, ids)
-        answers = readout.apply({"params": params["readout"]}, states)
-        words: Any = at_tokens.apply({"params": params["at_tokens"]}, states)
-        words = tuple(w[:, : spoken.shape[1]] for w in words)
-        return (
-            readout_loss(answers, labels)
-            + 0.3 * token_readout_loss(words, spoken)
-            + stage.pooled_weight * moved
-        )
-
-    @jax.jit
-    def measured(params: Tree, ids: Array) -> tuple[Array, Array]:
-        states, moved = errors(params, ids)
-        return readout.apply({"params": params["readout"]}, states).argmax(-1), moved
+    lesson = _ClipLesson(folder, config, stage)
+    ask = jax.jit(lesson.answers)
 
     def probe(state: Any) -> dict[str, float]:
         report: dict[str, float] = {}
         for held_out, name in ((False, ""), (True, " held out")):
-            ids, labels, _ = batch(_MEASURED_SEED, stage.held_out_captions, held_out=held_out)
-            answers, moved = measured(state.ema, ids)
+            n = stage.held_out_captions
+            ids, labels, _ = lesson.batch(_MEASURED_SEED, n, held_out=held_out)
+            answers, moved = ask(state.ema, ids)
             right = np.asarray(answers) == labels
             shares = dict(zip(QUESTIONS, right.mean(0), strict=True))
             report |= {f"{question}{name}": float(share) for question, share in shares.items()}
@@ -120,18 +133,18 @@ def train_clip_states(
         return report
 
     optimizer = cosine_muon(stage.learning_rate, stage.steps)
-    step = make_step(loss, optimizer, seed=stage.seed, ema_decay=0.99)
+    step = make_step(lesson.loss, optimizer, seed=stage.seed, ema_decay=0.99)
 
     def advance(state: Any, index: int) -> Any:
-        ids, labels, spoken = batch(stage.seed * 10_000_019 + index, stage.batch)
-        padded = np.full((len(ids), of.max_position_embeddings, spoken.shape[-1]), -1, np.int32)
-        padded[:, : spoken.shape[1]] = spoken[:, : of.max_position_embeddings]
+        ids, labels, spoken = lesson.batch(stage.seed * 10_000_019 + index, stage.batch)
+        padded = np.full((len(ids), lesson.length, spoken.shape[-1]), -1, np.int32)
+        padded[:, : spoken.shape[1]] = spoken[:, : lesson.length]
         return step(state, ids, labels, padded)
 
     run = RunSettings(steps=stage.steps, folder=runs, probe_every=250)
-    state = Run(run, advance, Hooks(probe=probe)).to_end(init_state(params, optimizer))
+    state = Run(run, advance, Hooks(probe=probe)).to_end(init_state(lesson.init(), optimizer))
     trained = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), state.ema)
-    save_params(folder, "text_encoder", trained["clip"], of, jnp.bfloat16)
+    save_params(folder, "text_encoder", trained["clip"], lesson.config, jnp.bfloat16)
     return probe(state._replace(ema=trained))
 
 

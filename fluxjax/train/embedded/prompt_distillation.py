@@ -30,6 +30,7 @@ from fluxjax.families.noise_path import FLOW
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids
 from fluxjax.train.embedded.colours import COLOURS
+from fluxjax.train.embedded.examples import Sizes
 from fluxjax.train.embedded.paraphrase import Encoders, open_encoders
 from fluxjax.train.embedded.phrasing import caption_and_plain, vary
 from fluxjax.train.embedded.scenes import Scene, render, sample_scenes
@@ -49,7 +50,8 @@ class PromptStage:
 
     `transformer_rate`: the transformer's learning rate, as a share of the text encoders'. `scales`:
     the range of the guidance, which in every other row is `guidance`. `unlearnt`: colours of
-    objects that the teacher does not know. Half of the times are those of early steps.
+    objects that the teacher does not know. `early`: the share of times that are those of early
+    steps, whatever the others are.
     """
 
     teacher: Path | None = None
@@ -58,10 +60,11 @@ class PromptStage:
     learning_rate: float = 5e-4
     transformer_rate: float = 0.5
     typos: float = 0.1
+    early: float = 0.5
     guidance: float = 3.5
     scales: tuple[float, float] = (1.0, 5.0)
     unlearnt: tuple[str, ...] = ()
-    buckets: tuple[tuple[int, int], ...] = ((96, 96), (112, 80), (96, 96), (80, 112), (96, 96))
+    buckets: Sizes = ((96, 96), (112, 80), (96, 96), (80, 112), (96, 96))
     fresh: int = 4
     """Steps for which a set of scenes serves, with other captions each time."""
     seed: int = 9
@@ -85,7 +88,7 @@ def prompt_loss(
     def loss(params: Tree, key: jax.Array, rows: Any, frozen: Tree, positions: Array, mu: Array):
         latents, typed, plain, empty, true = rows
         n = latents.shape[0]
-        t, scale, noise = _drawn(key, latents, mu, stage)
+        t, scale, noise = draw_noisy(key, latents, mu, stage)
         x = FLOW.state(t).of(latents, noise)
         taught = velocity(teacher, frozen, x, t, plain, positions, scale)
         blank = velocity(teacher, frozen, x, t, empty, positions, scale)
@@ -98,17 +101,40 @@ def prompt_loss(
     return loss
 
 
-def _drawn(
-    key: jax.Array, latents: Float[Array, "n image c"], mu: Array, stage: PromptStage
+def draw_noisy(
+    key: jax.Array, latents: Float[Array, "n image c"], mu: Array, stage: Any
 ) -> tuple[Array, Array, Array]:
-    """Times, guidance and noise of a batch."""
+    """Times, guidance and noise of a batch. `stage` has `early`, `scales` and `guidance`."""
     n, keys = latents.shape[0], jax.random.split(key, 5)
     early = jax.random.uniform(keys[1], (n,), minval=_LAYOUT_TIMES[0], maxval=_LAYOUT_TIMES[1])
-    t = jnp.where(jax.random.uniform(keys[0], (n,)) < 0.5, early, sample_times(keys[2], n, mu))
+    t = jnp.where(
+        jax.random.uniform(keys[0], (n,)) < stage.early, early, sample_times(keys[2], n, mu)
+    )
     low, high = stage.scales
     scale = jax.random.uniform(keys[3], (n,), minval=low, maxval=high)
     scale = jnp.where(jnp.arange(n) % 2 == 0, stage.guidance, scale)
     return t, scale, jax.random.normal(keys[4], latents.shape)
+
+
+class DrawnScenes:
+    """Scenes and their latents, a set for each of `buckets` (width, height), which serves for
+    `fresh` steps: `self(bucket, step)` depends on the seed and these alone."""
+
+    def __init__(self, buckets: Sizes, fresh: int, seed: int, encode: Any) -> None:
+        self.buckets, self.fresh, self.seed, self.encode = buckets, fresh, seed, encode
+        self.kept: dict[int, tuple[int, Scene, np.ndarray]] = {}
+
+    def __call__(self, bucket: int, step: int) -> tuple[Scene, np.ndarray]:
+        number = step // (len(self.buckets) * self.fresh)
+        if self.kept.get(bucket, (-1,))[0] != number:
+            width, height = self.buckets[bucket]
+            key = jax.random.key(self.seed * 1_000_003 + bucket)
+            scenes = sample_scenes(
+                jax.random.fold_in(key, number), _SCENES, width=width, height=height
+            )
+            latents = self.encode(render(scenes, width=width, height=height))
+            self.kept[bucket] = number, Scene(*map(np.asarray, scenes)), np.asarray(latents)
+        return self.kept[bucket][1:]
 
 
 class Captions:
@@ -124,27 +150,15 @@ class Captions:
     ):
         self.stage, self.config = stage, config
         self.student, self.teacher = student, teacher
-        self.encode = image_encoder(config, vae)
+        encode = image_encoder(config, vae)
+        self.scenes = DrawnScenes(stage.buckets, stage.fresh, stage.seed, encode)
         self.unlearnt = [list(COLOURS).index(name) for name in stage.unlearnt]
-        self.kept: dict[int, tuple[int, Scene, np.ndarray]] = {}
-
-    def _scenes(self, bucket: int, step: int) -> tuple[Scene, np.ndarray]:
-        number = step // (len(self.stage.buckets) * self.stage.fresh)
-        if self.kept.get(bucket, (-1,))[0] != number:
-            width, height = self.stage.buckets[bucket]
-            key = jax.random.key(self.stage.seed * 1_000_003 + bucket)
-            scenes = sample_scenes(
-                jax.random.fold_in(key, number), _SCENES, width=width, height=height
-            )
-            latents = self.encode(render(scenes, width=width, height=height))
-            self.kept[bucket] = number, Scene(*map(np.asarray, scenes)), np.asarray(latents)
-        return self.kept[bucket][1:]
 
     def __call__(self, step: int):
         """(rows of `prompt_loss`, image ids, mu)."""
         stage = self.stage
         bucket = step % len(stage.buckets)
-        scenes, latents = self._scenes(bucket, step)
+        scenes, latents = self.scenes(bucket, step)
         rng = np.random.default_rng((stage.seed, step))
         rows = rng.choice(_SCENES, stage.batch, replace=False)
         pairs = [caption_and_plain(Scene(*(v[i] for v in scenes)), rng) for i in rows]

@@ -51,6 +51,7 @@ from fluxjax.train.embedded.transformer import (
     image_encoder,
     train_transformer,
 )
+from fluxjax.train.embedded.unlearnt import UnlearntStage, train_unlearnt
 from fluxjax.train.loop import run_folder
 from fluxjax.train.toml_file import build, read_toml
 
@@ -70,6 +71,7 @@ class TinyRecipe:
     distill: DistillStage = field(default_factory=DistillStage)
     prompts: PromptStage = field(default_factory=PromptStage)
     clip_states: ClipStatesStage = field(default_factory=ClipStatesStage)
+    unlearnt: UnlearntStage = field(default_factory=UnlearntStage)
     task: ClassVar[str] = "embedded"
 
     @property
@@ -115,6 +117,7 @@ def _train_stages(recipe: TinyRecipe) -> Path:
     )
     _prompts(recipe, config, student)
     _clip_states(recipe, config)
+    _unlearnt(recipe, config)
     _decoder(recipe, config)
     return pipeline
 
@@ -176,6 +179,16 @@ def _clip_states(recipe: TinyRecipe, config: FluxPipelineConfig) -> None:
         runs = recipe.folder / "text" / "clip_states"
         report = train_clip_states(recipe.pipeline, config, recipe.clip_states, runs)
         done.write_text(json.dumps(report, indent=1))
+
+
+def _unlearnt(recipe: TinyRecipe, config: FluxPipelineConfig) -> None:
+    """Colours and sizes that the stages before have left out, for the transformer alone."""
+    done = recipe.folder / "unlearnt_done.json"
+    if not done.is_file():
+        stage, pipeline = recipe.unlearnt, recipe.pipeline
+        params = train_unlearnt(pipeline, config, stage, recipe.folder / "unlearnt")
+        save_params(pipeline, "transformer", params, config.transformer, jnp.float16)
+        done.write_text(json.dumps({"steps": stage.steps}))
 
 
 def _decoder(recipe: TinyRecipe, config: FluxPipelineConfig) -> None:

@@ -84,11 +84,11 @@ def image_encoder(config: FluxPipelineConfig, params: Tree):
     return encode
 
 
-def rows_of(stage: TransformerStage, width: int, height: int) -> int:
-    """So many that every bucket's batch has about as many tokens as `stage.batch` of 96 x 96."""
+def rows_of(batch: int, width: int, height: int) -> int:
+    """So many that every bucket's batch has about as many tokens as `batch` of 96 x 96."""
     text, per_token = 32, 16 * 16
     share = (96 * 96 / per_token + text) / (width * height / per_token + text)
-    return max(1, round(stage.batch * share / 4)) * 4
+    return max(1, round(batch * share / 4)) * 4
 
 
 class Batches:
@@ -104,7 +104,7 @@ class Batches:
         width, height = size = self.stage.buckets[step % len(self.stage.buckets)]
         if size not in self.pools:
             bucket = self.stage.buckets.index(size)
-            taken = rows_of(self.stage, width, height)
+            taken = rows_of(self.stage.batch, width, height)
             self.pools[size] = Pool(bucket, self.stage, self.conditioner, step, taken)
         ids = image_ids(*latent_size(width, height, self.config.vae))
         mu = self.config.scheduler.mu(len(ids)) + self.stage.time_shift
