@@ -121,17 +121,31 @@ def test_parquet(tmp_path, form):
         _read(file, tmp_path / "cache", caption_key="caption")
     with pytest.raises(ConfigError, match="'text' holds string, not pictures' bytes"):
         _read(file, tmp_path / "cache", image_key="text")
+    texts = pa.array(["a"] * GOOD)
+    for column in (
+        pa.array([{"bytes": "x"}] * GOOD),
+        pa.array([{"bytes": {"bytes": b"x"}}] * GOOD),
+    ):
+        pq.write_table(pa.table({"image": column, "text": texts}), tmp_path / "wrong.parquet")
+        with pytest.raises(ConfigError, match=r"'image' holds struct<bytes: .*, not pictures'"):
+            _read(tmp_path / "wrong.parquet", tmp_path / "cache")
+    twice = pa.Table.from_arrays([images[:GOOD], texts, texts], ["image", "text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ConfigError, match="2 columns 'text'; its columns are image, text, text"):
+        _read(tmp_path / "twice.parquet", tmp_path / "cache")
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"train-00000.parquet: the rest of this parquet file"):
         _read(tmp_path / "source", tmp_path / "cache")
 
 
-def _tar(path: Path, members: dict[str, bytes]) -> Path:
+def _tar(path: Path, members: dict[str, bytes], *more: tarfile.TarInfo) -> Path:
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+        for member in more:
+            tar.addfile(member, io.BytesIO(picture_bytes(0)))
     return path
 
 
@@ -160,6 +174,48 @@ def test_webdataset_tars(tmp_path):
         catalogue = _read(source, tmp_path / "cache")
         assert set(_captions(catalogue).values()) == {"picture 0", "picture 1", "picture 2"}
         assert any("the rest of this tar is lost" in r for _, r in catalogue.quarantined)
+
+
+def _member(name: str, kind: bytes = tarfile.REGTYPE, **fields) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, len(picture_bytes(0)) * (kind == tarfile.REGTYPE)
+    for key, value in fields.items():
+        setattr(member, key, value)
+    return member
+
+
+def test_what_a_tar_does_not_give_is_named(tmp_path):
+    """Members twice, links and devices, a second tar behind the first, an end that is missing."""
+    members = {}
+    for n in range(GOOD):
+        members |= {f"{n}.png": picture_bytes(n), f"{n}.txt": f"picture {n}".encode()}
+    odd = [_member("0.PNG"), _member("1.txt")]
+    odd += [_member(f"link{k}.png", k.encode(), linkname="2.png") for k in "123"]
+    source = _tar(tmp_path / "a.tar", members, *odd)
+    second = _tar(tmp_path / "b.tar", {"a.png": picture_bytes(0), "a.txt": b"more"})
+    found = _read(source, tmp_path / "cache")
+    assert set(_captions(found).values()) == {f"picture {n}" for n in range(2, GOOD)}
+    link = "is a link, or no ordinary file"
+    assert dict(found.quarantined) == {
+        "a.tar/0.png": "its tar has several members 0.PNG",
+        "a.tar/1.png": "its tar has several members 1.txt",
+        **{f"a.tar/link{k}.png": f"its member link{k}.png {link}" for k in "123"},
+    }
+    whole = second.read_bytes()
+    end = whole.rstrip(b"\0")
+    end += bytes(-len(end) % 512)
+    large = bytearray(whole)
+    large[:512] = _member("n" * 99, b"L", size=2**60).tobuf(tarfile.GNU_FORMAT)
+    for content, words in (
+        (whole + source.read_bytes(), "behind its end stands more"),
+        (end, "it has no end, as one that is cut short"),
+        (end + bytes(large), "a header says that it is larger than memory"),
+    ):
+        second.write_bytes(content)
+        found = _read(second, tmp_path / "cache")
+        assert [entry.item.caption for entry in found.entries] == ["more"]
+        ((name, reason),) = found.quarantined
+        assert name == "b.tar" and f"the rest of this tar is lost: {words}" in reason
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])
@@ -208,7 +264,7 @@ def test_tar_members_that_are_links_are_not_followed(tmp_path):
         link = tarfile.TarInfo("x.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    with pytest.raises(ConfigError, match="holds no pictures"):
+    with pytest.raises(ValueError, match=r"a\.tar/x\.png: its member x\.png is a link"):
         _read(tmp_path / "a.tar", tmp_path / "cache")
 
 

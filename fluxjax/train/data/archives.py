@@ -27,29 +27,54 @@ from fluxjax.train.data.settings import DataSettings
 
 def tar_items(path: Path, name: str, settings: DataSettings) -> Iterator[Item]:
     """A webdataset: members with the same name up to the first dot are one sample."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    size, problem = path.stat().st_size, ""
+    samples, refused, problem = _tar_samples(path)
+    for key, members in sorted(samples.items()):
+        # `key.before.png` goes with a picture, and is none by itself.
+        plain = [e for e in members if e in EXTENSIONS]
+        extension = min(plain or (e for e in members if e.endswith(EXTENSIONS)), default=None)
+        if extension is None:
+            continue
+        where, (offset, length) = f"{name}/{key}{extension}", members[extension]
+        caption = _tar_caption(path, members, settings)
+        large = "the member is more than a picture can be" if length > MAX_BYTES else ""
+        if found := refused.get(key) or caption.problem or large:
+            yield bad_item(where, found)
+            continue
+        beside = functools.partial(_tar_beside, path, f"{name}/{key}", members)
+        yield _tar_item(path, where, (offset, length), caption.text)._replace(beside=beside)
+    if problem:
+        yield bad_item(name, f"the rest of this tar is lost: {problem}")
+
+
+_Members = dict[str, tuple[int, int]]  # of one sample: extension -> (offset, length)
+
+
+def _tar_samples(path: Path) -> tuple[dict[str, _Members], dict[str, str], str]:
+    """The samples by name, why some of them are not used, and why what follows them is lost."""
+    samples: dict[str, _Members] = {}
+    refused: dict[str, str] = {}
+    size, last = path.stat().st_size, -1
     try:
         with tarfile.open(path, "r:") as tar:
-            last = -1
             for member in tar:
                 # Sizes are a stranger's: a negative one would lead back to the same member.
                 if member.size < 0 or tar.offset <= last:
-                    raise tarfile.ReadError("a member has a negative size")
+                    return samples, refused, "a member has a negative size"
                 if member.isreg() and member.offset_data + member.size > size:
-                    raise tarfile.ReadError("it is cut short")
+                    return samples, refused, "it is cut short"
                 last = tar.offset
                 base = os.path.basename(member.name)
-                if not member.isreg() or member.issparse() or base.startswith("."):
+                if member.isdir() or base.startswith("."):
                     continue
                 stem, _, extension = base.partition(".")
-                key = os.path.join(os.path.dirname(member.name), stem)
-                place = (member.offset_data, member.size)
-                samples.setdefault(key, {})["." + extension.lower()] = place
-            end = tar.offset
-        # tarfile takes a damaged header for the end; a real end is a block of zeros, or the file's.
-        if _read(path, end, 512).strip(b"\0"):
-            raise tarfile.ReadError(f"it is damaged at byte {end}")
+                key, extension = os.path.join(os.path.dirname(member.name), stem), "." + extension
+                sample = samples.setdefault(key, {})
+                if not member.isreg() or member.issparse():
+                    refused[key] = f"its member {base} is a link, or no ordinary file"
+                elif extension.lower() in sample:
+                    refused[key] = f"its tar has several members {base}"
+                sample[extension.lower()] = member.offset_data, member.size
+            return samples, refused, _after_end(path, tar.offset)
     except (
         tarfile.TarError,
         OSError,
@@ -57,25 +82,27 @@ def tar_items(path: Path, name: str, settings: DataSettings) -> Iterator[Item]:
         ArithmeticError,
         LookupError,
         RecursionError,
+        MemoryError,
     ) as error:
-        problem = f"the rest of this tar is lost: {error}"
-    for key, members in sorted(samples.items()):
-        # `key.before.png` goes with a picture, and is none by itself.
-        plain = [e for e in members if e in EXTENSIONS]
-        extension = min(plain or (e for e in members if e.endswith(EXTENSIONS)), default=None)
-        if extension is not None:
-            offset, length = members[extension]
-            caption = _tar_caption(path, members, settings)
-            where = f"{name}/{key}{extension}"
-            if problem_here := caption.problem or (
-                "the member is more than a picture can be" if length > MAX_BYTES else ""
-            ):
-                yield bad_item(where, problem_here)
-                continue
-            beside = functools.partial(_tar_beside, path, f"{name}/{key}", members)
-            yield _tar_item(path, where, (offset, length), caption.text)._replace(beside=beside)
-    if problem:
-        yield bad_item(name, problem)
+        return samples, refused, str(error) or "a header says that it is larger than memory"
+
+
+def _after_end(path: Path, end: int) -> str:
+    """What is wrong with the bytes from where tarfile saw the end, which are zeros in a whole tar.
+
+    It also takes a damaged header for the end, and a file that was cut between two members.
+    """
+    with open(path, "rb") as file:
+        file.seek(end)
+        block = file.read(512)
+        if not block:
+            return "it has no end, as one that is cut short"
+        if block.strip(b"\0"):
+            return f"it is damaged at byte {end}"
+        while block := file.read(2**20):
+            if block.strip(b"\0"):
+                return "behind its end stands more, as where several tars are joined in one file"
+    return ""
 
 
 def _tar_item(path: Path, where: str, place: tuple[int, int], caption: str) -> Item:
@@ -83,9 +110,7 @@ def _tar_item(path: Path, where: str, place: tuple[int, int], caption: str) -> I
     return Item(shown(where), f"{file_stamp(path)}-{place[0]}-{place[1]}", caption, "", read)
 
 
-def _tar_beside(
-    path: Path, sample: str, members: dict[str, tuple[int, int]], companion: str
-) -> Item:
+def _tar_beside(path: Path, sample: str, members: _Members, companion: str) -> Item:
     """The member `key.COMPANION.png`, whatever its format."""
     found = [e for end in EXTENSIONS if (e := f".{companion.lower()}{end}") in members]
     where = f"{sample}.{companion}"
@@ -103,9 +128,7 @@ def _read(path: Path, offset: int, length: int) -> bytes:
         return file.read(length)
 
 
-def _tar_caption(
-    path: Path, members: dict[str, tuple[int, int]], settings: DataSettings
-) -> Caption:
+def _tar_caption(path: Path, members: _Members, settings: DataSettings) -> Caption:
     for extension in (settings.caption_extension, ".json"):
         if extension not in members:
             continue
@@ -149,10 +172,10 @@ def parquet_items(path: Path, name: str, settings: DataSettings) -> Iterator[Ite
 
 
 def _require_column(path: Path, schema: Any, key: str) -> None:
-    if key not in schema.names:
-        raise ConfigError(
-            f"{path} has no column {key!r}; its columns are {', '.join(schema.names)}"
-        )
+    count = schema.names.count(key)
+    if count != 1:
+        found = f"{count} columns" if count else "no column"
+        raise ConfigError(f"{path} has {found} {key!r}; its columns are {', '.join(schema.names)}")
 
 
 def _require_pictures(path: Path, schema: Any, key: str) -> None:
@@ -185,8 +208,8 @@ def _import_parquet() -> None:
 def _holds_bytes(kind: Any) -> bool:
     import pyarrow as pa
 
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
+    if pa.types.is_struct(kind) and (index := kind.get_field_index("bytes")) >= 0:
+        kind = kind.field(index).type
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
