@@ -111,8 +111,6 @@ def find(
 
 @functools.cache  # one process sees one state of a repository
 def _download(name: Name, kind: Kind, check: Callable[[Path], Any] | None) -> Path:
-    import huggingface_hub as hub
-
     from fluxjax.hub_errors import explained
 
     with explained(name):
@@ -124,11 +122,39 @@ def _download(name: Name, kind: Kind, check: Callable[[Path], Any] | None) -> Pa
             if lacking:
                 size = sum(files[file] or 0 for file in lacking)
                 say(f"downloading {name.repo}: {len(lacking)} file(s), {size / 1e6:.0f} MB")
-                with _bars_on_a_terminal_only():
-                    hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=lacking)
+                # The index last: half a model without it is none, also without a network.
+                others = [file for file in lacking if file != _INDEX]
+                for some in filter(None, (others, [_INDEX] * (_INDEX in lacking))):
+                    _fetch(name, some)
+                    _check_hashes(name, folder, some)
             if check is not None and part is texts and _INDEX in part:
                 check(folder)
     return folder / wanted[0] if _is_one_file(wanted) else folder
+
+
+def _fetch(name: Name, files: list[str]) -> None:
+    import huggingface_hub as hub
+
+    with _bars_on_a_terminal_only():
+        hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=files)
+
+
+def _check_hashes(name: Name, folder: Path, files: Collection[str]) -> None:
+    """The cache calls large files by the hub's SHA-256 of them, and nobody has compared it.
+
+    Raises OSError for one that came as another, and removes it.
+    """
+    from fluxjax.file_hash import hash_file
+
+    for path in (folder / file for file in files):
+        blob = path.resolve()
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and hash_file(blob) != blob.name:
+            for one in (path, blob):
+                one.unlink()
+            raise OSError(
+                f"{path.relative_to(folder).as_posix()} of {name.repo} came damaged (its hash is "
+                "not the hub's) and is removed: try again"
+            )
 
 
 def _is_one_file(wanted: Collection[str]) -> bool:
@@ -160,6 +186,8 @@ def _listing(name: Name) -> tuple[dict[str, int | None], Path]:
             raise
         paths = (path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}, folder
+    if not re.fullmatch("[0-9a-f]{40,64}", str(found.sha)):  # it becomes the name of a folder
+        raise LookupError(f"it has no commit but {found.sha!r}")
     files = {entry.rfilename: entry.size for entry in found.siblings or ()}
     return files, cache / "snapshots" / str(found.sha)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -41,7 +42,14 @@ def explained(name: Name) -> Iterator[None]:
         if _status(error) in (401, 403):
             raise PermissionError(_gated(name, where)) from None
         raise OSError(f"{where} answered about {name.repo}: {_first_line(error)}") from None
+    except (TypeError, LookupError, AssertionError, json.JSONDecodeError) as error:
+        raise OSError(
+            f"{where} does not answer about {name.repo} as a hub does ({_first_line(error)})"
+        ) from None
     except Exception as error:
+        if str(error).startswith("Consistency check failed"):
+            reason = f"{where} sent another size than it had said: try again"
+            raise OSError(f"{name.repo}: {reason} ({_first_line(error)})") from None
         if not (is_offline(error) or isinstance(error, errors.LocalEntryNotFoundError)):
             raise
         off = isinstance(error, errors.OfflineModeIsEnabled)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,11 +17,13 @@ _FILE = re.compile(r"/(\w+/[\w.-]+)/resolve/([^/]+)/([^?]+)(?:\?.*)?")
 
 
 class Hub:
-    """`files`: repository -> name -> file. `downloads` are the files that were sent."""
+    """`files`: repository -> name -> file. `downloads` are the files that were sent. `damaged`:
+    file -> what is sent in place of its content, and "" -> of a listing."""
 
     def __init__(self, files: Mapping[str, Mapping[str, Path]], gated: tuple[str, ...]) -> None:
         self.files, self.gated = files, gated
         self.downloads: list[str] = []
+        self.damaged: dict[str, Callable[[bytes], bytes]] = {}
         self.requests = 0
         self.endpoint = ""
 
@@ -62,7 +64,8 @@ def serve(files: Mapping[str, Mapping[str, Path]], gated: tuple[str, ...] = ()) 
             else:
                 siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
                 answer = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
-            self.send(json.dumps(answer).encode(), "application/json")
+            content = json.dumps(answer).encode()
+            self.send(hub.damaged.get("", bytes)(content), "application/json")
 
         def file(self, repo: str, revision: str, name: str) -> None:
             if repo not in hub.files:
@@ -75,7 +78,10 @@ def serve(files: Mapping[str, Mapping[str, Path]], gated: tuple[str, ...] = ()) 
             if self.command == "GET":
                 hub.downloads.append(name)
             etag = {"ETag": f'"{digest(path)}"', "X-Repo-Commit": COMMIT}
-            self.send(path.read_bytes(), "application/octet-stream", etag)
+            content = path.read_bytes()
+            if self.command == "GET" and name in hub.damaged:
+                content = hub.damaged[name](content)
+            self.send(content, "application/octet-stream", etag)
 
         def send(self, body: bytes, kind: str, headers: Mapping[str, str] = {}) -> None:
             self.send_response(200)
@@ -106,4 +112,6 @@ def serve(files: Mapping[str, Mapping[str, Path]], gated: tuple[str, ...] = ()) 
 
 
 def digest(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
+    """As the real one: SHA-256 of large files."""
+    kind = hashlib.sha256 if path.suffix == ".safetensors" else hashlib.sha1
+    return kind(path.read_bytes()).hexdigest()

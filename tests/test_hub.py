@@ -193,6 +193,39 @@ def test_a_model_is_downloaded_once_and_found_without_a_network(ask, hub):
     assert ask("-c", FIND, f"someone/tiny@{COMMIT}")[1] == folder
 
 
+VAE = "vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        (VAE, lambda x: x[:-1] + b"?", f"{VAE} of someone/tiny came damaged (its hash is not"),
+        (VAE, lambda x: x[:-5], "someone/tiny: {} sent another size than it had said: try again"),
+        ("", lambda x: x[:-5], "{} does not answer about someone/tiny as a hub does (Expecting"),
+        ("", lambda x: b'{"a": 1}', "{} does not answer about someone/tiny as a hub does"),
+        ("", lambda x: x.replace(b"a" * 40, b"../../evil"), "{} does not answer about someone/tin"),
+    ],
+)
+def test_what_comes_damaged_is_not_used(ask, hub, file, damage, words):
+    hub.damaged[file] = damage
+    code, _, said = ask("-c", MISTAKES, "someone/tiny", "vae")
+    hub.damaged.clear()
+    assert code == 2 and f"error: {words.format(hub.endpoint)}" in said
+    assert not said.count("Traceback")
+    code, folder, said = ask("-c", FIND, "someone/tiny", "vae")
+    assert code == 0 and VAE in hub.downloads, said
+    assert (Path(folder) / VAE).read_bytes() == hub.files["someone/tiny"][VAE].read_bytes()
+
+
+def test_half_a_model_is_none_without_a_network(ask, hub):
+    """Not even where only the file is missing that says with how many steps it is sampled."""
+    hub.damaged["fluxjax.json"] = lambda content: content[:-1]
+    assert ask("-c", MISTAKES, "someone/tiny")[0] == 2
+    hub.damaged.clear()
+    code, _, said = ask("-c", MISTAKES, "someone/tiny", HF_HUB_OFFLINE="1")
+    assert code == 2 and "Traceback" not in said, said
+
+
 def test_a_file_of_several(ask, hub):
     code, file, said = ask("-c", FIND, "someone/loras/two.safetensors", "lora")
     assert code == 0 and file.endswith("/two.safetensors"), said
