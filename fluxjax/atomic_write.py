@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, BinaryIO
 
 from fluxjax.lock import lock_beside, locked, try_lock
 
@@ -154,7 +155,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
     What killed writers leave is for `remove_leftovers`. Raises OSError.
     """
-    with _temporary(path, content) as part:
+    with locked_part(path) as (part, file):
+        file.write(content)
+        file.flush()
         os.replace(part, path)
 
 
@@ -164,7 +167,9 @@ def write_new(path: Path, content: bytes) -> Path:
     Nothing that is there is touched, and the name appears with the content, never empty.
     Raises OSError.
     """
-    with _temporary(path, content, durable=True) as part:
+    with locked_part(path) as (part, file):
+        file.write(content)
+        to_disk(file)
         for target in _numbered(path):
             if _link_new(part, target):
                 return target
@@ -199,27 +204,31 @@ def _link_new(part: Path, target: Path) -> bool:
     return True
 
 
+def to_disk(file: IO) -> None:
+    """What was written to it, so that not after a power cut either its name is there without."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 @contextmanager
-def _temporary(path: Path, content: bytes, durable: bool = False) -> Iterator[Path]:
-    """The content under a hidden name beside `path`, locked as long as we live."""
+def locked_part(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new empty file under a hidden name beside `path`, locked as long as we live, then gone.
+
+    An OSError names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     with said_of(path, part), open(part, "xb") as file:
         try:
             try_lock(file.fileno())
-            file.write(content)
-            file.flush()
-            if durable:  # not after a power cut either is the name there without the content
-                os.fsync(file.fileno())
-            yield part
+            yield part, file
         finally:
             part.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, names: str = "**/.*.part") -> None:
-    """Remove what killed writers of `write_bytes` left under a folder of our own; of `write_new` in
-    another's folder, what has such `names`."""
-    for part in Path(folder).glob(names):
+def remove_leftovers(folder: Path, names: str = "**/.*") -> None:
+    """Remove what killed writers left as a `locked_part`, under `names` up to its random end."""
+    for part in Path(folder).glob(f"{names}.{'[0-9a-f]' * 8}.part"):
         with suppress(OSError), open(part, "r+b") as file:
             age = time.time() - os.fstat(file.fileno()).st_mtime
             if age > _LOCKED_AFTER and try_lock(file.fileno()):

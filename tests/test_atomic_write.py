@@ -186,7 +186,7 @@ def test_many_write_the_same_small_file(tmp_path: Path) -> None:
 
 
 def test_leftovers_go_when_their_writer_is_gone(tmp_path: Path, monkeypatch) -> None:
-    left = tmp_path / "latents" / ".entry.1234.part"
+    left = tmp_path / "latents" / ".entry.0123abcd.part"
     left.parent.mkdir()
     left.write_text("half")
     remove_leftovers(tmp_path)

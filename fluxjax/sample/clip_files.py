@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import UInt8
 
-from fluxjax.atomic_write import place_new, said_of, write_new
+from fluxjax.atomic_write import locked_part, place_new, to_disk, write_new
 from fluxjax.clip_reader import VIDEOS, import_av, opened_video
 from fluxjax.config import ConfigError
 from fluxjax.picture_files import quiet
@@ -66,14 +65,10 @@ def write_clip(
     if frames < 1 or not 1 <= fps <= 240:
         raise ConfigError(f"a clip has frames, and 1 to 240 a second, not {frames} and {fps}")
     stills: dict[str, Image] = {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with said_of(path, part):
-            writers[path.suffix.lower()](part, _passing(path, groups, frames, stills), fps, record)
+    with locked_part(path) as (part, file):
+        writers[path.suffix.lower()](part, _passing(path, groups, frames, stills), fps, record)
+        to_disk(file)
         written = [place_new(part, path)]
-    finally:
-        part.unlink(missing_ok=True)
     for name, picture in stills.items():
         still = path.with_name(f"{written[0].stem}-{name}.png")
         written.append(write_new(still, encode_picture(picture, ".png", record)))

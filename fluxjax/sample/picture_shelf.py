@@ -11,7 +11,7 @@ from fluxjax.atomic_write import remove_leftovers, write_new
 from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.config import ConfigError
 from fluxjax.sample.clip_files import require_clip_name, still_pixels, usual_suffix, write_clip
-from fluxjax.sample.file_names import FORMATS, file_name
+from fluxjax.sample.file_names import CLIP_FORMATS, FORMATS, file_name
 from fluxjax.sample.given_options import destination
 from fluxjax.sample.opened_model import OpenedModel
 from fluxjax.sample.options import Options
@@ -28,18 +28,14 @@ if TYPE_CHECKING:
     from fluxjax.sample.pipeline import Pipeline
 
 
-# Of these alone what is being written is locked; .webp may be a clip.
-_PICTURES = (".png", ".jpg", ".jpeg")
-
-
 class PictureShelf:
     """Where pictures go as they are drawn, under names that are free."""
 
     def __init__(self, options: Options, opened: OpenedModel, note: Callable[[str], None]) -> None:
         self.options, self.opened, self.note = options, opened, note
         self.folder, self.file = destination(options)
-        for suffix in _PICTURES:
-            remove_leftovers(self.folder, f".*{suffix}.{'[0-9a-f]' * 8}.part")
+        for suffix in {*FORMATS, *CLIP_FORMATS}:
+            remove_leftovers(self.folder, f".*{suffix}")
         self._drawn: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
 
     def check(self, job: Job) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from fluxjax.atomic_write import remove_leftovers
 from fluxjax.checkpoint.training_state import StateStore
 from fluxjax.cli import sentence
 from fluxjax.config import ConfigError
@@ -57,6 +58,8 @@ def run_folder(folder: Path) -> Iterator[Path]:
     def take() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         held.__enter__()
+        for names in (".*", "validation/.*"):
+            remove_leftovers(folder, names)
 
     hosts.from_first(take)
     try:
