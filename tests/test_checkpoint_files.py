@@ -244,6 +244,21 @@ def test_orbax_itself_restores_what_we_stream(tmp_path):
     jax.tree.map(lambda t, a: np.testing.assert_array_equal(t.read(), a), lazy, tree)
 
 
+def test_a_full_disk_is_named_when_orbax_writes(tmp_path, capfd):
+    """By a sentence that is not of the device's memory, with nothing beside it."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    tree = {name: of_array(np.arange(30_000, dtype=np.float32)) for name in "abcd"}
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_orbax(tmp_path / "params", tree)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(tmp_path / "params")
+    assert not capfd.readouterr().err
+
+
 def test_a_lost_part_of_an_orbax_folder_is_not_read_as_zeros(tmp_path):
     """Also without the hashes that we write beside ours; zeros themselves are stored."""
     import tensorstore as ts

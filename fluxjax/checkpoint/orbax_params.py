@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,8 @@ def write_orbax(
                 )
                 for future in written:
                     await asyncio.to_thread(future.result)
+                if failed:
+                    raise failed[0]
                 if progress:
                     for i in batch:
                         progress(infos[i].name, values[i].nbytes)
@@ -82,13 +86,17 @@ def write_orbax(
                 tspec["metadata"]["chunks"] = choose_chunk_shape(
                     value.shape, shape, value.dtype, _CHUNK_BYTES
                 )
-            await super()._open_and_write(value, tspec, ts_context)
+            try:
+                await super()._open_and_write(value, tspec, ts_context)
+            except ValueError as error:  # raised once the others have ended, which would be orphans
+                failed.append(error)
 
+    failed: list[ValueError] = []
     leaves = {path: as_tensor(leaf) for path, leaf in engine.flatten(_nested(params)).items()}
     args = dict.fromkeys(leaves, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
     handler = LazyHandler(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry((Tensor, handler))
-    with _quiet():
+    with _quiet(), _of_the_system(folder):
         trees = ocp.PyTreeCheckpointHandler(
             use_ocdbt=True, use_compression=False, type_handler_registry=registry
         )
@@ -96,6 +104,19 @@ def write_orbax(
         with ocp.Checkpointer(trees) as checkpointer:
             checkpointer.save(Path(folder).absolute(), args=save)
     write_manifest(Path(folder))
+
+
+@contextmanager
+def _of_the_system(folder: Path) -> Iterator[None]:
+    """What TensorStore says of an error of the operating system, a full disk, as an OSError."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+        if code is None:
+            raise
+        number = int(code[1])
+        raise OSError(number, os.strerror(number), str(folder)) from None
 
 
 def _batches(sizes: Sequence[int]) -> list[list[int]]:
