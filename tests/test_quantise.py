@@ -19,6 +19,7 @@ from fluxjax.config import ConfigError, FluxConfig, T5Config
 from fluxjax.convert import convert
 from fluxjax.convert.__main__ import main as convert_command
 from fluxjax.convert.report import relative_error
+from fluxjax.hub import tiny_folder
 from fluxjax.models.quantised import Quantised
 from fluxjax.parallel.mesh_shape import parse_mesh
 from fluxjax.quantised_kinds import KINDS
@@ -239,10 +240,16 @@ def test_the_command_reports_what_it_cost(source, tmp_path, capsys):
         ({"quantised": "q8_0", "target": "diffusers"}, "as --to bfl or orbax, not diffusers"),
         ({"destination": "x.gguf"}, r"ends in \.gguf"),
         ({"destination": "x.safetensors", "quantised": "q8_0"}, r"ends in \.safetensors.*\.gguf"),
+        # It would be written as it is, to x.gguf too.
+        (
+            {"source": "vae", "destination": "x.gguf", "quantised": "q4_k"},
+            "--quantise q4_k: the autoencoder is never quantised",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(source, tmp_path, options, why):
     destination = tmp_path / options.pop("destination", "out")
+    source = tiny_folder() / options.pop("source") if "source" in options else source
     with pytest.raises(ConfigError, match=why):
         convert.plan(source, destination, **options)
 

@@ -21,6 +21,7 @@ from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.checkpoint.weights_location import PARAMS
 from fluxjax.checkpoint.whole_file import whole_tensors
+from fluxjax.config import ConfigError
 from fluxjax.convert.quantise import (
     FORMS,
     bitsandbytes_config,
@@ -73,8 +74,12 @@ def plan_weights(
 
     For BFL all are single files: flux1-*.safetensors, ae.safetensors, and with the published
     names, as ComfyUI has them, clip_l.safetensors and t5xxl.safetensors. `mesh` is for Orbax.
-    `quantised`: the kind of the codes of the networks that have large products.
+    `quantised`: the kind of the codes of the networks that have large products. Raises ConfigError
+    where none has.
     """
+    if quantised is not None and not any(map(_has_codes, networks.values())):
+        words = " and ".join(network_of(one.config).words for one in networks.values())
+        raise ConfigError(f"--quantise {quantised}: the {words} is never quantised")
     return [
         _plan_network(network, target, mesh, quantised, Path(name if len(networks) > 1 else "."))
         for name, network in networks.items()
@@ -87,11 +92,15 @@ def plan_whole(whole: WholeFile, networks: Mapping[str, OpenNetwork]) -> Weights
     return Weights("file", Path("."), tensors, {}, metadata)
 
 
+def _has_codes(network: OpenNetwork) -> bool:
+    known = network_of(network.config)
+    return bool(known.quantised and known.quantised_files)
+
+
 def _plan_network(
     network: OpenNetwork, target: Target, mesh: MeshShape | None, kind: str | None, folder: Path
 ) -> Weights:
-    known = network_of(network.config)
-    if kind is None or not (known.quantised and known.quantised_files):
+    if kind is None or not _has_codes(network):
         return _plan(network, target, mesh, folder)
     if target == "orbax":
         return _plan_codes(network, kind, mesh, folder)
