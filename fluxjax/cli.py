@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TRACEBACK_VARIABLE = "FLUXJAX_TRACEBACK"
 
 _NARROWEST = 40  # columns; help is laid out without end in a terminal of one
+_LONGEST = 20_000  # characters of an error: strangers' files hold values of any length
 _COLLECTION = (50_000, 20, 10)  # objects, then rounds; importing and tracing make few cycles
 _NO_HOME = "Could not determine home directory."  # pathlib, of ~nosuchuser
 _LINKS_IN_A_CIRCLE = "Symlink loop from"  # pathlib's, before Python 3.13
@@ -75,7 +76,9 @@ def report(error: Exception) -> int:
     A mistake is `error: ...` and 2, or the error's `exit_code`; a bug is its traceback and 1.
     """
     if is_mistake(error):
-        say(f"error: {sentence(error)}")
+        text = sentence(error)
+        more = len(text) - _LONGEST
+        say(f"error: {text[:_LONGEST]}{f' ... and {more} characters more' if more > 0 else ''}")
         return getattr(error, "exit_code", 2)
     import traceback
 

@@ -39,6 +39,7 @@ def test_the_code_is_passed_on(returned, code):
         (MemoryError(), "out of memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "device is out of"),
         (RuntimeError("Symlink loop from '/a'"), "'/a' is a link to itself"),
+        (ValueError("got " + "2, " * 10**6), "got 2, 2, "),
     ],
 )
 def test_mistakes_are_one_sentence(capsys, error, words):
@@ -46,6 +47,7 @@ def test_mistakes_are_one_sentence(capsys, error, words):
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and words in printed.err
     assert len(printed.err.splitlines()) == 1 and not printed.out
+    assert len(printed.err) < 21_000
     assert words in sentence(error)
 
 
