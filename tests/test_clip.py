@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from parameter_trees import parameter_count
+from random_checkpoints import random_tree
 from torch_reference import from_torch, relative_l2
 
 from fluxjax.checkpoint.component_json import parse_config
@@ -33,6 +34,7 @@ from fluxjax.config import (
 )
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.clip_vision import CLIPModel, CLIPVisionModel
+from fluxjax.models.lora import adapter_sites
 from fluxjax.models.names import flatten
 from fluxjax.models.stacking import stack_layers
 
@@ -109,6 +111,25 @@ def test_gradients_of_a_lora_are_pefts():
     for path, gradient in flatten(found).items():
         if path[-1] != "scale":
             assert relative_l2(gradient, expected[path]) <= 1e-5, path  # measured: 1.4e-6
+
+
+def test_an_adapter_counts_in_layers_that_are_scanned():
+    """In the output of some of them, which Stable Diffusion reads, as one by one."""
+    params, rng = random_tree(TEXT, np.float32), np.random.default_rng(2)
+    adapters = {
+        site.names[0]: Adapter(*(rng.normal(size=(2, n)) for n in site.shape), scale=0.1)
+        for site in adapter_sites(params)
+    }
+    adapters = {name: one._replace(b=one.b.T) for name, one in adapters.items()}
+
+    def states(tree, adapters, *, scan):
+        variables = {"params": tree, "lora": low_rank_tree(adapters, tree)}
+        run = jax.jit(CLIPTextModel(TEXT, scan_layers=scan).apply)
+        return run(variables, IDS, np.full(len(IDS), 2)).last_hidden_state
+
+    one_by_one, plain = (states(params, each, scan=False) for each in (adapters, {}))
+    assert relative_l2(plain, one_by_one) > 0.1
+    assert relative_l2(states(stack_layers(params), adapters, scan=True), one_by_one) <= 1e-5
 
 
 @pytest.mark.parametrize("eos", [2, 98, 7], ids=["published", "true eos", "not the highest id"])

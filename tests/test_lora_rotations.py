@@ -1,4 +1,4 @@
-"""Adapters that turn weights, beside PEFT's own and LyCORIS' and kohya's formulas in PyTorch."""
+"""Adapters that turn weights, and PEFT's LoHa and LoKr, beside PEFT, LyCORIS and kohya's code."""
 
 from __future__ import annotations
 
@@ -58,6 +58,12 @@ PEFT_CASES = {
     "shared": peft.OFTConfig(**OFT, block_share=True, use_cayley_neumann=False),
     "constrained": peft.OFTConfig(**OFT, coft=True, eps=0.5, use_cayley_neumann=False),
     "butterfly": peft.BOFTConfig(boft_block_size=8, init_weights=False),
+    "LoHa": peft.LoHaConfig(r=2, alpha=5, init_weights=False, rank_pattern={NAMES[0]: 3}),
+    "LoKr": peft.LoKrConfig(
+        r=2, alpha=5, init_weights=False, decompose_both=True, alpha_pattern={NAMES[0]: 3}
+    ),
+    # No rank can be seen in its tensors, and alpha counts all the same.
+    "whole LoKr": peft.LoKrConfig(r=99, alpha=5, init_weights=False, rank_pattern={NAMES[0]: 88}),
 }
 
 
@@ -85,7 +91,7 @@ def no_extension(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("case", PEFT_CASES)
-def test_what_peft_saves_turns_as_peft_merges_it(case, tmp_path) -> None:
+def test_what_peft_saves_changes_what_peft_merges(case, tmp_path) -> None:
     config, base = PEFT_CASES[case], weights()
     config.target_modules = list(NAMES)
     model = peft.get_peft_model(Layers(base), config)
@@ -172,7 +178,7 @@ def test_what_does_not_turn_as_it_says_is_refused(tmp_path) -> None:
     for text, says in (
         ('{"peft_type": "OFT", "bias": "all"}', "asks for bias"),
         ('{"peft_type": "OFT", "use_cayley_neumann": 3}', "does not say how its adapters turn"),
-        ('{"peft_type": "VERA"}', "only LORA, OFT and BOFT are read"),
+        ('{"peft_type": "VERA"}', "only LORA, LOHA, LOKR, OFT and BOFT are read"),
     ):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ConfigError, match=says):

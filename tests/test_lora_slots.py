@@ -117,6 +117,15 @@ def test_what_does_not_fit_the_slots_is_refused(files, tmp_path, shared) -> None
         pipe("a star", lora=[[one], [], []])
     with pytest.raises(ConfigError, match="more than add low-rank products"):
         pipe("a star", lora=[shared / "goldens" / "lora" / "lokr_kohya.safetensors"])
+    endless = [(one, float("nan"))]
+    for call in (
+        lambda: pipe("a star", lora=endless),
+        lambda: fluxjax.load_pipeline(loras=endless),
+    ):
+        with pytest.raises(ConfigError, match=r"scale must be a number within 1e\+30, got nan"):
+            call()
+    for given in (f"{one}:0.7", (one, 0.7), [(one, 0.7)], [[f"{one}:0.7"]]):
+        assert pipe.slots is not None and pipe.slots.each(given, 1, 1) == [{str(one): 0.7}]
     with pytest.raises(ConfigError, match="load the pipeline with lora_slots=RANK"):
         fluxjax.load_pipeline("tiny")("a star", lora=[one])
     for wrong in ({"lora_slots": -1}, {"lora_slots": 4, "loras": [one]}):

@@ -70,6 +70,21 @@ def test_bitsandbytes(shared, name, prefix):
     assert weight.packed is not None and weight.packed.kind == name.removesuffix("_nested")
 
 
+@pytest.mark.parametrize("storage", [np.int8, ml_dtypes.bfloat16, np.float16, np.float32])
+def test_bytes_of_nf4_may_be_stored_as_numbers(shared, storage):
+    """As QLoRA over FSDP needs them: `bnb_4bit_quant_storage`."""
+    arrays = recorded(shared, "bitsandbytes.safetensors")
+    parts = {k.split("|")[1]: v for k, v in arrays.items() if k.startswith("nf4|")}
+    expected = parts.pop("values")
+    parts["weight"] = parts["weight"].reshape(-1).view(storage)[:, None]
+    weight = unquantised(lazy(parts))["weight"]
+    assert bits(weight.read().astype(np.float32)) == bits(expected)
+    assert bits(weight.rows(3, 7).astype(np.float32)) == bits(expected[3:7])
+    parts["weight"] = parts["weight"][1:]
+    with pytest.raises(ValueError, match="two to a byte"):
+        unquantised(lazy(parts))
+
+
 def test_nf4_of_rows_that_are_no_whole_blocks(shared):
     arrays = recorded(shared, "bitsandbytes.safetensors")
     parts = {k.split("|")[1]: v for k, v in arrays.items() if k.startswith("nf4|")}

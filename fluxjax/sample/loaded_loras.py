@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from fluxjax.checkpoint.lora.changes import Adapter
-from fluxjax.checkpoint.lora.scaled_file import split_scale
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import adapter_defaults
 from fluxjax.checkpoint.templates import abstract_params
@@ -22,13 +21,6 @@ from fluxjax.shapes import Params
 Scaled = tuple[str | Path, float]
 LowRank = list[tuple[dict[str, Adapter], float]]
 """Of each file its low-rank products, and its strength."""
-
-
-def scaled_lora(lora: str | Path | Scaled) -> Scaled:
-    """(file, strength) of FILE, FILE:SCALE or both."""
-    if isinstance(lora, tuple):
-        return lora
-    return split_scale(lora) if isinstance(lora, str) else (lora, 1.0)
 
 
 def with_loras(

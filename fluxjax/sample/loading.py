@@ -11,6 +11,7 @@ from typing import Any, get_args
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from fluxjax.checkpoint.lora.scaled_file import scaled_files
 from fluxjax.checkpoint.opened_network import OpenNetwork
 from fluxjax.checkpoint.pipeline_folder import read_config, tokenizer_of
 from fluxjax.checkpoint.templates import Part, abstract_params, part_of
@@ -31,7 +32,7 @@ from fluxjax.parallel.sequence import AXIS, Layout, attention_over
 from fluxjax.quantised_kinds import KEEP, LOADED
 from fluxjax.sample.controls import given_controlnets, open_controlnets
 from fluxjax.sample.ip_adapter import given_ip_adapters, open_ip_adapters
-from fluxjax.sample.loaded_loras import low_rank_of, scaled_lora, with_loras
+from fluxjax.sample.loaded_loras import low_rank_of, with_loras
 from fluxjax.sample.lora_slots import LoraSlots
 from fluxjax.sample.model_files import ModelFiles, open_model_file, open_model_folder
 from fluxjax.sample.pipeline import Pipeline
@@ -118,7 +119,7 @@ def load_pipeline(
     path = find(TINY if tool else model, "model", read_config)
     family, networks, config, tokenizers = _open_model(path, text_encoders, vae)
     kinds = parse_quantise(quantise)
-    scaled = [scaled_lora(lora) for lora in loras]
+    scaled = scaled_files(loras)
     used = scaled if tool is None else [(tool, 1.0), *scaled]
     networks, config, low_rank = with_loras(networks, config, used)
     config.require_whole(path)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.checkpoint.lora.changes import Adapter
-from fluxjax.checkpoint.lora.scaled_file import split_scale
+from fluxjax.checkpoint.lora.scaled_file import scaled_files
 from fluxjax.config import ConfigError
 from fluxjax.hub import find
 from fluxjax.models.lora import adapter_sites
@@ -21,8 +21,8 @@ from fluxjax.shapes import Params
 
 Chosen = str | Path | tuple[str | Path, float]
 """FILE, "FILE:SCALE" or (FILE, SCALE)."""
-LoraChoice = Sequence[Chosen] | Sequence[Sequence[Chosen]]
-"""Adapters of all pictures, or a list of them for each prompt."""
+LoraChoice = Chosen | Sequence[Chosen] | Sequence[Sequence[Chosen]]
+"""Adapters of all pictures, one or several, or a list of them for each prompt."""
 _Each = Sequence[Mapping[str, float]]
 Flat = dict[tuple[str, ...], Any]
 """Leaves by their paths."""
@@ -56,19 +56,17 @@ class LoraSlots:
 
         Raises ConfigError, and what reading a file raises; of all of them before anything runs.
         """
-        chosen = list(lora or ())
-        groups: list[Any] = [chosen] * prompts
-        if chosen and all(isinstance(one, list) for one in chosen):
-            groups = chosen
+        groups: list[Any] = [lora] * prompts
+        if lora and isinstance(lora, list | tuple) and all(isinstance(one, list) for one in lora):
+            groups = list(lora)
         if len(groups) != prompts:
             raise ConfigError(f"lora has {len(groups)} lists for {prompts} prompts")
         found: list[Mapping[str, float]] = []
         for group in groups:
             scales: dict[str, float] = {}
-            for one in group:
-                file, scale = one if isinstance(one, tuple) else split_scale(str(one))
-                self._read(str(file))
-                scales[str(file)] = scales.get(str(file), 0.0) + float(scale)
+            for file, scale in scaled_files(group):
+                self._read(file)
+                scales[file] = scales.get(file, 0.0) + scale
             found += [scales] * number
         self._columns(found)
         return found

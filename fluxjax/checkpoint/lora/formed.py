@@ -133,6 +133,11 @@ def _weights(
         raise _Wrong(
             f"unknown: {group.module} has tensors of {kind.name}, of which {told} says nothing"
         )
+    if config.factored_as and kind.name != config.factored_as:
+        raise _Wrong(
+            f"unknown: {group.module} has tensors of {kind.name}, and {config.where} is of a "
+            f"{config.factored_as}"
+        )
     rows = _sizes(group, "weight")
     axes = group.network.shapes[next(iter(rows))]
     missing = [name for name in kind.shapes if name not in values]
@@ -273,7 +278,7 @@ def _how(group: Group, kind: Kind, alpha: np.ndarray | None, rank: int, config: 
     if kind.how == "alpha":
         return 0.0 if alpha is None else float(alpha.reshape(()))
     if not kind.rank:
-        return 1.0
+        return config.scale_of_whole(group.plain)
     if alpha is None:
         with np.errstate(over="ignore"):
             scale = np.float32(config.scale(group.plain, rank))

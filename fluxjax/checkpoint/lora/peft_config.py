@@ -1,7 +1,8 @@
 """PEFT's LoraConfig: in the metadata of a file (diffusers), or in adapter_config.json beside it.
 
 It decides by how much a LoRA counts: alpha / rank, or alpha / sqrt(rank) where rank-stabilised.
-https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/config.py
+https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/config.py, and those of its
+LoHa, LoKr, OFT and BOFT.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ _LITERAL = re.compile(r"\^?[\w.\-]+")
 _SLOW = re.compile(r"[({]|\\[^.d]|[*+?].*[*+?]", re.DOTALL)
 _MAX_EXPRESSIONS = 16
 _MAX_LENGTH = 200
+_FACTORED = {"LOHA": "LoHa", "LOKR": "LoKr"}
+_USUAL = 8.0  # alpha and rank of a LoHa or LoKr of which nothing else is said
 _MAX_TERMS = 100  # of a series that PEFT cuts after five
 
 
@@ -89,6 +92,8 @@ class PeftConfig:
     alphas: Patterns = field(default_factory=lambda: Patterns({}))
     ranks: Patterns = field(default_factory=lambda: Patterns({}))
     targets: frozenset[str] = frozenset()
+    factored_as: str = ""
+    """LoHa or LoKr, where the adapters are nothing else."""
 
     def scale(self, module: str, rank: int) -> float:
         """Of a module, in the file's own name, whose A has `rank` rows.
@@ -101,6 +106,11 @@ class PeftConfig:
         alpha = self.alphas.get(module, self.alpha)
         alpha = float(rank) if alpha is None else alpha
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+    def scale_of_whole(self, module: str) -> float:
+        """Of what has no rank: PEFT's LoKr of two whole factors has the scale of the others."""
+        alpha, rank = self.alphas.get(module, self.alpha), self.ranks.get(module, self.rank)
+        return alpha / rank if self.factored_as == "LoKr" and alpha and rank else 1.0
 
     def targeted(self, names: Iterable[str]) -> list[str]:
         """Those of the names that are said to be adapted. What is one's whole name is of no other:
@@ -135,8 +145,12 @@ def read_peft_config(path: Path, metadata: Mapping[str, str], component: str) ->
         kind = str(values.get("peft_type", "LORA"))[:60]
         if kind in ("OFT", "BOFT"):
             return _turning(values, str(beside))
+        if kind in _FACTORED:
+            return _factored(values, str(beside))
         if kind != "LORA":
-            raise ConfigError(f"{beside} is of a {kind!r}; only LORA, OFT and BOFT are read")
+            raise ConfigError(
+                f"{beside} is of a {kind!r}; only LORA, LOHA, LOKR, OFT and BOFT are read"
+            )
         return _checked(values, str(beside))
     return PeftConfig()
 
@@ -157,6 +171,23 @@ def _turning(values: Mapping[str, Any], where: str) -> PeftConfig:
         raise ConfigError(f"{where} does not say how its adapters turn: {error}") from None
     turns_as, targets = values["peft_type"], _targets(values)
     return PeftConfig(where=where, turns_as=turns_as, cayley=cayley, targets=targets)
+
+
+def _factored(values: Mapping[str, Any], where: str) -> PeftConfig:
+    """Of PEFT's LoHa or LoKr."""
+    _refuse(values, _REFUSED, where)
+    try:
+        return PeftConfig(
+            where=where,
+            alpha=_number(values, "alpha") or _USUAL,
+            rank=_number(values, "r") or _USUAL,
+            alphas=_patterns(values, "alpha_pattern"),
+            ranks=_patterns(values, "rank_pattern"),
+            targets=_targets(values),
+            factored_as=_FACTORED[values["peft_type"]],
+        )
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"{where} has no usable alpha and rank: {error}") from None
 
 
 def _checked(values: Mapping[str, Any], where: str) -> PeftConfig:

@@ -67,17 +67,30 @@ def _four_bits(raw: Mapping[str, Tensor], weight: str, kind: str, state: str) ->
         raise ValueError(f"{state} has blocks of {str(block)[:20]}, which are not {_BLOCKS}")
     if not isinstance(dtype, str) or dtype not in _VALUES:
         raise ValueError(f"{state} has values of {str(dtype)[:20]!r}, not {' or '.join(_VALUES)}")
-    codes, count = part(raw, weight, state), math.prod(shape)
-    if codes.dtype != np.uint8 or codes.size != -(-count // 2):
+    stored, count = part(raw, weight, state), math.prod(shape)
+    if math.prod(stored.shape[1:]) != 1 or stored.nbytes != -(-count // 2):
         raise ValueError(
-            f"{weight} is {codes.dtype} {list(codes.shape)}, not the {count} values "
+            f"{weight} is {stored.dtype} {list(stored.shape)}, not the {count} values "
             f"of {state}, two to a byte"
         )
+    codes = _bytes(stored)
     absmax, used = _scales(raw, weight, values, -(-count // block), state)
     levels_name = f"{weight}.quant_map"
     levels = small(part(raw, levels_name, state), levels_name, 16)
     tensor = _decoded(codes, absmax, levels, kind, tuple(shape), block, DTYPES[_VALUES[dtype]])
     return Found(weight, tensor, (weight, state, levels_name, *used))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """(bytes, 1), of numbers of any type (`bnb_4bit_quant_storage`), of which none counts."""
+    width = tensor.dtype.itemsize
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        first = start // width
+        numbers = np.ascontiguousarray(tensor.rows(first, -(-stop // width)))
+        return numbers.reshape(-1).view(np.uint8)[start - first * width :][: stop - start, None]
+
+    return Tensor((tensor.nbytes, 1), np.dtype(np.uint8), rows, tensor.by_rows)
 
 
 def _scales(
