@@ -160,8 +160,9 @@ class CLIPEncoder(Part):
                 return advance(layer, carry[0], carry[1], done), None
 
             counts = jnp.arange(1, self.config.num_hidden_layers + 1)
-            axes = {"params": 0, COLLECTION: 0}
-            scanned: Any = nn.scan(body, variable_axes=axes, split_rngs={"params": True})
+            scanned: Any = nn.scan(
+                body, variable_axes={"params": 0, COLLECTION: 0}, split_rngs={"params": True}
+            )
             return scanned(self.layers, (x, x), counts)[0]
         kept = x
         for done, layer in enumerate(self.layers, start=1):
