@@ -205,6 +205,9 @@ def test_black_is_kept_at_timestep_0_too():
     values = {**SD, "_class_name": "DDIMScheduler", "timestep_spacing": "linspace"}
     kept = sampler_run(sampler_config(values), 4).keeping
     assert kept.times[-1] == 0 and kept.thresholds is not None and (kept.thresholds > 0).all()
+    last = sampler_run(sampler_config(values), 4, 3).keeping
+    assert last.times.tolist() == [0] and last.thresholds is not None
+    assert last.thresholds.tolist() == [1], "white is painted in a run of the last step alone"
 
 
 def test_another_sampler_reads_the_same_file():

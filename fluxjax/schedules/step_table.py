@@ -51,8 +51,10 @@ class Run(NamedTuple):
         """
         keep = np.append(self.levels[1:], [[1.0, 0.0]], axis=0).astype(np.float32)
         times = self.schedule.times
-        # Black is below every threshold, that of timestep 0 too, with which many runs end.
-        thresholds = np.clip(times / times[self.schedule.first], LEAST_THRESHOLD, 1)
+        # Black is below every threshold, that of timestep 0 too, with which many runs end and some
+        # that are left one step begin.
+        first = times[self.schedule.first]
+        thresholds = np.clip(times / first if first else times + 1, LEAST_THRESHOLD, 1)
         return self.schedule._replace(keep=keep, thresholds=thresholds.astype(np.float32))
 
     @property
