@@ -128,6 +128,14 @@ def test_the_learned_variance_costs_what_the_bound_says():
     given = tuple(map(jnp.asarray, (said, values, latents, x)))
     ours = variational_bound(path, given[0], given[1], given[2], given[3], t)
 
+    # A network that says the same by v or by the picture has the same steps.
+    signal, level = (part.reshape(-1, 1, 1, 1) for part in path.state(t))
+    picture = (given[3] - level * given[0]) / signal
+    for kind, other in (("v_prediction", signal * given[0] - level * picture), ("sample", picture)):
+        told = replace(path, scheduler=replace(path.scheduler, prediction_type=kind))
+        again = variational_bound(told, other, *given[1:], t)
+        np.testing.assert_allclose(again, ours, rtol=1e-3, err_msg=kind)
+
     theirs = DDPMScheduler(variance_type="learned_range", clip_sample=False, **betas)
     theirs.set_timesteps(1000)
     a = theirs.alphas_cumprod.double()

@@ -45,7 +45,7 @@ def _steps(path: NoisePath) -> _Step:
 
 def variational_bound(
     path: NoisePath,
-    noise: Float[Array, "b *shape"],
+    predicted: Float[Array, "b *shape"],
     values: Float[Array, "b *shape"],
     latents: Float[Array, "b *shape"],
     x: Float[Array, "b *shape"],
@@ -53,10 +53,12 @@ def variational_bound(
 ) -> Float[Array, " b"]:
     """Bits per number of each row: how far the step that the network takes is from the true one.
 
-    `noise`: predicted, of which no gradient is taken; `values`: -1 (the least variance) to 1 (the
-    largest), between their logarithms; `x`: the noisy latents.
+    `predicted`: noise, v or the picture, as the path has it, of which no gradient is taken;
+    `values`: -1 (the least variance) to 1 (the largest), between their logarithms; `x`: the noisy
+    latents.
     """
-    noise, values = jax.lax.stop_gradient(noise).astype(jnp.float32), values.astype(jnp.float32)
+    predicted = jax.lax.stop_gradient(predicted).astype(jnp.float32)
+    values = values.astype(jnp.float32)
     index = t.astype(jnp.int32)
 
     def row(table: np.ndarray) -> Array:
@@ -64,7 +66,11 @@ def variational_bound(
 
     picture, state, least, most = map(row, _steps(path))
     signal, level = (part.reshape(least.shape) for part in path.state(t))
-    said = (x - level * noise) / signal
+    said = predicted
+    if path.prediction == "epsilon":
+        said = (x - level * predicted) / signal
+    elif path.prediction == "v_prediction":
+        said = signal * x - level * predicted
     mean, true = picture * said + state * x, picture * latents + state * x
     log = (values + 1.0) / 2.0 * (most - least) + least
     apart = 0.5 * (
