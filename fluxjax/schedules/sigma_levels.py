@@ -142,4 +142,9 @@ def _shifted(config: SamplerConfig, levels: np.ndarray, shift: float, mu: float 
 
 def _to_terminal(levels: np.ndarray, terminal: float) -> np.ndarray:
     rest = 1 - levels
+    if rest[-1] == 0:
+        raise ConfigError(
+            f"shift_terminal={terminal:g} stretches the levels to end there, and a single step is "
+            "at level 1: take at least 2"
+        )
     return 1 - rest / (rest[-1] / (1 - terminal))
