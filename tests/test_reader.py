@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,17 +332,27 @@ def test_samplers_draw_the_same_prompts_and_are_plotted(tmp_path, capsys, monkey
 
     painters = {"one": Learner(0), "other": Painter(wrong=3)}
     painters["other"].check = lambda settings: None
-    monkeypatch.setattr(measure, "load_pipeline", lambda model, **_: painters[model])
+    loras = {}
+
+    def load(model, **choices):
+        loras[model] = choices["loras"]
+        return painters[model]
+
+    monkeypatch.setattr(measure, "load_pipeline", load)
     plot = tmp_path / "plot.png"
     settings = EvaluateSettings(
         model="one",
         samplers=("ddim,dpm++", "other:"),
-        step_counts=(4, 2),
+        step_counts=(4, 2, 4),
         prompts=8,
         seed=5,
         plot=plot,
+        guidance=3.0,
+        lora=("a.safetensors",),
     )
     found = measure.evaluate(settings)
+    assert painters["one"].settings.guidance == painters["other"].settings.guidance == 3.0
+    assert loras == {"one": ("a.safetensors",), "other": ()} and len(found.points) == 6
     rates = {(str(p.sampler), p.steps): p.rate("all") for p in found.points}
     own = {("other", 2): 5 / 8, ("other", 4): 5 / 8}
     ones = {(f"one {name}", n): n == 4 for name in ("ddim", "dpm++") for n in (2, 4)}
@@ -367,3 +378,18 @@ def test_samplers_draw_the_same_prompts_and_are_plotted(tmp_path, capsys, monkey
 def test_settings_that_mean_nothing_are_refused(options):
     with pytest.raises(ConfigError, match="must"):
         EvaluateSettings(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 3}, "step_counts are those of samplers: leave out steps, or samplers"),
+        ({"sheet": Path("sheet.png")}, "leave out sheet, or samplers"),
+        ({"task": "edit"}, "leave out task, or samplers"),
+        ({"lora": ("a.safetensors",)}, "tiny is none of the samplers': leave out lora"),
+        ({"step_counts": ()}, "step_counts must name at least one number"),
+    ],
+)
+def test_what_is_not_heard_beside_samplers_is_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        EvaluateSettings(samplers=("tiny-sd:ddim",), **options)

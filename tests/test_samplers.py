@@ -238,7 +238,7 @@ def test_flows_have_samplers_too(name):
 def test_a_single_step_cannot_end_at_a_terminal_level():
     flow = sampler_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1})
     for name in (None, "unipc"):
-        with pytest.raises(ConfigError, match="shift_terminal=0.1 .* take at least 2"):
+        with pytest.raises(ConfigError, match=r"shift_terminal=0\.1 .* take at least 2"):
             sampler_run(chosen(flow, name), 1)
         assert np.isfinite(sampler_run(chosen(flow, name), 2).schedule.times).all()
 

@@ -25,6 +25,7 @@ from fluxjax.config import (
     T5Config,
     UNetConfig,
 )
+from fluxjax.config.stable_diffusion import EULER
 from fluxjax.convert.__main__ import main
 from fluxjax.networks import network_of
 from fluxjax.networks.whole_files import WHOLE_FILES, whole_file, whole_file_of
@@ -218,6 +219,34 @@ def test_a_file_becomes_a_folder_and_back_without_a_bit_lost(tmp_path, name):
         assert found[key].dtype == array.dtype and found[key].tobytes() == array.tobytes(), key
     again = {n: network.config for n, network in open_source(back).items()}
     assert assembled(again, "") == assembled(config.networks, "")
+
+
+@pytest.mark.parametrize(("name", "zero"), [("xl", False), ("xl", True), ("1", True)])
+def test_a_file_tells_that_its_model_predicts_v(tmp_path, name, zero):
+    """XL's to everybody, by tensors without values; any to us, which sampler it has, too."""
+    arrays = whole_arrays(SMALL[name])
+    flags = {key: np.zeros(0, np.float32) for key in ("v_pred", "ztsnr")[: 1 + zero]}
+    file, folder, back = tmp_path / "v.safetensors", tmp_path / "folder", tmp_path / "b.safetensors"
+    save_file(arrays | flags, file)
+    if name != "xl":
+        with pytest.raises(ConfigError, match="belong to none of its networks: 'v_pred', 'ztsnr'"):
+            open_source(file)
+        save_file(arrays, file)
+    main([str(file), str(folder)])
+    place = folder / "scheduler" / "scheduler_config.json"
+    said = json.loads(place.read_text())
+    if name == "xl":
+        assert read_config(folder).scheduler == replace(
+            EULER, prediction_type="v_prediction", rescale_betas_zero_snr=zero
+        )
+    else:
+        assert said["prediction_type"] == "epsilon"
+        said |= {"prediction_type": "v_prediction", "_class_name": "DDIMScheduler"}
+        place.write_text(json.dumps(said | {"rescale_betas_zero_snr": zero}))
+    main([str(folder), str(back), "--to", "bfl"])
+    assert load_file(back).keys() == arrays.keys() | (flags.keys() if name == "xl" else set())
+    main([str(back), str(tmp_path / "again")])
+    assert read_config(tmp_path / "again").scheduler == read_config(folder).scheduler
 
 
 def test_names_that_belong_nowhere_are_refused(tmp_path):

@@ -34,6 +34,7 @@ class OpenNetwork:
 
     `where`: the file or folder they are in. `dialect`: whose names they have there.
     `dropped`: names of tensors that belong to no network of ours and are not carried on.
+    `scheduler`: a SamplerConfig, where the file of a whole pipeline tells how that is sampled.
     """
 
     component: str
@@ -43,6 +44,7 @@ class OpenNetwork:
     dialect: str
     where: Path
     dropped: tuple[str, ...] = ()
+    scheduler: Any = None
 
     def template(self, *, stacked: bool, quantise: str = NONE) -> tuple[dict[str, Any], list[str]]:
         """Shapes of `params`, the values in float32; and what `templates.kept_template` decodes."""
@@ -80,6 +82,12 @@ class OpenNetwork:
             return load_tree(self.tensors, table, template, dtype=dtype, shardings=shardings)
         except ConfigError as error:
             raise ConfigError(f"{self.where}: {self.component}: {error}") from None
+
+
+def scheduler_of(networks: Mapping[str, OpenNetwork]) -> Any:
+    """What their file tells of how they are sampled together; None where it does not."""
+    told = (network.scheduler for network in networks.values())
+    return next((one for one in told if one is not None), None)
 
 
 def make_network(

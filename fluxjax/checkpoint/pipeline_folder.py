@@ -8,6 +8,7 @@ imported only for weights: options are checked before that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fluxjax.checkpoint.component_json import (
 from fluxjax.config import PIPELINES, ConfigError, FluxPipelineConfig, PipelineConfig
 from fluxjax.config.base import kinds_of
 from fluxjax.config.flux_pipeline import require_flux
+from fluxjax.config.sampler import SamplerConfig
 from fluxjax.json_input import parse_json, read_json
 from fluxjax.networks import Config, network_of
 
@@ -93,9 +95,12 @@ def read_config(folder: Path) -> PipelineConfig:
         raise ConfigError(f"{folder / DEFAULTS_FILE}: {error}") from None
 
 
-def assembled(parts: Mapping[str, Any], name: str = "") -> PipelineConfig | None:
+def assembled(
+    parts: Mapping[str, Any], name: str = "", scheduler: SamplerConfig | None = None
+) -> PipelineConfig | None:
     """The pipeline that networks of these configurations, by component, make up with its published
-    defaults; of networks that have files of their own some may lack. None where there is none."""
+    defaults, but for a `scheduler` that is told; of networks that have files of their own some may
+    lack. None where there is none."""
     for cls in PIPELINES:
         kinds = {component: kinds_of(cls, component) for component in cls.components}
         if not all(n in kinds and type(part) in kinds[n][0] for n, part in parts.items()):
@@ -104,7 +109,8 @@ def assembled(parts: Mapping[str, Any], name: str = "") -> PipelineConfig | None
         apart = all(network_of(part).files for part in parts.values())
         if cls.components[0] in parts and (not lacking or apart):
             absent = {n: None for n, (_, optional) in kinds.items() if optional}
-            return cls.published({**absent, **parts}, name)
+            found = cls.published({**absent, **parts}, name)
+            return found if scheduler is None else replace(found, scheduler=scheduler)
     return None
 
 

@@ -12,16 +12,25 @@ from typing import Any
 import numpy as np
 
 from fluxjax.checkpoint import engine
-from fluxjax.checkpoint.component_json import config_json, network_config
+from fluxjax.checkpoint.component_json import config_json, network_config, parse_config
 from fluxjax.checkpoint.opened_network import OpenNetwork, make_network
 from fluxjax.checkpoint.tensors import Tensor, as_tensor
 from fluxjax.config import ConfigError
+from fluxjax.config.sampler import SamplerConfig
 from fluxjax.networks import network_of
 from fluxjax.networks.network import count
-from fluxjax.networks.whole_files import UNREAD, Part, WholeFile, whole_file
+from fluxjax.networks.whole_files import (
+    UNREAD,
+    V_PREDICTION,
+    ZERO_SNR,
+    Part,
+    WholeFile,
+    whole_file,
+)
 
 METADATA_KEY = "fluxjax_networks"
 _PROJECTION = "text_projection.weight"
+_SCHEDULER = "scheduler"
 
 
 def open_whole_file(
@@ -42,6 +51,7 @@ def open_whole_file(
     if whole is None:
         return None
     configs = _configs(metadata, path)
+    scheduler = configs.pop(_SCHEDULER, None)
     networks: dict[str, OpenNetwork] = {}
     left = dict(raw)
     for component, part in whole.parts.items():
@@ -61,6 +71,10 @@ def open_whole_file(
         )
     if not configs and config is None:
         networks |= _of_size(whole, networks, family, path)
+    if whole.predicting_v is not None and V_PREDICTION in left:
+        flagged = replace(whole.predicting_v, rescale_betas_zero_snr=ZERO_SNR in left)
+        scheduler = scheduler or flagged
+        left = {name: left[name] for name in left if name not in (V_PREDICTION, ZERO_SNR)}
     lost = sorted(name for name in left if not re.fullmatch(UNREAD, name))
     if lost:
         raise ConfigError(
@@ -70,7 +84,7 @@ def open_whole_file(
     first = next(iter(networks))
     cut = [f"{part.prefix}{name}" for part in whole.parts.values() for name in _cut_of(part, raw)]
     dropped = (*networks[first].dropped, *sorted(left), *cut)
-    networks[first] = replace(networks[first], dropped=dropped)
+    networks[first] = replace(networks[first], dropped=dropped, scheduler=scheduler)
     return networks
 
 
@@ -105,8 +119,12 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """Those that our own writer left. Raises ValueError."""
     try:
         saved = json.loads(metadata.get(METADATA_KEY, "{}"))
-        return {name: network_config(values, path) for name, values in saved.items()}
-    except (AttributeError, json.JSONDecodeError, RecursionError):
+        scheduler = saved.pop(_SCHEDULER, None)
+        configs = {name: network_config(values, path) for name, values in saved.items()}
+        if scheduler is not None:
+            configs[_SCHEDULER] = parse_config(SamplerConfig, scheduler, path)
+        return configs
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path}: the metadata under {METADATA_KEY!r} is damaged") from None
 
 
@@ -130,10 +148,11 @@ def _identity(own: Mapping[str, Tensor]) -> Tensor:
 
 
 def whole_tensors(
-    whole: WholeFile, networks: Mapping[str, OpenNetwork]
+    whole: WholeFile, networks: Mapping[str, OpenNetwork], scheduler: SamplerConfig | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors under their names in such a file, and its metadata. Raises engine.MappingError
-    for what those names cannot express."""
+    """All tensors under their names in such a file, and its metadata, which tell our reader the
+    `scheduler`, and others what is predicted where such files can. Raises engine.MappingError for
+    what those names cannot express."""
     tensors: dict[str, Tensor] = {}
     for component, network in networks.items():
         part = whole.parts[component]
@@ -145,6 +164,12 @@ def whole_tensors(
             del own[_PROJECTION]
         tensors |= {f"{part.prefix}{name}": tensor for name, tensor in own.items()}
     saved = {name: config_json(network.config) for name, network in networks.items()}
+    if scheduler is not None:
+        saved[_SCHEDULER] = config_json(scheduler)
+        flags = whole.predicting_v is not None
+        predicts_v = flags and scheduler.given("prediction_type") == "v_prediction"
+        told = {V_PREDICTION: predicts_v, ZERO_SNR: predicts_v and scheduler.rescale_betas_zero_snr}
+        tensors |= {name: as_tensor(np.zeros(0, np.float32)) for name, so in told.items() if so}
     return tensors, {METADATA_KEY: json.dumps(saved)}
 
 

@@ -17,9 +17,15 @@ from fluxjax.atomic_write import whole_or_nothing
 from fluxjax.checkpoint.component_json import config_json, write_json
 from fluxjax.checkpoint.detect import describe
 from fluxjax.checkpoint.lora.merge import merge_files
-from fluxjax.checkpoint.opened_network import OpenNetwork, with_dtype
+from fluxjax.checkpoint.opened_network import OpenNetwork, scheduler_of, with_dtype
 from fluxjax.checkpoint.orbax_params import write_orbax
-from fluxjax.checkpoint.pipeline_folder import DEFAULTS_FILE, assembled, model_index, tokenizer_of
+from fluxjax.checkpoint.pipeline_folder import (
+    DEFAULTS_FILE,
+    assembled,
+    model_index,
+    read_config,
+    tokenizer_of,
+)
 from fluxjax.checkpoint.quantised.gguf_writer import write_gguf
 from fluxjax.checkpoint.safetensors_file import write_safetensors
 from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
@@ -125,7 +131,8 @@ def plan(
     if single_file and form == "bfl" and quantised is None:
         whole = whole_file_of({name: one.config for name, one in networks.items()})
     if whole is not None:
-        weights = [plan_whole(whole, networks)]
+        told = read_config(source).scheduler if _is_pipeline(source) else scheduler_of(networks)
+        weights = [plan_whole(whole, networks, told)]
     elif single_file and (form != "bfl" or len(networks) > 1):
         raise ConfigError(
             f"{destination} is named like a single file, but {len(networks)} network(s) as "
@@ -219,7 +226,8 @@ def _files(
 ) -> dict[Path, dict[str, Any]]:
     files = json_files(networks, target)
     parts = {name: network.config for name, network in networks.items()}
-    config = None if whole or len(parts) < 2 else assembled(parts)
+    lone = whole or len(parts) < 2
+    config = None if lone else assembled(parts, scheduler=scheduler_of(networks))
     if config is not None:
         files[Path("model_index.json")] = model_index(config, networks)
         files[Path("scheduler/scheduler_config.json")] = config_json(config.scheduler)

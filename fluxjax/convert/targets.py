@@ -86,9 +86,12 @@ def plan_weights(
     ]
 
 
-def plan_whole(whole: WholeFile, networks: Mapping[str, OpenNetwork]) -> Weights:
-    """All of a pipeline in one file, in the original code's names."""
-    tensors, metadata = whole_tensors(whole, networks)
+def plan_whole(
+    whole: WholeFile, networks: Mapping[str, OpenNetwork], scheduler: Any = None
+) -> Weights:
+    """All of a pipeline in one file, in the original code's names. `scheduler`: as
+    `whole_tensors` takes it."""
+    tensors, metadata = whole_tensors(whole, networks, scheduler)
     return Weights("file", Path("."), tensors, {}, metadata)
 
 

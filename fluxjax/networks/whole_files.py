@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fluxjax.config.choices import FAMILY_NAMES
+from fluxjax.config.sampler import SamplerConfig
+from fluxjax.config.stable_diffusion import EULER
 from fluxjax.networks.clip_files import openai_text, openclip_text
 from fluxjax.networks.network import Shapes
 from fluxjax.networks.t5 import T5
@@ -38,6 +40,8 @@ class WholeFile:
     parts: Mapping[str, Part]
     fits: Callable[[Mapping[str, Any]], bool] = lambda configs: True
     """Whether networks of these configurations, of these parts, belong into one."""
+    predicting_v: SamplerConfig | None = None
+    """How it is sampled where a tensor without values, V_PREDICTION, says that it predicts v."""
     sides: Mapping[str, int] = field(default_factory=dict)
     """Of `FAMILY_NAMES` the side of the latents, where files of several sizes look alike."""
 
@@ -63,6 +67,7 @@ WHOLE_FILES = (
             "text_encoder": Part("conditioner.embedders.0.transformer.", "published", openai_text),
             "text_encoder_2": Part("conditioner.embedders.1.model.", "openclip", openclip_text),
         },
+        predicting_v=replace(EULER, prediction_type="v_prediction"),
     ),
     WholeFile(
         "Stable Diffusion XL's refiner",
@@ -82,7 +87,7 @@ WHOLE_FILES = (
             "text_encoder": Part("cond_stage_model.model.", "openclip", openclip_text, cut=True),
         },
         lambda configs: configs["text_encoder"].hidden_act == "gelu",
-        {FAMILY_NAMES["sd2"]: 64, FAMILY_NAMES["sd2-v"]: 96},
+        sides={FAMILY_NAMES["sd2"]: 64, FAMILY_NAMES["sd2-v"]: 96},
     ),
     WholeFile(
         "Stable Diffusion 1",
@@ -112,6 +117,9 @@ WHOLE_FILES = (
         },
     ),
 )
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+"""Names by which trainers of XL (kohya's sd-scripts) and ComfyUI say that a file predicts v, and
+that its last timestep is noise alone."""
 UNREAD = (
     r"model_ema\..*|.*\bloss\..*|betas|alphas_cumprod(_prev)?|sqrt_.*|posterior_.*|logvar"
     r"|log_one_minus_alphas_cumprod|global_step|denoiser\.sigmas|scale_factor"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fluxjax.checkpoint.opened_network import OpenNetwork
+from fluxjax.checkpoint.opened_network import OpenNetwork, scheduler_of
 from fluxjax.checkpoint.pipeline_folder import assembled, file_family, read_config
 from fluxjax.checkpoint.source import open_component, open_file, open_folder
 from fluxjax.config import ConfigError, FluxPipelineConfig, PipelineConfig
@@ -103,12 +103,12 @@ def _of_whole_file(
     folder = find(text_encoders, "text encoders")
     if vae is not None:
         networks["vae"] = _open_vae(find(vae, "vae"))
-    config = assembled(_configs(networks), path.name)
+    config = assembled(_configs(networks), path.name, scheduler_of(networks))
     if config is None:
         for component in (*_TEXT_COMPONENTS, "text_encoder_3"):
             if component not in networks and (folder / component).is_dir():
                 networks[component] = open_component(folder, component)
-        config = assembled(_configs(networks), path.name)
+        config = assembled(_configs(networks), path.name, scheduler_of(networks))
     if config is None:
         raise ConfigError(f"{path} lacks text encoders, and so does {folder}")
     return ModelFiles(family_of(config.class_name), networks, config, folder)

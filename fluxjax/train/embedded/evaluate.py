@@ -198,13 +198,7 @@ def evaluate_pipeline(
     """Measure an open pipeline; writes the contact sheet if one is asked for."""
     chosen = override(
         pipeline.defaults,
-        {
-            "guidance": settings.guidance,
-            "steps": settings.steps,
-            "seed": settings.seed,
-            "true_cfg": settings.true_cfg_scale,
-            "negative_prompt": "" if settings.true_cfg_scale > 1 else None,
-        },
+        {"steps": settings.steps, **settings.guided},
     )
     counts: dict[str, Counts] = {
         name: {attribute: Tally(0, 0) for attribute in ATTRIBUTES}
@@ -386,9 +380,13 @@ def _evaluate_samplers(settings: EvaluateSettings) -> Any:
         check_side_output(settings.plot, "plot")
     if note := enable_cache():
         print(f"note: {note}", file=sys.stderr)
-    load = partial(load_pipeline, mesh=settings.mesh, quantise=settings.quantise)
+
+    def load(model: str) -> Pipeline:
+        loras = settings.lora if model == settings.model else ()
+        return load_pipeline(model, mesh=settings.mesh, loras=loras, quantise=settings.quantise)
+
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        total = settings.prompts * len(settings.chosen) * len(settings.step_counts)
+        total = settings.prompts * len(settings.chosen) * len(set(settings.step_counts))
         task = bar.add_task("drawing", total=total)
         result = evaluate_samplers(settings, load, lambda done: bar.update(task, completed=done))
     if settings.plot is not None:

@@ -93,16 +93,15 @@ def evaluate_samplers(
         manner=KINDS[kind].manner,
         colours=settings.colours,
     )
-    asked = [
-        (sampler, steps) for sampler in settings.chosen for steps in sorted(settings.step_counts)
-    ]
+    counts = sorted(set(settings.step_counts))
+    asked = [(sampler, steps) for sampler in settings.chosen for steps in counts]
     for sampler, steps in asked:
         pipeline = pipelines[sampler.model]
         pipeline.check(_settings(pipeline, settings, sampler, steps))
     points = []
     for i, (sampler, steps) in enumerate(asked):
         done = i * settings.prompts
-        counts = _counted(
+        found = _counted(
             pipelines[sampler.model],
             settings,
             sampler,
@@ -110,13 +109,13 @@ def evaluate_samplers(
             prompts,
             lambda more, done=done: progress(done + more),
         )
-        points.append(Point(sampler, steps, counts))
+        points.append(Point(sampler, steps, found))
     return SamplerEvaluation(points=tuple(points), prompts=settings.prompts)
 
 
 def _settings(pipeline: Pipeline, settings: EvaluateSettings, sampler: Sampler, steps: int):
-    chosen = {"steps": steps, "sampler": sampler.name or None, "seed": settings.seed}
-    return override(pipeline.defaults, chosen)
+    chosen = {"steps": steps, "sampler": sampler.name or None}
+    return override(pipeline.defaults, settings.guided | chosen)
 
 
 def _counted(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -118,11 +118,40 @@ class EvaluateSettings:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         if self.plot is not None and not self.samplers:
             raise ConfigError("plot draws what samplers make: name samplers")
+        if self.samplers:
+            self._check_samplers()
         for count in self.step_counts:
             if not 1 <= count <= MAX_STEPS:
                 raise ConfigError(f"step_counts must be from 1 to {MAX_STEPS}, got {count}")
         parse_mesh(self.mesh or "")
         parse_quantise(self.quantise)
+
+    def _check_samplers(self) -> None:
+        """Raises ConfigError for what is not heard beside them."""
+        unheard = {
+            "steps": (self.steps is not None, "step_counts are those of samplers"),
+            "sheet": (self.sheet is not None, "of samplers a plot is drawn"),
+            "task": (self.task != "text", "samplers draw from text alone"),
+            "lora": (
+                bool(self.lora) and self.model not in {one.model for one in self.chosen},
+                f"adapters are model's, and {self.model} is none of the samplers'",
+            ),
+        }
+        for name, (given, why) in unheard.items():
+            if given:
+                raise ConfigError(f"{why}: leave out {name}, or samplers")
+        if not self.step_counts:
+            raise ConfigError("step_counts must name at least one number of steps")
+
+    @property
+    def guided(self) -> dict[str, Any]:
+        """Settings of the pictures but for their sampler and its steps."""
+        return {
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "true_cfg": self.true_cfg_scale,
+            "negative_prompt": "" if self.true_cfg_scale > 1 else None,
+        }
 
     @property
     def opened(self) -> str:
