@@ -133,7 +133,7 @@ def test_the_learned_variance_costs_what_the_bound_says():
     picture = (given[3] - level * given[0]) / signal
     for kind, other in (("v_prediction", signal * given[0] - level * picture), ("sample", picture)):
         told = replace(path, scheduler=replace(path.scheduler, prediction_type=kind))
-        again = variational_bound(told, other, given[1], given[2], given[3], t)
+        again = variational_bound(told, jnp.asarray(other), given[1], given[2], given[3], t)
         np.testing.assert_allclose(again, ours, rtol=1e-3, err_msg=kind)
 
     theirs = DDPMScheduler(variance_type="learned_range", clip_sample=False, **betas)
