@@ -20,6 +20,7 @@ from fluxjax.config.sampler import SamplerConfig
 from fluxjax.networks import network_of
 from fluxjax.networks.network import count
 from fluxjax.networks.whole_files import (
+    LOSSES,
     UNREAD,
     V_PREDICTION,
     ZERO_SNR,
@@ -55,7 +56,8 @@ def open_whole_file(
     networks: dict[str, OpenNetwork] = {}
     left = dict(raw)
     for component, part in whole.parts.items():
-        names = [name for name in raw if name.startswith(part.prefix)]
+        # An autoencoder's losses have its prefix too.
+        names = [n for n in raw if n.startswith(part.prefix) and not re.fullmatch(LOSSES, n)]
         own = {name.removeprefix(part.prefix): left.pop(name) for name in names}
         own = {name: tensor for name, tensor in own.items() if name not in _cut(part, own)}
         if not own:

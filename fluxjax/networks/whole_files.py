@@ -120,8 +120,9 @@ WHOLE_FILES = (
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 """Names by which trainers of XL (kohya's sd-scripts) and ComfyUI say that a file predicts v, and
 that its last timestep is noise alone."""
+LOSSES = r".*\bloss\..*"
 UNREAD = (
-    r"model_ema\..*|.*\bloss\..*|betas|alphas_cumprod(_prev)?|sqrt_.*|posterior_.*|logvar"
+    rf"model_ema\..*|{LOSSES}|betas|alphas_cumprod(_prev)?|sqrt_.*|posterior_.*|logvar"
     r"|log_one_minus_alphas_cumprod|global_step|denoiser\.sigmas|scale_factor"
     r"|.*\.logit_scale"
 )
