@@ -189,7 +189,7 @@ def test_a_file_becomes_a_folder_and_back_without_a_bit_lost(tmp_path, name):
     configs, file = SMALL[name], tmp_path / "whole.safetensors"
     arrays = whole_arrays(configs)
     more = {"model_ema.decay": np.ones(1, np.float32), "betas": np.ones(4, np.float32)}
-    more["first_stage_model.loss.logvar"] = np.ones((), np.float32)
+    more["first_stage_model.loss.logvar"] = np.ones(1, np.float32)
     last = "cond_stage_model.model.transformer.resblocks.1."
     if name == "2":
         extra = {n.replace("blocks.1.", "blocks.2."): a for n, a in arrays.items() if last in n}
