@@ -148,3 +148,32 @@ def test_what_diffusers_saves_and_what_we_write(tmp_path):
         assert found.keys() >= expected.keys(), path
         for name, after in found.items():
             np.testing.assert_allclose(after, expected.get(name, before[name]), atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_kernel_of_patches_is_changed_as_by_diffusers_loader(dora, weights, tmp_path):
+    """It is a convolution's, over frames too."""
+    model = copy.deepcopy(torch_model(TINY))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    parts: dict[str, Any] = dict.fromkeys(inspect.signature(HunyuanVideoPipeline).parameters)
+    theirs = HunyuanVideoPipeline(**{**parts, "transformer": model})
+    targets = ["x_embedder.proj", "context_embedder.proj_in"]
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, use_dora=dora, init_lora_weights=False
+    )
+    adapted = copy.deepcopy(model)
+    adapted.add_adapter(config)
+    HunyuanVideoPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=peft.get_peft_model_state_dict(adapted),
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )
+    theirs.load_lora_weights(tmp_path)
+    theirs.fuse_lora(components=["transformer"])
+    theirs.unload_lora_weights()
+    expected = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    found = merged(tmp_path / "pytorch_lora_weights.safetensors", weights)
+    assert found.keys() == {f"{target}.weight" for target in targets}
+    for name, after in found.items():
+        assert np.abs(after - weights[name]).max() > 1e-3, name
+        np.testing.assert_allclose(after, expected[name], atol=1e-5, err_msg=name)

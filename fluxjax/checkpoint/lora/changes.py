@@ -16,12 +16,13 @@ class Adapter(NamedTuple):
     """What one module of a model gets: x (a b) scale, in the file's layout. Of a convolution both
     are convolutions, `a` with its kernel and `b` of 1 x 1."""
 
-    a: np.ndarray  # (rank, in), or (rank, in, height, width)
-    b: np.ndarray  # (out, rank), or (out, rank, 1, 1)
+    a: np.ndarray  # (rank, in), or (rank, in, [frames,] height, width)
+    b: np.ndarray  # (out, rank), or (out, rank, [1,] 1, 1)
     scale: float
 
     def kernels(self) -> tuple[np.ndarray, np.ndarray]:
-        """`a` and `b` as trees of adapters have them: ([height, width,] in, rank), (rank, out)."""
+        """`a` and `b` as trees of adapters have them: ([[frames,] height, width,] in, rank), (rank,
+        out)."""
         return np.moveaxis(self.a, (0, 1), (-1, -2)), self.b.reshape(self.b.shape[:2]).T
 
 

@@ -199,12 +199,13 @@ def _as_convolutions(
 
 def _as_matrix(array: np.ndarray, axes: tuple[str, ...], weight: tuple[int, ...]) -> np.ndarray:
     """A tensor of two `axes` that has a kernel after them: that of a convolution's `weight`, which
-    is joined to the last of them, or one of 1 x 1."""
-    if len(axes) != 2 or array.ndim != 4:
+    is joined to the last of them, or one of a single place."""
+    kernel = array.shape[2:]
+    if len(axes) != 2 or len(kernel) < 2:
         return array
-    if array.shape[2:] == (1, 1):
+    if set(kernel) == {1}:
         return array.reshape(array.shape[:2])
-    return array.reshape(len(array), -1) if array.shape[2:] == weight[2:] else array
+    return array.reshape(len(array), -1) if kernel == weight[2:] else array
 
 
 def _without_axes_of_one(array: np.ndarray) -> np.ndarray:
@@ -239,7 +240,7 @@ def _with_magnitude(
     group: Group, form: Form, magnitude: np.ndarray, known: Mapping[str, int]
 ) -> Form:
     (out, channels), shape = (known["out"], known["channels"]), magnitude.shape
-    if len(shape) == 4 and shape[2:] == (1, 1):  # a convolution's; PEFT has another order
+    if len(shape) > 3 and set(shape[2:]) == {1}:  # a convolution's; PEFT has another order
         pefts = "lora_magnitude" in group.keys["magnitude"]
         shape = shape[1::-1] if pefts and shape[0] == 1 else shape[:2]
     over_rows = shape == (1, channels) and shape != (out, 1)
