@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -50,6 +51,53 @@ def test_there_and_back(tmp_path, suffix):
     for still, index in zip(written[1:], (0, 3, 6), strict=True):
         assert np.array_equal(np.asarray(Image.open(still)), clip[index])
         assert read_record(still) == RECORD
+
+
+def test_frames_that_writers_join_are_read_again(tmp_path):
+    """A WebP has equal ones once, which stays longer."""
+    clip = drawn(9)
+    clip[1:4], clip[5:7] = clip[0], clip[4]
+    path, *_ = write_clip(tmp_path / "still.webp", [clip], fps=24, frames=9)
+    with Image.open(path) as picture:
+        assert picture.n_frames == 4
+    back = read_clip(path)
+    assert back.fps == 24.0 and back.frames.shape == clip.shape
+    error = np.abs(back.frames.astype(int) - clip)
+    assert np.median(error) <= 3 and error.mean() < 4
+    np.testing.assert_array_equal(read_clip(path, most=2, last=True).frames, back.frames[-2:])
+    np.testing.assert_array_equal(read_clip(path, most=6).frames, back.frames[:6])
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    frames = [Image.new("RGBA", (8, 8), (200 * i, 0, 0, 0)) for i in range(2)]
+    frames[1].putpixel((0, 0), (0, 0, 255, 255))
+    frames[0].save(
+        tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True, exact=True
+    )
+    back = read_clip(tmp_path / "a.webp").frames
+    assert (back[0] == 255).all() and back[1, 0, 0].tolist() == [0, 0, 255]
+    assert (back[1, 1:] == 255).all()
+
+
+def test_of_the_end_of_a_long_video_no_more_is_held(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    alive: list[weakref.ref] = []
+    most: list[int] = []
+
+    class Frame(np.ndarray):
+        pass
+
+    def frames(container, stream):
+        for i in range(40):
+            frame = np.full((8, 8, 3), i, np.uint8).view(Frame)
+            alive.append(weakref.ref(frame))
+            most.append(sum(one() is not None for one in alive))
+            yield frame
+
+    path, *_ = write_clip(tmp_path / "long.mp4", [drawn()], fps=24, frames=7)
+    monkeypatch.setattr("fluxjax.clip_reader._frames", frames)
+    back = read_clip(path, most=5, last=True).frames
+    assert back[:, 0, 0, 0].tolist() == [35, 36, 37, 38, 39] and max(most) <= 7
 
 
 def test_of_few_frames_the_ends_are_kept(tmp_path):

@@ -40,9 +40,18 @@ def test_a_model_of_pictures_draws_the_first_frame(open_sora, tmp_path):  # noqa
             pipe,
             "is to draw pictures, and OpenSoraPipeline draws clips",
         ),
+        (
+            Options(first_frame_model="tiny-pixart", **asked),
+            Line("", {}),
+            pipe,
+            r"it is to be a flow, such as FLUX\.1, and PixArt\w* is none",
+        ),
+        (options, Line("line 3", {"frames": 1}), pipe, "line 3: .* at least 5 frames around it"),
+        (options, Line("", {"sampler": "heun"}), pipe, "drawn by Euler's steps alone"),
     ):
         with pytest.raises(ConfigError, match=words):
             with_first_frames(chosen, {}, [line], model)
+    assert sorted(tmp_path.iterdir()) == files, "a frame was drawn of a clip that is refused"
 
 
 def test_noise_levels_of_first_frames():

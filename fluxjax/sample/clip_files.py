@@ -7,21 +7,23 @@ WebP and in the PNGs where pictures have it (`picture_formats`).
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from fluxjax.atomic_write import locked_part, place_new, to_disk, write_new
 from fluxjax.clip_reader import VIDEOS, import_av, opened_video
 from fluxjax.config import ConfigError
-from fluxjax.picture_files import quiet
+from fluxjax.config.choices import MAX_FPS
+from fluxjax.picture_files import quiet, upright_rgb
 from fluxjax.sample.file_names import CLIP_FORMATS
 from fluxjax.sample.picture_formats import RECORD, encode_picture, exif_of, read_record
 
@@ -62,8 +64,8 @@ def write_clip(
     """
     writers = {".mp4": _write_mp4, ".webp": _write_webp}
     require_clip_name(path)
-    if frames < 1 or not 1 <= fps <= 240:
-        raise ConfigError(f"a clip has frames, and 1 to 240 a second, not {frames} and {fps}")
+    if frames < 1 or not 1 <= fps <= MAX_FPS:
+        raise ConfigError(f"a clip has frames, and 1 to {MAX_FPS} a second, not {frames} and {fps}")
     stills: dict[str, Image] = {}
     with locked_part(path) as (part, file):
         writers[path.suffix.lower()](part, _passing(path, groups, frames, stills), fps, record)
@@ -113,8 +115,11 @@ def _passing(
         raise ConfigError(f"{path}: {count} frames came, {frames} were announced")
 
 
-def read_clip(path: Path, *, most: int | None = None, max_megapixels: float = 100.0) -> Clip:
-    """A video or an animated picture, upright, in RGB; of long ones the first `most` frames.
+def read_clip(
+    path: Path, *, most: int | None = None, last: bool = False, max_megapixels: float = 100.0
+) -> Clip:
+    """A video or an animated picture, upright, in RGB, transparency over white; of long ones the
+    first `most` frames, or the `last`, of which no more are held.
 
     Raises FileNotFoundError; ConfigError for what cannot be read, frames that are too large, and a
     video without PyAV.
@@ -125,7 +130,7 @@ def read_clip(path: Path, *, most: int | None = None, max_megapixels: float = 10
     if path.suffix.lower() not in kinds:
         raise ConfigError(f"{path}: clips are read from {', '.join(kinds)}")
     try:
-        frames, fps = kinds[path.suffix.lower()](path, most, max_megapixels)
+        frames, fps = kinds[path.suffix.lower()](path, _Kept(most, last), max_megapixels)
     except (ConfigError, MemoryError):
         raise
     except Exception as error:  # decoders raise almost anything on hostile bytes
@@ -211,25 +216,55 @@ def _write_webp(
     )
 
 
-def _video(path: Path, most: int | None, max_megapixels: float) -> tuple[list[np.ndarray], float]:
+class _Kept(NamedTuple):
+    """Which frames of a clip are."""
+
+    most: int | None
+    last: bool
+
+    def of(self, frames: Iterable[np.ndarray]) -> list[np.ndarray]:
+        if self.last:
+            return list(collections.deque(frames, maxlen=self.most))
+        return list(itertools.islice(frames, self.most))
+
+
+def _video(path: Path, kept: _Kept, max_megapixels: float) -> tuple[list[np.ndarray], float]:
     with opened_video(path, max_megapixels, what=path) as video:
-        return list(itertools.islice(video.frames, most)), video.fps
+        return kept.of(video.frames), video.fps
 
 
-def _animation(
-    path: Path, most: int | None, max_megapixels: float
-) -> tuple[list[np.ndarray], float]:
+def _animation(path: Path, kept: _Kept, max_megapixels: float) -> tuple[list[np.ndarray], float]:
+    """Pillow's writers join frames that are equal into one that stays longer."""
     from PIL import Image, ImageSequence
 
-    frames, milliseconds = [], 0.0
+    ends = [0.0]  # milliseconds
+
+    def read(picture: Image) -> Iterator[np.ndarray]:
+        for frame in ImageSequence.Iterator(picture):
+            pixels = np.asarray(upright_rgb(frame))
+            ends.append(ends[-1] + frame.info.get("duration", 0))  # known once it is decoded
+            yield pixels
+
     with quiet(), Image.open(path, formats=("WEBP", "GIF", "PNG")) as picture:
         _check_size(path, *picture.size, max_megapixels)
-        for frame in ImageSequence.Iterator(picture):
-            if len(frames) == most:
-                break
-            frames.append(np.asarray(frame.convert("RGB")))
-            milliseconds += frame.info.get("duration", 0)
-    return frames, 1000 * len(frames) / milliseconds if milliseconds else 24.0
+        frames = kept.of(read(picture))
+    fps, counts = _rate(np.asarray(ends))
+    counts = counts[len(counts) - len(frames) :]
+    most = kept.most or max(counts)  # a frame may stay for hours
+    pairs = zip(frames, counts, strict=True)
+    return kept.of(frame for frame, count in pairs for _ in range(min(count, most))), fps
+
+
+def _rate(ends: Float[np.ndarray, " ends"]) -> tuple[float, list[int]]:
+    """Frames a second, and how many of them each stays, of `ends` in whole milliseconds: where some
+    stay longer, the lowest rate at whose frames all end, if there is one."""
+    lasting, count = np.diff(ends), len(ends) - 1
+    if count and np.ptp(lasting) > 1:
+        for fps in range(1, MAX_FPS + 1):
+            places = np.rint(ends * fps / 1000)
+            if (np.diff(places) > 0).all() and (np.abs(places * 1000 / fps - ends) <= 0.5).all():
+                return float(fps), np.diff(places).astype(int).tolist()
+    return 1000 * count / ends[-1] if ends[-1] else 24.0, [1] * count
 
 
 def _check_size(path: Path, width: int, height: int, max_megapixels: float) -> None:

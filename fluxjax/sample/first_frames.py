@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 from fluxjax.config import ConfigError
 from fluxjax.config.video_pipeline import VideoPipelineConfig
 from fluxjax.sample.given_options import destination, given_settings
+from fluxjax.sample.given_pictures import read_given
 from fluxjax.sample.options import Options
 from fluxjax.sample.override import override
+from fluxjax.sample.picture_jobs import blamed
 from fluxjax.sample.prompts_file import Line
-from fluxjax.sample.settings import Settings
+from fluxjax.sample.settings import FIELDS, Settings
 
 if TYPE_CHECKING:
     from fluxjax.sample.pipeline import Pipeline
@@ -46,13 +48,12 @@ def with_first_frames(
     if jax.process_count() > 1:
         raise ConfigError("--first-frame-model draws in one process: give --reference files")
     base = override(override(pipe.defaults, repeated), given_settings(options))
-    wanted = [(line, override(base, line.values, line.where)) for line in lines]
-    for line, settings in wanted:
-        if settings.reference is not None or settings.video is not None:
-            raise ConfigError(
-                f"{line.where + ': ' if line.where else ''}--first-frame-model draws the first "
-                "frame, and one is given: leave one of the two out"
-            )
+    wanted: list[tuple[Line, Settings]] = []
+    for line in lines:
+        with blamed(line):
+            settings = override(base, line.values)
+            _check(pipe, settings)
+        wanted.append((line, settings))
     painter = load_pipeline(
         str(options.first_frame_model),
         dtype=str(pipe.dtype),  # pyright: ignore[reportArgumentType]
@@ -63,6 +64,11 @@ def with_first_frames(
     if painter.config.tiling is not None:
         raise ConfigError(
             f"--first-frame-model is to draw pictures, and {painter.config.class_name} draws clips"
+        )
+    if _shift(pipe, pipe.defaults) is not None and not painter.config.scheduler.is_flow:
+        raise ConfigError(
+            "--first-frame-model draws by the clip's noise levels: it is to be a flow, such as "
+            f"FLUX.1, and {painter.config.class_name} is none"
         )
     found: list[Line] = []
     for line, settings in wanted:
@@ -77,13 +83,31 @@ def with_first_frames(
     return found
 
 
+def _check(pipe: Pipeline, settings: Settings) -> None:
+    """Raises ConfigError for a clip that the model would refuse, before its first frame is drawn; a
+    black one stands in for that."""
+    from PIL.Image import new
+
+    if settings.reference is not None or settings.video is not None:
+        raise ConfigError(
+            "--first-frame-model draws the first frame, and one is given: leave one of the two out"
+        )
+    black = new("RGB", (settings.width, settings.height))
+    given, settings = read_given(settings, {"reference": black})
+    pipe.check(pipe.complete(settings, given, FIELDS))
+
+
+def _shift(pipe: Pipeline, settings: Settings) -> float | None:
+    config = cast(VideoPipelineConfig, pipe.config)
+    return config.first_frame_shift(settings.width, settings.height)
+
+
 def _drawn(painter: Pipeline, pipe: Pipeline, settings: Settings, seed: int, folder: Path) -> Path:
     """The file of one first frame."""
     from fluxjax.sample.save_picture import save_picture
 
     size = {"width": settings.width, "height": settings.height}
-    config = cast(VideoPipelineConfig, pipe.config)
-    shift = config.first_frame_shift(settings.width, settings.height)
+    shift = _shift(pipe, settings)
     chosen: dict[str, Any] = {"steps": settings.steps, "flow_shift": shift, **size}
     if painter.config.embeds_guidance:
         chosen["guidance"] = GUIDANCE

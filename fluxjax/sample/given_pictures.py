@@ -142,8 +142,7 @@ def read_video(path: str | Path, kind: str, sha256: str | None = None) -> tuple[
     Errors are those of `read_picture`.
     """
     path = Path(path).expanduser()
-    most = None if "tail" in kind else LONGEST_VIDEO
-    clip = read_clip(path, most=most)
+    clip = read_clip(path, most=LONGEST_VIDEO, last="tail" in kind)
     found = hash_file(path)
     if sha256 not in (None, found):
         raise ConfigError(

@@ -47,7 +47,7 @@ def picture_jobs(
     given = given_settings(options)
     adapters: list[tuple[str, ...]] = []
     for line in lines:
-        with _blamed(line):
+        with blamed(line):
             adapters.append(lora if line.lora is None else tuple(map(absolute_lora, line.lora)))
     found: dict[int, Settings] = {}
     for own in dict.fromkeys(adapters):
@@ -55,7 +55,7 @@ def picture_jobs(
         pipe = opened(own)
         base = override(override(pipe.defaults, repeated, str(options.like)), given)
         for i in mine:
-            with _blamed(lines[i]):
+            with blamed(lines[i]):
                 settings = override(base, lines[i].values)
                 settings = _completed(settings, (repeated, given, lines[i].values), pipe)
                 pipe.check(settings)
@@ -66,7 +66,7 @@ def picture_jobs(
         if all(one.get("seed") is None for one in (given, line.values, repeated)):
             first = secrets.randbelow(2**32)
         for more in range(options.number if line.number is None else line.number):
-            with _blamed(line):
+            with blamed(line):
                 one = dataclasses.replace(found[i], seed=first + more)
             jobs.append(Job(one, own, len(jobs)))
         if len(jobs) > MOST_PICTURES:
@@ -75,8 +75,8 @@ def picture_jobs(
 
 
 @contextmanager
-def _blamed(line: Line) -> Iterator[None]:
-    """Begins what goes wrong with the line."""
+def blamed(line: Line) -> Iterator[None]:
+    """Begins with the line what goes wrong with it."""
     try:
         yield
     except (ConfigError, FileNotFoundError) as error:
