@@ -59,7 +59,7 @@ def test_frames_that_writers_join_are_read_again(tmp_path):
     clip[1:4], clip[5:7] = clip[0], clip[4]
     path, *_ = write_clip(tmp_path / "still.webp", [clip], fps=24, frames=9)
     with Image.open(path) as picture:
-        assert picture.n_frames == 4
+        assert getattr(picture, "n_frames", 1) == 4
     back = read_clip(path)
     assert back.fps == 24.0 and back.frames.shape == clip.shape
     error = np.abs(back.frames.astype(int) - clip)
