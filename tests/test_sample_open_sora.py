@@ -279,6 +279,7 @@ def test_what_is_refused(pipe):
         ({"true_cfg": 2.0}, "true_cfg is for models that were distilled"),
         ({"image": "/tmp"}, "there is no image"),
         ({"motion": 8}, "motion must be from 1"),
+        ({"image_guidance": 2.0}, "by the frames that a clip is given: give a reference"),
         ({"video_kind": "v2v_tail"}, "video_kind says which part of a clip a video is: give a"),
     ):
         with pytest.raises((ConfigError, FileNotFoundError), match=message):

@@ -53,9 +53,15 @@ def condition_of(given: Given, settings: Settings) -> str | None:
 
 
 def check_given(config: Any, given: Given, settings: Settings) -> None:
-    """Raises ConfigError for a clip that is too short, the given or the new one."""
+    """Raises ConfigError for a clip that is too short, the given or the new one, and for guidance
+    by frames that are not given."""
     kind = condition_of(given, settings)
     if kind is None:
+        if settings.image_guidance != getattr(config, "image_guidance", settings.image_guidance):
+            raise ConfigError(
+                "image_guidance is by the frames that a clip is given: give a reference, a last "
+                "frame or a video"
+            )
         return
     least = config.frames_of(least_frames(kind))
     if settings.frames < least:
