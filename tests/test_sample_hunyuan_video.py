@@ -263,6 +263,27 @@ def test_single_files_draw_what_their_folder_draws(whose, ours, hunyuan_video, t
     assert all(np.array_equal(found[name], theirs[name]) for name in theirs)
 
 
+@slow
+def test_tokenizers_beside_the_weights_are_found(hunyuan_video, tmp_path):  # noqa: F811
+    """As in Tencent's folders of text encoders."""
+
+    def ids(folder):
+        pipe = fluxjax.load_pipeline(folder)
+        return pipe.family.tokenize(pipe._load_tokenizers(), [PROMPT], max_sequence_length=24)[0]
+
+    folder = shutil.copytree(hunyuan_video, tmp_path / "model")
+    for end in ("", "_2"):
+        tokenizer = folder / f"tokenizer{end}"
+        for file in tokenizer.iterdir():
+            shutil.move(file, folder / f"text_encoder{end}" / file.name)
+        tokenizer.rmdir()
+    for one, other in zip(ids(folder), ids(hunyuan_video), strict=True):
+        np.testing.assert_array_equal(one, other)
+    (folder / "text_encoder" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="not a whole model: tokenizer is missing"):
+        fluxjax.load_pipeline(folder)
+
+
 def write_empty(path, shapes, prefix=""):
     """The header of a published file, and a hole for its values."""
     header, end = {}, 0

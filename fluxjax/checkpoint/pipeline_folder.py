@@ -65,6 +65,14 @@ def tokenizer_of(text_encoder: str) -> str:
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
+def tokenizer_folder(folder: Path, text_encoder: str) -> Path:
+    """Where that tokenizer is: in its own folder, or beside the weights, as the text encoders of
+    HunyuanVideo lie in Tencent's."""
+    own, beside = folder / tokenizer_of(text_encoder), folder / text_encoder
+    files = ("tokenizer.json", "vocab.json", "spiece.model")
+    return beside if not own.is_dir() and any((beside / f).is_file() for f in files) else own
+
+
 def read_config(folder: Path) -> PipelineConfig:
     """The configuration of a pipeline folder.
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from fluxjax.checkpoint.lora.scaled_file import scaled_files
 from fluxjax.checkpoint.opened_network import OpenNetwork
-from fluxjax.checkpoint.pipeline_folder import read_config, tokenizer_of
+from fluxjax.checkpoint.pipeline_folder import read_config, tokenizer_folder, tokenizer_of
 from fluxjax.checkpoint.templates import Part, abstract_params, part_of
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
@@ -215,9 +215,10 @@ def _open_model(path: Path, text_encoders: str | Path | None, vae: str | Path | 
 
 
 def _require_tokenizers(folder: Path, config: PipelineConfig) -> None:
-    for name in map(tokenizer_of, config.text_encoders):
-        if not (folder / name).is_dir():
-            raise FileNotFoundError(f"{folder} is not a whole model: {name} is missing")
+    for name in config.text_encoders:
+        if not tokenizer_folder(folder, name).is_dir():
+            missing = tokenizer_of(name)
+            raise FileNotFoundError(f"{folder} is not a whole model: {missing} is missing")
 
 
 def _open_redux(redux: str | Path, config: PipelineConfig, dtype: Dtype) -> Redux:
@@ -352,6 +353,6 @@ def _stacked(config: Any, scan_layers: bool) -> bool:
 
 def _tokenizers(folder: Path, config: PipelineConfig) -> tuple[PromptTokenizer, ...]:
     return tuple(
-        load_tokenizer(network_of(part).tokenizer, folder / tokenizer_of(name), part.vocab_size)
+        load_tokenizer(network_of(part).tokenizer, tokenizer_folder(folder, name), part.vocab_size)
         for name, part in ((name, config.networks[name]) for name in config.text_encoders)
     )
