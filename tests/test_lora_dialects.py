@@ -227,6 +227,7 @@ def test_a_first_layer_may_have_more_inputs_than_its_adapter(goldens, tmp_path) 
     """Of a text model's LoRA over Fill, or beside an adapter that widens: as in diffusers it adds
     nothing to the inputs that are joined. How many there are is the text model's, or Fill's."""
     path, fill = tmp_path / "narrow.safetensors", 384
+    control, canny = golden_file(goldens, "bfl_control"), replace(TINY.transformer, in_channels=128)
     templates = {"transformer": abstract_params(replace(TINY.transformer, in_channels=fill))}
     random, up = np.random.default_rng(0), np.ones((192, 2), np.float32)
 
@@ -241,10 +242,15 @@ def test_a_first_layer_may_have_more_inputs_than_its_adapter(goldens, tmp_path) 
         written(wrong, **more)
         with pytest.raises(MappingError, match=rf"has \[2, {wrong}\] .*expected .*{fill}"):
             read_adapters(path, templates)
+    written(fill)
+    wide = path.rename(tmp_path / "wide.safetensors")
     a = written(64)
+    with pytest.raises(MappingError, match=r"has \[2, 384\] .*expected \[rank, 128\]"):
+        read_adapters(wide, {"transformer": abstract_params(canny)})
+    with pytest.raises(ConfigError, match=r"read 128 and 384 inputs: they are of models that draw"):
+        fluxjax.load_pipeline(tiny_folder(), loras=[(wide, 1.0), (control, 1.0)])
     found = read_adapters(path, templates).changes["transformer"]["x_embedder.weight"].low_rank
     np.testing.assert_array_equal(found.a, np.pad(a, ((0, 0), (0, fill - 64))))
-    control = golden_file(goldens, "bfl_control")
     beside = fluxjax.load_pipeline(tiny_folder(), loras=[(control, 1.0), (path, 0.5)])
     expected = np.pad(a.T, ((0, 64), (0, 0)))
     np.testing.assert_array_equal(beside.executables.lora["x_embedder"]["a"], expected)

@@ -76,7 +76,8 @@ def _read(group: Group) -> dict[str, np.ndarray]:
 
 
 def _inputs(group: Group, values: dict[str, np.ndarray]) -> int | None:
-    """More inputs than the module has, which a first layer may be given."""
+    """More inputs than the module has, which a first layer may be given to which nothing is joined
+    yet: those that Control has joined are not those of Fill."""
     names, shapes = group.parts.names, group.network.shapes
     first = group.network.kind.widened[0]
     asked = values.pop("reshape_weight", None)
@@ -98,14 +99,14 @@ def _inputs(group: Group, values: dict[str, np.ndarray]) -> int | None:
             f"shape: {group.module} is reshaped to {asked.tolist()}, and is "
             f"{[has[0], found]} as its other tensors have it"
         )
-    _widen(group, values, has[1])
-    return found if found > has[1] else None
+    alone = shapes.get(f"{group.network.kind.last}.weight", has[1:])[0]
+    _widen(values, has[1], alone)
+    return found if found > has[1] == alone else None
 
 
-def _widen(group: Group, values: dict[str, np.ndarray], inputs: int) -> None:
-    """An adapter of a model to whose inputs nothing is joined changes those that follow by nothing,
-    as in diffusers. A DoRA's norms are of all inputs, and it stays as it is."""
-    alone = group.network.shapes.get(f"{group.network.kind.last}.weight", (inputs,))[0]
+def _widen(values: dict[str, np.ndarray], inputs: int, alone: int) -> None:
+    """An adapter of a model to whose inputs nothing is joined, `alone`, changes those that follow
+    by nothing, as in diffusers. A DoRA's norms are of all inputs, and it stays as it is."""
     for part in () if "magnitude" in values else ("a", "diff"):
         if part in values and values[part].ndim == 2 and values[part].shape[1] == alone < inputs:
             values[part] = np.pad(values[part], ((0, 0), (0, inputs - alone)))

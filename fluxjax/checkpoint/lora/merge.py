@@ -61,7 +61,8 @@ def merge(network: OpenNetwork, adapters: Sequence[Scaled], *, dtype: Any = None
     Each change is formed from the weights as they are without adapters, in float32, and their sum
     is added. `dtype`: of the changed tensors, by default their own (of fp8, bfloat16). Reading a
     tensor raises ConfigError if it is not finite then. Adapters of strength 0 change nothing.
-    Raises ConfigError where two adapters replace one parameter by different values.
+    Raises ConfigError where two adapters replace one parameter by different values, or give the
+    first layer different numbers of inputs.
     """
     adapters = [(changes, strength) for changes, strength in adapters if changes and strength]
     if not adapters:
@@ -73,8 +74,7 @@ def merge(network: OpenNetwork, adapters: Sequence[Scaled], *, dtype: Any = None
         _refuse_two_values(name, mine)
         base = network.tensors[name]
         shape = base.shape
-        inputs = max((change.inputs or 0 for change, _ in mine), default=0)
-        if inputs:
+        if inputs := _inputs(name, mine):
             shape = (shape[0], inputs)
             config = replace(config, **{network_of(config).widened[1]: inputs})
         kept = np.dtype(ml_dtypes.bfloat16) if base.dtype.itemsize == 1 else base.dtype
@@ -89,6 +89,17 @@ def _refuse_two_values(name: str, mine: Sequence[tuple[Change, float]]) -> None:
     values = [change.value for change, _ in mine if change.value is not None]
     if any(not np.array_equal(values[0], value) for value in values):
         raise ConfigError(f"two adapters put different values in the place of {name}")
+
+
+def _inputs(name: str, mine: Sequence[tuple[Change, float]]) -> int | None:
+    """That a first layer is given where an adapter joins some."""
+    asked = sorted({change.inputs for change, _ in mine if change.inputs is not None})
+    if len(asked) > 1:
+        raise ConfigError(
+            f"two adapters make {name} read {asked[0]} and {asked[1]} inputs: they are of models "
+            "that draw from different pictures, such as FLUX.1 Fill and Canny"
+        )
+    return asked[0] if asked else None
 
 
 def _merged(
