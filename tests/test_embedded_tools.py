@@ -64,6 +64,7 @@ def shipped(tmp_path, monkeypatch):
         ({"image": "a.png", "expand": (0, 0, 32, 0)}, "tiny-fill"),
         ({"image": "a.png", "mask": "b.png", "strength": 0.7}, "tiny"),
         ({"image": "a.png", "mask": "b.png", "soft_mask": True}, "tiny"),
+        ({"image": "a.png", "mask": "b.png", "strength": 0.7, "noise_mask": True}, "tiny-fill"),
         ({"control": "a.png"}, "tiny-canny"),
         ({"control": "a.png", "image": "b.png", "mask": "c.png"}, "tiny-canny"),
     ],
@@ -81,7 +82,10 @@ def test_what_is_given_decides_about_the_tool(shipped, given, wanted):
     ):
         assert with_tool(own, [given], pytest.fail) == own
     assert with_tool(Sources(), [given, given], said.append).model == wanted
-    if wanted != "tiny":
+    if "control" in given:
+        with pytest.raises(ConfigError, match=r"some have a control .* --model tiny-canny draws"):
+            with_tool(Sources(), [given, {}], pytest.fail)
+    elif wanted != "tiny":
         assert with_tool(Sources(), [given, {}], pytest.fail).model == "tiny"
 
 

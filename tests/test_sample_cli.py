@@ -260,6 +260,8 @@ def test_pictures_from_pictures_repeat_while_their_files_are_the_same(sample, tm
             ("a", "--aesthetic-score", "9"),
             "aesthetic_score is told to Stable Diffusion XL's refiner",
         ),
+        (("a", "--no-noise-mask"), "noise_mask is for models that read a mask"),
+        (("--prompts", "noise_mask.jsonl"), "line 1: noise_mask is for models that read a mask"),
         (("a", "--no-size-bins"), "size_bins are PixArt's: FluxPipeline draws in the size"),
         (("a", "--prompt-3", "b"), "prompt_3 is for a third text encoder"),
         (("a", "--negative-crop", "1,1"), "negative_crop is told to Stable Diffusion XL alone"),
@@ -299,6 +301,7 @@ def test_impossible_requests_are_one_sentence(sample, arguments, words):
     Path("bad.jsonl").write_text('{"prompt": "a", "colour": "red"}')
     Path("types.jsonl").write_text('{"prompt": "a", "steps": "many"}')
     Path("reference.jsonl").write_text('{"prompt": "a", "reference": 3}')
+    Path("noise_mask.jsonl").write_text('{"prompt": "a", "noise_mask": false}')
     Path("broken.jsonl").write_text('"a"\r\n\r\n{"prompt": \r\n')
     Image.new("RGB", (16, 16)).save("plain.png")
     sheet = {"fluxjax": "1", "pictures": [{"file": "a-1.png"}, {"file": "a-2.png"}]}

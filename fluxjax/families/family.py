@@ -218,7 +218,7 @@ class Task:
         if not self.reads_mask:
             raise ConfigError(
                 "noise_mask is for models that read a mask and draw the whole picture, such as "
-                "FLUX.1 Fill; any other one keeps what lies outside of a mask without it"
+                "FLUX.1 Fill and tiny-fill; others keep what lies outside of a mask without it"
             )
         return replace(self, keeps=True)
 

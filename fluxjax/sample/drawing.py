@@ -76,6 +76,11 @@ class Drawing(Stages):
         strength = settings.strength if settings.strength is not None else task.strength
         return replace(settings, strength=strength, **found)
 
+    def require_mask_read(self, settings: Settings, given: Given) -> None:
+        """Raises ConfigError where a noise mask is turned off that there is not anyway."""
+        if not self.defaults.noise_mask:
+            self.task_of(settings, given).with_noise_mask()
+
     def draw(
         self,
         settings: Settings,

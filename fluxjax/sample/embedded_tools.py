@@ -19,10 +19,20 @@ def with_tool(
     sources: Sources, asked: Sequence[Mapping[str, Any]], note: Callable[[str], None]
 ) -> Sources:
     """The embedded model as it has learnt to use the pictures in `asked`, settings of each line of
-    prompts; any other model, and one with adapters or ControlNets of one's own, as it is."""
+    prompts; any other model, and one with adapters or ControlNets of one's own, as it is.
+
+    Raises ConfigError where only some of them have a control, which no other tool draws with."""
     pictures = {_picture_of(settings) for settings in asked}
+    learnt = {name for name, tool in TOOLS.items() if embedded_adapter(tool) is not None}
+    if not _is_plain(sources):
+        return sources
+    if len(pictures) > 1 and "control" in pictures & learnt:
+        raise ConfigError(
+            f"of the prompts some have a control and some have none: --model {TOOLS['control']} "
+            "draws those with one, so give them a file of their own"
+        )
     (picture,) = pictures if len(pictures) == 1 else (None,)
-    if picture is None or not _is_plain(sources) or embedded_adapter(TOOLS[picture]) is None:
+    if picture not in learnt:
         return sources
     note(f"--model {TOOLS[picture]} draws this, the embedded model that learnt {_LEARNT[picture]}")
     return dataclasses.replace(sources, model=TOOLS[picture])
@@ -45,8 +55,10 @@ def _is_plain(sources: Sources) -> bool:
 
 
 def _picture_of(settings: Mapping[str, Any]) -> str | None:
-    """A mask with a strength below 1, or a soft one, asks for inpainting, which any model does."""
+    """A mask with a strength below 1, or a soft one, asks for inpainting, which any model does; but
+    a noise mask, or none, for what reads masks."""
     inpaints = (settings.get("strength") or 1.0) < 1.0 or settings.get("soft_mask")
+    inpaints = inpaints and settings.get("noise_mask") is None
     masked = not inpaints and (settings.get("mask") or settings.get("expand")) is not None
     there = {name: settings.get(name) is not None for name in TOOLS} | {"mask": masked}
     return next((name for name, is_there in there.items() if is_there), None)

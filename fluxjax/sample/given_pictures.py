@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +193,10 @@ def _alpha(settings: Settings, image: Picture | None) -> Picture:
 
 def _ready(given: Given, settings: Settings) -> Given:
     """Bordered, and with a reference that is to be painted as its own image."""
+    for names in (CONTROLS, IP_IMAGES):
+        for first, second in pairwise(names):
+            if getattr(given, first) is None and getattr(given, second) is not None:
+                raise ConfigError(f"{second} is given without {first}: give that too")
     if settings.loop:
         if given.reference is None or given.last is not None:
             raise ConfigError("loop ends a clip with its reference: give a reference and no last")

@@ -88,6 +88,9 @@ def _completed(settings: Settings, given: Sequence[Mapping], pipe: Pipeline) -> 
     from fluxjax.sample.given_pictures import read_given
 
     pictures, settings = read_given(settings)
+    told = [one.get("noise_mask") for one in given]
+    if False in told[1:] and True not in told:  # a record tells of it always
+        pipe.require_mask_read(settings, pictures)
     fixed = [name for one in given for name, value in one.items() if value is not None]
     return pipe.complete(settings, pictures, fixed)
 

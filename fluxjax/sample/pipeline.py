@@ -245,6 +245,8 @@ class Pipeline(Drawing):
         }
         chosen = override(self.defaults, {**settings, **files})
         given, chosen = read_given(chosen, objects)
+        if noise_mask is False:
+            self.require_mask_read(chosen, given)
         heard, heard_files = read_heard(() if redux_image is None else redux_image)
         fixed = [name for name, value in settings.items() if value is not None]
         chosen = self.complete(chosen, given, fixed)
