@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from comfy_names import comfy_autoencoder, comfy_transformer
 from hunyuan_video_folders import (
     hunyuan_video,  # noqa: F401
@@ -263,9 +264,23 @@ def test_single_files_draw_what_their_folder_draws(whose, ours, hunyuan_video, t
     assert all(np.array_equal(found[name], theirs[name]) for name in theirs)
 
 
+def all_of_clip(folder):
+    """transformers' CLIP with the text encoder in `folder`, as OpenAI published it."""
+    text = transformers.CLIPTextModel.from_pretrained(folder)
+    size = {"hidden_size": 16, "intermediate_size": 24, "image_size": 28, "patch_size": 14}
+    vision = {**size, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=text.config.to_dict(), vision_config=vision, projection_dim=20
+    )
+    whole = transformers.CLIPModel(config)
+    state = {name.removeprefix("text_model."): v for name, v in text.state_dict().items()}
+    whole.text_model.load_state_dict(state)
+    return whole
+
+
 @slow
 def test_tokenizers_beside_the_weights_are_found(hunyuan_video, tmp_path):  # noqa: F811
-    """As in Tencent's folders of text encoders."""
+    """As in Tencent's folders of text encoders, the second of which may be a whole CLIP."""
 
     def ids(folder):
         pipe = fluxjax.load_pipeline(folder)
@@ -279,6 +294,14 @@ def test_tokenizers_beside_the_weights_are_found(hunyuan_video, tmp_path):  # no
         tokenizer.rmdir()
     for one, other in zip(ids(folder), ids(hunyuan_video), strict=True):
         np.testing.assert_array_equal(one, other)
+    whole = all_of_clip(folder / "text_encoder_2")
+    whole.save_pretrained(folder / "text_encoder_2")
+    pipe, name = fluxjax.load_pipeline(folder), "text_encoder_2"
+    before = open_component(hunyuan_video, name).tensors
+    found = open_component(folder, name, pipe.config.networks[name]).tensors
+    assert found.keys() - before.keys() == {"text_projection.weight"}
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(tensor.read(), found[key].read())
     (folder / "text_encoder" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="not a whole model: tokenizer is missing"):
         fluxjax.load_pipeline(folder)

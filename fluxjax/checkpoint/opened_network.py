@@ -109,10 +109,12 @@ def make_network(
         raw = unquantised(raw)
         known = None if config is None else type(config)
         network, dialect = detect_network({n: tensor.shape for n, tensor in raw.items()}, known)
-        if component in network.parts:
+        # Where a configuration tells what it is, the second text encoder may be a whole CLIP, too.
+        part = component if config is None else re.sub(r"_\d$", "", component)
+        if part in network.parts:
             if type(config) is network.config:
-                config = getattr(config, network.parts[component])
-            network = by_component(component)
+                config = getattr(config, network.parts[part])
+            network = by_component(part)
             dialect = network.dialects[0]
         if component and not _may_hold(component, network, config, family):
             wanted = by_component(component).words
