@@ -48,7 +48,7 @@ class UnlearntStage:
     says what the picture does not show. `early`, `guidance` and `scales` as of `PromptStage`.
     """
 
-    steps: int = 6000
+    steps: int = 3000
     batch: int = 24
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
