@@ -4,9 +4,6 @@ A teacher, the pipeline that understands plain sentences, predicts the velocity 
 from the plain sentence of its scene; the student, both text encoders and the transformer together,
 learns to predict the same from any caption of it. What counts is what a caption draws: no word has
 to have a counterpart, and words of relation are taught as all others are.
-
-Scenes with colours that the teacher never learnt take the true velocity instead, guided against the
-teacher's of an empty prompt.
 """
 
 from __future__ import annotations
@@ -29,14 +26,13 @@ from fluxjax.families.flux import PromptIds, encode_prompts
 from fluxjax.families.noise_path import FLOW
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids
-from fluxjax.train.embedded.colours import COLOURS
 from fluxjax.train.embedded.examples import Sizes
 from fluxjax.train.embedded.paraphrase import Encoders, open_encoders
 from fluxjax.train.embedded.phrasing import caption_and_plain, vary
 from fluxjax.train.embedded.scenes import Scene, render, sample_scenes
 from fluxjax.train.embedded.transformer import image_encoder
 from fluxjax.train.loop import Run, RunSettings
-from fluxjax.train.objectives import guided_velocity, sample_times
+from fluxjax.train.objectives import sample_times, squared_error
 from fluxjax.train.optimizers import muon_optimizer
 from fluxjax.train.step import Tree, init_state, make_step
 
@@ -49,9 +45,8 @@ class PromptStage:
     """Settings. `teacher`: a pipeline folder; by default the student as it is before.
 
     `transformer_rate`: the transformer's learning rate, as a share of the text encoders'. `scales`:
-    the range of the guidance, which in every other row is `guidance`. `unlearnt`: colours of
-    objects that the teacher does not know. `early`: the share of times that are those of early
-    steps, whatever the others are.
+    the range of the guidance, which in every other row is `guidance`. `early`: the share of times
+    that are those of early steps, whatever the others are.
     """
 
     teacher: Path | None = None
@@ -63,7 +58,6 @@ class PromptStage:
     early: float = 0.5
     guidance: float = 3.5
     scales: tuple[float, float] = (1.0, 5.0)
-    unlearnt: tuple[str, ...] = ()
     buckets: Sizes = ((96, 96), (112, 80), (96, 96), (80, 112), (96, 96))
     fresh: int = 4
     """Steps for which a set of scenes serves, with other captions each time."""
@@ -76,8 +70,7 @@ def prompt_loss(
     """`loss(params, key, rows, frozen, ids, mu)`: the squared distance of velocities.
 
     `params` and `frozen` hold clip, t5 and transformer. `rows`: (latents, ids of the captions, of
-    the plain sentences, of empty prompts, whether the row takes the true velocity). The true
-    velocity's noise grows with the guidance g, so such rows count 1 / g^2.
+    the plain sentences).
     """
 
     def velocity(encoders: Encoders, params: Tree, x: Array, t: Array, ids: PromptIds, *extras):
@@ -86,17 +79,12 @@ def prompt_loss(
         return FLUX.forward(model, {"params": params["transformer"]}, x, t, heard, Extras(*extras))
 
     def loss(params: Tree, key: jax.Array, rows: Any, frozen: Tree, positions: Array, mu: Array):
-        latents, typed, plain, empty, true = rows
-        n = latents.shape[0]
+        latents, typed, plain = rows
         t, scale, noise = draw_noisy(key, latents, mu, stage)
         x = FLOW.state(t).of(latents, noise)
         taught = velocity(teacher, frozen, x, t, plain, positions, scale)
-        blank = velocity(teacher, frozen, x, t, empty, positions, scale)
-        shown = guided_velocity(noise - latents, blank, scale)
-        wanted = jax.lax.stop_gradient(jnp.where(true[:, None, None], shown, taught))
         said = velocity(student, params, x, t, typed, positions, scale)
-        weight = jnp.where(true, 1 / jnp.square(scale), 1.0)
-        return (weight * jnp.square(said - wanted).reshape(n, -1).mean(1)).mean()
+        return squared_error(said, jax.lax.stop_gradient(taught))
 
     return loss
 
@@ -152,7 +140,6 @@ class Captions:
         self.student, self.teacher = student, teacher
         encode = image_encoder(config, vae)
         self.scenes = DrawnScenes(stage.buckets, stage.fresh, stage.seed, encode)
-        self.unlearnt = [list(COLOURS).index(name) for name in stage.unlearnt]
 
     def __call__(self, step: int):
         """(rows of `prompt_loss`, image ids, mu)."""
@@ -163,13 +150,10 @@ class Captions:
         rows = rng.choice(_SCENES, stage.batch, replace=False)
         pairs = [caption_and_plain(Scene(*(v[i] for v in scenes)), rng) for i in rows]
         typed = [vary(caption, rng, typos=stage.typos).text for caption, _ in pairs]
-        used = np.arange(3) < scenes.count[rows][:, None]
-        true = (np.isin(scenes.colour[rows], self.unlearnt) & used).any(1)
         texts = self.student.ids(typed), self.teacher.ids([plain.text for _, plain in pairs])
         positions = image_ids(*latent_size(*stage.buckets[bucket], self.config.vae))
         mu = jnp.float32(self.config.scheduler.mu(len(positions)))
-        empty = self.teacher.ids([""] * stage.batch)
-        return (latents[rows], *texts, empty, true), positions, mu
+        return (latents[rows], *texts), positions, mu
 
 
 def train_prompts(folder: Path, config: FluxPipelineConfig, stage: PromptStage, runs: Path) -> Tree:
