@@ -73,13 +73,16 @@ def _require_no_loss(part: Path, destination: Path) -> None:
 
 @contextmanager
 def said_of(path: Path, part: Path) -> Iterator[None]:
-    """Of what is written as `part` an OSError, that of a full disk too, names `path`."""
+    """Of what is written as `part`, or in it, an OSError, that of a full disk too, names `path`."""
     try:
         yield
     except OSError as error:
-        unnamed = error.filename is None and error.errno in _FULL
-        if error.filename2 is None and (unnamed or error.filename == str(part)):
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        name = error.filename
+        if name is None and error.errno in _FULL:
+            name = part
+        if name is not None and error.filename2 is None and Path(name).is_relative_to(part):
+            said = path / Path(name).relative_to(part)
+            raise OSError(error.errno, error.strerror, str(said)) from error
         raise
 
 

@@ -211,3 +211,16 @@ def test_a_file_never_takes_the_place_of_what_is_in_a_folder(tmp_path: Path) -> 
     with pytest.raises(FileExistsError, match="is a folder"), whole_or_nothing(folder) as part:
         part.write_text("new")
     assert (folder / "work").read_text() == "of a year" and [*tmp_path.iterdir()] == [folder]
+
+
+def test_errors_name_what_was_asked_for(tmp_path: Path) -> None:
+    """Of files within a folder too, whose hidden name nobody has typed."""
+    asked = tmp_path / "model"
+    for inner in ("", "transformer/x.safetensors"):
+        with pytest.raises(OSError) as error, whole_or_nothing(asked) as part:
+            raise OSError(errno.ENOSPC, "No space left on device", str(part / inner))
+        assert error.value.filename == str(asked / inner)
+    other = tmp_path / "other"
+    with pytest.raises(OSError) as error, whole_or_nothing(asked):
+        raise OSError(errno.EIO, "Input/output error", str(other))
+    assert error.value.filename == str(other)

@@ -213,6 +213,7 @@ def test_base_and_extracted_adapter_are_the_tuned_model(tuned, adapter, tmp_path
         ([str(adapter), "--difference-from", str(tuned)], "tensors of a LoRA"),
         ([str(tuned), "--difference-from", str(tuned), "--to", "kohya"], "leave out --to"),
         ([str(tuned), "--difference-from", str(tuned), "--rank", "0"], "rank must be at least 1"),
+        ([str(tuned), "--rank", "8"], "--rank is of the LoRA that --difference-from writes"),
     ):
         source, *rest = arguments
         with pytest.raises(ValueError, match=words):

@@ -21,7 +21,7 @@ from fluxjax.models.flux import FluxTransformer
 from fluxjax.train import objectives
 from fluxjax.train.embedded import examples, tiny, transformer
 from fluxjax.train.flow_matching import Rows, finetune_loss
-from fluxjax.train.loop import Run, RunSettings
+from fluxjax.train.loop import Run, RunSettings, run_folder
 from fluxjax.train.objectives import Objective
 from fluxjax.train.optimizers import muon_dimensions, muon_optimizer
 from fluxjax.train.step import TrainState, init_state, make_step
@@ -299,3 +299,13 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
     assert few.train() == folder  # nothing is left to do
     unchanged = {p: t for p, t in before.items() if p.parent.name != "transformer"}
     assert all(p.stat().st_mtime_ns == t for p, t in unchanged.items())
+
+
+def test_a_refused_run_leaves_no_folder_that_it_made(tmp_path):
+    with pytest.raises(ConfigError), run_folder(tmp_path / "runs" / "one"):
+        raise ConfigError("refused")
+    assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ConfigError), run_folder(tmp_path / "runs" / "one"):
+        raise ConfigError("refused")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -43,8 +43,9 @@ def write_adapter(source: Path, options: Options) -> str:
     dtype = None if options.dtype == "keep" else jnp.dtype(options.dtype)
     if options.difference_from is not None:
         base = find(options.difference_from, "checkpoint")
+        rank = 64 if options.rank is None else options.rank
         return extract_adapter(
-            source, base, destination, rank=options.rank, dtype=dtype, overwrite=overwrite
+            source, base, destination, rank=rank, dtype=dtype, overwrite=overwrite
         )
     assert options.to in ("peft", "kohya", "comfy")
     return convert_adapters(

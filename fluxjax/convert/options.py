@@ -57,8 +57,9 @@ class Options:
     --lora A.safetensors --lora B.safetensors:0.5."""
     difference_from: _Path = None
     """Write what the source has learnt beyond this checkpoint, as a LoRA."""
-    rank: int = 64
-    """Of that LoRA; norms, biases and a first layer that reads more are kept whole."""
+    rank: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
+    """Of that LoRA, 64 where nothing is said; norms, biases and a first layer that reads more are
+    kept whole."""
     mesh: _Text = None
     """With --to orbax: store each device's part by itself, for devices such as fsdp=4,tensor=2."""
     config: _Path = None
@@ -75,6 +76,8 @@ class Options:
         """Raises ValueError for what cannot be meant."""
         if not 0 < self.shard_gb < float("inf"):
             raise ValueError(f"--shard-gb must be a positive number, got {self.shard_gb}")
+        if self.rank is not None and self.difference_from is None:
+            raise ValueError("--rank is of the LoRA that --difference-from writes")
         writes_adapter = self.to in ("peft", "kohya", "comfy") or self.difference_from is not None
         if writes_adapter and (self.lora or self.mesh or self.quantise):
             what = f"--to {self.to}" if self.difference_from is None else "--difference-from"

@@ -54,6 +54,7 @@ def run_folder(folder: Path) -> Iterator[Path]:
     Raises OSError (`lock.InUse`) on every process if another run has it.
     """
     held = locked(folder / _LOCK, str(folder))
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def take() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,8 @@ def run_folder(folder: Path) -> Iterator[Path]:
         if jax.process_index() == 0:
             held.__exit__(None, None, None)
             with suppress(OSError):  # a run that was refused leaves nothing
-                folder.rmdir()
+                for path in (folder, *missing[1:]):
+                    path.rmdir()
 
 
 @dataclass(frozen=True, kw_only=True)
