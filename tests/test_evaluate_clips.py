@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import flax.linen as nn
 import numpy as np
 import pytest
+from PIL import Image
 
 from fluxjax.config import TINY, ConfigError, OpenSoraPipelineConfig
 from fluxjax.sample.pictures import to_bytes
@@ -65,7 +66,10 @@ def test_a_model_that_draws_what_it_is_asked_for_is_right(tmp_path, capsys):
     assert set(found.counts) == {"text", "first frame", "autoencoder"}
     for group in found.counts.values():
         assert all(tally.right == tally.asked for tally in group.values())
-    assert drawer.firsts == list(range(6)) and (tmp_path / "sheet.png").is_file()
+    assert drawer.firsts == list(range(6))
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.n_frames == 9 and sheet.info["duration"] == 1000 / drawer.config.fps
+        assert sheet.info["loop"] == 0, "it moves on and on"
     assert sum(tally.asked for tally in found.motions.values()) == 6
     print_clip_evaluation(found)
     assert "1.000 of 6" in capsys.readouterr().out

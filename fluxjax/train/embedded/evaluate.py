@@ -299,22 +299,33 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def write_sheet(
-    path: Path, pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]], captions: Sequence[str]
+    path: Path,
+    pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]] | Sequence[UInt8[np.ndarray, "t _ _ 3"]],
+    captions: Sequence[str],
+    *,
+    fps: int = 0,
 ) -> None:
-    """The pictures with their captions. Raises what `side_output.check_side_output` raises."""
+    """The pictures with their captions; of clips of one length, `fps` frames a second, a sheet that
+    moves (APNG). Raises what `side_output.check_side_output` raises."""
     from PIL import Image, PngImagePlugin
 
-    enlarged = []
-    for picture in pictures:
-        zoom = min(2.0, SHEET_SIDE / max(picture.shape[:2]))
-        size = (round(zoom * picture.shape[1]), round(zoom * picture.shape[0]))
-        enlarged.append(np.array(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)))
-    sheet = picture_sheet(enlarged, columns=SHEET_COLUMNS, captions=captions, gap=10)
+    def sheet(pictures: Sequence[np.ndarray]) -> Image.Image:
+        enlarged = []
+        for picture in pictures:
+            zoom = min(2.0, SHEET_SIDE / max(picture.shape[:2]))
+            size = (round(zoom * picture.shape[1]), round(zoom * picture.shape[0]))
+            large = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+            enlarged.append(np.array(large))
+        columns = SHEET_COLUMNS
+        return Image.fromarray(picture_sheet(enlarged, columns=columns, captions=captions, gap=10))
+
     text = PngImagePlugin.PngInfo()
     for key, value in marker("sheet").items():
         text.add_text(key, value)
+    first, *others = map(sheet, zip(*pictures, strict=True)) if fps else [sheet(pictures)]
+    moving = {"save_all": True, "append_images": others, "duration": 1000 / fps} if fps else {}
     with side_output(path, "sheet") as part:
-        Image.fromarray(sheet).save(part, format="PNG", pnginfo=text)
+        first.save(part, format="PNG", pnginfo=text, **moving)
 
 
 def evaluate(settings: EvaluateSettings) -> Any:

@@ -33,7 +33,7 @@ from fluxjax.train.embedded.moving_scenes import (
 )
 from fluxjax.train.embedded.reader import Tally
 
-SHOWN, STILLS = 12, 5  # clips on the sheet, frames of each
+SHOWN = 12  # clips on the sheet
 _STREAM = 7919  # of scenes and captions that no training draws
 Counts = dict[str, Tally]
 
@@ -101,7 +101,7 @@ def evaluate_clips(
                 name = MOTIONS[int(scenes.motion[i])]
                 motions[name] = _sum([motions[name], one["all"]])
     if settings.sheet is not None:
-        write_sheet(settings.sheet, *_shown(drawn, captions))
+        write_sheet(settings.sheet, *_shown(drawn, captions), fps=config.fps)
     own = {"model": settings.model, "seed": chosen.seed, "held_out": settings.held_out}
     return ClipEvaluation(
         settings={**own, **options, "prompts": n, "side": side, "frames": frames},
@@ -137,14 +137,11 @@ def _sum(tallies: Sequence[Tally]) -> Tally:
 def _shown(
     drawn: dict[str, list[np.ndarray]], captions: list[str]
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Stills of the first clips side by side, those from text before those from a first frame."""
-    strips, texts = [], []
-    for group, clips in drawn.items():
-        for clip, caption in list(zip(clips, captions, strict=True))[: SHOWN // 2]:
-            stills = np.linspace(0, len(clip) - 1, STILLS).round().astype(int)
-            strips.append(np.concatenate(list(clip[stills]), axis=1))
-            texts.append(f"{group}: {caption}")
-    return strips, texts
+    """The first clips of each group, those from text before those from a first frame."""
+    each = SHOWN // len(drawn)
+    clips = [clip for of in drawn.values() for clip in of[:each]]
+    texts = [f"{group}: {text}" for group in drawn for text in captions[:each]]
+    return clips, texts
 
 
 def print_clip_evaluation(evaluation: ClipEvaluation) -> None:

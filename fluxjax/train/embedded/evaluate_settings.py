@@ -96,7 +96,7 @@ class EvaluateSettings:
     plot: Path | None = None
     """Draw the right pictures of each sampler over its steps to this PNG."""
     sheet: Path | None = None
-    """Write a contact sheet to this PNG, a row for each kind."""
+    """Write a contact sheet to this PNG, a row for each kind; of clips one that moves."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the numbers as JSON instead of a table."""
 
