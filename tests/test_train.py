@@ -278,6 +278,9 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
         ),
         prompts=replace(recipe.prompts, steps=1, batch=2, buckets=((48, 32),)),
         clip_states=replace(recipe.clip_states, steps=1, batch=4, held_out_captions=8),
+        unlearnt=replace(
+            recipe.unlearnt, steps=1, batch=2, buckets=((48, 32),), new_buckets=((48, 32),)
+        ),
     )
     # Compiling takes minutes: few blocks, two levels, and text encoders that are there already.
     small = replace(
