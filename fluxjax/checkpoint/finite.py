@@ -6,6 +6,7 @@ One such value makes every picture and every update NaN, long after anything tel
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,15 +23,15 @@ def only_finite(tensor: Tensor, name: str) -> Tensor:
     """The same tensor; reading it raises ConfigError if what is read has NaN or infinite values."""
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         return tensor
+    return replace(tensor, rows=partial(_finite_rows, tensor, name))
 
-    def rows(start: int, stop: int) -> np.ndarray:
-        with np.errstate(over="ignore", invalid="ignore"):  # of a cast: said below
-            array = tensor.rows(start, stop)
-        if not is_finite(array):
-            raise _refusal(name, array)
-        return array
 
-    return replace(tensor, rows=rows)
+def _finite_rows(tensor: Tensor, name: str, start: int, stop: int) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):  # of a cast: said below
+        array = tensor.rows(start, stop)
+    if not is_finite(array):
+        raise _refusal(name, array)
+    return array
 
 
 def only_finite_codes(packed: Quantised, name: str) -> Quantised:

@@ -57,27 +57,28 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *size c"]) -> Float[Array, "b *size c"]:
-        b, *size, channels = x.shape
-        pixels = tuple(range(1, x.ndim - 1))
-        per_channel = (b, *(1 for _ in size), channels)
+        *size, channels = x.shape[1:]
         scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
-
-        def group_mean(values: Array) -> Array:
-            # Over pixels first, with the channels innermost, then over the few in each group: a
-            # reduction over (pixels, channels of a group) at once does not vectorise.
-            means = values.mean(pixels).reshape(b, self.groups, channels // self.groups).mean(-1)
-            return jnp.repeat(means, channels // self.groups, axis=1).reshape(per_channel)
-
         y = x.astype(jnp.float32)
-        mean = group_mean(y)
+        mean = self.group_mean(y)
         # Two passes: E[x^2] - E[x]^2 loses the digits that parity needs.
-        var = group_mean(jnp.square(y - mean))
+        var = self.group_mean(jnp.square(y - mean))
         # One multiply-add per pixel: the statistics are folded into the affine.
-        scale, bias = (v.astype(jnp.float32).reshape(*per_channel[1:]) for v in (scale, bias))
+        shape = (*(1 for _ in size), channels)
+        scale, bias = (v.astype(jnp.float32).reshape(shape) for v in (scale, bias))
         gain = jax.lax.rsqrt(var + self.epsilon) * scale[None]
         offset = bias[None] - mean * gain
         return (y * gain + offset).astype(self.dtype)
+
+    def group_mean(self, values: Float[Array, "b *size c"]) -> Float[Array, "b *ones c"]:
+        """Of each channel's group, for each channel."""
+        b, *size, channels = values.shape
+        # Over pixels first, with the channels innermost, then over the few in each group: a
+        # reduction over (pixels, channels of a group) at once does not vectorise.
+        means = values.mean(tuple(range(1, values.ndim - 1))).reshape(b, self.groups, -1).mean(-1)
+        each = jnp.repeat(means, channels // self.groups, axis=1)
+        return each.reshape(b, *(1 for _ in size), channels)
 
 
 class Layer(nn.Module):

@@ -49,11 +49,13 @@ class Dialect:
 
     def fits(self, names: Collection[str]) -> bool:
         """Whether these are a network's names in this dialect."""
+        return all(_found(pattern, names) for pattern in self.signature) and not any(
+            _found(pattern, names) for pattern in self.unless
+        )
 
-        def found(pattern: str) -> bool:
-            return any(re.fullmatch(pattern, name) for name in names)
 
-        return all(map(found, self.signature)) and not any(map(found, self.unless))
+def _found(pattern: str, names: Collection[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for name in names)
 
 
 @dataclass(frozen=True)
