@@ -463,7 +463,7 @@ def test_what_an_objective_does_not_have_is_refused(model, pictures, tmp_path):
 def test_an_embedded_diffusion_model_is_trained_and_drawn_with_by_diffusers_too(
     kind, tmp_path, monkeypatch
 ):
-    """A smaller one, for two steps and one; as of its newest checkpoint, and at the end."""
+    """A smaller one, for two steps twice; as of its newest checkpoint, and at the end."""
     import diffusers
 
     from fluxjax.sample.loading import load_pipeline
@@ -476,13 +476,10 @@ def test_an_embedded_diffusion_model_is_trained_and_drawn_with_by_diffusers_too(
     recipe = read_recipe(RECIPES / f"tiny_{kind}.toml")
     assert isinstance(recipe, diffusion.DiffusionRecipe)
     monkeypatch.setattr(type(recipe), "preset", small)
-    options = {"decay_steps": 1, "batch": 4, "pool": 64, "buckets": ((64, 64),)}
-    first, refine = (
-        replace(stage, steps=steps, **options)
-        for stage, steps in zip(recipe.stages.values(), (2, 1), strict=True)
-    )
+    options = {"steps": 2, "decay_steps": 1, "batch": 4, "pool": 64, "buckets": ((64, 64),)}
+    stage = replace(recipe.refine, **options)  # the same program twice: compiled once
     part = small.denoiser
-    recipe = replace(recipe, folder=tmp_path / "run", refine=refine, **{part: first})
+    recipe = replace(recipe, folder=tmp_path / "run", refine=stage, **{part: stage})
     folder = recipe.train()
     command.export([str(recipe.folder), "--out", str(tmp_path / "exported")])
     weights = f"{part}/diffusion_pytorch_model.safetensors"

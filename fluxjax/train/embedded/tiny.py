@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -231,8 +232,6 @@ def make_conditioner(pipeline: Path, config: FluxPipelineConfig) -> Conditioner:
 
 def write_world(pipeline: Path, buckets: Sequence[tuple[int, int]]) -> None:
     """world.json: words and sizes of the training, so that sampling can say what lies outside."""
-    scenes = sample_scenes(jax.random.key(5), 8192, width=96, height=96)
-    words = {word for caption in captions(scenes, 5) for word in words_of(caption.text)}
     knows = (
         f"one to three shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)}, small, medium or "
         "large, beside, above or below each other, on "
@@ -246,5 +245,11 @@ def write_world(pipeline: Path, buckets: Sequence[tuple[int, int]]) -> None:
         "refused_below": min(sides) * 3 // 4,
         "refused_above": max(sides) * 2,
     }
-    world = {"knows": knows, "sizes": sizes, "words": sorted(words)}
+    world = {"knows": knows, "sizes": sizes, "words": sorted(_words_of_captions())}
     (pipeline / "world.json").write_text(json.dumps(world, indent=1) + "\n")
+
+
+@cache
+def _words_of_captions() -> frozenset[str]:
+    scenes = sample_scenes(jax.random.key(5), 8192, width=96, height=96)
+    return frozenset(word for said in captions(scenes, 5) for word in words_of(said.text))
