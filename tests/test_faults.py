@@ -184,13 +184,13 @@ def test_a_full_disk_costs_one_checkpoint_not_the_run(server, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_a_stuck_step_is_ended(server, tmp_path):
-    run = server.start("stuck", tmp_path / "a", "--quick", "--stuck", 7, "--hang", 2)
+    run = server.start("stuck", tmp_path / "a", "--quick", "--stuck", 7, "--hang", 4)
     slow = server.start("slow", tmp_path / "b", "--quick", "--stuck", 2)
     slow.until("^step 2 ")
     slow.kill(signal.SIGTERM)
     slow.until("a second signal ends")
     slow.kill(signal.SIGTERM)
-    assert slow.wait(5) == 128 + signal.SIGTERM
+    assert slow.wait(30) == 128 + signal.SIGTERM
     assert run.wait() == HUNG
     assert "no step within" in run.said and "in advance" in run.said, "whose stack is missing"
     assert listed(tmp_path / "a") == [5]
@@ -384,7 +384,7 @@ def test_sigterm_to_one_of_two_stops_both_at_the_same_step(server, tmp_path, whi
     runs[which].kill(signal.SIGTERM)
     codes, seconds = _seconds(runs)
     assert codes == [0, 0], runs[0].said + runs[1].said
-    assert seconds < 10, seconds
+    assert seconds < 60, seconds
     (step,) = re.findall(r"stopped; step (\d+) is saved", runs[0].said)
     assert listed(tmp_path)[-1] == int(step)
 
@@ -399,7 +399,7 @@ def test_a_killed_process_takes_the_other_with_it(server, tmp_path, which):
     assert runs[which].wait() == -signal.SIGKILL
     # JAX aborts a process that it tells of the loss before the computation fails.
     assert code in (hosts.ProcessLost.exit_code, -signal.SIGABRT), runs[1 - which].said
-    assert seconds < 10, seconds
+    assert seconds < 60, seconds
     with StateStore(tmp_path / "checkpoints") as store:
         assert store.newest() is not None
         assert store.newest().step == store.steps()[-1], "a checkpoint that is not whole is listed"
@@ -433,7 +433,7 @@ def test_a_process_that_stops_for_longer_than_the_limit_ends_both(server, tmp_pa
 
 @pytest.mark.slow
 def test_a_stuck_process_ends_both(server, tmp_path):
-    runs = pair(server, "hang", tmp_path, "--quick", "--hang", 4, second=("--stuck", 7))
+    runs = pair(server, "hang", tmp_path, "--quick", "--hang", 6, second=("--stuck", 7))
     codes = [run.wait() for run in runs]
     assert codes[1] == HUNG or codes[0] == HUNG, codes
     assert 0 not in codes
