@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,14 @@ from safetensors import safe_open
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError
+from fluxjax.families.flux import PromptIds
 from fluxjax.families.noise_path import OPEN_SORA_FLOW
 from fluxjax.hub import tiny_folder
 from fluxjax.models.latents import pack_video, text_ids, video_ids
+from fluxjax.train.embedded import clip_transformer
 from fluxjax.train.embedded.clip_autoencoder import ClipAutoencoderStage
 from fluxjax.train.embedded.clip_transformer import (
+    ClipExamples,
     ClipRows,
     ClipTransformerStage,
     clip_loss,
@@ -128,6 +132,36 @@ def test_the_model_is_small_enough():
     total = sum(parameter_count(abstract_params(part)) for part in config.networks.values())
     files = sum(f.stat().st_size for f in tiny_folder().glob("tokenizer*/*"))
     assert 2 * total + files < 12e6
+
+
+def test_examples_are_drawn_as_in_sampling_and_read_back_as_they_were(tmp_path, monkeypatch):
+    """First frames from their posterior, each chunk's and part's by keys of their own."""
+    drawn = np.zeros((64, 5, 16, 16, 3), np.float32)
+    monkeypatch.setattr(clip_transformer, "render_clips", lambda scenes, **size: drawn)
+    keys = []
+
+    def encode(clips, key):
+        if key is None:
+            assert clips.shape[1] == 5
+            return np.full((len(clips), 16, 2, 2, 2), 1 / 3, np.float32)
+        keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+        return np.full((len(clips), 16, 1, 2, 2), len(keys), np.float32)
+
+    class Texts(NamedTuple):
+        def ids(self, texts):
+            return PromptIds(*[np.zeros((len(texts), 4), np.int32)] * 2)
+
+    stage = replace(SMALL.transformer, first_chunks=2, chunks=2, batch=64)
+    given = (SMALL.config, stage, encode, Texts(), tmp_path, "made")
+    rows = ClipExamples(*given)(0)
+    assert len(keys) == len(set(keys)) == 8
+    heads = rows.condition[:, 1:, 0]
+    assert set(np.unique(heads)) == set(range(9))
+    # What a run that goes on reads is what the run that made it has seen.
+    again = ClipExamples(*given)(0)
+    assert len(keys) == 8
+    np.testing.assert_array_equal(again.latents, rows.latents)
+    np.testing.assert_array_equal(again.condition, rows.condition)
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def require_flux(config: PipelineConfig, model: object) -> FluxPipelineConfig:
     """`config` where it is FLUX.1's. Raises ConfigError, which names `model`, for another one."""
     if isinstance(config, FluxPipelineConfig):
         return config
-    raise ConfigError(f"{model} is a {config.class_name}, and this is for FLUX.1 alone")
+    raise ConfigError(f"{model} holds {config.class_name}, and this is for FLUX.1 alone")
 
 
 def published_defaults(transformer: FluxConfig, name: str) -> dict[str, Any]:

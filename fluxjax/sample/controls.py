@@ -76,7 +76,7 @@ def open_controlnets(folders: Sequence[Scaled], config: PipelineConfig) -> list[
     """
     opened: dict[str, OpenNetwork] = {}
     if folders and not any("ControlNet" in name for name in family_of(config.class_name).tasks):
-        raise ConfigError(f"a ControlNet goes with FLUX.1 alone, and this is a {config.class_name}")
+        raise ConfigError(f"a ControlNet goes with FLUX.1 alone, not with {config.class_name}")
     for folder, _ in folders:
         if folder not in opened:
             path = find(folder, "checkpoint")

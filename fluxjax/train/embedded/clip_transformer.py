@@ -28,7 +28,7 @@ from fluxjax.models.open_sora import OpenSoraTransformer
 from fluxjax.models.products import BFLOAT16
 from fluxjax.schedules.open_sora import shift_of
 from fluxjax.text.video_prompt import video_prompt
-from fluxjax.train.data.cache_file import read_arrays, write_arrays
+from fluxjax.train.data.cache_file import compact, read_arrays, write_arrays
 from fluxjax.train.embedded.moving_captions import moving_captions
 from fluxjax.train.embedded.moving_scenes import MovingScene, render_clips, sample_moving_scenes
 from fluxjax.train.embedded.paraphrase import Encoders
@@ -82,7 +82,8 @@ class ClipTransformerStage:
 
 
 class Chunk(NamedTuple):
-    """`heads`: the latents of each first frame by itself."""
+    """`heads`: the latents of each first frame by itself, drawn from their posterior as sampling
+    draws them: where it is wide, means would teach to trust what is only noise there."""
 
     scenes: MovingScene
     latents: Float[np.ndarray, "n c frames h w"]
@@ -105,13 +106,13 @@ class ClipExamples:
         self,
         config: OpenSoraPipelineConfig,
         stage: ClipTransformerStage,
-        encode: Callable[[Array], Array],
+        encode: Callable[[Array, Array | None], Array],
         encoders: Encoders,
         folder: Path,
         made_by: str,
     ):
-        """`encode` makes scaled latents (n, c, frames, h, w) of clips; `made_by` is a hash of what
-        does; chunks are kept in `folder`."""
+        """`encode` makes scaled latents (n, c, frames, h, w) of clips, with a key drawn from their
+        posterior; `made_by` is a hash of what does; chunks are kept in `folder`."""
         self.config, self.stage, self.encode, self.encoders = config, stage, encode, encoders
         self.folder, self.made_by = folder, made_by
         self.empty = encoders.ids([""])
@@ -120,18 +121,27 @@ class ClipExamples:
     def _chunk(self, index: int) -> Chunk:
         scenes = sample_moving_scenes((self.stage.seed, index), _CHUNK)
         path = self.folder / f"{index:05d}.safetensors"
-        key = f"{self.made_by} {self.stage.seed} {index}"
+        made_of = f"{self.made_by} {self.stage.seed} {index}"
         try:
-            kept = read_arrays(path, key)
+            kept = read_arrays(path, made_of)
         except ValueError:  # of another autoencoder, or damaged: made anew
             kept = None
         if kept is None:
             clips = render_clips(scenes, frames=self.config.frames, side=self.config.width)
             parts = [clips[i : i + _AT_ONCE] for i in range(0, _CHUNK, _AT_ONCE)]
-            latents = np.concatenate([np.asarray(self.encode(part)) for part in parts])
-            heads = np.concatenate([np.asarray(self.encode(part[:, :1])) for part in parts])
-            kept = {"latents": latents, "heads": heads}
-            write_arrays(path, kept, key)
+            key = jax.random.fold_in(jax.random.key(self.stage.seed), index)
+            keys = jax.random.split(key, len(parts))
+            latents = np.concatenate([np.asarray(self.encode(part, None)) for part in parts])
+            heads = np.concatenate(
+                [
+                    np.asarray(self.encode(part[:, :1], own))
+                    for part, own in zip(parts, keys, strict=True)
+                ]
+            )
+            made = {"latents": latents, "heads": heads}
+            # As a run that goes on reads them back.
+            kept = {name: compact(value).astype(np.float32) for name, value in made.items()}
+            write_arrays(path, kept, made_of)
         return Chunk(scenes, kept["latents"], kept["heads"])
 
     def __call__(self, step: int) -> ClipRows:

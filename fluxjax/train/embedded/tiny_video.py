@@ -173,12 +173,14 @@ def _write_pipeline(
 
 
 def clip_encoder(config: CausalAutoencoderConfig, params: Any):
-    """Clips (n, frames, h, w, 3) to scaled posterior means (n, c, frames, h, w)."""
+    """Clips (n, frames, h, w, 3) to scaled latents (n, c, frames, h, w): the posterior's means, or
+    with a key drawn from it."""
     model = CausalAutoencoder(config)
 
     @jax.jit
-    def encode(clips: Array) -> Array:
+    def encode(clips: Array, key: Array | None = None) -> Array:
         posterior: Any = model.apply({"params": params}, clips, method=model.encode)
-        return jnp.moveaxis(posterior.mean * config.latent_factor, -1, 1)
+        latents = posterior.mean if key is None else posterior.sample(key)
+        return jnp.moveaxis(latents * config.latent_factor, -1, 1)
 
     return encode
