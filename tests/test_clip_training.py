@@ -300,6 +300,24 @@ def small(name: str, model: Path, clips: Path, folder: Path, **changes: Any) -> 
     return replace(recipe, model=str(model), folder=folder, **own | changes)
 
 
+def test_what_validation_cannot_draw_is_refused_before_data_are_read(
+    open_sora,  # noqa: F811
+    tmp_path,
+):
+    file = str(tmp_path / "first.png")
+    Image.new("RGB", (48, 32)).save(file)
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"references": (file,), "frames": 1}, r"first frames of clips: give validation\.frames"),
+        ({"images": (file,), "masks": (file,)}, r"validation: this .* given an image and a mask"),
+    )
+    for given, message in wrong:
+        validation = ValidationSettings(prompts=("a ball",), **given)
+        recipe = small("lora_open_sora", open_sora, tmp_path / "none", tmp_path / "run")
+        with pytest.raises(ConfigError, match=message):
+            finetune.prepare(replace(recipe, validation=validation))
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.fixture(scope="module")
 def run(open_sora, clips, tmp_path_factory):  # noqa: F811
     """(recipe, job, the LoRA's file)."""

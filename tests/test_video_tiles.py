@@ -1,11 +1,13 @@
 """Clips in tiles: the same frames in groups, memory that does not grow, tiles on many devices."""
 
 import tracemalloc
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import diffusers
 import jax
 import numpy as np
 import pytest
+import torch
 
 from fluxjax.config import CausalAutoencoderConfig, ConfigError
 from fluxjax.config.tiling import OPEN_SORA, TENCENT, WHOLE, Tiles, Tiling
@@ -88,6 +90,55 @@ def test_a_neighbour_fades_into_a_tile(copying, monkeypatch):
     line = decode_tiled(model, 1.0, latents(1, 1, 9), Tiling(rows=SMALL, columns=SMALL))[0, 0, 0]
     expected = [0] * 12 + [0, 0.25, 0.5, 0.75] + [1] * 8 + [1, 1.25, 1.5, 1.75] + [2] * 8
     np.testing.assert_allclose(line[:, 0], expected)
+
+
+@pytest.fixture(scope="module")
+def published():
+    """diffusers' autoencoder with small random weights."""
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (2, 2, 4, 4), "layers_per_block": 1, "norm_num_groups": 2}
+    return diffusers.AutoencoderKLHunyuanVideo(latent_channels=2, **sizes).eval()
+
+
+def own_first(x: Any) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+@pytest.mark.parametrize("frames", [None, Tiles(16, 12), Tiles(64, 48)])
+def test_tiles_of_any_size_are_diffusers(published, monkeypatch, frames):
+    """Sides and lengths below, at and above a tile, one axis alone; its networks code them all."""
+
+    def run(model, method, spread, params, tiles):
+        x = own_first(tiles)
+        if method == "encode_tile":
+            x = published.quant_conv(published.encoder(x))
+        else:
+            x = published.decoder(published.post_quant_conv(x))
+        return np.moveaxis(x.numpy(), 1, -1)
+
+    monkeypatch.setattr(video_tiles, "_run", run)
+    model = Copying(CausalAutoencoderConfig(latent_channels=2))
+    rows, columns = Tiles(32, 24), Tiles(48, 32)
+    tiling = Tiling(rows=rows, columns=columns, frames=frames)
+    published.enable_tiling(32, 48, None, 24, 32, None)
+    published.use_framewise_encoding = published.use_framewise_decoding = frames is not None
+    if frames is not None:
+        published.tile_sample_min_num_frames = frames.size
+        published.tile_sample_stride_num_frames = frames.stride
+    rng = np.random.default_rng(0)
+    sizes = [(1, 24, 40), (1, 40, 48), (5, 32, 56), (13, 24, 64), (17, 40, 40), (29, 32, 56)]
+    for t, h, w in [*sizes, (69, 8, 8)]:
+        clip = rng.uniform(-1, 1, (1, t, h, w, 3)).astype(np.float32)
+        latents = rng.normal(size=(1, (t - 1) // 4 + 1, h // 8, w // 8, 2)).astype(np.float32)
+        with torch.no_grad():
+            encoded = published._encode(own_first(clip))
+            decoded = published.decode(own_first(latents)).sample
+            pairs = (
+                (encode_tiled(model, None, clip, tiling), encoded),
+                (decode_tiled(model, None, latents, tiling, together=3), decoded),
+            )
+        for found, expected in pairs:
+            np.testing.assert_allclose(found, np.moveaxis(expected.numpy(), 1, -1), atol=1e-5)
 
 
 def test_memory_does_not_grow_with_the_clip(copying):

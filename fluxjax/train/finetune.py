@@ -127,11 +127,28 @@ def _check_batches(recipe: FinetuneRecipe, mesh: Mesh) -> None:
 
 def _checked_shown(recipe: FinetuneRecipe, config: PipelineConfig) -> Pictures:
     """What validation's prompts are given. What is missing shows before hours of encoding."""
-    size = _validation_size(recipe, config)
-    if recipe.validation.every and recipe.validation.prompts:
+    asked, size = recipe.validation, _validation_size(recipe, config)
+    if asked.every and asked.prompts:
         config.require_size(*size)
-        config.require_frames(_validation_frames(recipe, config))
+        frames = _validation_frames(recipe, config)
+        config.require_frames(frames)
+        _check_given(config, {name for name, files in asked.pictures.items() if files}, frames)
     return read_shown(recipe.validation, size, recipe.data)
+
+
+def _check_given(config: PipelineConfig, names: set[str], frames: int) -> None:
+    """Raises ConfigError for pictures that validation's prompts are given and the model does not
+    take, and for clips of so few `frames` that a first one would be all of them."""
+    if not names:
+        return
+    try:
+        family_of(config.class_name).find_task(config, names)
+    except ConfigError as error:
+        raise ConfigError(f"validation: {error}") from None
+    if config.tiling is not None and frames == 1:
+        raise ConfigError(
+            "validation.references are first frames of clips: give validation.frames above 1"
+        )
 
 
 def _validation_prompts(
