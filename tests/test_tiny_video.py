@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from fluxjax.train.embedded.clip_transformer import (
 )
 from fluxjax.train.embedded.moving_captions import moving_captions
 from fluxjax.train.embedded.moving_scenes import sample_moving_scenes
-from fluxjax.train.embedded.paraphrase import open_encoders
+from fluxjax.train.embedded.paraphrase import Encoders, open_encoders
 from fluxjax.train.embedded.tiny_video import TinyVideoRecipe
 from fluxjax.train.given_clips import conditions, draw_kind
 from fluxjax.train.objectives import learnt_times
@@ -147,12 +147,13 @@ def test_examples_are_drawn_as_in_sampling_and_read_back_as_they_were(tmp_path, 
         keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
         return np.full((len(clips), 16, 1, 2, 2), len(keys), np.float32)
 
-    class Texts(NamedTuple):
+    class Texts(Encoders):
         def ids(self, texts):
             return PromptIds(*[np.zeros((len(texts), 4), np.int32)] * 2)
 
-    stage = replace(SMALL.transformer, first_chunks=2, chunks=2, batch=64)
-    given = (SMALL.config, stage, encode, Texts(), tmp_path, "made")
+    stage = replace(SMALL.transformer, first_chunks=2, chunks=2, batch=256)
+    texts = Texts(*[cast(Any, None)] * len(Encoders._fields))
+    given = (SMALL.config, stage, encode, texts, tmp_path, "made")
     rows = ClipExamples(*given)(0)
     assert len(keys) == len(set(keys)) == 8
     heads = rows.condition[:, 1:, 0]

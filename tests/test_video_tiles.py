@@ -138,7 +138,7 @@ def test_tiles_of_any_size_are_diffusers(published, monkeypatch, frames):
                 (decode_tiled(model, None, latents, tiling, together=3), decoded),
             )
         for found, expected in pairs:
-            np.testing.assert_allclose(found, np.moveaxis(expected.numpy(), 1, -1), atol=1e-5)
+            np.testing.assert_allclose(found, np.moveaxis(expected.numpy(), 1, -1), atol=1e-4)
 
 
 def test_memory_does_not_grow_with_the_clip(copying):
