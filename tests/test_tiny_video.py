@@ -143,9 +143,9 @@ def test_examples_are_drawn_as_in_sampling_and_read_back_as_they_were(tmp_path, 
     def encode(clips, key):
         if key is None:
             assert clips.shape[1] == 5
-            return np.full((len(clips), 16, 2, 2, 2), 1 / 3, np.float32)
+            return jnp.full((len(clips), 16, 2, 2, 2), 1 / 3)
         keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
-        return np.full((len(clips), 16, 1, 2, 2), len(keys), np.float32)
+        return jnp.full((len(clips), 16, 1, 2, 2), float(len(keys)))
 
     class Texts(Encoders):
         def ids(self, texts):
