@@ -43,7 +43,7 @@ SMALL = TinyVideoRecipe(
     frames=5,
     side=16,
     autoencoder=ClipAutoencoderStage(
-        widths=(4, 4, 4, 4), steps=2, small_steps=1, small_side=16, small_batch=1, batch=1
+        widths=(4, 4, 4, 4), inflated=False, steps=2, decay_steps=1, batch=1
     ),
     transformer=ClipTransformerStage(
         layers=1, single_layers=0, heads=1, steps=2, decay_steps=1, batch=2, first_chunks=1

@@ -1,4 +1,4 @@
-"""Trains a causal KL autoencoder on drawn scenes that move."""
+"""Trains a causal KL autoencoder on drawn scenes that move, beginning as one of pictures."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from fluxjax.config import CausalAutoencoderConfig
+from fluxjax.config import TINY, CausalAutoencoderConfig
 from fluxjax.models.causal_autoencoder import CausalAutoencoder
 from fluxjax.train.embedded.autoencoder import psnr, reconstruct
 from fluxjax.train.embedded.moving_reader import read_clip, score_clip
@@ -24,22 +25,20 @@ from fluxjax.train.step import Tree, init_state, make_step
 
 _HELD_OUT = 32  # clips that are measured
 _AT_ONCE = 16
+_ALONE = 4  # every so many steps first frames by themselves, as a clip's first frame is given
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipAutoencoderStage:
-    """Clips of half the side first (cheaper), then at full size while the rate decays.
+    """`widths` are the channels of the four resolutions, the finest first; `inflated`: it begins as
+    the autoencoder of pictures, which has the same, and sees each frame by itself."""
 
-    `widths` are the channels of the four resolutions, the finest first.
-    """
-
-    widths: tuple[int, ...] = (8, 16, 32, 48)
-    steps: int = 4000
-    small_steps: int = 2000
-    small_side: int = 32
-    small_batch: int = 8
+    widths: tuple[int, ...] = TINY.vae.block_out_channels
+    inflated: bool = True
+    steps: int = 1000
+    decay_steps: int = 600
     batch: int = 4
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     kl_weight: float = 1e-4
     ema_decay: float = 0.998
     seed: int = 1
@@ -49,8 +48,8 @@ class ClipAutoencoderStage:
         """Of the network, with latents that are not scaled yet."""
         return CausalAutoencoderConfig(
             block_out_channels=self.widths,
-            layers_per_block=1,
-            norm_num_groups=4,
+            layers_per_block=TINY.vae.layers_per_block,
+            norm_num_groups=TINY.vae.norm_num_groups,
             scaling_factor=1.0,
         )
 
@@ -75,15 +74,49 @@ def clip_latents_scale(model: CausalAutoencoder, params: Tree, clips: Array) -> 
     return float(1.0 / np.sqrt(np.mean(jax.device_get(each))))
 
 
+def inflate(pictures: Tree, clips: Tree) -> Tree:
+    """The parameters `pictures` of an autoencoder of pictures in the places of `clips`, those of
+    one of clips with the same widths: it then treats each frame alike, by itself.
+
+    Kernels have their weights at the frame itself and zeros at those before. An autoencoder of
+    pictures halves sides with what lies right of and below a place, one of clips with what lies
+    around it: there the last column and row are added to the ones before. What pictures have no
+    kernel for is the identity.
+    """
+    flat: dict[tuple[str, ...], Any] = flatten_dict(pictures)
+    theirs = {tuple(part for part in path if part != "conv"): leaf for path, leaf in flat.items()}
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(clips)
+    filled: dict[tuple[str, ...], Any] = {}
+    for path, leaf in leaves.items():
+        of: Any = theirs.get(tuple(part for part in path if part != "conv"))
+        if of is None:
+            of = jnp.eye(leaf.shape[-1])[None, None] if path[-1] == "kernel" else jnp.zeros(1)
+        if "downsamplers_0" in path and path[-1] == "kernel":
+            for axis in (0, 1):
+                first, second, third = jnp.split(of, 3, axis)
+                of = jnp.concatenate([jnp.zeros_like(first), first, second + third], axis)
+        if leaf.ndim == 5:
+            of = jnp.zeros(leaf.shape).at[-1].set(of)
+        filled[path] = jnp.broadcast_to(of, leaf.shape).astype(leaf.dtype)
+    return unflatten_dict(filled)
+
+
 def train_clip_autoencoder(
-    stage: ClipAutoencoderStage, frames: int, side: int, folder: Path
+    stage: ClipAutoencoderStage,
+    frames: int,
+    side: int,
+    folder: Path,
+    pictures: Tree | None = None,
 ) -> Tree:
     """Encoder and decoder together, on clips of `frames` x `side` x `side`; returns the averaged
-    (EMA) parameters. Checkpoints and metrics lie in `folder`."""
+    (EMA) parameters. Begins as the autoencoder of `pictures` where its parameters are given.
+    Checkpoints and metrics lie in `folder`."""
     model = CausalAutoencoder(stage.config)
-    blank = jnp.zeros((1, frames, stage.small_side, stage.small_side, 3))
+    blank = jnp.zeros((1, frames, side, side, 3))
     params = jax.jit(model.init)(jax.random.key(stage.seed), blank)["params"]
-    decay = optax.linear_schedule(1.0, 0.0, stage.steps - stage.small_steps, stage.small_steps)
+    if pictures is not None:
+        params = inflate(pictures, params)
+    decay = optax.linear_schedule(1.0, 0.0, stage.decay_steps, stage.steps - stage.decay_steps)
     warm = optax.linear_schedule(0.0, stage.learning_rate, 100)
     optimizer = muon_optimizer(lambda step: warm(step) * decay(step))
 
@@ -99,9 +132,9 @@ def train_clip_autoencoder(
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
 
     def advance(state, index: int):
-        small = index < stage.small_steps
-        n, shown = (stage.small_batch, stage.small_side) if small else (stage.batch, side)
-        return step(state, drawn_clips((stage.seed, index), n, frames, shown))
+        alone = index % _ALONE == _ALONE - 1
+        n, shown = (_ALONE * stage.batch, 1) if alone else (stage.batch, frames)
+        return step(state, drawn_clips((stage.seed, index), n, shown, side))
 
     scenes = sample_moving_scenes(2**31 - 1, _HELD_OUT, held_out=True)
     held_out = render_clips(scenes, frames=frames, side=side)
@@ -117,5 +150,5 @@ def train_clip_autoencoder(
         found = float(psnr(jnp.asarray(rebuilt), held_out))
         return {"psnr": found, "read": float(np.mean(right))}
 
-    settings = RunSettings(steps=stage.steps, folder=folder, probe_every=500)
+    settings = RunSettings(steps=stage.steps, folder=folder, probe_every=250)
     return Run(settings, advance, Hooks(probe=probe)).to_end(init_state(params, optimizer)).ema

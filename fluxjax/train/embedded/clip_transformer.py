@@ -52,8 +52,8 @@ class ClipTransformerStage:
     products, see `models/products.py`.
     """
 
-    layers: int = 2
-    single_layers: int = 6
+    layers: int = 1
+    single_layers: int = 5
     heads: int = 4
     steps: int = 20000
     batch: int = 16

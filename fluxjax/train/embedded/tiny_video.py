@@ -1,8 +1,8 @@
 """Trains the embedded model of clips: autoencoder, then transformer and text encoders, export.
 
-The text encoders begin as those of the embedded model of pictures. Every stage leaves its result
-under the run's folder and is skipped once it is there, so the same command goes on where it was
-stopped.
+Text encoders and autoencoder begin as those of the embedded model of pictures. Every stage leaves
+its result under the run's folder and is skipped once it is there, so the same command goes on where
+it was stopped.
 """
 
 from __future__ import annotations
@@ -48,18 +48,20 @@ from fluxjax.train.recipe import recipe_toml
 from fluxjax.train.step import Tree
 
 _ENCODERS = {"text_encoder": "clip", "text_encoder_2": "t5"}  # and what training calls them
+_FULL = jnp.float32
 _MEASURED = 256  # clips whose latents say how they are scaled
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyVideoRecipe:
     """All stages of the embedded model of clips. `folder` receives checkpoints, metrics and the
-    pipeline; `texts` is the model whose text encoders and tokenizers are taken."""
+    pipeline; `model` is the one of pictures whose tokenizers are taken, and whose text encoders and
+    autoencoder it begins with."""
 
     task: ClassVar[str] = "embedded-video"
 
     folder: Path = Path("runs/tiny_video")
-    texts: str = "tiny"
+    model: str = "tiny"
     frames: int = 9
     side: int = 48
     fps: int = 8
@@ -124,11 +126,11 @@ class TinyVideoRecipe:
 
 def _train_stages(recipe: TinyVideoRecipe) -> Path:
     vae = _trained_autoencoder(recipe)
-    config, texts = replace(recipe.config, vae=vae), find(recipe.texts)
+    config, texts = replace(recipe.config, vae=vae), find(recipe.model)
     # The encoders read what they did before, at another length: those of the pipeline are what they
     # become, and a run that is stopped begins again with the same.
     encoders = open_encoders(texts, config)
-    params = load_params(recipe.folder, "vae", vae, stacked=False, dtype=jnp.float32)
+    params = load_params(recipe.folder, "vae", vae, stacked=False, dtype=_FULL)
     examples = ClipExamples(
         config,
         recipe.transformer,
@@ -150,7 +152,12 @@ def _trained_autoencoder(recipe: TinyVideoRecipe) -> CausalAutoencoderConfig:
     stage, config, folder = recipe.autoencoder, recipe.autoencoder.config, recipe.folder
     scaled = folder / "latents.json"
     if not scaled.is_file():
-        params = train_clip_autoencoder(stage, recipe.frames, recipe.side, folder / "autoencoder")
+        pictures = None
+        if stage.inflated:
+            pictures = load_params(find(recipe.model), "vae", TINY.vae, stacked=False, dtype=_FULL)
+        params = train_clip_autoencoder(
+            stage, recipe.frames, recipe.side, folder / "autoencoder", pictures
+        )
         clips = drawn_clips(0, _MEASURED, recipe.frames, recipe.side)
         scale = clip_latents_scale(CausalAutoencoder(config), params, clips)
         save_params(folder, "vae", params, config, jnp.float16)
@@ -162,7 +169,7 @@ def _write_pipeline(
     recipe: TinyVideoRecipe, vae: CausalAutoencoderConfig, learnt: Mapping[str, Tree], folder: Path
 ) -> Path:
     """A pipeline folder in float16; the index, by which it is known to be whole, comes last."""
-    config, texts = replace(recipe.config, vae=vae), find(recipe.texts)
+    config, texts = replace(recipe.config, vae=vae), find(recipe.model)
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(texts / name, folder / name, dirs_exist_ok=True)
     shutil.copytree(recipe.folder / "vae", folder / "vae", dirs_exist_ok=True)
