@@ -172,6 +172,15 @@ def test_shards_and_index(tmp_path, pipeline):
     assert shards[0].name == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
     back = run(folder, tmp_path / "back", "diffusers")
     make.assert_same_bits(make.read_arrays(back), make.read_arrays(pipeline))
+    # A variant alone, as diffusers and transformers name its shards and their index.
+    index = folder / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    variant = index.with_name("diffusion_pytorch_model.safetensors.index.fp16.json")
+    variant.write_text(index.read_text().replace("model-0", "model.fp16-0"))
+    index.unlink()
+    shards = [one.rename(str(one).replace("model-0", "model.fp16-0")) for one in shards]
+    back = run(folder, tmp_path / "of_variant", "diffusers")
+    make.assert_same_bits(make.read_arrays(back), make.read_arrays(pipeline))
+    assert not list(back.rglob("*.index.*")), "which names files that are not there"
     shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=shards[1].name):
         open_source(folder)
