@@ -29,6 +29,7 @@ from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.json_input import read_json
 from fluxjax.models.lora import join_scales
 from fluxjax.models.names import flatten, is_stacked, unflatten
+from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import gathered
 from fluxjax.train.loop import CHECKPOINTS
 from fluxjax.train.recipe import FinetuneRecipe, read_recipe, recipe_toml, without_places
@@ -105,10 +106,10 @@ def export_run(
         added = added_inputs(before, after)
         of = partial(initial_loras, recipe.lora, config, recipe.seed, stacked=stacked, added=added)
         frozen["scales"] = jax.jit(lambda: of()[1])()
-    elif recipe.modules:
+    elif recipe.modules or (recipe.method == "full" and network_of(after).unlearnt):
         name, kind = config.denoiser, jnp.float32
         params = load_params(recipe.model_folder, name, after, stacked=stacked, dtype=kind)
-        frozen["rest"] = apart(params, recipe.modules)[1]
+        frozen["rest"] = apart(params, recipe.modules, network_of(after).unlearnt)[1]
     return export(recipe, config, trained, frozen, step=found, out=out)
 
 
