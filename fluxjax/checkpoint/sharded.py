@@ -82,6 +82,30 @@ def shards_of(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def name_plainly(folder: Path) -> None:
+    """Gives a variant that is a component's only weights the names that PyTorch looks for unasked:
+    model.fp16-00001-of-00002.safetensors becomes model-00001-of-00002.safetensors."""
+    if files_together(folder) or not any(folder.glob("*.safetensors")):
+        return
+    first = weights_file(folder)
+    weight_map = shards_of(first) if first.suffix == ".json" else {}
+    names = {name: _plain_name(name) for name in {*weight_map.values()} or {first.name}}
+    if all(name == plain for name, plain in names.items()):
+        return
+    for name, plain in names.items():
+        (folder / name).rename(folder / plain)
+    if weight_map:
+        index = read_json(first)
+        index["weight_map"] = {key: names[name] for key, name in weight_map.items()}
+        first.unlink()
+        write_json(folder / f"{first.name.partition('.')[0]}.safetensors.index.json", index)
+
+
+def _plain_name(name: str) -> str:
+    found = re.fullmatch(r"([^.]+)\.[^.-]+(-\d+-of-\d+)?(\.safetensors)", name)
+    return name if found is None else "".join(filter(None, found.groups()))
+
+
 def read_sharded(folder: Path) -> dict[str, Tensor]:
     """Lazy tensors of one component's safetensors: an index and its shards, the one file, or the
     files that are a network only together.

@@ -24,6 +24,7 @@ from fluxjax.checkpoint.pipeline_folder import (
     save_params,
     write_config,
 )
+from fluxjax.checkpoint.sharded import name_plainly
 from fluxjax.checkpoint.training_state import read_state
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.json_input import read_json
@@ -131,6 +132,8 @@ def _write_pipeline(folder: Path, source: Path, config: PipelineConfig, params: 
         kept = name == config.denoiser or (name == "scheduler" and own_noise)
         if (source / name).is_dir() and not kept:
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+            if name in config.networks:
+                name_plainly(folder / name)
     save_params(folder, config.denoiser, params, config.networks[config.denoiser], None)
 
 
