@@ -152,9 +152,10 @@ class Stages(NetworkRunner):
         size = drawn.width, drawn.height, drawn.frames
         return self.family.shape_of(self.config, *size)
 
-    def run_of(self, settings: Settings, task: Task = TEXT_ALONE) -> Run:
+    def run_of(self, settings: Settings, task: Task | None = None) -> Run:
         """The steps of a picture of `settings`; `task`: where pictures may be no files."""
-        course = settings.course(self.family.first_step, paints="mask" in task.pictures)
+        paints = task is not None and "mask" in task.pictures
+        course = settings.course(self.family.first_step, paints=paints)
         return self.family.run(self.config, course, *self._state_shape(settings)[1:])
 
     def draw_each(
