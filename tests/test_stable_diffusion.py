@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -377,9 +378,8 @@ def test_pndm_paints_without_runge_kutta_as_in_diffusers():
     parts |= {"safety_checker": None, "requires_safety_checker": False}
     said = {**NOISE, "skip_prk_steps": False}
     del said["clip_sample"]
-    theirs = diffusers.StableDiffusionInpaintPipeline(
-        **parts, scheduler=diffusers.PNDMScheduler(**said)
-    ).scheduler
+    kind: Any = diffusers.StableDiffusionInpaintPipeline
+    theirs = kind(**parts, scheduler=diffusers.PNDMScheduler(**said)).scheduler
     theirs.set_timesteps(7)
     ddim = SamplerConfig(sampler="DDIMScheduler", **said)
     painting = Settings(steps=7).course(first_step, paints=True)._replace(sampler="pndm")
