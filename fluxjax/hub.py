@@ -244,7 +244,8 @@ def _weights(files: Collection[str], folder: str) -> list[str]:
     plain = [file for file in names if re.fullmatch(r"[^.]+\.safetensors", file)]
     chosen = [*index, *shards] if index and shards else plain
     for variant in () if chosen else ("bf16", "fp16"):
-        chosen = chosen or [file for file in names if file.endswith(f".{variant}.safetensors")]
+        own = rf"\.{variant}(-\d+-of-\d+)?\.safetensors|\.safetensors\.index\.{variant}\.json"
+        chosen = chosen or [file for file in names if re.search(f"({own})$", file)]
     return [folder + file for file in chosen]
 
 

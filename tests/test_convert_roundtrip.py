@@ -16,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from fluxjax.checkpoint import engine, orbax_params
 from fluxjax.checkpoint.component_json import config_json
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from fluxjax.checkpoint.sharded import name_plainly, shards_of
 from fluxjax.checkpoint.source import open_source
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
@@ -172,6 +173,29 @@ def test_shards_and_index(tmp_path, pipeline):
     assert shards[0].name == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
     back = run(folder, tmp_path / "back", "diffusers")
     make.assert_same_bits(make.read_arrays(back), make.read_arrays(pipeline))
+    # A variant alone, as diffusers and transformers name its shards and their index.
+    index = folder / "transformer/diffusion_pytorch_model.safetensors.index.json"
+    variant = index.with_name("diffusion_pytorch_model.safetensors.index.fp16.json")
+    variant.write_text(index.read_text().replace("model-0", "model.fp16-0"))
+    index.unlink()
+    shards = [one.rename(str(one).replace("model-0", "model.fp16-0")) for one in shards]
+    back = run(folder, tmp_path / "of_variant", "diffusers")
+    make.assert_same_bits(make.read_arrays(back), make.read_arrays(pipeline))
+    assert not list(back.rglob("*.index.*")), "which names files that are not there"
+    # As a run of training leaves it: with the names that PyTorch looks for.
+    named = shutil.copytree(folder / "transformer", tmp_path / "named")
+    before = set(named.iterdir())
+    for _ in range(2):
+        name_plainly(named)
+    plain = [one.name.replace("model.fp16-0", "model-0") for one in shards]
+    assert set(shards_of(named / index.name).values()) == set(plain)
+    assert {one.name for one in named.glob("*.safetensors")} == set(plain)
+    assert len(set(named.iterdir())) == len(before)
+    alone = [tmp_path / f"alone/model{end}.safetensors" for end in (".fp16", "")]
+    alone[0].parent.mkdir()
+    alone[0].touch()
+    name_plainly(alone[0].parent)
+    assert list(alone[0].parent.iterdir()) == [alone[1]]
     shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=shards[1].name):
         open_source(folder)

@@ -33,6 +33,7 @@ from fluxjax.config import (
     AutoencoderConfig,
     CLIPTextConfig,
     ConfigError,
+    LoraConfig,
     PixArtAlphaPipelineConfig,
     PixArtConfig,
     SD3Config,
@@ -47,6 +48,7 @@ from fluxjax.families import SD3, STABLE_DIFFUSION, Conditioning
 from fluxjax.families.noise_path import DiffusionPath
 from fluxjax.hub import tiny_folder
 from fluxjax.models.unet import UNet
+from fluxjax.networks import network_of
 from fluxjax.train import command, finetune
 from fluxjax.train.data.dataset import open_dataset
 from fluxjax.train.data.settings import DataSettings
@@ -59,6 +61,8 @@ from fluxjax.train.learned_variance import variational_bound
 from fluxjax.train.objectives import learnt_times
 from fluxjax.train.recipe import FinetuneRecipe, read_recipe
 from fluxjax.train.settings import Objective, ValidationSettings
+from fluxjax.train.task import learnt
+from fluxjax.train.trained_networks import apart
 
 RECIPES = Path(__file__).parents[1] / "train"
 NOISE = {
@@ -400,6 +404,65 @@ def test_a_lora_of_sd3_is_trained_and_draws(pictures, tmp_path):
     names = {name.rsplit(".lora_", 1)[0] for name in read_safetensors(file)[0]}
     assert "transformer.transformer_blocks.0.attn.to_q" in names
     assert (tmp_path / "run/validation/0000002.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_all_of_sd3_learns_but_its_table_of_positions(pictures, tmp_path):
+    """Which PyTorch keeps as a buffer. On a mesh, in parts, each encoder dropped by itself;
+    diffusers draws with what is left, and so does what is exported of the run."""
+    import diffusers
+
+    from fluxjax.sample.loading import load_pipeline
+
+    source = _write(tmp_path / "sd3", SMALL_SD3)
+    recipe = _small("lora_sd3", source, pictures, tmp_path / "run")
+    recipe = replace(
+        recipe,
+        method="full",
+        lora=LoraConfig(),
+        optimizer=replace(recipe.optimizer, learning_rate=1e-3),
+        validation=ValidationSettings(every=0),
+        mesh="fsdp=2,tensor=2",
+        accumulate=2,
+        ema_decay=0.0,
+    )
+    folder = train(recipe, finetune.prepare(recipe))
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    old, new = (read_safetensors(root / weights)[0] for root in (source, folder))
+    stayed = {name for name in old if old[name].read().tobytes() == new[name].read().tobytes()}
+    # What the last block's text asks with learns nothing: what it hears is dropped.
+    assert stayed == {"pos_embed.pos_embed", "transformer_blocks.1.attn.add_q_proj.bias"}
+    assert export_run(recipe.folder, out=tmp_path / "again").is_dir()
+    assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
+    asked: dict[str, Any] = {"width": 32, "height": 32}
+    (drawn,) = load_pipeline(folder)("a star", steps=2, guidance=4.0, seed=0, **asked)
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    asked |= {"num_inference_steps": 2, "guidance_scale": 4.0, "max_sequence_length": 16}
+    wanted: Any = theirs("a star", generator=torch.Generator().manual_seed(0), **asked)
+    apart = np.abs(np.asarray(drawn, int) - np.asarray(wanted.images[0], int))
+    assert (apart <= 1).mean() > 0.999 and np.asarray(drawn).std() > 1
+
+
+def test_modules_do_not_mean_what_never_learns():
+    params = {"pos_embed": {"pos_embed": np.zeros(1), "proj": {"kernel": np.zeros(2)}}}
+    table = {"pos_embed": {"pos_embed": params["pos_embed"]["pos_embed"]}}
+    for modules in ((), ("pos_embed",)):
+        trained, rest = apart(params, modules, network_of(SMALL_SD3.transformer).unlearnt)
+        assert rest == table and trained == {"pos_embed": {"proj": params["pos_embed"]["proj"]}}
+    assert apart(params, ()) == (params, {})
+
+
+def test_a_sampler_that_is_given_for_another_clamps_nothing():
+    """DDIM does unless its file says otherwise, and PNDM's file need not."""
+    recipe = FinetuneRecipe(
+        method="full", objective=Objective(zero_snr=True, prediction="v_prediction")
+    )
+    for config in (SMALL, SMALL_XL):
+        silent = replace(config, scheduler=SamplerConfig(sampler="PNDMScheduler", **NOISE))
+        scheduler: Any = learnt(recipe, silent)[0].scheduler
+        assert scheduler.sampler == "DDIMScheduler" and scheduler.complete().clip_sample is False
 
 
 @pytest.mark.slow

@@ -109,6 +109,11 @@ def test_only_what_is_needed_is_chosen():
     one = Name("owner/name", "main", "flux1-dev.safetensors")
     assert choose(DEV, one, "model") == ["flux1-dev.safetensors"]
     assert choose(["a/style.safetensors", "README.md"], NAME, "lora") == ["a/style.safetensors"]
+    # As Stable Diffusion 3 has its T5: shards of a variant.
+    variant = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    variant += ["model.safetensors.index.fp16.json"]
+    assert choose(["config.json", *variant, "x.bin"], NAME, "vae") == ["config.json", *variant]
+    assert choose(["config.json", *variant, "x.safetensors"], NAME, "vae")[1:] == ["x.safetensors"]
     assert choose(["config.json", "x.safetensors", "x.bin"], NAME, "vae") == [
         "config.json",
         "x.safetensors",

@@ -386,6 +386,7 @@ def test_settings_that_mean_nothing_are_refused(options):
         ({"steps": 3}, "step_counts are those of samplers: leave out steps, or samplers"),
         ({"sheet": Path("sheet.png")}, "leave out sheet, or samplers"),
         ({"task": "edit"}, "leave out task, or samplers"),
+        ({"kinds": ("other sizes",)}, "own size: leave out kinds 'other sizes', or samplers"),
         ({"lora": ("a.safetensors",)}, "tiny is none of the samplers': leave out lora"),
         ({"step_counts": ()}, "step_counts must name at least one number"),
     ],

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from stable_diffusion_folders import save_inpainting, save_stable_diffusion
+from stable_diffusion_folders import NOISE, save_inpainting, save_stable_diffusion
 from test_lora_unet import kohya
 from test_sample import compilations
 
@@ -18,9 +19,12 @@ from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.config import SD15, SD21, SDXL, SDXL_REFINER, ConfigError
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.convert.convert import plan, run
+from fluxjax.families import STABLE_DIFFUSION
+from fluxjax.families.stable_diffusion import first_step
 from fluxjax.models.autoencoder import normalize_latents
 from fluxjax.sample.__main__ import main
 from fluxjax.sample.reference import pixels
+from fluxjax.sample.settings import Settings
 
 PROMPT = "a red circle above a star"
 OURS = {"steps": 6, "seed": 3, "guidance": 4.0, "negative_prompt": "blue"}
@@ -181,11 +185,15 @@ def test_an_image_is_drawn_anew(ours, expected, image, sampler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.0, 0.7])
-def test_any_unet_inpaints(ours, expected, image, mask, strength):
+@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
+def test_any_unet_inpaints(ours, expected, image, mask, sampler, strength, monkeypatch):
+    """By PNDM where the file says that it starts with Runge-Kutta: it does not where it paints."""
+    said = replace(ours.config.scheduler, skip_prk_steps=False)
+    monkeypatch.setattr(ours, "config", replace(ours.config, scheduler=said))
     pipeline = _quiet(diffusers.StableDiffusionInpaintPipeline(**expected.components))
     choices = {"image": image, "strength": strength}
-    (picture,) = ours(PROMPT, mask=mask, sampler="ddim", **choices, **OURS)
-    theirs = drawn(pipeline, SAMPLERS["ddim"], mask_image=mask, **choices, **SIZE)
+    (picture,) = ours(PROMPT, mask=mask, sampler=sampler, **choices, **OURS)
+    theirs = drawn(pipeline, SAMPLERS[sampler], mask_image=mask, **choices, **SIZE)
     assert_same(picture, theirs)
 
 
@@ -361,6 +369,30 @@ def test_old_scheduler_files_are_corrected_as_diffusers_does(sampler):
         for name in ("steps_offset", "clip_sample", "skip_prk_steps"):
             assert ours.given(name) == theirs.get(name), name
     assert SDXL.published({**SDXL.networks, "scheduler": file}, "").scheduler == file
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_pndm_paints_without_runge_kutta_as_in_diffusers():
+    """Whatever the file says, by a UNet that has learnt it and by any other; XL's has its way."""
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "feature_extractor"))
+    parts |= {"safety_checker": None, "requires_safety_checker": False}
+    said = {**NOISE, "skip_prk_steps": False}
+    del said["clip_sample"]
+    kind: Any = diffusers.StableDiffusionInpaintPipeline
+    theirs = kind(**parts, scheduler=diffusers.PNDMScheduler(**said)).scheduler
+    theirs.set_timesteps(7)
+    ddim = SamplerConfig(sampler="DDIMScheduler", **said)
+    painting = Settings(steps=7).course(first_step, paints=True)._replace(sampler="pndm")
+    inpainting = replace(SD15.unet, in_channels=9)
+    for config in (replace(SD15, scheduler=ddim), replace(SD15, unet=inpainting, scheduler=ddim)):
+        times = STABLE_DIFFUSION.run(config, painting, 8, 8).schedule.times
+        assert times.tolist() == theirs.timesteps.tolist()
+        file = Settings(steps=7, mask="mask.png", sampler="pndm").course(first_step)
+        assert STABLE_DIFFUSION.run(config, file, 8, 8).schedule.times.tolist() == times.tolist()
+        whole = painting._replace(paints=False)
+        assert len(STABLE_DIFFUSION.run(config, whole, 8, 8).schedule.times) == 7 + 9
+    xl = replace(SDXL, scheduler=ddim)
+    assert len(STABLE_DIFFUSION.run(xl, painting, 8, 8).schedule.times) == 7 + 9
 
 
 def test_a_folder_comes_back_from_orbax(folder, tmp_path):

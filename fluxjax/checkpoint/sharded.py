@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,11 +28,10 @@ def weights_file(folder: Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
+    indices, files = _indices(folder), sorted(folder.glob("*.safetensors"))
     # A variant (model.fp16.safetensors) beside the plain file is passed over.
-    indices = [p for p in indices if p.name.count(".") == 3] or indices
-    files = [p for p in files if p.name.count(".") == 1] or files
+    plain = [p for p in indices if p.name.count(".") == 3], [p for p in files if _is_plain(p)]
+    indices, files = plain if any(plain) else (indices, files)
     if len(indices) > 1 or (not indices and len(files) > 1):
         names = ", ".join(path.name for path in indices or files)
         raise ValueError(f"{folder} holds several sets of weights, keep one of: {names}")
@@ -41,6 +41,21 @@ def weights_file(folder: Path) -> Path:
     if pickles:
         raise ValueError(pickle_refusal(folder / pickles[0]))
     raise FileNotFoundError(f"{folder} holds no .safetensors file")
+
+
+def _indices(folder: Path) -> list[Path]:
+    """Of shards, those of variants too, which diffusers and transformers call
+    model.safetensors.index.fp16.json."""
+    return [p for p in sorted(folder.glob("*.safetensors.index*.json")) if is_index(p.name)]
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of that name says in which shards tensors lie."""
+    return re.search(r"\.safetensors\.index(\.\w+)?\.json$", name) is not None
+
+
+def _is_plain(file: Path) -> bool:
+    return file.name.count(".") == 1
 
 
 def shards_of(index: Path) -> dict[str, str]:
@@ -65,6 +80,30 @@ def shards_of(index: Path) -> dict[str, str]:
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index.parent} lacks {name}, which its index names")
     return weight_map
+
+
+def name_plainly(folder: Path) -> None:
+    """Gives a variant that is a component's only weights the names that PyTorch looks for unasked:
+    model.fp16-00001-of-00002.safetensors becomes model-00001-of-00002.safetensors."""
+    if files_together(folder) or not any(folder.glob("*.safetensors")):
+        return
+    first = weights_file(folder)
+    weight_map = shards_of(first) if first.suffix == ".json" else {}
+    names = {name: _plain_name(name) for name in {*weight_map.values()} or {first.name}}
+    if all(name == plain for name, plain in names.items()):
+        return
+    for name, plain in names.items():
+        (folder / name).rename(folder / plain)
+    if weight_map:
+        index = read_json(first)
+        index["weight_map"] = {key: names[name] for key, name in weight_map.items()}
+        first.unlink()
+        write_json(folder / f"{first.name.partition('.')[0]}.safetensors.index.json", index)
+
+
+def _plain_name(name: str) -> str:
+    found = re.fullmatch(r"([^.]+)\.[^.-]+(-\d+-of-\d+)?(\.safetensors)", name)
+    return name if found is None else "".join(filter(None, found.groups()))
 
 
 def read_sharded(folder: Path) -> dict[str, Tensor]:
@@ -104,7 +143,7 @@ def files_together(folder: Path) -> list[Path]:
     """The files of one network that lies in several without an index; of others none."""
     files = sorted(folder.glob("*.safetensors"))
     split = [one for net in NETWORKS.values() for one in net.dialects if one.files == len(files)]
-    if len(files) < 2 or not split or any(folder.glob("*.safetensors.index.json")):
+    if len(files) < 2 or not split or _indices(folder):
         return []
     names = [name for file in files for name in read_safetensors(file)[0]]
     whole = len(set(names)) == len(names) and any(dialect.fits(names) for dialect in split)

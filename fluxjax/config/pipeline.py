@@ -68,6 +68,8 @@ class PipelineConfig(ABC):
     """Whether pictures are drawn in the nearest size of training unless told otherwise."""
     all_steps: ClassVar[bool] = False
     """Whether LCM, from an image, runs all steps within the part that is drawn anew."""
+    paints_without_runge_kutta: ClassVar[bool] = False
+    """Whether PNDM, where a mask is painted, starts without it whatever a file says."""
     embeds_guidance: ClassVar[bool] = False
     """Whether `guidance` is told to the network, beside that of two passes."""
 

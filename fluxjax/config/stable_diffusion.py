@@ -78,6 +78,7 @@ class StableDiffusionConfig(PipelineConfig):
 
     class_names: ClassVar[str] = r"StableDiffusion(Img2Img|Inpaint)?Pipeline"
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
+    paints_without_runge_kutta: ClassVar[bool] = True
 
     @property
     def own_sampler(self) -> str:
@@ -208,6 +209,7 @@ class StableDiffusionXLConfig(StableDiffusionConfig):
 
     class_names: ClassVar[str] = r"StableDiffusionXL(Img2Img|Inpaint)?Pipeline"
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "text_encoder_2")
+    paints_without_runge_kutta: ClassVar[bool] = False
     index_fields: ClassVar[tuple[str, ...]] = (
         "force_zeros_for_empty_prompt",
         "requires_aesthetics_score",

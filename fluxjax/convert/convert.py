@@ -28,7 +28,7 @@ from fluxjax.checkpoint.pipeline_folder import (
 )
 from fluxjax.checkpoint.quantised.gguf_writer import write_gguf
 from fluxjax.checkpoint.safetensors_file import write_safetensors
-from fluxjax.checkpoint.sharded import SHARD_BYTES, require_space, write_sharded
+from fluxjax.checkpoint.sharded import SHARD_BYTES, is_index, require_space, write_sharded
 from fluxjax.checkpoint.source import open_source
 from fluxjax.config import ConfigError, published_defaults
 from fluxjax.config.choices import FAMILY_NAMES, FileFamily
@@ -211,8 +211,9 @@ def _copies(source: Path) -> dict[Path, Path]:
         for path in sorted((source / folder).glob("*")):
             is_text = path.is_file() and path.suffix in _TEXT and not path.name.startswith(".")
             ours = path.name == "fluxjax_source.json" or path.name.endswith(
-                (".safetensors.index.json", ".bin.index.json", ".sha256.json")
+                (".bin.index.json", ".sha256.json")
             )
+            ours = ours or is_index(path.name)
             if is_text and not ours and path.stat().st_size <= _MAX_TEXT_BYTES:
                 copies[Path(folder) / path.name] = path
     for folder in COPIED:

@@ -64,6 +64,8 @@ class Steps(NamedTuple):
     """Where they are handed over."""
     strength: float = 1.0
     """How much of an image is drawn anew, which `first` follows from."""
+    paints: bool = False
+    """Whether that is where its mask is white."""
 
 
 class Guidance(NamedTuple):

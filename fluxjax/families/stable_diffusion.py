@@ -215,6 +215,8 @@ def run(config: PipelineConfig, steps: Steps, rows: int, columns: int) -> Run:
         raise ConfigError("flow_shift is for flows, and this model is none")
     own: Any = config.scheduler
     asked = chosen(own, steps.sampler, spacing=steps.spacing, sigmas=steps.sigmas)
+    if steps.paints and config.paints_without_runge_kutta:
+        asked = replace(asked, skip_prk_steps=True)
     choices: dict[str, Any] = {}
     if asked.sampler == "DDIMScheduler":
         choices["eta"] = steps.eta

@@ -162,6 +162,9 @@ class Network:
     before_steps: str = ""
     """Names of the parameters that a run needs only before its first step, as a regular expression:
     what modulates all of its steps."""
+    unlearnt: str = ""
+    """Names of the parameters that no training changes, as a regular expression: what PyTorch
+    keeps as a buffer."""
     scanned: tuple[str, ...] = ()
     """Groups of equal blocks that may be scanned, their parameters then stacked."""
     blocks: Callable[[Any], int] = lambda config: 0

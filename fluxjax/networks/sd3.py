@@ -297,6 +297,7 @@ SD3 = Network(
     file_name=lambda config: "sd3_transformer.safetensors",
     gguf_architecture=lambda config: "sd3",
     quantised=r"transformer_blocks\.\d+\.(attn2?\.(?!norm)|ff).*\.weight",
+    unlearnt=r"pos_embed\.pos_embed",
     scanned=("transformer_blocks",),
     token_split=TokenSplit(
         "denoise",

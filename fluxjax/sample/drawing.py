@@ -167,7 +167,7 @@ class Drawing(Stages):
         latents = self.denoise(
             conditioning,
             draws["noise"],
-            steps=settings.course(self.family.first_step),
+            steps=settings.course(self.family.first_step, paints="mask" in task.pictures),
             guidance=settings.guidance,
             negative=negative,
             true_cfg=scale,
@@ -333,4 +333,4 @@ class Drawing(Stages):
         task = self.task_of(settings, given)
         draws = self.draw_each(settings, seeds, count, task)
         noise, inputs = draws["noise"], self._inputs(task, given, settings, draws)
-        return self.start(noise, inputs, self.run_of(settings))
+        return self.start(noise, inputs, self.run_of(settings, task))

@@ -148,7 +148,8 @@ def programs(
     state = jnp.float32 if settings.rounding == "none" else dtype
     n, text = rows("denoise", pictures), settings.max_sequence_length
     shape = family.shape_of(config, settings.width, settings.height, settings.frames)
-    run = family.run(config, course or settings.course(family.first_step), *shape[1:])
+    course = course or settings.course(family.first_step, paints="mask" in task.pictures)
+    run = family.run(config, course, *shape[1:])
     table = run.keeping if task.keeps else run.schedule
     schedule = jax.tree.map(lambda x: spec(x.shape, x.dtype), pad(table) if padded else table)
     steps = len(schedule.times)

@@ -284,15 +284,17 @@ class Settings:
             return None
         return SkipLayers(self.skip_layers, self.skip_layer_scale, *self.skip_layer_range)
 
-    def course(self, first_step: Callable[..., int]) -> Steps:
-        """How the run goes; `first_step` is the family's."""
+    def course(self, first_step: Callable[..., int], *, paints: bool = False) -> Steps:
+        """How the run goes; `first_step` is the family's. `paints`: whether there is a mask, which
+        need not be a file."""
         from fluxjax.families.family import Steps
 
         strength = 1.0 if self.strength is None else self.strength
         first = first_step(self.steps, strength, rounding=self.rounding)
         spaced = self.sampler, self.spacing, self.sigmas
         given = self.steps, first, *spaced, self.eta, self.flow_shift
-        return Steps(*given, end=self.refiner_start, strength=strength)
+        paints = paints or self.mask is not None
+        return Steps(*given, end=self.refiner_start, strength=strength, paints=paints)
 
     @property
     def asked_guidance(self) -> Guidance:

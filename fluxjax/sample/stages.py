@@ -152,10 +152,11 @@ class Stages(NetworkRunner):
         size = drawn.width, drawn.height, drawn.frames
         return self.family.shape_of(self.config, *size)
 
-    def run_of(self, settings: Settings) -> Run:
-        """The steps of a picture of `settings`."""
-        shape = self._state_shape(settings)
-        return self.family.run(self.config, settings.course(self.family.first_step), *shape[1:])
+    def run_of(self, settings: Settings, task: Task | None = None) -> Run:
+        """The steps of a picture of `settings`; `task`: where pictures may be no files."""
+        paints = task is not None and "mask" in task.pictures
+        course = settings.course(self.family.first_step, paints=paints)
+        return self.family.run(self.config, course, *self._state_shape(settings)[1:])
 
     def draw_each(
         self, settings: Settings, seeds: int | Sequence[int], count: int, task: Task
@@ -165,7 +166,7 @@ class Stages(NetworkRunner):
         shape = self._state_shape(settings)
         dtype = np.float32 if settings.rounding == "none" else self.dtype
         draws = ("noise",) if settings.rounding == "bfl" else task.drawn(settings.strength)
-        steps = [f"step {i}" for i in np.flatnonzero(self.run_of(settings).draws)]
+        steps = [f"step {i}" for i in np.flatnonzero(self.run_of(settings, task).draws)]
         if self.refiner is not None:
             steps += self.refiner.draws(settings)
         rows = {draw: task.row_count(draw, count) for draw in draws} | dict.fromkeys(steps, count)

@@ -24,11 +24,13 @@ from fluxjax.checkpoint.pipeline_folder import (
     save_params,
     write_config,
 )
+from fluxjax.checkpoint.sharded import name_plainly
 from fluxjax.checkpoint.training_state import read_state
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.json_input import read_json
 from fluxjax.models.lora import join_scales
 from fluxjax.models.names import flatten, is_stacked, unflatten
+from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import gathered
 from fluxjax.train.loop import CHECKPOINTS
 from fluxjax.train.recipe import FinetuneRecipe, read_recipe, recipe_toml, without_places
@@ -105,10 +107,10 @@ def export_run(
         added = added_inputs(before, after)
         of = partial(initial_loras, recipe.lora, config, recipe.seed, stacked=stacked, added=added)
         frozen["scales"] = jax.jit(lambda: of()[1])()
-    elif recipe.modules:
+    elif recipe.modules or (recipe.method == "full" and network_of(after).unlearnt):
         name, kind = config.denoiser, jnp.float32
         params = load_params(recipe.model_folder, name, after, stacked=stacked, dtype=kind)
-        frozen["rest"] = apart(params, recipe.modules)[1]
+        frozen["rest"] = apart(params, recipe.modules, network_of(after).unlearnt)[1]
     return export(recipe, config, trained, frozen, step=found, out=out)
 
 
@@ -130,6 +132,8 @@ def _write_pipeline(folder: Path, source: Path, config: PipelineConfig, params: 
         kept = name == config.denoiser or (name == "scheduler" and own_noise)
         if (source / name).is_dir() and not kept:
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+            if name in config.networks:
+                name_plainly(folder / name)
     save_params(folder, config.denoiser, params, config.networks[config.denoiser], None)
 
 

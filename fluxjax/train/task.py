@@ -93,7 +93,8 @@ def _with_noise(recipe: FinetuneRecipe, config: Any) -> Any:
     if recipe.objective.zero_snr:
         changes["rescale_betas_zero_snr"] = True
         if "rescale_betas_zero_snr" not in DEFAULTS.get(config.own_sampler, {}):
-            changes["sampler"] = "DDIMScheduler"
+            # Which clamps pictures unless told: a file of PNDM's need not say that it does not.
+            changes |= {"sampler": "DDIMScheduler", "clip_sample": False}
         # A run begins at the last timestep, as the paper asks for (Lin et al. 2023).
         changes["timestep_spacing"] = "trailing"
     if not changes:

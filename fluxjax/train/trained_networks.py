@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def load_networks(
         learner = ControlLearner(controlnets[0], learnt_mode(recipe.controlnet, net))
         return TrainedNetworks(model, {}, {"base": params}, trained, learner)
     if not lora:
-        trained, rest = apart(params, recipe.modules)
+        trained, rest = apart(params, recipe.modules, network_of(after).unlearnt)
         return TrainedNetworks(model, {}, {"rest": rest} if rest else {}, trained)
     bases, encoders = {name: params}, dict[str, nn.Module]()
     for component in list(recipe.lora.components_of(name))[1:]:
@@ -106,13 +107,14 @@ def scans(config: PipelineConfig) -> bool:
     return bool(network.scanned) and scan_by_default(blocks)
 
 
-def apart(params: Tree, modules: Sequence[str]) -> tuple[Tree, Tree]:
+def apart(params: Tree, modules: Sequence[str], unlearnt: str = "") -> tuple[Tree, Tree]:
     """(what learns, what does not) of a network's parameters: the modules that are meant by
-    `modules`, as LoRA's targets are, with all that is in them; without any, all.
+    `modules`, as LoRA's targets are, with all that is in them; without any, all. What is `unlearnt`
+    (see `Network`) never learns.
 
     Raises ConfigError naming those that mean no module, or some of what is stacked.
     """
-    if not modules:
+    if not modules and not unlearnt:
         return params, {}
     trained, rest, unused = {}, {}, set(modules)
     for path, leaf in flatten(params).items():
@@ -120,12 +122,15 @@ def apart(params: Tree, modules: Sequence[str]) -> tuple[Tree, Tree]:
         names = [published_name(path, layer) for layer in layers]
         hits = [{one for one in modules if _within(one, name)} for name in names]
         unused = unused.difference(*hits)
+        if re.fullmatch(unlearnt, names[0]):
+            rest[path] = leaf
+            continue
         if any(hits) and not all(hits):
             raise ConfigError(
                 f"modules names some layers of {names[0]}, and layers that are stacked learn "
                 "together"
             )
-        (trained if all(hits) else rest)[path] = leaf
+        (trained if all(hits) or not modules else rest)[path] = leaf
     if unused:
         names = ", ".join(map(repr, sorted(unused)))
         raise ConfigError(f"no module of the model is meant by modules = [{names}]")

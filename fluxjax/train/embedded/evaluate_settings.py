@@ -132,6 +132,10 @@ class EvaluateSettings:
             "steps": (self.steps is not None, "step_counts are those of samplers"),
             "sheet": (self.sheet is not None, "of samplers a plot is drawn"),
             "task": (self.task != "text", "samplers draw from text alone"),
+            f"kinds {self.kinds[0]!r}": (
+                KINDS[self.kinds[0]].sizes is not None,
+                "samplers draw in the model's own size",
+            ),
             "lora": (
                 bool(self.lora) and self.model not in {one.model for one in self.chosen},
                 f"adapters are model's, and {self.model} is none of the samplers'",
