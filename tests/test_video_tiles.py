@@ -104,6 +104,7 @@ def own_first(x: Any) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [None, Tiles(16, 12), Tiles(64, 48)])
 def test_tiles_of_any_size_are_diffusers(published, monkeypatch, frames):
     """Sides and lengths below, at and above a tile, one axis alone; its networks code them all."""
