@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fluxjax.checkpoint.engine import MappingError
+from fluxjax.checkpoint.lora.original_names import prefix_of
 from fluxjax.checkpoint.lora.peft_config import (
     PEFT_METADATA,
     Patterns,
@@ -137,6 +138,22 @@ def test_metadata_count_for_the_network_they_name(tmp_path: Path) -> None:
         MappingError, match=r"alpha is 5\.03\d+ of rank 2, and its metadata .*other"
     ):
         read({"transformer.lora_alpha": 2}, **alpha)
+
+
+@pytest.mark.parametrize("prefix", ["lora_te_", "lora_te1_"])
+def test_a_t5_that_is_the_first_text_encoder_is_named_so(tmp_path: Path, prefix) -> None:
+    """PixArt's, as OneTrainer and kohya's scripts name adapters of it."""
+    t5 = TINY.text_encoder_2
+    module = "encoder.block.0.layer.1.DenseReluDense.wo"
+    name = f"{prefix}{module.replace('.', '_')}"
+    a, b = np.ones((2, t5.d_ff), "f"), np.ones((t5.d_model, 2), "f")
+    path = tmp_path / "t5.safetensors"
+    arrays = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": a[0, :1]}
+    write_safetensors(path, {key: of_array(array) for key, array in arrays.items()})
+    changes = read_adapters(path, {"text_encoder": abstract_params(t5)}).changes["text_encoder"]
+    pair = changes[f"{module}.weight"].low_rank
+    assert pair is not None and pair.scale == 0.5
+    assert prefix_of("kohya", "text_encoder", {"text_encoder": t5}) == "lora_te1_"
 
 
 def test_a_lokr_tells_its_scale_in_metadata_too(tmp_path: Path) -> None:
