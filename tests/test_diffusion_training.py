@@ -335,6 +335,8 @@ def test_a_lora_of_a_unet_is_trained_and_draws(model, pictures, tmp_path):
     from fluxjax.sample.loading import load_pipeline
 
     recipe = _small("lora_sd15", model, pictures, tmp_path / "run")
+    with pytest.raises(ConfigError, match="no layer of the unet has rows that are whole blocks of"):
+        finetune.prepare(replace(recipe, quantise="q4_k"))
     file = train(recipe, finetune.prepare(recipe))
     names = {name.rsplit(".lora_", 1)[0] for name in read_safetensors(file)[0]}
     block = "unet.down_blocks.0.attentions.0.transformer_blocks.0"

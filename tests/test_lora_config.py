@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from fluxjax.checkpoint.engine import MappingError
+from fluxjax.checkpoint.lora.original_names import prefix_of
 from fluxjax.checkpoint.lora.peft_config import (
     PEFT_METADATA,
     Patterns,
     PeftConfig,
     read_peft_config,
 )
-from fluxjax.checkpoint.lora.reader import read_lora
+from fluxjax.checkpoint.lora.reader import read_adapters, read_lora
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.tensors import of_array
@@ -37,6 +38,14 @@ def adapter(folder: Path, prefix="base_model.model.", metadata=None, names=NAMES
     path = folder / "adapter_model.safetensors"
     arrays = {k: of_array(v) for k, v in {**tensors, **arrays}.items()}
     write_safetensors(path, arrays, metadata)
+    return path
+
+
+def written(folder: Path, told: dict, arrays: dict) -> Path:
+    """With these metadata."""
+    path = folder / "told.safetensors"
+    tensors = {name: of_array(array) for name, array in arrays.items()}
+    write_safetensors(path, tensors, {PEFT_METADATA: json.dumps(told)})
     return path
 
 
@@ -84,6 +93,78 @@ def test_the_config_beside_the_file_counts(tmp_path: Path, values, expected) -> 
     metadata = {f"transformer.{key}": v for key, v in {"r": 2, "lora_alpha": 2, **values}.items()}
     same = adapter(tmp_path / "b", "transformer.", {PEFT_METADATA: json.dumps(metadata)})
     np.testing.assert_allclose(scales(same), expected, rtol=1e-6)
+    # As `save_lora_adapter` of diffusers' networks writes them: neither has a prefix.
+    own = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+    same = adapter(tmp_path / "c", "", {PEFT_METADATA: json.dumps(own)})
+    np.testing.assert_allclose(scales(same), expected, rtol=1e-6)
+
+
+def test_metadata_count_for_the_network_they_name(tmp_path: Path) -> None:
+    """What they do not say is PEFT's default, or refused: never a scale that is made up."""
+
+    def read(values, networks=("transformer",), prefixes=("transformer.",), **more):
+        names = (NAMES, ("text_model.encoder.layers.0.mlp.fc1",))
+        arrays = {}
+        for prefix, modules in zip(prefixes, names, strict=False):
+            width = WIDTH if modules is NAMES else TINY.text_encoder.hidden_size
+            out = WIDTH if modules is NAMES else TINY.text_encoder.intermediate_size
+            arrays |= {f"{prefix}{n}.lora_A.weight": np.ones((2, width), "f") for n in modules}
+            arrays |= {f"{prefix}{n}.lora_B.weight": np.ones((out, 2), "f") for n in modules}
+        path = written(tmp_path, values, {**arrays, **more})
+        templates = {name: abstract_params(TINY.networks[name]) for name in networks}
+        changes = read_adapters(path, templates).changes
+        pairs = {c: [one.low_rank for one in mine.values()] for c, mine in changes.items()}
+        return {c: {pair.scale for pair in mine if pair} for c, mine in pairs.items()}
+
+    assert read({"transformer.r": 2}) == {"transformer": {4.0}}  # PEFT's lora_alpha is 8
+    assert read({"r": 2, "lora_alpha": 5}) == {"transformer": {2.5}}
+    two = {
+        "networks": ("transformer", "text_encoder"),
+        "prefixes": ("transformer.", "text_encoder."),
+    }
+    both = {"transformer.lora_alpha": 5, "text_encoder.lora_alpha": 3}
+    assert read(both, **two) == {"transformer": {2.5}, "text_encoder": {1.5}}
+    for values, options, silent in (
+        ({"transformer.lora_alpha": 5}, two, "text_encoder"),
+        ({"r": 2, "lora_alpha": 5}, two, "t.*"),
+        ({"unet.lora_alpha": 5}, {}, "transformer"),
+        ({}, {}, "transformer"),
+    ):
+        with pytest.raises(ConfigError, match=f"do not say how much it counts in the {silent}$"):
+            read(values, **options)
+    alpha = {f"transformer.{NAMES[0]}.alpha": np.float32(5.03125)}  # as 16 bits may round it
+    assert read({"transformer.lora_alpha": 5}, **alpha) == {"transformer": {2.5, 5.03125 / 2}}
+    with pytest.raises(
+        MappingError, match=r"alpha is 5\.03\d+ of rank 2, and its metadata .*other"
+    ):
+        read({"transformer.lora_alpha": 2}, **alpha)
+
+
+@pytest.mark.parametrize("prefix", ["lora_te_", "lora_te1_"])
+def test_a_t5_that_is_the_first_text_encoder_is_named_so(tmp_path: Path, prefix) -> None:
+    """PixArt's, as OneTrainer and kohya's scripts name adapters of it."""
+    t5 = TINY.text_encoder_2
+    module = "encoder.block.0.layer.1.DenseReluDense.wo"
+    name = f"{prefix}{module.replace('.', '_')}"
+    a, b = np.ones((2, t5.d_ff), "f"), np.ones((t5.d_model, 2), "f")
+    path = tmp_path / "t5.safetensors"
+    arrays = {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": a[0, :1]}
+    write_safetensors(path, {key: of_array(array) for key, array in arrays.items()})
+    changes = read_adapters(path, {"text_encoder": abstract_params(t5)}).changes["text_encoder"]
+    pair = changes[f"{module}.weight"].low_rank
+    assert pair is not None and pair.scale == 0.5
+    assert prefix_of("kohya", "text_encoder", {"text_encoder": t5}) == "lora_te1_"
+
+
+def test_a_lokr_tells_its_scale_in_metadata_too(tmp_path: Path) -> None:
+    name = f"transformer.{NAMES[0]}"
+    arrays = {f"{name}.lokr_w1": np.ones((2, 2), "f"), f"{name}.lokr_w2_a": np.ones((96, 4), "f")}
+    arrays[f"{name}.lokr_w2_b"] = np.ones((4, WIDTH // 2), "f")
+    told = {"transformer.peft_type": "LOKR", "transformer.r": 4, "transformer.alpha": 6}
+    path = written(tmp_path, told, arrays)
+    (change,) = read_adapters(path, {"transformer": TEMPLATE}).changes["transformer"].values()
+    assert change.delta is not None
+    np.testing.assert_allclose(change.delta(lambda name: np.empty(0)), 4 * 6 / 4)
 
 
 def test_as_recorded_from_peft(shared: Path, tmp_path: Path) -> None:
@@ -118,6 +199,7 @@ def test_as_recorded_from_peft(shared: Path, tmp_path: Path) -> None:
         ({"bias": "all"}, "bias = all"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = pissa"),
         ({"peft_type": "LOHA"}, "has tensors of LoRA, and .* is of a LoHa"),
         ({"peft_type": "LOKR", "r": "2"}, "r is 2"),
@@ -125,6 +207,7 @@ def test_as_recorded_from_peft(shared: Path, tmp_path: Path) -> None:
         ({"rank_pattern": {"to_k": 8}}, "has rank 2, and .* says 8"),
         ({"lora_alpha": "5"}, "lora_alpha is 5"),
         ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
         ({"lora_alpha": True}, "lora_alpha is True"),
         ({"lora_alpha": 10**200}, "lora_alpha is 1000"),
         ({"lora_alpha": 1e29}, "not finite"),

@@ -115,6 +115,10 @@ def test_what_does_not_go_together_is_refused():
             check(Options(prompt=("a",), mesh="fsdp=2", **options))
     with pytest.raises(ConfigError, match="needs scan_layers"):
         fluxjax.load_pipeline("tiny", stream=True, scan_layers=False)
+    with pytest.raises(
+        ConfigError, match="equal blocks at a time, and a UNet has none: take offload"
+    ):
+        fluxjax.load_pipeline("tiny-sd", stream=True)
 
 
 @pytest.mark.slow

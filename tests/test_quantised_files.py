@@ -221,6 +221,36 @@ def test_a_zero_point_counts():
     assert bits(unquantised(lazy(raw))["a.weight"].read()) == bits(expected)
 
 
+def test_classes_of_pytorch_scale_rows_groups_and_convolutions():
+    """One scale for each group of columns (torchao's IntxUnpackedToInt8Tensor); quanto quantises
+    the convolutions of UNets and autoencoders too. Scales of columns are not taken for rows'."""
+    rng = np.random.default_rng(0)
+    codes, _ = int8(rng, 8, 64)
+    groups, zeros = rng.random((8, 2)).astype(np.float32), rng.integers(-3, 4, (8, 2))
+    raw = {"a._weight_qdata": codes, "a._weight_scale": groups}
+    scales, shifts = (np.repeat(each, 32, axis=1) for each in (groups, zeros.astype(np.float32)))
+    for zero, expected in (
+        (0 * zeros, codes.astype(np.float32) * scales),
+        (zeros, (codes.astype(np.float32) - shifts) * scales),
+    ):
+        read = unquantised(lazy({**raw, "a._weight_zero_point": zero.astype(np.int8)}))
+        assert read.keys() == {"a.weight"}
+        assert bits(read["a.weight"].read()) == bits(expected)
+        assert bits(read["a.weight"].rows(3, 5)) == bits(expected[3:5])
+    kernel = codes.reshape(8, 4, 4, 4)
+    for scale in (groups[:, :1].reshape(8, 1, 1, 1), groups[:1, :1].reshape(())):
+        read = unquantised(lazy({"a.weight._data": kernel, "a.weight._scale": scale}))["a.weight"]
+        assert bits(read.read()) == bits(kernel.astype(np.float32) * scale)
+        assert bits(read.rows(3, 5)) == bits(read.read()[3:5])
+    square = codes[:, :8]
+    for names in (("a.weight._data", "a.weight._scale"), ("a._weight_qdata", "a._weight_scale")):
+        for scale in (np.ones((1, 8), "f"), np.ones((4, 2), "f"), np.ones(0, "f")):
+            with pytest.raises(ValueError, match=r"scale .* does not fit .*: one scale, or"):
+                unquantised(lazy(dict(zip(names, (square, scale), strict=True))))
+        with pytest.raises(ValueError, match="scale is bool, and should be of floats"):
+            unquantised(lazy(dict(zip(names, (square, np.ones(8, bool)), strict=True))))
+
+
 def test_fp8_of_quanto_and_of_each_row():
     rng = np.random.default_rng(0)
     codes = rng.standard_normal((8, 64)).astype(ml_dtypes.float8_e4m3fn)

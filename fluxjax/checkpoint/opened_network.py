@@ -20,10 +20,12 @@ from fluxjax.checkpoint.templates import abstract_params, kept_template, quantis
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.config import ConfigError
 from fluxjax.config.choices import FAMILY_NAMES
+from fluxjax.models.names import flatten
+from fluxjax.models.quantised import Quantised
 from fluxjax.networks import by_component, network_of
 from fluxjax.networks.network import Network
 from fluxjax.networks.tables import Table
-from fluxjax.quantised_kinds import KEEP, NONE
+from fluxjax.quantised_kinds import KEEP, LOADED, NONE
 
 _FLUX = FAMILY_NAMES["flux"]
 
@@ -55,6 +57,14 @@ class OpenNetwork:
             return tree, []
         return quantised_template(tree, self.config, quantise), []
 
+    def require_codes(self, template: Mapping[str, Any], kind: str) -> None:
+        """Raises ConfigError for a template in which nothing has the codes that are asked for."""
+        if kind in LOADED and not has_codes(template):
+            raise ConfigError(
+                f"{self.where}: no layer of the {self.component} has rows that are whole blocks of "
+                f"{kind}: try another --quantise"
+            )
+
     def params(
         self,
         *,
@@ -82,6 +92,10 @@ class OpenNetwork:
             return load_tree(self.tensors, table, template, dtype=dtype, shardings=shardings)
         except ConfigError as error:
             raise ConfigError(f"{self.where}: {self.component}: {error}") from None
+
+
+def has_codes(template: Mapping[str, Any]) -> bool:
+    return any(isinstance(leaf, Quantised) for leaf in flatten(template).values())
 
 
 def scheduler_of(networks: Mapping[str, OpenNetwork]) -> Any:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from fluxjax.checkpoint import mapped_memory as memory
 from fluxjax.checkpoint.templates import Part, abstract_params, in_dtype, part_of
-from fluxjax.config import PipelineConfig
+from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.choices import SequenceAttention
 from fluxjax.families.family import Family
 from fluxjax.models.absent import is_node
@@ -55,6 +55,7 @@ class Executables:
     weights are codes, the shapes of their parameters. `stream`: those of the network that draws lie
     on the host. `one_cpu`: the programs run there, where weights that are not float32 are converted
     for their products: a little at a time.
+    Raises ConfigError where there is nothing to stream.
     """
 
     def __init__(
@@ -71,6 +72,12 @@ class Executables:
         stream: bool = False,
         one_cpu: bool = False,
     ):
+        denoiser = network_of(config.networks[config.denoiser])
+        if stream and not denoiser.scanned:
+            raise ConfigError(
+                f"stream brings one of many equal blocks at a time, and a {denoiser.words} has "
+                "none: take offload, or quantise"
+            )
         self.stream = stream
         self.quantised = quantised or {}
         self.family, self.config = family, config

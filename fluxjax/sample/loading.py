@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from fluxjax.checkpoint.lora.scaled_file import scaled_files
-from fluxjax.checkpoint.opened_network import OpenNetwork
+from fluxjax.checkpoint.opened_network import OpenNetwork, has_codes
 from fluxjax.checkpoint.pipeline_folder import read_config, tokenizer_folder, tokenizer_of
 from fluxjax.checkpoint.templates import Part, abstract_params, part_of
 from fluxjax.config import ConfigError, PipelineConfig
@@ -20,8 +20,6 @@ from fluxjax.config.choices import SequenceAttention
 from fluxjax.families import FLUX
 from fluxjax.hub import embedded_adapter, find
 from fluxjax.models.lora import adapt
-from fluxjax.models.names import flatten
-from fluxjax.models.quantised import Quantised
 from fluxjax.models.stacking import scan_by_default
 from fluxjax.networks import network_of
 from fluxjax.parallel.host_memory import streamed
@@ -29,7 +27,7 @@ from fluxjax.parallel.mesh import make_mesh, place
 from fluxjax.parallel.mesh_shape import MeshShape
 from fluxjax.parallel.rules import param_shardings, state_shardings
 from fluxjax.parallel.sequence import AXIS, Layout, attention_over
-from fluxjax.quantised_kinds import KEEP, LOADED
+from fluxjax.quantised_kinds import KEEP
 from fluxjax.sample.controls import given_controlnets, open_controlnets
 from fluxjax.sample.ip_adapter import given_ip_adapters, open_ip_adapters
 from fluxjax.sample.loaded_loras import low_rank_of, with_loras
@@ -337,13 +335,10 @@ def _held(
                 f"{len(mixed)} kinds of layers of the {name}, such as {mixed[0]}, have codes of "
                 "several forms and are decoded; they keep them with scan_layers=False"
             )
-        if any(isinstance(leaf, Quantised) for leaf in flatten(found).values()):
+        if name == denoiser:
+            network.require_codes(found, kind)
+        if has_codes(found):
             held[name] = found
-        elif kind in LOADED and name == denoiser:
-            raise ConfigError(
-                f"{network.where}: no layer of the {name} has rows that are whole blocks of "
-                f"{kind}: try another --quantise"
-            )
     return held, notes
 
 

@@ -63,7 +63,9 @@ def load_networks(
         attention=recipe.attention,
     )
     network = open_component(recipe.model_folder, name, before)
-    template, _ = network.template(stacked=stacked, quantise=recipe.quantise if lora else NONE)
+    kind = recipe.quantise if lora else NONE
+    template, _ = network.template(stacked=stacked, quantise=kind)
+    network.require_codes(template, kind)
     where = param_shardings(before, template, mesh)
     params = network.fill(template, dtype=stored, shardings=where)
     params = widen(params, before, after)

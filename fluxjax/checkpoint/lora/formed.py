@@ -286,6 +286,11 @@ def _how(group: Group, kind: Kind, alpha: np.ndarray | None, rank: int, config: 
             scale = np.float32(config.scale(group.plain, rank))
     else:
         scale = np.float32(alpha.reshape(()) / np.float32(rank))
+        if config.alpha and not np.isclose(scale, config.scale(group.plain, rank), rtol=1e-2):
+            raise _Wrong(
+                f"unknown: how much {group.module} counts: its alpha is {alpha.item():g} of rank "
+                f"{rank}, and {config.where} says another"
+            )
     if scale == 0:
         raise _Wrong(f"alpha of {group.module} is 0, which some take for its rank and some for 0")
     if not np.isfinite(scale):

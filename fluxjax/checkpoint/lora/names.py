@@ -113,9 +113,10 @@ def known_network(component: str, params: Params) -> Known:
                 if rule.leaves[0][0] != "weight":
                     modules.setdefault(_flat(f"{theirs}.{rule.leaves[0][0]}"), parts)
     prefixes = network.adapter_prefixes
-    if component != network.component:  # another text encoder of that kind, counted from 1
-        numbered = f"lora_te{component.rpartition('_')[2]}_"
-        prefixes = (*network.further_prefixes, f"{component}.", numbered)
+    if component != network.component:  # that kind in another place, counted from 1
+        number = component.removeprefix("text_encoder").removeprefix("_")
+        counted = (f"lora_te{number}_",) if number else ("lora_te1_", "lora_te_")
+        prefixes = (*network.further_prefixes, f"{component}.", *counted)
     return Known(component, network, shapes, modules, prefixes)
 
 

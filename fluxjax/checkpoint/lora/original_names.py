@@ -35,7 +35,7 @@ def prefix_of(naming: LoraNaming, component: str, model: Mapping[str, Any] | Non
         clip_h = kind == "text_encoder" and config.hidden_size == _OPENCLIP_H
         return f"text_encoders.{'clip_h' if clip_h else _COMFY[kind][further]}.transformer."
     if further:
-        return f"lora_te{component.rpartition('_')[2]}_"
+        return f"lora_te{component.removeprefix('text_encoder').removeprefix('_') or 1}_"
     if kind == "text_encoder_2":
         return "lora_te3_"
     counted = "unet" not in model or "text_encoder_2" in model

@@ -33,6 +33,10 @@ _REFUSED = (
     "loftq_config",
     "eva_config",
     "corda_config",
+    "lora_ga_config",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
 )
 _INITIAL = ("gaussian", "eva", "orthogonal")  # of the first weights; the others change the base
 # Patterns may be regular expressions of strangers: few, and none that can backtrack for long.
@@ -41,7 +45,7 @@ _SLOW = re.compile(r"[({]|\\[^.d]|[*+?].*[*+?]", re.DOTALL)
 _MAX_EXPRESSIONS = 16
 _MAX_LENGTH = 200
 _FACTORED = {"LOHA": "LoHa", "LOKR": "LoKr"}
-_USUAL = 8.0  # alpha and rank of a LoHa or LoKr of which nothing else is said
+_USUAL = 8.0  # PEFT's alpha, and its rank, where a configuration does not say it
 _MAX_TERMS = 100  # of a series that PEFT cuts after five
 
 
@@ -120,11 +124,14 @@ class PeftConfig:
         return [n for n in names if n in self.targets or not ends.isdisjoint(_suffixes(n))]
 
 
-def read_peft_config(path: Path, metadata: Mapping[str, str], component: str) -> PeftConfig:
+def read_peft_config(
+    path: Path, metadata: Mapping[str, str], component: str, *, alone: bool = True
+) -> PeftConfig:
     """Of one network's adapters in the file `path`: what its metadata say, else what lies beside
-    it, which does not say of which network it is.
+    it, which does not say of which network it is. `alone`: the file adapts no other network.
 
-    Raises ConfigError for what is damaged, and for adapters that are more than LoRA.
+    Raises ConfigError for what is damaged, for metadata that do not say it of this network, and for
+    adapters that are more than those that are read.
     """
     if PEFT_METADATA in metadata:
         where = f"its metadata under {PEFT_METADATA!r}"
@@ -135,24 +142,29 @@ def read_peft_config(path: Path, metadata: Mapping[str, str], component: str) ->
         if not isinstance(values, dict):
             raise ConfigError(f"{where} are damaged: they are no JSON object")
         prefix = f"{component}."
-        values = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-        return _checked(values, where)
+        own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        # diffusers' networks write their own adapters without it.
+        own = own or {k: v for k, v in values.items() if alone and "." not in k}
+        if not own:
+            raise ConfigError(f"{where} do not say how much it counts in the {component}")
+        return _of_kind(own, where)
     beside = path.with_name(ADAPTER_CONFIG)
     if beside.is_file() and (
         path.name == ADAPTER_WEIGHTS or len(list(path.parent.glob("*.safetensors"))) == 1
     ):
-        values = read_json(beside)
-        kind = str(values.get("peft_type", "LORA"))[:60]
-        if kind in ("OFT", "BOFT"):
-            return _turning(values, str(beside))
-        if kind in _FACTORED:
-            return _factored(values, str(beside))
-        if kind != "LORA":
-            raise ConfigError(
-                f"{beside} is of a {kind!r}; only LORA, LOHA, LOKR, OFT and BOFT are read"
-            )
-        return _checked(values, str(beside))
+        return _of_kind(read_json(beside), str(beside))
     return PeftConfig()
+
+
+def _of_kind(values: Mapping[str, Any], where: str) -> PeftConfig:
+    kind = str(values.get("peft_type", "LORA"))[:60]
+    if kind in ("OFT", "BOFT"):
+        return _turning(values, where)
+    if kind in _FACTORED:
+        return _factored(values, where)
+    if kind != "LORA":
+        raise ConfigError(f"{where} is of a {kind!r}; only LORA, LOHA, LOKR, OFT and BOFT are read")
+    return _checked(values, where)
 
 
 def _turning(values: Mapping[str, Any], where: str) -> PeftConfig:
@@ -200,7 +212,7 @@ def _checked(values: Mapping[str, Any], where: str) -> PeftConfig:
     try:
         return PeftConfig(
             where=where,
-            alpha=_number(values, "lora_alpha"),
+            alpha=_number(values, "lora_alpha") or _USUAL,
             rank=_number(values, "r"),
             rank_stabilised=_flag(values, "use_rslora"),
             dora=_flag(values, "use_dora"),
@@ -232,9 +244,9 @@ def _flag(values: Mapping[str, Any], key: str) -> bool:
 
 
 def _number(values: Mapping[str, Any], key: str) -> float | None:
-    value = values.get(key)
-    if value is None:
+    if key not in values:
         return None
+    value = values[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise ValueError(f"{key[:60]} is {str(value)[:60]}, and should be a number above 0")
     return float(value)

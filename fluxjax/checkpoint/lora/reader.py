@@ -59,7 +59,9 @@ def read_adapters(path: Path, networks: Mapping[str, Params]) -> AdapterFile:
     groups, errors = grouped(raw, known)
     changes: dict[str, Changes] = {}
     try:
-        configs = {n.component: read_peft_config(path, metadata, n.component) for n in known}
+        adapted = {group.network.component for group in groups}
+        alone = len(adapted) == 1
+        configs = {c: read_peft_config(path, metadata, c, alone=alone) for c in adapted}
         if not any(config.where for config in configs.values()) and _is_peft_folders(raw):
             raise ConfigError(
                 f"how much it counts is in {ADAPTER_CONFIG}, which was saved with it: put that "
@@ -79,9 +81,8 @@ def read_adapters(path: Path, networks: Mapping[str, Params]) -> AdapterFile:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     for network in known:
-        targeted = configs[network.component].targeted(network.linear)
-        here = changes.get(network.component, {})
-        if here:  # beside a file, the configuration does not say of which network it is
+        if here := changes.get(network.component):
+            targeted = configs[network.component].targeted(network.linear)
             errors += [f"missing: {n}" for n in targeted if f"{n}.weight" not in here]
     if errors:
         whose = " or ".join(f"{component}" for component in networks)
