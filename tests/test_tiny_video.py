@@ -15,13 +15,16 @@ from safetensors import safe_open
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import ConfigError
+from fluxjax.config import TINY, ConfigError
 from fluxjax.families.flux import PromptIds
 from fluxjax.families.noise_path import OPEN_SORA_FLOW
 from fluxjax.hub import tiny_folder
+from fluxjax.models.autoencoder import Autoencoder
+from fluxjax.models.causal_autoencoder import CausalAutoencoder
 from fluxjax.models.latents import pack_video, text_ids, video_ids
 from fluxjax.train.embedded import clip_transformer
-from fluxjax.train.embedded.clip_autoencoder import ClipAutoencoderStage
+from fluxjax.train.embedded.autoencoder import psnr
+from fluxjax.train.embedded.clip_autoencoder import ClipAutoencoderStage, drawn_clips, inflate
 from fluxjax.train.embedded.clip_transformer import (
     ClipExamples,
     ClipRows,
@@ -220,6 +223,27 @@ def test_dropped_texts_are_the_empty_prompts(learning):
     heard = clip_loss(model, encoders, 0.0)
     np.testing.assert_allclose(dropped, heard(params, key, blank, shift), rtol=1e-6)
     assert abs(float(heard(params, key, rows, shift) - dropped)) > 1e-4
+
+
+@pytest.mark.slow
+def test_the_autoencoder_begins_as_that_of_pictures():
+    """A frame's decoding is theirs but for what lies beyond the edges, zeros or the edge."""
+    pictures = load_params(tiny_folder(), "vae", TINY.vae, stacked=False, dtype=jnp.float32)
+    clips: Any = CausalAutoencoder(ClipAutoencoderStage().config)
+    empty = jax.eval_shape(clips.init, jax.random.key(0), jnp.zeros((1, 5, 16, 16, 3)))["params"]
+    inflated = inflate(pictures, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), empty))
+    scene = drawn_clips(0, 1, 1, 96)
+    own: Any = Autoencoder(TINY.vae)
+    both = jnp.concatenate([scene[:, 0], scene[:, 0, :, ::-1]])  # of the same mean and spread
+    latents = own.apply({"params": pictures}, both, method=own.encode).mean
+    theirs = own.apply({"params": pictures}, latents, method=own.decode)
+    ours = clips.apply({"params": inflated}, latents[None], method=clips.decode)
+    middle = (slice(None), slice(32, 64), slice(32, 64))
+    # Measured: 0.006 and 0.006, and 31.7 dB.
+    assert float(jnp.abs(ours[0, :1] - theirs[:1])[middle].mean()) < 0.02
+    assert float(jnp.abs(ours[0, 1:] - theirs[1:])[middle].mean()) < 0.02
+    seen = clips.apply({"params": inflated}, scene)
+    assert psnr(seen, scene) > 28, "a frame by itself is not seen as a picture"
 
 
 @pytest.mark.slow
