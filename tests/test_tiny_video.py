@@ -259,6 +259,9 @@ def test_all_stages_run_go_on_and_leave_a_pipeline(tmp_path):
     kept = recipe.export(tmp_path / "kept")
     for file in folder.rglob("*.safetensors"):
         assert (kept / file.relative_to(folder)).read_bytes() == file.read_bytes()
+    linked = recipe.export(tmp_path / "linked", link=True)
+    assert (linked / "tokenizer").is_symlink() and read_config(linked) == config
+    assert (linked / "tokenizer_2").resolve() == tiny_folder() / "tokenizer_2"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     assert recipe.train() == folder  # nothing is left to do
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}

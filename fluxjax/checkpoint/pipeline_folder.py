@@ -7,6 +7,8 @@ imported only for weights: options are checked before that.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -229,3 +231,15 @@ def save_params(
     name = None if dtype is None else np.dtype(dtype).name
     write_json(folder / "config.json", config_json(config, name))
     write_sharded(folder, weights_stem(config), dict(sorted(published.items())))
+
+
+def share_folder(source: Path, folder: Path, *, link: bool) -> None:
+    """A part of another pipeline as `folder`: a relative symbolic link to it, or a copy."""
+    if folder.is_symlink():
+        folder.unlink()
+    if link:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        there = os.path.relpath(source, folder.parent)
+        folder.symlink_to(there, target_is_directory=True)
+    else:
+        shutil.copytree(source, folder, dirs_exist_ok=True)

@@ -185,8 +185,8 @@ class ExportOptions:
     out: Annotated[Path | None, _given("NEW_FILE_OR_FOLDER")] = None
     """What to write; by default lora_STEP.safetensors or pipeline_STEP in the run's folder."""
     link: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Of an embedded diffusion model: what it shares with the embedded FLUX model as symbolic links
-    to that, as it is shipped."""
+    """Of the other embedded models: what they share with the embedded FLUX model as symbolic links
+    to that, as they are shipped."""
 
 
 def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export") -> None:
@@ -205,10 +205,10 @@ def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export
 
     cli.begin("orbax.checkpoint")
     linked = {"link": True} if options.link else {}
-    links = recipe.task in ("embedded-sd", "embedded-pixart")
+    links = recipe.task in ("embedded-sd", "embedded-pixart", "embedded-video")
     if linked and not links:
-        raise ConfigError("--link is for runs of the embedded diffusion models")
-    if links or recipe.task == "embedded-video":
+        raise ConfigError("--link is for runs of the embedded models that share files with another")
+    if links:
         recipe = replace(recipe, folder=options.run)
         done = recipe.export(options.out or options.run / "pipeline", **linked)
     else:

@@ -7,8 +7,6 @@ sizes.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +19,13 @@ import optax
 from jaxtyping import Array, Float
 
 from fluxjax.atomic_write import write_bytes
-from fluxjax.checkpoint.pipeline_folder import load_params, read_config, save_params, write_config
+from fluxjax.checkpoint.pipeline_folder import (
+    load_params,
+    read_config,
+    save_params,
+    share_folder,
+    write_config,
+)
 from fluxjax.checkpoint.training_state import read_state
 from fluxjax.config import (
     TINY_PIXART,
@@ -183,13 +187,7 @@ def write_pipeline(
     source, config = find(recipe.model), recipe.config()
     folder.mkdir(parents=True, exist_ok=True)
     for name, of in recipe.shared.items():
-        part = folder / name
-        if part.is_symlink():
-            part.unlink()
-        if link:
-            part.symlink_to(os.path.relpath(source / of, folder), target_is_directory=True)
-        else:
-            shutil.copytree(source / of, part, dirs_exist_ok=True)
+        share_folder(source / of, folder / name, link=link)
     write_config(folder, config, [config.denoiser] if link else config.networks)
     save_params(folder, config.denoiser, params, config.networks[config.denoiser], jnp.float16)
     write_world(folder, buckets)

@@ -19,7 +19,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fluxjax.atomic_write import write_bytes
-from fluxjax.checkpoint.pipeline_folder import load_params, save_params, write_config
+from fluxjax.checkpoint.pipeline_folder import (
+    load_params,
+    save_params,
+    share_folder,
+    write_config,
+)
 from fluxjax.checkpoint.training_state import read_state
 from fluxjax.config import (
     TINY,
@@ -115,13 +120,14 @@ class TinyVideoRecipe:
             write_bytes(self.folder / "recipe.toml", recipe_toml(self).encode())
             return _train_stages(self)
 
-    def export(self, out: Path) -> Path:
-        """The pipeline as of the transformer's newest checkpoint, which may still go on."""
+    def export(self, out: Path, *, link: bool = False) -> Path:
+        """The pipeline as of the transformer's newest checkpoint, which may still go on. `link`:
+        the tokenizers as symbolic links, as the embedded models are shipped."""
         checkpoints = self.folder / "transformer" / CHECKPOINTS
         if not checkpoints.is_dir():
             raise ConfigError(f"{self.folder} has no checkpoint of the transformer yet")
         _, learnt = read_state(checkpoints, "ema")
-        return _write_pipeline(self, _trained_autoencoder(self), learnt, out)
+        return _write_pipeline(self, _trained_autoencoder(self), learnt, out, link=link)
 
 
 def _train_stages(recipe: TinyVideoRecipe) -> Path:
@@ -166,12 +172,17 @@ def _trained_autoencoder(recipe: TinyVideoRecipe) -> CausalAutoencoderConfig:
 
 
 def _write_pipeline(
-    recipe: TinyVideoRecipe, vae: CausalAutoencoderConfig, learnt: Mapping[str, Tree], folder: Path
+    recipe: TinyVideoRecipe,
+    vae: CausalAutoencoderConfig,
+    learnt: Mapping[str, Tree],
+    folder: Path,
+    *,
+    link: bool = False,
 ) -> Path:
     """A pipeline folder in float16; the index, by which it is known to be whole, comes last."""
     config, texts = replace(recipe.config, vae=vae), find(recipe.model)
     for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(texts / name, folder / name, dirs_exist_ok=True)
+        share_folder(texts / name, folder / name, link=link)
     shutil.copytree(recipe.folder / "vae", folder / "vae", dirs_exist_ok=True)
     for name, part in (("transformer", "transformer"), *_ENCODERS.items()):
         save_params(folder, name, learnt[part], getattr(config, name), jnp.float16)
