@@ -58,3 +58,16 @@ def test_torch_and_transformers_are_imported_by_diff_alone():
         if module.partition(".")[0] in ("torch", "transformers", "diffusers", "peft")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_named_shapes_are_checked_wherever_they_stand(request):
+    """pytest's options name the packages whose annotations hold at run time."""
+    checked = request.config.getoption("--jaxtyping-packages").split(",")
+    named, unchecked = 0, []
+    for path in HOUSE.rglob("*.py"):
+        module = ".".join(("fluxjax", *path.relative_to(HOUSE).with_suffix("").parts))
+        if any(of == "jaxtyping" for of, name in imports(path) if name != "Array"):
+            named += 1
+            if not any(f"{module}.".startswith(f"{package}.") for package in checked):
+                unchecked.append(module)
+    assert named > 100 and not unchecked
