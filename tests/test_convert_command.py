@@ -73,6 +73,7 @@ def test_what_is_written_is_written_though_nobody_hears_of_it(tmp_path, vae_file
     assert done.stderr.splitlines()[-1] == "note: nothing more is printed: No space left on device"
 
 
+@pytest.mark.slow
 def test_a_mesh_is_for_orbax(tmp_path, vae_file):
     """It needs no devices: the command's own platform is one CPU."""
     folder = tmp_path / "orbax"

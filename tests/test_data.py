@@ -134,6 +134,7 @@ def test_fingerprint_follows_pictures_captions_sizes_and_encoders(settings, tmp_
     assert len(seen) == 6
 
 
+@pytest.mark.slow
 def test_companions_are_found_by_name_and_cut_as_their_pictures(settings, tmp_path):
     for folder in ("before", "masks"):
         (tmp_path / folder).mkdir()

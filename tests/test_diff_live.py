@@ -109,6 +109,7 @@ def test_planted_fault_is_named(folder, faulty, tmp_path, capsys):
     assert (tmp_path / "errors.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_fault_is_named_where_tokens_are_split(folder, faulty):
     """12 text and 30 image tokens on eight devices: both are padded, and every layer is whole."""
     report = compare_network(folder, "transformer", against=faulty, mesh="sequence=8")

@@ -46,8 +46,10 @@ def random_variables(config, dtype) -> dict:
     [
         "text",
         "reference",
-        "control",
-        *[pytest.param(k, marks=pytest.mark.slow) for k in ("channels", "schnell", "image prompt")],
+        *[
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in ("control", "channels", "schnell", "image prompt")
+        ],
     ],
 )
 def test_what_a_run_hoists_is_the_forward(kind, dtype):

@@ -62,6 +62,7 @@ def test_a_killed_export_leaves_the_old_or_the_new(server: Server, tmp_path):  #
     assert out.read_bytes() == whole[0] and list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_a_killed_precompute_leaves_whole_entries(server: Server, tmp_path):  # noqa: F811
     """The next one goes on from them; every latent and text is of its own picture."""
     source, cache = write_folder(tmp_path / "pictures", PICTURES), tmp_path / "cache"

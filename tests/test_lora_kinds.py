@@ -64,6 +64,7 @@ def drawn(config: LoraConfig, params: Any) -> dict[str, Any]:
     return unflatten({p: v if p[-1] == "scale" else v + moved[p] for p, v in kept.items()})
 
 
+@pytest.mark.slow
 def test_dora_and_its_gradients_are_pefts() -> None:
     torch.manual_seed(0)
     config = peft.LoraConfig(

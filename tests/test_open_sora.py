@@ -40,13 +40,12 @@ TINY = OpenSoraConfig(
     mlp_ratio=1.0,
 )
 FILES = (
-    "loop_patch1.safetensors",
     "conditions.safetensors",
     "schedules.json",
     "prompts_sizes.json",
     *(
         pytest.param(f"{name}.safetensors", marks=pytest.mark.slow)
-        for name in ("i2v", "i2v_oscillation", "t2v_oscillation")
+        for name in ("i2v", "i2v_oscillation", "t2v_oscillation", "loop_patch1")
     ),
 )
 

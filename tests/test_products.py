@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend.core import jaxprs_in_params
 
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import CLIPTextConfig, FluxConfig, T5Config
+from fluxjax.config import CausalAutoencoderConfig, CLIPTextConfig, FluxConfig, T5Config
 from fluxjax.config.unet import UNetConfig
 from fluxjax.models.products import BFLOAT16, add_bias, affine, multiply_scale
 from fluxjax.networks import NETWORKS, network_of
@@ -136,7 +136,10 @@ SMALLER = {
         layers_per_block=1,
         transformer_layers_per_block=(1,),
         attention_head_dim=(4,),
-    )
+    ),
+    CausalAutoencoderConfig: CausalAutoencoderConfig(
+        block_out_channels=(32,) * 4, layers_per_block=1
+    ),
 }
 
 

@@ -26,6 +26,7 @@ def learner():
     return encoders, Captions(STAGE, config, encoders, encoders, vae)
 
 
+@pytest.mark.slow
 def test_batches_repeat_by_step_and_scenes_serve_for_some_steps(learner):
     _, captions = learner
     (first, *texts), *_ = captions(0)

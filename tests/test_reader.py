@@ -195,6 +195,7 @@ def test_a_relation_follows_the_longer_distance(centre, expected):
     assert read_relation(red("circle", centre), red("star", (0.5, 0.5))) == expected
 
 
+@pytest.mark.slow
 def test_prompts_are_different_and_follow_the_seed():
     first = draw_prompts(8, seed=1, held_out=False, **SIDE)
     again = draw_prompts(8, seed=1, held_out=False, **SIDE)

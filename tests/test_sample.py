@@ -289,6 +289,7 @@ def test_bytes_round_or_truncate():
     assert to_bytes(x, "bfl").ravel().tolist() == [0, 0, 127, 254, 255, 255]
 
 
+@pytest.mark.slow
 def test_on_step_sees_the_latents_of_every_nth_step(ours):
     chosen = {"width": 64, "height": 64, "steps": 7, "max_sequence_length": 16}
     whole = ours("a star", seed=3, **chosen)[0]

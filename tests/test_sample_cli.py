@@ -525,6 +525,7 @@ def test_sizes_that_cannot_fit_are_said_at_once(sample, monkeypatch):
     assert "4096 x 4096 pixels cannot fit" in error and "20 MB are free" in error
 
 
+@pytest.mark.slow
 def test_pictures_of_the_python_api_repeat(sample, random_pipeline, tmp_path):  # noqa: F811
     pipe = fluxjax.load_pipeline(random_pipeline)
     size = {"width": 64, "height": 48, "steps": 3, "max_sequence_length": 16}

@@ -107,6 +107,7 @@ def test_every_layer_equals_diffusers(name):
     assert relative_l2(got, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_taken_apart_with_scanned_blocks_of_which_some_are_left_out():
     """Dual blocks, others and the last are scanned apart; of two rows each leaves out others."""
     config = TINIES["3.5"]

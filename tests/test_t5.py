@@ -98,6 +98,7 @@ def test_presets_have_the_published_size(config, count):
     )
 
 
+@pytest.mark.slow
 def test_intermediates_carry_torch_module_names():
     params = from_torch(reference(V1_1), V1_1)
     _, state = T5Encoder(V1_1).apply(

@@ -193,6 +193,7 @@ def test_flow_matching_depends_on_the_caption_unless_it_is_dropped(network):
     assert heard[0] != heard[1] and dropped[0] == dropped[1]
 
 
+@pytest.mark.slow
 def test_noisy_latents_of_the_reference_are_led_to_the_picture(network):
     """A network that knows the picture has no loss, from wherever it is led."""
     model, params, rows, empty, ids = network
