@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ from fluxjax.config import (
 )
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.config.unet import UNetConfig
-from fluxjax.families import SD3, STABLE_DIFFUSION, Conditioning
+from fluxjax.families import SD3, STABLE_DIFFUSION, Conditioning, family_of
 from fluxjax.families.noise_path import DiffusionPath
 from fluxjax.hub import tiny_folder
 from fluxjax.models.unet import UNet
@@ -330,18 +331,53 @@ def _small(name: str, model: Path, pictures: Path, folder: Path) -> FinetuneReci
     )
 
 
+def _with_clip(recipe: FinetuneRecipe) -> FinetuneRecipe:
+    """Which learns too."""
+    return replace(
+        recipe,
+        lora=replace(recipe.lora, text_encoders=("clip",), text_encoder_rank=2),
+        optimizer=replace(recipe.optimizer, learning_rate=1e-2, warmup=0),
+        objective=replace(recipe.objective, caption_dropout=0.3),
+        validation=replace(recipe.validation, width=32, height=32, guidance=3.0),
+    )
+
+
+def assert_as_validated(pipe, run: Path) -> None:
+    """What validation drew last is what the pipeline draws of what was learnt."""
+    size: dict[str, Any] = {"seed": 0, "steps": 1, "width": 32, "height": 32, "rounding": "none"}
+    (drawn,) = pipe("a red circle", guidance=3.0, **size)
+    with Image.open(run / "validation/0000002.png") as sheet:
+        shown = np.asarray(sheet, int)[4:36, 4:36]
+    apart = np.abs(shown - np.asarray(drawn, int))
+    assert (apart <= 1).mean() > 0.999 and np.asarray(drawn).std() > 1
+
+
 @pytest.mark.slow
-def test_a_lora_of_a_unet_is_trained_and_draws(model, pictures, tmp_path):
+def test_a_lora_of_a_unet_is_trained_and_draws(model, pictures, tmp_path, monkeypatch):
     from fluxjax.sample.loading import load_pipeline
 
     recipe = _small("lora_sd15", model, pictures, tmp_path / "run")
     with pytest.raises(ConfigError, match="no layer of the unet has rows that are whole blocks of"):
         finetune.prepare(replace(recipe, quantise="q4_k"))
-    file = train(recipe, finetune.prepare(recipe))
+    recipe = _with_clip(recipe)
+    job, heard = finetune.prepare(recipe), {}
+    denoise = job.validation.pipeline.denoise
+
+    def denoised(*arguments, **options):
+        heard.update(options)
+        return denoise(*arguments, **options)
+
+    monkeypatch.setattr(job.validation.pipeline, "denoise", denoised)
+    file = train(recipe, job)
     names = {name.rsplit(".lora_", 1)[0] for name in read_safetensors(file)[0]}
     block = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
-    assert {f"{block}.attn2.to_k", f"{block}.attn1.to_out.0"} <= names and len(names) == 32
-    assert (tmp_path / "run/validation/0000002.png").is_file()
+    assert {f"{block}.attn2.to_k", f"{block}.attn1.to_out.0"} <= names and len(names) == 32 + 12
+    pipe = load_pipeline(model, loras=[(file, 1.0)], dtype="float32")
+    assert_as_validated(pipe, recipe.folder)
+    # What it is guided away from is what the encoder says now.
+    empty, before = (one.encode_prompt([""]).sequence for one in (pipe, load_pipeline(model)))
+    np.testing.assert_allclose(heard["negative"].sequence, empty, rtol=0, atol=1e-5)
+    assert np.abs(np.asarray(empty) - np.asarray(before)).max() > 1e-2
     drawn = [
         np.asarray(load_pipeline(model, loras=loras)("a star", steps=1)[0], int)
         for loras in ((), ((file, 50.0),))
@@ -396,6 +432,93 @@ def test_a_lora_of_xl_is_told_sizes(pictures, tmp_path):
     assert rows == {(32, 32, 0, 0, 32, 32), (48, 80, 0, 11, 32, 32)}
     train(recipe, finetune.prepare(recipe))
     assert (tmp_path / "run/validation/0000002.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_lora_of_xl_and_of_both_its_text_encoders(pictures, tmp_path):
+    """Which its files hold, in PEFT's names as diffusers reads them and in kohya's; the pictures of
+    validation are what a pipeline with the file draws."""
+    import diffusers
+
+    from fluxjax.sample.loading import load_pipeline
+
+    folder = _write(tmp_path / "xl", SMALL_XL)
+    recipe = _small("lora_sdxl", folder, pictures, tmp_path / "run")
+    with pytest.raises(ConfigError, match="StableDiffusionXLPipeline has no t5"):
+        lora = replace(recipe.lora, text_encoders=("t5",))
+        finetune.prepare(replace(recipe, lora=lora))
+    recipe = _with_clip(recipe)
+    file = train(recipe, finetune.prepare(recipe))
+    tensors = {name: leaf.read() for name, leaf in read_safetensors(file)[0].items()}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        mine = {name: leaf for name, leaf in tensors.items() if name.startswith(f"{part}.")}
+        changed = [np.abs(leaf).max() > 1e-4 for name, leaf in mine.items() if "lora_B" in name]
+        # Of the last layer nothing is heard but the second encoder's pooled state.
+        assert len(changed) >= 12 and any(changed) and (part == "text_encoder" or all(changed))
+    pipe = load_pipeline(folder, loras=[(file, 1.0)], dtype="float32")
+    assert_as_validated(pipe, recipe.folder)
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
+    theirs.load_lora_weights(file.parent, weight_name=file.name)
+    theirs.set_progress_bar_config(disable=True)
+    size = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 3.0}
+    wanted: Any = theirs("a star", generator=torch.Generator().manual_seed(0), **size)
+    (drawn,) = pipe("a star", seed=0, steps=2, guidance=3.0, width=32, height=32)
+    apart = np.abs(np.asarray(drawn, int) - np.asarray(wanted.images[0], int))
+    assert (apart <= 1).mean() > 0.999
+    (plain,) = load_pipeline(folder)("a star", seed=0, steps=2, guidance=3.0, width=32, height=32)
+    assert np.abs(np.asarray(plain, int) - np.asarray(drawn, int)).max() > 2
+
+
+_T5_ALONE, _CLIPS_ALONE = ("text_encoder_3",), ("text_encoder", "text_encoder_2")
+
+
+@pytest.mark.parametrize(
+    "config, learning",
+    [
+        (SMALL, ("text_encoder",)),
+        (SMALL_XL, _CLIPS_ALONE),
+        (SMALL_SD3, _CLIPS_ALONE),
+        (SMALL_SD3, _T5_ALONE),
+        (SMALL_SD3, (*_CLIPS_ALONE, *_T5_ALONE)),
+        (SMALL_PIXART, ("text_encoder",)),
+    ],
+)
+def test_text_encoders_that_learn_are_heard_as_all_are(config, learning):
+    """What is heard of a caption whose rest was encoded before is what all encoders together say
+    once those that learn have learnt; how large a picture is stays told."""
+    family = family_of(config.class_name)
+    names = config.text_encoders
+    modules = {
+        name: network_of(config.networks[name]).build(config.networks[name]) for name in names
+    }
+    before, after = (
+        {
+            name: jax.tree.map(
+                lambda leaf: 0.2 * jnp.asarray(leaf),
+                random_tree(config.networks[name], np.float32, seed + (name in learning)),
+            )
+            for seed, name in enumerate(names)
+        }
+        for learning in ((), learning)
+    )
+    ids, told = family.text_shapes(
+        config, 2, 16 if config.vae == SMALL_SD3.vae else 77, jnp.float32
+    )
+    rng = np.random.default_rng(0)
+    ids = jax.tree.map(lambda one: jnp.asarray(rng.integers(0, 2, one.shape), jnp.int32), ids)
+    every = tuple(modules.values())
+    heard, wanted = (
+        family.encode(every, tuple(params[name] for name in names), ids)
+        for params in (before, after)
+    )
+    sizes = None if told.sizes is None else jnp.ones(told.sizes.shape)
+    mine = {name: modules[name] for name in learning}
+    assert family.encode_anew is not None
+    params = {name: after[name] for name in learning}
+    found = family.encode_anew(mine, params, ids, heard._replace(sizes=sizes))
+    chex.assert_trees_all_close(found, wanted._replace(sizes=sizes), rtol=1e-6, atol=1e-6)
+    assert np.abs(np.asarray(heard.sequence) - np.asarray(wanted.sequence)).max() > 1e-3
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def lora_file(path: Path, seed: int, targets: tuple[str, ...], rank: int) -> Pat
     """Of the transformer and both text encoders."""
     config = LoraConfig(rank=rank, targets=targets, text_encoders=("clip", "t5"))
     rng, trees = np.random.default_rng(seed), {}
-    for component, own in config.components_of("transformer").items():
+    for component, own in config.components_of(TINY).items():
         template = abstract_params(TINY.networks[component])
         tree = init_lora(jax.random.key(seed), template, own)
         trees[component] = jax.tree.map(

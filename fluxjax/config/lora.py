@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fluxjax.config.base import ConfigError
+from fluxjax.config.clip import CLIPTextConfig
+from fluxjax.config.pipeline import PipelineConfig
+from fluxjax.config.t5 import T5Config
 
 Kind = Literal["lora", "dora", "lokr"]
 TextEncoder = Literal["clip", "t5"]
@@ -29,11 +32,11 @@ TARGETS = (
     "ff_context.net.0.proj",
     "ff_context.net.2",
 )
-# The folders of FLUX's text encoders, and what kohya's scripts adapt of each: all of its layers.
-TEXT_ENCODERS: dict[TextEncoder, str] = {"clip": "text_encoder", "t5": "text_encoder_2"}
-_TEXT_TARGETS = {
-    "text_encoder": ("[qkv]_proj", "out_proj", "fc[12]"),
-    "text_encoder_2": ("SelfAttention.[qkvo]", "DenseReluDense.w[io].*"),
+_TEXT_ENCODERS: dict[type, TextEncoder] = {CLIPTextConfig: "clip", T5Config: "t5"}
+# What kohya's scripts adapt of each: all of its layers.
+_TEXT_TARGETS: dict[TextEncoder, tuple[str, ...]] = {
+    "clip": ("[qkv]_proj", "out_proj", "fc[12]"),
+    "t5": ("SelfAttention.[qkvo]", "DenseReluDense.w[io].*"),
 }
 _MOST_RANK = 2**16  # beyond the width of every layer
 
@@ -57,8 +60,8 @@ class LoraConfig:
     the weight's; -1: about as many as each block has rows. A second matrix of less than twice the
     rank is whole, and alpha counts for nothing."""
     text_encoders: tuple[TextEncoder, ...] = ()
-    """Those that learn too, clip, t5 or both, in all their layers. They then run in every step,
-    over captions of that step; what does not learn is encoded once."""
+    """Those that learn too, clip (all that the model has), t5 or both, in all their layers. They
+    then run in every step, over captions of that step; what does not learn is encoded once."""
     text_encoder_rank: int | None = None
     """Of the text encoders; by default `rank`."""
     text_encoder_alpha: float | None = None
@@ -89,15 +92,21 @@ class LoraConfig:
             except re.error as error:
                 raise ConfigError(f"the LoRA's target {target!r} is no pattern: {error}") from None
 
-    def components_of(self, denoiser: str) -> Mapping[str, LoraConfig]:
+    def components_of(self, config: PipelineConfig) -> Mapping[str, LoraConfig]:
         """What is trained, by the folder of a pipeline, each with `targets` and `rank` of its own;
-        the network that draws first."""
+        the network that draws first. Raises ConfigError for a text encoder that it has not."""
         rank = self.text_encoder_rank or self.rank
         alpha = self.text_encoder_alpha or float(rank)
-        texts = (TEXT_ENCODERS[name] for name in TEXT_ENCODERS if name in self.text_encoders)
-        return {denoiser: self} | {
+        kinds = {
+            name: _TEXT_ENCODERS.get(type(config.networks[name])) for name in config.text_encoders
+        }
+        for kind in self.text_encoders:
+            if kind not in kinds.values():
+                raise ConfigError(f"lora.text_encoders: {config.class_name} has no {kind}")
+        return {config.denoiser: self} | {
             component: dataclasses.replace(
-                self, rank=rank, alpha=alpha, targets=_TEXT_TARGETS[component], text_encoders=()
+                self, rank=rank, alpha=alpha, targets=_TEXT_TARGETS[kind], text_encoders=()
             )
-            for component in texts
+            for component, kind in kinds.items()
+            if kind in self.text_encoders
         }

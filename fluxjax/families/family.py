@@ -267,8 +267,17 @@ def no_sizes(config: PipelineConfig, told: Told) -> None:
             raise ConfigError(f"{name} is told to Stable Diffusion XL alone")
 
 
-def _no_text_encoder(*arguments: Any, **options: Any) -> Conditioning:
-    raise ConfigError("lora.text_encoders: those of FLUX.1 alone are trained")
+def hear_anew(
+    encode: Callable[..., Conditioning],
+    encoders: Mapping[str, Any],
+    params: Mapping[str, Params],
+    ids: Any,
+    heard: Conditioning,
+    **options: Any,
+) -> Conditioning:
+    """`heard`, with what all text encoders of a family, which are of one kind, say now."""
+    every = tuple(params[name] for name in encoders)
+    return encode(tuple(encoders.values()), every, ids, **options)._replace(sizes=heard.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,7 +315,8 @@ class Family:
     widened: Callable[..., Any] = lambda config, given: config
     shift: Callable[..., float] = lambda config, *size: 0.0
     """The logarithm by which noise levels of a picture or clip of so many latents are moved."""
-    encode_anew: Callable[..., Conditioning] = _no_text_encoder
+    encode_anew: Callable[..., Conditioning] | None = None
+    """What is heard where text encoders, by component, learn; None where they never do."""
     counted: Callable[..., Float[Array, "b *#image"]] | None = None
     """What each squared error is multiplied with where some of the state is given."""
     silenced: Callable[..., Conditioning] | None = None

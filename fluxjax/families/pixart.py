@@ -24,6 +24,7 @@ from fluxjax.families.family import (
     Extras,
     Task,
     Told,
+    hear_anew,
     no_sizes,
 )
 from fluxjax.families.noise_path import DiffusionPath
@@ -190,6 +191,7 @@ PIXART = replace(
     tasks_of=tasks_of,
     tokenize=tokenize,
     encode=encode,
+    encode_anew=partial(hear_anew, encode),
     text_shapes=text_shapes,
     sizes=sizes,
     networks=networks,

@@ -7,7 +7,7 @@ Source: diffusers `StableDiffusion3Pipeline`, `StableDiffusion3Img2ImgPipeline`,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ Each = tuple[Modulations, LeftOut | None]
 """What each step of a run has of its own."""
 TASKS = tasks("StableDiffusion3", image=0.6, inpaint=0.6)
 _CLIPS = 2
+_CLIP_NAMES, _T5_NAME = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 PATH = FlowPath(time_scale=1000.0)
 
 
@@ -92,14 +93,45 @@ def encode(
 ) -> Conditioning:
     """The CLIPs' states side by side, filled up with zeros, and then T5's, of its padding too; and
     both CLIPs' pooled projections. Without T5 zeros, in the width of the others."""
-    outputs = read_clips(encoders[:_CLIPS], params[:_CLIPS], ids, apply)
-    states = jnp.concatenate([one.penultimate_hidden_state for one in outputs], axis=-1)
+    states, vector = _read_clips(encoders[:_CLIPS], params[:_CLIPS], ids, apply)
     if len(encoders) > _CLIPS:
         t5 = jnp.asarray(apply(encoders[_CLIPS], lora.variables(params[_CLIPS]), ids.ids[_CLIPS]))
     else:
         t5 = jnp.zeros((*ids.ids[_CLIPS].shape, states.shape[-1]), states.dtype)
     sequence = jnp.concatenate([widened(states, t5.shape[-1]), t5], axis=1)
-    return Conditioning(sequence, None, jnp.concatenate([o.text_embeds for o in outputs], axis=-1))
+    return Conditioning(sequence, None, vector)
+
+
+def _read_clips(
+    encoders: tuple[Any, ...], params: tuple[Params, ...], ids: PromptIds, apply: Apply
+) -> tuple[Float[Array, "b text d"], Float[Array, "b pooled"]]:
+    """Side by side the states of both, and their pooled projections."""
+    outputs = read_clips(encoders, params, ids, apply)
+    states = jnp.concatenate([one.penultimate_hidden_state for one in outputs], axis=-1)
+    return states, jnp.concatenate([one.text_embeds for one in outputs], axis=-1)
+
+
+def encode_anew(
+    encoders: Mapping[str, Any],
+    params: Mapping[str, Params],
+    ids: PromptIds,
+    heard: Conditioning,
+    *,
+    apply: Apply = nn.Module.apply,
+) -> Conditioning:
+    """`heard`, with what both CLIPs, T5 or all of them, by component, say now in place of what they
+    said."""
+    sequence, vector = heard.sequence, heard.vector
+    clips, t5 = jnp.split(sequence, [ids.ids[0].shape[1]], axis=1)
+    names = tuple(name for name in _CLIP_NAMES if name in encoders)
+    if names:
+        mine = tuple(params[name] for name in names)
+        states, vector = _read_clips(tuple(encoders[n] for n in names), mine, ids, apply)
+        clips = widened(states, sequence.shape[-1])
+    if _T5_NAME in encoders:
+        leaves = lora.variables(params[_T5_NAME])
+        t5 = jnp.asarray(apply(encoders[_T5_NAME], leaves, ids.ids[_CLIPS]))
+    return Conditioning(jnp.concatenate([clips, t5], axis=1), None, vector)
 
 
 def widened(states: Float[Array, "b text d"], width: int) -> Float[Array, "b text width"]:
@@ -276,6 +308,7 @@ SD3 = replace(
     tasks_of=partial(tasks_of, TASKS),
     tokenize=tokenize,
     encode=encode,
+    encode_anew=encode_anew,
     text_shapes=text_shapes,
     networks=networks,
     run=run,

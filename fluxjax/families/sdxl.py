@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.config import ConfigError, StableDiffusionXLConfig
-from fluxjax.families.family import Apply, Conditioning, Told
+from fluxjax.families.family import Apply, Conditioning, Told, hear_anew
 from fluxjax.families.stable_diffusion import STABLE_DIFFUSION, PromptIds, tasks, tasks_of
 from fluxjax.families.stable_diffusion import text_shapes as of_states
 from fluxjax.models import lora
@@ -114,6 +114,7 @@ STABLE_DIFFUSION_XL = replace(
     tasks=TASKS,
     tasks_of=partial(tasks_of, TASKS),
     encode=encode,
+    encode_anew=partial(hear_anew, encode),
     text_shapes=text_shapes,
     sizes=sizes,
 )

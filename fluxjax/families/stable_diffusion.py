@@ -31,6 +31,7 @@ from fluxjax.families.family import (
     Steps,
     Task,
     Tokens,
+    hear_anew,
     second_prompts,
 )
 from fluxjax.families.noise_path import DiffusionPath
@@ -352,6 +353,7 @@ STABLE_DIFFUSION = Family(
     mask_channels=mask_channels,
     tokenize=tokenize,
     encode=encode,
+    encode_anew=partial(hear_anew, encode),
     text_shapes=text_shapes,
     scale=scale,
     networks=networks,

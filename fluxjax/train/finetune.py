@@ -18,7 +18,7 @@ from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import Part, abstract_params
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.families import Task, family_of
-from fluxjax.families.family import Apply, Conditioning
+from fluxjax.families.family import Apply
 from fluxjax.file_hash import hash_files
 from fluxjax.models.lora import join_scales
 from fluxjax.parallel.apply import apply_on
@@ -97,7 +97,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     empty = Prompts(nothing, data.ids([""]))
     validation = None
     if recipe.validation.every:
-        validation = _validation(recipe, config, nets, mesh, held, prompts, shown, nothing)
+        validation = _validation(recipe, config, nets, mesh, held, prompts, shown, empty)
     return Job(
         config=config,
         mesh=mesh,
@@ -306,7 +306,7 @@ def _validation(
     held: list[DataBatch],
     prompts: Prompts | None,
     shown: Inputs,
-    empty: Conditioning,
+    empty: Prompts,
 ) -> Validation:
     devices, model, lora = mesh if mesh.size > 1 else None, nets.model, None
     quantised: dict[str, Tree] = {}

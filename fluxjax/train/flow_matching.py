@@ -214,13 +214,16 @@ class Learner(NamedTuple):
     """What is heard where some of them, by row, are not but the empty prompt's."""
     controlnet: ControlLearner | None = None
     """That learns beside the network."""
+    zeros: bool = False
+    """Whether nothing, not the empty prompt, is heard where a caption is dropped."""
 
     @classmethod
     def of(cls, config: PipelineConfig, controlnet: ControlLearner | None = None) -> Learner:
         family = family_of(config.class_name)
         silenced = family.silenced and partial(family.silenced, config)
         encoders = len(config.text_encoders)
-        return cls(family.path(config), config.denoiser, encoders, silenced, controlnet)
+        zeros = config.force_zeros_for_empty_prompt
+        return cls(family.path(config), config.denoiser, encoders, silenced, controlnet, zeros)
 
 
 _FLUX = Learner()
@@ -271,8 +274,10 @@ def finetune_loss(
         conditioning = jax.tree.map(heard, empty, rows.conditioning)
         params = assemble(of.component, model, trained, frozen)
         if encoders:
+            assert family.encode_anew is not None
             said = jax.tree.map(heard, empty_ids, rows.ids)
-            conditioning = family.encode_anew(encoders, params, said, conditioning, apply=apply)
+            anew = family.encode_anew(encoders, params, said, conditioning, apply=apply)
+            conditioning = jax.tree.map(heard, empty, anew) if of.zeros else anew
         if of.silenced is not None and objective.encoder_dropout:
             conditioning = of.silenced(conditioning, empty, each < objective.encoder_dropout)
         rows = rows._replace(conditioning=conditioning)

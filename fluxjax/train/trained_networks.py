@@ -78,7 +78,7 @@ def load_networks(
         trained, rest = apart(params, recipe.modules, network_of(after).unlearnt)
         return TrainedNetworks(model, {}, {"rest": rest} if rest else {}, trained)
     bases, encoders = {name: params}, dict[str, nn.Module]()
-    for component in list(recipe.lora.components_of(name))[1:]:
+    for component in list(recipe.lora.components_of(config))[1:]:
         of = config.networks[component]
         template = abstract_params(of, stacked=stacked)
         bases[component] = open_component(recipe.model_folder, component, of).fill(
@@ -156,7 +156,7 @@ def initial_loras(
     """What is trained and the scales, by component. `added`: the new inputs of what draws."""
     key = jax.random.fold_in(jax.random.key(seed), 2**31 - 2)
     trained, scales = {}, {}
-    for component, own in lora.components_of(config.denoiser).items():
+    for component, own in lora.components_of(config).items():
         abstract = abstract_params(config.networks[component], stacked=stacked)
         new = added if component == config.denoiser else {}
         trained[component], scales[component] = split_scales(init_lora(key, abstract, own, new))

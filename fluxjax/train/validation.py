@@ -55,7 +55,7 @@ class Validation:
         *,
         batches: Sequence[tuple[Rows, Float[Array, "*image axes"] | None, Float[Array, ""]]],
         prompts: Prompts | None,
-        empty: Conditioning,
+        empty: Prompts,
         shown: Inputs,
         seed: int,
         apply: Apply = nn.Module.apply,
@@ -68,8 +68,10 @@ class Validation:
         self._apply, self._encoders = apply, nets.encoders
         self._controlnet = nets.controlnet
         self._prompts, self._shown, self._empty = prompts, shown, empty
-        heard = partial(pipeline.family.encode_anew, nets.encoders, apply=apply)
-        self._heard = jax.jit(heard)
+        if nets.encoders:
+            anew = pipeline.family.encode_anew
+            assert anew is not None
+            self._heard = jax.jit(partial(anew, nets.encoders, apply=apply))
 
     def _conditioning(self, params: Tree, prompts: Prompts) -> Conditioning:
         """What text encoders say now."""
@@ -125,6 +127,10 @@ class Validation:
         heard = self._conditioning(params, self._prompts)
         heard = jax.tree.map(lambda x: gathered(x) if isinstance(x, jax.Array) else x, heard)
         prompts, columns = len(heard.sequence), len(asked.seeds)
+        empty = self._empty.conditioning
+        if not pipeline.config.force_zeros_for_empty_prompt:
+            empty = self._conditioning(params, self._empty)
+            empty = jax.tree.map(lambda x: gathered(x) if isinstance(x, jax.Array) else x, empty)
         states, shown = jax.tree.map(
             lambda x: np.repeat(np.asarray(x), columns, axis=0), (heard, self._shown)
         )
@@ -141,7 +147,7 @@ class Validation:
         given = frozenset() if shown.channels is None else frozenset({"reference"})
         guided = chosen.asked_guidance._replace(pictures=given)
         scale = family.scale(pipeline.config, guided)
-        negative = None if scale is None else _repeated(self._empty, prompts * columns)
+        negative = None if scale is None else _repeated(empty, prompts * columns)
         sizes = family.sizes(pipeline.config, Told((chosen.width, chosen.height)))
         if sizes is not None:
             sizes = np.tile(sizes, (prompts * columns, 1))
