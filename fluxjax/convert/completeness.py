@@ -22,8 +22,11 @@ from fluxjax.config import ConfigError
 from fluxjax.json_input import read_json
 
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".msgpack", ".h5", ".sft", *PICKLES)
-# Classes whose folders hold texts only, which are copied.
-_WITHOUT_WEIGHTS = re.compile(r"\w*(Tokenizer|TokenizerFast|Scheduler|Processor|FeatureExtractor)")
+# Classes whose folders hold texts only, which are copied. transformers 5 calls a tokenizer of a file
+# alone TokenizersBackend.
+_WITHOUT_WEIGHTS = re.compile(
+    r"\w*(Tokenizer|TokenizerFast|Backend|Scheduler|Processor|FeatureExtractor)"
+)
 _NAMED = 5
 COPIED = ("safety_checker",)
 """Networks of no use here, whose folders are carried along as they are: PyTorch's pipelines have

@@ -30,10 +30,12 @@ _ALONE = 4  # every so many steps first frames by themselves, as a clip's first 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipAutoencoderStage:
-    """`widths` are the channels of the four resolutions, the finest first; `inflated`: it begins as
-    the autoencoder of pictures, which has the same, and sees each frame by itself."""
+    """`widths` are the channels of the four resolutions, the finest first; `frames_per_latent` 1, 2
+    or 4; `inflated`: it begins as the autoencoder of pictures, which has the same widths, and sees
+    each frame by itself."""
 
     widths: tuple[int, ...] = TINY.vae.block_out_channels
+    frames_per_latent: int = 1
     inflated: bool = True
     steps: int = 1000
     decay_steps: int = 600
@@ -50,6 +52,7 @@ class ClipAutoencoderStage:
             block_out_channels=self.widths,
             layers_per_block=TINY.vae.layers_per_block,
             norm_num_groups=TINY.vae.norm_num_groups,
+            temporal_compression_ratio=self.frames_per_latent,
             scaling_factor=1.0,
         )
 

@@ -44,7 +44,8 @@ _CHUNK, _AT_ONCE = 64, 16  # examples in a file; clips that are encoded together
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTransformerStage:
-    """`kinds`: of those without and with a first frame; no other frame is encoded.
+    """`patch`: rows and columns of latents in a token. `kinds`: of those without and with a first
+    frame; no other frame is encoded.
 
     Clips are drawn and encoded in chunks of 64, which are kept: `first_chunks` before the first
     step, then one every `chunk_every` steps, `chunks` in all. `encoder_rate`: the text encoders'
@@ -55,6 +56,7 @@ class ClipTransformerStage:
     layers: int = 1
     single_layers: int = 5
     heads: int = 4
+    patch: int = 2
     steps: int = 20000
     batch: int = 16
     learning_rate: float = 3e-3

@@ -87,10 +87,11 @@ class TinyVideoRecipe:
     def config(self) -> OpenSoraPipelineConfig:
         """Of the pipeline, with latents that are not scaled yet."""
         stage, vae, texts = self.transformer, self.autoencoder.config, TINY
+        token = vae.latent_channels * stage.patch**2
         return OpenSoraPipelineConfig(
             transformer=OpenSoraConfig(
-                in_channels=vae.latent_channels,
-                out_channels=vae.latent_channels,
+                in_channels=token,
+                out_channels=token,
                 num_layers=stage.layers,
                 num_single_layers=stage.single_layers,
                 attention_head_dim=32,
@@ -98,7 +99,7 @@ class TinyVideoRecipe:
                 joint_attention_dim=texts.text_encoder_2.d_model,
                 pooled_projection_dim=texts.text_encoder.hidden_size,
                 axes_dims_rope=(8, 12, 12),
-                patch_size=1,
+                patch_size=stage.patch,
             ),
             vae=vae,
             text_encoder=texts.text_encoder,
