@@ -27,6 +27,7 @@ from fluxjax.config import (
 )
 from fluxjax.config.stable_diffusion import EULER
 from fluxjax.convert.__main__ import main
+from fluxjax.hub import tiny_folder
 from fluxjax.networks import network_of
 from fluxjax.networks.whole_files import WHOLE_FILES, whole_file, whole_file_of
 
@@ -261,3 +262,16 @@ def test_names_that_belong_nowhere_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"broken.safetensors"):
         open_source(tmp_path / "broken.safetensors")
     assert len({one.words for one in WHOLE_FILES}) == len(WHOLE_FILES)
+
+
+def test_what_is_no_stable_diffusion_has_no_file_of_all(tmp_path):
+    """FLUX's networks are called as some of Stable Diffusion 3's are."""
+    found = {name: whole_file_of(config.networks) for name, config in PRESETS.items()}
+    without = {name for name in found if not name.startswith("sd")}
+    assert {"dev", "opensora-256", "hunyuan-720", "pixart-alpha"} <= without
+    assert all((found[name] is None) == (name in without) for name in found)
+    file = tmp_path / "all.safetensors"
+    for source in (tiny_folder(), tiny_folder().parent / "tiny-pixart"):
+        with pytest.raises(ConfigError, match="network\\(s\\) as bfl make a folder"):
+            main([str(source), str(file), "--to", "bfl"])
+    assert not file.exists()

@@ -22,8 +22,8 @@ from fluxjax.config import ConfigError
 from fluxjax.json_input import read_json
 
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".msgpack", ".h5", ".sft", *PICKLES)
-# Classes whose folders hold texts only, which are copied. transformers 5 calls a tokenizer of a file
-# alone TokenizersBackend.
+# Classes whose folders hold texts only, which are copied. transformers 5 calls a tokenizer that is
+# but a file TokenizersBackend.
 _WITHOUT_WEIGHTS = re.compile(
     r"\w*(Tokenizer|TokenizerFast|Backend|Scheduler|Processor|FeatureExtractor)"
 )

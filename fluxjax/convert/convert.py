@@ -127,19 +127,24 @@ def plan(
     plain, (networks, defaults) = networks, merge_files(networks, loras)
     weights = plan_weights(networks, form, mesh, quantised)
     single_file = _is_single_file(destination, quantised)
-    whole = None
-    if single_file and form == "bfl" and quantised is None:
-        whole = whole_file_of({name: one.config for name, one in networks.items()})
+    together = None
+    if form == "bfl" and quantised is None:
+        together = whole_file_of({name: one.config for name, one in networks.items()})
+    whole = together if single_file else None
     if whole is not None:
         told = read_config(source).scheduler if _is_pipeline(source) else scheduler_of(networks)
         weights = [plan_whole(whole, networks, told)]
     elif single_file and (form != "bfl" or len(networks) > 1):
         raise ConfigError(
             f"{destination} is named like a single file, but {len(networks)} network(s) as "
-            f"{form} make a folder; only --to bfl of one network is a file"
+            f"{form} make a folder; only --to bfl of one network, or of all of a Stable Diffusion, "
+            "is a file"
         )
     if form == "bfl" and _is_pipeline(source) and whole is None:
-        _require_own_files(source, networks)
+        way = "name one .safetensors file for all of it, or " if together else ""
+        if quantised is not None:
+            way = "quantise it to int8 or nf4, give --to orbax, or "
+        _require_own_files(source, networks, way)
     files: dict[Path, dict[str, Any]] = {}
     copies: dict[Path, Path] = {}
     if not single_file:
@@ -177,15 +182,15 @@ def _is_single_file(destination: Path, quantised: Kind | None) -> bool:
     return True
 
 
-def _require_own_files(source: Path, networks: Mapping[str, OpenNetwork]) -> None:
-    """Raises ConfigError unless each network has a single file that is found beside the others'."""
+def _require_own_files(source: Path, networks: Mapping[str, OpenNetwork], way: str) -> None:
+    """Raises ConfigError, which names the other `way`, unless each network has a single file that
+    is found beside the others'."""
     for name, network in networks.items():
         known = network_of(network.config)
         if not known.files or known.component != name:
             raise ConfigError(
                 f"the {known.words} of {source} has no file of its own beside others in these "
-                "names: name one .safetensors file for all of a Stable Diffusion, or convert it by "
-                f"itself ({source / name})"
+                f"names: {way}convert it by itself ({source / name})"
             )
 
 

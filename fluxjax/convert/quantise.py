@@ -182,8 +182,8 @@ def gguf_keys(config: Any, kind: str, saved: str) -> dict[str, str | int]:
     architecture = description.gguf_architecture(config)
     if not architecture:
         raise ConfigError(
-            f"there are no GGUF files of a {description.words}: quantise it to int8, nf4 or fp8, "
-            "or give --to orbax"
+            f"there are no GGUF files of a {description.words}: quantise it to int8 or nf4, or "
+            "give --to orbax"
         )
     return {
         "general.architecture": architecture,

@@ -9,6 +9,7 @@ from typing import Any
 
 from fluxjax.config.choices import FAMILY_NAMES
 from fluxjax.config.sampler import SamplerConfig
+from fluxjax.config.sd3 import SD3Config
 from fluxjax.config.stable_diffusion import EULER
 from fluxjax.networks.clip_files import openai_text, openclip_text
 from fluxjax.networks.network import Shapes
@@ -38,6 +39,8 @@ class WholeFile:
     family: str
     signature: tuple[str, ...]
     parts: Mapping[str, Part]
+    optional: frozenset[str] = frozenset()
+    """Parts that a file may lack."""
     fits: Callable[[Mapping[str, Any]], bool] = lambda configs: True
     """Whether networks of these configurations, of these parts, belong into one."""
     predicting_v: SamplerConfig | None = None
@@ -86,7 +89,7 @@ WHOLE_FILES = (
             **_PICTURE,
             "text_encoder": Part("cond_stage_model.model.", "openclip", openclip_text, cut=True),
         },
-        lambda configs: configs["text_encoder"].hidden_act == "gelu",
+        fits=lambda configs: configs["text_encoder"].hidden_act == "gelu",
         sides={FAMILY_NAMES["sd2"]: 64, FAMILY_NAMES["sd2-v"]: 96},
     ),
     WholeFile(
@@ -115,6 +118,8 @@ WHOLE_FILES = (
                 lambda shapes: T5.dialects[0].infer(shapes, ""),
             ),
         },
+        optional=frozenset({"text_encoder", "text_encoder_2", "text_encoder_3"}),
+        fits=lambda configs: type(configs["transformer"]) is SD3Config,
     ),
 )
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
@@ -137,8 +142,7 @@ def whole_file(names: Collection[str]) -> WholeFile | None:
 def whole_file_of(configs: Mapping[str, Any]) -> WholeFile | None:
     """Which one networks of these configurations, by component, belong into."""
     for one in WHOLE_FILES:
-        same = configs.keys() == one.parts.keys()
-        optional = one.family == "Stable Diffusion 3" and {"transformer", "vae"} <= configs.keys()
-        if (same or (optional and configs.keys() <= one.parts.keys())) and one.fits(configs):
+        needed = one.parts.keys() - one.optional
+        if needed <= configs.keys() <= one.parts.keys() and one.fits(configs):
             return one
     return None
