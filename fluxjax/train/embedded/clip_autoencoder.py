@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from fluxjax.config import TINY, CausalAutoencoderConfig
 from fluxjax.models.causal_autoencoder import CausalAutoencoder
@@ -25,6 +27,7 @@ from fluxjax.train.step import Tree, init_state, make_step
 
 _HELD_OUT = 32  # clips that are measured
 _AT_ONCE = 16
+_DECODES = ("decoder", "post_quant_conv")
 _ALONE = 4  # every so many steps first frames by themselves, as a clip's first frame is given
 
 
@@ -57,12 +60,38 @@ class ClipAutoencoderStage:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClipDecoderStage:
+    """The decoder alone, after both: latents stay what they are, so that a transformer may have
+    learnt them before. Every other clip is shown in other colours, or a decoder draws of two shapes
+    the one that it has seen in a colour. 0 steps leave it as it is."""
+
+    steps: int = 800
+    decay_steps: int = 600
+    batch: int = 4
+    learning_rate: float = 1e-3
+    ema_decay: float = 0.998
+    seed: int = 2
+
+
 def drawn_clips(
     seed: int | tuple[int, ...], n: int, frames: int, side: int, *, held_out: bool = False
 ) -> Float[Array, "n frames side side 3"]:
     """`n` clips of scenes that move; a pure function of its arguments."""
     scenes = sample_moving_scenes(seed, n, held_out=held_out)
     return render_clips(scenes, frames=frames, side=side)
+
+
+def recoloured(
+    key: PRNGKeyArray, clips: Float[Array, "n frames side side 3"]
+) -> Float[Array, "n frames side side 3"]:
+    """Each with its channels in some order, and each channel perhaps inverted."""
+    orders = jnp.asarray(list(permutations(range(3))))
+    order_key, sign_key = jax.random.split(key)
+    chosen = orders[jax.random.randint(order_key, (len(clips),), 0, len(orders))]
+    signs = jax.random.choice(sign_key, jnp.array([-1.0, 1.0]), (len(clips), 3))
+    mixed = jnp.take_along_axis(clips, chosen[:, None, None, None], axis=-1)
+    return mixed * signs[:, None, None, None]
 
 
 def clip_latents_scale(model: CausalAutoencoder, params: Tree, clips: Array) -> float:
@@ -133,25 +162,70 @@ def train_clip_autoencoder(
         return autoencoder_loss(reconstruction, clips, posterior, kl_weight=stage.kl_weight)
 
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
+    probe = _probe(model, frames, side)
 
     def advance(state, index: int):
         alone = index % _ALONE == _ALONE - 1
         n, shown = (_ALONE * stage.batch, 1) if alone else (stage.batch, frames)
         return step(state, drawn_clips((stage.seed, index), n, shown, side))
 
+    settings = RunSettings(steps=stage.steps, folder=folder, probe_every=250)
+    hooks = Hooks(probe=lambda state: probe(state.ema))
+    return Run(settings, advance, hooks).to_end(init_state(params, optimizer)).ema
+
+
+def train_clip_decoder(
+    stage: ClipDecoderStage,
+    model: CausalAutoencoder,
+    params: Tree,
+    frames: int,
+    side: int,
+    folder: Path,
+) -> Tree:
+    """The autoencoder's parameters with another decoder, averaged (EMA), for the same latents."""
+    learns = {name: tree for name, tree in params.items() if name in _DECODES}
+    fixed = {name: tree for name, tree in params.items() if name not in _DECODES}
+    decay = optax.linear_schedule(1.0, 0.0, stage.decay_steps, stage.steps - stage.decay_steps)
+    warm = optax.linear_schedule(0.0, stage.learning_rate, 50)
+    optimizer = muon_optimizer(lambda step: warm(step) * decay(step))
+
+    def loss(params: Tree, key: jax.Array, clips: Array, fixed: Tree) -> jax.Array:
+        colours, draw = jax.random.split(key)
+        shown = clips.at[::2].set(recoloured(colours, clips[::2]))
+
+        def forward(model: CausalAutoencoder, clips: Array):
+            posterior = jax.lax.stop_gradient(model.encode(clips))
+            return model.decode(posterior.sample(draw)), posterior
+
+        both: Any = model.apply({"params": {**fixed, **params}}, shown, method=forward)
+        return autoencoder_loss(both[0], shown, both[1], kl_weight=0.0)
+
+    step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
+    probe = _probe(model, frames, side)
+
+    def advance(state, index: int):
+        return step(state, drawn_clips((stage.seed, index), stage.batch, frames, side), fixed)
+
+    settings = RunSettings(steps=stage.steps, folder=folder, probe_every=250)
+    hooks = Hooks(probe=lambda state: probe({**fixed, **state.ema}))
+    state = Run(settings, advance, hooks).to_end(init_state(learns, optimizer))
+    return {**fixed, **state.ema}
+
+
+def _probe(model: CausalAutoencoder, frames: int, side: int) -> Callable[[Tree], dict[str, float]]:
+    """Of parameters: how near held-out clips come back, and the share of them that is read as it
+    was drawn."""
     scenes = sample_moving_scenes(2**31 - 1, _HELD_OUT, held_out=True)
     held_out = render_clips(scenes, frames=frames, side=side)
     rebuild = jax.jit(lambda params, clips: reconstruct(model, params, clips))
 
-    def probe(state) -> dict[str, float]:
-        """How near held-out clips come back, and the share of them that is read as it was drawn."""
+    def probe(params: Tree) -> dict[str, float]:
         parts = [held_out[i : i + _AT_ONCE] for i in range(0, _HELD_OUT, _AT_ONCE)]
-        rebuilt = np.concatenate([rebuild(state.ema, part) for part in parts])
+        rebuilt = np.concatenate([rebuild(params, part) for part in parts])
         right = [
             score_clip(scenes, i, read_clip(clip))["all"].right for i, clip in enumerate(rebuilt)
         ]
         found = float(psnr(jnp.asarray(rebuilt), held_out))
         return {"psnr": found, "read": float(np.mean(right))}
 
-    settings = RunSettings(steps=stage.steps, folder=folder, probe_every=250)
-    return Run(settings, advance, Hooks(probe=probe)).to_end(init_state(params, optimizer)).ema
+    return probe

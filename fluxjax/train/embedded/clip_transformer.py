@@ -233,10 +233,13 @@ def train_clip_transformer(
     encoders: Encoders,
     examples: ClipExamples,
     folder: Path,
+    first: Tree | None = None,
 ) -> Mapping[str, Tree]:
     """Transformer and text encoders together; returns their averaged (EMA) parameters as
-    transformer, clip and t5. Checkpoints and metrics lie in `folder`."""
+    transformer, clip and t5. Checkpoints and metrics lie in `folder`. `first`: the transformer's
+    parameters to begin with; by default they are random."""
     model, params = init_clip_transformer(config, stage.seed)
+    params = params if first is None else first
     precision = BFLOAT16 if stage.products == "bfloat16" else None
     model = model.clone(precision=precision)
     warm = optax.linear_schedule(0.0, stage.learning_rate, 100)

@@ -1,4 +1,4 @@
-"""Trains the embedded model of clips: autoencoder, then transformer and text encoders, export.
+"""Trains the embedded model of clips: autoencoder, its decoder, transformer and text encoders.
 
 Text encoders and autoencoder begin as those of the embedded model of pictures. Every stage leaves
 its result under the run's folder and is skipped once it is there, so the same command goes on where
@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from jaxtyping import Array
 from fluxjax.atomic_write import write_bytes
 from fluxjax.checkpoint.pipeline_folder import (
     load_params,
+    read_config,
     save_params,
     share_folder,
     write_config,
@@ -38,9 +40,11 @@ from fluxjax.hub import find
 from fluxjax.models.causal_autoencoder import CausalAutoencoder
 from fluxjax.train.embedded.clip_autoencoder import (
     ClipAutoencoderStage,
+    ClipDecoderStage,
     clip_latents_scale,
     drawn_clips,
     train_clip_autoencoder,
+    train_clip_decoder,
 )
 from fluxjax.train.embedded.clip_transformer import (
     ClipExamples,
@@ -61,16 +65,19 @@ _MEASURED = 256  # clips whose latents say how they are scaled
 class TinyVideoRecipe:
     """All stages of the embedded model of clips. `folder` receives checkpoints, metrics and the
     pipeline; `model` is the one of pictures whose tokenizers are taken, and whose text encoders and
-    autoencoder it begins with."""
+    autoencoder it begins with. `begins`: one of clips, which a run made, to go on from instead: its
+    latents stay, decoder, transformer and text encoders learn on."""
 
     task: ClassVar[str] = "embedded-video"
 
     folder: Path = Path("runs/tiny_video")
     model: str = "tiny"
+    begins: str | None = None
     frames: int = 9
     side: int = 48
     fps: int = 8
     autoencoder: ClipAutoencoderStage = field(default_factory=ClipAutoencoderStage)
+    decoder: ClipDecoderStage = field(default_factory=ClipDecoderStage)
     transformer: ClipTransformerStage = field(default_factory=ClipTransformerStage)
 
     def __post_init__(self) -> None:
@@ -133,10 +140,13 @@ class TinyVideoRecipe:
 
 def _train_stages(recipe: TinyVideoRecipe) -> Path:
     vae = _trained_autoencoder(recipe)
-    config, texts = replace(recipe.config, vae=vae), find(recipe.model)
-    # The encoders read what they did before, at another length: those of the pipeline are what they
-    # become, and a run that is stopped begins again with the same.
-    encoders = open_encoders(texts, config)
+    config, begins = replace(recipe.config, vae=vae), _begins(recipe)
+    # The encoders read what they did before, perhaps at another length: those of the pipeline are
+    # what they become, and a run that is stopped begins again with the same.
+    encoders = open_encoders(begins or find(recipe.model), config)
+    first = begins and load_params(
+        begins, "transformer", config.transformer, stacked=False, dtype=_FULL
+    )
     params = load_params(recipe.folder, "vae", vae, stacked=False, dtype=_FULL)
     examples = ClipExamples(
         config,
@@ -148,25 +158,44 @@ def _train_stages(recipe: TinyVideoRecipe) -> Path:
     )
     if not (recipe.pipeline / "model_index.json").is_file():
         learnt = train_clip_transformer(
-            config, recipe.transformer, encoders, examples, recipe.folder / "transformer"
+            config, recipe.transformer, encoders, examples, recipe.folder / "transformer", first
         )
         _write_pipeline(recipe, vae, learnt, recipe.pipeline)
     return recipe.pipeline
 
 
+def _begins(recipe: TinyVideoRecipe) -> Path | None:
+    """The model of clips to go on from. Raises ConfigError for one of other networks."""
+    if recipe.begins is None:
+        return None
+    folder, wanted = find(recipe.begins), recipe.config
+    found = read_config(folder)
+    scale = getattr(found.vae, "scaling_factor", None)
+    scaled = replace(wanted, vae=replace(wanted.vae, scaling_factor=scale or 1.0))
+    if found.networks != scaled.networks:
+        raise ConfigError(f"begins: the networks of {recipe.begins} are not those of this recipe")
+    return folder
+
+
 def _trained_autoencoder(recipe: TinyVideoRecipe) -> CausalAutoencoderConfig:
-    """Trains it if it is not there yet, and scales latents so that their mean square is 1."""
+    """Trains it if it is not there yet, and scales latents so that their mean square is 1, or as
+    in the model that training begins with."""
     stage, config, folder = recipe.autoencoder, recipe.autoencoder.config, recipe.folder
     scaled = folder / "latents.json"
     if not scaled.is_file():
-        pictures = None
-        if stage.inflated:
-            pictures = load_params(find(recipe.model), "vae", TINY.vae, stacked=False, dtype=_FULL)
-        params = train_clip_autoencoder(
-            stage, recipe.frames, recipe.side, folder / "autoencoder", pictures
-        )
-        clips = drawn_clips(0, _MEASURED, recipe.frames, recipe.side)
-        scale = clip_latents_scale(CausalAutoencoder(config), params, clips)
+        size, model = (recipe.frames, recipe.side), CausalAutoencoder(config)
+        load = partial(load_params, stacked=False, dtype=_FULL)
+        if begins := _begins(recipe):
+            params = load(begins, "vae", config)
+        else:
+            pictures = load(find(recipe.model), "vae", TINY.vae) if stage.inflated else None
+            params = train_clip_autoencoder(stage, *size, folder / "autoencoder", pictures)
+        if recipe.decoder.steps:
+            params = train_clip_decoder(recipe.decoder, model, params, *size, folder / "decoder")
+        if begins:
+            scale = read_config(begins).networks["vae"].scaling_factor
+        else:
+            scale = clip_latents_scale(model, params, drawn_clips(0, _MEASURED, *size))
         save_params(folder, "vae", params, config, jnp.float16)
         scaled.write_text(json.dumps({"scaling_factor": round(scale, 4)}))
     return replace(config, **json.loads(scaled.read_text()))
