@@ -13,7 +13,8 @@ from fluxjax.diff.golden import save_outputs
 from fluxjax.diff.report import Report, Row, plot_report
 from fluxjax.sample.picture_formats import encode_picture
 from fluxjax.side_output import check_side_output, marker, side_output
-from fluxjax.train.embedded.evaluate import evaluate, write_sheet
+from fluxjax.train.embedded.captioned_sheet import write_sheet
+from fluxjax.train.embedded.evaluate import evaluate
 from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 
 PIXELS = np.zeros((1, 8, 8, 3), np.uint8)

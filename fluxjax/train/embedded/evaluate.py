@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,20 +20,16 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fluxjax.parallel.mesh import pad_rows
-from fluxjax.picture_sheet import picture_sheet
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.sample.override import override
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.settings import Settings
-from fluxjax.side_output import check_side_output, marker, side_output
+from fluxjax.side_output import check_side_output
+from fluxjax.train.embedded.captioned_sheet import SHEET_COLUMNS, write_sheet
 from fluxjax.train.embedded.evaluate_settings import KINDS, EvaluateSettings
 from fluxjax.train.embedded.phrasing import Caption, captions, names_in_order, vary
 from fluxjax.train.embedded.reader import ATTRIBUTES, Tally, read, score
 from fluxjax.train.embedded.scenes import COLOURS, Scene, render, sample_scenes
-
-SHEET_COLUMNS = 6
-SHEET_SIDE = 192  # pixels; smaller pictures are doubled where that fits, larger ones shrunk
-
 
 READER = "reader"
 CHUNK = 256  # scenes drawn at once: one compilation whatever the number of prompts
@@ -296,36 +291,6 @@ def print_evaluation(evaluation: Evaluation) -> None:
             cells.append(shown if tally.asked else "-")
         table.add_row(name, *cells, style="bold" if name == "all" else None)
     Console(soft_wrap=False).print(table)
-
-
-def write_sheet(
-    path: Path,
-    pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]] | Sequence[UInt8[np.ndarray, "t _ _ 3"]],
-    captions: Sequence[str],
-    *,
-    fps: int = 0,
-) -> None:
-    """The pictures with their captions; of clips of one length, `fps` frames a second, a sheet that
-    moves (APNG). Raises what `side_output.check_side_output` raises."""
-    from PIL import Image, PngImagePlugin
-
-    def sheet(pictures: Sequence[np.ndarray]) -> Image.Image:
-        enlarged = []
-        for picture in pictures:
-            zoom = min(2.0, SHEET_SIDE / max(picture.shape[:2]))
-            size = (round(zoom * picture.shape[1]), round(zoom * picture.shape[0]))
-            large = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
-            enlarged.append(np.array(large))
-        columns = SHEET_COLUMNS
-        return Image.fromarray(picture_sheet(enlarged, columns=columns, captions=captions, gap=10))
-
-    text = PngImagePlugin.PngInfo()
-    for key, value in marker("sheet").items():
-        text.add_text(key, value)
-    first, *others = map(sheet, zip(*pictures, strict=True)) if fps else [sheet(pictures)]
-    moving = {"save_all": True, "append_images": others, "duration": 1000 / fps} if fps else {}
-    with side_output(path, "sheet") as part:
-        first.save(part, format="PNG", pnginfo=text, **moving)
 
 
 def evaluate(settings: EvaluateSettings) -> Any:

@@ -21,7 +21,8 @@ from fluxjax.sample.override import override
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.train.embedded.autoencoder import psnr, reconstruct
-from fluxjax.train.embedded.evaluate import from_bytes, write_sheet
+from fluxjax.train.embedded.captioned_sheet import write_sheet
+from fluxjax.train.embedded.evaluate import from_bytes
 from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 from fluxjax.train.embedded.moving_captions import moving_captions, states_background
 from fluxjax.train.embedded.moving_reader import CLIP_ATTRIBUTES, read_clip, score_clip

@@ -19,7 +19,8 @@ from fluxjax.sample.override import override
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.pipeline import Pipeline
-from fluxjax.train.embedded.evaluate import from_bytes, reconstruct_pictures, write_sheet
+from fluxjax.train.embedded.captioned_sheet import write_sheet
+from fluxjax.train.embedded.evaluate import from_bytes, reconstruct_pictures
 from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 from fluxjax.train.embedded.tool_cases import Cases, ToolTask, Verdict, draw_cases, judge
 from fluxjax.train.shown_pictures import encode_shown
