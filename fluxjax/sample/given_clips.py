@@ -73,7 +73,8 @@ def check_given(config: Any, given: Given, settings: Settings) -> None:
         count, there = config.frames_of(max(given_lengths(kind))), len(given.video.frames)
         if there < count:
             raise ConfigError(
-                f"the given video has {there} frames, and {kind} takes {count} of them"
+                f"the given video has {there} frame{'s' * (there != 1)}, and {kind} takes "
+                f"{count} of them"
             )
 
 

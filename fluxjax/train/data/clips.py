@@ -73,8 +73,8 @@ def pieces(digest: str, length: Length, settings: DataSettings) -> Iterator[Piec
     count = max((frames for frames in lengths if frames <= there), default=0)
     if not count:
         raise BadPicture(
-            f"it has {there} frames at {fps} a second, and the shortest that is learnt has "
-            f"{min(lengths)}"
+            f"it has {there} frame{'s' * (there != 1)} at {fps} a second, and the shortest that is "
+            f"learnt has {min(lengths)}"
         )
     latest = length.frames - 1 - (count - 1) * stride
     for number in range(settings.pieces):
