@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hunyuan_video_folders import hunyuan_video  # noqa: F401
+from open_sora_folders import open_sora  # noqa: F401
 
 import fluxjax
 from fluxjax.checkpoint.lora.writer import write_lora
+from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.templates import abstract_params
-from fluxjax.config import TINY, ConfigError, LoraConfig
+from fluxjax.config import TINY, ConfigError, LoraConfig, PipelineConfig
+from fluxjax.config.lora import TextEncoder
 from fluxjax.models.dense import Dense
 from fluxjax.models.lora import init_lora, stack_passes
 from fluxjax.sample.executables import Executables
@@ -22,18 +27,25 @@ SIZE = {"width": 64, "height": 48, "steps": 2, "max_sequence_length": 16}
 CODES = {"quantise": "transformer=int8"}  # over which an adapter stays beside the weights
 
 
-def lora_file(path: Path, seed: int, targets: tuple[str, ...], rank: int) -> Path:
-    """Of the transformer and both text encoders."""
-    config = LoraConfig(rank=rank, targets=targets, text_encoders=("clip", "t5"))
+def lora_file(
+    path: Path,
+    seed: int,
+    targets: tuple[str, ...],
+    rank: int,
+    model: PipelineConfig = TINY,
+    texts: tuple[TextEncoder, ...] = ("clip", "t5"),
+) -> Path:
+    """Of the transformer and text encoders."""
+    config = LoraConfig(rank=rank, targets=targets, text_encoders=texts)
     rng, trees = np.random.default_rng(seed), {}
-    for component, own in config.components_of(TINY).items():
-        template = abstract_params(TINY.networks[component])
+    for component, own in config.components_of(model).items():
+        template = abstract_params(model.networks[component])
         tree = init_lora(jax.random.key(seed), template, own)
         trees[component] = jax.tree.map(
             lambda leaf: leaf if leaf.any() else 0.3 * rng.standard_normal(leaf.shape, np.float32),
             tree,
         )
-    write_lora(path, trees)
+    write_lora(path, trees, model=model.networks)
     return path
 
 
@@ -57,6 +69,26 @@ def test_rows_of_a_batch_have_adapters_of_their_own() -> None:
     for i, factors in enumerate(scale):
         expected = plain[:, i] + (x.reshape(2, 2, 3, 5)[:, i] @ a * factors[None, None]) @ b
         np.testing.assert_allclose(got.reshape(2, 2, 3, 7)[:, i], expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family, texts", [("open_sora", ("clip", "t5")), ("hunyuan_video", ("clip",))]
+)
+def test_clips_have_adapters_of_their_calls(family, texts, request, tmp_path) -> None:
+    """As those that a pipeline is opened with; a Llama has none."""
+    folder: Path = request.getfixturevalue(family)
+    config, targets = read_config(folder), ("attn.to_q", "ff.net.2", "proj_mlp")
+    file = lora_file(tmp_path / "lora.safetensors", 1, targets, 2, config, texts)
+    asked: dict[str, Any] = {"frames": 5, "width": 32, "height": 32, "steps": 2, "seed": 1}
+
+    def draw(pipe: Any, **lora: Any) -> np.ndarray:
+        return np.asarray(pipe("a storm", **asked, **lora)[0].frames, int)
+
+    pipe = fluxjax.load_pipeline(folder, lora_slots=3)
+    none, chosen = draw(pipe), draw(pipe, lora=[(file, 0.7)])
+    expected = draw(fluxjax.load_pipeline(folder, loras=[(file, 0.7)]))
+    assert np.abs(chosen - expected).max() <= 1 < np.abs(chosen - none).max()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
 from diffusers.loaders import lora_conversion_utils
+from open_sora_folders import SMALL
 from random_checkpoints import random_tree
 from safetensors.numpy import save_file
 from test_hunyuan_video import TINY, torch_model
@@ -148,6 +149,29 @@ def test_what_diffusers_saves_and_what_we_write(tmp_path):
         assert found.keys() >= expected.keys(), path
         for name, after in found.items():
             np.testing.assert_allclose(after, expected.get(name, before[name]), atol=1e-5)
+
+
+@pytest.mark.parametrize("naming", get_args(LoraNaming))
+def test_open_soras_are_read_as_they_were_written(naming, tmp_path):
+    """In the names of our modules, whose queries' and keys' rows are FLUX's."""
+    rng, config = np.random.default_rng(0), SMALL.transformer
+    template = abstract_params(config)
+    shapes = {name: tensor.shape for name, tensor in engine.from_tree(template).items()}
+    modules = ("cond_in", "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp")
+    adapters = {}
+    for module in modules:
+        out, inputs = shapes[f"{module}.weight"]
+        a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, inputs), (out, 2)))
+        adapters[module] = Adapter(a, b, 1.5)
+    path, model = tmp_path / "lora.safetensors", {"transformer": config}
+    write_adapters(path, {"transformer": adapters}, {}, naming=naming, model=model)
+    found = read_adapters(path, {"transformer": template}).changes["transformer"]
+    assert found.keys() == {f"{module}.weight" for module in modules}
+    for module, adapter in adapters.items():
+        read = found[f"{module}.weight"].low_rank
+        assert read is not None
+        expected = 1.5 * adapter.b @ adapter.a
+        np.testing.assert_allclose(read.scale * read.b @ read.a, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dora", [False, True])

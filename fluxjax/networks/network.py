@@ -182,8 +182,8 @@ class Network:
     adapter_rules: Callable[[Shapes], tuple[Rule, ...]] = lambda shapes: ()
     """Names that adapters have for its modules besides the published ones, for parameters of
     these."""
-    kohya_dialect: Callable[[Any], str] = lambda config: "bfl"
-    """configuration -> the dialect whose names kohya gives adapters."""
+    adapter_dialect: Callable[[Any, str], str] = lambda config, naming: "bfl"
+    """(configuration, "kohya" or "comfy") -> the dialect whose names these give adapters."""
     widened: tuple[str, str] = ("", "")
     """A first layer that adapters may give more inputs: the module and the configuration's field.
     """

@@ -211,6 +211,9 @@ OPEN_SORA = Network(
         _whole,
         lambda config: config.num_attention_heads,
     ),
+    adapter_prefixes=flux.FLUX.adapter_prefixes,
+    # In its own names rows of queries and keys are in another order.
+    adapter_dialect=lambda config, naming: "published",
     held=held,
     flops=_flops,
 )

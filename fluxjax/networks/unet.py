@@ -308,6 +308,10 @@ def _held(config: UNetConfig, latents: int, text_tokens: int) -> int:
     )
 
 
+def _adapter_dialect(config: UNetConfig, naming: str) -> str:
+    return "bfl" if naming == "comfy" or config.addition_embed_type else "published"
+
+
 UNET = Network(
     config=UNetConfig,
     component="unet",
@@ -393,5 +397,5 @@ UNET = Network(
         "",
     ),
     adapter_rules=_adapter_rules,
-    kohya_dialect=lambda config: "bfl" if config.addition_embed_type else "published",
+    adapter_dialect=_adapter_dialect,
 )

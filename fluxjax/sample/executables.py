@@ -152,7 +152,8 @@ class Executables:
         if name != "encode":
             return adapt(params[0], tree(self.config.denoiser)), *params[1:]
         each = zip(params[0], self.config.text_encoders, strict=True)
-        return (tuple(adapt(weights, tree(component)) for weights, component in each),)
+        own = self.slots.components
+        return (tuple(adapt(w, tree(one)) if one in own else w for w, one in each),)
 
     def _slots_of(self, program: Program) -> Callable[[str], Any]:
         def shapes(component: str) -> Any:

@@ -257,10 +257,12 @@ def _opened_mesh(
 
 def _slots(rank: int, config: PipelineConfig, scan_layers: bool, mesh: Mesh | None) -> LoraSlots:
     places = None if mesh is None else partial(_slot_places, config, mesh)
-    adapted = {name: config.networks[name] for name in (config.denoiser, *config.text_encoders)}
     templates = {
-        name: abstract_params(one, stacked=_stacked(one, scan_layers))
-        for name, one in adapted.items()
+        name: abstract_params(
+            config.networks[name], stacked=_stacked(config.networks[name], scan_layers)
+        )
+        for name in (config.denoiser, *config.text_encoders)
+        if network_of(config.networks[name]).adapter_prefixes
     }
     return LoraSlots(templates, rank, places)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ Flat = dict[tuple[str, ...], Any]
 
 class LoraSlots:
     """`rank` columns of products beside every dense layer and convolution of the network that draws
-    and of the text encoders, shared by the adapters of one call.
+    and of the text encoders that adapters are made for, shared by the adapters of one call.
 
     Each adapter has columns of its own, in every layer the same, and each picture (each prompt, in
     a text encoder) a factor for every column: 0 for adapters of other pictures.
@@ -50,6 +50,11 @@ class LoraSlots:
         self._sites = {component: list(adapter_sites(tree)) for component, tree in params.items()}
         self._files: dict[str, dict[str, dict[str, Adapter]]] = {}
         self._filled: dict[str, tuple[tuple[str, ...], Flat]] = {}
+
+    @property
+    def components(self) -> Collection[str]:
+        """Those that have slots."""
+        return self._params.keys()
 
     def each(self, lora: LoraChoice | None, prompts: int, number: int) -> _Each:
         """For each picture {file: scale}; `number` of them for each prompt.

@@ -48,7 +48,7 @@ def in_original_names(
     """Adapters under the original module names of a network; of modules that are one there, parts
     that are not adapted get rows of zeros."""
     known = network_of(config)
-    dialect = known.kohya_dialect(config) if naming == "kohya" else "bfl"
+    dialect = known.adapter_dialect(config, naming)
     if not known.has_dialect(dialect) or dialect == "published":
         return dict(adapters)
     rules = known.dialect(dialect).table(config).rules
