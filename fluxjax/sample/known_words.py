@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,22 @@ class _World(NamedTuple):
     words: frozenset[str]
     knows: str
     sizes: dict[str, int] | None
+
+
+def write_known(
+    pipeline: Path, knows: str, words: Iterable[str], buckets: Sequence[tuple[int, int]]
+) -> None:
+    """world.json: words and sizes of the training, so that sampling can say what lies outside."""
+    sides = [side for bucket in buckets for side in bucket]
+    sizes = {
+        "least": min(sides),
+        "most": max(sides),
+        "aspect": round(max(max(bucket) / min(bucket) for bucket in buckets), 2),
+        "refused_below": min(sides) * 3 // 4,
+        "refused_above": max(sides) * 2,
+    }
+    world = {"knows": knows, "sizes": sizes, "words": sorted(words)}
+    (pipeline / FILE).write_text(json.dumps(world, indent=1) + "\n")
 
 
 # Words, with what an apostrophe or a hyphen joins to them, and symbols such as emoji.
@@ -94,6 +111,8 @@ def outside_sizes(width: int, height: int, folder: Path | None = None) -> str:
         f"the tiny model draws pictures with sides of {least} to {most} pixels, at most {aspect:g} "
         "times as long as wide"
     )
+    if least == most:
+        drawn = f"the tiny model draws {least} x {most} pixels"
     if short < sizes["refused_below"] or long > sizes["refused_above"]:
         raise ConfigError(f"{drawn}; of {width} x {height} it would make nothing")
     return f"{drawn}; {width} x {height} may come out wrong"

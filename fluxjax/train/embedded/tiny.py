@@ -24,7 +24,7 @@ from fluxjax.families.flux import encode_prompts, tokenize
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.clip import CLIPTextModel
 from fluxjax.models.t5 import T5Encoder
-from fluxjax.sample.known_words import words_of
+from fluxjax.sample.known_words import words_of, write_known
 from fluxjax.text.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxjax.train.embedded import text_encoders
 from fluxjax.train.embedded.autoencoder import (
@@ -231,22 +231,13 @@ def make_conditioner(pipeline: Path, config: FluxPipelineConfig) -> Conditioner:
 
 
 def write_world(pipeline: Path, buckets: Sequence[tuple[int, int]]) -> None:
-    """world.json: words and sizes of the training, so that sampling can say what lies outside."""
+    """world.json of the scenes that stand still."""
     knows = (
         f"one to three shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)}, small, medium or "
         "large, beside, above or below each other, on "
         f"{', '.join(BACKGROUNDS)} or two-coloured backgrounds"
     )
-    sides = [side for bucket in buckets for side in bucket]
-    sizes = {
-        "least": min(sides),
-        "most": max(sides),
-        "aspect": round(max(max(bucket) / min(bucket) for bucket in buckets), 2),
-        "refused_below": min(sides) * 3 // 4,
-        "refused_above": max(sides) * 2,
-    }
-    world = {"knows": knows, "sizes": sizes, "words": sorted(_words_of_captions())}
-    (pipeline / "world.json").write_text(json.dumps(world, indent=1) + "\n")
+    write_known(pipeline, knows, _words_of_captions(), buckets)
 
 
 @cache

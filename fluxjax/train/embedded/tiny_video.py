@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +38,7 @@ from fluxjax.config import (
 from fluxjax.file_hash import hash_files
 from fluxjax.hub import find
 from fluxjax.models.causal_autoencoder import CausalAutoencoder
+from fluxjax.sample.known_words import words_of, write_known
 from fluxjax.train.embedded.clip_autoencoder import (
     ClipAutoencoderStage,
     ClipDecoderStage,
@@ -51,13 +52,25 @@ from fluxjax.train.embedded.clip_transformer import (
     ClipTransformerStage,
     train_clip_transformer,
 )
+from fluxjax.train.embedded.moving_captions import moving_captions
+from fluxjax.train.embedded.moving_scenes import (
+    MOVING_COLOURS,
+    MOVING_SHAPES,
+    sample_moving_scenes,
+)
 from fluxjax.train.embedded.paraphrase import open_encoders
+from fluxjax.train.embedded.scenes import BACKGROUNDS
 from fluxjax.train.loop import CHECKPOINTS, run_folder
 from fluxjax.train.recipe import recipe_toml
 from fluxjax.train.step import Tree
 
 _ENCODERS = {"text_encoder": "clip", "text_encoder_2": "t5"}  # and what training calls them
 _FULL = jnp.float32
+_KNOWS = (
+    f"one shape ({', '.join(MOVING_SHAPES)}) in {', '.join(MOVING_COLOURS)} that moves left, "
+    "right, up or down, grows, shrinks or turns, or two that pass each other, on "
+    f"{', '.join(BACKGROUNDS)} backgrounds"
+)
 _MEASURED = 256  # clips whose latents say how they are scaled
 
 
@@ -216,8 +229,15 @@ def _write_pipeline(
     shutil.copytree(recipe.folder / "vae", folder / "vae", dirs_exist_ok=True)
     for name, part in (("transformer", "transformer"), *_ENCODERS.items()):
         save_params(folder, name, learnt[part], getattr(config, name), jnp.float16)
+    write_known(folder, _KNOWS, _words_of_captions(), [(config.width, config.height)])
     write_config(folder, config)
     return folder
+
+
+@cache
+def _words_of_captions() -> frozenset[str]:
+    said = moving_captions(sample_moving_scenes(5, 4096), 5)
+    return frozenset(word for caption in said for word in words_of(caption))
 
 
 def clip_encoder(config: CausalAutoencoderConfig, params: Any):
