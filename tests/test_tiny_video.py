@@ -19,10 +19,12 @@ from fluxjax.checkpoint.training_state import read_state
 from fluxjax.config import TINY, ConfigError
 from fluxjax.families.flux import PromptIds
 from fluxjax.families.noise_path import OPEN_SORA_FLOW
-from fluxjax.hub import tiny_folder
+from fluxjax.hub import embedded_folder, tiny_folder
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.causal_autoencoder import CausalAutoencoder
 from fluxjax.models.latents import pack_video, text_ids, video_ids
+from fluxjax.sample.known_words import outside, outside_sizes
+from fluxjax.sample.loading import load_pipeline
 from fluxjax.train.embedded import clip_transformer
 from fluxjax.train.embedded.autoencoder import psnr
 from fluxjax.train.embedded.clip_autoencoder import (
@@ -40,6 +42,8 @@ from fluxjax.train.embedded.clip_transformer import (
     init_clip_transformer,
     told,
 )
+from fluxjax.train.embedded.evaluate_clips import evaluate_clips
+from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 from fluxjax.train.embedded.moving_captions import moving_captions
 from fluxjax.train.embedded.moving_scenes import sample_moving_scenes
 from fluxjax.train.embedded.paraphrase import Encoders, open_encoders
@@ -305,3 +309,30 @@ def test_all_stages_run_go_on_and_leave_a_pipeline(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     assert recipe.train() == folder  # nothing is left to do
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+def test_the_shipped_model_is_that_of_the_recipe():
+    """With tokenizers that it shares; it says what lies outside of what it knows."""
+    folder = embedded_folder("tiny-video")
+    assert folder is not None
+    links = {path.name: path.resolve() for path in folder.iterdir() if path.is_symlink()}
+    assert links == {name: tiny_folder() / name for name in ("tokenizer", "tokenizer_2")}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name not in links]
+    assert sum(path.stat().st_size for path in files) < 12.05e6
+    config, recipe = read_config(folder), read_recipe(WHOLE)
+    scaled = replace(recipe.config.vae, scaling_factor=config.vae.scaling_factor)
+    assert config == replace(recipe.config, vae=scaled)
+    assert not outside("a red circle moving left, gray background", folder)
+    assert "one shape (circle" in outside("a dog moving left", folder)
+    assert outside_sizes(48, 48, folder) == ""
+    with pytest.raises(ConfigError, match="draws 48 x 48 pixels; of 640 x 480 it would make"):
+        outside_sizes(640, 480, folder)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_moves_what_it_is_told_to(tmp_path):
+    """By the reader; of 240 prompts the colour was right in 0.87 and the direction in 0.80."""
+    settings = EvaluateSettings(task="clip", model="tiny-video", prompts=24)
+    found = evaluate_clips(load_pipeline("tiny-video"), settings).counts["text"]
+    assert found["colour"].right >= 0.7 * found["colour"].asked
+    assert found["direction"].right >= 0.55 * found["direction"].asked

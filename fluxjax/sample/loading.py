@@ -66,8 +66,8 @@ def load_pipeline(
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
     Args:
-      model: "tiny", or with a tool that it has learnt "tiny-fill" or "tiny-canny"; "tiny-pixart" or
-        "tiny-sd"; a diffusers folder, an Orbax folder, or a transformer's file
+      model: "tiny", or with a tool that it has learnt "tiny-fill" or "tiny-canny"; "tiny-pixart",
+        "tiny-sd" or "tiny-video"; a diffusers folder, an Orbax folder, or a transformer's file
         (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors, HunyuanVideo's in anybody's names),
         which needs the two below, or a whole Stable Diffusion in one file, which needs the first
         for its tokenizers. Here and below a hub's name will do as well, such as

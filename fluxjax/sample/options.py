@@ -142,8 +142,9 @@ class Options:
     """What to draw. May be empty ("")."""
     model: _Text = None
     """tiny (the embedded model; with a mask or a control it is tiny-fill or tiny-canny),
-    tiny-pixart or tiny-sd (a PixArt and a Stable Diffusion of the same scenes), a diffusers or
-    Orbax folder, a BFL file, or a whole Stable Diffusion in one file.
+    tiny-pixart or tiny-sd (a PixArt and a Stable Diffusion of the same scenes), tiny-video (clips
+    of one or two of the shapes), a diffusers or Orbax folder, a BFL file, or a whole Stable
+    Diffusion in one file.
     """
     text_encoders: _Path = None
     """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2; for a

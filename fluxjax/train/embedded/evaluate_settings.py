@@ -61,7 +61,7 @@ class EvaluateSettings:
     model of clips, from text and from a first frame."""
     model: str = "tiny"
     """tiny (the embedded model; of a tool the one that has learnt it, such as tiny-edit), or
-    tiny-pixart, tiny-sd, or a pipeline folder."""
+    tiny-pixart, tiny-sd, tiny-video (of clips), or a pipeline folder."""
     lora: tuple[str, ...] = ()
     """Adapters of the model, FILE or FILE:SCALE."""
     prompts: int = 48
