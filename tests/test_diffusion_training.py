@@ -28,6 +28,7 @@ from fluxjax.checkpoint.pipeline_folder import (
 )
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.config import (
+    PRESETS,
     TINY,
     TINY_PIXART,
     TINY_SD,
@@ -468,6 +469,18 @@ def test_a_lora_of_xl_and_of_both_its_text_encoders(pictures, tmp_path):
     assert (apart <= 1).mean() > 0.999
     (plain,) = load_pipeline(folder)("a star", seed=0, steps=2, guidance=3.0, width=32, height=32)
     assert np.abs(np.asarray(plain, int) - np.asarray(drawn, int)).max() > 2
+
+
+def test_text_encoders_that_never_learn_or_are_not_there_are_refused():
+    recipe = FinetuneRecipe(lora=LoraConfig(text_encoders=("clip",)))
+    for name, words in (
+        ("hunyuan-720", "those of HunyuanVideoPipeline are not trained"),
+        ("pixart-sigma", "PixArtSigmaPipeline has no clip"),
+    ):
+        with pytest.raises(ConfigError, match=f"lora.text_encoders: {words}"):
+            learnt(recipe, PRESETS[name])
+    for name in ("dev", "sd15", "sdxl", "sdxl-refiner", "sd35-large", "opensora-256"):
+        learnt(recipe, PRESETS[name])
 
 
 _T5_ALONE, _CLIPS_ALONE = ("text_encoder_3",), ("text_encoder", "text_encoder_2")
