@@ -489,12 +489,12 @@ _T5_ALONE, _CLIPS_ALONE = ("text_encoder_3",), ("text_encoder", "text_encoder_2"
 @pytest.mark.parametrize(
     "config, learning",
     [
-        (SMALL, ("text_encoder",)),
-        (SMALL_XL, _CLIPS_ALONE),
-        (SMALL_SD3, _CLIPS_ALONE),
+        pytest.param(SMALL, ("text_encoder",), marks=pytest.mark.slow),
+        pytest.param(SMALL_XL, _CLIPS_ALONE, marks=pytest.mark.slow),
+        pytest.param(SMALL_SD3, _CLIPS_ALONE, marks=pytest.mark.slow),
         (SMALL_SD3, _T5_ALONE),
-        (SMALL_SD3, (*_CLIPS_ALONE, *_T5_ALONE)),
-        (SMALL_PIXART, ("text_encoder",)),
+        pytest.param(SMALL_SD3, (*_CLIPS_ALONE, *_T5_ALONE), marks=pytest.mark.slow),
+        pytest.param(SMALL_PIXART, ("text_encoder",), marks=pytest.mark.slow),
     ],
 )
 def test_text_encoders_that_learn_are_heard_as_all_are(config, learning):

@@ -332,7 +332,7 @@ def test_the_shipped_model_is_that_of_the_recipe():
 @pytest.mark.slow
 def test_the_shipped_model_moves_what_it_is_told_to(tmp_path):
     """By the reader; of 240 prompts the colour was right in 0.87 and the direction in 0.80."""
-    settings = EvaluateSettings(task="clip", model="tiny-video", prompts=24)
+    settings = EvaluateSettings(task="clip", model="tiny-video", prompts=16)
     found = evaluate_clips(load_pipeline("tiny-video"), settings).counts["text"]
     assert found["colour"].right >= 0.7 * found["colour"].asked
     assert found["direction"].right >= 0.55 * found["direction"].asked
