@@ -308,10 +308,6 @@ def _held(config: UNetConfig, latents: int, text_tokens: int) -> int:
     )
 
 
-def _adapter_dialect(config: UNetConfig, naming: str) -> str:
-    return "bfl" if naming == "comfy" or config.addition_embed_type else "published"
-
-
 UNET = Network(
     config=UNetConfig,
     component="unet",
@@ -397,5 +393,7 @@ UNET = Network(
         "",
     ),
     adapter_rules=_adapter_rules,
-    adapter_dialect=_adapter_dialect,
+    adapter_dialect=lambda config, naming: (
+        "bfl" if naming == "comfy" or config.addition_embed_type else "published"
+    ),
 )

@@ -80,6 +80,12 @@ class Validation:
         mine = {name: params[name] for name in self._encoders}
         return self._heard(mine, prompts.ids, prompts.conditioning)
 
+    def _nothing(self, params: Tree) -> Conditioning:
+        """What is heard where there is no prompt."""
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            return self._empty.conditioning
+        return _on_hosts(self._conditioning(params, self._empty))
+
     def loss(self, params: Tree) -> float:
         """Mean over the batches; timesteps are the evenly spaced quantiles of the density. `params`
         as of `flow_matching.assemble`."""
@@ -124,13 +130,8 @@ class Validation:
         """Of a row per prompt and a column per seed; `params` as of `loss`."""
         assert self._prompts is not None
         asked, pipeline = self.settings, self.pipeline
-        heard = self._conditioning(params, self._prompts)
-        heard = jax.tree.map(lambda x: gathered(x) if isinstance(x, jax.Array) else x, heard)
+        heard = _on_hosts(self._conditioning(params, self._prompts))
         prompts, columns = len(heard.sequence), len(asked.seeds)
-        empty = self._empty.conditioning
-        if not pipeline.config.force_zeros_for_empty_prompt:
-            empty = self._conditioning(params, self._empty)
-            empty = jax.tree.map(lambda x: gathered(x) if isinstance(x, jax.Array) else x, empty)
         states, shown = jax.tree.map(
             lambda x: np.repeat(np.asarray(x), columns, axis=0), (heard, self._shown)
         )
@@ -147,7 +148,7 @@ class Validation:
         given = frozenset() if shown.channels is None else frozenset({"reference"})
         guided = chosen.asked_guidance._replace(pictures=given)
         scale = family.scale(pipeline.config, guided)
-        negative = None if scale is None else _repeated(empty, prompts * columns)
+        negative = None if scale is None else _repeated(self._nothing(params), prompts * columns)
         sizes = family.sizes(pipeline.config, Told((chosen.width, chosen.height)))
         if sizes is not None:
             sizes = np.tile(sizes, (prompts * columns, 1))
@@ -208,6 +209,10 @@ def _one_clip(
     group: Float[np.ndarray, "1 t height width 3"],
 ) -> UInt8[np.ndarray, "t height width 3"]:
     return to_bytes(group)[0]
+
+
+def _on_hosts(heard: Conditioning) -> Conditioning:
+    return jax.tree.map(lambda x: gathered(x) if isinstance(x, jax.Array) else x, heard)
 
 
 def _repeated(one: Conditioning, count: int) -> Conditioning:
