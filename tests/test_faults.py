@@ -445,10 +445,12 @@ def test_a_stuck_process_ends_both(server, tmp_path):
 def test_processes_that_do_not_fit_together_are_refused(server, tmp_path):
     here, there = (write_folder(tmp_path / name, 4) for name in ("here", "there"))
     (there / "000.txt").write_text("another caption")
-    recipes = pair(server, "recipes", tmp_path / "run", "--quick", second=("--recipe", "two"))
-    data = pair(
-        server, "data", tmp_path / "run", "--quick", "--source", here, second=("--source", there)
+    slow = ("--linger", 1)  # the first must not be gone before it
+    recipes = pair(
+        server, "recipes", tmp_path / "run", "--quick", second=("--recipe", "two", *slow)
     )
+    quick = ("--quick", "--source", here)
+    data = pair(server, "data", tmp_path / "run", *quick, second=("--source", there, *slow))
     alone = server.start(
         "alone",
         tmp_path / "run",

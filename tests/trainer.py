@@ -80,6 +80,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--nan", type=int, nargs=2, default=(0, 0), help="first step, how many")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds per step")
     parser.add_argument("--stuck", type=int, default=-1, help="the step that never ends")
+    parser.add_argument("--linger", type=float, default=0.0, help="seconds before it exits")
     parser.add_argument("--full", type=int, nargs=2, default=(-1, -1), help="disk full from, to")
     return parser.parse_args(arguments)
 
@@ -109,6 +110,9 @@ def distance(params: Any, key: jax.Array, rows: Rows, *rest: Any) -> jax.Array:
 def train(arguments: list[str]) -> None:
     options = parse(arguments)
     given = (options.coordinator, options.process_id, options.num_processes)
+    if options.linger:  # as on a busy machine
+        exit_now = os._exit
+        os._exit = lambda code: (time.sleep(options.linger), exit_now(code))
     with hosts.joined_hosts(*given, timeout=options.timeout, silence=options.silence):
         run(options)
 
