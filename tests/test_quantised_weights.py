@@ -197,8 +197,12 @@ def test_tiles_compute_the_product(monkeypatch, kind, columns):
         kernel = made.packed.map(lambda part: jnp.asarray(part.read()))
         whole = made.read().T
     assert tiled_product.is_large(kernel)
-    y = jax.jit(tiled_product.tiled_product)(x, kernel)
+    y = jax.jit(tiled_product.tiled_product)(kernel, x)
     np.testing.assert_allclose(y, x @ whole, rtol=1e-5, atol=1e-5)
+    parts = jax.jit(affine, static_argnames="precision")(
+        (x[..., :24], x[..., 24:]), kernel, precision=TILED
+    )
+    np.testing.assert_allclose(parts, x @ whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from fluxjax.models.adapter import adapted
 from fluxjax.models.fetched_blocks import fetched
-from fluxjax.models.products import Precision, affine, takes_stored
+from fluxjax.models.products import Precision, affine, joined_columns, takes_stored
 from fluxjax.models.quantised import Quantised, decode
 
 COLLECTION = "lora"
@@ -45,8 +45,9 @@ class Dense(nn.Dense):
         return self.param("kernel", self.kernel_init, shape, self.param_dtype)
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "*rows k"]) -> Float[Array, "*rows features"]:
-        shape = inputs.shape[-1], self.features
+    def __call__(self, *inputs: Float[Array, "*rows _"]) -> Float[Array, "*rows features"]:
+        """Of x, or of parts of its last axis."""
+        shape = sum(part.shape[-1] for part in inputs), self.features
         stored = self._stored(shape)
         kernel = stored
         if isinstance(stored, Quantised):
@@ -54,13 +55,13 @@ class Dense(nn.Dense):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
-        x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        *x, kernel, bias = self.promote_dtype(*inputs, kernel, bias, dtype=self.dtype)
         as_stored = takes_stored(stored, self.precision)
-        y = affine(x, stored if as_stored else kernel, bias, self.precision)
+        y = affine(tuple(x), stored if as_stored else kernel, bias, self.precision)
         if not self.has_variable(COLLECTION, "scale"):
             return y
         leaves = self.variables[COLLECTION]
-        return adapted(y, inputs, kernel, bias, leaves, self.precision)
+        return adapted(y, joined_columns(inputs), kernel, bias, leaves, self.precision)
 
 
 class Part(nn.Module, kw_only=True):

@@ -175,7 +175,7 @@ class SingleBlock(Part):
         normed = self.norm(x, shift, scale)
         mlp = nn.gelu(self.proj_mlp(normed), approximate=True)
         seen = self.attn(normed, rope, marks.key_lengths)
-        out = self.proj_out(jnp.concatenate([seen, mlp], axis=-1))
+        out = self.proj_out(seen, mlp)
         x = x + over_tokens(gate) * out
         for sample, index in zip(samples, added.samples, strict=True):
             text = x.shape[1] - sample.shape[2]

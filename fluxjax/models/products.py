@@ -45,20 +45,27 @@ def own_precision(dtype: DTypeLike) -> lax.Precision:
 
 
 def affine(
-    x: Float[Array, "*rows k"],
+    x: Float[Array, "*rows k"] | tuple[Float[Array, "*rows _"], ...],
     kernel: Float[Array, "k n"] | Quantised,
     bias: Float[Array, " n"] | None = None,
     precision: Precision = None,
 ) -> Float[Array, "*rows n"]:
-    """`x kernel + bias`; codes only where `takes_stored`."""
-    if is_dynamic(kernel):
-        y = dynamic_product(x, kernel)
-    elif takes_stored(kernel, precision):
-        y = tiled_product(x, kernel)
+    """`x kernel + bias`, of x or of parts of its k; codes only where `takes_stored`."""
+    parts = x if isinstance(x, tuple) else (x,)
+    if takes_stored(kernel, precision) and not is_dynamic(kernel):
+        y = tiled_product(kernel, *parts)
     else:
-        assert not isinstance(kernel, Quantised)
-        y = _product(x, kernel, precision)
+        whole = joined_columns(parts)
+        if is_dynamic(kernel):
+            y = dynamic_product(whole, kernel)
+        else:
+            assert not isinstance(kernel, Quantised)
+            y = _product(whole, kernel, precision)
     return y if bias is None else add_bias(y, bias, precision)
+
+
+def joined_columns(parts: tuple[Float[Array, "*rows _"], ...]) -> Float[Array, "*rows k"]:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 def takes_stored(kernel: Any, precision: Precision) -> bool:

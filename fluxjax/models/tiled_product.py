@@ -26,19 +26,22 @@ def is_large(kernel: Any) -> bool:
 
 
 def tiled_product(
-    x: Float[Array, "*rows k"], kernel: Float[Array, "k n"] | Quantised
+    kernel: Float[Array, "k n"] | Quantised, *parts: Float[Array, "*rows _"]
 ) -> Float[Array, "*rows n"]:
-    """`x kernel` in the type of `x`, its sums in float32; codes are decoded to float32."""
+    """`x kernel`, of an x that is given in parts of its k: joined they would lie there once more in
+    float32. In their type, sums in float32; codes are decoded to float32."""
     columns = kernel.shape[0 if isinstance(kernel, Quantised) else 1]
-    size = _tile(x.shape[-1], columns)
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    size = _tile(sum(part.shape[-1] for part in parts), columns)
+    first, *_ = parts
+    rows = [part.reshape(-1, part.shape[-1]).astype(jnp.float32) for part in parts]
 
     def tile(i: Any, y: Float[Array, "r n"]) -> Float[Array, "r n"]:
         part = _product(rows, kernel, i * size, size).astype(y.dtype)
         return lax.dynamic_update_slice_in_dim(y, part, i * size, 1)
 
-    y = lax.fori_loop(0, columns // size, tile, jnp.zeros((rows.shape[0], columns), x.dtype))
-    return y.reshape(*x.shape[:-1], columns)
+    y = jnp.zeros((rows[0].shape[0], columns), first.dtype)
+    y = lax.fori_loop(0, columns // size, tile, y)
+    return y.reshape(*first.shape[:-1], columns)
 
 
 def _tile(inputs: int, columns: int) -> int:
@@ -49,7 +52,10 @@ def _tile(inputs: int, columns: int) -> int:
 
 
 def _product(
-    x: Float[Array, "r k"], kernel: Float[Array, "k n"] | Quantised, start: Any, size: int
+    parts: list[Float[Array, "r _"]],
+    kernel: Float[Array, "k n"] | Quantised,
+    start: Any,
+    size: int,
 ) -> Float[Array, "r size"]:
     """With columns of the kernel from `start` on."""
     if isinstance(kernel, Quantised):
@@ -58,4 +64,10 @@ def _product(
     else:
         values, axis = lax.dynamic_slice_in_dim(kernel, start, size, 1).astype(jnp.float32), 0
     contracting = (((1,), (axis,)), ((), ()))
-    return lax.dot_general(x, values, contracting, precision=lax.Precision.HIGHEST)
+    y, done = None, 0
+    for part in parts:
+        own = lax.slice_in_dim(values, done, done + part.shape[1], axis=axis)
+        product = lax.dot_general(part, own, contracting, precision=lax.Precision.HIGHEST)
+        y, done = product if y is None else y + product, done + part.shape[1]
+    assert y is not None
+    return y
