@@ -201,6 +201,8 @@ def test_int8_of_comfyui_torchao_and_quanto():
             "a.weight._scale": scale,
             "a.input_scale": np.ones((), "f"),
             "a.output_scale": np.ones((), "f"),
+            "norm.input_scale": np.ones((), "f"),  # where activations are quantised
+            "norm.output_scale": np.ones((), "f"),
         },
     }
     for form, arrays in forms.items():

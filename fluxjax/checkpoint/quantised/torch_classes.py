@@ -37,7 +37,9 @@ def read_torchao(raw: Mapping[str, Tensor]) -> Iterator[Found]:
 
 
 def read_quanto(raw: Mapping[str, Tensor]) -> Iterator[Found]:
-    """`X.weight._data` and `X.weight._scale`; scales of activations are not needed."""
+    """`X.weight._data` and `X.weight._scale`. Scales of activations, which norms have too, are not
+    needed."""
+    activations = [name for name in raw if name.endswith((".input_scale", ".output_scale"))]
     for name in raw:
         if not name.endswith("weight._data") and not name.endswith("weight._data._data"):
             continue
@@ -49,10 +51,7 @@ def read_quanto(raw: Mapping[str, Tensor]) -> Iterator[Found]:
                 "read: only its int8 and fp8 are"
             )
         part(raw, scale, weight)
-        module = weight.removesuffix("weight")
-        extras = (f"{module}{end}_scale" for end in ("input", "output"))
-        used = (name, scale, *(extra for extra in extras if extra in raw))
-        yield Found(weight, _values(raw, name, scale), used)
+        yield Found(weight, _values(raw, name, scale), (name, scale, *activations))
 
 
 def _values(raw: Mapping[str, Tensor], name: str, scale: str, zero: str | None = None) -> Tensor:
