@@ -23,7 +23,7 @@ from fluxjax.hub import embedded_folder, tiny_folder
 from fluxjax.models.autoencoder import Autoencoder
 from fluxjax.models.causal_autoencoder import CausalAutoencoder
 from fluxjax.models.latents import pack_video, text_ids, video_ids
-from fluxjax.sample.known_words import outside, outside_sizes
+from fluxjax.sample.known_words import outside, outside_frames, outside_sizes
 from fluxjax.sample.loading import load_pipeline
 from fluxjax.train.embedded import clip_transformer
 from fluxjax.train.embedded.autoencoder import psnr
@@ -324,7 +324,9 @@ def test_the_shipped_model_is_that_of_the_recipe():
     assert config == replace(recipe.config, vae=scaled)
     assert not outside("a red circle moving left, gray background", folder)
     assert "one shape (circle" in outside("a dog moving left", folder)
-    assert outside_sizes(48, 48, folder) == ""
+    assert outside_sizes(48, 48, folder) == "" == outside_frames(9, folder)
+    assert "clips of 9 frames; 129 may" in outside_frames(129, folder)
+    assert outside_frames(1) == ""  # a picture has none that could be wrong
     with pytest.raises(ConfigError, match="draws 48 x 48 pixels; of 640 x 480 it would make"):
         outside_sizes(640, 480, folder)
 

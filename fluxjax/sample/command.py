@@ -205,11 +205,13 @@ def _draw_all(
 
 
 def _tell_unknown(batch: Sequence[Job], model: str, once: Callable[[str], None]) -> None:
-    from fluxjax.sample.known_words import EDITS, outside, outside_sizes
+    from fluxjax.sample.known_words import EDITS, outside, outside_frames, outside_sizes
 
     folder, edits = shipped_folder(model), model == TOOLS["reference"]
     for job in batch:
         if text := outside_sizes(job.settings.width, job.settings.height, folder):
+            once(text)
+        if text := outside_frames(job.settings.frames, folder):
             once(text)
         if text := outside(job.settings.prompt, folder, edits=edits):
             once(text)

@@ -18,17 +18,24 @@ EDITS = "the embedded model has not learnt to edit: a reference only disturbs wh
 
 
 class _World(NamedTuple):
-    """world.json; `sizes` is None where the model says nothing about them."""
+    """world.json; `sizes` and the `frames` of a clip are None where the model says nothing about
+    them."""
 
-    words: frozenset[str]
-    knows: str
-    sizes: dict[str, int] | None
+    words: frozenset[str] = frozenset()
+    knows: str = ""
+    sizes: dict[str, int] | None = None
+    frames: int | None = None
 
 
 def write_known(
-    pipeline: Path, knows: str, words: Iterable[str], buckets: Sequence[tuple[int, int]]
+    pipeline: Path,
+    knows: str,
+    words: Iterable[str],
+    buckets: Sequence[tuple[int, int]],
+    frames: int | None = None,
 ) -> None:
-    """world.json: words and sizes of the training, so that sampling can say what lies outside."""
+    """world.json: words, sizes and frames of the training, so that sampling can say what lies
+    outside."""
     sides = [side for bucket in buckets for side in bucket]
     sizes = {
         "least": min(sides),
@@ -37,7 +44,8 @@ def write_known(
         "refused_below": min(sides) * 3 // 4,
         "refused_above": max(sides) * 2,
     }
-    world = {"knows": knows, "sizes": sizes, "words": sorted(words)}
+    clip = {} if frames is None else {"frames": frames}
+    world = {"knows": knows, "sizes": sizes, **clip, "words": sorted(words)}
     (pipeline / FILE).write_text(json.dumps(world, indent=1) + "\n")
 
 
@@ -70,9 +78,11 @@ def _is_known(word: str, words: frozenset[str]) -> bool:
 def _world(folder: Path) -> _World:
     path = folder / FILE
     if not path.is_file():
-        return _World(frozenset(), "", None)
+        return _World()
     world = json.loads(path.read_text(encoding="utf-8"))
-    return _World(frozenset(world["words"]), world["knows"], world.get("sizes"))
+    return _World(
+        frozenset(world["words"]), world["knows"], world.get("sizes"), world.get("frames")
+    )
 
 
 def outside(prompt: str, folder: Path | None = None, *, edits: bool = False) -> str:
@@ -89,9 +99,8 @@ def outside(prompt: str, folder: Path | None = None, *, edits: bool = False) -> 
     if len(unknown) > 5:
         listed += f" and {len(unknown) - 5} more"
     return (
-        f"the tiny model never read {listed}; it draws {world.knows}. For anything else convert a "
-        "FLUX.1 checkpoint (python -m fluxjax.convert SOURCE DESTINATION) and draw with "
-        "--model DESTINATION"
+        f"the tiny model never read {listed}; it draws {world.knows}. For anything else draw with "
+        "a published checkpoint: --model FOLDER, or its id on a hub (--model ORGANISATION/NAME)"
     )
 
 
@@ -116,3 +125,12 @@ def outside_sizes(width: int, height: int, folder: Path | None = None) -> str:
     if short < sizes["refused_below"] or long > sizes["refused_above"]:
         raise ConfigError(f"{drawn}; of {width} x {height} it would make nothing")
     return f"{drawn}; {width} x {height} may come out wrong"
+
+
+def outside_frames(frames: int, folder: Path | None = None) -> str:
+    """A sentence for a clip longer or shorter than those that the embedded model has learnt to
+    draw; else ""."""
+    learnt = _world(folder or tiny_folder()).frames
+    if learnt in (None, frames):
+        return ""
+    return f"the tiny model draws clips of {learnt} frames; {frames} may come out wrong"

@@ -229,7 +229,8 @@ def _write_pipeline(
     shutil.copytree(recipe.folder / "vae", folder / "vae", dirs_exist_ok=True)
     for name, part in (("transformer", "transformer"), *_ENCODERS.items()):
         save_params(folder, name, learnt[part], getattr(config, name), jnp.float16)
-    write_known(folder, _KNOWS, _words_of_captions(), [(config.width, config.height)])
+    size = config.width, config.height
+    write_known(folder, _KNOWS, _words_of_captions(), [size], config.frames)
     write_config(folder, config)
     return folder
 
