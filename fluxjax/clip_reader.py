@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fluxjax.config import ConfigError
-from fluxjax.picture_files import BadPicture
+from fluxjax.config.choices import MAX_FPS
+from fluxjax.picture_files import BadPicture, quiet, upright_rgb
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     import numpy as np
-    from jaxtyping import UInt8
+    from jaxtyping import Float, UInt8
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+ANIMATED = (".webp", ".gif", ".png")
+_STARTS = (b"RIFF", b"GIF8", b"\x89PNG")  # of these
+_FORMATS = ("WEBP", "GIF", "PNG")
 _STRICT = {"err_detect": "explode"}  # damage is an error, not a guess at what was there
+
+
+def is_video(name: str) -> bool:
+    return name.lower().endswith(VIDEOS)
 
 
 class OpenedVideo(NamedTuple):
@@ -45,11 +53,16 @@ def import_av(what: object, *, otherwise: str = "") -> ModuleType:
 def opened_video(
     source: Path | bytes, max_megapixels: float, *, what: object = "the data"
 ) -> Iterator[OpenedVideo]:
-    """A file, or its content.
+    """A file, or its content; of an animated picture, which is read with Pillow, the content.
 
     Raises BadPicture, also while frames are read, for what is no video or is damaged; ConfigError,
     which begins with `what` it is, without PyAV.
     """
+    if isinstance(source, bytes) and source.startswith(_STARTS):
+        animation = read_animation(source, max_megapixels)
+        pairs = zip(animation.frames, animation.counts, strict=True)
+        yield OpenedVideo(animation.fps, (frame for frame, count in pairs for _ in range(count)))
+        return
     av = import_av(what)
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
@@ -75,3 +88,69 @@ def _frames(container: Any, stream: Any) -> Iterator[np.ndarray]:
             raise BadPicture(f"its frame {number} is damaged")
         # Cameras write how far a frame is to be turned, against the clock.
         yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+
+
+class Animation(NamedTuple):
+    """An animated picture. Writers join frames that are equal into one that stays longer: each has
+    a count, which may be in the millions."""
+
+    frames: list[UInt8[np.ndarray, "height width 3"]]
+    counts: list[int]
+    fps: float
+
+
+def is_animated(path: Path) -> bool:
+    """Whether it is a picture of several frames, as its head says; False where it says nothing."""
+    from PIL import Image
+
+    try:
+        with quiet(), Image.open(path, formats=_FORMATS) as picture:
+            return getattr(picture, "is_animated", False)
+    except Exception:  # decoders raise almost anything: what it is shows when it is read
+        return False
+
+
+def read_animation(
+    source: Path | bytes,
+    max_megapixels: float,
+    keep: Callable[[Iterable[np.ndarray]], list[np.ndarray]] = list,
+) -> Animation:
+    """A file, or its content: what `keep` makes of its frames, which are decoded as it asks for
+    them; upright, in RGB, transparency over white. Raises BadPicture."""
+    import numpy as np
+    from PIL import Image, ImageSequence
+
+    ends = [0.0]  # milliseconds
+
+    def read(picture: Image.Image) -> Iterator[np.ndarray]:
+        for frame in ImageSequence.Iterator(picture):
+            pixels = np.asarray(upright_rgb(frame))
+            ends.append(ends[-1] + frame.info.get("duration", 0))  # known once it is decoded
+            yield pixels
+
+    file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with quiet(), Image.open(file, formats=_FORMATS) as picture:
+            if picture.width * picture.height > max_megapixels * 1e6:
+                raise BadPicture(f"it has more than {max_megapixels:g} megapixels a frame")
+            frames = keep(read(picture))
+    except (BadPicture, MemoryError):
+        raise
+    except Exception as error:  # decoders raise almost anything on hostile bytes
+        raise BadPicture(f"it cannot be decoded ({error})") from None
+    fps, counts = _rate(np.asarray(ends))
+    return Animation(frames, counts[len(counts) - len(frames) :], fps)
+
+
+def _rate(ends: Float[np.ndarray, " ends"]) -> tuple[float, list[int]]:
+    """Frames a second, and how many of them each stays, of `ends` in whole milliseconds: where some
+    stay longer, the lowest rate at whose frames all end, if there is one."""
+    import numpy as np
+
+    lasting, count = np.diff(ends), len(ends) - 1
+    if count and np.ptp(lasting) > 1:
+        for fps in range(1, MAX_FPS + 1):
+            places = np.rint(ends * fps / 1000)
+            if (np.diff(places) > 0).all() and (np.abs(places * 1000 / fps - ends) <= 0.5).all():
+                return float(fps), np.diff(places).astype(int).tolist()
+    return 1000 * count / ends[-1] if ends[-1] else 24.0, [1] * count

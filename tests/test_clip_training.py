@@ -121,7 +121,7 @@ def test_pieces_have_the_longest_length_at_the_speed_that_is_learnt():
         next(pieces("abc", Length((8, 8), 32, 30.0), settings))
 
 
-def test_a_piece_has_its_own_frames(clips):
+def test_a_piece_has_its_own_frames(clips, tmp_path):
     content = (clips / "fast.mp4").read_bytes()
     assert measure_clip(content, 1.0) == Length((48, 32), 17, 24.0)
     found = read_piece(content, Piece(2, 5, 3), 32, 32, 1.0)
@@ -129,6 +129,16 @@ def test_a_piece_has_its_own_frames(clips):
     assert found.shape == (5, 32, 32, 3) and np.abs(found - expected).mean() < 0.04
     tail = read_piece(content, Piece(2, 5, 3).part(4, 1), 32, 32, 1.0)
     np.testing.assert_array_equal(tail, found[4:])
+    write_clip(tmp_path / "animated.webp", [moving(17, seed=9)], fps=24, frames=17)
+    content = (tmp_path / "animated.webp").read_bytes()
+    assert measure_clip(content, 1.0).frames == 17
+    assert measure_clip(content, 1.0).fps == pytest.approx(24, rel=2e-3)  # whole milliseconds
+    found = read_piece(content, Piece(2, 5, 3), 32, 32, 1.0)
+    assert np.abs(found - expected).mean() < 0.04
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        measure_clip(content[: len(content) // 2], 1.0)
+    with pytest.raises(ValueError, match=r"more than 0\.001 megapixels a frame"):
+        measure_clip(content, 0.001)
 
 
 @pytest.mark.slow
@@ -264,7 +274,20 @@ def test_what_is_no_data_of_clips_is_one_sentence(clips, tmp_path, monkeypatch):
         ConfigError, match=r"holds no pictures; it holds clips: say with data\.frames"
     ):
         opened(settings_of(only, tmp_path, frames=()))
+    animated = tmp_path / "animated"
+    animated.mkdir()
+    write_clip(animated / "1.webp", [moving(6)], fps=12, frames=6)
+    Image.fromarray(moving(1)[0]).save(animated / "still.webp", lossless=True)
+    for name in ("1", "still"):
+        (animated / f"{name}.txt").write_text("spots")
+    for still in animated.glob("*.png"):
+        still.unlink()
+    kept = opened(settings_of(animated, tmp_path, frames=()))
+    assert dict(kept.quarantined) == {"1.webp": "it has 6 frames, and only still pictures are used"}
     monkeypatch.setitem(sys.modules, "av", None)
+    # Animated pictures are clips too, which Pillow reads.
+    data = opened(settings_of(animated, tmp_path, frames=(1, 5)))
+    assert data.sizes == {(48, 32, 5): 1, (48, 32): 1}
     with pytest.raises(
         ConfigError, match=r"only: videos need PyAV: pip install 'fluxjax\[video\]'"
     ):

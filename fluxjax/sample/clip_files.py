@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 from fluxjax.atomic_write import locked_part, place_new, to_disk, write_new
-from fluxjax.clip_reader import VIDEOS, import_av, opened_video
+from fluxjax.clip_reader import ANIMATED, VIDEOS, import_av, is_video, opened_video, read_animation
 from fluxjax.config import ConfigError
 from fluxjax.config.choices import MAX_FPS
-from fluxjax.picture_files import quiet, upright_rgb
 from fluxjax.sample.file_names import CLIP_FORMATS
 from fluxjax.sample.picture_formats import RECORD, encode_picture, exif_of, read_record
 
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Frames = UInt8[np.ndarray, "t height width 3"]
-_ANIMATED = (".webp", ".gif", ".png")
 _BT709 = 1  # ITU-T H.273: primaries, transfer and matrix
 _WITHOUT = "; animated .webp does without"
 _QUALITY = "16"  # of x264: nothing that an eye sees is lost
@@ -126,7 +124,7 @@ def read_clip(
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no clip {path}")
-    kinds = {**dict.fromkeys(VIDEOS, _video), **dict.fromkeys(_ANIMATED, _animation)}
+    kinds = {**dict.fromkeys(VIDEOS, _video), **dict.fromkeys(ANIMATED, _animation)}
     if path.suffix.lower() not in kinds:
         raise ConfigError(f"{path}: clips are read from {', '.join(kinds)}")
     try:
@@ -145,7 +143,7 @@ def read_clip_record(path: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ConfigError for a clip that was not made here.
     """
-    if path.suffix.lower() not in VIDEOS:
+    if not is_video(path.name):
         return read_record(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no clip {path}")
@@ -234,39 +232,8 @@ def _video(path: Path, kept: _Kept, max_megapixels: float) -> tuple[list[np.ndar
 
 
 def _animation(path: Path, kept: _Kept, max_megapixels: float) -> tuple[list[np.ndarray], float]:
-    """Pillow's writers join frames that are equal into one that stays longer."""
-    from PIL import Image, ImageSequence
-
-    ends = [0.0]  # milliseconds
-
-    def read(picture: Image) -> Iterator[np.ndarray]:
-        for frame in ImageSequence.Iterator(picture):
-            pixels = np.asarray(upright_rgb(frame))
-            ends.append(ends[-1] + frame.info.get("duration", 0))  # known once it is decoded
-            yield pixels
-
-    with quiet(), Image.open(path, formats=("WEBP", "GIF", "PNG")) as picture:
-        _check_size(path, *picture.size, max_megapixels)
-        frames = kept.of(read(picture))
-    fps, counts = _rate(np.asarray(ends))
-    counts = counts[len(counts) - len(frames) :]
-    most = kept.most or max(counts)  # a frame may stay for hours
-    pairs = zip(frames, counts, strict=True)
-    return kept.of(frame for frame, count in pairs for _ in range(min(count, most))), fps
-
-
-def _rate(ends: Float[np.ndarray, " ends"]) -> tuple[float, list[int]]:
-    """Frames a second, and how many of them each stays, of `ends` in whole milliseconds: where some
-    stay longer, the lowest rate at whose frames all end, if there is one."""
-    lasting, count = np.diff(ends), len(ends) - 1
-    if count and np.ptp(lasting) > 1:
-        for fps in range(1, MAX_FPS + 1):
-            places = np.rint(ends * fps / 1000)
-            if (np.diff(places) > 0).all() and (np.abs(places * 1000 / fps - ends) <= 0.5).all():
-                return float(fps), np.diff(places).astype(int).tolist()
-    return 1000 * count / ends[-1] if ends[-1] else 24.0, [1] * count
-
-
-def _check_size(path: Path, width: int, height: int, max_megapixels: float) -> None:
-    if width * height > max_megapixels * 1e6:
-        raise ConfigError(f"{path} has more than {max_megapixels:g} megapixels a frame")
+    animation = read_animation(path, max_megapixels, kept.of)
+    most = kept.most or max(animation.counts)  # a frame may stay for hours
+    pairs = zip(animation.frames, animation.counts, strict=True)
+    repeated = (frame for frame, count in pairs for _ in range(min(count, most)))
+    return kept.of(repeated), animation.fps

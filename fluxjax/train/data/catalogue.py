@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fluxjax.atomic_write import write_bytes
-from fluxjax.clip_reader import import_av
+from fluxjax.clip_reader import import_av, is_video
 from fluxjax.config import ConfigError
 from fluxjax.families import Told
 from fluxjax.picture_files import BadPicture, decode, quiet, upright_rgb
@@ -128,8 +128,7 @@ def read_catalogue(settings: DataSettings, folder: Path, report: Report | None =
     items, notes = list_items(settings), []
 
     def inspect(items: list[Item], source: str) -> list[_Found]:
-        clips = any(item.is_clip for item in items)
-        memory = _Memory(source, settings, folder, clips=clips)
+        memory = _Memory(source, items, settings, folder)
         notes.extend(filter(None, [memory.problem]))
         return _inspect_all(items, settings, memory, report)
 
@@ -230,12 +229,16 @@ class _Memory:
     One that is damaged, or of another source, is named in `problem` and made anew.
     """
 
-    def __init__(self, source: str, settings: DataSettings, folder: Path, *, clips: bool) -> None:
+    def __init__(
+        self, source: str, items: list[Item], settings: DataSettings, folder: Path
+    ) -> None:
         import PIL
 
         where = os.fsencode(Path(source).expanduser().absolute())
         readers = PIL.__version__
-        if clips:
+        if any(item.is_clip for item in items):  # what is animated is a bad picture elsewhere
+            readers += " clips"
+        if any(item.is_clip and is_video(item.name) for item in items):
             readers += f" {import_av(source).__version__}"
         key = f"{_VERSION} {settings.max_megapixels} {readers} ".encode() + where
         self.key = hashlib.sha256(key).hexdigest()

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from fluxjax.clip_reader import VIDEOS, import_av
+from fluxjax.clip_reader import ANIMATED, import_av, is_animated, is_video
 from fluxjax.config import ConfigError
 from fluxjax.json_input import parse_json
 from fluxjax.picture_files import EXTENSIONS
@@ -55,12 +55,12 @@ def list_items(settings: DataSettings) -> list[Item]:
     else:
         raise ConfigError(f"{path} is neither a folder nor a .parquet nor a .tar file")
     if not items:
-        clips = path.is_dir() and any(Path(n).suffix.lower() in VIDEOS for n in walk(path, False))
+        clips = path.is_dir() and any(map(is_video, walk(path, False)))
         more = "; it holds clips: say with data.frames how long they are" if clips else ""
         raise ConfigError(
             f"{path} holds no pictures{' and no clips' * bool(settings.frames)}{more}"
         )
-    if any(item.is_clip for item in items):
+    if any(item.is_clip and is_video(item.name) for item in items):
         import_av(path)
     return items
 
@@ -75,7 +75,7 @@ def _folder_items(root: Path, settings: DataSettings) -> list[Item]:
         extension = Path(name).suffix.lower()
         if name.endswith("/"):
             links.append(name)
-        elif extension in EXTENSIONS or (settings.frames and extension in VIDEOS):
+        elif extension in EXTENSIONS or (settings.frames and is_video(name)):
             kinds["pictures"].append(name)
         elif extension in kinds:
             kinds[extension].append(name)
@@ -164,7 +164,8 @@ def picture_item(root: Path, name: str, caption: Caption, settings: DataSettings
     if problem:
         return bad_item(name, problem)
     path = root / name
-    is_clip = Path(name).suffix.lower() in VIDEOS
+    may_move = max(settings.frames, default=1) > 1 and name.lower().endswith(ANIMATED)
+    is_clip = is_video(name) or (may_move and is_animated(path))
     read = path.read_bytes
     return Item(shown(name), file_stamp(path), caption.text, "", read, is_clip=is_clip)
 
