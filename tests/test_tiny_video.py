@@ -32,7 +32,6 @@ from fluxjax.train.embedded.clip_autoencoder import (
     ClipDecoderStage,
     drawn_clips,
     inflate,
-    recoloured,
 )
 from fluxjax.train.embedded.clip_transformer import (
     ClipExamples,
@@ -260,19 +259,6 @@ def test_the_autoencoder_begins_as_that_of_pictures():
     assert psnr(seen, scene) > 28, "a frame by itself is not seen as a picture"
 
 
-def test_other_colours_are_of_the_same_things():
-    clips = drawn_clips(0, 12, 2, 16)
-    seen = np.asarray(recoloured(jax.random.key(0), clips))
-    assert len({tuple(clip[0, 0, 0].tolist()) for clip in seen}) > 6  # backgrounds
-    for before, after in zip(np.asarray(clips), seen, strict=True):
-        sources = [
-            [np.array_equal(after[..., i], sign * before[..., j]) for j in range(3)]
-            for i in range(3)
-            for sign in (-1, 1)
-        ]
-        assert np.reshape(sources, (3, 2, 3)).any((1, 2)).all()
-
-
 @pytest.mark.slow
 def test_all_stages_run_go_on_and_leave_a_pipeline(tmp_path):
     recipe = replace(SMALL, folder=tmp_path / "run")
@@ -333,8 +319,9 @@ def test_the_shipped_model_is_that_of_the_recipe():
 
 @pytest.mark.slow
 def test_the_shipped_model_moves_what_it_is_told_to(tmp_path):
-    """By the reader; of 240 prompts the colour was right in 0.87 and the direction in 0.80."""
+    """By the reader; of 96 prompts colour, direction and shape were right in 0.92, 0.85, 0.63."""
     settings = EvaluateSettings(task="clip", model="tiny-video", prompts=16)
     found = evaluate_clips(load_pipeline("tiny-video"), settings).counts["text"]
-    assert found["colour"].right >= 0.7 * found["colour"].asked
-    assert found["direction"].right >= 0.55 * found["direction"].asked
+    assert found["colour"].right >= 0.75 * found["colour"].asked
+    assert found["direction"].right >= 0.65 * found["direction"].asked
+    assert found["shape"].right >= 0.35 * found["shape"].asked

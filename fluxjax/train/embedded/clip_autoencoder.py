@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from fluxjax.config import TINY, CausalAutoencoderConfig
 from fluxjax.models.causal_autoencoder import CausalAutoencoder
@@ -63,8 +62,7 @@ class ClipAutoencoderStage:
 @dataclass(frozen=True, kw_only=True)
 class ClipDecoderStage:
     """The decoder alone, after both: latents stay what they are, so that a transformer may have
-    learnt them before. Every other clip is shown in other colours, or a decoder draws of two shapes
-    the one that it has seen in a colour. 0 steps leave it as it is."""
+    learnt them before. 0 steps leave it as it is."""
 
     steps: int = 800
     decay_steps: int = 600
@@ -80,18 +78,6 @@ def drawn_clips(
     """`n` clips of scenes that move; a pure function of its arguments."""
     scenes = sample_moving_scenes(seed, n, held_out=held_out)
     return render_clips(scenes, frames=frames, side=side)
-
-
-def recoloured(
-    key: PRNGKeyArray, clips: Float[Array, "n frames side side 3"]
-) -> Float[Array, "n frames side side 3"]:
-    """Each with its channels in some order, and each channel perhaps inverted."""
-    orders = jnp.asarray(list(permutations(range(3))))
-    order_key, sign_key = jax.random.split(key)
-    chosen = orders[jax.random.randint(order_key, (len(clips),), 0, len(orders))]
-    signs = jax.random.choice(sign_key, jnp.array([-1.0, 1.0]), (len(clips), 3))
-    mixed = jnp.take_along_axis(clips, chosen[:, None, None, None], axis=-1)
-    return mixed * signs[:, None, None, None]
 
 
 def clip_latents_scale(model: CausalAutoencoder, params: Tree, clips: Array) -> float:
@@ -190,15 +176,12 @@ def train_clip_decoder(
     optimizer = muon_optimizer(lambda step: warm(step) * decay(step))
 
     def loss(params: Tree, key: jax.Array, clips: Array, fixed: Tree) -> jax.Array:
-        colours, draw = jax.random.split(key)
-        shown = clips.at[::2].set(recoloured(colours, clips[::2]))
-
         def forward(model: CausalAutoencoder, clips: Array):
             posterior = jax.lax.stop_gradient(model.encode(clips))
-            return model.decode(posterior.sample(draw)), posterior
+            return model.decode(posterior.sample(key)), posterior
 
-        both: Any = model.apply({"params": {**fixed, **params}}, shown, method=forward)
-        return autoencoder_loss(both[0], shown, both[1], kl_weight=0.0)
+        both: Any = model.apply({"params": {**fixed, **params}}, clips, method=forward)
+        return autoencoder_loss(both[0], clips, both[1], kl_weight=0.0)
 
     step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
     probe = _probe(model, frames, side)
