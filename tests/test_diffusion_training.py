@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.embedded import diffusion
 from fluxjax.train.encoders import folder_encoders
 from fluxjax.train.export import export_run
-from fluxjax.train.flow_matching import Rows, path_loss
+from fluxjax.train.flow_matching import Rows, draw_noise, path_loss
 from fluxjax.train.job import train
 from fluxjax.train.learned_variance import variational_bound
 from fluxjax.train.objectives import learnt_times
@@ -119,6 +120,21 @@ def test_the_loss_is_that_of_diffusers_training_examples(prediction, zero_snr, o
         error = error / (snr.sqrt() if prediction == "epsilon" else snr + 1)
     # Measured: 1.1e-7.
     np.testing.assert_allclose(float(ours), float(error.mean()), rtol=1e-6)
+
+
+def test_the_noise_offset_moves_each_channel_as_a_whole():
+    """As diffusers' training examples: offset times one normal number for each channel of a row."""
+    keys = jax.random.split(jax.random.key(0), 256)
+
+    def drawn(offset: float) -> np.ndarray:
+        draw = partial(draw_noise, objective=Objective(noise_offset=offset), shape=(3, 2, 4))
+        return np.asarray(jax.vmap(draw)(keys))
+
+    added = drawn(0.1) - drawn(0.0)
+    np.testing.assert_allclose(added, np.broadcast_to(added[:, :1, :1], added.shape), atol=1e-6)
+    each = added[:, 0, 0]
+    assert each.std() == pytest.approx(0.1, rel=0.1) and abs(each.mean()) < 0.02
+    assert np.abs(np.corrcoef(each.T) - np.eye(4)).max() < 0.25
 
 
 @pytest.mark.slow
