@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     import numpy as np
-    from jaxtyping import Float, UInt8
+    from jaxtyping import UInt8
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 ANIMATED = (".webp", ".gif", ".png")
-_STARTS = (b"RIFF", b"GIF8", b"\x89PNG")  # of these
 _FORMATS = ("WEBP", "GIF", "PNG")
 _STRICT = {"err_detect": "explode"}  # damage is an error, not a guess at what was there
 
@@ -58,10 +57,13 @@ def opened_video(
     Raises BadPicture, also while frames are read, for what is no video or is damaged; ConfigError,
     which begins with `what` it is, without PyAV.
     """
-    if isinstance(source, bytes) and source.startswith(_STARTS):
-        animation = read_animation(source, max_megapixels)
-        pairs = zip(animation.frames, animation.counts, strict=True)
-        yield OpenedVideo(animation.fps, (frame for frame, count in pairs for _ in range(count)))
+    if isinstance(source, bytes) and _is_picture(source):
+        ends = [0.0]
+        for _ in _animated(source, max_megapixels, ends):  # how long a frame stays, it says late
+            pass
+        fps, counts = _rate(ends)
+        frames = zip(_animated(source, max_megapixels, [0.0]), counts, strict=True)
+        yield OpenedVideo(fps, (frame for frame, count in frames for _ in range(count)))
         return
     av = import_av(what)
     try:
@@ -111,46 +113,55 @@ def is_animated(path: Path) -> bool:
 
 
 def read_animation(
-    source: Path | bytes,
+    path: Path,
     max_megapixels: float,
     keep: Callable[[Iterable[np.ndarray]], list[np.ndarray]] = list,
 ) -> Animation:
-    """A file, or its content: what `keep` makes of its frames, which are decoded as it asks for
-    them; upright, in RGB, transparency over white. Raises BadPicture."""
+    """What `keep` makes of its frames, which are decoded as it asks for them; upright, in RGB,
+    transparency over white. Raises BadPicture."""
+    ends = [0.0]
+    frames = keep(_animated(path, max_megapixels, ends))
+    fps, counts = _rate(ends)
+    return Animation(frames, counts[len(counts) - len(frames) :], fps)
+
+
+def _is_picture(content: bytes) -> bool:
+    """As `ANIMATED` begin; AVI is RIFF too."""
+    starts = content.startswith((b"GIF8", b"\x89PNG"))
+    return starts or (content[:4], content[8:12]) == (b"RIFF", b"WEBP")
+
+
+def _animated(
+    source: Path | bytes, max_megapixels: float, ends: list[float]
+) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """Its frames, each read after the one before; `ends` get when it ends, in milliseconds."""
     import numpy as np
     from PIL import Image, ImageSequence
 
-    ends = [0.0]  # milliseconds
-
-    def read(picture: Image.Image) -> Iterator[np.ndarray]:
-        for frame in ImageSequence.Iterator(picture):
-            pixels = np.asarray(upright_rgb(frame))
-            ends.append(ends[-1] + frame.info.get("duration", 0))  # known once it is decoded
-            yield pixels
-
     file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with quiet(), Image.open(file, formats=_FORMATS) as picture:
+        with Image.open(file, formats=_FORMATS) as picture:
             if picture.width * picture.height > max_megapixels * 1e6:
                 raise BadPicture(f"it has more than {max_megapixels:g} megapixels a frame")
-            frames = keep(read(picture))
+            for frame in ImageSequence.Iterator(picture):
+                pixels = np.asarray(upright_rgb(frame))
+                ends.append(ends[-1] + frame.info.get("duration", 0))  # known once it is decoded
+                yield pixels
     except (BadPicture, MemoryError):
         raise
     except Exception as error:  # decoders raise almost anything on hostile bytes
         raise BadPicture(f"it cannot be decoded ({error})") from None
-    fps, counts = _rate(np.asarray(ends))
-    return Animation(frames, counts[len(counts) - len(frames) :], fps)
 
 
-def _rate(ends: Float[np.ndarray, " ends"]) -> tuple[float, list[int]]:
+def _rate(ends: list[float]) -> tuple[float, list[int]]:
     """Frames a second, and how many of them each stays, of `ends` in whole milliseconds: where some
     stay longer, the lowest rate at whose frames all end, if there is one."""
     import numpy as np
 
-    lasting, count = np.diff(ends), len(ends) - 1
-    if count and np.ptp(lasting) > 1:
+    at, count = np.asarray(ends), len(ends) - 1
+    if count and np.ptp(np.diff(at)) > 1:
         for fps in range(1, MAX_FPS + 1):
-            places = np.rint(ends * fps / 1000)
-            if (np.diff(places) > 0).all() and (np.abs(places * 1000 / fps - ends) <= 0.5).all():
+            places = np.rint(at * fps / 1000)
+            if (np.diff(places) > 0).all() and (np.abs(places * 1000 / fps - at) <= 0.5).all():
                 return float(fps), np.diff(places).astype(int).tolist()
     return 1000 * count / ends[-1] if ends[-1] else 24.0, [1] * count

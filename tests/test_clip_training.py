@@ -39,7 +39,7 @@ from fluxjax.train.recipe import FinetuneRecipe, read_recipe
 from fluxjax.train.settings import ConditionKinds, Objective, OptimizerSettings, ValidationSettings
 from fluxjax.train.task import conditions_of, learnt
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 RECIPES = Path(__file__).parents[1] / "train"
 
 
@@ -129,6 +129,13 @@ def test_a_piece_has_its_own_frames(clips, tmp_path):
     assert found.shape == (5, 32, 32, 3) and np.abs(found - expected).mean() < 0.04
     tail = read_piece(content, Piece(2, 5, 3).part(4, 1), 32, 32, 1.0)
     np.testing.assert_array_equal(tail, found[4:])
+    with av.open(str(tmp_path / "old.avi"), "w") as container:  # begins as a WebP does
+        stream = container.add_stream("mjpeg", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj444p"
+        for pixels in moving(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    assert measure_clip((tmp_path / "old.avi").read_bytes(), 1.0) == Length((48, 32), 3, 24.0)
     write_clip(tmp_path / "animated.webp", [moving(17, seed=9)], fps=24, frames=17)
     content = (tmp_path / "animated.webp").read_bytes()
     assert measure_clip(content, 1.0).frames == 17

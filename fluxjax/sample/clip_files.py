@@ -23,6 +23,7 @@ from fluxjax.atomic_write import locked_part, place_new, to_disk, write_new
 from fluxjax.clip_reader import ANIMATED, VIDEOS, import_av, is_video, opened_video, read_animation
 from fluxjax.config import ConfigError
 from fluxjax.config.choices import MAX_FPS
+from fluxjax.picture_files import quiet
 from fluxjax.sample.file_names import CLIP_FORMATS
 from fluxjax.sample.picture_formats import RECORD, encode_picture, exif_of, read_record
 
@@ -232,7 +233,8 @@ def _video(path: Path, kept: _Kept, max_megapixels: float) -> tuple[list[np.ndar
 
 
 def _animation(path: Path, kept: _Kept, max_megapixels: float) -> tuple[list[np.ndarray], float]:
-    animation = read_animation(path, max_megapixels, kept.of)
+    with quiet():
+        animation = read_animation(path, max_megapixels, kept.of)
     most = kept.most or max(animation.counts)  # a frame may stay for hours
     pairs = zip(animation.frames, animation.counts, strict=True)
     repeated = (frame for frame, count in pairs for _ in range(min(count, most)))
