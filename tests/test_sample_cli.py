@@ -622,10 +622,16 @@ def test_without_a_terminal_a_line_every_few_seconds_tells_how_far_it_is(capsys,
         until("compiling, 0 s\n")
         report(3)
         until("step 3 of 8")
-    lines = [re.sub(r"\d+ s$", "N s", line) for line in said.splitlines()]
+        time.sleep(0.1)
+        report(5)
+        until("step 5 of 8")
+    each = float(re.findall(r"([\d.]+) s a step", said)[0])
+    assert 0.05 <= each < 5, "seconds of each step after the third"
+    lines = [re.sub(r"[\d.]+ s\b", "N s", line) for line in said.splitlines()]
     assert list(dict.fromkeys(lines)) == [
         "picture 2 of 3: loading and compiling, N s",
         "picture 2 of 3: step 3 of 8, N s",
+        "picture 2 of 3: step 5 of 8, N s a step, N s",
     ]
     with step_progress.step_progress(8, "picture", quiet=True) as report:
         assert report is None

@@ -173,7 +173,8 @@ def _draw_all(
         if first and shipped_folder(opened.sources.model):
             _tell_unknown(batch, opened.sources.model, once)
         ends = done + len(batch)
-        what = f"picture {ends} of {len(wanted)}" if len(wanted) > 1 else "picture"
+        what = "clip" if settings.frames > 1 else "picture"
+        what += f" {ends} of {len(wanted)}" if len(wanted) > 1 else ""
         prompts, seeds = zip(*((j.settings.prompt, j.settings.seed) for j in batch), strict=True)
         steps = pipe.evaluations(settings)
         with step_progress(steps, what, quiet=options.quiet) as progress, ExitStack() as s:

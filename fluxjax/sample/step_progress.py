@@ -44,27 +44,29 @@ def _bar(steps: int, what: str) -> Iterator[Callable[[int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{what}: loading and compiling", total=None)
+        task, pace = bar.add_task(f"{what}: loading and compiling", total=None), _Pace()
 
         def report(done: int) -> None:
-            bar.update(task, description=f"{what}: steps", total=steps, completed=done)
+            said = f"{what}: steps{pace(done)}"
+            bar.update(task, description=said, total=steps, completed=done)
 
         yield report
 
 
 @contextmanager
 def _lines(steps: int, what: str) -> Iterator[Callable[[int], None]]:
-    begun, done, ended = time.perf_counter(), 0, threading.Event()
+    begun, ended, pace = time.perf_counter(), threading.Event(), _Pace()
+    done, each = 0, ""
 
     def report(number: int) -> None:
-        nonlocal done
-        done = number
+        nonlocal done, each
+        done, each = number, pace(number)
 
     def speak() -> None:
         while not ended.wait(EVERY):
             state = "loading and compiling"
             if done:
-                state = f"step {done} of {steps}" if done < steps else "decoding"
+                state = f"step {done} of {steps}{each}" if done < steps else "decoding"
             say(f"{what}: {state}, {time.perf_counter() - begun:.0f} s")
 
     speaker = threading.Thread(target=speak, name="progress", daemon=True)
@@ -74,3 +76,17 @@ def _lines(steps: int, what: str) -> Iterator[Callable[[int], None]]:
     finally:
         ended.set()
         speaker.join()
+
+
+class _Pace:
+    """What a step takes, in words, from the second report on: the first waits for its program."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self, done: int) -> str:
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = done, now
+        number, begun = self._first
+        return f", {(now - begun) / (done - number):.2g} s a step" if done > number else ""
