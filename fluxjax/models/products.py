@@ -52,15 +52,13 @@ def affine(
 ) -> Float[Array, "*rows n"]:
     """`x kernel + bias`, of x or of parts of its k; codes only where `takes_stored`."""
     parts = x if isinstance(x, tuple) else (x,)
-    if takes_stored(kernel, precision) and not is_dynamic(kernel):
+    if is_dynamic(kernel):
+        y = dynamic_product(joined_columns(parts), kernel)
+    elif takes_stored(kernel, precision):
         y = tiled_product(kernel, *parts)
     else:
-        whole = joined_columns(parts)
-        if is_dynamic(kernel):
-            y = dynamic_product(whole, kernel)
-        else:
-            assert not isinstance(kernel, Quantised)
-            y = _product(whole, kernel, precision)
+        assert not isinstance(kernel, Quantised)
+        y = _product(joined_columns(parts), kernel, precision)
     return y if bias is None else add_bias(y, bias, precision)
 
 
