@@ -1,6 +1,5 @@
-"""Videos and animated pictures of strangers: frame after frame, upright, in RGB, or refused with one
-reason.
-"""
+"""Videos and animated pictures of strangers, frame after frame: upright, in RGB, or refused with
+one reason."""
 
 from __future__ import annotations
 
