@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from fluxjax.convert.options import Options as Convert
-from fluxjax.diff.commands import Bench, Golden, Live
+from fluxjax.diff.commands import Command as Diff
 from fluxjax.plan.options import Options as Plan
 from fluxjax.sample.options import Options as Sample
 from fluxjax.train.command import ExportOptions
@@ -46,11 +46,7 @@ class _Train(_Recipe):
 class _Diff:
     """Compare with PyTorch."""
 
-    command: (
-        Annotated[Golden, _verb("golden")]
-        | Annotated[Live, _verb("live")]
-        | Annotated[Bench, _verb("bench")]
-    )
+    command: Diff
 
 
 _Command = tyro.conf.OmitSubcommandPrefixes[

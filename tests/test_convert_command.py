@@ -133,14 +133,13 @@ def test_destinations_that_must_not_be_touched(tmp_path, vae_file):
         plan(folder, tmp_path / "x.safetensors", "diffusers")
 
 
-def test_an_empty_destination_is_not_the_current_folder(tmp_path, vae_file, monkeypatch, capsys):
+def test_an_empty_destination_is_not_the_current_folder(tmp_path, vae_file, monkeypatch):
     """Which --overwrite would replace with all that is in it."""
     convert.run(plan(vae_file, tmp_path / "mine"))
     monkeypatch.chdir(tmp_path / "mine")
     before = sorted(os.listdir())
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(ValueError, match="DESTINATION must be a path, got ''"):
         main([str(vae_file), "", "--overwrite"])
-    assert ended.value.code == 2 and "DESTINATION: is empty" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "mine")) == before
 
 

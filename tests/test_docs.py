@@ -1,9 +1,7 @@
 """What is written is true: the API page, the README's commands, the notebook."""
 
 import ast
-import contextlib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -13,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "sample/README.md", "train/README.md", "convert/README.md")
@@ -43,24 +40,24 @@ def commands(page: str) -> list[list[str]]:
 
 
 def parse(verb: str, arguments: list[str]) -> None:
+    from fluxjax.command_options import parse_options
     from fluxjax.convert.options import Options as Convert
-    from fluxjax.diff.commands import Bench, Golden, Live
+    from fluxjax.diff.commands import Command
     from fluxjax.plan.options import Options as Plan
     from fluxjax.sample.options import Options as Sample
     from fluxjax.train.command import read_options
     from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 
     if verb == "diff":
-        kinds = {"golden": Golden, "live": Live, "bench": Bench}
-        tyro.cli(kinds[arguments[0]], args=arguments[1:])
+        parse_options(Command, arguments, verb)
     elif verb == "train" and arguments[0] == "evaluate":
-        tyro.cli(EvaluateSettings, args=arguments[1:])
+        parse_options(EvaluateSettings, arguments[1:], verb)
     elif verb == "train":
         rest = arguments[arguments[0] == "precompute" :]
         if rest and (ROOT / rest[0]).is_file():
             read_options([str(ROOT / rest[0]), *rest[1:]])
     else:
-        tyro.cli({"sample": Sample, "convert": Convert, "plan": Plan}[verb], args=arguments)
+        parse_options({"sample": Sample, "convert": Convert, "plan": Plan}[verb], arguments, verb)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -68,12 +65,10 @@ def test_the_commands_of_a_page_are_understood(page):
     found = [words for words in commands(page) if "--help" not in words]
     assert found or page == "convert/README.md"
     for verb, *arguments in found:
-        said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said):
-                parse(verb, arguments)
-        except SystemExit:
-            pytest.fail(f"{page}: {verb} {shlex.join(arguments)}\n{said.getvalue()}")
+            parse(verb, arguments)
+        except ValueError as error:
+            pytest.fail(f"{page}: {verb} {shlex.join(arguments)}\n{error}")
 
 
 def test_the_pages_that_are_linked_are_there():

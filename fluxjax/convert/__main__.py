@@ -13,13 +13,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.convert") -> int:
-    import tyro
-
+    from fluxjax.command_options import parse_options
     from fluxjax.convert.options import Options
-    from fluxjax.path_option import PATHS
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = tyro.cli(Options, args=arguments, prog=prog, registry=PATHS)
+    options = parse_options(Options, arguments, prog)
     options.check()
     from fluxjax.checkpoint.lora.scaled_file import found
     from fluxjax.hub import find

@@ -12,17 +12,14 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.diff") -> int:
-    import tyro
+    from fluxjax.command_options import parse_options
+    from fluxjax.diff.commands import VERBS, Command, execute
 
-    from fluxjax.diff.commands import Bench, Golden, Live, execute
-
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"golden": Golden, "live": Live, "bench": Bench},
-        args=sys.argv[1:] if arguments is None else arguments,
-        prog=prog,
-        description="How far ours is from PyTorch, and how fast.",
-    )
-    return execute(command)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        raise ValueError(f"{arguments[0]!r} is none of {', '.join(VERBS)}")
+    about = "How far ours is from PyTorch, and how fast."
+    return execute(parse_options(Command, arguments, prog, description=about))
 
 
 if __name__ == "__main__":

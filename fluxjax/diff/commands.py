@@ -157,6 +157,14 @@ class Bench:
     """Print JSON instead of the table."""
 
 
+Command = (
+    Annotated[Golden, tyro.conf.subcommand("golden")]
+    | Annotated[Live, tyro.conf.subcommand("live")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+)
+VERBS = "golden", "live", "bench"
+
+
 def execute(command: Golden | Live | Bench) -> int:
     """Run the command, print what it found; 0 if all is within bounds, else 1."""
     from rich.console import Console

@@ -14,11 +14,10 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.plan") -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tyro
-
+    from fluxjax.command_options import parse_options
     from fluxjax.plan.options import Options, check, device_count
 
-    options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
+    options = parse_options(Options, sys.argv[1:] if arguments is None else arguments, prog)
     check(options)
     # JAX is imported only for what can be planned.
     import jax

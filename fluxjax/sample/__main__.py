@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m fluxjax.sample") -> int:
     # XLA reports on its cached programs and on every fallback; a user has asked for a picture.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tyro
-
+    from fluxjax.command_options import parse_options
     from fluxjax.sample.options import Options
 
-    options = tyro.cli(Options, args=sys.argv[1:] if arguments is None else arguments, prog=prog)
+    options = parse_options(Options, sys.argv[1:] if arguments is None else arguments, prog)
     from fluxjax.sample.given_options import check
 
     check(options)

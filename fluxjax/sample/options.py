@@ -15,30 +15,6 @@ from fluxjax.sample.file_names import PATTERN
 from fluxjax.sample.settings import Dtype, Noise, Rounding, VideoKind, brief
 
 
-def _one(kind: type, words: str, metavar: str) -> Any:
-    """An option's value or None, and one sentence for what is none, as nothing is no path."""
-
-    def parsed(texts: Sequence[str]) -> Any:
-        try:
-            if texts[0]:
-                return kind(texts[0])
-        except ValueError:
-            pass
-        raise ValueError(f"must be {words}, got {brief(texts[0])}")
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=parsed,
-        is_instance=lambda value: value is None or isinstance(value, kind),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-_INTEGER, _REAL = _one(int, "an integer", "INT"), _one(float, "a number", "FLOAT")
-_FILE = _one(Path, "a path", "PATH")
-
-
 def _numbers(kind: Callable[[str], Any], words: str, metavar: str) -> Any:
     """An option's numbers, with commas between them, or None."""
 
@@ -62,9 +38,9 @@ _SIDES = _integers("four integers, such as 0,0,256,0", "LEFT,TOP,RIGHT,BOTTOM")
 
 # None stands for "not given": the model's own value, or that of --like.
 _Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
-_Path = Annotated[Path | None, _FILE, tyro.conf.arg(help_behavior_hint="")]
-_Int = Annotated[int | None, _INTEGER, tyro.conf.arg(help_behavior_hint="")]
-_Float = Annotated[float | None, _REAL, tyro.conf.arg(help_behavior_hint="")]
+_Path = Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")]
+_Int = Annotated[int | None, tyro.conf.arg(help_behavior_hint="")]
+_Float = Annotated[float | None, tyro.conf.arg(help_behavior_hint="")]
 _Sides = Annotated[tuple[int, int, int, int] | None, _SIDES, tyro.conf.arg(help_behavior_hint="")]
 _Thresholds = Annotated[
     tuple[int, int] | None,
@@ -284,11 +260,11 @@ class Options:
     resized; --no-size-bins draws in the size that is asked for."""
     clean_caption: bool = False
     """Clean PixArt's prompts as the captions of its training were: no addresses, marks, codes."""
-    number: Annotated[int, _INTEGER, tyro.conf.arg(aliases=["-n"])] = 1
+    number: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
     """Pictures per prompt, with seeds seed, seed + 1, ..."""
     seed: _Int = None
     """0 ... 2**64 - 1; a random one is drawn and printed."""
-    out: Annotated[Path, _FILE, tyro.conf.arg(aliases=["-o"])] = Path("out")
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out")
     """Folder, or a file name that ends in .png, .jpg or .webp, of a clip in .mp4 or .webp. Nothing
     is ever overwritten: where the name is taken the new picture gets a number."""
     name: str = PATTERN

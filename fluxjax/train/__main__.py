@@ -17,11 +17,10 @@ def main(
     arguments = sys.argv[1:] if arguments is None else arguments
     verb, *rest = arguments or [""]
     if verb == "evaluate":
-        import tyro
-
+        from fluxjax.command_options import parse_options
         from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 
-        settings = tyro.cli(EvaluateSettings, args=rest, prog=f"{prog} evaluate")
+        settings = parse_options(EvaluateSettings, rest, f"{prog} evaluate")
         from fluxjax.train.embedded.evaluate import evaluate
 
         cli.begin()

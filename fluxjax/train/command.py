@@ -11,8 +11,8 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from fluxjax import cli
+from fluxjax.command_options import parse_options
 from fluxjax.config import ConfigError
-from fluxjax.path_option import PATHS
 from fluxjax.terminal import print_line, say
 
 R = TypeVar("R")
@@ -57,26 +57,25 @@ Below are a fine-tuning recipe's options and their defaults."""
 def read_options(arguments: Sequence[str], name: str = "python -m fluxjax.train") -> Options[Any]:
     """The recipe named first, changed by the options behind it; `name` is the command's.
 
-    Raises ConfigError for a recipe that is not valid; tyro ends the process for an option.
+    Raises ConfigError for a recipe that is not valid, ValueError for an option.
     """
     from fluxjax.train.recipe import FinetuneRecipe, read_recipe
 
     if arguments and arguments[0] in ("-h", "--help"):
         recipe, options = FinetuneRecipe(), Options[FinetuneRecipe]
         shown = Options(recipe=recipe)
-        tyro.cli(options, default=shown, args=["-h"], prog=f"{name} RECIPE", description=_HELP)
+        parse_options(options, ["-h"], f"{name} RECIPE", default=shown, description=_HELP)
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(
             f"name a recipe first: {name} RECIPE [OPTIONS]; recipes to copy are in train/, and "
             f"{name} RECIPE --help lists the options"
         )
     recipe = read_recipe(Path(arguments[0]))
-    return tyro.cli(
+    return parse_options(
         Options[type(recipe)],
+        arguments[1:],
+        f"{name} {arguments[0]}",
         default=Options(recipe=recipe),
-        args=list(arguments[1:]),
-        prog=f"{name} {arguments[0]}",
-        registry=PATHS,
     )
 
 
@@ -191,7 +190,7 @@ class ExportOptions:
 
 def export(arguments: Sequence[str], name: str = "python -m fluxjax.train export") -> None:
     """Write the result of a run as of one of its checkpoints, and print where it is."""
-    options = tyro.cli(ExportOptions, args=list(arguments), prog=name, registry=PATHS)
+    options = parse_options(ExportOptions, arguments, name)
     from fluxjax.train.recipe import read_recipe
 
     # What is no run is told before JAX is imported.
