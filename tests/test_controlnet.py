@@ -141,7 +141,7 @@ def test_samples_reach_the_blocks_as_in_diffusers(scan, repeat):
     shape = (2, 30, DEEP.inner_dim)
     double = random.normal(size=(2, *shape)).astype(np.float32)
     single = random.normal(size=(2, *shape)).astype(np.float32)
-    guides = Guides((double,), (single,), (spread(2, 3, repeat=repeat),), (spread(2, 3),), ())
+    guides = Guides(double, single, spread(2, 3, repeat=repeat), spread(2, 3))
     ours = guided(scan, guides)
     x = {k: torch.tensor(v) for k, v in network_of(DEEP).inputs(DEEP).items()}
     with torch.no_grad():

@@ -35,6 +35,7 @@ SIZES = {
 KINDS = {
     "union": {"num_mode": 10, "num_single_layers": 1},
     "plain": {},
+    "deep": {"num_layers": 2},
     "pixels": {"conditioning_embedding_channels": 16, "patch_size": 2},
     "wide": {"attention_head_dim": 8, "num_attention_heads": 8, "axes_dims_rope": (2, 2, 4)},
 }
@@ -95,6 +96,20 @@ CASES = {
         "",
         {"control_mode": [0, 4], "controlnet_conditioning_scale": [0.5, 0.9]},
         {"control_mode": ["canny", 4], "control_scale": [0.5, 0.9]},
+    ),
+    # The deeper one's second sample is left out, and the union's of single blocks where it comes
+    # second.
+    "deep first": (
+        ["deep", "union"],
+        "",
+        {"control_mode": [None, 2], "controlnet_conditioning_scale": [0.6, 0.9]},
+        {"control_mode": [None, 2], "control_scale": [0.6, 0.9]},
+    ),
+    "deep second": (
+        ["union", "deep"],
+        "",
+        {"control_mode": [2, None], "controlnet_conditioning_scale": [0.6, 0.9]},
+        {"control_mode": [2, None], "control_scale": [0.6, 0.9]},
     ),
     # Of a union's mode their pipelines have one row, whatever the number of pictures.
     "image": (

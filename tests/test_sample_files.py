@@ -395,6 +395,7 @@ def test_where_pictures_go(here, tmp_path):
         ("tinny", "there is no model folder .*tinny; did you mean tiny?"),
         ("flux1-def.safetensors", r"no model file .*; did you mean flux1-dev\.safetensors?"),
         ("x/y/z", "there is no model folder .*z$"),
+        ("x/y/my_FLUX.1-dev", "there is no model folder .*my_FLUX.1-dev$"),
     ],
 )
 def test_a_misspelt_model_is_told_what_may_be_meant(here, model, words):

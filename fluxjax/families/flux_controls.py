@@ -6,8 +6,9 @@ samples of the prompt's, as there.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -128,16 +129,28 @@ def _unless_zero(scale: Array, run: Callable[[], ControlSamples]) -> ControlSamp
 
 def _guides(config: FluxConfig, extras: Extras, found: list[ControlSamples], rows: int) -> Guides:
     """Samples for `rows` rows, spread over the blocks of the transformer, and the image prompt."""
+    if not found:
+        return Guides(prompts=extras.image_prompts)
+    repeat = extras.controls[0].module.config.sees_pixels
 
-    def each(kind: str, blocks: int) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
-        samples, indices = [], []
-        for control, one in zip(extras.controls, found, strict=True):
-            if (sample := getattr(one, kind)) is not None:
-                repeat = control.module.config.sees_pixels
-                samples.append(jnp.tile(sample, (1, rows // sample.shape[1], 1, 1)))
-                indices.append(spread(len(sample), blocks, repeat=repeat))
-        return tuple(samples), tuple(indices)
+    def each(kind: str, blocks: int, **how: bool) -> tuple[Any, Any]:
+        total = _sum([getattr(one, kind) for one in found])
+        if total is None:
+            return None, None
+        rows_each = jnp.tile(total, (1, rows // total.shape[1], 1, 1))
+        return rows_each, spread(len(total), blocks, **how)
 
-    double, double_index = each("double", config.num_layers)
+    double, double_index = each("double", config.num_layers, repeat=repeat)
     single, single_index = each("single", config.num_single_layers)
     return Guides(double, single, double_index, single_index, extras.image_prompts)
+
+
+def _sum(samples: list[Array | None]) -> Array | None:
+    """One by one as many as the shortest has, and none where the first has none.
+
+    Source: diffusers `FluxMultiControlNetModel`.
+    """
+    given = [one for one in samples if one is not None]
+    if samples[0] is None:
+        return None
+    return reduce(operator.add, [one[: min(map(len, given))] for one in given])

@@ -171,13 +171,13 @@ class FluxControlNet(FluxTrunk):
             (modulations.image, modulations.text),
             rope,
             NOTHING,
-            (),
+            None,
             UNMARKED,
         )
         image, text = streams
         joint = jnp.concatenate([text, image], axis=1)
         blocks = self.single_transformer_blocks
-        _, single = run(blocks, joint, modulations.single, rope, NOTHING, (), UNMARKED)
+        _, single = run(blocks, joint, modulations.single, rope, NOTHING, None, UNMARKED)
         if single is not None:
             single = single[:, :, text.shape[1] :]
         return ControlSamples(

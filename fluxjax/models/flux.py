@@ -57,13 +57,13 @@ class Modulations(NamedTuple):
 class Guides(NamedTuple):
     """What is added to the picture's tokens inside: by ControlNets, by IP-Adapters.
 
-    Samples are spread over the blocks as `spread` says, one array of indices for each ControlNet.
+    Samples are spread over the blocks as `spread` says.
     """
 
-    double: Samples = ()
-    single: Samples = ()
-    double_index: tuple[Int[Array | np.ndarray, "layers"], ...] = ()
-    single_index: tuple[Int[Array | np.ndarray, "single_layers"], ...] = ()
+    double: Samples | None = None
+    single: Samples | None = None
+    double_index: Int[Array | np.ndarray, "layers"] | None = None
+    single_index: Int[Array | np.ndarray, "single_layers"] | None = None
     prompts: tuple[ImagePrompt, ...] = ()
 
 
@@ -71,7 +71,7 @@ UNGUIDED = Guides()
 
 
 def spread(samples: int, blocks: int, *, repeat: bool = False) -> Int[np.ndarray, " blocks"]:
-    """Which of a ControlNet's samples each block takes: stretches of equal length, so that with 6
+    """Which of the samples each block takes: stretches of equal length, so that with 6
     for 19 blocks (4 each) the last is never used; or with `repeat` in turn, as XLabs' do.
 
     Source: diffusers `FluxTransformer2DModel`.

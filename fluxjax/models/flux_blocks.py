@@ -30,15 +30,15 @@ from fluxjax.models.transformer_blocks import (
     split_heads,
 )
 
-Samples = tuple[Float[Array, "n b image d"], ...]
-"""What each ControlNet adds: its samples, of which every block takes one."""
+Samples = Float[Array, "n b image d"]
+"""What ControlNets add; every block takes one."""
 
 
 class Additions(NamedTuple):
     """What is added to the picture's tokens after one block, or with a leading axis after each."""
 
-    samples: tuple[Int[Array | np.ndarray, "*layers"], ...] = ()
-    """For each ControlNet, which of its samples."""
+    sample: Int[Array | np.ndarray, "*layers"] | None = None
+    """Which of the samples."""
     prompts: tuple[ImagePrompt, ...] = ()
     """Of double blocks."""
 
@@ -116,7 +116,7 @@ class DoubleBlock(Part):
         modulation: tuple[Float[Array, "b image_parts d"], Float[Array, "b 6 d"]],
         rope: Rope,
         added: Additions = NOTHING,
-        samples: Samples = (),
+        samples: Samples | None = None,
         marks: Marks = UNMARKED,
     ) -> tuple[tuple[Float[Array, "b image d"], Float[Array, "b text d"]], None]:
         image, text = streams
@@ -135,8 +135,8 @@ class DoubleBlock(Part):
         image = image + over_tokens(mlp_gate) * image_mlp
         if seen is not None:
             image = image + seen
-        for sample, index in zip(samples, added.samples, strict=True):
-            image = image + sample[index]
+        if samples is not None:
+            image = image + samples[added.sample]
         text = text + over_tokens(c_gate) * text_out
         text_mlp = self.ff_context(modulate(self.norm2_context(text), c_mlp_shift, c_mlp_scale))
         text = text + over_tokens(c_mlp_gate) * text_mlp
@@ -168,7 +168,7 @@ class SingleBlock(Part):
         modulation: Float[Array, "b parts d"],
         rope: Rope,
         added: Additions = NOTHING,
-        samples: Samples = (),
+        samples: Samples | None = None,
         marks: Marks = UNMARKED,
     ) -> tuple[Float[Array, "b l d"], None]:
         shift, scale, gate = parts(modulation, marks.replaced)
@@ -177,7 +177,7 @@ class SingleBlock(Part):
         seen = self.attn(normed, rope, marks.key_lengths)
         out = self.proj_out(seen, mlp)
         x = x + over_tokens(gate) * out
-        for sample, index in zip(samples, added.samples, strict=True):
-            text = x.shape[1] - sample.shape[2]
-            x = jnp.concatenate([x[:, :text], x[:, text:] + sample[index]], axis=1)
+        if samples is not None:
+            text = x.shape[1] - samples.shape[2]
+            x = jnp.concatenate([x[:, :text], x[:, text:] + samples[added.sample]], axis=1)
         return x, None

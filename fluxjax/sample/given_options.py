@@ -123,7 +123,7 @@ def _check_model(model: str | None) -> None:
     names = [*embedded_names(), *filter(embedded_adapter, TOOLS.values())]
     names += [entry.name for entry in beside]
     near = get_close_matches(path.name, [name for name in names if name != path.name], 1)
-    what = "file" if path.suffix else "folder"
+    what = "file" if path.suffix[1:].isalpha() else "folder"
     meant = f"; did you mean {near[0]}?" if near else ""
     raise FileNotFoundError(f"there is no model {what} {path}{meant}")
 
