@@ -1,8 +1,8 @@
 """Where a model's files are: the embedded one, a path on this machine, or a name on a hub.
 
-A name is OWNER/NAME, OWNER/NAME@REVISION, or either with /FILE.safetensors behind it, for one file
-of a repository. A path that exists is never taken for one. huggingface_hub downloads, with its own
-cache, tokens and settings (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+A name is OWNER/NAME, OWNER/NAME@REVISION, or either with /FILE.safetensors or /FILE.gguf behind it,
+for one file of a repository. A path that exists is never taken for one. huggingface_hub downloads,
+with its own cache, tokens and settings (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ _SHIPPED = r"[a-z][a-z\d-]{0,63}"
 _NAME = (
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?"
-    r"(?:/(?P<file>(?:[\w .+()-]+/)*[\w .+()-]+\.safetensors))?"
+    r"(?:/(?P<file>(?:[\w .+()-]+/)*[\w .+()-]+\.(?:safetensors|gguf)))?"
 )
-_FILES = (".safetensors", ".gguf", ".ckpt", ".bin", ".pt", ".pth", ".png", ".toml")
+_WEIGHTS = (".safetensors", ".gguf")
+_FILES = (*_WEIGHTS, ".ckpt", ".bin", ".pt", ".pth", ".png", ".toml")
 _TEXT = (".json", ".txt", ".model", ".jinja")
 _ENCODERS = r"(text_encoder|tokenizer)(_\d)?"
-_NOT_OURS = ("safety_checker", "feature_extractor")
+_NETWORK = r"text_encoder(_\d)?|transformer|unet|vae|controlnet(_\d)?|image_encoder|image_embedder"
+_CARRIED = ("safety_checker", "feature_extractor")  # along by `convert`, and of no use here
 _INDEX = "model_index.json"
 
 
@@ -94,10 +96,11 @@ def find(
 ) -> Path:
     """The folder or file of `source`; what only the hub has is downloaded, as far as `kind` needs.
 
-    model: a whole pipeline; configuration: its JSON files alone; checkpoint: a pipeline, the folder
-    of one network, or a file; vae, text encoders: those folders of a pipeline, or a repository that
-    is one; lora: a file. `check` sees a pipeline's folder before its weights are downloaded.
-    A path comes back as it is, there or not: whoever opens it says what is wrong.
+    model: a whole pipeline, as far as it is run; configuration: its JSON files alone; checkpoint: a
+    pipeline with what is carried along, the folder of one network, or a file; vae, text encoders:
+    those folders of a pipeline, or a repository that is one; lora: a file. `check` sees a
+    pipeline's folder before its weights are downloaded. A path comes back as it is, there or not:
+    whoever opens it says what is wrong.
 
     Raises FileNotFoundError for what neither this machine nor the hub has, PermissionError for a
     gated model, ConfigError for a repository that holds no `kind`, each in one sentence.
@@ -158,7 +161,7 @@ def _check_hashes(name: Name, folder: Path, files: Collection[str]) -> None:
 
 
 def _is_one_file(wanted: Collection[str]) -> bool:
-    return len(wanted) == 1 and next(iter(wanted)).endswith(".safetensors")
+    return len(wanted) == 1 and next(iter(wanted)).endswith(_WEIGHTS)
 
 
 def _listing(name: Name) -> tuple[dict[str, int | None], Path]:
@@ -201,28 +204,42 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
         if name.file not in files:
             _refuse(name, f"has no file {name.file}", files)
         return [name.file]
-    top = {file.partition("/")[0] for file in files if "/" in file} - set(_NOT_OURS)
     whole = _INDEX in files
     if kind == "configuration" and whole:
         texts = [file for file in files if file.endswith(".json") and ".index." not in file]
         return sorted(file for file in texts if file.count("/") < 2)
     if kind in ("model", "checkpoint") and whole:
         texts = [file for file in files if "/" not in file and file.endswith(".json")]
-        return sorted(texts) + [file for part in sorted(top) for file in _part(files, part)]
-    if kind == "text encoders" and any(re.fullmatch(_ENCODERS, name) for name in top):
-        parts = sorted(name for name in top if re.fullmatch(_ENCODERS, name))
-        return [file for part in parts for file in _part(files, part)]
+        return sorted(texts) + [file for part in _parts(files, kind) for file in part]
+    encoders = [name for name in _folders(files) if re.fullmatch(_ENCODERS, name)]
+    if kind == "text encoders" and encoders:
+        return [file for part in encoders for file in _part(files, part)]
     if kind == "vae" and "vae/config.json" in files:
         return _part(files, "vae")
     if kind in ("vae", "checkpoint") and "config.json" in files:
         return ["config.json", *_weights(files, "")]
     if kind in ("configuration", "text encoders"):
         _refuse(name, f"has no {_INDEX if kind == 'configuration' else 'text_encoder'}", files)
-    alone = [file for file in files if file.endswith(".safetensors")]
+    alone = [file for file in files if file.endswith(_WEIGHTS)]
     if len(alone) != 1:
         article = "a diffusers folder" if kind == "model" else f"one {kind} alone"
         _refuse(name, f"is not {article}", files)
     return alone
+
+
+def _folders(files: Collection[str]) -> list[str]:
+    return sorted({file.partition("/")[0] for file in files if "/" in file})
+
+
+def _parts(files: Collection[str], kind: Kind) -> Iterator[list[str]]:
+    """Those of each folder of a pipeline. Some have weights that its index does not list, older
+    ones or the same once more: XL's vae_1_0, Stable Diffusion 3.5's text_encoders."""
+    for folder in _folders(files):
+        part = _part(files, folder)
+        weights = any(file.endswith(".safetensors") for file in part)
+        listed = not weights or re.fullmatch(_NETWORK, folder)
+        if kind == "checkpoint" if folder in _CARRIED else listed:
+            yield part
 
 
 def _part(files: Collection[str], part: str) -> list[str]:
@@ -250,10 +267,14 @@ def _weights(files: Collection[str], folder: str) -> list[str]:
 
 
 def _refuse(name: Name, what: str, files: Collection[str]) -> NoReturn:
-    alone = sorted(file for file in files if file.endswith(".safetensors"))
+    alone = sorted(file for file in files if file.endswith(_WEIGHTS))
     listed = ", ".join(f"{name.repo}/{file}" for file in alone[:5])
     more = f" and {len(alone) - 5} more" if len(alone) > 5 else ""
-    there = f"name one of its files: {listed}{more}" if alone else "it has no .safetensors file"
+    there = (
+        f"name one of its files: {listed}{more}"
+        if alone
+        else "it has no .safetensors or .gguf file"
+    )
     raise ConfigError(f"{name.repo} {what}; {there}")
 
 

@@ -570,6 +570,9 @@ def test_all_of_sd3_learns_but_its_table_of_positions(pictures, tmp_path):
     from fluxjax.sample.loading import load_pipeline
 
     source = _write(tmp_path / "sd3", SMALL_SD3)
+    listed = json.loads((source / "model_index.json").read_text())
+    listed["feature_extractor"] = ["transformers", "SiglipImageProcessor"]  # not there, as of a hub
+    (source / "model_index.json").write_text(json.dumps(listed))
     recipe = _small("lora_sd3", source, pictures, tmp_path / "run")
     recipe = replace(
         recipe,

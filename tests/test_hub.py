@@ -54,6 +54,11 @@ def test_names_are_told_from_paths(tmp_path, monkeypatch):
     assert hub_name("black-forest-labs/FLUX.1-dev") == ("black-forest-labs/FLUX.1-dev", "main", "")
     assert hub_name("o/n@v1.0") == ("o/n", "v1.0", "")
     assert hub_name("o/n@refs/pr/7/a/b.safetensors") == ("o/n", "refs/pr/7", "a/b.safetensors")
+    assert hub_name("city96/FLUX.1-dev-gguf/flux1-dev-Q4_K_S.gguf") == (
+        "city96/FLUX.1-dev-gguf",
+        "main",
+        "flux1-dev-Q4_K_S.gguf",
+    )
     assert hub_name("o/n/my file.safetensors") == ("o/n", "main", "my file.safetensors")
     for path in (
         "tiny",
@@ -109,6 +114,15 @@ def test_only_what_is_needed_is_chosen():
     one = Name("owner/name", "main", "flux1-dev.safetensors")
     assert choose(DEV, one, "model") == ["flux1-dev.safetensors"]
     assert choose(["a/style.safetensors", "README.md"], NAME, "lora") == ["a/style.safetensors"]
+    # `convert` carries along what PyTorch's pipelines list in their index.
+    assert set(choose(DEV, NAME, "checkpoint")) - chosen == {
+        "safety_checker/config.json",
+        "safety_checker/model.safetensors",
+    }
+    # As XL has an older autoencoder, Stable Diffusion 3.5 the files of text encoders.
+    others = ["vae_1_0/config.json", "vae_1_0/x.safetensors", "text_encoders/t5xxl.safetensors"]
+    others += ["image_processor/preprocessor_config.json"]
+    assert set(choose([*DEV, *others], NAME, "model")) - chosen == {others[-1]}
     # As Stable Diffusion 3 has its T5: shards of a variant.
     variant = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
     variant += ["model.safetensors.index.fp16.json"]
@@ -125,7 +139,7 @@ def test_only_what_is_needed_is_chosen():
     [
         (["a.safetensors", "b.safetensors"], "lora", "name one of its files: owner/name/a.safet"),
         (["a.safetensors", "b.safetensors"], "model", "is not a diffusers folder"),
-        (["pytorch_model.bin"], "model", "it has no .safetensors file"),
+        (["pytorch_model.bin"], "model", "it has no .safetensors or .gguf"),
         (["a.safetensors"], "text encoders", "has no text_encoder"),
         (["a.safetensors"], "configuration", "has no model_index.json"),
     ],
@@ -133,6 +147,26 @@ def test_only_what_is_needed_is_chosen():
 def test_a_repository_that_will_not_do_is_named(files, kind, words):
     with pytest.raises(ConfigError, match=f"owner/name.*{words}"):
         choose(files, NAME, kind)
+
+
+def checked(folder: Path) -> dict[str, Path]:
+    """A Stable Diffusion with a safety checker, of which nothing is read."""
+    own = tiny_folder().with_name("tiny-sd")
+    parts = [own, *(part for part in own.iterdir() if part.is_dir())]
+    found = [file for part in parts for file in part.iterdir() if file.is_file()]
+    files = {file.relative_to(own).as_posix(): file for file in found}
+    index = json.loads(files["model_index.json"].read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    for name, text in (
+        ("model_index.json", json.dumps(index)),
+        ("safety_checker/config.json", "{}"),
+        ("safety_checker/model.safetensors", "weights"),
+        ("feature_extractor/preprocessor_config.json", "{}"),
+    ):
+        files[name] = folder / name.replace("/", " ")
+        files[name].write_text(text)
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +182,7 @@ def hub(tmp_path_factory):
     weights = tiny["vae/diffusion_pytorch_model.safetensors"]
     loras = {"one.safetensors": weights, "two.safetensors": weights}
     files = {"someone/tiny": tiny, "someone/loras": loras, "someone/gated": tiny}
+    files["someone/sd"] = checked(folder)
     with serve(files, gated=("someone/gated",)) as running:
         yield running
 
@@ -229,6 +264,15 @@ def test_half_a_model_is_none_without_a_network(ask, hub):
     hub.damaged.clear()
     code, _, said = ask("-c", MISTAKES, "someone/tiny", HF_HUB_OFFLINE="1")
     assert code == 2 and "Traceback" not in said, said
+
+
+def test_a_safety_checker_is_downloaded_for_convert_alone(ask, hub):
+    """Which carries it along; it said that the folder, as downloaded, lacks it."""
+    assert ask("-c", FIND, "someone/sd")[0] == 0
+    assert not [name for name in hub.downloads if name.startswith(("safety", "feature"))]
+    code, _, said = ask("-m", "fluxjax.convert", "someone/sd", "here")
+    assert code == 0, said
+    assert {name.split("/")[0] for name in hub.downloads} == {"safety_checker", "feature_extractor"}
 
 
 def test_a_file_of_several(ask, hub):

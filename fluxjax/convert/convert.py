@@ -152,8 +152,9 @@ def plan(
         rewritten = _without_old_configs(copies, plain, networks)
         if Path("model_index.json") in rewritten:
             rewritten |= _sampled_with(copies, networks, [file for file, _ in loras], defaults)
-        files = _files(networks, form, copies, whole=_is_pipeline(source))
-        files |= rewritten | _as_written(copies, dtype)
+        whole_source = _is_pipeline(source)
+        files = _files(networks, form, copies, whole=whole_source)
+        files |= rewritten | _as_written(copies, dtype, whole=whole_source)
         _say_quantised(weights, files, copies)
     return Conversion(
         source,
@@ -285,15 +286,19 @@ def _say_quantised(
             files[path] = {**given, "quantization_config": part.quantisation}
 
 
-def _as_written(copies: dict[Path, Path], dtype: Dtype) -> dict[Path, dict[str, Any]]:
+def _as_written(
+    copies: dict[Path, Path], dtype: Dtype, *, whole: bool
+) -> dict[Path, dict[str, Any]]:
     """Files of configurations that must say something else of the weights than the source's do.
+    One above the networks of a `whole` pipeline is nobody's, and need not even be JSON: some
+    repositories have one so that downloads are counted.
 
     transformers casts to the dtype that is named there, and both libraries expect quantised
     weights where a quantisation is.
     """
     changed = {}
     for name, path in copies.items():
-        if name.name != "config.json":
+        if name.name != "config.json" or (whole and name.parent == Path()):
             continue
         given = read_json(path)
         values = {key: value for key, value in given.items() if key != "quantization_config"}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxjax.atomic_write import whole_or_nothing
+from fluxjax.checkpoint.component_json import write_json
 from fluxjax.checkpoint.lora.writer import write_lora
 from fluxjax.checkpoint.pipeline_folder import (
     DEFAULTS_KEY,
@@ -135,6 +136,12 @@ def _write_pipeline(folder: Path, source: Path, config: PipelineConfig, params: 
             if name in config.networks:
                 name_plainly(folder / name)
     save_params(folder, config.denoiser, params, config.networks[config.denoiser], None)
+    index = read_json(folder / "model_index.json")
+    listed = {name for name, value in index.items() if isinstance(value, list) and any(value)}
+    # A safety checker, of no use here, is not downloaded from a hub.
+    lacking = listed - {path.name for path in folder.iterdir()}
+    if lacking:
+        write_json(folder / "model_index.json", index | {name: [None, None] for name in lacking})
 
 
 def _on_first_host(tree: Tree, dtype: Any = None) -> Tree:
