@@ -75,8 +75,8 @@ def tokenizer_folder(folder: Path, text_encoder: str) -> Path:
     return beside if not own.is_dir() and any((beside / f).is_file() for f in files) else own
 
 
-def read_config(folder: Path) -> PipelineConfig:
-    """The configuration of a pipeline folder.
+def read_config(folder: Path, **instead: Any) -> PipelineConfig:
+    """The configuration of a pipeline folder; `instead`: of networks in place of its own.
 
     Raises FileNotFoundError naming the missing file, ConfigError for what is of no family of ours.
     """
@@ -88,7 +88,9 @@ def read_config(folder: Path) -> PipelineConfig:
     parts: dict[str, Any] = {name: index[name] for name in cls.index_fields if name in index}
     for component in cls.components:
         kinds, optional = kinds_of(cls, component)
-        if optional and index.get(component) in (None, [None, None]):
+        if component in instead:
+            parts[component] = instead[component]
+        elif optional and index.get(component) in (None, [None, None]):
             parts[component] = None
         else:
             path = _present(folder, f"{component}/config.json")

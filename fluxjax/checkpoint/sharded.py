@@ -32,6 +32,8 @@ def weights_file(folder: Path) -> Path:
     # A variant (model.fp16.safetensors) beside the plain file is passed over.
     plain = [p for p in indices if p.name.count(".") == 3], [p for p in files if _is_plain(p)]
     indices, files = plain if any(plain) else (indices, files)
+    # As diffusers and transformers: beside their own names there may be those of the original code.
+    indices, files = (_of_their_names(indices), _of_their_names(files))
     if len(indices) > 1 or (not indices and len(files) > 1):
         names = ", ".join(path.name for path in indices or files)
         raise ValueError(f"{folder} holds several sets of weights, keep one of: {names}")
@@ -52,6 +54,13 @@ def _indices(folder: Path) -> list[Path]:
 def is_index(name: str) -> bool:
     """Whether a file of that name says in which shards tensors lie."""
     return re.search(r"\.safetensors\.index(\.\w+)?\.json$", name) is not None
+
+
+def _of_their_names(files: list[Path]) -> list[Path]:
+    own = [
+        path for path in files if path.name.split(".")[0] in ("diffusion_pytorch_model", "model")
+    ]
+    return own if len(own) == 1 else files
 
 
 def _is_plain(file: Path) -> bool:

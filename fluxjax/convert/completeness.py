@@ -82,8 +82,9 @@ def _left_out(folder: Path, read: Mapping[str, Path]) -> list[str]:
     singles = [SINGLE_FILES[name] for name in read if name in SINGLE_FILES]
     beside, others = [], []
     for path in _weights(folder):
-        # A variant, or what other libraries read, has the network's folder; BFL's file lies above.
-        same = (path.parent in folders and "model" in path.stem) or (
+        # A variant, what other libraries read, or the original code's (sdxl_vae) has the network's
+        # folder; BFL's file lies above.
+        same = (path.parent in folders and re.search("model|vae", path.stem) is not None) or (
             path.parent == folder
             and any(path.with_suffix(".safetensors").match(pattern) for pattern in singles)
         )

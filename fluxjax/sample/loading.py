@@ -76,8 +76,8 @@ def load_pipeline(
       text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2. Of a
         HunyuanVideo they tell what it draws from: a language model alone from text, LLaVA from a
         first frame.
-      vae: a diffusers autoencoder's folder, or its original file (ae.safetensors,
-        hunyuan_vae.safetensors).
+      vae: another autoencoder than the model's own, which a transformer's file lacks: a diffusers
+        folder, or an original file (ae.safetensors, hunyuan_vae.safetensors).
       scan_layers: compile one block of each kind and scan over them, or each block for itself,
         which on CPUs runs 1.3 times faster and by default is done for up to 12 blocks.
       loras: files of adapters (LoRA, DoRA, LoKr, LoHa, OFT and others) for the transformer and the
@@ -207,9 +207,9 @@ def _known_dtype(dtype: Dtype | None) -> Dtype:
 def _open_model(path: Path, text_encoders: str | Path | None, vae: str | Path | None) -> ModelFiles:
     if path.is_file():
         return open_model_file(path, text_encoders, vae)
-    if text_encoders is not None or vae is not None:
-        raise ConfigError(f"text encoders and vae are given for a single file, and {path} is none")
-    return open_model_folder(path)
+    if text_encoders is not None:
+        raise ConfigError(f"text encoders are given for a single file, and {path} is none")
+    return open_model_folder(path, vae)
 
 
 def _require_tokenizers(folder: Path, config: PipelineConfig) -> None:

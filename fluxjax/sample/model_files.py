@@ -28,11 +28,16 @@ class ModelFiles(NamedTuple):
     tokenizers: Path
 
 
-def open_model_folder(path: Path) -> ModelFiles:
-    """Of diffusers, or Orbax. Raises FileNotFoundError, ConfigError."""
+def open_model_folder(path: Path, vae: str | Path | None = None) -> ModelFiles:
+    """Of diffusers, or Orbax, with another autoencoder than its own where one is given. Raises
+    FileNotFoundError, ConfigError."""
     config = read_config(path)
     family = family_of(read_json(path / "model_index.json")["_class_name"])
     networks = {name: open_component(path, name, part) for name, part in config.networks.items()}
+    if vae is not None:
+        other = _open_vae(find(vae, "vae"), networks["vae"])
+        config = read_config(path, vae=other.config)
+        networks["vae"] = replace(other, config=config.vae)
     # The tensors may tell more than config.json does.
     parts: dict[str, Any] = {name: network.config for name, network in networks.items()}
     return ModelFiles(family, networks, replace(config, **parts), path)
@@ -57,7 +62,7 @@ def open_model_file(
     if "transformer" not in networks:
         raise ConfigError(f"{path} holds no transformer but {', '.join(networks)}")
     if vae is not None:
-        networks["vae"] = _open_vae(find(vae, "vae"))
+        networks["vae"] = _open_vae(find(vae, "vae"), networks.get("vae"))
     if "vae" not in networks:
         raise ConfigError(
             f"{path} needs a vae: a diffusers autoencoder's folder or the original file, such as "
@@ -102,7 +107,7 @@ def _of_whole_file(
         )
     folder = find(text_encoders, "text encoders")
     if vae is not None:
-        networks["vae"] = _open_vae(find(vae, "vae"))
+        networks["vae"] = _open_vae(find(vae, "vae"), networks.get("vae"))
     config = assembled(_configs(networks), path.name, scheduler_of(networks))
     if config is None:
         for component in (*_TEXT_COMPONENTS, "text_encoder_3"):
@@ -118,12 +123,25 @@ def _configs(networks: dict[str, OpenNetwork]) -> dict[str, Any]:
     return {name: network.config for name, network in networks.items()}
 
 
-def _open_vae(path: Path) -> OpenNetwork:
+def _open_vae(path: Path, own: OpenNetwork | None) -> OpenNetwork:
+    """Of a file without a configuration the scale is that of the model's `own`, or FLUX's."""
     if path.is_file():
-        networks = open_file(path, component="vae", family="FLUX.1")
+        networks = open_file(path, own and own.config, component="vae", family="FLUX.1")
         if "vae" not in networks:
             raise ConfigError(f"{path} holds no autoencoder but {', '.join(networks)}")
-        return networks["vae"]
-    if (path / "vae").is_dir():
-        return open_component(path, "vae")
-    return open_folder(path, "vae", family="FLUX.1")
+        found = networks["vae"]
+    elif (path / "vae").is_dir():
+        found = open_component(path, "vae")
+    else:
+        found = open_folder(path, "vae", family="FLUX.1")
+    if own is not None and _latents(found.config) != _latents(own.config):
+        raise ConfigError(
+            f"{path} has another autoencoder than this model needs: {_latents(found.config)}; "
+            f"needed: {_latents(own.config)}"
+        )
+    return found
+
+
+def _latents(config: Any) -> str:
+    words = network_of(config).words
+    return f"{words}, {config.latent_channels} latent channels at 1 / {config.scale} of the size"

@@ -126,7 +126,8 @@ class Options:
     """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2; for a
     whole Stable Diffusion in one file, which has no tokenizers, a folder with those."""
     vae: _Path = None
-    """For a BFL file: folder of a diffusers autoencoder, or ae.safetensors."""
+    """Another autoencoder than the model's own, which a BFL file lacks: a diffusers folder, or a
+    file such as ae.safetensors."""
     first_frame_model: _Text = None
     """A model of pictures (FLUX.1) that draws a clip's first frame from the same prompt; it is kept
     beside the clip, as its --reference."""
