@@ -34,6 +34,7 @@ _ENCODERS = r"(text_encoder|tokenizer)(_\d)?"
 _NETWORK = r"text_encoder(_\d)?|transformer|unet|vae|controlnet(_\d)?|image_encoder|image_embedder"
 _CARRIED = ("safety_checker", "feature_extractor")  # along by `convert`, and of no use here
 _INDEX = "model_index.json"
+_LORA = "pytorch_lora_weights.safetensors"
 
 
 class Name(NamedTuple):
@@ -132,7 +133,7 @@ def _download(name: Name, kind: Kind, check: Callable[[Path], Any] | None) -> Pa
                     _check_hashes(name, folder, some)
             if check is not None and part is texts and _INDEX in part:
                 check(folder)
-    return folder / wanted[0] if _is_one_file(wanted) else folder
+    return folder / wanted[0] if wanted[0].endswith(_WEIGHTS) else folder
 
 
 def _fetch(name: Name, files: list[str]) -> None:
@@ -158,10 +159,6 @@ def _check_hashes(name: Name, folder: Path, files: Collection[str]) -> None:
                 f"{path.relative_to(folder).as_posix()} of {name.repo} came damaged (its hash is "
                 "not the hub's) and is removed: try again"
             )
-
-
-def _is_one_file(wanted: Collection[str]) -> bool:
-    return len(wanted) == 1 and next(iter(wanted)).endswith(_WEIGHTS)
 
 
 def _listing(name: Name) -> tuple[dict[str, int | None], Path]:
@@ -203,7 +200,7 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
     if name.file:
         if name.file not in files:
             _refuse(name, f"has no file {name.file}", files)
-        return [name.file]
+        return [name.file, *_beside(files, name.file, kind)]
     whole = _INDEX in files
     if kind == "configuration" and whole:
         texts = [file for file in files if file.endswith(".json") and ".index." not in file]
@@ -221,10 +218,18 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
     if kind in ("configuration", "text encoders"):
         _refuse(name, f"has no {_INDEX if kind == 'configuration' else 'text_encoder'}", files)
     alone = [file for file in files if file.endswith(_WEIGHTS)]
+    if kind == "lora":  # of several, as a training run leaves them, the one that diffusers takes
+        alone = [file for file in alone if file == _LORA] or alone
     if len(alone) != 1:
         article = "a diffusers folder" if kind == "model" else f"one {kind} alone"
         _refuse(name, f"is not {article}", files)
-    return alone
+    return [*alone, *_beside(files, alone[0], kind)]
+
+
+def _beside(files: Collection[str], file: str, kind: Kind) -> list[str]:
+    """What says how much PEFT's adapters count."""
+    config = str(PurePosixPath(file).with_name("adapter_config.json"))
+    return [config] if kind == "lora" and config in files else []
 
 
 def _folders(files: Collection[str]) -> list[str]:

@@ -114,6 +114,13 @@ def test_only_what_is_needed_is_chosen():
     one = Name("owner/name", "main", "flux1-dev.safetensors")
     assert choose(DEV, one, "model") == ["flux1-dev.safetensors"]
     assert choose(["a/style.safetensors", "README.md"], NAME, "lora") == ["a/style.safetensors"]
+    # A LoRA's repository as a training run leaves it; PEFT's, whose configuration counts.
+    run = ["pytorch_lora_weights.safetensors", "checkpoint-9/pytorch_lora_weights.safetensors"]
+    assert choose(run, NAME, "lora") == run[:1]
+    peft = ["adapter_model.safetensors", "adapter_config.json"]
+    assert choose([*peft, "README.md"], NAME, "lora") == peft
+    one = Name("owner/name", "main", f"a/{peft[0]}")
+    assert choose([f"a/{name}" for name in peft], one, "lora") == [f"a/{name}" for name in peft]
     # `convert` carries along what PyTorch's pipelines list in their index.
     assert set(choose(DEV, NAME, "checkpoint")) - chosen == {
         "safety_checker/config.json",
@@ -181,6 +188,9 @@ def hub(tmp_path_factory):
     tiny["transformer/diffusion_pytorch_model.bin"] = folder / "pytorch_model.bin"
     weights = tiny["vae/diffusion_pytorch_model.safetensors"]
     loras = {"one.safetensors": weights, "two.safetensors": weights}
+    (folder / "adapter_config.json").write_text("{}")
+    loras["peft/adapter_model.safetensors"] = weights
+    loras["peft/adapter_config.json"] = folder / "adapter_config.json"
     files = {"someone/tiny": tiny, "someone/loras": loras, "someone/gated": tiny}
     files["someone/sd"] = checked(folder)
     with serve(files, gated=("someone/gated",)) as running:
@@ -279,6 +289,8 @@ def test_a_file_of_several(ask, hub):
     code, file, said = ask("-c", FIND, "someone/loras/two.safetensors", "lora")
     assert code == 0 and file.endswith("/two.safetensors"), said
     assert hub.downloads == ["two.safetensors"]
+    code, file, said = ask("-c", FIND, "someone/loras/peft/adapter_model.safetensors", "lora")
+    assert code == 0 and Path(file).with_name("adapter_config.json").is_file(), said
 
 
 MISTAKES = """
@@ -296,7 +308,7 @@ cli.run(lambda: print(find(*sys.argv[1:])))
         (["someone/gated"], {}, ["someone/gated is gated: accept its terms at http", "HF_TO"]),
         (["someone/tiny@v9"], {}, ["someone/tiny has no revision v9"]),
         (["someone/tiny/x.safetensors"], {}, ["has no file x.safetensors"]),
-        (["someone/loras", "lora"], {}, ["someone/loras/one.safetensors, someone/loras/two"]),
+        (["someone/loras", "lora"], {}, ["someone/loras/one.safetensors, someone/loras/peft/ada"]),
         (["someone/tiny"], {"HF_HUB_OFFLINE": "1"}, ["HF_HUB_OFFLINE is set", "cache"]),
         (["someone/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["cannot be reached", "cache"]),
     ],

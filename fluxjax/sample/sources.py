@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG, split_scale
+from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG, peft_config_of, split_scale
 from fluxjax.config import ConfigError
 from fluxjax.hub import Kind, embedded_adapter, find, hub_name, shipped_folder
 
@@ -86,7 +86,9 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
     }
     path = find(source, wanted.get(kind.split()[0], "lora"))
     if path.is_file():
-        return {"": hash_file(path)}
+        config = peft_config_of(path) if kind.startswith("lora ") else None
+        own = {"config": hash_file(config)} if config else {}
+        return {"": hash_file(path), **own}
     if kind.startswith("lora "):  # PEFT's folder: its alpha counts too
         weights = sorted(file.name for file in path.glob("*.safetensors"))
         return {"": hash_files(path, [*weights, ADAPTER_CONFIG])}

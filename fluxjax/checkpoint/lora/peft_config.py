@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fluxjax.checkpoint.lora.rotations import Cayley
-from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG
+from fluxjax.checkpoint.lora.scaled_file import peft_config_of
 from fluxjax.config import ConfigError
 from fluxjax.json_input import parse_json, read_json
 
 PEFT_METADATA = "lora_adapter_metadata"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # True or filled, each changes more than low-rank products or needs other base weights.
 _REFUSED = (
     "fan_in_fan_out",
@@ -148,10 +147,7 @@ def read_peft_config(
         if not own:
             raise ConfigError(f"{where} do not say how much it counts in the {component}")
         return _of_kind(own, where)
-    beside = path.with_name(ADAPTER_CONFIG)
-    if beside.is_file() and (
-        path.name == ADAPTER_WEIGHTS or len(list(path.parent.glob("*.safetensors"))) == 1
-    ):
+    if beside := peft_config_of(path):
         return _of_kind(read_json(beside), str(beside))
     return PeftConfig()
 

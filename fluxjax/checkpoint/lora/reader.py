@@ -18,8 +18,8 @@ from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.lora.changes import Adapter, Change
 from fluxjax.checkpoint.lora.formed import changes_of
 from fluxjax.checkpoint.lora.names import grouped, is_of_adapter, known_network
-from fluxjax.checkpoint.lora.peft_config import ADAPTER_WEIGHTS, read_peft_config
-from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG
+from fluxjax.checkpoint.lora.peft_config import read_peft_config
+from fluxjax.checkpoint.lora.scaled_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.config import ConfigError
 from fluxjax.models.lora import adapter_sites

@@ -11,7 +11,15 @@ from fluxjax.config import ConfigError
 from fluxjax.hub import find
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, in a folder of an adapter
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _LARGEST = 1e30  # of numbers that are multiplied in float32
+
+
+def peft_config_of(path: Path) -> Path | None:
+    """PEFT's configuration that lies beside an adapter's file and is of no other."""
+    beside = path.with_name(ADAPTER_CONFIG)
+    lone = path.name == ADAPTER_WEIGHTS or len(list(path.parent.glob("*.safetensors"))) == 1
+    return beside if beside.is_file() and lone else None
 
 
 def split_scale(text: str) -> tuple[str, float]:
