@@ -200,7 +200,7 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
     if name.file:
         if name.file not in files:
             _refuse(name, f"has no file {name.file}", files)
-        return [name.file, *_beside(files, name.file, kind)]
+        return [name.file, *_beside(files, name.file)]
     whole = _INDEX in files
     if kind == "configuration" and whole:
         texts = [file for file in files if file.endswith(".json") and ".index." not in file]
@@ -218,18 +218,18 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
     if kind in ("configuration", "text encoders"):
         _refuse(name, f"has no {_INDEX if kind == 'configuration' else 'text_encoder'}", files)
     alone = [file for file in files if file.endswith(_WEIGHTS)]
-    if kind == "lora":  # of several, as a training run leaves them, the one that diffusers takes
+    if kind in ("lora", "checkpoint"):  # of several, as training leaves them, diffusers' result
         alone = [file for file in alone if file == _LORA] or alone
     if len(alone) != 1:
         article = "a diffusers folder" if kind == "model" else f"one {kind} alone"
         _refuse(name, f"is not {article}", files)
-    return [*alone, *_beside(files, alone[0], kind)]
+    return [*alone, *_beside(files, alone[0])]
 
 
-def _beside(files: Collection[str], file: str, kind: Kind) -> list[str]:
+def _beside(files: Collection[str], file: str) -> list[str]:
     """What says how much PEFT's adapters count."""
     config = str(PurePosixPath(file).with_name("adapter_config.json"))
-    return [config] if kind == "lora" and config in files else []
+    return [config] if config in files else []
 
 
 def _folders(files: Collection[str]) -> list[str]:

@@ -118,7 +118,8 @@ def test_only_what_is_needed_is_chosen():
     run = ["pytorch_lora_weights.safetensors", "checkpoint-9/pytorch_lora_weights.safetensors"]
     assert choose(run, NAME, "lora") == run[:1]
     peft = ["adapter_model.safetensors", "adapter_config.json"]
-    assert choose([*peft, "README.md"], NAME, "lora") == peft
+    for kind in ("lora", "checkpoint"):
+        assert choose([*peft, "README.md"], NAME, kind) == peft
     one = Name("owner/name", "main", f"a/{peft[0]}")
     assert choose([f"a/{name}" for name in peft], one, "lora") == [f"a/{name}" for name in peft]
     # `convert` carries along what PyTorch's pipelines list in their index.
