@@ -48,23 +48,34 @@ def _told(refuse: Callable[[Any], None]) -> AbstractContextManager[None]:
 
 def _refuse(event: Any, *, prog: str, read: Callable[..., Any]) -> None:
     """Raises ValueError for a mistake of a kind that is known here; tyro prints the others."""
+    try:
+        words = _words(event, prog, read)
+    except AttributeError:  # another tyro's event
+        return
+    if words is not None:
+        raise ValueError(words)
+
+
+def _words(event: Any, prog: str, read: Callable[..., Any]) -> str | None:
     match type(event).__name__:
         case "InstantiationFailure":  # of an argument, or of what checks them together
             where = f"{_name(event.argument)} " if event.argument else ""
-            raise ValueError(f"{where}{event.message}")
+            return f"{where}{event.message}"
         case "InvalidChoice":
             choices = ", ".join(sorted({*event.choices} - {"None"}))
-            raise ValueError(f"{_name(event.argument)} is one of {choices}; got {event.value!r}")
+            return f"{_name(event.argument)} is one of {choices}; got {event.value!r}"
         case "BadValue" if event.reason == "too_few_values":
-            raise ValueError(f"{_name(event.argument)} needs a value")
+            return f"{_name(event.argument)} needs a value"
         case "MissingArgs":
             names = " and ".join(_name(one.arg) for one in event.missing_arguments)
-            raise ValueError(f"{prog} needs {names}; {prog} --help says what they are")
+            return f"{prog} needs {names}; {prog} --help says what they are"
         case "MissingSubcommand":
             verbs = ", ".join(event.subcommand_spec.parser_from_name)
-            raise ValueError(f"{prog} needs one of {verbs}; {prog} --help says what they do")
+            return f"{prog} needs one of {verbs}; {prog} --help says what they do"
         case "UnrecognizedArgs":
-            raise ValueError(_unknown(event.tokens, prog, read))
+            return _unknown(event.tokens, prog, read)
+        case _:
+            return None
 
 
 def _name(argument: Any) -> str:
