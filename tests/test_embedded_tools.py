@@ -273,7 +273,7 @@ def test_a_control_picks_its_tool_and_the_picture_repeats(tmp_path, adapter, mon
     monkeypatch.setattr(hub, "_ASSETS", assets)
     with pytest.raises(ConfigError, match=r'load_pipeline\("tiny-canny"\) draws with a control'):
         pipe("a red square", control="edges.png")
-    for wrong in ({"lora_slots": 4}, {"vae": assets / "tiny" / "vae"}):
+    for wrong in ({"lora_slots": 4}, {"text_encoders": assets / "tiny"}):
         with pytest.raises(ConfigError):
             fluxjax.load_pipeline("tiny-canny", **wrong)
 

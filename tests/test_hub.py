@@ -170,7 +170,7 @@ def checked(folder: Path) -> dict[str, Path]:
         ("model_index.json", json.dumps(index)),
         ("safety_checker/config.json", "{}"),
         ("safety_checker/model.safetensors", "weights"),
-        ("feature_extractor/preprocessor_config.json", "{}"),
+        ("feature_extractor/preprocessor_config.json", '{"size": 224}'),  # no other's content
     ):
         files[name] = folder / name.replace("/", " ")
         files[name].write_text(text)
