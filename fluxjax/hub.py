@@ -237,13 +237,16 @@ def _folders(files: Collection[str]) -> list[str]:
 
 
 def _parts(files: Collection[str], kind: Kind) -> Iterator[list[str]]:
-    """Those of each folder of a pipeline. Some have weights that its index does not list, older
-    ones or the same once more: XL's vae_1_0, Stable Diffusion 3.5's text_encoders."""
+    """Those of each folder of a pipeline. Some have weights that its index does not list, of
+    another version or the same once more: XL's vae_1_0, Stable Diffusion 3.5's text_encoders."""
     for folder in _folders(files):
         part = _part(files, folder)
-        weights = any(file.endswith(".safetensors") for file in part)
-        listed = not weights or re.fullmatch(_NETWORK, folder)
-        if kind == "checkpoint" if folder in _CARRIED else listed:
+        if folder in _CARRIED:
+            wanted = kind == "checkpoint"
+        else:
+            weights = any(file.endswith(".safetensors") for file in part)
+            wanted = not weights or re.fullmatch(_NETWORK, folder) is not None
+        if wanted:
             yield part
 
 

@@ -127,7 +127,7 @@ def test_only_what_is_needed_is_chosen():
         "safety_checker/config.json",
         "safety_checker/model.safetensors",
     }
-    # As XL has an older autoencoder, Stable Diffusion 3.5 the files of text encoders.
+    # As XL has another autoencoder, Stable Diffusion 3.5 the files of text encoders.
     others = ["vae_1_0/config.json", "vae_1_0/x.safetensors", "text_encoders/t5xxl.safetensors"]
     others += ["image_processor/preprocessor_config.json"]
     assert set(choose([*DEV, *others], NAME, "model")) - chosen == {others[-1]}

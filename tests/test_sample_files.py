@@ -434,3 +434,16 @@ def test_scales_of_python_are_numbers(tmp_path):
             scaled_files(given)
         with pytest.raises(ConfigError, match="or a list of these"):
             read_heard(given)
+
+
+def test_the_record_has_the_hash_of_what_says_how_much_an_adapter_counts(here):
+    folder = here / "peft"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    alone = hashes_of(str(folder / "adapter_model.safetensors"), "lora 1")
+    found = []
+    for alpha in (8, 16):
+        (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        found.append(hashes_of(str(folder / "adapter_model.safetensors"), "lora 1"))
+    assert found[0].keys() == {"", "config"} != alone.keys() == {""}
+    assert found[0][""] == found[1][""] and found[0]["config"] != found[1]["config"]

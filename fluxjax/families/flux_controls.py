@@ -150,7 +150,8 @@ def _sum(samples: list[Array | None]) -> Array | None:
 
     Source: diffusers `FluxMultiControlNetModel`.
     """
-    given = [one for one in samples if one is not None]
     if samples[0] is None:
         return None
-    return reduce(operator.add, [one[: min(map(len, given))] for one in given])
+    given = [one for one in samples if one is not None]
+    shortest = min(map(len, given))
+    return reduce(operator.add, [one[:shortest] for one in given])

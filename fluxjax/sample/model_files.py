@@ -124,7 +124,7 @@ def _configs(networks: dict[str, OpenNetwork]) -> dict[str, Any]:
 
 
 def _open_vae(path: Path, own: OpenNetwork | None) -> OpenNetwork:
-    """Of a file without a configuration the scale is that of the model's `own`, or FLUX's."""
+    """A file has the scale of the model's `own`, or FLUX's; a folder says its own."""
     if path.is_file():
         networks = open_file(path, own and own.config, component="vae", family="FLUX.1")
         if "vae" not in networks:
