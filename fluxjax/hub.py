@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from fluxjax.config import ConfigError
 from fluxjax.terminal import say
 
-Kind = Literal["model", "configuration", "checkpoint", "vae", "text encoders", "lora"]
+Kind = Literal["model", "configuration", "checkpoint", "vae", "text encoders", "tokenizer", "lora"]
 
 _ASSETS = Path(__file__).resolve().parent / "assets"
 _SHIPPED = r"[a-z][a-z\d-]{0,63}"
@@ -32,6 +32,7 @@ _FILES = (*_WEIGHTS, ".ckpt", ".bin", ".pt", ".pth", ".png", ".toml")
 _TEXT = (".json", ".txt", ".model", ".jinja")
 _ENCODERS = r"(text_encoder|tokenizer)(_\d)?"
 _NETWORK = r"text_encoder(_\d)?|transformer|unet|vae|controlnet(_\d)?|image_encoder|image_embedder"
+_TOKENIZER = r"(tokenizer(_config)?|special_tokens_map|vocab)\.json|merges\.txt|spiece\.model"
 _CARRIED = ("safety_checker", "feature_extractor")  # along by `convert`, and of no use here
 _INDEX = "model_index.json"
 _LORA = "pytorch_lora_weights.safetensors"
@@ -99,7 +100,8 @@ def find(
 
     model: a whole pipeline, as far as it is run; configuration: its JSON files alone; checkpoint: a
     pipeline with what is carried along, the folder of one network, or a file; vae, text encoders:
-    those folders of a pipeline, or a repository that is one; lora: a file. `check` sees a
+    those folders of a pipeline, or a repository that is one; tokenizer: its files beside a network
+    of another library; lora: a file. `check` sees a
     pipeline's folder before its weights are downloaded. A path comes back as it is, there or not:
     whoever opens it says what is wrong.
 
@@ -201,6 +203,9 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
         if name.file not in files:
             _refuse(name, f"has no file {name.file}", files)
         return [name.file, *_beside(files, name.file)]
+    if kind == "tokenizer":
+        own = sorted(file for file in files if re.fullmatch(_TOKENIZER, file))
+        return own or _refuse(name, "has no tokenizer", files)
     whole = _INDEX in files
     if kind == "configuration" and whole:
         texts = [file for file in files if file.endswith(".json") and ".index." not in file]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -115,3 +118,28 @@ def digest(path: Path) -> str:
     """As the real one: SHA-256 of large files."""
     kind = hashlib.sha256 if path.suffix == ".safetensors" else hashlib.sha1
     return kind(path.read_bytes()).hexdigest()
+
+
+def run_python(hub: Hub, folder: Path, *arguments: str, **changes: str) -> tuple[int, str, str]:
+    """Run Python in `folder` with this hub and a cache there: (exit code, stdout, stderr)."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(folder / "huggingface"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        **changes,
+    }
+    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        if name not in changes:
+            environment.pop(name, None)
+    hub.downloads.clear()
+    ended = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return ended.returncode, ended.stdout.strip(), ended.stderr

@@ -49,13 +49,12 @@ def _without_clip() -> dict[str, Any]:
 
 def random_vae(scaling_factor: float = 0.18215, **choices: Any) -> AutoencoderKL:
     levels = 3
-    values: dict[str, Any] = {"latent_channels": 4, **choices}
+    own: dict[str, Any] = {"block_out_channels": (8, 8, 16), "norm_num_groups": 4}
+    values = {"latent_channels": 4, **own, **choices}
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
         up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
-        block_out_channels=(8, 8, 16),  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
-        norm_num_groups=4,
         scaling_factor=scaling_factor,
         **values,
     )
@@ -194,8 +193,16 @@ def save_inpainting(folder: Path, tokenizers: Path) -> Path:
     return folder
 
 
-def save_sd3(folder: Path, tokenizers: Path, *, t5: bool = True, dynamic: bool = False) -> Path:
-    """As 3.5 medium; 16 latent channels, which the inpainting pipeline wants."""
+def save_sd3(
+    folder: Path,
+    tokenizers: Path,
+    *,
+    t5: bool = True,
+    dynamic: bool = False,
+    widths: tuple[int, int, int] = (20, 12, 40),
+) -> Path:
+    """As 3.5 medium; 16 latent channels, which the inpainting pipeline wants. `widths`: of the text
+    encoders."""
     torch.manual_seed(4)
     place = tokenizers / "clip-vit-large-patch14"
     transformer = SD3Transformer2DModel(
@@ -203,7 +210,7 @@ def save_sd3(folder: Path, tokenizers: Path, *, t5: bool = True, dynamic: bool =
         num_layers=3,
         attention_head_dim=8,
         num_attention_heads=4,
-        joint_attention_dim=40,
+        joint_attention_dim=widths[2],
         caption_projection_dim=32,
         pooled_projection_dim=34,
         pos_embed_max_size=12,
@@ -214,14 +221,21 @@ def save_sd3(folder: Path, tokenizers: Path, *, t5: bool = True, dynamic: bool =
         for name, weight in transformer.named_parameters():
             if weight.ndim == 2 and "norm" not in name:
                 weight.mul_(2.0)
+    heads = 1 if widths[0] == 64 else 2  # of 64, as in all published ones, or of any width
     texts: dict[str, Any] = {
-        "text_encoder": random_clip(CLIPTextModelWithProjection),
+        "text_encoder": random_clip(
+            CLIPTextModelWithProjection, hidden_size=widths[0], num_attention_heads=heads
+        ),
         "tokenizer": CLIPTokenizer.from_pretrained(place),
         "text_encoder_2": random_clip(
-            CLIPTextModelWithProjection, hidden_size=12, projection_dim=14, **_GELU
+            CLIPTextModelWithProjection,
+            hidden_size=widths[1],
+            projection_dim=14,
+            num_attention_heads=heads,
+            **_GELU,
         ),
         "tokenizer_2": CLIPTokenizer.from_pretrained(place, pad_token="!"),
-        "text_encoder_3": random_t5(40) if t5 else None,
+        "text_encoder_3": random_t5(widths[2]) if t5 else None,
         "tokenizer_3": T5TokenizerFast.from_pretrained(tokenizers / "t5-v1_1-xxl") if t5 else None,
     }
     vae = random_vae(

@@ -1,13 +1,11 @@
 """Models by their names on a hub: only what is needed, from the cache without a network."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from loopback_hub import COMMIT, serve
+from loopback_hub import COMMIT, run_python, serve
 
 from fluxjax.config import ConfigError
 from fluxjax.hub import Name, choose, find, hub_name, tiny_folder
@@ -200,32 +198,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture
 def ask(hub, tmp_path):
-    """Run Python with this hub and a cache of its own: (exit code, stdout, stderr)."""
-
-    def call(*arguments: str, **changes: str) -> tuple[int, str, str]:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(tmp_path / "huggingface"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            **changes,
-        }
-        for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_DISABLE_PROGRESS_BARS"):
-            if name not in changes:
-                environment.pop(name, None)
-        hub.downloads.clear()
-        ended = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        return ended.returncode, ended.stdout.strip(), ended.stderr
-
-    return call
+    return partial(run_python, hub, tmp_path)
 
 
 def test_a_model_is_downloaded_once_and_found_without_a_network(ask, hub):

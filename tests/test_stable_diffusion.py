@@ -428,8 +428,6 @@ def test_one_file_draws_what_its_folder_draws(folder, ours, tmp_path):
     """In its original code's names, with the tokenizer of a folder."""
     file = tmp_path / "whole.safetensors"
     run(plan(folder, file, "bfl"))
-    with pytest.raises(ConfigError, match=r"has no tokenizers: give a folder"):
-        fluxjax.load_pipeline(file)
     whole = fluxjax.load_pipeline(file, text_encoders=folder)
     pictures = [np.asarray(pipe(PROMPT, **OURS, **SIZE)[0]) for pipe in (whole, ours)]
     assert np.array_equal(*pictures)

@@ -27,15 +27,17 @@ from fluxjax.checkpoint.source_record import METADATA_KEY, RECORD_FILE, Record
 from fluxjax.checkpoint.weights_location import (
     SINGLE_FILES,
     component_weights,
+    files_called,
     orbax_folder,
     single_files,
     weights_of,
 )
-from fluxjax.checkpoint.whole_file import open_whole_file
+from fluxjax.checkpoint.whole_file import open_part, open_whole_file
 from fluxjax.config import ConfigError
 from fluxjax.json_input import read_json
 from fluxjax.named_errors import naming
 from fluxjax.networks import Config, network_of
+from fluxjax.networks.whole_files import WholeFile
 
 
 def open_file(
@@ -176,6 +178,26 @@ def open_component(
     if path.is_file():
         return open_file(path, config, component, family)[component]
     return open_folder(path, component, config, family)
+
+
+def open_beside(folder: Path, component: str, whole: WholeFile) -> OpenNetwork | None:
+    """A network that a file of a whole pipeline lacks: from a folder of its own in `folder`, or a
+    file, as ComfyUI keeps them. None where there is neither; raises ValueError for several files.
+    """
+    if (folder / component).is_dir():
+        return open_component(folder, component)
+    pattern = whole.parts[component].file
+    files = files_called(folder, pattern) if pattern else []
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise ValueError(f"{folder} holds several {component} files, keep one of: {names}")
+    if not files:
+        return None
+    (path,) = files
+    if is_gguf(path):
+        return open_file(path, component=component, family=whole.family)[component]
+    raw, metadata = read_safetensors(path)
+    return open_part(comfy.with_markers(raw, metadata), path, component, whole)
 
 
 def open_source(

@@ -92,12 +92,16 @@ def single_files(folder: Path, component: str) -> list[Path]:
     if component not in SINGLE_FILES:
         return []
     longer = {n for n in SINGLE_FILES.values() if len(n) > len(SINGLE_FILES[component])}
-    return sorted(
+    return [
         file
-        for name in _both(SINGLE_FILES[component])
-        for file in folder.glob(name)
+        for file in files_called(folder, SINGLE_FILES[component])
         if not any(fnmatch(file.name, other) for each in longer for other in _both(each))
-    )
+    ]
+
+
+def files_called(folder: Path, name: str) -> list[Path]:
+    """What fits the pattern of a safetensors file, or is its GGUF."""
+    return sorted(file for one in _both(name) for file in folder.glob(one))
 
 
 def _both(name: str) -> tuple[str, str]:

@@ -60,17 +60,9 @@ def open_whole_file(
         names = [n for n in raw if n.startswith(part.prefix) and not re.fullmatch(LOSSES, n)]
         own = {name.removeprefix(part.prefix): left.pop(name) for name in names}
         own = {name: tensor for name, tensor in own.items() if name not in _cut(part, own)}
-        if not own:
-            continue
-        if part.identity and _PROJECTION not in own:
-            own[_PROJECTION] = _identity(own)
-        shapes = {name: tensor.shape for name, tensor in own.items()}
-        known = configs.get(component) or (None if networks else config)
-        if known is None and part.config is not None:
-            known = _inferred(part, shapes, path)
-        networks[component] = make_network(
-            own, path, component=component, config=known, family=whole.family
-        )
+        if own:
+            known = configs.get(component) or (None if networks else config)
+            networks[component] = open_part(own, path, component, whole, known)
     if not configs and config is None:
         networks |= _of_size(whole, networks, family, path)
     if whole.predicting_v is not None and V_PREDICTION in left:
@@ -88,6 +80,18 @@ def open_whole_file(
     dropped = (*networks[first].dropped, *sorted(left), *cut)
     networks[first] = replace(networks[first], dropped=dropped, scheduler=scheduler)
     return networks
+
+
+def open_part(
+    own: Mapping[str, Tensor], path: Path, component: str, whole: WholeFile, config: Any = None
+) -> OpenNetwork:
+    """One network of such a file, from its tensors. Raises what `make_network` does."""
+    part = whole.parts[component]
+    if part.identity and _PROJECTION not in own:
+        own = {**own, _PROJECTION: _identity(own)}
+    if config is None and part.config is not None:
+        config = _inferred(part, {name: tensor.shape for name, tensor in own.items()}, path)
+    return make_network(own, path, component=component, config=config, family=whole.family)
 
 
 def _of_size(

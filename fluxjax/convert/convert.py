@@ -87,7 +87,10 @@ class Conversion:
         needed = [tokenizer_of(name) for name in self.networks if name.startswith("text_encoder")]
         missing = [name for name in needed if not self._has_copy(name)]
         if not self.single_file and len(self.networks) > len(needed) + 1 and missing:
-            lines.append(f"the source has no {' and no '.join(missing)}: a pipeline needs them too")
+            lines.append(
+                f"the source has no {' and no '.join(missing)}: diffusers needs them, and fluxjax "
+                "takes published ones"
+            )
         return lines
 
     def _has_copy(self, folder: str) -> bool:

@@ -18,7 +18,15 @@ from fluxjax.networks.clip_files import (
     infer_vision,
     openclip_text,
 )
-from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes
+from fluxjax.networks.network import (
+    Arrays,
+    Dialect,
+    JsonForm,
+    Network,
+    PublishedTokenizer,
+    Role,
+    Shapes,
+)
 
 
 def _fit_text(config: CLIPTextConfig, names: Shapes) -> CLIPTextConfig:
@@ -142,11 +150,21 @@ _VISION_ROLES: dict[str, Role] = {
     "visual_projection": "whole",
 }
 
+
+def _tokenizer(config: CLIPTextConfig) -> PublishedTokenizer | None:
+    """OpenCLIP's networks were trained with OpenAI's tokens and another one for padding."""
+    if config.vocab_size != CLIPTextConfig.vocab_size:
+        return None
+    pad = "<|endoftext|>" if config.hidden_act == "quick_gelu" else "!"
+    return PublishedTokenizer("openai/clip-vit-large-patch14", pad)
+
+
 CLIP_TEXT = Network(
     config=CLIPTextConfig,
     component="text_encoder",
     words="CLIP text encoder",
     tokenizer="CLIPTokenizer",
+    published_tokenizer=_tokenizer,
     blocks=lambda config: config.num_hidden_layers,
     describe=lambda config: f"CLIP text encoder, {_size(config)}",
     module=_text_module,

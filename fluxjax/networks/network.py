@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -107,6 +107,14 @@ class TokenSplit:
     """Whether the module has an `image_attention` of its own, of the image's tokens alone."""
 
 
+class PublishedTokenizer(NamedTuple):
+    """A tokenizer that many models share, as it lies on the Hugging Face hub."""
+
+    repo: str
+    pad: str
+    """The token that fills up what this network reads."""
+
+
 TRANSFORMER_PREFIXES = (
     "diffusion_model.",
     "base_model.model.",
@@ -192,6 +200,8 @@ class Network:
     where nothing is joined to them."""
     tokenizer: str = ""
     """The class of transformers that makes its input of a text, where it is a text encoder."""
+    published_tokenizer: Callable[[Any], PublishedTokenizer | None] = lambda config: None
+    """configuration -> that of the published networks of as many tokens."""
     held: Callable[[Any, int, int], int] = lambda config, latents, text: 0
     """(configuration, latents, text tokens) -> numbers that one forward of a picture holds at the
     same time, at least."""

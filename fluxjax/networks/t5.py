@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import ConfigError, T5Config
-from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Shapes, count
+from fluxjax.networks.network import (
+    Arrays,
+    Dialect,
+    JsonForm,
+    Network,
+    PublishedTokenizer,
+    Shapes,
+    count,
+)
 from fluxjax.networks.tables import Rule, Table
 
 PUBLISHED = Table(
@@ -121,10 +129,16 @@ def _module() -> type:
     return T5Encoder
 
 
+def _tokenizer(config: T5Config) -> PublishedTokenizer | None:
+    published = config.vocab_size == T5Config.vocab_size
+    return PublishedTokenizer("google/t5-v1_1-xxl", "<pad>") if published else None
+
+
 T5 = Network(
     config=T5Config,
     component="text_encoder_2",
     tokenizer="T5TokenizerFast",
+    published_tokenizer=_tokenizer,
     blocks=lambda config: config.num_layers,
     words="T5 encoder",
     describe=_describe,

@@ -28,6 +28,8 @@ class Part:
     """Whether the file has a last layer and a projection that nothing reads."""
     identity: bool = False
     """Whether the file may lack a projection, which is then the identity."""
+    file: str = ""
+    """What a file of it alone is called, in the same names without the prefix, as a pattern."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,23 @@ WHOLE_FILES = (
             "transformer": Part("model.diffusion_model."),
             "vae": Part("first_stage_model."),
             "text_encoder": Part(
-                "text_encoders.clip_l.transformer.", "published", openai_text, identity=True
+                "text_encoders.clip_l.transformer.",
+                "published",
+                openai_text,
+                identity=True,
+                file="clip_l*.safetensors",
             ),
-            "text_encoder_2": Part("text_encoders.clip_g.transformer.", "published", _bigg),
+            "text_encoder_2": Part(
+                "text_encoders.clip_g.transformer.",
+                "published",
+                _bigg,
+                file="clip_g*.safetensors",
+            ),
             "text_encoder_3": Part(
                 "text_encoders.t5xxl.transformer.",
                 "published",
                 lambda shapes: T5.dialects[0].infer(shapes, ""),
+                file=T5.files,
             ),
         },
         optional=frozenset({"text_encoder", "text_encoder_2", "text_encoder_3"}),

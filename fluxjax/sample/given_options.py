@@ -29,7 +29,7 @@ from fluxjax.sample.override import override
 from fluxjax.sample.prompts_file import STANDARD_INPUT
 from fluxjax.sample.quantise_option import parse_quantise
 from fluxjax.sample.settings import ALPHA, FIELDS, PICTURES, Settings, brief
-from fluxjax.sample.sources import SCALED, SINGLE, TINY, absolute, absolute_scaled, is_name
+from fluxjax.sample.sources import SCALED, SINGLE, TEXTS, TINY, absolute, absolute_scaled, is_name
 
 MOST_PICTURES = 2**20  # of one run
 _FLAGS = ("soft_mask", "loop", "clean_caption")
@@ -172,7 +172,7 @@ def given_sources(options: Options) -> dict[str, Any]:
     """The fields of Sources on the command line, in full; None or () is what is not there."""
     paths = {name: getattr(options, name) for name in SINGLE}
     given: dict[str, Any] = {name: p and absolute(str(p)) for name, p in paths.items()}
-    given["quantise"] = options.quantise
+    given |= {name: getattr(options, name) for name in TEXTS}
     for name, what in SCALED.items():
         given[name] = tuple(absolute_scaled(one, what) for one in getattr(options, name))
     return given

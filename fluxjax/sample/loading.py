@@ -13,10 +13,11 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from fluxjax.checkpoint.lora.scaled_file import scaled_files
 from fluxjax.checkpoint.opened_network import OpenNetwork, has_codes
-from fluxjax.checkpoint.pipeline_folder import read_config, tokenizer_folder, tokenizer_of
+from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.checkpoint.templates import Part, abstract_params, part_of
+from fluxjax.checkpoint.tokenizer_places import open_tokenizers, tokenizer_places
 from fluxjax.config import ConfigError, PipelineConfig
-from fluxjax.config.choices import SequenceAttention
+from fluxjax.config.choices import FileFamily, SequenceAttention
 from fluxjax.families import FLUX
 from fluxjax.hub import embedded_adapter, find
 from fluxjax.models.lora import adapt
@@ -40,7 +41,6 @@ from fluxjax.sample.refiner import Refiner
 from fluxjax.sample.settings import Dtype
 from fluxjax.sample.sources import TINY, Sources, absolute
 from fluxjax.shapes import Params
-from fluxjax.text.tokenizers import PromptTokenizer, load_tokenizer
 
 
 def load_pipeline(
@@ -49,6 +49,7 @@ def load_pipeline(
     dtype: Dtype | None = None,
     text_encoders: str | Path | None = None,
     vae: str | Path | None = None,
+    family: FileFamily | None = None,
     scan_layers: bool | None = None,
     loras: Sequence[str | Path | tuple[str | Path, float]] = (),
     lora_slots: int = 0,
@@ -69,15 +70,17 @@ def load_pipeline(
       model: "tiny", or with a tool that it has learnt "tiny-fill" or "tiny-canny"; "tiny-pixart",
         "tiny-sd" or "tiny-video"; a diffusers folder, an Orbax folder, or a transformer's file
         (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors, HunyuanVideo's in anybody's names),
-        which needs the two below, or a whole Stable Diffusion in one file, which needs the first
-        for its tokenizers. Here and below a hub's name will do as well, such as
-        "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
+        which needs the two below unless it holds them, or a whole Stable Diffusion in one file.
+        Tokenizers that it lacks are the published ones, from the hub. Here and below a hub's name
+        will do as well, such as "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
       dtype: of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
       text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2. Of a
         HunyuanVideo they tell what it draws from: a language model alone from text, LLaVA from a
         first frame.
       vae: another autoencoder than the model's own, which a transformer's file lacks: a diffusers
         folder, or an original file (ae.safetensors, hunyuan_vae.safetensors).
+      family: whose a single file is, where neither names nor shapes tell it: Stable Diffusion 2's
+        of 512 pixels ("sd2"), which predict noise, and those of 768 ("sd2-v") look alike.
       scan_layers: compile one block of each kind and scan over them, or each block for itself,
         which on CPUs runs 1.3 times faster and by default is done for up to 12 blocks.
       loras: files of adapters (LoRA, DoRA, LoKr, LoHa, OFT and others) for the transformer and the
@@ -115,7 +118,7 @@ def load_pipeline(
     dtype = _known_dtype(dtype)
     tool = embedded_adapter(model)
     path = find(TINY if tool else model, "model", read_config)
-    family, networks, config, tokenizers = _open_model(path, text_encoders, vae)
+    model_family, networks, config, texts = _open_model(path, text_encoders, vae, family)
     kinds = parse_quantise(quantise)
     scaled = scaled_files(loras)
     used = scaled if tool is None else [(tool, 1.0), *scaled]
@@ -132,7 +135,7 @@ def load_pipeline(
     if scan_layers is None:
         most = max(network_of(part).blocks(part) for part in config.networks.values())
         scan_layers = stream or scan_by_default(most)
-    _require_tokenizers(tokenizers, config)
+    tokenizers = tokenizer_places(path, texts, config)
     mesh = _opened_mesh(mesh, denoiser, sequence)
     if mesh is not None and (offload or stream):
         raise ConfigError("offload and stream are for one device: give them or a mesh")
@@ -140,19 +143,19 @@ def load_pipeline(
         raise ConfigError("lora_slots do not go with loras: choose those by call too")
     slots = _slots(lora_slots, config, scan_layers, mesh) if lora_slots else None
     lora = low_rank_of(low_rank, denoiser, _stacked(denoiser, scan_layers))
-    if redux is not None and family is not FLUX:
+    if redux is not None and model_family is not FLUX:
         raise ConfigError(f"FLUX.1 Redux is heard by FLUX.1 alone, and {path} is another model")
     prior = None if redux is None else _open_redux(redux, config, dtype)
     scaled_ip = given_ip_adapters(ip_adapter)
     prompter = open_ip_adapters(scaled_ip, image_encoder, path, config, dtype)
     held, notes = _held(networks, kinds, scan_layers, config.denoiser)
     pipeline = Pipeline(
-        family,
+        model_family,
         config,
         _Loader(
             networks, controlnets, config.denoiser, dtype, scan_layers, lora, mesh, held, stream
         ),
-        partial(_tokenizers, tokenizers, config),
+        partial(open_tokenizers, tokenizers, config),
         dtype=dtype,
         scan_layers=scan_layers,
         lora=lora,
@@ -167,6 +170,7 @@ def load_pipeline(
         control_scales=[scale for _, scale in scaled_nets],
         sources=Sources(
             quantise=None if quantise == KEEP else quantise,
+            family=family,
             controlnet=_with_scales(scaled_nets),
             ip_adapter=_with_scales(scaled_ip),
             image_encoder=_where(image_encoder),
@@ -179,11 +183,13 @@ def load_pipeline(
         ),
     )
     pipeline.notes += notes
+    if path.is_dir() and (names := [place.folder for place in tokenizers.values() if place.pad]):
+        pipeline.notes.append(f"{path} lacks {len(names)} tokenizer(s): published ones are used")
     if refiner is not None:
         second = load_pipeline(
             refiner,
             dtype=dtype,
-            text_encoders=tokenizers if Path(refiner).is_file() else None,
+            text_encoders=texts if Path(refiner).is_file() else None,
             scan_layers=scan_layers,
             mesh=mesh,
             sequence=sequence,
@@ -204,19 +210,19 @@ def _known_dtype(dtype: Dtype | None) -> Dtype:
     return dtype
 
 
-def _open_model(path: Path, text_encoders: str | Path | None, vae: str | Path | None) -> ModelFiles:
+def _open_model(
+    path: Path,
+    text_encoders: str | Path | None,
+    vae: str | Path | None,
+    family: FileFamily | None,
+) -> ModelFiles:
     if path.is_file():
-        return open_model_file(path, text_encoders, vae)
+        return open_model_file(path, text_encoders, vae, family)
+    if family is not None:
+        raise ConfigError(f"family says whose a single file is, and {path} is none")
     if text_encoders is not None:
         raise ConfigError(f"text encoders are given for a single file, and {path} is none")
     return open_model_folder(path, vae)
-
-
-def _require_tokenizers(folder: Path, config: PipelineConfig) -> None:
-    for name in config.text_encoders:
-        if not tokenizer_folder(folder, name).is_dir():
-            missing = tokenizer_of(name)
-            raise FileNotFoundError(f"{folder} is not a whole model: {missing} is missing")
 
 
 def _open_redux(redux: str | Path, config: PipelineConfig, dtype: Dtype) -> Redux:
@@ -346,10 +352,3 @@ def _held(
 
 def _stacked(config: Any, scan_layers: bool) -> bool:
     return scan_layers and bool(network_of(config).scanned)
-
-
-def _tokenizers(folder: Path, config: PipelineConfig) -> tuple[PromptTokenizer, ...]:
-    return tuple(
-        load_tokenizer(network_of(part).tokenizer, tokenizer_folder(folder, name), part.vocab_size)
-        for name, part in ((name, config.networks[name]) for name in config.text_encoders)
-    )

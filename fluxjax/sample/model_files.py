@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fluxjax.checkpoint.opened_network import OpenNetwork, scheduler_of
 from fluxjax.checkpoint.pipeline_folder import assembled, file_family, read_config
-from fluxjax.checkpoint.source import open_component, open_file, open_folder
+from fluxjax.checkpoint.source import open_beside, open_component, open_file, open_folder
 from fluxjax.config import ConfigError, FluxPipelineConfig, PipelineConfig
+from fluxjax.config.choices import FAMILY_NAMES, FileFamily
 from fluxjax.families import Family, family_of
 from fluxjax.hub import find
 from fluxjax.json_input import read_json
 from fluxjax.networks import network_of
-from fluxjax.networks.whole_files import whole_file_of
+from fluxjax.networks.whole_files import WholeFile, whole_file_of
 
 _TEXT_COMPONENTS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
 
 
 class ModelFiles(NamedTuple):
-    """Networks by component; `tokenizers` is the folder of those of the text encoders."""
+    """Networks by component; `texts` is the folder where tokenizers are looked for, if any."""
 
     family: Family
     networks: dict[str, OpenNetwork]
     config: PipelineConfig
-    tokenizers: Path
+    texts: Path | None
 
 
 def open_model_folder(path: Path, vae: str | Path | None = None) -> ModelFiles:
@@ -44,21 +46,27 @@ def open_model_folder(path: Path, vae: str | Path | None = None) -> ModelFiles:
 
 
 def open_model_file(
-    path: Path, text_encoders: str | Path | None, vae: str | Path | None
+    path: Path,
+    text_encoders: str | Path | None,
+    vae: str | Path | None,
+    told: FileFamily | None = None,
 ) -> ModelFiles:
     """Of a transformer (FLUX's, Open-Sora's, HunyuanVideo's, ComfyUI's with what it holds besides)
     or a whole Stable Diffusion. Raises FileNotFoundError, ConfigError."""
-    family = _family_beside(text_encoders)
+    if told is not None and told not in FAMILY_NAMES:  # a picture may say anything
+        raise ConfigError(f"family must be one of {', '.join(FAMILY_NAMES)}, got {told[:40]!r}")
+    family = FAMILY_NAMES[told] if told else _family_beside(text_encoders)
     # First, since it may be no model at all.
     networks: dict[str, OpenNetwork] = dict(open_file(path, family=family))
-    if whole_file_of(_configs(networks)) is not None:
-        return _of_whole_file(path, networks, text_encoders, vae)
-    if text_encoders is None:
+    whole = whole_file_of(_configs(networks))
+    if whole is not None:
+        return _of_whole_file(path, whole, networks, text_encoders, vae)
+    folder = None if text_encoders is None else find(text_encoders, "text encoders")
+    if folder is None and not set(_TEXT_COMPONENTS) <= networks.keys():
         raise ConfigError(
             f"{path} needs text encoders: a folder with text_encoder, "
             "text_encoder_2, tokenizer and tokenizer_2"
         )
-    folder = find(text_encoders, "text encoders")
     if "transformer" not in networks:
         raise ConfigError(f"{path} holds no transformer but {', '.join(networks)}")
     if vae is not None:
@@ -68,17 +76,31 @@ def open_model_file(
             f"{path} needs a vae: a diffusers autoencoder's folder or the original file, such as "
             "ae.safetensors"
         )
-    for component in _TEXT_COMPONENTS:
-        networks[component] = open_component(folder, component, family=family)
+    beside = {} if folder is None else _text_encoders(folder, networks, family)
+    networks |= beside
     config = assembled(_configs(networks), path.name)
     if config is None:
         words = ", ".join(network_of(part).words for part in _configs(networks).values())
         raise ConfigError(f"{path} with what is given beside it is no model that draws: {words}")
-    for component in _TEXT_COMPONENTS:
+    for component, network in beside.items():
         # Of a text encoder the pipeline tells which layer is the last that is read.
-        if config.networks[component] != networks[component].config:
+        if folder is not None and config.networks[component] != network.config:
             networks[component] = open_component(folder, component, config.networks[component])
     return ModelFiles(family_of(config.class_name), networks, config, folder)
+
+
+def _text_encoders(
+    folder: Path, own: Mapping[str, OpenNetwork], family: str
+) -> dict[str, OpenNetwork]:
+    """Those of a folder, which may lack what the model has of its `own`."""
+    found = {}
+    for component in _TEXT_COMPONENTS:
+        try:
+            found[component] = open_component(folder, component, family=family)
+        except FileNotFoundError:
+            if component not in own:
+                raise
+    return found
 
 
 def _family_beside(text_encoders: str | Path | None) -> str:
@@ -95,27 +117,23 @@ def _family_beside(text_encoders: str | Path | None) -> str:
 
 def _of_whole_file(
     path: Path,
+    whole: WholeFile,
     networks: dict[str, OpenNetwork],
     text_encoders: str | Path | None,
     vae: str | Path | None,
 ) -> ModelFiles:
-    """Text encoders that it lacks are those of the folder of its tokenizers."""
-    if text_encoders is None:
-        raise ConfigError(
-            f"{path} has no tokenizers: give a folder with its tokenizer (tokenizer_2, ...) as "
-            "text encoders (--text-encoders)"
-        )
-    folder = find(text_encoders, "text encoders")
+    """Text encoders that it lacks are those of the folder, which may have tokenizers too."""
+    folder = None if text_encoders is None else find(text_encoders, "text encoders")
     if vae is not None:
         networks["vae"] = _open_vae(find(vae, "vae"), networks.get("vae"))
+    if folder is not None:
+        lacking = whole.parts.keys() - networks.keys()
+        found = {component: open_beside(folder, component, whole) for component in lacking}
+        networks |= {component: network for component, network in found.items() if network}
     config = assembled(_configs(networks), path.name, scheduler_of(networks))
     if config is None:
-        for component in (*_TEXT_COMPONENTS, "text_encoder_3"):
-            if component not in networks and (folder / component).is_dir():
-                networks[component] = open_component(folder, component)
-        config = assembled(_configs(networks), path.name, scheduler_of(networks))
-    if config is None:
-        raise ConfigError(f"{path} lacks text encoders, and so does {folder}")
+        beside = "no folder with them is given" if folder is None else f"so does {folder}"
+        raise ConfigError(f"{path} lacks text encoders, and {beside} (--text-encoders)")
     return ModelFiles(family_of(config.class_name), networks, config, folder)
 
 

@@ -51,6 +51,7 @@ class OpenedModel:
             offload=self.options.offload,
             stream=self.options.stream,
             quantise=sources.quantise or KEEP,
+            family=sources.family,  # pyright: ignore[reportArgumentType]
             controlnet=sources.controlnet or None,
             ip_adapter=sources.ip_adapter or None,
             image_encoder=sources.image_encoder,

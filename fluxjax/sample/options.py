@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from fluxjax.config.choices import Respacing, Spacing
+from fluxjax.config.choices import FileFamily, Respacing, Spacing
 from fluxjax.sample.file_names import PATTERN
 from fluxjax.sample.settings import Dtype, Noise, Rounding, VideoKind, brief
 
@@ -63,6 +63,10 @@ _Range = Annotated[
     tyro.conf.arg(help_behavior_hint=""),
 ]
 _Flag = Annotated[bool | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="")]
+_Family = Annotated[
+    FileFamily | None,
+    tyro.conf.arg(metavar=f"{{{','.join(get_args(FileFamily))}}}", help_behavior_hint=""),
+]
 _Dtype = Annotated[Dtype | None, tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="")]
 _Rounding = Annotated[
     Rounding | None, tyro.conf.arg(metavar="{diffusers,bfl,none}", help_behavior_hint="")
@@ -123,11 +127,14 @@ class Options:
     Diffusion in one file.
     """
     text_encoders: _Path = None
-    """For a BFL file: folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2; for a
-    whole Stable Diffusion in one file, which has no tokenizers, a folder with those."""
+    """For a file without them: a folder with text_encoder, text_encoder_2, tokenizer and
+    tokenizer_2, or with clip_l and t5xxl (Stable Diffusion 3: clip_g too) as ComfyUI keeps them.
+    Tokenizers that are nowhere are the published ones, from the hub."""
     vae: _Path = None
     """Another autoencoder than the model's own, which a BFL file lacks: a diffusers folder, or a
     file such as ae.safetensors."""
+    family: _Family = None
+    """Whose a single file is where it does not tell: sd2 (512 pixels) or sd2-v (768), above all."""
     first_frame_model: _Text = None
     """A model of pictures (FLUX.1) that draws a clip's first frame from the same prompt; it is kept
     beside the clip, as its --reference."""

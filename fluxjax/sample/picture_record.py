@@ -28,6 +28,7 @@ from fluxjax.sample.settings import ALPHA, PICTURES, Dtype, Settings, brief
 from fluxjax.sample.sources import (
     SCALED,
     SINGLE,
+    TEXTS,
     TINY,
     Sources,
     changed,
@@ -75,8 +76,8 @@ def record_of(
                 f"{_stored(file, folder, _of_kind(hashes, f'{name} {i}'))}:{scale:g}"
                 for i, (file, scale) in enumerate(map(split_scale, scaled), start=1)
             ]
-    if sources.quantise is not None:
-        record["quantise"] = sources.quantise
+    texts = {name: getattr(sources, name) for name in TEXTS}
+    record |= {name: text for name, text in texts.items() if text is not None}
     record |= {"sha256": dict(hashes), "settings": dataclasses.asdict(settings)}
     return record | ({"unrepeatable": unrepeatable} if unrepeatable else {})
 
@@ -132,19 +133,18 @@ def remembered(path: Path) -> Remembered:
     _check(isinstance(settings, dict), path, "settings", "an object", settings)
     _check(_are_texts(hashes, dict), path, "sha256", "an object of texts", hashes)
     override(Settings(), settings, str(path))
-    for name in (*SINGLE, "dtype", "quantise"):
+    for name in (*SINGLE, "dtype", *TEXTS):
         value = record.get(name)
         _check(isinstance(value, str | None), path, name, "a text", value)
     scaled = {name: record.get(name, []) for name in SCALED}
     for name, listed in scaled.items():
         fine = _are_texts(listed, list) and len(listed) <= _MOST_LORAS
         _check(fine, path, name, "a list of texts", listed)
-    single: dict[str, Any] = {name: record.get(name) for name in SINGLE if name != "model"}
+    single = {name: record.get(name) for name in (*SINGLE, *TEXTS) if name != "model"}
     listings: dict[str, Any] = {name: tuple(listed) for name, listed in scaled.items()}
     sources = Sources(
         model=record.get("model") or TINY,
         **single,
-        quantise=record.get("quantise"),
         **listings,
     )
     version = record.get("fluxjax")
@@ -224,11 +224,11 @@ def find_all(
         )
 
     single: dict[str, Any] = {name: place(name) for name in SINGLE if name != "model"}
+    single |= {name: getattr(wanted, name) for name in TEXTS}
     listings: dict[str, Any] = {name: places(name) for name in SCALED}
     sources = Sources(
         model=place("model") or TINY,
         **single,
-        quantise=wanted.quantise,
         **listings,
     )
     pictures: dict[str, str] = {}

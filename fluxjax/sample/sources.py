@@ -21,6 +21,8 @@ SCALED = {
     "ip_adapter": "IP-Adapter file",
 }
 """Fields of Sources that hold several FILE:SCALE, and what one is called."""
+TEXTS = ("quantise", "family")
+"""Fields of Sources that are no files."""
 _INDEX = ("model_index.json", "fluxjax.json")
 
 
@@ -37,6 +39,8 @@ class Sources:
     """A folder of FLUX.1 Redux."""
     quantise: str | None = None
     """Of `load_pipeline`, where it is not the usual one."""
+    family: str | None = None
+    """Whose a single file is, of `load_pipeline`, where it was said."""
     redux_image: tuple[str, ...] = ()
     """The pictures that it reads, FILE:SCALE."""
     controlnet: tuple[str, ...] = ()

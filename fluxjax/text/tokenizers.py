@@ -86,31 +86,36 @@ def _removed(prompt: str, encoding: Any) -> str:
     return ""
 
 
-def load_tokenizer(kind: str, folder: Path, vocab_size: int | None = None) -> PromptTokenizer:
-    """`kind` is the class of transformers."""
-    load = {
-        "CLIPTokenizer": load_clip_tokenizer,
-        "T5TokenizerFast": load_t5_tokenizer,
-        "LlamaTokenizerFast": load_llama_tokenizer,
-    }[kind]
-    return load(folder, vocab_size)
+def load_tokenizer(
+    kind: str, folder: Path, vocab_size: int | None = None, pad: str = ""
+) -> PromptTokenizer:
+    """`kind` is the class of transformers; `pad`, of CLIP's, as of `load_clip_tokenizer`."""
+    if kind == "CLIPTokenizer":
+        return load_clip_tokenizer(folder, vocab_size, pad)
+    load = {"T5TokenizerFast": load_t5_tokenizer, "LlamaTokenizerFast": load_llama_tokenizer}
+    return load[kind](folder, vocab_size)
 
 
-def load_clip_tokenizer(folder: Path, vocab_size: int | None = None) -> PromptTokenizer:
+def load_clip_tokenizer(
+    folder: Path, vocab_size: int | None = None, pad: str = ""
+) -> PromptTokenizer:
     """CLIP's byte-level BPE from vocab.json and merges.txt (or tokenizer.json).
 
-    `vocab_size` is the network's. Raises FileNotFoundError when the folder holds neither,
-    ValueError when a file is damaged, another network's, or has ids that the network has not.
+    `vocab_size` is the network's. `pad`: the token for padding, by default the folder's. Raises
+    FileNotFoundError when the folder holds neither, ValueError when a file is damaged, another
+    network's, or has ids that the network has not.
     """
     with undamaged(str(folder)):
-        return _with_rows(_clip_tokenizer(folder), vocab_size)
+        return _with_rows(_clip_tokenizer(folder, pad), vocab_size)
 
 
-def _clip_tokenizer(folder: Path) -> PromptTokenizer:
+def _clip_tokenizer(folder: Path, pad: str) -> PromptTokenizer:
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
 
     settings = _Settings(folder)
+    if pad:
+        settings.values["pad_token"] = pad
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
     model = settings.values.get("model")
     if model is not None:

@@ -128,14 +128,10 @@ class _Folder:
 
     @functools.cached_property
     def tokenizers(self) -> tuple[Any, ...]:
-        from fluxjax.checkpoint.pipeline_folder import tokenizer_of
-        from fluxjax.networks import network_of
-        from fluxjax.text.tokenizers import load_tokenizer
+        from fluxjax.checkpoint.tokenizer_places import open_tokenizers, tokenizer_places
 
-        return tuple(
-            load_tokenizer(network_of(of).tokenizer, self.model / tokenizer_of(name), of.vocab_size)
-            for name, of in self.texts.items()
-        )
+        places = tokenizer_places(self.model, self.model, self.config)
+        return open_tokenizers(places, self.config)
 
     def tokenize(self, captions: list[str], picture: np.ndarray | None = None) -> Any:
         """`picture`: (height, width, 3) in [-1, 1], seen beside them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from fluxjax.families.flux import encode_prompts
 from fluxjax.families.noise_path import FLOW
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids
+from fluxjax.models.products import BFLOAT16
 from fluxjax.train.embedded.examples import Sizes
 from fluxjax.train.embedded.paraphrase import Encoders, open_encoders
 from fluxjax.train.embedded.phrasing import caption_and_plain, vary
@@ -45,7 +46,8 @@ class UnlearntStage:
 
     `told`: the teacher hears a guidance of 1 + told (g - 1) where the student hears g. `silent`:
     the share of unlearnt rows without a caption; `told_otherwise`: of the others the share that
-    says what the picture does not show. `early`, `guidance` and `scales` as of `PromptStage`.
+    says what the picture does not show. `early`, `guidance` and `scales` as of `PromptStage`;
+    `products` as of `TransformerStage`.
     """
 
     steps: int = 3000
@@ -64,6 +66,7 @@ class UnlearntStage:
     scales: tuple[float, float] = (1.0, 5.0)
     fresh: int = 6
     seed: int = 21
+    products: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def order(self) -> Sizes:
@@ -171,7 +174,8 @@ class UnlearntBatches:
 def train_unlearnt(folder: Path, config: FluxPipelineConfig, stage: UnlearntStage, runs: Path):
     """Trains the transformer of the pipeline in `folder`, its own teacher; returns its averaged
     (EMA) parameters, one subtree per block."""
-    model = FluxTransformer(config.transformer, scan_layers=False)
+    precision = BFLOAT16 if stage.products == "bfloat16" else None
+    model = FluxTransformer(config.transformer, scan_layers=False, precision=precision)
     frozen = load_params(
         folder, "transformer", config.transformer, stacked=False, dtype=jnp.float32
     )
@@ -179,7 +183,9 @@ def train_unlearnt(folder: Path, config: FluxPipelineConfig, stage: UnlearntStag
     empty = jax.tree.map(jnp.asarray, batches.heard([""]))
     optimizer = cosine_muon(stage.learning_rate, stage.steps)
     loss = unlearnt_loss(model, stage)
-    step = make_step(loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay)
+    step = make_step(
+        loss, optimizer, seed=stage.seed, ema_decay=stage.ema_decay, precision=precision
+    )
 
     def advance(state, index: int):
         examples, ids, mu = batches(index)
