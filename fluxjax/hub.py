@@ -33,6 +33,7 @@ _TEXT = (".json", ".txt", ".model", ".jinja")
 _ENCODERS = r"(text_encoder|tokenizer)(_\d)?"
 _NETWORK = r"text_encoder(_\d)?|transformer|unet|vae|controlnet(_\d)?|image_encoder|image_embedder"
 _TOKENIZER = r"(tokenizer(_config)?|special_tokens_map|vocab)\.json|merges\.txt|spiece\.model"
+_TEXT_FILES = (r"clip_l", r"clip_g", r"t5.*xxl")  # ComfyUI's, of text encoders alone
 _CARRIED = ("safety_checker", "feature_extractor")  # along by `convert`, and of no use here
 _INDEX = "model_index.json"
 _LORA = "pytorch_lora_weights.safetensors"
@@ -135,7 +136,8 @@ def _download(name: Name, kind: Kind, check: Callable[[Path], Any] | None) -> Pa
                     _check_hashes(name, folder, some)
             if check is not None and part is texts and _INDEX in part:
                 check(folder)
-    return folder / wanted[0] if wanted[0].endswith(_WEIGHTS) else folder
+    alone = wanted[0].endswith(_WEIGHTS) and kind != "text encoders"
+    return folder / wanted[0] if alone else folder
 
 
 def _fetch(name: Name, files: list[str]) -> None:
@@ -216,6 +218,8 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
     encoders = [name for name in _folders(files) if re.fullmatch(_ENCODERS, name)]
     if kind == "text encoders" and encoders:
         return [file for part in encoders for file in _part(files, part)]
+    if kind == "text encoders" and (alone := _text_files(files, name)):
+        return alone
     if kind == "vae" and "vae/config.json" in files:
         return _part(files, "vae")
     if kind in ("vae", "checkpoint") and "config.json" in files:
@@ -229,6 +233,22 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
         article = "a diffusers folder" if kind == "model" else f"one {kind} alone"
         _refuse(name, f"is not {article}", files)
     return [*alone, *_beside(files, alone[0])]
+
+
+def _text_files(files: Collection[str], name: Name) -> list[str]:
+    """One file of each text encoder, of several the one in 16 bits."""
+    chosen = []
+    for stem in _TEXT_FILES:
+        own = [file for file in files if re.fullmatch(rf"{stem}[^/]*\.(safetensors|gguf)", file)]
+        whole = [file for file in own if re.search("fp16|bf16", file)] or own
+        if len(whole) > 1:
+            listed = ", ".join(sorted(own)[:5])
+            raise ConfigError(
+                f"{name.repo} has several files of one text encoder ({listed}): download one of "
+                "each into a folder, and give that"
+            )
+        chosen += whole
+    return chosen
 
 
 def _beside(files: Collection[str], file: str) -> list[str]:

@@ -24,7 +24,7 @@ class Hub:
     file -> what is sent in place of its content, and "" -> of a listing."""
 
     def __init__(self, files: Mapping[str, Mapping[str, Path]], gated: tuple[str, ...]) -> None:
-        self.files, self.gated = files, gated
+        self.files, self.gated = dict(files), gated
         self.downloads: list[str] = []
         self.damaged: dict[str, Callable[[bytes], bytes]] = {}
         self.requests = 0

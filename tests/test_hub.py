@@ -108,6 +108,8 @@ def test_only_what_is_needed_is_chosen():
         "tokenizer",
         "tokenizer_2",
     }
+    files = ["clip_l.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"]
+    assert choose([*files, "README.md"], NAME, "text encoders") == files[:2]
     assert not [n for n in choose(DEV, NAME, "configuration") if "safetensors" in n]
     one = Name("owner/name", "main", "flux1-dev.safetensors")
     assert choose(DEV, one, "model") == ["flux1-dev.safetensors"]
@@ -148,6 +150,11 @@ def test_only_what_is_needed_is_chosen():
         (["pytorch_model.bin"], "model", "it has no .safetensors or .gguf"),
         (["a.safetensors"], "text encoders", "has no text_encoder"),
         (["a.safetensors"], "configuration", "has no model_index.json"),
+        (
+            ["t5-xxl-Q3.gguf", "t5-xxl-Q8.gguf"],
+            "text encoders",
+            r"\(t5-xxl-Q3.gguf, .*: download on",
+        ),
     ],
 )
 def test_a_repository_that_will_not_do_is_named(files, kind, words):

@@ -144,7 +144,14 @@ def test_flux_with_its_text_encoders_in_one_file(hub, shared, tmp_path):
     expected = drawn(hub, tmp_path, "folder", folder)
     picture = drawn(hub, tmp_path, "file", tmp_path / "whole.safetensors")
     assert "spiece.model" in hub.downloads
-    assert expected.std() > 20 and np.array_equal(picture, expected)
+    bfl = tmp_path / "bfl"
+    texts = {f"{name}.safetensors": bfl / f"{name}.safetensors" for name in ("clip_l", "t5xxl")}
+    hub.files["someone/texts"] = {**texts, "README.md": bfl / "model_index.json"}
+    parts = ("--vae", bfl / "ae.safetensors", "--text-encoders", "someone/texts")
+    apart = drawn(hub, tmp_path, "files", bfl / "flux1-dev.safetensors", *parts)
+    assert sorted(hub.downloads) == sorted(texts)
+    assert expected.std() > 20
+    assert np.array_equal(picture, expected) and np.array_equal(apart, expected)
 
 
 @pytest.mark.slow
