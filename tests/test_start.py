@@ -91,6 +91,7 @@ def test_mistakes_in_a_verb_are_one_sentence(arguments, words):
         ("convert nowhere model", "there is no file nowhere"),
         ("convert {tiny} model --mesh x=2", "a mesh is written as axis=number"),
         ("diff live nowhere", "there is no model folder nowhere"),
+        ("diff live {recipe}", "is a file, and this takes a folder: `fluxjax convert"),
         ("diff live --steps 0", "steps must be from 1 to 1000, got 0"),
         ("diff golden none.safetensors", "there is no recorded file none.safetensors"),
         ("diff bench --rounds 0", "--rounds and --threads must be at least 1, got 0"),

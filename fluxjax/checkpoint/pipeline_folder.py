@@ -75,14 +75,24 @@ def tokenizer_folder(folder: Path, text_encoder: str) -> Path:
     return beside if not own.is_dir() and any((beside / f).is_file() for f in files) else own
 
 
+def require_folder(path: Path) -> None:
+    """Raises FileNotFoundError, NotADirectoryError for a single file, which may be a model."""
+    if path.is_file():
+        raise NotADirectoryError(
+            f"{path} is a file, and this takes a folder: `fluxjax convert {path} FOLDER` makes one"
+        )
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no model folder {path}")
+
+
 def read_config(folder: Path, **instead: Any) -> PipelineConfig:
     """The configuration of a pipeline folder; `instead`: of networks in place of its own.
 
-    Raises FileNotFoundError naming the missing file, ConfigError for what is of no family of ours.
+    Raises FileNotFoundError naming the missing file, NotADirectoryError for a single file,
+    ConfigError for what is of no family of ours.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no model folder {folder}")
+    require_folder(folder)
     _present(folder, "model_index.json")
     cls, index = pipeline_class(folder), read_json(folder / "model_index.json")
     parts: dict[str, Any] = {name: index[name] for name in cls.index_fields if name in index}

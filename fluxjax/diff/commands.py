@@ -108,6 +108,7 @@ class Live:
     """Draw the error of every layer on a log axis into this picture file."""
 
     def reports(self) -> list[Report]:
+        from fluxjax.checkpoint.pipeline_folder import require_folder
         from fluxjax.hub import find
 
         if self.plot:
@@ -116,8 +117,7 @@ class Live:
         override(Settings(), {"seed": self.seed, "steps": self.steps})
         folder = find(self.folder)
         for path in (folder, self.against or folder):
-            if not path.is_dir():
-                raise FileNotFoundError(f"there is no model folder {path}")
+            require_folder(path)
         # PyTorch and JAX are imported only for what can be compared.
         from fluxjax.diff.live import compare_network, require_torch
 

@@ -138,7 +138,7 @@ def read_model(options: Options) -> PipelineConfig:
         config = PRESETS[options.model]
     else:
         folder = find(options.model, "configuration")
-        if not folder.is_dir():
+        if not folder.exists():
             names = ", ".join(PRESETS)
             raise ConfigError(f"{options.model!r} is neither a preset ({names}) nor a folder here")
         config = read_config(folder)

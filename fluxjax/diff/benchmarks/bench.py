@@ -66,12 +66,12 @@ def run_bench(command: Bench) -> int:
     """Run the sections and print each measure as soon as it is there; returns 0."""
     # Both frameworks share one GPU: JAX must not take three quarters of it at its start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from fluxjax.checkpoint.pipeline_folder import require_folder
     from fluxjax.diff.live import require_torch
     from fluxjax.hub import find
 
     folder = find(command.folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no model folder {folder}")
+    require_folder(folder)
     torch = require_torch()
     torch.set_num_threads(command.threads)
     import jax
