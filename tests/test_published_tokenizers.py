@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from stable_diffusion_folders import random_clip, random_t5, random_vae, save_sd3, save_xl
 from test_whole_files import SMALL, whole_arrays
 
+from fluxjax.config import T5Config
 from fluxjax.convert.convert import plan, run
 from fluxjax.hub import tiny_folder
 from fluxjax.text.tokenizers import load_clip_tokenizer
@@ -175,3 +176,27 @@ def test_of_stable_diffusion_2_the_size_is_said(hub, tmp_path):
     assert all(np.array_equal(picture, other) for other in others)
     code, _, said = run_python(hub, tmp_path, *arguments[:-1], str(folder), "--family", "sd2")
     assert code == 2 and "family says whose a single file is, and" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1", "xl", "3"])
+def test_a_unet_alone_takes_the_rest_of_folders(hub, tmp_path, name):
+    """As distilled UNets are published, whose other networks are the base model's."""
+    configs = {
+        part: replace(config, vocab_size=32128 if type(config) is T5Config else 49408)
+        if part.startswith("text_encoder")
+        else config
+        for part, config in SMALL[name].items()
+    }
+    save_file(whole_arrays(configs), tmp_path / "whole.safetensors")
+    run(plan(tmp_path / "whole.safetensors", tmp_path / "folder"))
+    expected = drawn(hub, tmp_path, "expected", tmp_path / "folder")
+    part = "transformer" if name == "3" else "unet"
+    folder = tmp_path / "folder"
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    rest = ("--vae", folder, "--text-encoders", folder)
+    picture = drawn(hub, tmp_path, "picture", file, *rest)
+    assert expected.std() > 0 and np.array_equal(picture, expected)
+    run(plan(file.parent, tmp_path / "original.safetensors", "bfl"))
+    picture = drawn(hub, tmp_path, "original", tmp_path / "original.safetensors", *rest)
+    assert np.array_equal(picture, expected)

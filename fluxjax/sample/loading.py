@@ -68,15 +68,15 @@ def load_pipeline(
 
     Args:
       model: "tiny", or with a tool that it has learnt "tiny-fill" or "tiny-canny"; "tiny-pixart",
-        "tiny-sd" or "tiny-video"; a diffusers folder, an Orbax folder, or a transformer's file
-        (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors, HunyuanVideo's in anybody's names),
-        which needs the two below unless it holds them, or a whole Stable Diffusion in one file.
-        Tokenizers that it lacks are the published ones, from the hub. Here and below a hub's name
-        will do as well, such as "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
+        "tiny-sd" or "tiny-video"; a diffusers folder, an Orbax folder, the file of a transformer
+        (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors, HunyuanVideo's in anybody's names)
+        or a UNet, which needs the two below unless it holds them, or a whole Stable Diffusion in
+        one file. Tokenizers that it lacks are the published ones, from the hub. Here and below a
+        hub's name will do as well, such as "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
       dtype: of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
-      text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2. Of a
-        HunyuanVideo they tell what it draws from: a language model alone from text, LLaVA from a
-        first frame.
+      text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, or with
+        ComfyUI's files of them. Of a HunyuanVideo they tell what it draws from: a language model
+        alone from text, LLaVA from a first frame.
       vae: another autoencoder than the model's own, which a transformer's file lacks: a diffusers
         folder, or an original file (ae.safetensors, hunyuan_vae.safetensors).
       family: whose a single file is, where neither names nor shapes tell it: Stable Diffusion 2's

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,8 +51,8 @@ def open_model_file(
     vae: str | Path | None,
     told: FileFamily | None = None,
 ) -> ModelFiles:
-    """Of a transformer (FLUX's, Open-Sora's, HunyuanVideo's, ComfyUI's with what it holds besides)
-    or a whole Stable Diffusion. Raises FileNotFoundError, ConfigError."""
+    """Of a transformer (FLUX's, Open-Sora's, HunyuanVideo's, ComfyUI's with what it holds besides),
+    a UNet, or a whole Stable Diffusion. Raises FileNotFoundError, ConfigError."""
     if told is not None and told not in FAMILY_NAMES:  # a picture may say anything
         raise ConfigError(f"family must be one of {', '.join(FAMILY_NAMES)}, got {told[:40]!r}")
     family = FAMILY_NAMES[told] if told else _family_beside(text_encoders)
@@ -67,7 +67,8 @@ def open_model_file(
             f"{path} needs text encoders: a folder with text_encoder, "
             "text_encoder_2, tokenizer and tokenizer_2"
         )
-    if "transformer" not in networks:
+    denoiser = networks.get("transformer") or networks.get("unet")
+    if denoiser is None:
         raise ConfigError(f"{path} holds no transformer but {', '.join(networks)}")
     if vae is not None:
         networks["vae"] = _open_vae(find(vae, "vae"), networks.get("vae"))
@@ -76,7 +77,7 @@ def open_model_file(
             f"{path} needs a vae: a diffusers autoencoder's folder or the original file, such as "
             "ae.safetensors"
         )
-    beside = {} if folder is None else _text_encoders(folder, networks, family)
+    beside = {} if folder is None else _text_encoders(folder, denoiser, networks, family)
     networks |= beside
     config = assembled(_configs(networks), path.name)
     if config is None:
@@ -90,11 +91,15 @@ def open_model_file(
 
 
 def _text_encoders(
-    folder: Path, own: Mapping[str, OpenNetwork], family: str
+    folder: Path, denoiser: OpenNetwork, own: Mapping[str, OpenNetwork], family: str
 ) -> dict[str, OpenNetwork]:
-    """Those of a folder, which may lack what the model has of its `own`."""
+    """Those of a folder, which may lack what the model has of its `own`; all that are there for a
+    network that has no files of its own, as Stable Diffusion's."""
+    components: Iterable[str] = _TEXT_COMPONENTS
+    if not network_of(denoiser.config).files:
+        components = sorted(part.name for part in folder.glob("text_encoder*") if part.is_dir())
     found = {}
-    for component in _TEXT_COMPONENTS:
+    for component in components:
         try:
             found[component] = open_component(folder, component, family=family)
         except FileNotFoundError:
