@@ -62,6 +62,8 @@ def test_what_a_single_file_lacks_is_named(forms, tmp_path):
             "expected the autoencoder, but these are tensors of the FLUX transformer",
         ),
         ((flux, tmp_path, vae), "text_encoder"),
+        ((flux, tmp_path / "none", vae), "text encoders are a folder, and .*none is not there"),
+        ((flux, vae, vae), "text encoders are a folder, and .*ae.safetensors is a file"),
         ((bfl, bfl, None), "is none"),
     ):
         model, text_encoders, autoencoder = arguments

@@ -47,7 +47,8 @@ def _published(model: Path, name: str, config: PipelineConfig) -> TokenizerPlace
         return TokenizerPlace(find(published.repo, "tokenizer"), published.pad)
     except OSError as error:
         raise FileNotFoundError(
-            f"{model} has no {tokenizer_of(name)}, and the published one is not to be had: {error}"
+            f"{model} has no {tokenizer_of(name)}, and the published one is not to be had: {error} "
+            "(a folder of text encoders with tokenizers will do as well)"
         ) from None
 
 

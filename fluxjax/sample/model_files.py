@@ -61,7 +61,7 @@ def open_model_file(
     whole = whole_file_of(_configs(networks))
     if whole is not None:
         return _of_whole_file(path, whole, networks, text_encoders, vae)
-    folder = None if text_encoders is None else find(text_encoders, "text encoders")
+    folder = _texts_folder(text_encoders)
     if folder is None and not set(_TEXT_COMPONENTS) <= networks.keys():
         raise ConfigError(
             f"{path} needs text encoders: a folder with text_encoder, "
@@ -90,6 +90,14 @@ def open_model_file(
     return ModelFiles(family_of(config.class_name), networks, config, folder)
 
 
+def _texts_folder(given: str | Path | None) -> Path | None:
+    folder = None if given is None else find(given, "text encoders")
+    if folder is not None and not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not there"
+        raise FileNotFoundError(f"text encoders are a folder, and {folder} {what}")
+    return folder
+
+
 def _text_encoders(
     folder: Path, denoiser: OpenNetwork, own: Mapping[str, OpenNetwork], family: str
 ) -> dict[str, OpenNetwork]:
@@ -110,9 +118,9 @@ def _text_encoders(
 
 def _family_beside(text_encoders: str | Path | None) -> str:
     """Whose transformer is drawn with these text encoders, where its shapes do not tell it."""
-    if text_encoders is None:
+    folder, first = _texts_folder(text_encoders), _TEXT_COMPONENTS[0]
+    if folder is None:
         return FluxPipelineConfig.file_family
-    folder, first = find(text_encoders, "text encoders"), _TEXT_COMPONENTS[0]
     try:
         network = open_component(folder, first, family=FluxPipelineConfig.file_family)
     except FileNotFoundError:  # tokenizers alone are enough for some files
@@ -128,7 +136,7 @@ def _of_whole_file(
     vae: str | Path | None,
 ) -> ModelFiles:
     """Text encoders that it lacks are those of the folder, which may have tokenizers too."""
-    folder = None if text_encoders is None else find(text_encoders, "text encoders")
+    folder = _texts_folder(text_encoders)
     if vae is not None:
         networks["vae"] = _open_vae(find(vae, "vae"), networks.get("vae"))
     if folder is not None:
