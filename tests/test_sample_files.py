@@ -25,7 +25,7 @@ from fluxjax.sample.picture_record import differences, find_all, record_of, reme
 from fluxjax.sample.prompts_file import read_prompts
 from fluxjax.sample.redux import read_heard
 from fluxjax.sample.settings import Settings
-from fluxjax.sample.sources import Sources, hashes_of
+from fluxjax.sample.sources import Sources, changed, hashes_of
 
 STAR = Settings(prompt="a star", seed=3, width=64, height=48, steps=4)
 
@@ -375,6 +375,31 @@ def test_every_part_of_a_model_has_its_hash(here):
         part = name.split("/")[0]
         assert [key for key in now if now[key] != before[key]] == [part]
         (model / name).write_text(name)
+    # What a folder is given for alone counts, also for pictures that remember all of it.
+    assert set(hashes_of(str(model), "text_encoders")) == {"tokenizer"}
+    then = {f"text_encoders {name}": digest for name, digest in before.items()}
+    now = {f"text_encoders {name}": digest for name, digest in before.items()}
+    assert not changed(then, {**now, "text_encoders transformer": "another"}, "text_encoders")
+    assert changed(then, {**now, "text_encoders tokenizer": "another"}, "text_encoders")
+
+
+def test_a_file_beside_the_folders_counts(here):
+    """As `convert --to bfl` leaves weights; the folders have the configurations."""
+    model = here / "model"
+    for name in ("transformer/config.json", "vae/config.json", "flux1-dev.safetensors"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(name)
+    (model / "vae" / "diffusion_pytorch_model.safetensors").write_text("vae")
+    (model / "ae.safetensors").write_text("not read")
+    index = {"_class_name": "F", "transformer": ["a", "b"], "vae": ["a", "b"]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    before = hashes_of(str(model), "model")
+    assert set(before) == {"transformer", "vae", "files", "index"}
+    (model / "flux1-dev.safetensors").write_text("changed")
+    (model / "ae.safetensors").write_text("changed")
+    now = hashes_of(str(model), "model")
+    assert [key for key in now if now[key] != before[key]] == ["files"]
+    assert set(hashes_of(str(model), "vae")) == {"vae"}
 
 
 def test_where_pictures_go(here, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ SCALED = {
 TEXTS = ("quantise", "family")
 """Fields of Sources that are no files."""
 _INDEX = ("model_index.json", "fluxjax.json")
+_READ = {"text_encoders": r"(text_encoder|tokenizer)(_\d)?", "vae": "vae"}
+"""Of a whole pipeline's folder that is given for these, which parts are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,22 +105,34 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
     except (ValueError, RecursionError):  # who loads the model says so
         entries = {}
     names = [name for name, entry in entries.items() if entry not in (None, [None, None])]
+    names = [name for name in names if re.fullmatch(_READ.get(kind, ".*"), name)]
+    files = {file for name in names if (file := _file_above(path, name))}
     if not entries:  # a folder of text encoders, or one network's
         names = [entry.name for entry in path.iterdir() if entry.is_dir()]
+        files = {file.name for end in ("safetensors", "gguf") for file in path.glob(f"*.{end}")}
     parts = {name: hash_files(path, [name]) for name in sorted(names) if (path / name).is_dir()}
-    single = sorted(f.name for end in ("safetensors", "gguf") for f in path.glob(f"*.{end}"))
-    listed = [name for name in names if not name.startswith("_")]
-    if single and (not listed or len(parts) < len(listed)):
-        parts["files"] = hash_files(path, single)
-    parts["index"] = hash_files(path, [name for name in _INDEX if (path / name).is_file()])
+    if files:
+        parts["files"] = hash_files(path, sorted(files))
+    if kind not in _READ:
+        parts["index"] = hash_files(path, [name for name in _INDEX if (path / name).is_file()])
     return parts
 
 
+def _file_above(folder: Path, component: str) -> str:
+    """The file beside the folders that has a network's weights, as BFL's lie; "" for none."""
+    from fluxjax.checkpoint.weights_location import component_weights
+
+    try:
+        weights = component_weights(folder, component)
+    except ValueError:  # who loads the model says that there are several
+        return ""
+    return weights.name if weights.is_file() and weights.parent == folder else ""
+
+
 def changed(then: Mapping[str, str], now: Mapping[str, str], kind: str) -> list[str]:
-    """Names of what of a `kind` ("model", "lora 1") differs."""
-    mine = {
-        name for name in then.keys() | now.keys() if name == kind or name.startswith(f"{kind} ")
-    }
+    """Names of what of a `kind` ("model", "lora 1") differs, of what is read."""
+    read = rf"{kind}( ({_READ[kind]}|files))?" if kind in _READ else rf"{kind}( .*)?"
+    mine = {name for name in then.keys() | now.keys() if re.fullmatch(read, name)}
     return sorted(name for name in mine if then.get(name) != now.get(name))
 
 
