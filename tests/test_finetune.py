@@ -46,6 +46,7 @@ from fluxjax.config import (
     LoraConfig,
     T5Config,
 )
+from fluxjax.convert.convert import plan, run
 from fluxjax.families import FLUX, Conditioning, Task
 from fluxjax.families.noise_path import FLOW
 from fluxjax.hub import tiny_folder
@@ -386,6 +387,26 @@ def test_other_base_weights_do_not_go_on(lora_run, recipe, model, tmp_path):
         settings = replace(recipe.optimizer, learning_rate=0.5)
         train(replace(recipe, optimizer=settings, seed=9), lora_run[0])
     assert (recipe.folder / "recipe.toml").read_bytes() == before, "that of a refused run"
+
+
+def test_weights_beside_their_folders_are_told_apart(tmp_path):
+    """As `convert --to bfl` leaves them: the folders have the configurations."""
+    run(plan(tiny_folder(), tmp_path / "model", "bfl"))
+
+    def hashes() -> tuple[str, str, str]:
+        encoders = folder_encoders(tmp_path / "model")
+        base = finetune.base_hash(tmp_path / "model")
+        return base, encoders.text_hash, encoders.image_hash
+
+    files = {"flux1-dev": 0, "t5xxl": 1, "clip_l": 1, "ae": 2}
+    for name, place in files.items():
+        before, weights = hashes(), tmp_path / "model" / f"{name}.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        assert [a != b for a, b in zip(before, hashes(), strict=True)] == [
+            i == place for i in range(3)
+        ], name
 
 
 @pytest.mark.slow

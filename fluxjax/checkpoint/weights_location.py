@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -35,6 +37,19 @@ def component_weights(folder: Path, component: str) -> Path:
         if files:
             return files[0]
     return own
+
+
+def named_parts(folder: Path, components: Iterable[str]) -> list[str]:
+    """What of a pipeline folder holds these networks: their folders, and the files beside them that
+    have their weights, as BFL's lie."""
+    names = []
+    for component in components:
+        names.append(component)
+        with suppress(ValueError):  # who loads the model says that there are several
+            path = component_weights(folder, component)
+            if path.is_file() and path.parent == folder:
+                names.append(path.name)
+    return names
 
 
 def _has_weights(folder: Path) -> bool:

@@ -80,6 +80,7 @@ class Sources:
 def hashes_of(source: str, kind: str) -> dict[str, str]:
     """SHA-256 of a file, or an adapter's folder, under "", of a model's parts under their names.
     Raises OSError."""
+    from fluxjax.checkpoint.weights_location import named_parts
     from fluxjax.file_hash import hash_file, hash_files
 
     if adapter := embedded_adapter(source):
@@ -106,7 +107,7 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
         entries = {}
     names = [name for name, entry in entries.items() if entry not in (None, [None, None])]
     names = [name for name in names if re.fullmatch(_READ.get(kind, ".*"), name)]
-    files = {file for name in names if (file := _file_above(path, name))}
+    files = set(named_parts(path, names)) - set(names)
     if not entries:  # a folder of text encoders, or one network's
         names = [entry.name for entry in path.iterdir() if entry.is_dir()]
         files = {file.name for end in ("safetensors", "gguf") for file in path.glob(f"*.{end}")}
@@ -116,17 +117,6 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
     if kind not in _READ:
         parts["index"] = hash_files(path, [name for name in _INDEX if (path / name).is_file()])
     return parts
-
-
-def _file_above(folder: Path, component: str) -> str:
-    """The file beside the folders that has a network's weights, as BFL's lie; "" for none."""
-    from fluxjax.checkpoint.weights_location import component_weights
-
-    try:
-        weights = component_weights(folder, component)
-    except ValueError:  # who loads the model says that there are several
-        return ""
-    return weights.name if weights.is_file() and weights.parent == folder else ""
 
 
 def changed(then: Mapping[str, str], now: Mapping[str, str], kind: str) -> list[str]:

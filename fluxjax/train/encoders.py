@@ -60,10 +60,12 @@ def folder_encoders(model: Path, dtype: Dtype = "bfloat16") -> Encoders:
     FileNotFoundError and ConfigError for a folder that is no pipeline.
     """
     from fluxjax.checkpoint.pipeline_folder import tokenizer_of
+    from fluxjax.checkpoint.weights_location import named_parts
 
     folder = _Folder(model, dtype)
     config, family = folder.config, folder.family
-    texts = [*folder.texts, *map(tokenizer_of, folder.texts)]
+    files = [name for name in named_parts(model, folder.texts) if name not in folder.texts]
+    texts = [*folder.texts, *map(tokenizer_of, folder.texts), *files]
     return Encoders(
         encode_image=lambda pictures: folder.image(pictures),
         encode_text=lambda *heard: folder.text(*heard),

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import Part, abstract_params
+from fluxjax.checkpoint.weights_location import named_parts
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.families import Task, family_of
 from fluxjax.families.family import Apply
@@ -205,10 +206,8 @@ def _step(
 
 def base_hash(model: Path, denoiser: str = "transformer") -> str:
     """Of the weights that training starts from, and of how they are to be run."""
-    weights = [denoiser]
-    if not (model / denoiser).is_dir():
-        weights = sorted(path.name for path in model.glob("flux1*.safetensors"))
-    return hash_files(model, (*weights, "scheduler", "model_index.json"))[:16]
+    names = (*named_parts(model, [denoiser]), "scheduler", "model_index.json")
+    return hash_files(model, names)[:16]
 
 
 def with_usable_cache(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, str]:
