@@ -172,6 +172,9 @@ def test_of_stable_diffusion_2_the_size_is_said(hub, tmp_path):
     again = ("--like", "file.png", "-o", "again.png")
     code, _, said = run_python(hub, tmp_path, "-m", "fluxjax.sample", *again)
     assert code == 0, said
+    another = ("--like", "file.png", "--model", str(folder), "--like-anyway", "-o", "other.png")
+    code, _, said = run_python(hub, tmp_path, "-m", "fluxjax.sample", *another)
+    assert code == 0, said
     others = np.asarray(Image.open(tmp_path / "again.png")), drawn(hub, tmp_path, "folder", folder)
     assert all(np.array_equal(picture, other) for other in others)
     code, _, said = run_python(hub, tmp_path, *arguments[:-1], str(folder), "--family", "sd2")

@@ -163,5 +163,12 @@ def absolute_scaled(text: str, what: str) -> str:
 
 
 def replaced(sources: Sources, given: Mapping[str, object]) -> Sources:
-    """With what is given in place of what is there; None and () count as not given."""
-    return dataclasses.replace(sources, **{k: v for k, v in given.items() if v not in (None, ())})
+    """With what is given in place of what is there; None and () count as not given. What is there
+    beside a single file does not go with another model."""
+    chosen = {name: value for name, value in given.items() if value not in (None, ())}
+    if "model" in chosen:
+        beside = {"family": None, "text_encoders": sources.text_encoders}
+        if not str(chosen["model"]).endswith((".safetensors", ".gguf")):
+            beside["text_encoders"] = None
+        chosen = {**beside, **chosen}
+    return dataclasses.replace(sources, **chosen)
