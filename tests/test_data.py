@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -527,3 +529,23 @@ def test_scenes_have_the_sizes_and_captions_that_were_drawn(tmp_path):
     assert [e.item.caption for e in again.entries] == [e.item.caption for e in data.entries[:80]]
     with pytest.raises(ConfigError, match="100 x 90"):
         open_dataset(replace(settings, scene_sizes=((100, 90),)), ENCODERS, batch=4, seed=0)
+
+
+def test_threads_that_begin_together_find_edges():
+    """OpenCV is not itself while it is imported, which the first pictures of a training may ask for
+    at once."""
+    pytest.importorskip("cv2")
+    begun = """
+import threading
+from PIL import Image
+from fluxjax.sample.edges import canny_edges
+found = []
+def find():
+    found.append(canny_edges(Image.new("RGB", (32, 32)), 32, 32, (50, 200)).size)
+threads = [threading.Thread(target=find) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert found == [(32, 32)] * 8, found
+"""
+    ended = subprocess.run([sys.executable, "-c", begun], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
