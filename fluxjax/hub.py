@@ -101,10 +101,9 @@ def find(
 
     model: a whole pipeline, as far as it is run; configuration: its JSON files alone; checkpoint: a
     pipeline with what is carried along, the folder of one network, or a file; vae, text encoders:
-    those folders of a pipeline, or a repository that is one; tokenizer: its files beside a network
-    of another library; lora: a file. `check` sees a
-    pipeline's folder before its weights are downloaded. A path comes back as it is, there or not:
-    whoever opens it says what is wrong.
+    those folders of a pipeline, or a repository that is one; tokenizer: its files alone, of a
+    repository of transformers; lora: a file. `check` sees a pipeline's folder before its weights
+    are downloaded. A path comes back as it is, there or not: whoever opens it says what is wrong.
 
     Raises FileNotFoundError for what neither this machine nor the hub has, PermissionError for a
     gated model, ConfigError for a repository that holds no `kind`, each in one sentence.

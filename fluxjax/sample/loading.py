@@ -13,7 +13,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from fluxjax.checkpoint.lora.scaled_file import scaled_files
 from fluxjax.checkpoint.opened_network import OpenNetwork, has_codes
-from fluxjax.checkpoint.pipeline_folder import read_config
+from fluxjax.checkpoint.pipeline_folder import read_config, tokenizer_of
 from fluxjax.checkpoint.templates import Part, abstract_params, part_of
 from fluxjax.checkpoint.tokenizer_places import open_tokenizers, tokenizer_places
 from fluxjax.config import ConfigError, PipelineConfig
@@ -183,8 +183,9 @@ def load_pipeline(
         ),
     )
     pipeline.notes += notes
-    if path.is_dir() and (names := [place.folder for place in tokenizers.values() if place.pad]):
-        pipeline.notes.append(f"{path} lacks {len(names)} tokenizer(s): published ones are used")
+    lacking = [tokenizer_of(name) for name, place in tokenizers.items() if place.pad]
+    if path.is_dir() and lacking:
+        pipeline.notes.append(f"{path} has no {' and no '.join(lacking)}: the published are used")
     if refiner is not None:
         second = load_pipeline(
             refiner,
