@@ -339,7 +339,10 @@ def test_half_a_folder_is_one_sentence(random_pipeline, tmp_path, monkeypatch, c
     shutil.rmtree(half / "vae")
     (half / "vae").symlink_to(random_pipeline / "vae")
     (half / "tokenizer_2").unlink()
-    assert "tokenizer_2 is missing" in attempt(half)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    error = attempt(half)
+    assert "has no tokenizer_2, and the published one is not to be had" in error
+    assert "HF_HUB_OFFLINE is set" in error
 
 
 def test_no_space_is_one_sentence_and_leaves_nothing_behind(sample, monkeypatch):

@@ -21,7 +21,7 @@ _IMPORTING = Lock()  # cv2 is in sys.modules as another module, without a spec, 
 def require_opencv() -> None:
     """Raises ConfigError, which says how to get it, where OpenCV is missing."""
     with _IMPORTING:
-        if "cv2" not in sys.modules and find_spec("cv2") is None:
+        if sys.modules.get("cv2") is None and find_spec("cv2") is None:
             raise ConfigError("canny needs OpenCV: pip install 'fluxjax[control]'")
 
 
