@@ -435,9 +435,10 @@ def test_a_process_that_stops_for_longer_than_the_limit_ends_both(server, tmp_pa
 def test_a_stuck_process_ends_both(server, tmp_path):
     runs = pair(server, "hang", tmp_path, "--quick", "--hang", 6, second=("--stuck", 7))
     codes = [run.wait() for run in runs]
-    assert codes[1] == HUNG or codes[0] == HUNG, codes
-    assert 0 not in codes
-    assert "in advance" in runs[1].said or "in advance" in runs[0].said
+    # Whichever of them says it first: JAX ends the other one when it sees that one gone.
+    hung = [run.said for run, code in zip(runs, codes, strict=True) if code == HUNG]
+    assert hung and 0 not in codes, codes
+    assert all("no step within" in said and "most recent call first" in said for said in hung)
     assert listed(tmp_path) == [5]
 
 
