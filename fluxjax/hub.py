@@ -7,6 +7,7 @@ with its own cache, tokens and settings (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import json
 import re
@@ -33,7 +34,6 @@ _TEXT = (".json", ".txt", ".model", ".jinja")
 _ENCODERS = r"(text_encoder|tokenizer)(_\d)?"
 _NETWORK = r"text_encoder(_\d)?|transformer|unet|vae|controlnet(_\d)?|image_encoder|image_embedder"
 _TOKENIZER = r"(tokenizer(_config)?|special_tokens_map|vocab)\.json|merges\.txt|spiece\.model"
-_TEXT_FILES = (r"clip_l", r"clip_g", r"t5.*xxl")  # ComfyUI's, of text encoders alone
 _CARRIED = ("safety_checker", "feature_extractor")  # along by `convert`, and of no use here
 _INDEX = "model_index.json"
 _LORA = "pytorch_lora_weights.safetensors"
@@ -235,10 +235,15 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
 
 
 def _text_files(files: Collection[str], name: Name) -> list[str]:
-    """One file of each text encoder, of several the one in 16 bits."""
+    """One file of each text encoder, as ComfyUI calls them, of several the one in 16 bits."""
+    from fluxjax.networks.whole_files import WHOLE_FILES
+
+    called = {part.file for whole in WHOLE_FILES for part in whole.parts.values() if part.file}
+    above = [file for file in files if "/" not in file]
     chosen = []
-    for stem in _TEXT_FILES:
-        own = [file for file in files if re.fullmatch(rf"{stem}[^/]*\.(safetensors|gguf)", file)]
+    for pattern in sorted(called):
+        names = (pattern.removesuffix(_WEIGHTS[0]) + ending for ending in _WEIGHTS)
+        own = [file for one in names for file in fnmatch.filter(above, one)]
         whole = [file for file in own if re.search("fp16|bf16", file)] or own
         if len(whole) > 1:
             listed = ", ".join(sorted(own)[:5])

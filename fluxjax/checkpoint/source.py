@@ -28,6 +28,7 @@ from fluxjax.checkpoint.weights_location import (
     SINGLE_FILES,
     component_weights,
     files_called,
+    only_file,
     orbax_folder,
     single_files,
     weights_of,
@@ -187,13 +188,9 @@ def open_beside(folder: Path, component: str, whole: WholeFile) -> OpenNetwork |
     if (folder / component).is_dir():
         return open_component(folder, component)
     pattern = whole.parts[component].file
-    files = files_called(folder, pattern) if pattern else []
-    if len(files) > 1:
-        names = ", ".join(path.name for path in files)
-        raise ValueError(f"{folder} holds several {component} files, keep one of: {names}")
-    if not files:
+    path = only_file(folder, component, files_called(folder, pattern) if pattern else [])
+    if path is None:
         return None
-    (path,) = files
     if is_gguf(path):
         return open_file(path, component=component, family=whole.family)[component]
     raw, metadata = read_safetensors(path)

@@ -31,11 +31,7 @@ def component_weights(folder: Path, component: str) -> Path:
     own = folder / component
     if not _has_weights(own):
         files = [*single_files(folder, component), *sorted(own.glob("*.gguf"))]
-        if len(files) > 1:
-            names = ", ".join(path.name for path in files)
-            raise ValueError(f"{folder} holds several {component} files, keep one of: {names}")
-        if files:
-            return files[0]
+        return only_file(folder, component, files) or own
     return own
 
 
@@ -112,6 +108,14 @@ def single_files(folder: Path, component: str) -> list[Path]:
         for file in files_called(folder, SINGLE_FILES[component])
         if not any(fnmatch(file.name, other) for each in longer for other in _both(each))
     ]
+
+
+def only_file(folder: Path, component: str, files: list[Path]) -> Path | None:
+    """The one of a network in `folder`, if any. Raises ValueError if there are several."""
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise ValueError(f"{folder} holds several {component} files, keep one of: {names}")
+    return files[0] if files else None
 
 
 def files_called(folder: Path, name: str) -> list[Path]:

@@ -11,6 +11,7 @@ from fluxjax.config.choices import FAMILY_NAMES
 from fluxjax.config.sampler import SamplerConfig
 from fluxjax.config.sd3 import SD3Config
 from fluxjax.config.stable_diffusion import EULER
+from fluxjax.networks.clip import CLIP_TEXT
 from fluxjax.networks.clip_files import openai_text, openclip_text
 from fluxjax.networks.network import Shapes
 from fluxjax.networks.t5 import T5
@@ -115,7 +116,7 @@ WHOLE_FILES = (
                 "published",
                 openai_text,
                 identity=True,
-                file="clip_l*.safetensors",
+                file=CLIP_TEXT.files,
             ),
             "text_encoder_2": Part(
                 "text_encoders.clip_g.transformer.",

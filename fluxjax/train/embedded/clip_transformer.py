@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from fluxjax.families.flux import PromptIds
 from fluxjax.families.noise_path import OPEN_SORA_FLOW
 from fluxjax.models.latents import text_ids, video_ids
 from fluxjax.models.open_sora import OpenSoraTransformer
-from fluxjax.models.products import BFLOAT16
+from fluxjax.models.products import PRECISIONS, Products
 from fluxjax.schedules.open_sora import shift_of
 from fluxjax.text.video_prompt import video_prompt
 from fluxjax.train.data.cache_file import compact, read_arrays, write_arrays
@@ -72,7 +72,7 @@ class ClipTransformerStage:
     first_chunks: int = 16
     chunk_every: int = 40
     chunks: int = 256
-    products: Literal["float32", "bfloat16"] = "float32"
+    products: Products = "float32"
     seed: int = 3
 
     def __post_init__(self) -> None:
@@ -240,7 +240,7 @@ def train_clip_transformer(
     parameters to begin with; by default they are random."""
     model, params = init_clip_transformer(config, stage.seed)
     params = params if first is None else first
-    precision = BFLOAT16 if stage.products == "bfloat16" else None
+    precision = PRECISIONS[stage.products]
     model = model.clone(precision=precision)
     warm = optax.linear_schedule(0.0, stage.learning_rate, 100)
     decay = optax.linear_schedule(1.0, 0.0, stage.decay_steps, stage.steps - stage.decay_steps)

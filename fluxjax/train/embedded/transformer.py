@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from fluxjax.families.noise_path import FLOW
 from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, pack, text_ids
-from fluxjax.models.products import BFLOAT16
+from fluxjax.models.products import PRECISIONS, Products
 from fluxjax.train.embedded.examples import Conditioner, Pool, Sizes
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.loop import Run, RunSettings
@@ -54,7 +54,7 @@ class TransformerStage:
         (80, 112),
         (96, 96),
     )
-    products: Literal["float32", "bfloat16"] = "float32"
+    products: Products = "float32"
     time_shift: float = 0.0
     seed: int = 3
 
@@ -172,7 +172,7 @@ def train_transformer(
     each block saves for its derivative); checkpoints and metrics lie in `folder`.
     """
     model, params = _init_transformer(config, stage.seed)
-    precision = BFLOAT16 if stage.products == "bfloat16" else None
+    precision = PRECISIONS[stage.products]
     model = model.clone(precision=precision)
     if start is not None:
         params = jax.tree.map(jnp.copy, start)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from fluxjax.families.flux import encode_prompts
 from fluxjax.families.noise_path import FLOW
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids
-from fluxjax.models.products import BFLOAT16
+from fluxjax.models.products import PRECISIONS, Products
 from fluxjax.train.embedded.examples import Sizes
 from fluxjax.train.embedded.paraphrase import Encoders, open_encoders
 from fluxjax.train.embedded.phrasing import caption_and_plain, vary
@@ -66,7 +66,7 @@ class UnlearntStage:
     scales: tuple[float, float] = (1.0, 5.0)
     fresh: int = 6
     seed: int = 21
-    products: Literal["float32", "bfloat16"] = "float32"
+    products: Products = "float32"
 
     @property
     def order(self) -> Sizes:
@@ -174,7 +174,7 @@ class UnlearntBatches:
 def train_unlearnt(folder: Path, config: FluxPipelineConfig, stage: UnlearntStage, runs: Path):
     """Trains the transformer of the pipeline in `folder`, its own teacher; returns its averaged
     (EMA) parameters, one subtree per block."""
-    precision = BFLOAT16 if stage.products == "bfloat16" else None
+    precision = PRECISIONS[stage.products]
     model = FluxTransformer(config.transformer, scan_layers=False, precision=precision)
     frozen = load_params(
         folder, "transformer", config.transformer, stacked=False, dtype=jnp.float32
