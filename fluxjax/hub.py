@@ -7,7 +7,6 @@ with its own cache, tokens and settings (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import json
 import re
@@ -236,15 +235,13 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
 
 def _text_files(files: Collection[str], name: Name) -> list[str]:
     """One file of each text encoder, as ComfyUI calls them, of several the one in 16 bits."""
-    from fluxjax.networks.whole_files import WHOLE_FILES
+    from fluxjax.checkpoint.weights_location import TEXT_FILES, fitting, in_16_bits
 
-    called = {part.file for whole in WHOLE_FILES for part in whole.parts.values() if part.file}
     above = [file for file in files if "/" not in file]
     chosen = []
-    for pattern in sorted(called):
-        names = (pattern.removesuffix(_WEIGHTS[0]) + ending for ending in _WEIGHTS)
-        own = [file for one in names for file in fnmatch.filter(above, one)]
-        whole = [file for file in own if re.search("fp16|bf16", file)] or own
+    for pattern in sorted(TEXT_FILES):
+        own = fitting(above, pattern, TEXT_FILES)
+        whole = in_16_bits(own)
         if len(whole) > 1:
             listed = ", ".join(sorted(own)[:5])
             raise ConfigError(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hunyuan_video_folders import word_tokenizer
 from loopback_hub import run_python, serve
 from PIL import Image
 from safetensors import safe_open
@@ -97,12 +98,14 @@ def test_text_encoders_as_comfyui_keeps_them(hub, shared, tmp_path):
         prefix = f"text_encoders.{name}.transformer."
         part = {n.removeprefix(prefix): t for n, t in whole.items() if n.startswith(prefix)}
         save_file(part, texts / f"{name}{'_fp16' if name == 't5xxl' else ''}.safetensors")
+    # Of several the one in 16 bits is read.
+    (texts / "t5xxl_fp8_e4m3fn.safetensors").write_bytes(b"another")
     picture = drawn(hub, tmp_path, "files", file, "--text-encoders", texts)
     assert expected.std() > 20 and np.array_equal(picture, expected)
-    shutil.copyfile(texts / "t5xxl_fp16.safetensors", texts / "t5xxl_fp8.safetensors")
+    (texts / "t5xxl_fp16.safetensors").rename(texts / "t5xxl_fp8_scaled.safetensors")
     arguments = ("--model", str(file), "--text-encoders", str(texts))
     code, _, said = run_python(hub, tmp_path, "-m", "fluxjax.sample", PROMPT, *arguments)
-    assert code == 2 and "several text_encoder_3 files, keep one of: t5xxl_fp16" in said, said
+    assert code == 2 and "several text_encoder_3 files, keep one of: t5xxl_fp8_e4" in said, said
 
 
 @pytest.mark.slow
@@ -154,6 +157,28 @@ def test_flux_with_its_text_encoders_in_one_file(hub, shared, tmp_path):
     assert sorted(hub.downloads) == sorted(texts)
     assert expected.std() > 20
     assert np.array_equal(picture, expected) and np.array_equal(apart, expected)
+
+
+@pytest.mark.slow
+def test_a_language_model_has_that_of_its_llava(hub, tmp_path):
+    """HunyuanVideo's, for which a whole run takes a model of real size."""
+    word_tokenizer().save_pretrained(tmp_path / "llava")
+    repo = "xtuner/llava-llama-3-8b-v1_1-transformers"
+    hub.files[repo] = {path.name: path for path in (tmp_path / "llava").iterdir()}
+    script = (
+        "from fluxjax.checkpoint.tokenizer_places import open_tokenizers, tokenizer_places\n"
+        "from fluxjax.config import HUNYUAN_VIDEO_720 as config\n"
+        "places = tokenizer_places('file', None, config)\n"
+        "print([one(['a {red} light'], 6).input_ids.tolist()\n"
+        "       for one in open_tokenizers(places, config)])"
+    )
+    code, found, said = run_python(hub, tmp_path, "-c", script)
+    assert code == 0, said
+    language, clip = json.loads(found)
+    theirs = word_tokenizer()(
+        ["a {red} light"], padding="max_length", truncation=True, max_length=6
+    )
+    assert language == theirs["input_ids"] and clip[0][0] == 49406
 
 
 @pytest.mark.slow

@@ -383,6 +383,30 @@ def test_every_part_of_a_model_has_its_hash(here):
     assert changed(then, {**now, "text_encoders tokenizer": "another"}, "text_encoders")
 
 
+def test_of_comfyuis_folder_text_encoders_have_hashes(here):
+    """Those in 16 bits, where there are some; nothing else that lies there."""
+    folder = here / "text_encoders"
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    counted = ("clip_l.safetensors", "t5xxl_fp16.safetensors", "llava_llama3_Q4_K_M.gguf")
+    others = ("t5xxl_fp8_e4m3fn.safetensors", "umt5_xxl.gguf", "qwen.safetensors", "notes.txt")
+    for name in counted + others:
+        (folder / name).write_text(name)
+
+    def hashes():
+        return hashes_of(str(folder), "text_encoders")
+
+    before = hashes()
+    assert set(before) == {"tokenizer", "files"}
+    for name in others:
+        (folder / name).write_text("changed")
+    assert hashes() == before
+    for name in counted:
+        (folder / name).write_text("changed")
+        assert hashes()["files"] != before["files"]
+        (folder / name).write_text(name)
+
+
 def test_a_file_beside_the_folders_counts(here):
     """As `convert --to bfl` leaves weights; the folders have the configurations."""
     model = here / "model"

@@ -243,14 +243,15 @@ def test_single_files_draw_what_their_folder_draws(whose, ours, hunyuan_video, t
         write_named(transformer, parts["transformer"], "comfy", "model.model.")
         write_named(vae, parts["vae"], "comfy")
         heard = tmp_path / "text"
-        left_out = shutil.ignore_patterns("*.safetensors")
-        for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
-            shutil.copytree(hunyuan_video / name, heard / name, ignore=left_out)
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(hunyuan_video / name, heard / name)
         llama = open_component(hunyuan_video, "text_encoder")
         more = {"lm_head.weight": as_tensor(np.zeros((2, 2), np.float32))}
-        write_named(heard / "text_encoder/llava_llama3.safetensors", llama, "causal", more=more)
+        write_named(heard / "llava_llama3_fp16.safetensors", llama, "causal", more=more)
         clip = open_component(hunyuan_video, "text_encoder_2")
-        write_named(heard / "text_encoder_2/clip_l.safetensors", clip, "published")
+        write_named(heard / "clip_l.safetensors", clip, "published")
+        for other in ("llava_llama3_fp8_scaled", "t5xxl_fp16", "clip_g"):  # read of nobody
+            (heard / f"{other}.safetensors").write_bytes(b"another")
     files = fluxjax.load_pipeline(transformer, vae=vae, text_encoders=heard)
     assert files.family is ours.family and files.config.networks["text_encoder"].stops_after == 2
     files.executables = ours.executables  # the same networks: nothing to compile again
@@ -324,14 +325,20 @@ def shapes_of(part):
     return {n: leaf.shape for n, leaf in engine.published_leaves(abstract_params(part)).items()}
 
 
-@slow
-def test_comfys_llava_in_two_files(tmp_path):
-    """As they are at real size, and small ones beside a config.json: each value in its place."""
-    text, vision = replace(LLAMA3_8B, stops_after=None), LLAVA_LLAMA3.vision_config
+def comfys_llava():
+    """The published one, and the names and shapes of ComfyUI's two files of it."""
+    text = replace(LLAMA3_8B, stops_after=None)
     whole = replace(LLAVA_LLAMA3, text_config=text, heard_stride=1)
     table = network_of(whole).dialect("comfy").table(whole)
     at_size = {n: as_tensor(np.broadcast_to(np.float32(), s)) for n, s in shapes_of(whole).items()}
-    named = {n: one.shape for n, one in engine.from_published(at_size, table).items()}
+    return whole, {n: one.shape for n, one in engine.from_published(at_size, table).items()}
+
+
+@slow
+def test_comfys_llava_in_two_files(tmp_path):
+    """As they are at real size, and small ones beside a config.json: each value in its place."""
+    whole, named = comfys_llava()
+    text, vision = whole.text_config, whole.vision_config
     seen = {f"vision_model.{name.removeprefix('vision_model.')}" for name in shapes_of(vision)}
     heard = {f"model.{name}" for name in shapes_of(text)}
     projector = {
@@ -361,6 +368,33 @@ def test_comfys_llava_in_two_files(tmp_path):
     (parts / "llava_llama3_vision.safetensors").rename(parts / "other.txt")
     with pytest.raises(ConfigError, match=r"language model, but the configuration .* LLaVA"):
         open_component(tmp_path, "text_encoder")
+
+
+def beside_each_other(tmp_path, folder, llama, clip):
+    """Text encoders as they lie in ComfyUI's folder; the part that sees says what is drawn."""
+    flat = tmp_path / "flat"
+    write_empty(flat / "llava_llama3_fp8_scaled.safetensors", llama)
+    write_empty(flat / "clip_l.safetensors", clip)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(folder / name, flat / name)
+    files = tmp_path / "comfy.safetensors", tmp_path / "vae_comfy.safetensors"
+
+    def opened(**told):
+        return fluxjax.load_pipeline(files[0], vae=files[1], text_encoders=flat, **told).config
+
+    assert opened() == HUNYUAN_VIDEO_720
+    with pytest.raises(ConfigError, match="language model that sees pictures, LLaVA, it"):
+        opened(family="hunyuan-video-i2v")
+    whole, named = comfys_llava()
+    seeing = {name: shape for name, shape in named.items() if not name.startswith("model.")}
+    write_empty(flat / "llava_llama3_vision.safetensors", seeing)
+    seen = opened().networks
+    assert opened(family="hunyuan-video") == HUNYUAN_VIDEO_720
+    assert seen["transformer"].image_condition_type == "token_replace"
+    assert seen["text_encoder"].vision_config == whole.vision_config
+    write_empty(flat / "llava_llama3_fp8_e5m2.safetensors", llama)
+    with pytest.raises(ValueError, match="several text_encoder files, keep one of: llava_llama3_f"):
+        opened()
 
 
 @slow
@@ -398,6 +432,7 @@ def test_published_files_as_they_are(shared, hunyuan_video, tmp_path):  # noqa: 
         opened("tencent")
     with pytest.raises(ConfigError, match="give the text encoders that it is drawn with, or say"):
         fluxjax.load_pipeline(tmp_path / "tencent.safetensors", vae=tmp_path / "vae.safetensors")
+    beside_each_other(tmp_path, hunyuan_video, llama, clip)
     (tmp_path / "mp_rank_00_model_states.pt").touch()
     with pytest.raises(ValueError, match=r"is a pickle.*python -c .*module.*save_file"):
         fluxjax.load_pipeline(tmp_path / "mp_rank_00_model_states.pt")

@@ -1,5 +1,6 @@
 """Clips of Open-Sora: against three passes in a plain loop; as files; what is refused."""
 
+import shutil
 import sys
 import weakref
 from pathlib import Path
@@ -289,9 +290,17 @@ def test_what_is_refused(pipe):
 @pytest.mark.slow
 def test_the_published_files_draw_what_their_folder_draws(open_sora, pipe, tmp_path):  # noqa: F811
     transformer, vae = tmp_path / "Open_Sora_v2.safetensors", tmp_path / "hunyuan_vae.safetensors"
-    for component, file in (("transformer", transformer), ("vae", vae)):
+    texts = tmp_path / "texts"  # as ComfyUI's folder, with those of other models
+    texts.mkdir()
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(open_sora / name, texts / name)
+    clip, t5 = texts / "clip_l.safetensors", texts / "t5xxl_fp16.safetensors"
+    parts = {"transformer": transformer, "vae": vae, "text_encoder": clip, "text_encoder_2": t5}
+    for component, file in parts.items():
         convert.run(convert.plan(open_sora / component, file, "bfl"))
-    files = load_pipeline(transformer, vae=vae, text_encoders=open_sora)
+    for other in ("llava_llama3_fp8_scaled", "t5xxl_fp8_e4m3fn", "clip_g"):
+        (texts / f"{other}.safetensors").write_bytes(b"another")
+    files = load_pipeline(transformer, vae=vae, text_encoders=texts)
     assert files.family is OPEN_SORA and files.config.frames == OPEN_SORA_256.frames
     files.executables = pipe.executables  # the same networks: nothing to compile again
     size = {"width": 48, "height": 32, "frames": 5, "steps": 3, "max_sequence_length": 16}

@@ -190,7 +190,9 @@ def adapter_defaults(file: str | Path, metadata: Mapping[str, str]) -> dict[str,
 
 def _present(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        raise FileNotFoundError(f"{folder} is not a whole model folder: {name} is missing")
+        files = sorted(p for end in ("safetensors", "gguf") for p in folder.glob(f"*.{end}"))
+        alone = f" (its files are given one by one, as --model {files[0]})" if files else ""
+        raise FileNotFoundError(f"{folder} is not a whole model folder: {name} is missing{alone}")
     return folder / name
 
 

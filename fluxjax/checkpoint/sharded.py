@@ -124,7 +124,7 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
     """
     folder = Path(folder)
     if files := files_together(folder):
-        return _marked(folder, [read_safetensors(file) for file in files])
+        return read_together(files)
     first = weights_file(folder)
     if first.suffix == ".safetensors":
         return _marked(folder, [read_safetensors(first)])
@@ -135,6 +135,11 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
         wrong = sorted(held.items() ^ weight_map.items())[0][0]
         raise ValueError(f"{first} and its shards disagree, first about {wrong[:200]!r}")
     return _marked(folder, list(shards.values()))
+
+
+def read_together(files: list[Path]) -> dict[str, Tensor]:
+    """Those of a network that lies in several files of a folder without an index."""
+    return _marked(files[0].parent, [read_safetensors(file) for file in files])
 
 
 def _marked(

@@ -22,7 +22,7 @@ from fluxjax.checkpoint.quantised import comfy
 from fluxjax.checkpoint.quantised.gguf import MAGIC, read_gguf
 from fluxjax.checkpoint.quantised.reader import refuse_packed
 from fluxjax.checkpoint.safetensors_file import read_safetensors
-from fluxjax.checkpoint.sharded import read_sharded
+from fluxjax.checkpoint.sharded import read_sharded, read_together
 from fluxjax.checkpoint.source_record import METADATA_KEY, RECORD_FILE, Record
 from fluxjax.checkpoint.weights_location import (
     SINGLE_FILES,
@@ -179,6 +179,23 @@ def open_component(
     if path.is_file():
         return open_file(path, config, component, family)[component]
     return open_folder(path, component, config, family)
+
+
+def open_text_encoder(
+    folder: Path,
+    component: str,
+    files: Mapping[str, list[Path]],
+    config: Config | None = None,
+    family: str = "",
+) -> OpenNetwork:
+    """As `open_component`, or from its `files`, several of which are one network together."""
+    own = files.get(component, [])
+    if len(own) > 1:
+        raw = read_together(own)
+        return make_network(raw, folder, component=component, config=config, family=family)
+    if own:
+        return open_file(own[0], config, component, family)[component]
+    return open_component(folder, component, config, family)
 
 
 def open_beside(folder: Path, component: str, whole: WholeFile) -> OpenNetwork | None:

@@ -20,6 +20,7 @@ class TokenizerPlace(NamedTuple):
 
     folder: Path
     pad: str = ""
+    published: bool = False
 
 
 def tokenizer_places(
@@ -44,7 +45,7 @@ def _published(model: Path, name: str, config: PipelineConfig) -> TokenizerPlace
     if published is None:
         raise FileNotFoundError(f"{model} is not a whole model: {tokenizer_of(name)} is missing")
     try:
-        return TokenizerPlace(find(published.repo, "tokenizer"), published.pad)
+        return TokenizerPlace(find(published.repo, "tokenizer"), published.pad, True)
     except OSError as error:
         raise FileNotFoundError(
             f"{model} has no {tokenizer_of(name)}, and the published one is not to be had: {error} "

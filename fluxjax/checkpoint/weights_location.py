@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -10,12 +11,19 @@ from pathlib import Path
 from fluxjax.checkpoint.component_json import pipeline_class
 from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.orbax_params import is_orbax
+from fluxjax.config import PIPELINES
 from fluxjax.json_input import read_json
 from fluxjax.networks import NETWORKS
+from fluxjax.networks.whole_files import WHOLE_FILES
 
 PARAMS = "params"
 # BFL's and ComfyUI's single files, as they lie in one folder.
 SINGLE_FILES = {network.component: network.files for network in NETWORKS.values() if network.files}
+TEXT_FILES = {part.file for whole in WHOLE_FILES for part in whole.parts.values() if part.file} | {
+    pattern for cls in PIPELINES for patterns in cls.text_files.values() for pattern in patterns
+}
+"""Patterns of the files of text encoders."""
+ST = ".safetensors"
 
 
 def orbax_folder(folder: Path) -> Path | None:
@@ -96,32 +104,56 @@ def weights_of(folder: Path) -> dict[str, Path]:
 
 
 def single_files(folder: Path, component: str) -> list[Path]:
-    """Single files of one network, safetensors and GGUF, as they lie beside others.
-
-    Where the names of several networks fit, as flux1* does a Redux projector, the longest decides.
-    """
+    """Single files of one network, safetensors and GGUF, as they lie beside others."""
     if component not in SINGLE_FILES:
         return []
-    longer = {n for n in SINGLE_FILES.values() if len(n) > len(SINGLE_FILES[component])}
-    return [
-        file
-        for file in files_called(folder, SINGLE_FILES[component])
-        if not any(fnmatch(file.name, other) for each in longer for other in _both(each))
-    ]
+    return files_called(folder, SINGLE_FILES[component], SINGLE_FILES.values())
+
+
+def text_files(folder: Path, component: str, patterns: Iterable[str]) -> list[Path]:
+    """Files of a text encoder, one of each of the patterns, as ComfyUI keeps them beside others';
+    none where the component has a folder. Raises ValueError if there are several of one."""
+    if (folder / component).is_dir():
+        return []
+    called = (files_called(folder, pattern, TEXT_FILES) for pattern in patterns)
+    found = (only_file(folder, component, files) for files in called)
+    return [file for file in found if file is not None]
 
 
 def only_file(folder: Path, component: str, files: list[Path]) -> Path | None:
-    """The one of a network in `folder`, if any. Raises ValueError if there are several."""
+    """The one of a network in `folder`, if any; of a text encoder's several the one in 16 bits.
+    Raises ValueError if there are several."""
+    if component.startswith("text_encoder"):
+        whole = in_16_bits(path.name for path in files)
+        files = [path for path in files if path.name in whole]
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
         raise ValueError(f"{folder} holds several {component} files, keep one of: {names}")
     return files[0] if files else None
 
 
-def files_called(folder: Path, name: str) -> list[Path]:
-    """What fits the pattern of a safetensors file, or is its GGUF."""
-    return sorted(file for one in _both(name) for file in folder.glob(one))
+def in_16_bits(names: Iterable[str]) -> list[str]:
+    """Those of files of one network that are called so; where none is, all."""
+    names = list(names)
+    return [name for name in names if re.search("fp16|bf16", name)] or names
 
 
-def _both(name: str) -> tuple[str, str]:
-    return name, f"{name.removesuffix('.safetensors')}.gguf"
+def files_called(folder: Path, pattern: str, patterns: Iterable[str] = ()) -> list[Path]:
+    """Those of a folder whose names are `fitting`."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [folder / name for name in fitting(names, pattern, patterns)]
+
+
+def fitting(names: Iterable[str], pattern: str, patterns: Iterable[str] = ()) -> list[str]:
+    """Names that fit the pattern of a safetensors file, or are its GGUF.
+
+    Where several of `patterns` fit, as flux1* does a Redux projector, the longest decides.
+    """
+    longer = [other for other in patterns if len(other) > len(pattern)]
+
+    def fits(name: str, pattern: str) -> bool:
+        return any(fnmatch(name, pattern.removesuffix(ST) + end) for end in (ST, ".gguf"))
+
+    return [
+        name for name in names if fits(name, pattern) and not any(fits(name, p) for p in longer)
+    ]

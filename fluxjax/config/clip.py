@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from fluxjax.config.base import Activation, check_types, in_range, layers, positive, require
 
+CLIP_L_FILE = "clip_l*.safetensors"
+"""What a file of CLIP ViT-L/14's text encoder is called, as a pattern."""
+
 
 def _heads_divide(config: CLIPTextConfig | CLIPVisionConfig) -> None:
     require(

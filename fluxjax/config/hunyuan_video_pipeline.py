@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from fluxjax.config import tiling
 from fluxjax.config.base import ConfigError, require
 from fluxjax.config.causal_autoencoder import CausalAutoencoderConfig
 from fluxjax.config.choices import FAMILY_NAMES
-from fluxjax.config.clip import CLIPTextConfig
+from fluxjax.config.clip import CLIP_L_FILE, CLIPTextConfig
 from fluxjax.config.hunyuan_video import (
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_REPLACE,
@@ -24,6 +25,7 @@ from fluxjax.config.video_pipeline import VideoPipelineConfig
 
 _LATER_LAYERS = 2
 """Of the language model, whose states are not read."""
+_LANGUAGE_FILE = "llava*llama*3*.safetensors"
 PICTURE_SIDE = 336
 """Pixels of the picture that LLaVA sees, which is square."""
 
@@ -50,6 +52,10 @@ class HunyuanVideoPipelineConfig(VideoPipelineConfig):
     class_names: ClassVar[str] = r"HunyuanVideoPipeline"
     file_family: ClassVar[str] = FAMILY_NAMES["hunyuan-video"]
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    text_files: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text_encoder": (_LANGUAGE_FILE,),
+        "text_encoder_2": (CLIP_L_FILE,),
+    }
     embeds_guidance: ClassVar[bool] = True
 
     @property
@@ -85,7 +91,8 @@ class HunyuanVideoPipelineConfig(VideoPipelineConfig):
         require(
             kind in self.first_frame_kinds,
             f"{model}: its transformer's image_condition_type is {kind}, and that of a "
-            f"{self.class_name} is {' or '.join(map(str, self.first_frame_kinds))}",
+            f"{self.class_name} is {' or '.join(map(str, self.first_frame_kinds))} (with a "
+            "language model that sees pictures, LLaVA, it is one that draws from a first frame)",
         )
         require(
             not self.scheduler.use_dynamic_shifting,
@@ -126,6 +133,10 @@ class HunyuanVideoImageToVideoPipelineConfig(HunyuanVideoPipelineConfig):
 
     class_names: ClassVar[str] = r"HunyuanVideoImageToVideoPipeline"
     file_family: ClassVar[str] = FAMILY_NAMES["hunyuan-video-i2v"]
+    text_files: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **HunyuanVideoPipelineConfig.text_files,
+        "text_encoder": (_LANGUAGE_FILE, "llava*llama*3*vision*.safetensors"),
+    }
 
     @property
     def class_name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,6 +46,9 @@ class PipelineConfig(ABC):
     """Whose its single files are, of `choices.FAMILY_NAMES`, where shapes may not tell it."""
     components: ClassVar[tuple[str, ...]] = ()
     """The networks that there may be, the one that draws first."""
+    text_files: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Of text encoders the patterns of the files that they lie in, beside each other in a folder as
+    ComfyUI keeps them; {}: in those that the networks themselves are published in."""
     index_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that model_index.json keeps."""
     force_zeros_for_empty_prompt: ClassVar[bool] = False

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from fluxjax.config.base import Activation, check_types, in_range, layers, positive, require
 
+T5_FILE = "t5*xxl*.safetensors"
+"""What a file of T5 XXL is called, as a pattern."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:

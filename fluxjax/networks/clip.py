@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ConfigError
+from fluxjax.config.clip import CLIP_L_FILE
 from fluxjax.networks.clip_files import (
     OPENCLIP,
     PUBLISHED,
@@ -198,7 +199,7 @@ CLIP_TEXT = Network(
     ),
     roles=_TEXT_ROLES,
     prefixes=("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
-    files="clip_l*.safetensors",
+    files=CLIP_L_FILE,
     file_name=lambda config: "clip_l.safetensors",
     quantised_files=False,
     quantised=r"text_model\.encoder\.layers\.\d+\.(self_attn|mlp)\..*\.weight",

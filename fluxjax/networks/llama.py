@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import LLAMA3_8B, ConfigError, LlamaConfig
-from fluxjax.networks.network import Arrays, Dialect, JsonForm, Network, Role, Shapes, count
+from fluxjax.networks.network import (
+    Arrays,
+    Dialect,
+    JsonForm,
+    Network,
+    PublishedTokenizer,
+    Role,
+    Shapes,
+    count,
+)
 from fluxjax.networks.tables import Rule, Table
 
 _FIRST = r"layers\.0\.self_attn\.q_proj\.weight"
@@ -136,6 +145,14 @@ _ROLES: dict[str, Role] = {
     "norm": "copied",
 }
 
+
+def published_tokenizer(config: Any) -> PublishedTokenizer | None:
+    """HunyuanVideo's language model was taken from this LLaVA."""
+    if config.vocab_size != LlamaConfig.vocab_size:
+        return None
+    return PublishedTokenizer("xtuner/llava-llama-3-8b-v1_1-transformers")
+
+
 LLAMA = Network(
     config=LlamaConfig,
     component="text_encoder",
@@ -177,5 +194,6 @@ LLAMA = Network(
     scanned=("layers",),
     blocks=lambda config: config.kept_layers,
     tokenizer="LlamaTokenizerFast",
+    published_tokenizer=published_tokenizer,
     flops=flops,
 )

@@ -175,4 +175,5 @@ LLAVA = Network(
     scanned=("layers",),
     blocks=lambda config: config.text_config.kept_layers,
     tokenizer=llama.LLAMA.tokenizer,
+    published_tokenizer=llama.published_tokenizer,
 )

@@ -111,8 +111,8 @@ class PublishedTokenizer(NamedTuple):
     """A tokenizer that many models share, as it lies on the Hugging Face hub."""
 
     repo: str
-    pad: str
-    """The token that fills up what this network reads."""
+    pad: str = ""
+    """The token that fills up what this network reads; "": as the tokenizer says."""
 
 
 TRANSFORMER_PREFIXES = (

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fluxjax.config import ConfigError, T5Config
+from fluxjax.config.t5 import T5_FILE
 from fluxjax.networks.network import (
     Arrays,
     Dialect,
@@ -177,7 +178,7 @@ T5 = Network(
         "DenseReluDense/wo": "rows",
     },
     prefixes=("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
-    files="t5*xxl*.safetensors",
+    files=T5_FILE,
     file_name=lambda config: "t5xxl.safetensors",
     gguf_architecture=lambda config: "t5encoder",
     quantised=r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\..*)\.weight",

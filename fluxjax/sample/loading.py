@@ -75,8 +75,8 @@ def load_pipeline(
         hub's name will do as well, such as "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
       dtype: of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
       text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, or with
-        ComfyUI's files of them. Of a HunyuanVideo they tell what it draws from: a language model
-        alone from text, LLaVA from a first frame.
+        ComfyUI's files of them, of one in several precisions that in 16 bits. Of a HunyuanVideo
+        they tell what it draws from: a language model alone from text, LLaVA from a first frame.
       vae: another autoencoder than the model's own, which a transformer's file lacks: a diffusers
         folder, or an original file (ae.safetensors, hunyuan_vae.safetensors).
       family: whose a single file is, where neither names nor shapes tell it: Stable Diffusion 2's
@@ -183,7 +183,7 @@ def load_pipeline(
         ),
     )
     pipeline.notes += notes
-    lacking = [tokenizer_of(name) for name, place in tokenizers.items() if place.pad]
+    lacking = [tokenizer_of(name) for name, place in tokenizers.items() if place.published]
     if path.is_dir() and lacking:
         pipeline.notes.append(f"{path} has no {' and no '.join(lacking)}: the published are used")
     if refiner is not None:

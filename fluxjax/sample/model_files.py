@@ -9,8 +9,16 @@ from typing import Any, NamedTuple
 
 from fluxjax.checkpoint.opened_network import OpenNetwork, scheduler_of
 from fluxjax.checkpoint.pipeline_folder import assembled, file_family, read_config
-from fluxjax.checkpoint.source import open_beside, open_component, open_file, open_folder
-from fluxjax.config import ConfigError, FluxPipelineConfig, PipelineConfig
+from fluxjax.checkpoint.source import (
+    open_beside,
+    open_component,
+    open_file,
+    open_folder,
+    open_text_encoder,
+)
+from fluxjax.checkpoint.weights_location import text_files
+from fluxjax.config import PIPELINES, ConfigError, FluxPipelineConfig, PipelineConfig
+from fluxjax.config.base import kinds_of
 from fluxjax.config.choices import FAMILY_NAMES, FileFamily
 from fluxjax.families import Family, family_of
 from fluxjax.hub import find
@@ -77,7 +85,8 @@ def open_model_file(
             f"{path} needs a vae: a diffusers autoencoder's folder or the original file, such as "
             "ae.safetensors"
         )
-    beside = {} if folder is None else _text_encoders(folder, denoiser, networks, family)
+    files = {} if folder is None else _files_beside(folder, denoiser, family)
+    beside = {} if folder is None else _text_encoders(folder, denoiser, networks, files, family)
     networks |= beside
     config = assembled(_configs(networks), path.name)
     if config is None:
@@ -86,7 +95,8 @@ def open_model_file(
     for component, network in beside.items():
         # Of a text encoder the pipeline tells which layer is the last that is read.
         if folder is not None and config.networks[component] != network.config:
-            networks[component] = open_component(folder, component, config.networks[component])
+            own = config.networks[component]
+            networks[component] = open_text_encoder(folder, component, files, own, family)
     return ModelFiles(family_of(config.class_name), networks, config, folder)
 
 
@@ -98,18 +108,30 @@ def _texts_folder(given: str | Path | None) -> Path | None:
     return folder
 
 
+def _files_beside(folder: Path, denoiser: OpenNetwork, family: str) -> dict[str, list[Path]]:
+    """By text encoder its files, as ComfyUI keeps them beside others'."""
+    fits = [c for c in PIPELINES if type(denoiser.config) in kinds_of(c, c.components[0])[0]]
+    cls = next((c for c in fits if c.file_family == family), fits[0])
+    return {name: text_files(folder, name, files) for name, files in cls.text_files.items()}
+
+
 def _text_encoders(
-    folder: Path, denoiser: OpenNetwork, own: Mapping[str, OpenNetwork], family: str
+    folder: Path,
+    denoiser: OpenNetwork,
+    own: Mapping[str, OpenNetwork],
+    files: Mapping[str, list[Path]],
+    family: str,
 ) -> dict[str, OpenNetwork]:
     """Those of a folder, which may lack what the model has of its `own`; all that are there for a
     network that has no files of its own, as Stable Diffusion's."""
     components: Iterable[str] = _TEXT_COMPONENTS
     if not network_of(denoiser.config).files:
-        components = sorted(part.name for part in folder.glob("text_encoder*") if part.is_dir())
+        folders = {part.name for part in folder.glob("text_encoder*") if part.is_dir()}
+        components = sorted(folders.union(name for name, found in files.items() if found))
     found = {}
     for component in components:
         try:
-            found[component] = open_component(folder, component, family=family)
+            found[component] = open_text_encoder(folder, component, files, family=family)
         except FileNotFoundError:
             if component not in own:
                 raise
@@ -121,6 +143,10 @@ def _family_beside(text_encoders: str | Path | None) -> str:
     folder, first = _texts_folder(text_encoders), _TEXT_COMPONENTS[0]
     if folder is None:
         return FluxPipelineConfig.file_family
+    kinds = [cls for cls in PIPELINES if cls.file_family and cls.text_files]
+    files = {c.file_family: len(text_files(folder, first, c.text_files[first])) for c in kinds}
+    if any(files.values()):
+        return max(files, key=files.__getitem__)
     try:
         network = open_component(folder, first, family=FluxPipelineConfig.file_family)
     except FileNotFoundError:  # tokenizers alone are enough for some files

@@ -128,7 +128,7 @@ class Options:
     """
     text_encoders: _Path = None
     """For a file without them: a folder with text_encoder, text_encoder_2, tokenizer and
-    tokenizer_2, or with clip_l and t5xxl (Stable Diffusion 3: clip_g too) as ComfyUI keeps them.
+    tokenizer_2, or with clip_l, clip_g, t5xxl and llava_llama3, as ComfyUI keeps them.
     Tokenizers that are nowhere are the published ones, from the hub."""
     vae: _Path = None
     """Another autoencoder than the model's own, which a BFL file lacks: a diffusers folder, or a

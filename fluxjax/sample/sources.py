@@ -80,7 +80,13 @@ class Sources:
 def hashes_of(source: str, kind: str) -> dict[str, str]:
     """SHA-256 of a file, or an adapter's folder, under "", of a model's parts under their names.
     Raises OSError."""
-    from fluxjax.checkpoint.weights_location import named_parts
+    from fluxjax.checkpoint.weights_location import (
+        ST,
+        TEXT_FILES,
+        fitting,
+        in_16_bits,
+        named_parts,
+    )
     from fluxjax.file_hash import hash_file, hash_files
 
     if adapter := embedded_adapter(source):
@@ -106,11 +112,15 @@ def hashes_of(source: str, kind: str) -> dict[str, str]:
     except (ValueError, RecursionError):  # who loads the model says so
         entries = {}
     names = [name for name, entry in entries.items() if entry not in (None, [None, None])]
-    names = [name for name in names if re.fullmatch(_READ.get(kind, ".*"), name)]
-    files = set(named_parts(path, names)) - set(names)
     if not entries:  # a folder of text encoders, or one network's
         names = [entry.name for entry in path.iterdir() if entry.is_dir()]
-        files = {file.name for end in ("safetensors", "gguf") for file in path.glob(f"*.{end}")}
+    names = [name for name in names if re.fullmatch(_READ.get(kind, ".*"), name)]
+    files = set(named_parts(path, names)) - set(names)
+    if not entries:
+        named = [file.name for file in path.iterdir()]
+        forms = [in_16_bits(fitting(named, pattern, TEXT_FILES)) for pattern in TEXT_FILES]
+        weights = forms if kind == "text_encoders" else [fitting(named, f"*{ST}")]
+        files = {name for names in weights for name in names}
     parts = {name: hash_files(path, [name]) for name in sorted(names) if (path / name).is_dir()}
     if files:
         parts["files"] = hash_files(path, sorted(files))
