@@ -5,6 +5,7 @@ import os
 import re
 import struct
 import tracemalloc
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -20,10 +21,11 @@ from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetens
 from fluxjax.checkpoint.source import open_file, open_folder, open_source
 from fluxjax.checkpoint.source_record import dequantise
 from fluxjax.checkpoint.tensors import of_array
-from fluxjax.config import ConfigError, FluxConfig, T5Config
+from fluxjax.config import LLAMA3_8B, ConfigError, FluxConfig, LlamaConfig, T5Config
 from fluxjax.convert.__main__ import main as convert_command
 from fluxjax.models.gguf_blocks import BLOCK_TYPES
 from fluxjax.models.quantised import NF4
+from fluxjax.networks import network_of
 
 
 def recorded(shared, name):
@@ -436,8 +438,6 @@ def test_what_a_gguf_file_does_not_tell_is_asked_for(tiny, tmp_path):
 def test_the_forward_of_a_gguf_file(shared, tiny):
     import jax
 
-    from fluxjax.networks import network_of
-
     path, config = tiny
     arrays = recorded(shared, f"{path.stem}_forward.safetensors")
     expected = arrays.pop("output")
@@ -527,6 +527,49 @@ def test_t5_of_gguf(tmp_path):
     assert network.config == config and network.tensors.keys() == arrays.keys()
     for name, tensor in network.tensors.items():
         assert bits(tensor.read()) == bits(arrays[name]), name
+
+
+def test_language_model_of_gguf(tmp_path):
+    """llama.cpp rotates neighbouring channels of a head, and so writes q and k in that order."""
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        stops_after=2,
+    )
+    arrays = hf_arrays(replace(config, stops_after=None), np.float16)
+    parts = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+        "self_attn.o_proj": "attn_output",
+        **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+    }
+    tensors = {"rope_freqs.weight": (0, (4,), bytes(16)), "output.weight": (1, (1,), bytes(2))}
+    for name, array in arrays.items():
+        theirs = {"embed_tokens.weight": "token_embd", "norm.weight": "output_norm"}.get(name)
+        if theirs is None:
+            layer, part = name.removeprefix("layers.").removesuffix(".weight").split(".", 1)
+            theirs = f"blk.{layer}.{parts[part]}"
+            if part in ("self_attn.q_proj", "self_attn.k_proj"):
+                array = array.reshape(-1, 2, 4, 32).swapaxes(1, 2).reshape(array.shape)
+        tensors[f"{theirs}.weight"] = (1, array.shape, array.tobytes())
+    (tmp_path / "x.gguf").write_bytes(gguf_bytes(tensors))
+    network = open_file(tmp_path / "x.gguf", config)["text_encoder"]
+    assert network.tensors.keys() == {
+        n for n in arrays if "layers.2" not in n and n != "norm.weight"
+    }
+    for name, tensor in network.tensors.items():
+        assert bits(tensor.read()) == bits(arrays[name]), name
+    with pytest.raises(ConfigError, match="3 layers of width 32, cannot be told from shapes"):
+        open_file(tmp_path / "x.gguf")
+    at_size = {"token_embd.weight": (128320, 4096), "blk.31.attn_q.weight": (4096, 4096)}
+    found = network_of(LLAMA3_8B).dialect("gguf").infer(at_size, "")
+    assert found == replace(LLAMA3_8B, stops_after=None)
 
 
 def whole(kind=0, shape=(2, 8), offset=0, name="x", data=b"\0" * 64, keys=(), tensors=1, **header):

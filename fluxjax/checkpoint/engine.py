@@ -127,6 +127,8 @@ def to_published(
             tensor = tensors.swap_halves(tensor)
         if rule.halved_heads and tensor.shape and tensor.shape[0] % rule.halved_heads == 0:
             tensor = tensors.interleave(tensor, rule.halved_heads)
+        if rule.paired_heads and tensor.shape and tensor.shape[0] % rule.paired_heads == 0:
+            tensor = tensors.deinterleave(tensor, rule.paired_heads)
         if len(names) == 1 or any(name not in shapes for name in names):
             put(names[0], tensor, theirs)
             continue
@@ -188,6 +190,8 @@ def from_published(published: Mapping[str, Tensor], table: Table) -> dict[str, T
                 tensor = tensors.swap_halves(tensor)
             if rule.halved_heads:
                 tensor = tensors.deinterleave(tensor, rule.halved_heads)
+            if rule.paired_heads:
+                tensor = tensors.interleave(tensor, rule.paired_heads)
             if rule.transposed:
                 tensor = tensors.transpose(tensor, (1, 0))
             if rule.pointwise and leaf == "weight":

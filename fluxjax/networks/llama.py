@@ -38,10 +38,7 @@ def table(config: LlamaConfig, prefix: str, others: tuple[str, ...] = ()) -> Tab
     never computed nothing is read."""
     start = prefix.replace(".", r"\.")
     ignored = [r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\..*", *others]
-    if config.stops_after is not None:
-        late = range(config.stops_after, config.num_hidden_layers)
-        numbers = "|".join(map(str, late)) or "none"
-        ignored += [rf"{start}layers\.({numbers})\..*", rf"{start}norm\.weight"]
+    ignored += _never_computed(config, rf"{start}layers", rf"{start}norm")
     rules: list[Rule] = []
     if prefix:
         rules += [Rule(f"{prefix}{name}", (name,)) for name in ("embed_tokens", "norm")]
@@ -52,9 +49,48 @@ def table(config: LlamaConfig, prefix: str, others: tuple[str, ...] = ()) -> Tab
     return Table("language model", tuple(rules), identity=not prefix, ignored=tuple(ignored))
 
 
+def _never_computed(config: LlamaConfig, layers: str, norm: str) -> list[str]:
+    if config.stops_after is None:
+        return []
+    late = range(config.stops_after, config.num_hidden_layers)
+    return [rf"{layers}\.({'|'.join(map(str, late)) or 'none'})\..*", rf"{norm}\.weight"]
+
+
+def _gguf_table(config: LlamaConfig) -> Table:
+    """llama.cpp's: neighbouring channels of a head are rotated together. Source: its
+    `conversion`, `LlamaModel.permute`."""
+    parts = {
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_output": "self_attn.o_proj",
+        **{f"attn_{name}": f"self_attn.{name}_proj" for name in "qkv"},
+        **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+    }
+    rules = [Rule("token_embd", ("embed_tokens",)), Rule("output_norm", ("norm",))]
+    rules += [
+        Rule(
+            f"blk.{{}}.{theirs}",
+            (f"layers.{{}}.{ours}",),
+            paired_heads=config.head_dim if theirs in ("attn_q", "attn_k") else 0,
+        )
+        for theirs, ours in parts.items()
+    ]
+    ignored = (r"output\.weight", r"rope_freqs\.weight")
+    late = _never_computed(config, "blk", "output_norm")
+    return Table("language model of GGUF", tuple(rules), ignored=(*ignored, *late))
+
+
 def _infer(prefix: str, shapes: Shapes, family: str) -> LlamaConfig:
-    vocabulary, width = shapes[f"{prefix}embed_tokens.weight"]
     number = count(shapes, rf"{prefix.replace('.', '[.]')}layers\.(\d+)\.")
+    return _known(shapes[f"{prefix}embed_tokens.weight"], number)
+
+
+def _infer_gguf(shapes: Shapes, family: str) -> LlamaConfig:
+    return _known(shapes["token_embd.weight"], count(shapes, r"blk\.(\d+)\."))
+
+
+def _known(embedding: tuple[int, ...], number: int) -> LlamaConfig:
+    vocabulary, width = embedding
     known = LLAMA3_8B.vocab_size, LLAMA3_8B.hidden_size
     if (vocabulary, width) != known or number not in (30, 32):
         raise ConfigError(
@@ -184,6 +220,12 @@ LLAMA = Network(
         _dialect("causal", "model."),
         _dialect(
             "llava", "language_model.model.", (r"vision_tower\..*", r"multi_modal_projector\..*")
+        ),
+        Dialect(
+            "gguf",
+            (r"blk\.0\.attn_output\.weight", r"token_embd\.weight"),
+            _gguf_table,
+            _infer_gguf,
         ),
     ),
     roles=_ROLES,

@@ -16,9 +16,9 @@ class Rule:
 
     `swap_halves`: the two halves of the rows are exchanged. `halved_heads`: their rows are of heads
     of so many channels, in each first those that published names have at even places, then the
-    others (rotary embeddings of halves, where ours rotate neighbours). `pointwise`: theirs is a
-    convolution over so many axes, (out, in, 1, 1) or (out, in, 1, 1, 1), where PyTorch has a linear
-    layer (out, in). `transposed`: theirs is
+    others (rotary embeddings of halves, where ours rotate neighbours); `paired_heads`: the other
+    way round. `pointwise`: theirs is a convolution over so many axes, (out, in, 1, 1) or
+    (out, in, 1, 1, 1), where PyTorch has a linear layer (out, in). `transposed`: theirs is
     (in, out).
     `leaves`: their parameters' names -> the published ones.
     """
@@ -27,6 +27,7 @@ class Rule:
     ours: tuple[str, ...]
     swap_halves: bool = False
     halved_heads: int = 0
+    paired_heads: int = 0
     pointwise: int = 0
     transposed: bool = False
     leaves: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))

@@ -27,7 +27,7 @@ VERSIONS = (2, 3)
 ALIGNMENT = 32
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_ITEMS = 2**20  # strings and numbers in all key-values
-MAX_AXES = 4
+MAX_AXES = 5  # one more than ggml has: ComfyUI-GGUF writes convolutions over time so
 _SCALARS = {
     0: "B",
     1: "b",
