@@ -50,12 +50,25 @@ def test_another_padding_is_as_transformers_has_it(shared, pad):
     np.testing.assert_array_equal(got, expected["input_ids"])
 
 
-def drawn(hub, folder, name, *model, **changes):
-    size = ("--width", "32", "--height", "32", "--steps", "2", "--seed", "3", "--guidance", "4")
-    sample = ("-m", "fluxjax.sample", PROMPT, *size, "-o", f"{name}.png")
-    code, _, said = run_python(hub, folder, *sample, "--model", *map(str, model), **changes)
+SIZE = ("--width", "32", "--height", "32", "--steps", "2", "--seed", "3", "--guidance", "4")
+IN_ONE_PROCESS = (
+    "import json, sys\n"
+    "from fluxjax import cli\n"
+    "from fluxjax.sample.__main__ import main\n"
+    "cli.run(lambda: max(main(line) for line in json.loads(sys.argv[1])))"
+)
+
+
+def drawn(hub, folder, lines, **changes):
+    """Pictures by their names; of each the model's arguments, or all of them without a prompt."""
+    commands = []
+    for name, line in lines.items():
+        first = [] if line[0] == "--like" else [PROMPT, *SIZE, "--model"]
+        commands.append([*first, *map(str, line), "-o", f"{name}.png"])
+    code, _, said = run_python(hub, folder, "-c", IN_ONE_PROCESS, json.dumps(commands), **changes)
     assert code == 0, said
-    return np.asarray(Image.open(folder / f"{name}.png"))
+    pictures = [np.asarray(Image.open(folder / f"{name}.png")) for name in lines]
+    return pictures if len(pictures) > 1 else pictures[0]
 
 
 @pytest.mark.slow
@@ -68,14 +81,12 @@ def test_one_file_is_all_that_is_needed(hub, shared, tmp_path):
     )
     assert code == 2 and "Traceback" not in said
     assert "has no tokenizer, and the published one is not to be had" in said, said
-    expected = drawn(hub, tmp_path, "folder", folder)
-    assert not hub.downloads
-    picture = drawn(hub, tmp_path, "file", file)
+    expected, picture = drawn(hub, tmp_path, {"folder": (folder,), "file": (file,)})
     assert set(hub.downloads) == {path.name for path in (shared / "tokenizers" / CLIP).iterdir()}
     assert expected.std() > 20 and np.array_equal(picture, expected)
     for name in ("tokenizer", "tokenizer_2"):
         shutil.rmtree(folder / name)
-    picture = drawn(hub, tmp_path, "without", folder, HF_HUB_OFFLINE="1")
+    picture = drawn(hub, tmp_path, {"without": (folder,)}, HF_HUB_OFFLINE="1")
     assert np.array_equal(picture, expected)
 
 
@@ -83,7 +94,6 @@ def test_one_file_is_all_that_is_needed(hub, shared, tmp_path):
 def test_text_encoders_as_comfyui_keeps_them(hub, shared, tmp_path):
     """A file of SD3 that holds none, and a folder of clip_l, clip_g and t5xxl."""
     folder = save_sd3(tmp_path / "sd3", shared / "tokenizers", widths=(64, 64, 128))
-    expected = drawn(hub, tmp_path, "folder", folder)
     file, texts = tmp_path / "sd3.safetensors", tmp_path / "text_encoders"
     run(plan(folder, file, "bfl"))
     with safe_open(file, "numpy") as opened:
@@ -100,7 +110,8 @@ def test_text_encoders_as_comfyui_keeps_them(hub, shared, tmp_path):
         save_file(part, texts / f"{name}{'_fp16' if name == 't5xxl' else ''}.safetensors")
     # Of several the one in 16 bits is read.
     (texts / "t5xxl_fp8_e4m3fn.safetensors").write_bytes(b"another")
-    picture = drawn(hub, tmp_path, "files", file, "--text-encoders", texts)
+    files = (file, "--text-encoders", texts)
+    expected, picture = drawn(hub, tmp_path, {"folder": (folder,), "files": files})
     assert expected.std() > 20 and np.array_equal(picture, expected)
     (texts / "t5xxl_fp16.safetensors").rename(texts / "t5xxl_fp8_scaled.safetensors")
     arguments = ("--model", str(file), "--text-encoders", str(texts))
@@ -146,15 +157,17 @@ def test_flux_with_its_text_encoders_in_one_file(hub, shared, tmp_path):
         part = load_file(tmp_path / "bfl" / f"{name}.safetensors")
         whole |= {f"{prefix}{key}": tensor for key, tensor in part.items()}
     save_file(whole, tmp_path / "whole.safetensors")
-    expected = drawn(hub, tmp_path, "folder", folder)
-    picture = drawn(hub, tmp_path, "file", tmp_path / "whole.safetensors")
-    assert "spiece.model" in hub.downloads
     bfl = tmp_path / "bfl"
     texts = {f"{name}.safetensors": bfl / f"{name}.safetensors" for name in ("clip_l", "t5xxl")}
     hub.files["someone/texts"] = {**texts, "README.md": bfl / "model_index.json"}
     parts = ("--vae", bfl / "ae.safetensors", "--text-encoders", "someone/texts")
-    apart = drawn(hub, tmp_path, "files", bfl / "flux1-dev.safetensors", *parts)
-    assert sorted(hub.downloads) == sorted(texts)
+    lines = {
+        "folder": (folder,),
+        "file": (tmp_path / "whole.safetensors",),
+        "files": (bfl / "flux1-dev.safetensors", *parts),
+    }
+    expected, picture, apart = drawn(hub, tmp_path, lines)
+    assert {*texts, "spiece.model"} < set(hub.downloads) and "README.md" not in hub.downloads
     assert expected.std() > 20
     assert np.array_equal(picture, expected) and np.array_equal(apart, expected)
 
@@ -192,15 +205,14 @@ def test_of_stable_diffusion_2_the_size_is_said(hub, tmp_path):
     arguments = ("-m", "fluxjax.sample", PROMPT, "--model", str(file))
     code, _, said = run_python(hub, tmp_path, *arguments)
     assert code == 2 and "say --family sd2-v for models of 768 pixels (v)" in said, said
-    picture = drawn(hub, tmp_path, "file", file, "--family", "sd2-v")
-    again = ("--like", "file.png", "-o", "again.png")
-    code, _, said = run_python(hub, tmp_path, "-m", "fluxjax.sample", *again)
-    assert code == 0, said
-    another = ("--like", "file.png", "--model", str(folder), "--like-anyway", "-o", "other.png")
-    code, _, said = run_python(hub, tmp_path, "-m", "fluxjax.sample", *another)
-    assert code == 0, said
-    for other in ("again.png", "other.png"):
-        assert np.array_equal(picture, np.asarray(Image.open(tmp_path / other)))
+    lines = {
+        "file": (file, "--family", "sd2-v"),
+        "again": ("--like", "file.png"),
+        "other": ("--like", "file.png", "--model", folder, "--like-anyway"),
+    }
+    picture, again, other = drawn(hub, tmp_path, lines)
+    assert picture.std() > 0
+    assert np.array_equal(picture, again) and np.array_equal(picture, other)
     code, _, said = run_python(hub, tmp_path, *arguments[:-1], str(folder), "--family", "sd2")
     assert code == 2 and "family says whose a single file is, and" in said, said
 
@@ -214,12 +226,12 @@ def test_a_unet_alone_takes_the_rest_of_folders(hub, tmp_path):
     }
     save_file(whole_arrays(configs), tmp_path / "whole.safetensors")
     run(plan(tmp_path / "whole.safetensors", tmp_path / "folder"))
-    expected = drawn(hub, tmp_path, "expected", tmp_path / "folder")
     folder = tmp_path / "folder"
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     rest = ("--vae", folder, "--text-encoders", folder)
-    picture = drawn(hub, tmp_path, "picture", file, *rest)
-    assert expected.std() > 0 and np.array_equal(picture, expected)
-    run(plan(file.parent, tmp_path / "original.safetensors", "bfl"))
-    picture = drawn(hub, tmp_path, "original", tmp_path / "original.safetensors", *rest)
-    assert np.array_equal(picture, expected)
+    original = tmp_path / "original.safetensors"
+    run(plan(file.parent, original, "bfl"))
+    lines = {"folder": (folder,), "file": (file, *rest), "original": (original, *rest)}
+    expected, picture, other = drawn(hub, tmp_path, lines)
+    assert expected.std() > 0
+    assert np.array_equal(picture, expected) and np.array_equal(other, expected)
