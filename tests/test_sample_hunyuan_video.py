@@ -1,5 +1,6 @@
 """Clips of HunyuanVideo: those of diffusers, from text and from a first frame; as files."""
 
+import functools
 import json
 import math
 import shutil
@@ -339,6 +340,7 @@ def shapes_of(part):
     return {n: leaf.shape for n, leaf in engine.published_leaves(abstract_params(part)).items()}
 
 
+@functools.cache
 def comfys_llava():
     """The published one, and the names and shapes of ComfyUI's two files of it."""
     text = replace(LLAMA3_8B, stops_after=None)

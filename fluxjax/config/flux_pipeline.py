@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fluxjax.config.autoencoder import AutoencoderConfig
 from fluxjax.config.base import ConfigError, require
 from fluxjax.config.choices import FAMILY_NAMES
-from fluxjax.config.clip import CLIPTextConfig
+from fluxjax.config.clip import CLIP_L_FILE, CLIPTextConfig
 from fluxjax.config.flux import FluxConfig
 from fluxjax.config.latents import PATCH
 from fluxjax.config.pipeline import PipelineConfig
 from fluxjax.config.scheduler import SchedulerConfig
-from fluxjax.config.t5 import T5Config
+from fluxjax.config.t5 import T5_FILE, T5Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,10 @@ class FluxPipelineConfig(PipelineConfig):
     class_names: ClassVar[str] = r"Flux([A-Z]\w*)?Pipeline"
     file_family: ClassVar[str] = FAMILY_NAMES["flux"]
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    text_files: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text_encoder": (CLIP_L_FILE,),
+        "text_encoder_2": (T5_FILE,),
+    }
 
     @property
     def own_sampler(self) -> str:

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 from fluxjax.config import tiling
 from fluxjax.config.base import require
 from fluxjax.config.causal_autoencoder import CausalAutoencoderConfig
-from fluxjax.config.clip import CLIP_L_FILE, CLIPTextConfig
+from fluxjax.config.clip import CLIPTextConfig
 from fluxjax.config.dc_autoencoder import F32T4C128, DCAutoencoderConfig
+from fluxjax.config.flux_pipeline import FluxPipelineConfig
 from fluxjax.config.open_sora import OPEN_SORA_2_DC_AE, OpenSoraConfig
 from fluxjax.config.scheduler import SchedulerConfig
-from fluxjax.config.t5 import T5_FILE, T5Config
+from fluxjax.config.t5 import T5Config
 from fluxjax.config.tiling import Tiling
 from fluxjax.config.video_pipeline import VideoPipelineConfig
 from fluxjax.config.video_sizes import video_size
@@ -52,10 +53,7 @@ class OpenSoraPipelineConfig(VideoPipelineConfig):
     exact_steps: ClassVar[bool] = True
     class_names: ClassVar[str] = r"OpenSoraPipeline"
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
-    text_files: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "text_encoder": (CLIP_L_FILE,),
-        "text_encoder_2": (T5_FILE,),
-    }
+    text_files: ClassVar[Mapping[str, tuple[str, ...]]] = FluxPipelineConfig.text_files
     sampling_fields: ClassVar[tuple[str, ...]] = (
         *VideoPipelineConfig.sampling_fields,
         "image_guidance",

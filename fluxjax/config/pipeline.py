@@ -48,7 +48,7 @@ class PipelineConfig(ABC):
     """The networks that there may be, the one that draws first."""
     text_files: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Of text encoders the patterns of the files that they lie in, beside each other in a folder as
-    ComfyUI keeps them; {}: in those that the networks themselves are published in."""
+    ComfyUI keeps them; {}: in folders alone."""
     index_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that model_index.json keeps."""
     force_zeros_for_empty_prompt: ClassVar[bool] = False

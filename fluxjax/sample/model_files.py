@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,6 @@ from fluxjax.hub import find
 from fluxjax.json_input import read_json
 from fluxjax.networks import network_of
 from fluxjax.networks.whole_files import WholeFile, whole_file_of
-
-_TEXT_COMPONENTS: tuple[str, ...] = ("text_encoder", "text_encoder_2")
 
 
 class ModelFiles(NamedTuple):
@@ -70,7 +68,7 @@ def open_model_file(
     if whole is not None:
         return _of_whole_file(path, whole, networks, text_encoders, vae)
     folder = _texts_folder(text_encoders)
-    if folder is None and not set(_TEXT_COMPONENTS) <= networks.keys():
+    if folder is None and not {"text_encoder", "text_encoder_2"} <= networks.keys():
         raise ConfigError(
             f"{path} needs text encoders: a folder with text_encoder, "
             "text_encoder_2, tokenizer and tokenizer_2"
@@ -85,8 +83,11 @@ def open_model_file(
             f"{path} needs a vae: a diffusers autoencoder's folder or the original file, such as "
             "ae.safetensors"
         )
-    files = {} if folder is None else _files_beside(folder, denoiser, family)
-    beside = {} if folder is None else _text_encoders(folder, denoiser, networks, files, family)
+    beside, files = {}, {}
+    if folder is not None:
+        patterns = _text_patterns(denoiser, family)
+        files = {name: text_files(folder, name, called) for name, called in patterns.items()}
+        beside = _text_encoders(folder, patterns, files, networks, family)
     networks |= beside
     config = assembled(_configs(networks), path.name)
     if config is None:
@@ -108,43 +109,45 @@ def _texts_folder(given: str | Path | None) -> Path | None:
     return folder
 
 
-def _files_beside(folder: Path, denoiser: OpenNetwork, family: str) -> dict[str, list[Path]]:
-    """By text encoder its files, as ComfyUI keeps them beside others'."""
+def _text_patterns(denoiser: OpenNetwork, family: str) -> Mapping[str, tuple[str, ...]]:
+    """What the files of its text encoders are called, as ComfyUI keeps them beside others'."""
     fits = [c for c in PIPELINES if type(denoiser.config) in kinds_of(c, c.components[0])[0]]
-    cls = next((c for c in fits if c.file_family == family), fits[0])
-    return {name: text_files(folder, name, files) for name, files in cls.text_files.items()}
+    return next((c for c in fits if c.file_family == family), fits[0]).text_files
 
 
 def _text_encoders(
     folder: Path,
-    denoiser: OpenNetwork,
-    own: Mapping[str, OpenNetwork],
+    patterns: Mapping[str, tuple[str, ...]],
     files: Mapping[str, list[Path]],
+    own: Mapping[str, OpenNetwork],
     family: str,
 ) -> dict[str, OpenNetwork]:
-    """Those of a folder, which may lack what the model has of its `own`; all that are there for a
-    network that has no files of its own, as Stable Diffusion's."""
-    components: Iterable[str] = _TEXT_COMPONENTS
-    if not network_of(denoiser.config).files:
-        folders = {part.name for part in folder.glob("text_encoder*") if part.is_dir()}
-        components = sorted(folders.union(name for name, found in files.items() if found))
+    """Those of a folder, which may lack what the model has of its `own`; where they have no
+    `patterns`, as Stable Diffusion's, all that have folders there."""
+    folders = sorted(part.name for part in folder.glob("text_encoder*") if part.is_dir())
     found = {}
-    for component in components:
+    for component in patterns or folders:
         try:
             found[component] = open_text_encoder(folder, component, files, family=family)
-        except FileNotFoundError:
-            if component not in own:
+        except FileNotFoundError as error:
+            if component in own:
+                continue
+            if (folder / component).exists():
                 raise
+            called = " with ".join(patterns[component])
+            raise FileNotFoundError(
+                f"{folder} has neither a folder {component} nor a file {called}"
+            ) from error
     return found
 
 
 def _family_beside(text_encoders: str | Path | None) -> str:
     """Whose transformer is drawn with these text encoders, where its shapes do not tell it."""
-    folder, first = _texts_folder(text_encoders), _TEXT_COMPONENTS[0]
+    folder, first = _texts_folder(text_encoders), "text_encoder"
     if folder is None:
         return FluxPipelineConfig.file_family
-    kinds = [cls for cls in PIPELINES if cls.file_family and cls.text_files]
-    files = {c.file_family: len(text_files(folder, first, c.text_files[first])) for c in kinds}
+    own = [c for c in PIPELINES if c.file_family and c.text_files and c is not FluxPipelineConfig]
+    files = {c.file_family: len(text_files(folder, first, c.text_files[first])) for c in own}
     if any(files.values()):
         return max(files, key=files.__getitem__)
     try:
