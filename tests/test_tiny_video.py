@@ -319,9 +319,9 @@ def test_the_shipped_model_is_that_of_the_recipe():
 
 @pytest.mark.slow
 def test_the_shipped_model_moves_what_it_is_told_to(tmp_path):
-    """By the reader; of 240 prompts colour, direction and shape were right in 0.88, 0.84, 0.67."""
+    """By the reader; of 240 prompts colour, direction and shape were right in 0.89, 0.83, 0.75."""
     settings = EvaluateSettings(task="clip", model="tiny-video", prompts=16)
     found = evaluate_clips(load_pipeline("tiny-video"), settings).counts["text"]
     assert found["colour"].right >= 0.75 * found["colour"].asked
     assert found["direction"].right >= 0.65 * found["direction"].asked
-    assert found["shape"].right >= 0.45 * found["shape"].asked
+    assert found["shape"].right >= 0.5 * found["shape"].asked
