@@ -33,6 +33,7 @@ _TEXT = (".json", ".txt", ".model", ".jinja")
 _ENCODERS = r"(text_encoder|tokenizer)(_\d)?"
 _NETWORK = r"text_encoder(_\d)?|transformer|unet|vae|controlnet(_\d)?|image_encoder|image_embedder"
 _TOKENIZER = r"(tokenizer(_config)?|special_tokens_map|vocab)\.json|merges\.txt|spiece\.model"
+_REPACKED = "text_encoders"  # ComfyUI's folder, in repositories that are made for it
 _CARRIED = ("safety_checker", "feature_extractor")  # along by `convert`, and of no use here
 _INDEX = "model_index.json"
 _LORA = "pytorch_lora_weights.safetensors"
@@ -134,8 +135,10 @@ def _download(name: Name, kind: Kind, check: Callable[[Path], Any] | None) -> Pa
                     _check_hashes(name, folder, some)
             if check is not None and part is texts and _INDEX in part:
                 check(folder)
-    alone = wanted[0].endswith(_WEIGHTS) and kind != "text encoders"
-    return folder / wanted[0] if alone else folder
+    if kind == "text encoders":
+        place = PurePosixPath(wanted[0]).parent
+        return folder / place if place.name == _REPACKED else folder
+    return folder / wanted[0] if wanted[0].endswith(_WEIGHTS) else folder
 
 
 def _fetch(name: Name, files: list[str]) -> None:
@@ -234,13 +237,24 @@ def choose(files: Collection[str], name: Name, kind: Kind) -> list[str]:
 
 
 def _text_files(files: Collection[str], name: Name) -> list[str]:
-    """One file of each text encoder, as ComfyUI calls them, of several the one in 16 bits."""
+    """One file of each text encoder, as ComfyUI calls them, of several the one in 16 bits: above
+    all folders, or in one for them."""
+    places = {str(PurePosixPath(file).parent) for file in files}
+    repacked = sorted(place for place in places if PurePosixPath(place).name == _REPACKED)
+    for place in (".", *repacked):
+        inside = [file for file in files if str(PurePosixPath(file).parent) == place]
+        if chosen := _text_files_of(inside, name):
+            return chosen
+    return []
+
+
+def _text_files_of(paths: Collection[str], name: Name) -> list[str]:
     from fluxjax.checkpoint.weights_location import TEXT_FILES, fitting, in_16_bits
 
-    above = [file for file in files if "/" not in file]
+    named = {PurePosixPath(path).name: path for path in paths}
     chosen = []
     for pattern in sorted(TEXT_FILES):
-        own = fitting(above, pattern, TEXT_FILES)
+        own = fitting(named, pattern, TEXT_FILES)
         whole = in_16_bits(own)
         if len(whole) > 1:
             listed = ", ".join(sorted(own)[:5])
@@ -248,7 +262,7 @@ def _text_files(files: Collection[str], name: Name) -> list[str]:
                 f"{name.repo} has several files of one text encoder ({listed}): download one of "
                 "each into a folder, and give that"
             )
-        chosen += whole
+        chosen += [named[file] for file in whole]
     return chosen
 
 

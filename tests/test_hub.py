@@ -110,6 +110,9 @@ def test_only_what_is_needed_is_chosen():
     }
     files = ["clip_l.safetensors", "t5xxl_fp16.safetensors", "t5xxl_fp8_e4m3fn.safetensors"]
     assert choose([*files, "README.md"], NAME, "text encoders") == files[:2]
+    repacked = [f"split_files/text_encoders/{file}" for file in files]
+    others = ["split_files/vae/clip_l.safetensors", "split_files/diffusion_models/x.safetensors"]
+    assert choose([*others, *repacked], NAME, "text encoders") == repacked[:2]
     assert not [n for n in choose(DEV, NAME, "configuration") if "safetensors" in n]
     one = Name("owner/name", "main", "flux1-dev.safetensors")
     assert choose(DEV, one, "model") == ["flux1-dev.safetensors"]

@@ -158,7 +158,9 @@ def test_flux_with_its_text_encoders_in_one_file(hub, shared, tmp_path):
         whole |= {f"{prefix}{key}": tensor for key, tensor in part.items()}
     save_file(whole, tmp_path / "whole.safetensors")
     bfl = tmp_path / "bfl"
-    texts = {f"{name}.safetensors": bfl / f"{name}.safetensors" for name in ("clip_l", "t5xxl")}
+    inside = "split_files/text_encoders"
+    names = ("clip_l.safetensors", "t5xxl.safetensors")
+    texts = {f"{inside}/{name}": bfl / name for name in names}
     hub.files["someone/texts"] = {**texts, "README.md": bfl / "model_index.json"}
     parts = ("--vae", bfl / "ae.safetensors", "--text-encoders", "someone/texts")
     lines = {
