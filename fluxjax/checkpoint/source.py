@@ -184,17 +184,16 @@ def open_component(
 def open_text_encoder(
     folder: Path,
     component: str,
-    files: Mapping[str, list[Path]],
+    files: list[Path],
     config: Config | None = None,
     family: str = "",
 ) -> OpenNetwork:
-    """As `open_component`, or from its `files`, several of which are one network together."""
-    own = files.get(component, [])
-    if len(own) > 1:
-        raw = read_together(own)
+    """From its `files`, several of which are one network together; without any `open_component`."""
+    if len(files) > 1:
+        raw = read_together(files)
         return make_network(raw, folder, component=component, config=config, family=family)
-    if own:
-        return open_file(own[0], config, component, family)[component]
+    if files:
+        return open_file(files[0], config, component, family)[component]
     return open_component(folder, component, config, family)
 
 

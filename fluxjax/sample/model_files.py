@@ -97,7 +97,8 @@ def open_model_file(
         # Of a text encoder the pipeline tells which layer is the last that is read.
         if folder is not None and config.networks[component] != network.config:
             own = config.networks[component]
-            networks[component] = open_text_encoder(folder, component, files, own, family)
+            alone = files.get(component, [])
+            networks[component] = open_text_encoder(folder, component, alone, own, family)
     return ModelFiles(family_of(config.class_name), networks, config, folder)
 
 
@@ -128,7 +129,8 @@ def _text_encoders(
     found = {}
     for component in patterns or folders:
         try:
-            found[component] = open_text_encoder(folder, component, files, family=family)
+            alone = files.get(component, [])
+            found[component] = open_text_encoder(folder, component, alone, family=family)
         except FileNotFoundError as error:
             if component in own:
                 continue
