@@ -65,7 +65,7 @@ from fluxjax.train.job import train
 from fluxjax.train.learnt_controlnet import initial_controlnet, learnt_controlnet
 from fluxjax.train.metrics import read_metrics
 from fluxjax.train.objectives import density_times
-from fluxjax.train.recipe import FinetuneRecipe
+from fluxjax.train.recipe import FinetuneRecipe, deciding_values
 from fluxjax.train.settings import (
     ControlNetSettings,
     Objective,
@@ -361,6 +361,26 @@ def test_accumulation_and_mesh_do_not_change_the_update(recipe, tmp_path):
         # Measured: 1.8e-7, and 2.4e-7 of magnitudes, which are above 1.
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
     assert max(np.abs(array.read()).max() for array in whole.values()) > 0.1
+
+
+@pytest.mark.slow
+def test_products_may_round_their_operands(recipe, tmp_path):
+    """By as much as bfloat16 does, and only then."""
+    lora = LoraConfig(rank=4)
+    plain, same, rounded = (
+        _first_gradient(quiet(recipe, folder=tmp_path / str(n), steps=1, lora=lora, **changes))
+        for n, changes in enumerate(({}, {"products": "float32"}, {"products": "bfloat16"}))
+    )
+    assert plain == same
+    assert 1e-4 < abs(rounded / plain - 1) < 1e-2, "measured: 1.3e-3"
+    assert replace(recipe, products="bfloat16", dtype="bfloat16").precision is None
+    assert "products" not in deciding_values(recipe), "runs older than the key go on"
+    assert "products" in deciding_values(replace(recipe, products="bfloat16"))
+
+
+def _first_gradient(recipe: FinetuneRecipe) -> float:
+    finetune.finetune(replace(recipe, log_every=1))
+    return read_metrics(recipe.folder / "metrics.jsonl")[0]["gradient_norm"]
 
 
 def _updated(recipe: FinetuneRecipe):

@@ -25,6 +25,8 @@ TOLD_PAIRS = (*TOLD_SIZES, *(f"negative_{name}" for name in TOLD_SIZES))
 """What Stable Diffusion XL is told of a picture's sizes, in settings."""
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes again of each block."""
+Products = Literal["float32", "bfloat16"]
+"""Of what float32 products of matrices are computed in training."""
 FileFamily = Literal[
     "flux", "sd", "sd2", "sd2-v", "sdxl", "sd3", "hunyuan-video", "hunyuan-video-i2v"
 ]

@@ -14,7 +14,7 @@ The derivative of a bias or scale is a sum over rows. On CPUs XLA's goes through
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from fluxjax.config.choices import Products
 from fluxjax.models.dynamic_product import dynamic_product, is_dynamic
 from fluxjax.models.quantised import Quantised
 from fluxjax.models.tiled_product import is_large, tiled_product
 
 BFLOAT16 = "BF16_BF16_F32"  # as jax.lax calls it
 
-Products = Literal["float32", "bfloat16"]
-"""What a recipe says of the operands of products."""
 PRECISIONS: dict[Products, str | None] = {"float32": None, "bfloat16": BFLOAT16}
 
 TILED = "TILED"

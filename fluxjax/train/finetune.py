@@ -199,6 +199,7 @@ def _step(
         optimizer,
         seed=recipe.seed,
         ema_decay=recipe.decay,
+        precision=recipe.precision,
         accumulate=recipe.accumulate,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)),
     )

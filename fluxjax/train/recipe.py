@@ -11,7 +11,13 @@ from typing import Any, ClassVar, Literal
 
 from fluxjax.checkpoint.pipeline_folder import read_config
 from fluxjax.config import ConfigError, LoraConfig
-from fluxjax.config.choices import Implementation, LoraNaming, Remat, SequenceAttention
+from fluxjax.config.choices import (
+    Implementation,
+    LoraNaming,
+    Products,
+    Remat,
+    SequenceAttention,
+)
 from fluxjax.hub import find
 from fluxjax.quantised_kinds import KEEP, KINDS, NONE
 from fluxjax.train.data.settings import DataSettings
@@ -62,6 +68,9 @@ class FinetuneRecipe:
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation, and of a LoRA's frozen model; auto: float32 on CPUs, else bfloat16."""
+    products: Products = "float32"
+    """Where the computation is float32: bfloat16 rounds the operands of the products in the network
+    that draws, and nothing else. CPUs with AMX are faster with it."""
     quantise: str = KEEP
     """Of a LoRA's frozen transformer: int8, nf4 or another kind of codes that its blocks' products
     are put into; keep leaves those of a quantised model as they are, none decodes them."""
@@ -184,6 +193,13 @@ class FinetuneRecipe:
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     @property
+    def precision(self) -> str | None:
+        """Of the network's products."""
+        from fluxjax.models.products import PRECISIONS
+
+        return PRECISIONS[self.products] if self.compute_dtype == "float32" else None
+
+    @property
     def decay(self) -> float:
         default = 0.0 if self.method == "lora" else 0.999
         return default if self.ema_decay is None else self.ema_decay
@@ -238,6 +254,8 @@ def deciding_values(recipe: FinetuneRecipe) -> dict[str, str]:
     left_out = set(_UNDECISIVE)
     if recipe.optimizer.schedule == "constant":
         left_out.add("steps")  # the same run, only longer
+    if recipe.products == "float32":
+        left_out.add("products")  # runs that are older than the key go on
     values = recipe_values(recipe)
     return {name: value for name, value in values.items() if name.split(".")[0] not in left_out}
 

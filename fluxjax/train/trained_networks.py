@@ -61,6 +61,7 @@ def load_networks(
         scan_layers=stacked,
         remat=recipe.remat,
         attention=recipe.attention,
+        precision=recipe.precision,
     )
     network = open_component(recipe.model_folder, name, before)
     kind = recipe.quantise if lora else NONE

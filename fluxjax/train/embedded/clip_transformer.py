@@ -19,13 +19,14 @@ import optax
 from jaxtyping import Array, Float
 
 from fluxjax.config import ConfigError, OpenSoraPipelineConfig
+from fluxjax.config.choices import Products
 from fluxjax.families import OPEN_SORA
 from fluxjax.families.family import AnyArray, Extras
 from fluxjax.families.flux import PromptIds
 from fluxjax.families.noise_path import OPEN_SORA_FLOW
 from fluxjax.models.latents import text_ids, video_ids
 from fluxjax.models.open_sora import OpenSoraTransformer
-from fluxjax.models.products import PRECISIONS, Products
+from fluxjax.models.products import PRECISIONS
 from fluxjax.schedules.open_sora import shift_of
 from fluxjax.text.video_prompt import video_prompt
 from fluxjax.train.data.cache_file import compact, read_arrays, write_arrays

@@ -15,13 +15,14 @@ import optax
 from jaxtyping import Array, Float
 
 from fluxjax.config import FluxPipelineConfig
+from fluxjax.config.choices import Products
 from fluxjax.config.latents import latent_size
 from fluxjax.families import FLUX, Conditioning, Extras
 from fluxjax.families.noise_path import FLOW
 from fluxjax.models.autoencoder import Autoencoder, normalize_latents
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids, pack, text_ids
-from fluxjax.models.products import PRECISIONS, Products
+from fluxjax.models.products import PRECISIONS
 from fluxjax.train.embedded.examples import Conditioner, Pool, Sizes
 from fluxjax.train.flow_matching import Rows, finetune_loss
 from fluxjax.train.loop import Run, RunSettings

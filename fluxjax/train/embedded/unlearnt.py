@@ -19,13 +19,14 @@ from jaxtyping import Array, Bool, Float
 
 from fluxjax.checkpoint.pipeline_folder import load_params
 from fluxjax.config import FluxPipelineConfig
+from fluxjax.config.choices import Products
 from fluxjax.config.latents import latent_size
 from fluxjax.families import FLUX, Conditioning, Extras
 from fluxjax.families.flux import encode_prompts
 from fluxjax.families.noise_path import FLOW
 from fluxjax.models.flux import FluxTransformer
 from fluxjax.models.latents import image_ids
-from fluxjax.models.products import PRECISIONS, Products
+from fluxjax.models.products import PRECISIONS
 from fluxjax.train.embedded.examples import Sizes
 from fluxjax.train.embedded.paraphrase import Encoders, open_encoders
 from fluxjax.train.embedded.phrasing import caption_and_plain, vary
