@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from comfy_names import comfy_autoencoder, comfy_transformer
-from gguf_files import info
+from gguf_files import gguf_bytes, info
 from hunyuan_video_folders import (
     hunyuan_video,  # noqa: F401
     llava,
@@ -341,11 +341,11 @@ def shapes_of(part):
 
 
 @functools.cache
-def comfys_llava():
+def comfys_llava(dialect="comfy"):
     """The published one, and the names and shapes of ComfyUI's two files of it."""
     text = replace(LLAMA3_8B, stops_after=None)
     whole = replace(LLAVA_LLAMA3, text_config=text, heard_stride=1)
-    table = network_of(whole).dialect("comfy").table(whole)
+    table = network_of(whole).dialect(dialect).table(whole)
     at_size = {n: as_tensor(np.broadcast_to(np.float32(), s)) for n, s in shapes_of(whole).items()}
     return whole, {n: one.shape for n, one in engine.from_published(at_size, table).items()}
 
@@ -378,12 +378,35 @@ def test_comfys_llava_in_two_files(tmp_path):
         open_component(tmp_path, "text_encoder")
     shutil.copy(folder / "text_encoder/config.json", parts)
     found = open_component(tmp_path, "text_encoder")
-    assert found.config == small.config and found.tensors.keys() == small.tensors.keys()
-    for name, expected in small.tensors.items():
-        assert np.array_equal(found.tensors[name].read(), expected.read()), name
+    assert found.config == small.config
+    same_values(found, small)
     (parts / "llava_llama3_vision.safetensors").rename(parts / "other.txt")
     with pytest.raises(ConfigError, match=r"language model, but the configuration .* LLaVA"):
         open_component(tmp_path, "text_encoder")
+    (parts / "other.txt").rename(parts / "llava_llama3_vision.safetensors")
+    (parts / "llava_llama3_fp16.safetensors").unlink()
+    write_gguf_text(parts / "llava-llama-3-8B-v1_1-Q4_K_M.gguf", small)
+    quantised = open_component(tmp_path, "text_encoder")
+    assert quantised.config == small.config
+    same_values(quantised, small)
+
+
+GGUF_TEXT = ("blk.", "token_embd.", "output_norm.")
+
+
+def same_values(found, expected):
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, one in expected.tensors.items():
+        assert np.array_equal(found.tensors[name].read(), one.read()), name
+
+
+def write_gguf_text(path, llava):
+    """The language model as it is written by itself, with llama.cpp's order of q's and k's rows."""
+    text, inner = llava.config.text_config, "language_model.model."
+    own = {n.removeprefix(inner): one for n, one in llava.tensors.items() if n.startswith(inner)}
+    named = engine.from_published(own, network_of(text).dialect("gguf").table(text))
+    held = {name: one.read() for name, one in named.items()}
+    path.write_bytes(gguf_bytes({n: (0, one.shape, one.tobytes()) for n, one in held.items()}))
 
 
 def beside_each_other(tmp_path, folder, llama, clip):
@@ -408,6 +431,12 @@ def beside_each_other(tmp_path, folder, llama, clip):
     assert opened(family="hunyuan-video") == HUNYUAN_VIDEO_720
     assert seen["transformer"].image_condition_type == "token_replace"
     assert seen["text_encoder"].vision_config == whole.vision_config
+    (flat / "llava_llama3_fp8_scaled.safetensors").rename(tmp_path / "llama")
+    text = {name: s for name, s in comfys_llava("gguf")[1].items() if name.startswith(GGUF_TEXT)}
+    write_empty_gguf(flat / "llava-llama-3-8B-v1_1-Q4_K_M.gguf", text)
+    assert opened().networks == seen
+    (flat / "llava-llama-3-8B-v1_1-Q4_K_M.gguf").unlink()
+    (tmp_path / "llama").rename(flat / "llava_llama3_fp8_scaled.safetensors")
     write_empty(flat / "llava_llama3_fp8_e5m2.safetensors", llama)
     with pytest.raises(ValueError, match="several text_encoder files, keep one of: llava_llama3_f"):
         opened()

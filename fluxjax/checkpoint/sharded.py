@@ -13,6 +13,7 @@ from fluxjax.checkpoint.component_json import write_json
 from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.quantised import comfy
 from fluxjax.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from fluxjax.checkpoint.tensor_file import read_tensor_file
 from fluxjax.checkpoint.tensors import Tensor
 from fluxjax.json_input import read_json
 from fluxjax.networks import NETWORKS
@@ -139,7 +140,7 @@ def read_sharded(folder: Path) -> dict[str, Tensor]:
 
 def read_together(files: list[Path]) -> dict[str, Tensor]:
     """Those of a network that lies in several files of a folder without an index."""
-    return _marked(files[0].parent, [read_safetensors(file) for file in files])
+    return _marked(files[0].parent, [read_tensor_file(file) for file in files])
 
 
 def _marked(
@@ -155,11 +156,11 @@ def _marked(
 
 def files_together(folder: Path) -> list[Path]:
     """The files of one network that lies in several without an index; of others none."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
     split = [one for net in NETWORKS.values() for one in net.dialects if one.files == len(files)]
     if len(files) < 2 or not split or _indices(folder):
         return []
-    names = [name for file in files for name in read_safetensors(file)[0]]
+    names = [name for file in files for name in read_tensor_file(file)[0]]
     whole = len(set(names)) == len(names) and any(dialect.fits(names) for dialect in split)
     return files if whole else []
 

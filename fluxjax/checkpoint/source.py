@@ -19,11 +19,11 @@ from fluxjax.checkpoint.file_format import PICKLES, pickle_refusal
 from fluxjax.checkpoint.opened_network import OpenNetwork, make_network
 from fluxjax.checkpoint.orbax_params import read_orbax
 from fluxjax.checkpoint.quantised import comfy
-from fluxjax.checkpoint.quantised.gguf import MAGIC, read_gguf
 from fluxjax.checkpoint.quantised.reader import refuse_packed
 from fluxjax.checkpoint.safetensors_file import read_safetensors
 from fluxjax.checkpoint.sharded import read_sharded, read_together
 from fluxjax.checkpoint.source_record import METADATA_KEY, RECORD_FILE, Record
+from fluxjax.checkpoint.tensor_file import is_gguf, read_tensor_file
 from fluxjax.checkpoint.weights_location import (
     SINGLE_FILES,
     component_weights,
@@ -36,7 +36,6 @@ from fluxjax.checkpoint.weights_location import (
 from fluxjax.checkpoint.whole_file import open_part, open_whole_file
 from fluxjax.config import ConfigError
 from fluxjax.json_input import read_json
-from fluxjax.named_errors import naming
 from fluxjax.networks import Config, network_of
 from fluxjax.networks.whole_files import WholeFile
 
@@ -54,7 +53,7 @@ def open_file(
         raise FileNotFoundError(f"there is no file {path}")
     if path.suffix.lower() in PICKLES:
         raise ValueError(pickle_refusal(path))
-    raw, metadata = read_gguf(path) if is_gguf(path) else read_safetensors(path)
+    raw, metadata = read_tensor_file(path)
     if not raw:
         raise ConfigError(f"{path} holds no tensors")
     try:
@@ -107,15 +106,6 @@ def _saved(text: str | None, path: Path) -> dict[str, Any]:
         return saved
     except (KeyError, TypeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path}: the metadata under {METADATA_KEY!r} is damaged") from None
-
-
-def is_gguf(path: Path) -> bool:
-    """By its content, or by its name where it has none."""
-    if not path.is_file():  # a pipe would be waited for
-        return False
-    with naming(path), open(path, "rb") as file:
-        start = file.read(len(MAGIC))
-    return start == MAGIC or path.suffix.lower() == ".gguf"
 
 
 def open_folder(

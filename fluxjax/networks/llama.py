@@ -56,7 +56,7 @@ def _never_computed(config: LlamaConfig, layers: str, norm: str) -> list[str]:
     return [rf"{layers}\.({'|'.join(map(str, late)) or 'none'})\..*", rf"{norm}\.weight"]
 
 
-def _gguf_table(config: LlamaConfig) -> Table:
+def gguf_table(config: LlamaConfig) -> Table:
     """llama.cpp's: neighbouring channels of a head are rotated together. Source: its
     `conversion`, `LlamaModel.permute`."""
     parts = {
@@ -224,8 +224,9 @@ LLAMA = Network(
         Dialect(
             "gguf",
             (r"blk\.0\.attn_output\.weight", r"token_embd\.weight"),
-            _gguf_table,
+            gguf_table,
             _infer_gguf,
+            unless=(r"multi_modal_projector\..*",),
         ),
     ),
     roles=_ROLES,

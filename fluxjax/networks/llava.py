@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,10 +36,17 @@ def _table(config: LlavaConfig) -> Table:
 
 
 def _comfy_table(config: LlavaConfig) -> Table:
-    """ComfyUI's: a language model by itself, and CLIP's encoder with the projector."""
-    text = llama.table(config.text_config, "model.")
+    return _of_two_files(llama.table(config.text_config, "model."))
+
+
+def _gguf_table(config: LlavaConfig) -> Table:
+    return _of_two_files(llama.gguf_table(config.text_config))
+
+
+def _of_two_files(text: Table) -> Table:
+    """A language model by itself, and CLIP's encoder with the projector, as ComfyUI has them."""
     rules = [
-        Rule(rule.theirs, tuple(f"language_model.model.{name}" for name in rule.ours))
+        replace(rule, ours=tuple(f"language_model.model.{name}" for name in rule.ours))
         for rule in text.rules
     ]
     rules += [
@@ -51,9 +60,9 @@ def _comfy_table(config: LlavaConfig) -> Table:
     return Table("LLaVA", tuple(rules), ignored=ignored)
 
 
-def _infer_comfy(shapes: Shapes, family: str) -> LlavaConfig:
+def _infer_of_two_files(dialect: str, shapes: Shapes, family: str) -> LlavaConfig:
     """Only the published one's sizes tell the rest."""
-    text = llama.LLAMA.dialect("causal").infer(shapes, family)
+    text = llama.LLAMA.dialect(dialect).infer(shapes, family)
     vision = CLIP_L_336
     grid = vision.image_size // vision.patch_size
     embeddings = "vision_model.embeddings"
@@ -164,7 +173,18 @@ LLAVA = Network(
                 r"vision_model\.embeddings\.class_embedding",
             ),
             _comfy_table,
-            _infer_comfy,
+            partial(_infer_of_two_files, "causal"),
+            files=2,
+        ),
+        Dialect(
+            "gguf",
+            (
+                r"blk\.0\.attn_q\.weight",
+                r"multi_modal_projector\.linear_1\.weight",
+                r"vision_model\.embeddings\.class_embedding",
+            ),
+            _gguf_table,
+            partial(_infer_of_two_files, "gguf"),
             files=2,
         ),
     ),
