@@ -497,6 +497,16 @@ def test_text_encoders_that_never_learn_or_are_not_there_are_refused():
             learnt(recipe, PRESETS[name])
     for name in ("dev", "sd15", "sdxl", "sdxl-refiner", "sd35-large", "opensora-256"):
         learnt(recipe, PRESETS[name])
+    whole = FinetuneRecipe(method="full", text_encoders=("t5",))
+    with pytest.raises(ConfigError, match="text_encoders: StableDiffusionXLPipeline has no t5"):
+        learnt(whole, PRESETS["sdxl"])
+    for changes, words in (
+        ({"text_encoders": ("clip",)}, "learn whole with method full; a LoRA's are lora.text_enc"),
+        ({"method": "full", "lora": recipe.lora}, "with method full it is text_encoders, which"),
+        ({"method": "full", "text_encoders": ("t5", "t5")}, "names one of them twice: t5, t5"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            FinetuneRecipe(**changes)
 
 
 _T5_ALONE, _CLIPS_ALONE = ("text_encoder_3",), ("text_encoder", "text_encoder_2")

@@ -47,6 +47,7 @@ from fluxjax.config import (
     T5Config,
 )
 from fluxjax.convert.convert import plan, run
+from fluxjax.convert.difference import extract_adapter
 from fluxjax.families import FLUX, Conditioning, Task
 from fluxjax.families.noise_path import FLOW
 from fluxjax.hub import tiny_folder
@@ -912,16 +913,57 @@ def test_full_training_writes_a_whole_pipeline(recipe, tmp_path, capsys):
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert row["validation_loss"] > 0
     source = Path(recipe.model)
-    changed = [
-        path.relative_to(source).as_posix()
-        for path in sorted(source.rglob("*"))
-        if path.is_file() and path.read_bytes() != (folder / path.relative_to(source)).read_bytes()
-    ]
+    changed = _changed(source, folder)
     assert changed == ["transformer/diffusion_pytorch_model.safetensors"]
     old, new = (read_safetensors(f / changed[0])[0] for f in (source, folder))
     assert old.keys() == new.keys()
     moved = [np.abs(old[name].read() - new[name].read()).max() for name in old]
     assert np.median(moved) > 1e-6  # the average of the weights, which moves slowly
+
+
+@pytest.mark.slow
+def test_text_encoders_learn_whole_beside_the_transformer(recipe, tmp_path, capsys):
+    """In the pipeline, in what validation hears, and in an adapter that is cut from it."""
+    more = (
+        "--save-dtype float32 --text-encoders clip t5 --ema-decay 0 --optimizer.warmup 0 "
+        "--optimizer.learning-rate 1e-2 --validation.every 1 --validation.batches 1 "
+        "--validation.steps 1 --validation.width 24 --validation.height 32 --validation.seeds 0 "
+        "--validation.prompts circle"
+    )
+    folder = _run_recipe("full_8_chips", recipe, tmp_path / "run", capsys, more)
+    source = Path(recipe.model)
+    changed = {name for name in _changed(source, folder) if not name.endswith("config.json")}
+    assert changed == {
+        "text_encoder/model.safetensors",
+        "text_encoder_2/model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+    }
+    assert export_run(tmp_path / "run", out=tmp_path / "again") == tmp_path / "again"
+    assert not _changed(folder, tmp_path / "again")
+    adapter = tmp_path / "adapter.safetensors"
+    extract_adapter(folder, source, adapter, rank=64)
+    deaf = shutil.copytree(folder, tmp_path / "deaf")
+    for part in ("text_encoder", "text_encoder_2"):
+        shutil.copytree(source / part, deaf / part, dirs_exist_ok=True)
+    size = {"width": 24, "height": 32, "steps": 1, "seed": 0, "rounding": "none"}
+    whole, cut, other = (
+        np.asarray(load_pipeline(model, loras=loras)("circle", **size)[0], int)
+        for model, loras in ((folder, []), (source, [adapter]), (deaf, []))
+    )
+    with Image.open(tmp_path / "run/validation/0000001.png") as grid:
+        drawn = np.asarray(grid, int)[4:36, 4:28]
+    assert max(np.abs(whole - one).max() for one in (cut, drawn)) <= 1
+    assert np.abs(whole - other).max() > 2
+
+
+def _changed(source: Path, folder: Path) -> list[str]:
+    """Files of `source` that are others in `folder`."""
+    paths = (path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file())
+    return [
+        path.as_posix()
+        for path in paths
+        if (source / path).read_bytes() != (folder / path).read_bytes()
+    ]
 
 
 def _run_recipe(name: str, recipe: FinetuneRecipe, folder: Path, capsys, more: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,16 +97,26 @@ class LoraConfig:
         the network that draws first. Raises ConfigError for a text encoder that it has not."""
         rank = self.text_encoder_rank or self.rank
         alpha = self.text_encoder_alpha or float(rank)
-        kinds = {
-            name: _TEXT_ENCODERS.get(type(config.networks[name])) for name in config.text_encoders
-        }
-        for kind in self.text_encoders:
-            if kind not in kinds.values():
-                raise ConfigError(f"lora.text_encoders: {config.class_name} has no {kind}")
+        heard = components_of(self.text_encoders, config, "lora.text_encoders")
         return {config.denoiser: self} | {
             component: dataclasses.replace(
                 self, rank=rank, alpha=alpha, targets=_TEXT_TARGETS[kind], text_encoders=()
             )
-            for component, kind in kinds.items()
-            if kind in self.text_encoders
+            for component, kind in heard.items()
         }
+
+
+def components_of(
+    kinds: Collection[TextEncoder], config: PipelineConfig, key: str
+) -> dict[str, TextEncoder]:
+    """Text encoders of these `kinds`, by the folder of a pipeline. Raises ConfigError, which begins
+    with a recipe's `key`, for one that it has not."""
+    found: dict[str, TextEncoder] = {}
+    for name in config.text_encoders:
+        kind = _TEXT_ENCODERS.get(type(config.networks[name]))
+        if kind is not None and kind in kinds:
+            found[name] = kind
+    for kind in kinds:
+        if kind not in found.values():
+            raise ConfigError(f"{key}: {config.class_name} has no {kind}")
+    return found

@@ -51,7 +51,7 @@ def export(
     out: Path | None = None,
 ) -> Path:
     """A LoRA file with the recipe in its metadata, a ControlNet's folder, or a pipeline's: the
-    trained transformer beside copies of the frozen networks; folders as diffusers has them.
+    trained networks beside copies of the frozen ones; folders as diffusers has them.
     `frozen` as of `trained_networks.TrainedNetworks`.
 
     All processes call it; the first one writes `out`, by default in the run's folder and with the
@@ -74,12 +74,15 @@ def export(
             naming, model = recipe.lora_naming, config.networks
             write_lora(path, trees, recipe.lora, metadata, naming=naming, model=model)
         return path
-    whole = unflatten({**flatten(frozen.get("rest", {})), **flatten(trained)})
+    learnt_ones = trained if recipe.by_component else {config.denoiser: trained}
+    rest, drawing = flatten(frozen.get("rest", {})), flatten(learnt_ones[config.denoiser])
+    whole = {**learnt_ones, config.denoiser: unflatten({**rest, **drawing})}
     params = _on_first_host(whole, jnp.dtype(recipe.save_dtype))
     if jax.process_index() == 0:
         with whole_or_nothing(path) as part:
             if config.controlnets:
-                save_params(part.parent, part.name, params, config.controlnets[0], None)
+                net = params[config.denoiser]
+                save_params(part.parent, part.name, net, config.controlnets[0], None)
             else:
                 _write_pipeline(part, recipe.model_folder, config, params)
     return path
@@ -121,7 +124,10 @@ def _has_more_inputs(source: Path, config: PipelineConfig) -> bool:
     return bool(added_inputs(base.networks[base.denoiser], config.networks[config.denoiser]))
 
 
-def _write_pipeline(folder: Path, source: Path, config: PipelineConfig, params: Tree) -> None:
+def _write_pipeline(
+    folder: Path, source: Path, config: PipelineConfig, params: Mapping[str, Tree]
+) -> None:
+    """With the networks of `params`, by component; the others are the source's."""
     write_config(folder, config)
     # Those of the source, unless the model has become one of another task.
     other = _has_more_inputs(source, config)
@@ -130,12 +136,13 @@ def _write_pipeline(folder: Path, source: Path, config: PipelineConfig, params: 
             shutil.copyfile(file, folder / file.name)
     own_noise = config.scheduler != read_config(source).scheduler
     for name in read_json(source / "model_index.json"):
-        kept = name == config.denoiser or (name == "scheduler" and own_noise)
+        kept = name in params or (name == "scheduler" and own_noise)
         if (source / name).is_dir() and not kept:
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
             if name in config.networks:
                 name_plainly(folder / name)
-    save_params(folder, config.denoiser, params, config.networks[config.denoiser], None)
+    for name, tree in params.items():
+        save_params(folder, name, tree, config.networks[name], None)
     index = read_json(folder / "model_index.json")
     listed = {name for name, value in index.items() if isinstance(value, list) and any(value)}
     # A safety checker, of no use here, is not downloaded from a hub.

@@ -1,5 +1,5 @@
 """Fine-tunes a pipeline on pictures or clips with captions: LoRAs of the network that draws and of
-the text encoders, or all of the network or some of its modules."""
+the text encoders, or all of the network or some of its modules, text encoders beside it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         optimizer,
         mesh,
         ema=recipe.decay > 0,
-        by_component=recipe.method == "lora",
+        by_component=recipe.by_component,
     )
     nothing = data.captions([""])
     if config.force_zeros_for_empty_prompt:
@@ -252,7 +252,7 @@ def _open_data(
         process_count=count,
         report=report,
         channels=channels,
-        with_ids=bool(recipe.lora.text_encoders),
+        with_ids=recipe.hears_anew,
         kinds=recipe.objective.kinds,
     )
 

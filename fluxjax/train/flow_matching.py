@@ -188,18 +188,21 @@ def assemble(
 ) -> dict[str, Tree]:
     """By component, parameters for `lora.variables`: LoRAs over their frozen bases, all three by
     component, or all of the `component` that draws in the compute dtype, of which `frozen["rest"]`
-    is what does not learn; or a ControlNet beside it, where it is `frozen["base"]`."""
+    is what does not learn, by component with text encoders; or a ControlNet beside it, where it is
+    `frozen["base"]`."""
     if "params" in frozen:
         bases, scales = frozen["params"], frozen["scales"]
         return {
             name: adapt(bases[name], join_scales(trained[name], scales[name])) for name in bases
         }
-    whole = unflatten({**flatten(frozen.get("rest", {})), **flatten(trained)})
+    by_component = trained if component in trained else {component: trained}
+    rest = flatten(frozen.get("rest", {}))
+    whole = {**by_component, component: unflatten({**rest, **flatten(by_component[component])})}
     # Before layers are gathered, so that half the bytes travel.
     cast = jax.tree.map(lambda leaf: leaf.astype(model.dtype), whole)  # pyright: ignore[reportAttributeAccessIssue]
     if "base" in frozen:
-        return {component: frozen["base"], CONTROLNET: cast}
-    return {component: cast}
+        return {component: frozen["base"], CONTROLNET: cast[component]}
+    return cast
 
 
 class Learner(NamedTuple):

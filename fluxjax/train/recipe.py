@@ -18,6 +18,7 @@ from fluxjax.config.choices import (
     Remat,
     SequenceAttention,
 )
+from fluxjax.config.lora import TextEncoder
 from fluxjax.hub import find
 from fluxjax.quantised_kinds import KEEP, KINDS, NONE
 from fluxjax.train.data.settings import DataSettings
@@ -60,6 +61,9 @@ class FinetuneRecipe:
     modules: tuple[str, ...] = ()
     """Of method full: the modules that learn, by their published names, the last parts of these or
     patterns, such as attn2; without any, all."""
+    text_encoders: tuple[TextEncoder, ...] = ()
+    """Of method full: clip (all that the model has), t5 or both, which learn whole beside it, at
+    the rate optimizer.text_encoder_learning_rate. A LoRA's are lora.text_encoders."""
     steps: int = 1000
     batch: int = 4
     """Pictures per update, on all devices together; of clips see data.batches."""
@@ -172,8 +176,16 @@ class FinetuneRecipe:
             )
         if self.method != "lora" and self.lora.text_encoders:
             raise ConfigError(
-                "lora.text_encoders learn as a LoRA does: with method full the transformer learns "
-                "alone"
+                "lora.text_encoders learn as a LoRA does: with method full it is text_encoders, "
+                "which learn whole"
+            )
+        if self.method != "full" and self.text_encoders:
+            raise ConfigError(
+                "text_encoders learn whole with method full; a LoRA's are lora.text_encoders"
+            )
+        if len({*self.text_encoders}) != len(self.text_encoders):
+            raise ConfigError(
+                f"text_encoders names one of them twice: {', '.join(self.text_encoders)}"
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
@@ -191,6 +203,16 @@ class FinetuneRecipe:
         if self.dtype != "auto":
             return jnp.dtype(self.dtype)
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+    @property
+    def hears_anew(self) -> bool:
+        """Whether text encoders learn, which then run in every step."""
+        return bool(self.lora.text_encoders or self.text_encoders)
+
+    @property
+    def by_component(self) -> bool:
+        """Whether what is trained lies under the names of its networks."""
+        return self.method == "lora" or self.hears_anew
 
     @property
     def precision(self) -> str | None:
@@ -254,8 +276,9 @@ def deciding_values(recipe: FinetuneRecipe) -> dict[str, str]:
     left_out = set(_UNDECISIVE)
     if recipe.optimizer.schedule == "constant":
         left_out.add("steps")  # the same run, only longer
-    if recipe.products == "float32":
-        left_out.add("products")  # runs that are older than the key go on
+    # Runs that are older than a key go on.
+    left_out |= {"products"} if recipe.products == "float32" else set()
+    left_out |= set() if recipe.text_encoders else {"text_encoders"}
     values = recipe_values(recipe)
     return {name: value for name, value in values.items() if name.split(".")[0] not in left_out}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fluxjax.config import ConfigError, LoraConfig, PipelineConfig
+from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.config.flux_pipeline import require_flux
+from fluxjax.config.lora import components_of
 from fluxjax.config.sampler import DEFAULTS
 from fluxjax.families import Task, family_of
 from fluxjax.train.learnt_controlnet import learnt_controlnet
@@ -41,7 +42,7 @@ def learnt(recipe: FinetuneRecipe, base: PipelineConfig) -> tuple[PipelineConfig
         config = dataclasses.replace(config, guidance=recipe.objective.guidance)
     config = _with_noise(recipe, config)
     _check(recipe.objective, config)
-    _check_texts(recipe.lora, config)
+    _check_texts(recipe, config)
     if recipe.objective.from_reference and not recipe.data.references:
         raise ConfigError("objective.from_reference needs data.references, pictures to edit")
     for frames in recipe.data.frames:
@@ -112,11 +113,13 @@ def _with_noise(recipe: FinetuneRecipe, config: Any) -> Any:
     return dataclasses.replace(config, scheduler=dataclasses.replace(config.scheduler, **changes))
 
 
-def _check_texts(lora: LoraConfig, config: PipelineConfig) -> None:
+def _check_texts(recipe: FinetuneRecipe, config: PipelineConfig) -> None:
     """Raises ConfigError for text encoders that the model has not, or that never learn."""
-    if lora.text_encoders and family_of(config.class_name).encode_anew is None:
-        raise ConfigError(f"lora.text_encoders: those of {config.class_name} are not trained")
-    lora.components_of(config)
+    if recipe.hears_anew and family_of(config.class_name).encode_anew is None:
+        key = "text_encoders" if recipe.text_encoders else "lora.text_encoders"
+        raise ConfigError(f"{key}: those of {config.class_name} are not trained")
+    recipe.lora.components_of(config)
+    components_of(recipe.text_encoders, config, "text_encoders")
 
 
 def _check(objective: Objective, config: PipelineConfig) -> None:

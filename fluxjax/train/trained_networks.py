@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from fluxjax.checkpoint.source import open_component
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.config import ConfigError, LoraConfig, PipelineConfig
+from fluxjax.config.lora import components_of
 from fluxjax.families import family_of
 from fluxjax.models.lora import init_lora, matches, split_scales, with_magnitudes
 from fluxjax.models.names import flatten, is_stacked, published_name, unflatten
@@ -34,7 +35,8 @@ class TrainedNetworks(NamedTuple):
 
     `trained`: LoRAs by component over `frozen["params"]`, without `frozen["scales"]`, both by
     component too; or all of the network that draws, or of its modules those that learn, where
-    `frozen["rest"]` is what does not; or all of `controlnet`, beside `frozen["base"]`.
+    `frozen["rest"]` is what does not, by component where encoders learn whole; or all of
+    `controlnet`, beside `frozen["base"]`.
     """
 
     model: nn.Module
@@ -75,18 +77,23 @@ def load_networks(
         trained = initial_controlnet(recipe.controlnet, net, params, mesh, stacked=stacked)
         learner = ControlLearner(controlnets[0], learnt_mode(recipe.controlnet, net))
         return TrainedNetworks(model, {}, {"base": params}, trained, learner)
-    if not lora:
-        trained, rest = apart(params, recipe.modules, network_of(after).unlearnt)
-        return TrainedNetworks(model, {}, {"rest": rest} if rest else {}, trained)
     bases, encoders = {name: params}, dict[str, nn.Module]()
-    for component in list(recipe.lora.components_of(config))[1:]:
+    heard = recipe.lora.components_of(config) if lora else {}
+    for component in heard or components_of(recipe.text_encoders, config, "text_encoders"):
+        if component == name:
+            continue
         of = config.networks[component]
         template = abstract_params(of, stacked=stacked)
         bases[component] = open_component(recipe.model_folder, component, of).fill(
-            template, dtype=dtype, shardings=param_shardings(of, template, mesh)
+            template, dtype=stored, shardings=param_shardings(of, template, mesh)
         )
-        fields = {"dtype": dtype, "param_dtype": dtype, "remat": recipe.remat != "none"}
+        fields = {"dtype": dtype, "param_dtype": stored, "remat": recipe.remat != "none"}
         encoders[component] = network_of(of).build(of, scan_layers=stacked, **fields)
+    if not lora:
+        trained, rest = apart(params, recipe.modules, network_of(after).unlearnt)
+        if encoders:
+            trained = {**bases, name: trained}
+        return TrainedNetworks(model, encoders, {"rest": rest} if rest else {}, trained)
     added = added_inputs(before, after)
 
     def start() -> tuple[Tree, Tree]:
