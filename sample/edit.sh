@@ -1,5 +1,5 @@
 #!/bin/sh
-# Draw a picture, then have it edited; the embedded model has not learnt to, FLUX.1 Kontext has:
+# Draw a picture, then have it edited. The embedded model knows its drawn scenes; of anything else:
 # MODEL=FLUX.1-Kontext-dev sh sample/edit.sh
 set -eu
 model=${MODEL:-tiny}

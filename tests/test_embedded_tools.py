@@ -29,9 +29,11 @@ from fluxjax.sample.options import Options
 from fluxjax.sample.picture_formats import read_record
 from fluxjax.sample.pictures import to_bytes
 from fluxjax.sample.sources import Sources
+from fluxjax.train.embedded.colours import COLOURS
 from fluxjax.train.embedded.evaluate import reconstruct_pictures
 from fluxjax.train.embedded.evaluate_settings import EvaluateSettings
 from fluxjax.train.embedded.evaluate_tools import evaluate_tool
+from fluxjax.train.embedded.reader import read
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 CLASSES = {"tiny-canny": "FluxControlPipeline", "tiny-fill": "FluxFillPipeline"}
@@ -158,6 +160,24 @@ def test_the_filled_hole_leaves_the_rest_as_the_autoencoder_has_it(tmp_path, mon
         np.testing.assert_array_equal(again, drawn)
         Path("again.png").unlink()
     assert apart[None] < 0.7 * apart[False]
+
+
+@pytest.mark.slow
+def test_a_reference_is_edited_as_it_is_told(tmp_path, monkeypatch, capsys):
+    """Held-out edits, and one that a newcomer asks for: the reference picks what has learnt it."""
+    monkeypatch.chdir(tmp_path)
+    asked = EvaluateSettings(task="edit", prompts=24)
+    counts = evaluate_tool(fluxjax.load_pipeline("tiny-edit"), "edit", asked).counts()["model"]
+    assert counts["asked for"] >= 19 and counts["both"] >= 14, "22, 19 measured"
+    assert sample(["a red circle", "--seed", "3", "--out", "before.png"]) == 0
+    words = ["make it blue", "--reference", "before.png", "--seed", "1", "--out", "after.png"]
+    assert sample(words) == 0
+    assert "--model tiny-edit draws this" in capsys.readouterr().err
+    before, after = (
+        read(np.asarray(Image.open(f"{name}.png"), np.float32) / 127.5 - 1).objects
+        for name in ("before", "after")
+    )
+    assert [list(COLOURS)[one.colour] for one in (*before, *after)] == ["red", "blue"]
 
 
 @pytest.fixture(scope="module")

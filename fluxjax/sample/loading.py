@@ -67,8 +67,8 @@ def load_pipeline(
     """Open a model: all its files are checked now, its weights read when they are first needed.
 
     Args:
-      model: "tiny", or with a tool that it has learnt "tiny-fill" or "tiny-canny"; "tiny-pixart",
-        "tiny-sd" or "tiny-video"; a diffusers folder, an Orbax folder, the file of a transformer
+      model: "tiny", or with a tool that it has learnt "tiny-edit", "tiny-fill" or "tiny-canny";
+        "tiny-pixart", "tiny-sd" or "tiny-video"; a diffusers folder, an Orbax folder, the file of a transformer
         (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors, HunyuanVideo's in anybody's names)
         or a UNet, which needs the two below unless it holds them, or a whole Stable Diffusion in
         one file. Tokenizers that it lacks are the published ones, from the hub. Here and below a

@@ -121,7 +121,7 @@ class Options:
     prompt: _Words = ()
     """What to draw. May be empty ("")."""
     model: _Text = None
-    """tiny (the embedded model; with a mask or a control it is tiny-fill or tiny-canny),
+    """tiny (the embedded model; with a reference, mask or control tiny-edit, -fill or -canny),
     tiny-pixart or tiny-sd (a PixArt and a Stable Diffusion of the same scenes), tiny-video (clips
     of one or two of the shapes), a diffusers or Orbax folder, a BFL file, or a whole Stable
     Diffusion in one file.
