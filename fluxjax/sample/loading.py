@@ -68,11 +68,12 @@ def load_pipeline(
 
     Args:
       model: "tiny", or with a tool that it has learnt "tiny-edit", "tiny-fill" or "tiny-canny";
-        "tiny-pixart", "tiny-sd" or "tiny-video"; a diffusers folder, an Orbax folder, the file of a transformer
-        (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors, HunyuanVideo's in anybody's names)
-        or a UNet, which needs the two below unless it holds them, or a whole Stable Diffusion in
-        one file. Tokenizers that it lacks are the published ones, from the hub. Here and below a
-        hub's name will do as well, such as "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
+        "tiny-pixart", "tiny-sd" or "tiny-video"; a diffusers folder, an Orbax folder, the
+        file of a transformer (flux1-*.safetensors or .gguf, Open_Sora_v2.safetensors,
+        HunyuanVideo's in anybody's names) or a UNet, which needs the two below unless it
+        holds them, or a whole Stable Diffusion in one file. Tokenizers that it lacks are
+        the published ones, from the hub. Here and below a hub's name will do as well, such
+        as "black-forest-labs/FLUX.1-dev" (see `fluxjax.hub`).
       dtype: of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
       text_encoders: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, or with
         ComfyUI's files of them, of one in several precisions that in 16 bits. Of a HunyuanVideo
