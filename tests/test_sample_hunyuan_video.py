@@ -384,6 +384,9 @@ def test_comfys_llava_in_two_files(tmp_path):
     with pytest.raises(ConfigError, match=r"language model, but the configuration .* LLaVA"):
         open_component(tmp_path, "text_encoder")
     (parts / "other.txt").rename(parts / "llava_llama3_vision.safetensors")
+    (parts / "a.gguf").write_bytes(b"GGUF and no more")
+    same_values(open_component(tmp_path, "text_encoder"), small)  # it is no part of these
+    (parts / "a.gguf").unlink()
     (parts / "llava_llama3_fp16.safetensors").unlink()
     write_gguf_text(parts / "llava-llama-3-8B-v1_1-Q4_K_M.gguf", small)
     quantised = open_component(tmp_path, "text_encoder")

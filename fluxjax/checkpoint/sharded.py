@@ -155,14 +155,31 @@ def _marked(
 
 
 def files_together(folder: Path) -> list[Path]:
-    """The files of one network that lies in several without an index; of others none."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
-    split = [one for net in NETWORKS.values() for one in net.dialects if one.files == len(files)]
-    if len(files) < 2 or not split or _indices(folder):
+    """The files of one network that lies in several without an index, of which some may be GGUF; of
+    others none."""
+    safetensors, gguf = (sorted(folder.glob(f"*.{kind}")) for kind in ("safetensors", "gguf"))
+    if not safetensors or _indices(folder):
         return []
-    names = [name for file in files for name in read_tensor_file(file)[0]]
-    whole = len(set(names)) == len(names) and any(dialect.fits(names) for dialect in split)
-    return files if whole else []
+    candidates = [safetensors, sorted(safetensors + gguf)] if gguf else [safetensors]
+    return next(filter(_are_one_network, candidates), [])
+
+
+def _are_one_network(files: list[Path]) -> bool:
+    split = [one for net in NETWORKS.values() for one in net.dialects if one.files == len(files)]
+    if len(files) < 2 or not split:
+        return False
+    names = [name for file in files for name in _names(file)]
+    return len(set(names)) == len(names) and any(dialect.fits(names) for dialect in split)
+
+
+def _names(file: Path) -> list[str]:
+    """None of a GGUF file that cannot be read: it need not be a part of what is."""
+    try:
+        return list(read_tensor_file(file)[0])
+    except ValueError:
+        if file.suffix == ".gguf":
+            return []
+        raise
 
 
 def split_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
