@@ -23,7 +23,9 @@ from PIL import Image
 from random_checkpoints import random_tree
 
 from fluxjax.checkpoint.engine import from_tree
+from fluxjax.checkpoint.lora.merge import adaptable, merge_files
 from fluxjax.checkpoint.lora.reader import read_adapters
+from fluxjax.checkpoint.lora.writer import write_adapters
 from fluxjax.checkpoint.pipeline_folder import (
     load_params,
     read_config,
@@ -31,6 +33,7 @@ from fluxjax.checkpoint.pipeline_folder import (
     write_config,
 )
 from fluxjax.checkpoint.safetensors_file import read_safetensors
+from fluxjax.checkpoint.source import open_source
 from fluxjax.checkpoint.templates import abstract_params
 from fluxjax.checkpoint.training_state import StateStore, read_state
 from fluxjax.config import (
@@ -577,6 +580,73 @@ def test_other_kinds_of_adapters_are_trained(kind, recipe, tmp_path, capsys):
             assert np.abs(change.delta(before.__getitem__)).max() > 1e-4, name
 
 
+@pytest.mark.slow
+def test_a_lora_goes_on_from_a_file(lora_run, recipe, tmp_path):
+    """Its products, with room for more ranks; what else it changes stays, and is in the result."""
+    source = open_source(Path(recipe.model))
+    templates = adaptable(source)
+    found = read_adapters(lora_run[3], templates).changes
+    products = {
+        component: {name.removesuffix(".weight"): one.low_rank for name, one in changes.items()}
+        for component, changes in found.items()
+    }
+    query = "text_model.encoder.layers.0.self_attn.q_proj"
+    products["text_encoder"].pop(query)
+    scale = np.random.default_rng(0).standard_normal
+    whole = {
+        "transformer": {
+            "proj_out.bias": 0.1 * scale(16, np.float32),
+            "transformer_blocks.0.attn.norm_q.weight": 0.1 * scale(16, np.float32),
+        },
+        "text_encoder": {f"{query}.weight": 0.1 * scale((32, 32), np.float32)},
+    }
+    start = tmp_path / "start.safetensors"
+    write_adapters(start, products, {}, changes=whole)
+    lora = replace(recipe.lora, rank=6, alpha=3.0, text_encoder_rank=3)
+    again = quiet(recipe, folder=tmp_path / "run", steps=1, lora=lora, lora_start=str(start))
+
+    def weights(file: Path) -> dict[str, np.ndarray]:
+        merged = merge_files(source, [(file, 1.0)])[0]
+        return {
+            f"{name}.{tensor}": value.read().astype(np.float32)
+            for name, network in merged.items()
+            for tensor, value in network.tensors.items()
+        }
+
+    def furthest(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
+        return {name: float(np.abs(one[name] - other[name]).max()) for name in one}
+
+    job = finetune.prepare(again)
+    out = export(
+        again, job.config, job.state.params, job.frozen, out=tmp_path / "begun.safetensors"
+    )
+    begun, given = weights(out), weights(start)
+    assert max(furthest(begun, given).values()) < 2e-7
+    learnt = finetune.finetune(again)
+    moved = furthest(weights(learnt), given)
+    assert moved["transformer.transformer_blocks.0.attn.to_q.weight"] > 1e-4
+    assert moved[f"text_encoder.{query}.weight"] > 1e-4, "which has both"
+    assert moved["transformer.proj_out.bias"] < 1e-7
+    assert moved["transformer.transformer_blocks.0.attn.norm_q.weight"] < 1e-7
+    assert str(tmp_path) not in read_safetensors(learnt)[1]["recipe"]
+    other = export_run(again.folder, out=tmp_path / "other.safetensors")
+    assert other.read_bytes() == learnt.read_bytes()
+    base = finetune.base_hash(Path(recipe.model), lora_start=str(start))
+    assert base == job.base != lora_run[0].base
+    refused = {
+        "lora.rank must be at least that, got 2": replace(again, lora=replace(lora, rank=2)),
+        "name it in lora.text_encoders": replace(again, lora=replace(lora, text_encoders=("t5",))),
+        "in PEFT's names": replace(again, lora_naming="kohya"),
+        "no low-rank product": replace(again, lora=replace(lora, targets=("proj_out",), rank=9)),
+        "no LoRA": replace(again, lora_start=str(tmp_path / "none.safetensors")),
+    }
+    for words, wrong in refused.items():
+        with pytest.raises((ConfigError, OSError), match=words):
+            finetune.prepare(wrong)
+    with pytest.raises(ConfigError, match=r"method full: python -m fluxjax\.convert"):
+        replace(again, method="full", lora=LoraConfig())
+
+
 def test_precompute_says_how_far_it_is(recipe, tmp_path, capsys):
     options = f"--model {recipe.model} --data.source {recipe.data.source} --data.resolution 32"
     cache = f"--data.bucket-step 16 --data.cache {tmp_path}"
@@ -732,8 +802,9 @@ def test_a_lora_of_a_tool_turns_a_model_into_it(recipe, pictures, tmp_path, caps
     inputs = 16 + (16 + 16 if fill else 16)
     assert pipe.config.transformer.in_channels == inputs
     assert (pipe.config.guidance, pipe.config.steps) == (30.0, SMALL.steps), "as it was trained"
-    read = read_adapters(path, {"transformer": abstract_params(SMALL.transformer)}).changes
-    layer = read["transformer"]["x_embedder.weight"]
+    templates = {"transformer": abstract_params(SMALL.transformer)}
+    read = read_adapters(path, templates)
+    layer = read.changes["transformer"]["x_embedder.weight"]
     assert layer.inputs == inputs
     learnt = layer.delta(lambda _: np.zeros(()))
     assert np.linalg.matrix_rank(learnt) > 4 and np.abs(learnt[:, 16:]).max() > 5e-3
@@ -742,6 +813,16 @@ def test_a_lora_of_a_tool_turns_a_model_into_it(recipe, pictures, tmp_path, caps
     def drawn(*files: str) -> np.ndarray:
         given = dict(zip(("image", "mask") if fill else ("control",), files, strict=True))
         return np.asarray(pipe("star", **{k: pictures / v for k, v in given.items()}, **size)[0])
+
+    more = f"--lora.rank 4 --optimizer.learning-rate 0 --validation.every 0 --lora-start {path}"
+    again = _run_recipe(name, recipe, tmp_path / "again", capsys, more)
+    read_again = read_adapters(again, templates)
+    assert read_again.metadata["sampling_defaults"] == read.metadata["sampling_defaults"]
+    kept = read_again.changes["transformer"]
+    assert kept.keys() == read.changes["transformer"].keys()
+    for layer, change in read.changes["transformer"].items():
+        one, other = (c.delta(lambda _: np.zeros(())) for c in (change, kept[layer]))
+        np.testing.assert_allclose(one, other, atol=1e-7)
 
     others = [("1.png", "2.png"), ("0.png", "3.png")] if fill else [("1.png",)]
     first = drawn("0.png", *(["2.png"] if fill else []))

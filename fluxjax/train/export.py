@@ -26,6 +26,7 @@ from fluxjax.checkpoint.pipeline_folder import (
     write_config,
 )
 from fluxjax.checkpoint.sharded import name_plainly
+from fluxjax.checkpoint.source import open_component
 from fluxjax.checkpoint.training_state import read_state
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.json_input import read_json
@@ -34,6 +35,7 @@ from fluxjax.models.names import flatten, is_stacked, unflatten
 from fluxjax.networks import network_of
 from fluxjax.parallel.mesh import gathered
 from fluxjax.train.loop import CHECKPOINTS
+from fluxjax.train.lora_start import kept_changes, read_start, started
 from fluxjax.train.recipe import FinetuneRecipe, read_recipe, recipe_toml, without_places
 from fluxjax.train.step import Tree
 from fluxjax.train.task import learnt
@@ -68,11 +70,15 @@ def export(
             metadata = {}
             if recipe.record:
                 metadata["recipe"] = recipe_toml(without_places(recipe))
-            if _has_more_inputs(recipe.model_folder, config):
-                metadata[DEFAULTS_KEY] = json.dumps(sampling_defaults(config))
+            base = read_config(recipe.model_folder)
+            start = read_start(recipe, base, config)
+            own = sampling_defaults(config) if _has_more_inputs(base, config) else {}
+            if defaults := own | start.defaults:
+                metadata[DEFAULTS_KEY] = json.dumps(defaults)
             trees = {name: join_scales(trained[name], scales[name]) for name in trained}
             naming, model = recipe.lora_naming, config.networks
-            write_lora(path, trees, recipe.lora, metadata, naming=naming, model=model)
+            kept = kept_changes(recipe, base, start)
+            write_lora(path, trees, recipe.lora, metadata, naming=naming, model=model, changes=kept)
         return path
     learnt_ones = trained if recipe.by_component else {config.denoiser: trained}
     rest, drawing = flatten(frozen.get("rest", {})), flatten(learnt_ones[config.denoiser])
@@ -108,7 +114,9 @@ def export_run(
     stacked = any(map(is_stacked, flatten(trained)))
     frozen: dict[str, Tree] = {}
     if recipe.method == "lora":
-        added = added_inputs(before, after)
+        start = read_start(recipe, base, config)
+        network = open_component(recipe.model_folder, config.denoiser, before)
+        added = added_inputs(started(network, start).config, after)
         of = partial(initial_loras, recipe.lora, config, recipe.seed, stacked=stacked, added=added)
         frozen["scales"] = jax.jit(lambda: of()[1])()
     elif recipe.modules or (recipe.method == "full" and network_of(after).unlearnt):
@@ -118,9 +126,8 @@ def export_run(
     return export(recipe, config, trained, frozen, step=found, out=out)
 
 
-def _has_more_inputs(source: Path, config: PipelineConfig) -> bool:
+def _has_more_inputs(base: PipelineConfig, config: PipelineConfig) -> bool:
     """Than the model that training began with."""
-    base = read_config(source)
     return bool(added_inputs(base.networks[base.denoiser], config.networks[config.denoiser]))
 
 
@@ -130,11 +137,12 @@ def _write_pipeline(
     """With the networks of `params`, by component; the others are the source's."""
     write_config(folder, config)
     # Those of the source, unless the model has become one of another task.
-    other = _has_more_inputs(source, config)
+    base = read_config(source)
+    other = _has_more_inputs(base, config)
     for file in source.glob("*.json"):
         if not (other and (folder / file.name).exists()):
             shutil.copyfile(file, folder / file.name)
-    own_noise = config.scheduler != read_config(source).scheduler
+    own_noise = config.scheduler != base.scheduler
     for name in read_json(source / "model_index.json"):
         kept = name in params or (name == "scheduler" and own_noise)
         if (source / name).is_dir() and not kept:

@@ -14,13 +14,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from fluxjax.checkpoint.lora.reader import lora_path
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import Part, abstract_params
 from fluxjax.checkpoint.weights_location import named_parts
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.families import Task, family_of
 from fluxjax.families.family import Apply
-from fluxjax.file_hash import hash_files
+from fluxjax.file_hash import hash_file, hash_files
+from fluxjax.hub import find
 from fluxjax.models.lora import join_scales
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
@@ -36,6 +38,7 @@ from fluxjax.train.encoders import Encoders, folder_encoders
 from fluxjax.train.flow_matching import Learner, finetune_loss
 from fluxjax.train.job import Job, Placement, replicate, train
 from fluxjax.train.loop import run_folder
+from fluxjax.train.lora_start import read_start
 from fluxjax.train.optimizers import (
     Rates,
     learning_rates,
@@ -64,6 +67,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     base, mesh = read_config(recipe.model_folder), make_mesh(recipe.mesh)
     base.require_whole(recipe.model)
     config, task = learnt(recipe, base)
+    start = read_start(recipe, base, config)
     _check_batches(recipe, mesh)
     seen = _checked_shown(recipe, config)
     encoders = encoders or folder_encoders(recipe.model_folder)
@@ -82,7 +86,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
     held = _held_out(recipe, data, encoders, mesh, joined)
     # The encoders have done their work: their memory is the transformer's.
     encoders.release()
-    nets = load_networks(recipe, base, config, mesh)
+    nets = load_networks(recipe, base, config, mesh, start)
     optimizer, rates = _optimizer(recipe, nets)
     state = initial_state(
         config,
@@ -111,7 +115,7 @@ def prepare(recipe: FinetuneRecipe, encoders: Encoders | None = None) -> Job:
         empty=jax.tree.map(lambda x: replicate(x, mesh), empty),
         validation=validation,
         notes=[note] * bool(note) + _notes(recipe, task, config, data),
-        base=base_hash(recipe.model_folder, config.denoiser),
+        base=base_hash(recipe.model_folder, config.denoiser, recipe.lora_start),
     )
 
 
@@ -205,10 +209,11 @@ def _step(
     )
 
 
-def base_hash(model: Path, denoiser: str = "transformer") -> str:
+def base_hash(model: Path, denoiser: str = "transformer", lora_start: str = "") -> str:
     """Of the weights that training starts from, and of how they are to be run."""
     names = (*named_parts(model, [denoiser]), "scheduler", "model_index.json")
-    return hash_files(model, names)[:16]
+    more = [hash_file(lora_path(find(lora_start, "lora")))] if lora_start else []
+    return hash_files(model, names, *more)[:16]
 
 
 def with_usable_cache(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, str]:

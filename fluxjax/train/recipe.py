@@ -37,13 +37,13 @@ _YEAR = 525600.0  # in minutes
 _UNDECISIVE = {
     *("folder", "mesh", "sequence", "log_every", "save_minutes", "export_every", "keep"),
     *("patience", "hang_minutes", "tensorboard", "validation", "save_dtype", "data", "model"),
-    "record",
+    *("record", "lora_start"),
 }
 _NAMES = {"dora": "PEFT's", "lokr": "LyCORIS'"}
 _PLACES = {
     *("folder", "model", "data.source", "data.references", "data.masks", "data.cache"),
     *("data.fill_masks", "data.controls", "validation.source", "validation.references"),
-    "controlnet.start",
+    *("controlnet.start", "lora_start"),
     *("validation.images", "validation.masks", "validation.controls"),
 }
 
@@ -80,6 +80,9 @@ class FinetuneRecipe:
     are put into; keep leaves those of a quantised model as they are, none decodes them."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the finished transformer (a LoRA is always float32)."""
+    lora_start: str = ""
+    """A LoRA's file (or a hub's name) to go on from, of at most the ranks of this one: its products
+    learn on, all else that it changes stays as it is, and is in the file that is written."""
     lora_naming: LoraNaming = "peft"
     """Whose names the LoRA file has: diffusers', kohya's or ComfyUI's. In all of them alpha is the
     rank, so that every program reads the same. DoRA has PEFT's names, LoKr LyCORIS'."""
@@ -156,6 +159,12 @@ class FinetuneRecipe:
             raise ConfigError(
                 f"a {self.lora.kind} is written in {_NAMES[self.lora.kind]} names: leave out "
                 f"lora_naming = {self.lora_naming!r}"
+            )
+        if self.lora_start and (self.method, self.lora.kind) != ("lora", "lora"):
+            kind = self.lora.kind if self.method == "lora" else f"method {self.method}"
+            raise ConfigError(
+                f"lora_start is for low-rank products, which learn on, and this is a {kind}: "
+                "python -m fluxjax.convert MODEL OUT --lora FILE writes a model to go on from"
             )
         if self.method == "controlnet" and self.data.pictures != {"control"}:
             raise ConfigError("a ControlNet learns to follow control pictures: give data.controls")

@@ -25,6 +25,7 @@ from fluxjax.parallel.rules import param_shardings, shardings_by_component, stat
 from fluxjax.quantised_kinds import NONE
 from fluxjax.train.flow_matching import ControlLearner
 from fluxjax.train.learnt_controlnet import initial_controlnet, learnt_mode
+from fluxjax.train.lora_start import LoraStart, given_trees, started, with_products
 from fluxjax.train.recipe import FinetuneRecipe
 from fluxjax.train.step import TrainState, Tree, init_state
 from fluxjax.train.wider_input import added_inputs, widen
@@ -47,7 +48,11 @@ class TrainedNetworks(NamedTuple):
 
 
 def load_networks(
-    recipe: FinetuneRecipe, base: PipelineConfig, config: PipelineConfig, mesh: Mesh
+    recipe: FinetuneRecipe,
+    base: PipelineConfig,
+    config: PipelineConfig,
+    mesh: Mesh,
+    start: LoraStart,
 ) -> TrainedNetworks:
     """On the mesh. `base`: what the model is before training, perhaps with fewer inputs."""
     lora, dtype = recipe.method == "lora", recipe.compute_dtype
@@ -65,7 +70,8 @@ def load_networks(
         attention=recipe.attention,
         precision=recipe.precision,
     )
-    network = open_component(recipe.model_folder, name, before)
+    network = started(open_component(recipe.model_folder, name, before), start)
+    before = network.config  # a file that training goes on from may have widened it
     kind = recipe.quantise if lora else NONE
     template, _ = network.template(stacked=stacked, quantise=kind)
     network.require_codes(template, kind)
@@ -84,7 +90,8 @@ def load_networks(
             continue
         of = config.networks[component]
         template = abstract_params(of, stacked=stacked)
-        bases[component] = open_component(recipe.model_folder, component, of).fill(
+        opened = started(open_component(recipe.model_folder, component, of), start)
+        bases[component] = opened.fill(
             template, dtype=stored, shardings=param_shardings(of, template, mesh)
         )
         fields = {"dtype": dtype, "param_dtype": stored, "remat": recipe.remat != "none"}
@@ -94,19 +101,23 @@ def load_networks(
         if encoders:
             trained = {**bases, name: trained}
         return TrainedNetworks(model, encoders, {"rest": rest} if rest else {}, trained)
-    added = added_inputs(before, after)
+    added, given = added_inputs(before, after), given_trees(start, config, stacked=stacked)
 
-    def start() -> tuple[Tree, Tree]:
-        return initial_loras(recipe.lora, config, recipe.seed, stacked=stacked, added=added)
+    def begin(given: dict[str, Tree]) -> tuple[Tree, Tree]:
+        trained, scales = initial_loras(
+            recipe.lora, config, recipe.seed, stacked=stacked, added=added
+        )
+        begun = {n: with_products(trained[n], scales[n], given[n]) for n in given}
+        return trained | begun, scales
 
-    where = shardings_by_component(config.networks, jax.eval_shape(start), mesh)
-    trained, scales = jax.jit(start, out_shardings=where)()
+    where = shardings_by_component(config.networks, jax.eval_shape(begin, given), mesh)
+    trained, scales = jax.jit(begin, out_shardings=where)(given)
     if recipe.lora.kind == "dora":
 
-        def started(trained: Tree, bases: Tree) -> Tree:
+        def with_norms(trained: Tree, bases: Tree) -> Tree:
             return {name: with_magnitudes(trained[name], bases[name]) for name in trained}
 
-        trained = jax.jit(started, out_shardings=where[0])(trained, bases)
+        trained = jax.jit(with_norms, out_shardings=where[0])(trained, bases)
     return TrainedNetworks(model, encoders, {"params": bases, "scales": scales}, trained)
 
 

@@ -33,13 +33,16 @@ def write_lora(
     naming: LoraNaming = "peft",
     model: Mapping[str, Any] | None = None,
     dtype: Any = None,
+    changes: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
     """Write LoRAs by component; layers with scale 0 are left out. See `write_adapters`.
 
     A DoRA is written in PEFT's names, a LoKr in LyCORIS' (those that SimpleTuner gives it, and
     kohya that of text encoders).
 
-    `config` and `metadata` (the recipe, say) are kept beside.
+    `config` and `metadata` (the recipe, say) are kept beside. `changes`: what is added to
+    parameters besides, by component and published name, for `peft` alone; of a layer that has both
+    they become one.
     """
     texts = dict(metadata or {})
     if config is not None:
@@ -59,9 +62,29 @@ def write_lora(
         adapters[component] = {name: _adapter(leaves) for name, leaves in modules.items()}
         vectors = {n: leaves["magnitude"] for n, leaves in modules.items() if "magnitude" in leaves}
         magnitudes |= {component: vectors} if vectors else {}
+    whole = {
+        component: _with_products(mine, adapters.get(component, {}))
+        for component, mine in (changes or {}).items()
+    }
     write_adapters(
-        path, adapters, texts, naming=naming, model=model, dtype=dtype, magnitudes=magnitudes
+        path,
+        adapters,
+        texts,
+        naming=naming,
+        model=model,
+        dtype=dtype,
+        magnitudes=magnitudes,
+        changes=whole,
     )
+
+
+def _with_products(
+    changes: Mapping[str, np.ndarray], adapters: dict[str, Adapter]
+) -> dict[str, np.ndarray]:
+    """The changes of weights with the products of the same layers, which leave `adapters`."""
+    both = {n: adapters.pop(m) for n in changes if (m := n.removesuffix(".weight")) in adapters}
+    product = {name: (one.b @ one.a) * np.float32(one.scale) for name, one in both.items()}
+    return {n: change + product[n] if n in product else change for n, change in changes.items()}
 
 
 def write_adapters(
@@ -73,6 +96,7 @@ def write_adapters(
     model: Mapping[str, Any] | None = None,
     dtype: Any = None,
     magnitudes: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    changes: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
     """Write low-rank products, by component and module, as safetensors.
 
@@ -81,11 +105,14 @@ def write_adapters(
     published names; `kohya` and `comfy` those of the original code, where q, k and v are one module
     (block-diagonal, of threefold rank). `model`: the configurations of its networks by component,
     which these two need, by default FLUX.1's. `dtype` None keeps that of the arrays. `magnitudes`:
-    a DoRA's vectors, by component and module, for `peft` alone.
+    a DoRA's vectors, by component and module, and `changes`: what is added to whole parameters, by
+    published name (`.diff`, `.diff_b`, as ComfyUI has them), for `peft` alone.
     """
-    magnitudes = magnitudes or {}
+    magnitudes, changes = magnitudes or {}, changes or {}
     if magnitudes and naming != "peft":
         raise ConfigError(f"a DoRA is written in PEFT's names, not in those of {naming}")
+    if any(changes.values()) and naming != "peft":
+        raise ConfigError(f"whole differences are written beside PEFT's names, not {naming}'s")
     texts, arrays = dict(metadata), dict[str, np.ndarray]()
     if naming == "peft":
         texts[PEFT_METADATA] = json.dumps(_peft_metadata(adapters, set(magnitudes)))
@@ -104,6 +131,11 @@ def write_adapters(
         for module, vector in mine.items():
             name = f"{prefix_of(naming, component, model)}{module}"
             arrays[f"{name}.lora_magnitude_vector"] = vector
+    for component, mine in changes.items():
+        for name, change in mine.items():
+            module, _, leaf = name.rpartition(".")
+            name = f"{prefix_of(naming, component, model)}{module}"
+            arrays[f"{name}.{'diff' if leaf == 'weight' else 'diff_b'}"] = change
     _write(Path(path), arrays, texts, dtype)
 
 
