@@ -548,12 +548,14 @@ def test_the_smoothed_line_lies_among_its_data():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["lora_dev", "lora_dev_nf4", "tiny_lora", "tiny_full", "tiny_edit"]
+    "name", ["lora_dev", "lora_dev_nf4", "tiny_lora", "tiny_full", "tiny_edit", "tiny_edit_lora"]
 )
 def test_every_recipe_runs_on_a_small_model(name, recipe, tmp_path, capsys):
     more = "--validation.every 0"
-    if name == "tiny_edit":
+    if name.startswith("tiny_edit"):
         more += " --data.source edits --data.scenes 16 --data.resolution 48"
+    if name == "tiny_edit_lora":
+        more += " --lora-start="
     where = _run_recipe(name, recipe, tmp_path, capsys, more)
     whole = name in ("tiny_full", "tiny_edit")
     assert where == tmp_path / ("pipeline" if whole else "lora.safetensors")
@@ -662,7 +664,14 @@ def test_precompute_says_how_far_it_is(recipe, tmp_path, capsys):
 
 def test_no_recipe_is_left_untried():
     tried = {"lora_dev", "lora_dev_nf4", "lora_kontext", "tiny_lora", "tiny_full", "full_8_chips"}
-    tried |= {"tiny_edit", "lora_fill", "lora_control", "lora_dev_clip", "controlnet"}
+    tried |= {
+        "tiny_edit",
+        "tiny_edit_lora",
+        "lora_fill",
+        "lora_control",
+        "lora_dev_clip",
+        "controlnet",
+    }
     # In test_diffusion_training.py.
     tried |= {"lora_sd15", "lora_sdxl", "lora_sd3", "full_sd", "pixart_cross_attention"}
     tried |= {"tiny_sd", "tiny_pixart"}
