@@ -2,6 +2,7 @@
 
 import gc
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -12,6 +13,8 @@ os.environ["XLA_FLAGS"] = (
     # Most programs here run once or twice: compiling them well takes longer than it saves. What is
     # compiled as shipped asks for the fixture `as_shipped`; XLA_FLAGS from outside wins.
     " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+    # Emitters of fusions, which JAX 0.11 has no choice about, take two to four times as long.
+    + "--xla_cpu_use_fusion_emitters=false " * version("jaxlib").startswith("0.10.")
     + os.environ.get("XLA_FLAGS", "")
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,6 +55,8 @@ def as_shipped():
     from fluxjax.train import step
 
     best = {"xla_backend_optimization_level": "3", "xla_cpu_parallel_codegen_split_count": "32"}
+    if version("jaxlib").startswith("0.10."):
+        best |= {"xla_cpu_use_fusion_emitters": "True"}
 
     def options(*choices, **others):
         return compiler_options(*choices, **others) | best

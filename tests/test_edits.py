@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from test_scenes import N, is_held_out, numpy_scenes
 
 from fluxjax.hub import tiny_folder
 from fluxjax.sample.known_words import outside
 from fluxjax.text.tokenizers import load_t5_tokenizer
-from fluxjax.train.data.drawn_scenes import edit_items
+from fluxjax.train.data.drawn_scenes import edit_items, scene_items
 from fluxjax.train.data.settings import DataSettings
 from fluxjax.train.embedded.edits import CHANGES, draw_edits
 from fluxjax.train.embedded.scenes import SHAPES, Scene
@@ -94,3 +95,26 @@ def test_the_judge_tells_what_was_asked_for_from_what_was_given(task):
 def test_what_instructions_say_is_known_to_the_model_that_edits(edits):
     assert all(outside(edit.instruction, edits=True) == "" for edit in edits)
     assert "never read" in outside("make the star blue") and "goat" in outside("a goat", edits=True)
+
+
+def test_holes_lie_around_objects_of_scenes_every_other_time():
+    size = {"resolution": 96, "bucket_step": 16}
+    items = scene_items(DataSettings(source="scenes", fill_masks="objects", scenes=128, **size))
+    drawn = [np.asarray(item.read()) for item in items]
+    masks = [np.asarray(item.beside("objects").read()) for item in items]
+    assert all(mask.shape == (96, 96, 3) and set(np.unique(mask)) <= {0, 255} for mask in masks)
+    small = np.mean([mask.mean() < 0.3 * 255 for mask in masks])
+    assert small > 0.5 and np.mean([mask.mean() > 0.4 * 255 for mask in masks]) > 0.1
+
+    def hides(picture: np.ndarray, mask: np.ndarray) -> bool:
+        """Whether an object is gone in a hole that is not much larger than it."""
+        parts, count = ndimage.label((picture != picture[0, 0]).any(-1))
+        white = mask[:, :, 0] > 0
+        each = [parts == part for part in range(1, count + 1)]
+        return any(white[one].all() and white.sum() < 8 * one.sum() for one in each)
+
+    plain = [i for i, one in enumerate(drawn) if (one == one[0, 0]).all(-1)[:, [0, -1]].all()]
+    assert len(plain) > 50 and 0.4 < np.mean([hides(drawn[i], masks[i]) for i in plain]) < 0.8
+    again = scene_items(DataSettings(source="scenes", scenes=64, **size))[5]
+    assert (np.asarray(again.beside("objects").read()) == masks[5]).all()
+    assert "no 'before'" in again.beside("before").problem

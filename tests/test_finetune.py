@@ -548,14 +548,19 @@ def test_the_smoothed_line_lies_among_its_data():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["lora_dev", "lora_dev_nf4", "tiny_lora", "tiny_full", "tiny_edit", "tiny_edit_lora"]
+    "name",
+    [
+        "lora_dev",
+        "lora_dev_nf4",
+        *(f"tiny_{n}" for n in ("lora", "full", "edit", "edit_lora", "fill")),
+    ],
 )
 def test_every_recipe_runs_on_a_small_model(name, recipe, tmp_path, capsys):
     more = "--validation.every 0"
-    if name.startswith("tiny_edit"):
-        more += " --data.source edits --data.scenes 16 --data.resolution 48"
-    if name == "tiny_edit_lora":
-        more += " --lora-start="
+    if source := {"tiny_fill": "scenes"}.get(name, "edits" if "edit" in name else ""):
+        more += f" --data.source {source} --data.scenes 16 --data.resolution 48"
+    if name in ("tiny_edit_lora", "tiny_fill"):
+        more += " --lora-start="  # of another model
     where = _run_recipe(name, recipe, tmp_path, capsys, more)
     whole = name in ("tiny_full", "tiny_edit")
     assert where == tmp_path / ("pipeline" if whole else "lora.safetensors")

@@ -552,7 +552,7 @@ def test_whatever_a_killed_run_leaves_under_a_final_name_is_whole(random_pipelin
     environment = {**os.environ, "FLUXJAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}
     command = [sys.executable, "-m", "fluxjax.sample", "--model", str(random_pipeline), *SIZE]
     random = np.random.default_rng(0)
-    for _ in range(6):
+    for _ in range(4):
         running = subprocess.Popen(
             [*command, "--prompts", "many.jsonl"],
             cwd=tmp_path,
@@ -566,7 +566,7 @@ def test_whatever_a_killed_run_leaves_under_a_final_name_is_whole(random_pipelin
         running.kill()
         running.communicate()
     drawn = [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
-    assert len(drawn) >= 6
+    assert len(drawn) >= 4
     for path in drawn:
         assert pixels(path).shape == (48, 64, 3) and read_record(path)["settings"]["steps"] == 3
 

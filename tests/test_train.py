@@ -13,6 +13,7 @@ import optax
 import pytest
 from random_checkpoints import random_tree
 
+from fluxjax.checkpoint.pipeline_folder import save_params
 from fluxjax.config import TINY, ConfigError
 from fluxjax.families import FLUX, Conditioning
 from fluxjax.families.noise_path import FLOW
@@ -288,10 +289,16 @@ def test_the_recipe_of_the_embedded_model_runs_to_its_end(tmp_path, monkeypatch)
         TINY,
         transformer=replace(TINY.transformer, num_layers=1, num_single_layers=1),
         vae=replace(TINY.vae, block_out_channels=(8, 16)),
+        text_encoder=replace(TINY.text_encoder, num_hidden_layers=1),
+        text_encoder_2=replace(TINY.text_encoder_2, num_layers=1),
     )
     monkeypatch.setattr(tiny, "TINY", small)
-    for name in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
+    monkeypatch.setattr(tiny, "_CAPTIONS", 512)
+    for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(tiny_folder() / name, tmp_path / "pipeline" / name)
+    for name in ("text_encoder", "text_encoder_2"):
+        params = jax.tree.map(lambda x: 0.1 * x, random_tree(small.networks[name], np.float32))
+        save_params(tmp_path / "pipeline", name, params, small.networks[name], None)
     (tmp_path / "text_report.json").write_text("{}")
     folder = few.train()
     pipe = load_pipeline(str(folder))

@@ -14,15 +14,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fluxjax.checkpoint.lora.reader import lora_path
 from fluxjax.checkpoint.pipeline_folder import load_params, read_config
 from fluxjax.checkpoint.templates import Part, abstract_params
 from fluxjax.checkpoint.weights_location import named_parts
 from fluxjax.config import ConfigError, PipelineConfig
 from fluxjax.families import Task, family_of
 from fluxjax.families.family import Apply
-from fluxjax.file_hash import hash_file, hash_files
-from fluxjax.hub import find
+from fluxjax.file_hash import hash_files
 from fluxjax.models.lora import join_scales
 from fluxjax.parallel.apply import apply_on
 from fluxjax.parallel.mesh import batch_parts, batch_sharding, make_mesh, replicated
@@ -30,6 +28,7 @@ from fluxjax.parallel.rules import param_shardings
 from fluxjax.sample.picture_inputs import Inputs
 from fluxjax.sample.pipeline import Pipeline
 from fluxjax.sample.programs import defaults
+from fluxjax.sample.sources import hashes_of
 from fluxjax.train.data.cache_file import usable_folder
 from fluxjax.train.data.catalogue import Report
 from fluxjax.train.data.dataset import DataBatch, Dataset, open_dataset
@@ -212,7 +211,7 @@ def _step(
 def base_hash(model: Path, denoiser: str = "transformer", lora_start: str = "") -> str:
     """Of the weights that training starts from, and of how they are to be run."""
     names = (*named_parts(model, [denoiser]), "scheduler", "model_index.json")
-    more = [hash_file(lora_path(find(lora_start, "lora")))] if lora_start else []
+    more = hashes_of(lora_start, "lora 1").values() if lora_start else ()
     return hash_files(model, names, *more)[:16]
 
 

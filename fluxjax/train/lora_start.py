@@ -83,14 +83,15 @@ def _that_learn(
     """(products in layers that are meant by the recipe's targets or get inputs, the rest)."""
 
     def learns(module: str, adapter: Adapter) -> bool:
+        if adapter.a.ndim != 2:  # of a convolution
+            return False
         if module in added:  # whose adapter has that rank, see `init_lora`
             return len(adapter.a) == added[module]
-        return adapter.a.ndim == 2 and any(matches(target, module) for target in lora.targets)
+        return any(matches(target, module) for target in lora.targets)
 
     found, _ = split_low_rank(changes, params)
     products = {module: adapter for module, adapter in found.items() if learns(module, adapter)}
     others = {n: c for n, c in changes.items() if n.removesuffix(".weight") not in products}
-    others |= {n: c for n, c in changes.items() if not n.endswith(".weight")}
     return products, others
 
 

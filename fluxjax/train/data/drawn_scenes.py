@@ -12,8 +12,10 @@ import numpy as np
 from fluxjax.config import ConfigError
 from fluxjax.train.data.buckets import bucket
 from fluxjax.train.data.item import Item, bad_item
-from fluxjax.train.data.settings import DataSettings
+from fluxjax.train.data.random_masks import RandomMasks, draw_mask
+from fluxjax.train.data.settings import OBJECTS, DataSettings
 from fluxjax.train.embedded.edits import Edit, draw_edits
+from fluxjax.train.embedded.holes import hole
 from fluxjax.train.embedded.phrasing import captions, vary
 from fluxjax.train.embedded.scenes import Scene, render, sample_scenes
 
@@ -30,7 +32,9 @@ def scene_items(settings: DataSettings) -> list[Item]:
         for row, caption in enumerate(captions(scenes, _SEED * 1_000_003 + chunk)):
             name = "scene {}, {} x {}".format(chunk * _CHUNK + row, *size)
             scene = Scene(*(field[row] for field in scenes))
-            items.append(_item(scene, size, name, vary(caption, rng).text))
+            item = _item(scene, size, name, vary(caption, rng).text)
+            holes = functools.partial(_holes, settings.random_masks, scene, item)
+            items.append(item._replace(beside=holes))
     return items[: settings.scenes]
 
 
@@ -46,6 +50,23 @@ def edit_items(settings: DataSettings) -> list[Item]:
                 item = _item(edit.after, size, name, edit.instruction)
                 items.append(item._replace(beside=functools.partial(_before, edit, size, name)))
     return items[: settings.scenes]
+
+
+def _holes(rule: RandomMasks, scene: Scene, item: Item, companion: str) -> Item:
+    if companion != OBJECTS:
+        return bad_item(item.name, f"a drawn scene has {OBJECTS!r} beside it, and no {companion!r}")
+    digest, (width, height) = rule.digest(f"{OBJECTS} {item.digest}", 0), item.size
+    if int(digest[-1], 16) % 2:
+        read = functools.partial(draw_mask, rule, digest, width, height)
+    else:
+        read = functools.partial(_hole, scene, digest, width, height)
+    return Item(f"a mask of {item.name}", "drawn", "", "", read, digest, (width, height))
+
+
+def _hole(scene: Scene, digest: str, width: int, height: int) -> np.ndarray:
+    rng = np.random.default_rng(int(digest[16:32], 16))
+    inside = hole(scene, int(rng.integers(int(scene.count))), rng, width=width, height=height)
+    return np.repeat((255 * inside).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
 def _before(edit: Edit, size: tuple[int, int], name: str, companion: str) -> Item:

@@ -8,7 +8,7 @@ from fluxjax.config import ConfigError
 from fluxjax.config.choices import MAX_FPS, MAX_FRAMES
 from fluxjax.train.data.random_masks import RandomMasks
 
-RANDOM, CANNY = "random", "canny"
+RANDOM, CANNY, OBJECTS = "random", "canny", "objects"
 
 _LARGEST = {
     **{"resolution": 2**15, "bucket_step": 2**15, "max_megapixels": 10**4, "scenes": 10**7},
@@ -51,7 +51,8 @@ class DataSettings:
     """Grey pictures of the source's sizes: white is learnt, black is not."""
     fill_masks: str = ""
     """Training to fill (FLUX.1 Fill): pictures of the source's sizes, white is painted anew; or
-    `random`: drawn by the rule of random_masks."""
+    `random`: drawn by the rule of random_masks. Of drawn scenes also `objects`: half of the masks
+    lie around one of the objects, the others follow that rule."""
     random_masks: RandomMasks = field(default_factory=RandomMasks)
     controls: str = ""
     """Training to follow (FLUX.1 Canny and Depth, ControlNets): what the source's pictures are

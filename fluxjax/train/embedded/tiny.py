@@ -57,6 +57,7 @@ from fluxjax.train.loop import run_folder
 from fluxjax.train.toml_file import build, read_toml
 
 Tree = Any
+_CAPTIONS = 8192  # in which all words occur
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,5 +243,5 @@ def write_world(pipeline: Path, buckets: Sequence[tuple[int, int]]) -> None:
 
 @cache
 def _words_of_captions() -> frozenset[str]:
-    scenes = sample_scenes(jax.random.key(5), 8192, width=96, height=96)
+    scenes = sample_scenes(jax.random.key(5), _CAPTIONS, width=96, height=96)
     return frozenset(word for said in captions(scenes, 5) for word in words_of(said.text))

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from fluxjax.train.embedded.edits import Edit, draw_edits
+from fluxjax.train.embedded.holes import hole
 from fluxjax.train.embedded.phrasing import captions
 from fluxjax.train.embedded.reader import Reading, ReadObject, read
 from fluxjax.train.embedded.scenes import Scene, render, sample_scenes
@@ -66,7 +67,7 @@ def draw_cases(task: ToolTask, n: int, *, width: int, height: int, seed: int) ->
     before, after = (_rendered([getattr(e, name) for e in edits], **size) for name in _SIDES)
     pictures = {"reference": before}
     if task == "fill":
-        masks = np.stack([_hole(edit, rng, **size) for edit in edits])
+        masks = np.stack([hole(edit.before, edit.objects[0], rng, **size) for edit in edits])
         pictures = {"image": before, "mask": np.repeat(2.0 * masks[..., None] - 1, 3, axis=-1)}
     if task == "canny":
         pictures = {"control": np.stack([2.0 * edges(one)[..., None] - 1 for one in after])}
@@ -107,21 +108,6 @@ _EDITS = {"edit": _edits, "fill": _fills, "canny": _same}
 def _rendered(scenes: list[Scene], *, width: int, height: int) -> np.ndarray:
     stacked = Scene(*map(np.stack, zip(*scenes, strict=True)))
     return np.asarray(render(stacked, width=width, height=height))
-
-
-def _hole(
-    edit: Edit, rng: np.random.Generator, *, width: int, height: int
-) -> Float[np.ndarray, "height width"]:
-    """A rectangle or an ellipse around the object that changes, with some room."""
-    side, (i,) = min(width, height), edit.objects
-    x, y = edit.before.centre[i] * side
-    reach = 1.15 * edit.before.radius[i] * side + 3
-    wide, high = reach * rng.uniform(1.0, 1.3, 2)
-    rows, columns = np.mgrid[:height, :width] + 0.5
-    across, down = np.abs(columns - x) / wide, np.abs(rows - y) / high
-    if rng.random() < 0.5:
-        return (np.maximum(across, down) <= 1).astype(np.float32)
-    return (across**2 + down**2 <= 1.5).astype(np.float32)
 
 
 def edges(picture: Picture) -> Bool[np.ndarray, "height width"]:
