@@ -46,7 +46,7 @@ def convert_adapters(
     try:
         changes, metadata = read_adapters(source, templates)
     except MappingError as error:
-        asked = "" if config else "\nof another model than FLUX.1? give its folder with --config"
+        asked = "" if config else "\n  of another model than FLUX.1? give its folder with --config"
         raise MappingError(f"{error}{asked}") from None
     others = [
         name
