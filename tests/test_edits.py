@@ -99,7 +99,8 @@ def test_what_instructions_say_is_known_to_the_model_that_edits(edits):
 
 def test_holes_lie_around_objects_of_scenes_every_other_time():
     size = {"resolution": 96, "bucket_step": 16}
-    items = scene_items(DataSettings(source="scenes", fill_masks="objects", scenes=128, **size))
+    settings = DataSettings(source="scenes", fill_masks="objects", scenes=128, **size)
+    items = scene_items(settings)
     drawn = [np.asarray(item.read()) for item in items]
     masks = [np.asarray(item.beside("objects").read()) for item in items]
     assert all(mask.shape == (96, 96, 3) and set(np.unique(mask)) <= {0, 255} for mask in masks)
@@ -115,6 +116,6 @@ def test_holes_lie_around_objects_of_scenes_every_other_time():
 
     plain = [i for i, one in enumerate(drawn) if (one == one[0, 0]).all(-1)[:, [0, -1]].all()]
     assert len(plain) > 50 and 0.4 < np.mean([hides(drawn[i], masks[i]) for i in plain]) < 0.8
-    again = scene_items(DataSettings(source="scenes", scenes=64, **size))[5]
+    again = scene_items(settings)[5]
     assert (np.asarray(again.beside("objects").read()) == masks[5]).all()
     assert "no 'before'" in again.beside("before").problem

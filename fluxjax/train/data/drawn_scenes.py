@@ -33,8 +33,10 @@ def scene_items(settings: DataSettings) -> list[Item]:
             name = "scene {}, {} x {}".format(chunk * _CHUNK + row, *size)
             scene = Scene(*(field[row] for field in scenes))
             item = _item(scene, size, name, vary(caption, rng).text)
-            holes = functools.partial(_holes, settings.random_masks, scene, item)
-            items.append(item._replace(beside=holes))
+            if settings.fill_masks == OBJECTS:
+                holes = functools.partial(_holes, settings.random_masks, scene, item)
+                item = item._replace(beside=holes)
+            items.append(item)
     return items[: settings.scenes]
 
 
@@ -53,7 +55,7 @@ def edit_items(settings: DataSettings) -> list[Item]:
 
 
 def _holes(rule: RandomMasks, scene: Scene, item: Item, companion: str) -> Item:
-    if companion != OBJECTS:
+    if companion != OBJECTS:  # masks that say what is learnt, say
         return bad_item(item.name, f"a drawn scene has {OBJECTS!r} beside it, and no {companion!r}")
     digest, (width, height) = rule.digest(f"{OBJECTS} {item.digest}", 0), item.size
     if int(digest[-1], 16) % 2:
