@@ -57,6 +57,7 @@ def edit_items(settings: DataSettings) -> list[Item]:
 def _holes(rule: RandomMasks, scene: Scene, item: Item, companion: str) -> Item:
     if companion != OBJECTS:  # masks that say what is learnt, say
         return bad_item(item.name, f"a drawn scene has {OBJECTS!r} beside it, and no {companion!r}")
+    assert item.size is not None, "drawn pictures have one"
     digest, (width, height) = rule.digest(f"{OBJECTS} {item.digest}", 0), item.size
     if int(digest[-1], 16) % 2:
         read = functools.partial(draw_mask, rule, digest, width, height)
